@@ -1,0 +1,25 @@
+"""Scene parsing in PyTorch: any encoder with any decoder, trained, evaluated and run on images.
+
+Example:
+    >>> from mit_semseg import Segmenter  # doctest: +SKIP
+    >>> Segmenter.from_checkpoint("ckpt/mine")("photo.jpg").save("parsed.png")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mit_semseg.segmenter import Segmenter as Segmenter
+
+__version__ = "2.0.0"
+__all__ = ["Segmenter", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use, so that `import mit_semseg` and `mit-semseg --help` stay quick.
+    if name == "Segmenter":
+        from mit_semseg.segmenter import Segmenter
+
+        return Segmenter
+    raise AttributeError(f"module 'mit_semseg' has no attribute {name!r}")

@@ -1,0 +1,137 @@
+"""Every configuration key with its default and meaning; the only module that knows yacs."""
+
+from __future__ import annotations
+
+from mit_semseg.config.node import CN, Config
+
+
+_C = Config()
+
+# Folder of checkpoints, configuration, logs and pictures of one model.
+_C.DIR = "ckpt/ade20k-resnet50dilated-ppm_deepsup"
+
+# --------------------------------------------------------------------------- data
+_C.DATASET = CN()
+# How the lists below are read: odgt | folder | ade20k | camvid | cityscapes | voc2012 | cocostuff.
+_C.DATASET.format = "odgt"
+# Folder that relative paths in lists (and list paths themselves) may be relative to.
+_C.DATASET.root_dataset = "./data/"
+# odgt: list files. folder: "images_dir:labels_dir". Public data sets: split names (train, val).
+_C.DATASET.list_train = "./data/training.odgt"
+_C.DATASET.list_val = "./data/validation.odgt"
+_C.DATASET.num_class = 150
+# Class table, csv with columns Idx,Name[,R,G,B]; "" takes the data set's own, else ADE20K's for
+# 150 classes, else "class 0", "class 1", ...
+_C.DATASET.classes = ""
+# Stored mask value minus label_offset is the class; 1 as published (0 becomes ignored).
+_C.DATASET.label_offset = 1
+# Stored value, or list of stored values, that are ignored.
+_C.DATASET.ignore_label = []
+# Short sides in pixels: training draws one per image, evaluation and testing average over all.
+_C.DATASET.imgSizes = [300, 375, 450, 525, 600]
+# The long side never passes this, in pixels.
+_C.DATASET.imgMaxSize = 1000
+# Network input sides are multiples of this (the largest stride of the encoder).
+_C.DATASET.padding_constant = 8
+# Labels are this many times smaller than the image in training.
+_C.DATASET.segm_downsampling_rate = 8
+# Horizontal flips in training.
+_C.DATASET.random_flip = True
+# Random crop (height, width) in training after resizing; [] trains on whole images as published.
+_C.DATASET.crop_size = []
+# Strength in [0, 1] of random brightness, contrast and saturation in training; 0 as published.
+_C.DATASET.color_jitter = 0.0
+# What the encoder expects: value = (pixel / 255 * value_range - mean) / std, per channel in
+# color_order (RGB or BGR). value_range is 1 or 255.
+_C.DATASET.mean = [0.485, 0.456, 0.406]
+_C.DATASET.std = [0.229, 0.224, 0.225]
+_C.DATASET.color_order = "RGB"
+_C.DATASET.value_range = 1.0
+
+# --------------------------------------------------------------------------- model
+_C.MODEL = CN()
+_C.MODEL.arch_encoder = "resnet50dilated"
+_C.MODEL.arch_decoder = "ppm_deepsup"
+# "" = ImageNet weights by name; "none" = random; else a path, a url, or "torchvision:NAME".
+_C.MODEL.weights_encoder = ""
+# "" or "none" = random; else a path or url.
+_C.MODEL.weights_decoder = ""
+# Channels of the encoder's last feature map.
+_C.MODEL.fc_dim = 2048
+
+# --------------------------------------------------------------------------- training
+_C.TRAIN = CN()
+_C.TRAIN.batch_size_per_gpu = 2
+_C.TRAIN.num_epoch = 20
+# Epoch whose checkpoint training continues from; 0 starts anew.
+_C.TRAIN.start_epoch = 0
+# Steps an epoch; "auto" = one pass over the data.
+_C.TRAIN.epoch_iters = 5000
+# SGD | Adam | AdamW
+_C.TRAIN.optim = "SGD"
+_C.TRAIN.lr_encoder = 0.02
+_C.TRAIN.lr_decoder = 0.02
+# Exponent of the poly schedule.
+_C.TRAIN.lr_pow = 0.9
+# Steps over which the learning rate rises linearly from 0; 0 as published.
+_C.TRAIN.warmup_iters = 0
+# Momentum of SGD, first beta of Adam and AdamW.
+_C.TRAIN.beta1 = 0.9
+# Applied to convolution and linear weights only.
+_C.TRAIN.weight_decay = 1e-4
+# Weight of the auxiliary head's loss.
+_C.TRAIN.deep_sup_scale = 0.4
+# Keep every BatchNorm in evaluation mode (running statistics and affine parameters fixed).
+_C.TRAIN.fix_bn = False
+# nll | focal | dice | ohem | lovasz, or a sum such as "nll+dice".
+_C.TRAIN.loss = "nll"
+# "none"; "sqrt" or "median": from class frequencies of the training labels (square root of, or
+# plain, median-frequency balancing); or a list with one weight per class.
+_C.TRAIN.class_weights = "none"
+# Decay of the exponential moving average of the weights, which is what is validated and saved
+# as the best checkpoint; 0 = off.
+_C.TRAIN.ema = 0.0
+# Batches whose gradients are added up before one step of the optimizer.
+_C.TRAIN.accumulate = 1
+# Gradient norm is clipped to this; 0 = off.
+_C.TRAIN.clip_grad = 0.0
+# fp32 | bf16 | fp16 | auto (bf16 where the hardware has it, else fp32).
+_C.TRAIN.precision = "fp32"
+_C.TRAIN.channels_last = True
+# Data loading processes per device.
+_C.TRAIN.workers = 16
+# Steps between lines in the log.
+_C.TRAIN.disp_iter = 20
+# Epochs between validations; 0 = never.
+_C.TRAIN.eval_epochs = 1
+# Epoch checkpoints kept beside the best; 0 keeps all, as published.
+_C.TRAIN.keep_checkpoints = 0
+# Seconds without a batch or a replica's answer before the run stops with an error.
+_C.TRAIN.timeout = 120
+_C.TRAIN.seed = 304
+
+# --------------------------------------------------------------------------- evaluation
+_C.VAL = CN()
+_C.VAL.visualize = False
+# "epoch_N.pth" or "best.pth" in DIR; with a folder in it, that folder instead of DIR.
+_C.VAL.checkpoint = "epoch_20.pth"
+_C.VAL.batch_size = 1
+# fp32 | bf16 | fp16 | auto
+_C.VAL.precision = "fp32"
+# Add horizontally flipped copies to every scale.
+_C.VAL.flip = False
+# Short sides in pixels that are averaged over; [] takes DATASET.imgSizes, as published.
+_C.VAL.imgSizes = []
+
+# --------------------------------------------------------------------------- prediction
+_C.TEST = CN()
+_C.TEST.checkpoint = "epoch_20.pth"
+_C.TEST.batch_size = 1
+# Folder that results are written to.
+_C.TEST.result = "./"
+# Any of: color, index, overlay, prob, side (image beside prediction, as published).
+_C.TEST.save = ["side"]
+_C.TEST.precision = "fp32"
+_C.TEST.flip = False
+# Short sides in pixels that are averaged over; [] takes DATASET.imgSizes, as published.
+_C.TEST.imgSizes = []

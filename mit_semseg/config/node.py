@@ -1,0 +1,212 @@
+"""The configuration tree: yacs nodes whose merging explains every mistake."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode as CN
+
+from mit_semseg.registry import closest
+
+# Written into the tree by the published training script at run time; old dumps may carry them.
+OBSOLETE = {
+    "TRAIN.max_iters",
+    "TRAIN.running_lr_encoder",
+    "TRAIN.running_lr_decoder",
+    "TRAIN.log_fmt",
+}
+
+# Keys that take a second form beside the type of their default.
+ALTERNATIVES: dict[str, tuple[type, ...]] = {
+    "TRAIN.epoch_iters": (str,),
+    "TRAIN.class_weights": (list,),
+    "DATASET.list_train": (list,),
+    "DATASET.list_val": (list,),
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "DATASET.format": (
+        "odgt",
+        "folder",
+        "ade20k",
+        "camvid",
+        "cityscapes",
+        "voc2012",
+        "cocostuff",
+    ),
+    "DATASET.color_order": ("RGB", "BGR"),
+    "TRAIN.optim": ("SGD", "Adam", "AdamW"),
+    "TRAIN.precision": ("fp32", "bf16", "fp16", "auto"),
+    "VAL.precision": ("fp32", "bf16", "fp16", "auto"),
+    "TEST.precision": ("fp32", "bf16", "fp16", "auto"),
+}
+SAVE_KINDS = ("color", "index", "overlay", "prob", "side")
+
+POSITIVE = (
+    "DATASET.num_class",
+    "DATASET.imgMaxSize",
+    "DATASET.padding_constant",
+    "DATASET.segm_downsampling_rate",
+    "MODEL.fc_dim",
+    "TRAIN.batch_size_per_gpu",
+    "TRAIN.num_epoch",
+    "TRAIN.accumulate",
+    "TRAIN.disp_iter",
+    "VAL.batch_size",
+    "TEST.batch_size",
+)
+
+
+class Config(CN):
+    """A yacs tree with the published calls (`merge_from_file`, `merge_from_list`, `clone`).
+
+    Values are checked and coerced when they are merged: an unknown key, a wrong type or a value
+    outside its choices raises a ValueError that names file, key, value and fix.
+    """
+
+    def merge_from_file(self, cfg_filename: str | Path) -> None:
+        """Merge a yaml file; ValueError or FileNotFoundError with one clear line otherwise."""
+        path = Path(cfg_filename)
+        if not path.is_file():
+            beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+            hint = closest(path.name, beside) or (f"; {path.parent} holds {', '.join(beside)}" if beside else "")
+            raise FileNotFoundError(f"configuration file {path} does not exist{hint}")
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no valid yaml: {' '.join(str(error).split())}") from error
+        if tree is None:
+            return
+        if not isinstance(tree, Mapping):
+            raise ValueError(f"{path} must hold `KEY: value` lines, not {type(tree).__name__}")
+        self.merge_tree(tree, source=str(path))
+
+    def merge_from_list(self, cfg_list: list[str]) -> None:
+        """Merge `[KEY, value, KEY, value, ...]`, keys with dots, as on the command line."""
+        if len(cfg_list) % 2:
+            raise ValueError(f"overrides come as KEY value pairs; {cfg_list[-1]!r} stands alone")
+        for key, value in zip(cfg_list[::2], cfg_list[1::2]):
+            self._set(str(key), value, source="command line")
+
+    def merge_tree(self, tree: Mapping[str, Any], *, source: str, prefix: str = "") -> None:
+        """Merge nested mappings; `source` is named in errors."""
+        for key, value in tree.items():
+            dotted = f"{prefix}{key}"
+            if isinstance(value, Mapping):
+                if not isinstance(self._node(dotted), CN):
+                    raise ValueError(_unknown(self, dotted, source))
+                self.merge_tree(value, source=source, prefix=f"{dotted}.")
+            else:
+                self._set(dotted, value, source=source)
+
+    def _node(self, dotted: str) -> Any:
+        node: Any = self
+        for part in dotted.split("."):
+            if not isinstance(node, CN) or part not in node:
+                return None
+            node = node[part]
+        return node
+
+    def _set(self, dotted: str, value: Any, *, source: str) -> None:
+        if dotted in OBSOLETE:
+            return
+        default = self._node(dotted)
+        if default is None:
+            raise ValueError(_unknown(self, dotted, source))
+        if isinstance(default, CN):
+            raise ValueError(f"{source}: {dotted} is a section, not a key")
+        *parents, leaf = dotted.split(".")
+        node = self._node(".".join(parents)) if parents else self
+        node[leaf] = coerce(dotted, default, _literal(value), source)
+
+
+def keys(node: CN, prefix: str = "") -> list[str]:
+    """All dotted keys of a tree, in order."""
+    found: list[str] = []
+    for name, value in node.items():
+        if isinstance(value, CN):
+            found += keys(value, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def _unknown(node: CN, dotted: str, source: str) -> str:
+    hint = closest(dotted, keys(node))
+    return f"{source}: unknown key {dotted}{hint}"
+
+
+def _literal(value: Any) -> Any:
+    """Read "(300, 375)", "0.02" or "True" as Python writes them; anything else stays a string."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(value.lower(), value)
+
+
+def coerce(key: str, default: Any, value: Any, source: str) -> Any:
+    """`value` in the type of `default`; ValueError naming source, key and value otherwise."""
+    if isinstance(value, tuple):
+        value = list(value)
+    wanted: type = str if key in ALTERNATIVES and not _is_number(default) else type(default)
+    if key == "TRAIN.epoch_iters":
+        if value == "auto" or (_is_number(value) and value >= 1):
+            return value if value == "auto" else int(value)
+        raise ValueError(f"{source}: {key} is {value!r}; give a number of steps or auto")
+    if isinstance(value, list) and list in ALTERNATIVES.get(key, ()):
+        return value
+    coerced = _as_type(wanted, value)
+    if coerced is None:
+        raise ValueError(f"{source}: {key} is {value!r}; it takes {_kind(wanted)}")
+    _check_value(key, coerced, source)
+    return coerced
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _as_type(wanted: type, value: Any) -> Any:
+    if wanted is bool:
+        return value if isinstance(value, bool) else None
+    if wanted is int:
+        return int(value) if _is_number(value) and value == int(value) else None
+    if wanted is float:
+        return float(value) if _is_number(value) else None
+    if wanted is list:
+        if isinstance(value, list):
+            return value
+        return None if isinstance(value, bool) else ([value] if value not in (None, "") else [])
+    if value is None:
+        return ""
+    return str(value) if not isinstance(value, (list, dict)) else None
+
+
+def _kind(wanted: type) -> str:
+    return {bool: "True or False", int: "a whole number", float: "a number", list: "a list"}.get(
+        wanted, "a text"
+    )
+
+
+def _check_value(key: str, value: Any, source: str) -> None:
+    if key in CHOICES and value not in CHOICES[key]:
+        hint = closest(value, list(CHOICES[key]))
+        raise ValueError(f"{source}: {key} is {value!r}{hint}; it is one of {', '.join(CHOICES[key])}")
+    if key in POSITIVE and value < 1:
+        raise ValueError(f"{source}: {key} is {value}; it must be at least 1")
+    if key.endswith("imgSizes") and not all(_is_number(v) and v >= 1 for v in value):
+        raise ValueError(f"{source}: {key} is {value}; give short sides in pixels, such as (300, 450)")
+    if key == "TEST.save":
+        for kind in value:
+            if kind not in SAVE_KINDS:
+                raise ValueError(f"{source}: {key} has {kind!r}; it takes any of {', '.join(SAVE_KINDS)}")
+    if key == "DATASET.crop_size" and len(value) not in (0, 2):
+        raise ValueError(f"{source}: {key} is {value}; give (height, width), or () for whole images")
+    if key in ("DATASET.mean", "DATASET.std") and len(value) != 3:
+        raise ValueError(f"{source}: {key} is {value}; give one number per colour channel, three in all")

@@ -1,0 +1,111 @@
+"""Where a run happens: configuration read and checked, devices, threads, precision, ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mit_semseg.config import load_config
+from mit_semseg.config.node import Config
+from mit_semseg.models import check_pair
+from mit_semseg.utils import parse_devices
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def read_config(path: str | Path | None, opts: list[str] | None = None) -> Config:
+    """`load_config`, and the encoder, decoder and their widths checked against each other.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: a wrong key or value, or a pair that cannot work, with the reason.
+    """
+    cfg = load_config(path, opts)
+    check_pair(cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder, cfg.MODEL.fc_dim)
+    return cfg
+
+
+def resolve_devices(gpus: str | None) -> list[torch.device]:
+    """Devices named on the command line.
+
+    Args:
+        gpus: `0-3`, `0,2`, `gpu0-gpu2`, `cpu`, or None for all GPUs there are, else the CPU.
+
+    Raises:
+        ValueError: a GPU is named that this machine does not have.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus is None:
+        return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
+    names = parse_devices(gpus)
+    if names == ["cpu"]:
+        return [torch.device("cpu")]
+    if "cpu" in names:
+        raise ValueError(f"--gpus {gpus}: name GPUs or cpu, not both")
+    indices = [int(name.removeprefix("gpu")) for name in names]
+    if max(indices) >= count:
+        has = f"GPUs 0 to {count - 1}" if count else "no GPU that torch can use"
+        raise ValueError(f"--gpus {gpus}: this machine has {has}; --gpus cpu runs without one")
+    return [torch.device("cuda", i) for i in indices]
+
+
+def set_threads(count: int) -> None:
+    """Give this process `count` compute threads, at least one; OpenCV gets none of its own."""
+    import cv2
+
+    torch.set_num_threads(max(1, count))
+    # Decoding already runs beside the network; OpenCV's pool on top would fight for the cores.
+    cv2.setNumThreads(0)
+
+
+def cpu_count() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 runs faster than float32 on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(capability and capability())
+
+
+def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
+    """The reduced type of a precision on a device, None for float32.
+
+    Raises:
+        ValueError: fp16 on the CPU, which torch does not train in.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else None
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision fp16 needs a GPU; on the CPU use bf16 or fp32")
+    return PRECISIONS.get(precision)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """The autocast context of a precision: fp32 | bf16 | fp16 | auto."""
+    dtype = autocast_dtype(device, precision)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def start_process_group() -> tuple[int, int]:
+    """Join torchrun's process group when there is one.
+
+    Returns:
+        (rank, world size); (0, 1) outside torchrun.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()

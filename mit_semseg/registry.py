@@ -1,0 +1,59 @@
+"""Names to builders: encoders, decoders, losses and data sets register here by decorator."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def closest(name: str, known: Iterator[str] | list[str]) -> str:
+    """A hint `; did you mean 'x'?` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class Registry:
+    """A table of named factories of one kind.
+
+    Example:
+        >>> SHAPES = Registry("shape")
+        >>> @SHAPES.register("square")
+        ... def square() -> str: return "square"
+        >>> SHAPES.get("square")()
+        'square'
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Callable[..., Any]] = {}
+
+    def register(self, *names: str) -> Callable[[T], T]:
+        """Decorator that enters a factory under one or more names; a taken name is an error."""
+
+        def enter(factory: T) -> T:
+            for name in names:
+                if name in self._entries:
+                    raise ValueError(f"{self.kind} {name!r} is registered twice")
+                self._entries[name] = factory
+            return factory
+
+        return enter
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """The factory called `name`; ValueError with the nearest name and the list otherwise."""
+        if name not in self._entries:
+            raise ValueError(
+                f"unknown {self.kind} {name!r}{closest(name, list(self._entries))} "
+                f"Known: {', '.join(self.names())}"
+            )
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
