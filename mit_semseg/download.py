@@ -1,0 +1,299 @@
+"""Files from the net: several mirrors, resumed, verified, and put in place atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import logging
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: a part file per process instead of one that is shared and locked
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger("mit_semseg")
+
+OFFLINE = "MIT_SEMSEG_OFFLINE"
+_CHUNK = 1 << 18
+_HTML = {".html", ".htm", ""}
+
+
+class DownloadError(OSError):
+    """No mirror delivered the file; the message names every url with its reason and the cache."""
+
+
+class _Refused(Exception):
+    """One attempt failed; `again` says whether the same url is worth another try."""
+
+    def __init__(self, reason: str, again: bool) -> None:
+        super().__init__(reason)
+        self.again = again
+
+
+def offline() -> bool:
+    """Whether the environment variable MIT_SEMSEG_OFFLINE forbids using the net."""
+    return os.environ.get(OFFLINE, "").lower() not in ("", "0", "false", "no")
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file, 64 lower-case hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fetch(
+    urls: str | Sequence[str],
+    dest: str | Path,
+    *,
+    sha256: str | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    timeout: float = 30.0,
+    retries: int = 2,
+) -> Path:
+    """Downloads one file to `dest` unless it is there already.
+
+    The bytes go to `<dest>.part`, which an interrupted call leaves behind and the next one
+    continues (HTTP Range); only a complete and verified file is renamed to `dest`. Processes that
+    want the same file at the same time wait for the first one.
+
+    Args:
+        urls: where the file is published, in order of preference (http, https or file).
+        dest: path of the file; its folder is made.
+        sha256: hexadecimal digest, or its first 8 or more digits (as in torchvision's file
+            names). None trusts the length alone.
+        resume: continue a part file of an earlier call. Without `sha256` only when it came from
+            the same url and the server still has the same version.
+        progress: show a bar when standard error is a terminal.
+        timeout: seconds without an answer before an attempt is given up.
+        retries: further attempts per url after a broken connection or a server error.
+
+    Returns:
+        `dest`.
+
+    Raises:
+        ValueError: no url, a url of another kind, or `sha256` is not a digest.
+        DownloadError: no url delivered the file, or MIT_SEMSEG_OFFLINE is set.
+    """
+    dest = Path(dest)
+    urls = [urls] if isinstance(urls, str) else list(urls)
+    _check_arguments(urls, sha256)
+    sha256 = sha256.lower() if sha256 else None
+
+    if _is_complete(dest, sha256):
+        return dest
+    if offline():
+        raise DownloadError(
+            f"{dest.name} is needed and {OFFLINE} is set: fetch it from {' or '.join(urls)} "
+            f"and put it at {dest}"
+        )
+
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    reasons: list[str] = []
+    with _locked_part(dest) as (part, file):
+        if _is_complete(dest, sha256):  # another process was faster
+            part.unlink(missing_ok=True)
+            return dest
+        for url in urls:
+            reason = _try_url(url, part, file, sha256, resume, progress, timeout, retries)
+            if reason is None:
+                os.replace(part, dest)
+                _note_path(part).unlink(missing_ok=True)
+                return dest
+            logger.warning("%s: %s", url, reason)
+            reasons.append(f"{url}: {reason}")
+        if os.fstat(file.fileno()).st_size == 0:
+            part.unlink(missing_ok=True)
+            _note_path(part).unlink(missing_ok=True)
+    raise DownloadError(
+        f"cannot download {dest.name} ({'; '.join(reasons)}); fetch it by hand and put it at {dest}"
+    )
+
+
+def _check_arguments(urls: list[str], sha256: str | None) -> None:
+    if not urls:
+        raise ValueError("urls is empty: name at least one place to download from")
+    for url in urls:
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https", "file"):
+            raise ValueError(f"cannot download {url!r}: use an http, https or file url")
+    if sha256 is not None and not (
+        8 <= len(sha256) <= 64 and set(sha256.lower()) <= set("0123456789abcdef")
+    ):
+        raise ValueError(f"sha256 {sha256!r} is not 8 to 64 hexadecimal digits")
+
+
+def _is_complete(dest: Path, sha256: str | None) -> bool:
+    if not dest.is_file():
+        return False
+    if sha256 is None:
+        return True
+    found = sha256_of(dest)
+    if not found.startswith(sha256):
+        logger.warning("%s has sha256 %s, expected %s: fetching it anew", dest, found, sha256)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked_part(dest: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Opens the part file so that no other process writes to it."""
+    if fcntl is None:
+        part = dest.with_name(f"{dest.name}.{os.getpid()}.part")
+        # os.replace cannot move an open file on Windows: writers reopen it by name.
+        with open(part, "ab") as file:
+            yield part, file
+        return
+    part = dest.with_name(dest.name + ".part")
+    while True:
+        file = open(part, "ab")  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            # The holder before us may have renamed or removed the file we waited for.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+                break
+        except FileNotFoundError:
+            pass
+        file.close()
+    try:
+        yield part, file
+    finally:
+        file.close()
+
+
+def _try_url(
+    url: str,
+    part: Path,
+    file: IO[bytes],
+    sha256: str | None,
+    resume: bool,
+    progress: bool,
+    timeout: float,
+    retries: int,
+) -> str | None:
+    """Completes `part` from one url; the reason when that fails, else None."""
+    reason = ""
+    for attempt in range(retries + 1):
+        if attempt:
+            time.sleep(0.2 * 2 ** (attempt - 1))
+        try:
+            _transfer(url, part, file, sha256, resume or attempt > 0, progress, timeout)
+        except _Refused as e:
+            reason = str(e)
+            if not e.again:
+                return reason
+            continue
+        except urllib.error.HTTPError as e:
+            reason = f"HTTP {e.code} {e.reason}"
+            if e.code == 416:  # the part file is no prefix of what is there now
+                file.truncate(0)
+                continue
+            if e.code < 500:
+                return reason
+            continue
+        except urllib.error.URLError as e:
+            reason = str(e.reason)
+            continue
+        except (OSError, http.client.HTTPException) as e:
+            reason = f"{type(e).__name__}: {e}"
+            continue
+        if sha256 is None:
+            return None
+        found = sha256_of(part)
+        if found.startswith(sha256):
+            return None
+        # Whatever is wrong with these bytes, continuing them would keep it.
+        file.truncate(0)
+        return f"its sha256 is {found}, expected {sha256}"
+    return reason
+
+
+def _transfer(
+    url: str,
+    part: Path,
+    file: IO[bytes],
+    sha256: str | None,
+    resume: bool,
+    progress: bool,
+    timeout: float,
+) -> None:
+    headers = {"User-Agent": "mit-semseg", "Accept-Encoding": "identity"}
+    have = os.fstat(file.fileno()).st_size
+    note = _read_note(part)
+    validator = note.get("validator", "") if note.get("url") == url else ""
+    if have and not (resume and (sha256 or validator)):
+        file.truncate(0)
+        have = 0
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if validator:
+            headers["If-Range"] = validator
+
+    with urllib.request.urlopen(  # noqa: S310
+        urllib.request.Request(url, headers=headers), timeout=timeout
+    ) as response:
+        if response.headers.get_content_type() == "text/html" and (
+            part.with_suffix("").suffix.lower() not in _HTML
+        ):
+            raise _Refused("the server answered with a web page instead of the file", again=False)
+        if have and getattr(response, "status", None) != 206:
+            file.truncate(0)  # no Range here: the whole file comes again
+            have = 0
+        _write_note(part, url, _validator(response.headers))
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length is not None else None
+        with tqdm(
+            total=total,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            desc=part.with_suffix("").name,
+            disable=None if progress else True,
+        ) as bar:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    size = os.fstat(file.fileno()).st_size
+    if total is not None and size != total:
+        raise _Refused(f"the connection ended after {size} of {total} bytes", again=True)
+
+
+def _validator(headers: Any) -> str:
+    """What If-Range may carry: a strong ETag, else the date of the last change."""
+    etag = headers.get("ETag", "")
+    if etag and not etag.startswith("W/"):
+        return str(etag)
+    return str(headers.get("Last-Modified", ""))
+
+
+def _note_path(part: Path) -> Path:
+    """Beside the part file: which url it came from, and which version of it."""
+    return part.with_name(part.name + ".json")
+
+
+def _read_note(part: Path) -> dict[str, str]:
+    try:
+        note = json.loads(_note_path(part).read_text())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _write_note(part: Path, url: str, validator: str) -> None:
+    _note_path(part).write_text(json.dumps({"url": url, "validator": validator}))

@@ -1,0 +1,589 @@
+"""Names, paths and urls of weights -> a verified local file -> loaded tensors, with a report."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import re
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.download import DownloadError, fetch
+from mit_semseg.registry import closest
+
+logger = logging.getLogger("mit_semseg")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MIRROR = "MIT_SEMSEG_MIRROR"
+
+_HOST = "http://sceneparsing.csail.mit.edu/model/"
+# Bookkeeping of the published SyncBN, of no use to any other.
+_BOOKKEEPING = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
+
+
+# ------------------------------------------------------------------------------- provenance
+@dataclass(frozen=True)
+class WeightSource:
+    """Where ImageNet weights come from and what they expect.
+
+    Attributes:
+        file: name in the cache.
+        urls: mirrors, in order of preference.
+        sha256: digest or its first digits; None where none was published.
+        licence: of the weights, as far as their publisher states one.
+        paper: of the architecture.
+        mean: subtracted from RGB in [0, 1].
+        std: divided by.
+        data: what they were trained on.
+    """
+
+    file: str
+    urls: tuple[str, ...]
+    sha256: str | None
+    licence: str
+    paper: str
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    data: str = "ImageNet-1k classification (ILSVRC 2012)"
+
+
+def _csail(file: str, paper: str) -> WeightSource:
+    url = f"{_HOST}pretrained_resnet/{file}"
+    return WeightSource(
+        file=file,
+        urls=(url, url.replace("http:", "https:")),
+        sha256=None,
+        licence="BSD-3-Clause (the published toolkit's; none is stated for the file itself)",
+        paper=paper,
+    )
+
+
+WEIGHTS: dict[str, WeightSource] = {
+    "resnet18": _csail("resnet18-imagenet.pth", "He et al. 2016, arXiv:1512.03385"),
+    "resnet50": _csail("resnet50-imagenet.pth", "He et al. 2016, arXiv:1512.03385"),
+    "resnet101": _csail("resnet101-imagenet.pth", "He et al. 2016, arXiv:1512.03385"),
+    "resnext101": _csail("resnext101-imagenet.pth", "Xie et al. 2017, arXiv:1611.05431"),
+    "mobilenetv2": _csail("mobilenet_v2.pth.tar", "Sandler et al. 2018, arXiv:1801.04381"),
+    "hrnetv2": _csail("hrnetv2_w48-imagenet.pth", "Wang et al. 2020, arXiv:1908.07919"),
+}
+"""Published ImageNet weights by backbone; dilation does not change the weights."""
+
+
+def _backbone(arch: str) -> str:
+    """`resnet50dilated`, `resnet50_dilated8`, ... -> `resnet50`."""
+    return re.sub(r"_?dilated(8|16)?$", "", arch.lower())
+
+
+def imagenet_weights(arch: str) -> WeightSource:
+    """Where the published ImageNet weights of an encoder are.
+
+    Raises:
+        ValueError: none are published for this encoder.
+    """
+    name = _backbone(arch)
+    if name not in WEIGHTS:
+        raise ValueError(
+            f"no ImageNet weights are published for encoder {arch!r}"
+            f"{closest(name, list(WEIGHTS))} Set MODEL.weights_encoder to 'none', a path or a "
+            f"url. Known: {', '.join(sorted(WEIGHTS))}"
+        )
+    return WEIGHTS[name]
+
+
+def cache_dir() -> Path:
+    """Folder of downloaded weights: `checkpoints` under the torch hub folder (TORCH_HOME)."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _mirrored(path: str, urls: Sequence[str]) -> list[str]:
+    """The urls, after the user's own mirror where MIT_SEMSEG_MIRROR names its base url."""
+    base = os.environ.get(MIRROR, "").rstrip("/")
+    return ([f"{base}/{path}"] if base else []) + list(urls)
+
+
+def _is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://", "file://"))
+
+
+def resolve(source: str | Path) -> Path:
+    """Turns an encoder name, a path or a url into a local file, downloading it when needed.
+
+    Args:
+        source: a backbone or encoder name (its published ImageNet weights), a url, or a path.
+
+    Returns:
+        Path of an existing file.
+
+    Raises:
+        FileNotFoundError: the path does not exist; lists the weight files beside it.
+        DownloadError: the file could not be downloaded.
+    """
+    text = str(source)
+    if _is_url(text):
+        name = urllib.parse.urlsplit(text).path.rsplit("/", 1)[-1] or "weights.pth"
+        # Many urls end in the same name (encoder_epoch_20.pth).
+        return fetch(
+            text,
+            cache_dir() / f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-{name}",
+            sha256=_digest_in_name(name),
+        )
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    if isinstance(source, str) and _backbone(text) in WEIGHTS:
+        known = imagenet_weights(text)
+        return fetch(
+            _mirrored(known.file, known.urls), cache_dir() / known.file, sha256=known.sha256
+        )
+    raise FileNotFoundError(_not_found(path))
+
+
+def _digest_in_name(name: str) -> str | None:
+    """`mobilenet_v2-b0353104.pth` -> `b0353104`, torch hub's convention."""
+    match = re.search(r"-([0-9a-f]{8,64})\.(pth|pt|bin)$", name)
+    return match[1] if match else None
+
+
+def _not_found(path: Path) -> str:
+    what = "is a folder, not a weight file" if path.is_dir() else "does not exist"
+    folder = path
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    files = sorted(
+        f.name for f in folder.iterdir() if f.name.endswith((".pth", ".pt", ".pth.tar", ".bin"))
+    )
+    shown = ", ".join(files[:20]) + (", ..." if len(files) > 20 else "") if files else "none"
+    return f"weight file {path} {what}; weight files in {folder.resolve()}: {shown}"
+
+
+# ---------------------------------------------------------------------------------- loading
+@dataclass
+class LoadReport:
+    """What became of every tensor.
+
+    Attributes:
+        what: which part of the model, e.g. "encoder".
+        file: where the tensors came from.
+        matched: loaded.
+        missing: in the module and not in the file: left at their initial values.
+        unexpected: in the file and not in the module.
+        mismatched: classifier tensors for another number of classes: left at initial values.
+        dropped: bookkeeping of the published SyncBN.
+    """
+
+    what: str
+    file: str
+    matched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tensor of the module was loaded."""
+        return not self.missing and not self.mismatched
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.matched)} tensors matched"]
+        for label, names in (
+            ("missing", self.missing),
+            ("left over", self.unexpected),
+            ("skipped, another number of classes", self.mismatched),
+        ):
+            parts.append(f"{len(names)} {label}{_few(names)}")
+        if not self.mismatched:
+            parts.pop()
+        return f"{self.what} from {self.file}: {', '.join(parts)}"
+
+
+def _few(names: Sequence[str], count: int = 5) -> str:
+    if not names:
+        return ""
+    return f" ({', '.join(names[:count])}{', ...' if len(names) > count else ''})"
+
+
+def _say(line: str, problem: bool) -> None:
+    """Logs; prints where nobody has set logging up, since the user is to see it either way."""
+    if not logger.hasHandlers():
+        print(line)
+    elif problem:
+        logger.warning(line)
+    else:
+        logger.info(line)
+
+
+def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> dict[str, Tensor]:
+    """The named tensors of a checkpoint, without wrappers and `module.` prefixes.
+
+    Args:
+        source: a file, read with `weights_only=True` so that it can run no code, or a mapping.
+        file: name to give in errors when `source` is a mapping.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, holds more than tensors, or holds none.
+    """
+    if isinstance(source, Mapping):
+        state: Any = source
+        file = file or "the given tensors"
+    else:
+        path = Path(source)
+        file = str(path)
+        if not path.is_file():
+            raise FileNotFoundError(_not_found(path))
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise ValueError(
+                f"{path} cannot be read as weights (damaged, or holding more than tensors): "
+                f"{reason}"
+            ) from e
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file} holds a {type(state).__name__}, not named tensors")
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            name = str(key)
+            while name.startswith("module."):
+                name = name[len("module.") :]
+            tensors[name] = value
+    if not tensors:
+        raise ValueError(f"{file} holds no tensors{_few([str(k) for k in state])}")
+    return tensors
+
+
+def _classifier_keys(own: Mapping[str, Tensor]) -> set[str]:
+    """Weight and bias of the last convolution of each `conv_last*` head."""
+    last: dict[str, str] = {}
+    for key, value in own.items():
+        head = key.split(".", 1)[0]
+        if head.startswith("conv_last") and key.endswith(".weight") and value.dim() == 4:
+            last[head] = key
+    keys = set(last.values())
+    return keys | {key[: -len("weight")] + "bias" for key in keys}
+
+
+def load_into(
+    module: nn.Module,
+    source: str | Path | Mapping[str, Any],
+    *,
+    what: str,
+    file: str = "",
+    strict: bool = False,
+) -> LoadReport:
+    """Loads what fits and says what matched, what was missing and what was left over.
+
+    A classifier (`conv_last*`) for another number of classes is skipped; every other difference
+    of shape is an error. Values are cast to the module's dtype.
+
+    Args:
+        module: takes the tensors; stays on its device.
+        source: a weight file, or a mapping of names to tensors.
+        what: which part of the model, for the report, e.g. "encoder".
+        file: name to report when `source` is a mapping.
+        strict: a missing tensor or another number of classes is an error.
+
+    Returns:
+        What became of every tensor; its one line is logged, or printed without logging set up.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: nothing matches, a shape differs, a value is not finite, or `strict` and a
+            tensor is missing.
+    """
+    tensors = read_state_dict(source, file)
+    name = file or (str(source) if not isinstance(source, Mapping) else "the given tensors")
+    report = LoadReport(what, name)
+    own = module.state_dict()
+    classifier = _classifier_keys(own)
+    fitting: dict[str, Tensor] = {}
+    wrong: list[str] = []
+
+    for key, value in tensors.items():
+        if key.rsplit(".", 1)[-1] in _BOOKKEEPING:
+            report.dropped.append(key)
+        elif key not in own:
+            report.unexpected.append(key)
+        elif value.shape == own[key].shape:
+            fitting[key] = value
+        elif value.shape[1:] == own[key].shape[1:] and key in classifier:
+            report.mismatched.append(key)
+        else:
+            wrong.append(f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}")
+
+    if wrong:
+        raise ValueError(
+            f"{name} does not fit the {what}: {len(wrong)} tensors differ in shape{_few(wrong, 3)}; "
+            f"check the architecture and MODEL.fc_dim"
+        )
+    if not fitting:
+        raise ValueError(
+            f"{name} does not fit the {what}: no tensor name matches; it has{_few(list(tensors))}, "
+            f"the {what} has{_few(list(own))}"
+        )
+    for key, value in fitting.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} is damaged: {key} holds values that are not finite")
+
+    report.matched = list(fitting)
+    report.missing = [
+        key
+        for key in own
+        if key not in tensors
+        and key.rsplit(".", 1)[-1] not in (*_BOOKKEEPING, "num_batches_tracked")
+    ]
+    if strict and not report.ok:
+        raise ValueError(f"{report}")
+    module.load_state_dict(fitting, strict=False)
+    _say(str(report), problem=not report.ok)
+    return report
+
+
+def load_encoder(
+    encoder: nn.Module,
+    arch: str,
+    weights: str | Path,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> LoadReport | None:
+    """Initialises an encoder.
+
+    Args:
+        encoder: takes the weights.
+        arch: its name, e.g. "resnet50dilated".
+        weights: "" for the published ImageNet weights of `arch` (downloaded once), "none" for
+            random ones, "torchvision:mobilenet_v2", "tfslim:PATH" (MobileNetV2 trained by
+            TF-slim, under torchvision's names), else a path or url.
+        mean: what the input is shifted by, RGB in [0, 1]; only "tfslim:" depends on it.
+        std: what the input is divided by; only "tfslim:" depends on it.
+
+    Returns:
+        The report, or None for random weights.
+
+    Raises:
+        ValueError: the weights do not belong to this architecture.
+        FileNotFoundError: the path does not exist.
+        DownloadError: the file could not be downloaded.
+    """
+    text = str(weights)
+    if text.lower() == "none":
+        return None
+    if text == "":
+        path = _fetch_imagenet(arch)
+        return load_into(encoder, path, what="encoder")
+    kind, _, rest = text.partition(":")
+    if kind == "torchvision":
+        path = _torchvision_file(arch, rest)
+        state = rename_torchvision_mobilenet(read_state_dict(path))
+        return load_into(encoder, state, what="encoder", file=f"{path} (torchvision)")
+    if kind == "tfslim":
+        _only_mobilenet(arch, text)
+        path = resolve(rest)
+        state = convert_tfslim_mobilenet(read_state_dict(path), mean=mean, std=std)
+        return load_into(encoder, state, what="encoder", file=f"{path} (TF-slim)")
+    return load_into(encoder, resolve(text), what="encoder")
+
+
+def load_decoder(decoder: nn.Module, arch: str, weights: str | Path) -> LoadReport | None:
+    """Initialises a decoder: "" or "none" leaves it random, else a path or url.
+
+    Returns:
+        The report, or None for random weights.
+    """
+    text = str(weights)
+    if text.lower() in ("", "none"):
+        return None
+    return load_into(decoder, resolve(text), what=f"decoder {arch}")
+
+
+def _fetch_imagenet(arch: str) -> Path:
+    imagenet_weights(arch)
+    try:
+        return resolve(_backbone(arch))
+    except DownloadError as e:
+        other = ", 'torchvision:mobilenet_v2'" if _backbone(arch) == "mobilenetv2" else ""
+        raise DownloadError(
+            f"{e}; or set MODEL.weights_encoder to 'none' (random){other} or a file you have"
+        ) from e
+
+
+# ------------------------------------------------------------------- MobileNetV2 from elsewhere
+def _only_mobilenet(arch: str, weights: str) -> None:
+    if _backbone(arch) != "mobilenetv2":
+        raise ValueError(
+            f"{weights!r} holds a MobileNetV2 and cannot initialise encoder {arch!r}; use it "
+            f"with mobilenetv2dilated"
+        )
+
+
+def _torchvision_file(arch: str, name: str) -> Path:
+    if name.startswith(("resnet", "resnext", "wide_resnet")):
+        raise ValueError(
+            f"'torchvision:{name}' cannot initialise encoder {arch!r}: torchvision's ResNets "
+            f"begin with one 7x7 convolution, these with three 3x3; use '' for ImageNet weights"
+        )
+    _only_mobilenet(arch, f"torchvision:{name}")
+    if name != "mobilenet_v2":
+        if _is_url(name) or Path(name).expanduser().exists():
+            return resolve(name)
+        raise ValueError(
+            f"unknown weights 'torchvision:{name}': use 'torchvision:mobilenet_v2', or a file of "
+            f"it as 'torchvision:PATH'"
+        )
+    # Only here: torchvision's model zoo takes a while to import.
+    from torchvision.models import MobileNet_V2_Weights
+
+    url = MobileNet_V2_Weights.IMAGENET1K_V1.url
+    file = url.rsplit("/", 1)[-1]
+    return fetch(_mirrored(file, [url]), cache_dir() / file, sha256=_digest_in_name(file))
+
+
+def rename_torchvision_mobilenet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Torchvision's MobileNetV2 names -> the published ones; the classifier is left out.
+
+    Both have the same layers in the same order. Torchvision nests each conv-BN-ReLU6 of a block
+    (`conv.0.1` is the BN of the first), the published encoder counts them through (`conv.1`).
+    """
+    nested = re.compile(r"features\.(\d+)\.conv\.(\d+)\.(\d+)\.(\w+)")
+    plain = re.compile(r"features\.(\d+)\.conv\.(\d+)\.(\w+)")
+    triples: dict[str, int] = {}
+    for key in state:
+        if m := nested.fullmatch(key):
+            triples[m[1]] = max(triples.get(m[1], 0), int(m[2]) + 1)
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith(("features.18.", "classifier.")):
+            continue
+        if m := nested.fullmatch(key):
+            key = f"features.{m[1]}.conv.{3 * int(m[2]) + int(m[3])}.{m[4]}"
+        elif (m := plain.fullmatch(key)) and m[1] in triples:
+            key = f"features.{m[1]}.conv.{int(m[2]) + 2 * triples[m[1]]}.{m[3]}"
+        renamed[key] = value
+    return renamed
+
+
+def convert_tfslim_mobilenet(
+    state: Mapping[str, Tensor],
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> dict[str, Tensor]:
+    """A TF-slim MobileNetV2 (torchvision's names) -> the published names and input convention.
+
+    TF-slim feeds z = 2x - 1 for RGB x in [0, 1]; this project y = (x - mean) / std, so that
+    z = 2 std y + (2 mean - 1). The factor goes into the first convolution and the constant into
+    the running mean that follows it. TF-slim's BatchNorm adds 1e-3 to the variance, torch's 1e-5:
+    the difference is added to the stored variances. In evaluation mode this is exact wherever
+    no zero padding is seen; padding stands for grey there and for the mean colour here. (On even
+    sizes TF's "SAME" padding also samples stride-2 convolutions one pixel further on; nothing
+    makes up for that, and fine-tuning does not mind.)
+
+    Args:
+        state: the tensors.
+        mean: (3,) of this project's input.
+        std: (3,) likewise.
+
+    Returns:
+        New tensors, float32.
+    """
+    out = rename_torchvision_mobilenet(state)
+    first, shift = "features.0.0.weight", "features.0.1.running_mean"
+    if first not in out or shift not in out:
+        raise ValueError(f"not a MobileNetV2: {first} or {shift} is missing")
+    weight = out[first].double()  # (32, 3, 3, 3)
+    scale = 2.0 * torch.tensor(list(std), dtype=torch.float64)
+    constant = 2.0 * torch.tensor(list(mean), dtype=torch.float64) - 1.0
+    out[first] = (weight * scale.view(1, 3, 1, 1)).float()
+    out[shift] = (out[shift].double() - (weight.sum((2, 3)) * constant).sum(1)).float()
+    for key, value in out.items():
+        if key.endswith("running_var"):
+            out[key] = (value.double() + (1e-3 - 1e-5)).float()
+    return out
+
+
+# ------------------------------------------------------------------------ published checkpoints
+PUBLISHED: dict[str, int] = {
+    "ade20k-mobilenetv2dilated-c1_deepsup": 20,
+    "ade20k-resnet18dilated-c1_deepsup": 20,
+    "ade20k-resnet18dilated-ppm_deepsup": 20,
+    "ade20k-resnet50dilated-ppm_deepsup": 20,
+    "ade20k-resnet101dilated-ppm_deepsup": 25,
+    "ade20k-resnet50-upernet": 30,
+    "ade20k-resnet101-upernet": 50,
+    "ade20k-hrnetv2-c1": 30,
+}
+"""Configurations with published ADE20K checkpoints, and the epoch that was scored."""
+
+SAMPLE_IMAGE = (
+    "http://sceneparsing.csail.mit.edu/data/ADEChallengeData2016/images/validation/"
+    "ADE_val_00001519.jpg"
+)
+
+
+def published_checkpoint(config_name: str) -> tuple[list[str], list[str]]:
+    """Urls of the encoder and of the decoder of a published ADE20K model.
+
+    Args:
+        config_name: e.g. "ade20k-resnet50dilated-ppm_deepsup".
+
+    Raises:
+        ValueError: nothing is published under this name.
+    """
+    if config_name not in PUBLISHED:
+        raise ValueError(
+            f"no checkpoint is published for {config_name!r}{closest(config_name, list(PUBLISHED))} "
+            f"Known: {', '.join(sorted(PUBLISHED))}"
+        )
+    encoder, decoder = (
+        f"{config_name}/{part}_epoch_{PUBLISHED[config_name]}.pth"
+        for part in ("encoder", "decoder")
+    )
+    base = f"{_HOST}pytorch/"
+    https = base.replace("http:", "https:")
+    return (
+        _mirrored(encoder, [base + encoder, https + encoder]),
+        _mirrored(decoder, [base + decoder, https + decoder]),
+    )
+
+
+def fetch_published(name: str, dest_dir: str | Path, *, image: bool = True) -> list[Path]:
+    """Downloads a published ADE20K model, and the sample image, into a folder.
+
+    Args:
+        name: e.g. "ade20k-resnet50dilated-ppm_deepsup".
+        dest_dir: takes `encoder_epoch_N.pth`, `decoder_epoch_N.pth` and `ADE_val_00001519.jpg`.
+        image: fetch the sample image too.
+
+    Returns:
+        Paths of the encoder, the decoder and the image.
+
+    Raises:
+        ValueError: nothing is published under this name.
+        DownloadError: a file could not be downloaded.
+    """
+    dest = Path(dest_dir)
+    paths = []
+    for urls in published_checkpoint(name):
+        path = fetch(urls, dest / urls[-1].rsplit("/", 1)[-1])
+        read_state_dict(path)  # no digest is published: at least a whole file of tensors
+        paths.append(path)
+    if image:
+        paths.append(
+            fetch(_mirrored("ADE_val_00001519.jpg", [SAMPLE_IMAGE]), dest / "ADE_val_00001519.jpg")
+        )
+    return paths
