@@ -60,7 +60,7 @@ def _csail(file: str, paper: str) -> WeightSource:
     url = f"{_HOST}pretrained_resnet/{file}"
     return WeightSource(
         file=file,
-        urls=(url, url.replace("http:", "https:")),
+        urls=(url,),  # http only: the host's certificate is for another name
         sha256=None,
         licence="BSD-3-Clause (the published toolkit's; none is stated for the file itself)",
         paper=paper,
@@ -92,9 +92,9 @@ def imagenet_weights(arch: str) -> WeightSource:
     name = _backbone(arch)
     if name not in WEIGHTS:
         raise ValueError(
-            f"no ImageNet weights are published for encoder {arch!r}"
-            f"{closest(name, list(WEIGHTS))} Set MODEL.weights_encoder to 'none', a path or a "
-            f"url. Known: {', '.join(sorted(WEIGHTS))}"
+            f"no ImageNet weights are published for encoder {arch!r} (they are for "
+            f"{', '.join(sorted(WEIGHTS))}): set MODEL.weights_encoder to 'none', a path or a url"
+            f"{closest(name, list(WEIGHTS))}"
         )
     return WEIGHTS[name]
 
@@ -140,10 +140,7 @@ def resolve(source: str | Path) -> Path:
     if path.is_file():
         return path
     if isinstance(source, str) and _backbone(text) in WEIGHTS:
-        known = imagenet_weights(text)
-        return fetch(
-            _mirrored(known.file, known.urls), cache_dir() / known.file, sha256=known.sha256
-        )
+        return _fetch_imagenet(text)
     raise FileNotFoundError(_not_found(path))
 
 
@@ -327,8 +324,8 @@ def load_into(
 
     if wrong:
         raise ValueError(
-            f"{name} does not fit the {what}: {len(wrong)} tensors differ in shape{_few(wrong, 3)}; "
-            f"check the architecture and MODEL.fc_dim"
+            f"{name} does not fit the {what}: {len(wrong)} tensors differ in shape"
+            f"{_few(wrong, 3)}; check the architecture and MODEL.fc_dim"
         )
     if not fitting:
         raise ValueError(
@@ -384,8 +381,7 @@ def load_encoder(
     if text.lower() == "none":
         return None
     if text == "":
-        path = _fetch_imagenet(arch)
-        return load_into(encoder, path, what="encoder")
+        return load_into(encoder, _fetch_imagenet(arch), what="encoder")
     kind, _, rest = text.partition(":")
     if kind == "torchvision":
         path = _torchvision_file(arch, rest)
@@ -412,9 +408,11 @@ def load_decoder(decoder: nn.Module, arch: str, weights: str | Path) -> LoadRepo
 
 
 def _fetch_imagenet(arch: str) -> Path:
-    imagenet_weights(arch)
+    known = imagenet_weights(arch)
     try:
-        return resolve(_backbone(arch))
+        return fetch(
+            _mirrored(known.file, known.urls), cache_dir() / known.file, sha256=known.sha256
+        )
     except DownloadError as e:
         other = ", 'torchvision:mobilenet_v2'" if _backbone(arch) == "mobilenetv2" else ""
         raise DownloadError(
@@ -544,21 +542,18 @@ def published_checkpoint(config_name: str) -> tuple[list[str], list[str]]:
     Raises:
         ValueError: nothing is published under this name.
     """
+    # The recipe's file name is shorter than the published folder's.
+    config_name = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}.get(config_name, config_name)
     if config_name not in PUBLISHED:
         raise ValueError(
-            f"no checkpoint is published for {config_name!r}{closest(config_name, list(PUBLISHED))} "
-            f"Known: {', '.join(sorted(PUBLISHED))}"
+            f"no checkpoint is published for {config_name!r}; there are "
+            f"{', '.join(sorted(PUBLISHED))}{closest(config_name, list(PUBLISHED))}"
         )
-    encoder, decoder = (
-        f"{config_name}/{part}_epoch_{PUBLISHED[config_name]}.pth"
-        for part in ("encoder", "decoder")
-    )
-    base = f"{_HOST}pytorch/"
-    https = base.replace("http:", "https:")
-    return (
-        _mirrored(encoder, [base + encoder, https + encoder]),
-        _mirrored(decoder, [base + decoder, https + decoder]),
-    )
+    urls = []
+    for part in ("encoder", "decoder"):
+        path = f"{config_name}/{part}_epoch_{PUBLISHED[config_name]}.pth"
+        urls.append(_mirrored(path, [f"{_HOST}pytorch/{path}"]))
+    return urls[0], urls[1]
 
 
 def fetch_published(name: str, dest_dir: str | Path, *, image: bool = True) -> list[Path]:
