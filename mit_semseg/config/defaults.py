@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mit_semseg.config.node import CN, Config
 
-
 _C = Config()
 
 # Folder of checkpoints, configuration, logs and pictures of one model.
@@ -81,7 +80,7 @@ _C.TRAIN.beta1 = 0.9
 _C.TRAIN.weight_decay = 1e-4
 # Weight of the auxiliary head's loss.
 _C.TRAIN.deep_sup_scale = 0.4
-# Keep every BatchNorm in evaluation mode (running statistics and affine parameters fixed).
+# Keep every BatchNorm in evaluation mode: running statistics are used and stay as they are.
 _C.TRAIN.fix_bn = False
 # nll | focal | dice | ohem | lovasz, or a sum such as "nll+dice".
 _C.TRAIN.loss = "nll"

@@ -72,8 +72,12 @@ class Config(CN):
         """Merge a yaml file; ValueError or FileNotFoundError with one clear line otherwise."""
         path = Path(cfg_filename)
         if not path.is_file():
-            beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-            hint = closest(path.name, beside) or (f"; {path.parent} holds {', '.join(beside)}" if beside else "")
+            beside = (
+                sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+            )
+            hint = closest(path.name, beside) or (
+                f"; {path.parent} holds {', '.join(beside)}" if beside else ""
+            )
             raise FileNotFoundError(f"configuration file {path} does not exist{hint}")
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -197,16 +201,26 @@ def _kind(wanted: type) -> str:
 def _check_value(key: str, value: Any, source: str) -> None:
     if key in CHOICES and value not in CHOICES[key]:
         hint = closest(value, list(CHOICES[key]))
-        raise ValueError(f"{source}: {key} is {value!r}{hint}; it is one of {', '.join(CHOICES[key])}")
+        raise ValueError(
+            f"{source}: {key} is {value!r}{hint}; it is one of {', '.join(CHOICES[key])}"
+        )
     if key in POSITIVE and value < 1:
         raise ValueError(f"{source}: {key} is {value}; it must be at least 1")
     if key.endswith("imgSizes") and not all(_is_number(v) and v >= 1 for v in value):
-        raise ValueError(f"{source}: {key} is {value}; give short sides in pixels, such as (300, 450)")
+        raise ValueError(
+            f"{source}: {key} is {value}; give short sides in pixels, such as (300, 450)"
+        )
     if key == "TEST.save":
         for kind in value:
             if kind not in SAVE_KINDS:
-                raise ValueError(f"{source}: {key} has {kind!r}; it takes any of {', '.join(SAVE_KINDS)}")
+                raise ValueError(
+                    f"{source}: {key} has {kind!r}; it takes any of {', '.join(SAVE_KINDS)}"
+                )
     if key == "DATASET.crop_size" and len(value) not in (0, 2):
-        raise ValueError(f"{source}: {key} is {value}; give (height, width), or () for whole images")
+        raise ValueError(
+            f"{source}: {key} is {value}; give (height, width), or () for whole images"
+        )
     if key in ("DATASET.mean", "DATASET.std") and len(value) != 3:
-        raise ValueError(f"{source}: {key} is {value}; give one number per colour channel, three in all")
+        raise ValueError(
+            f"{source}: {key} is {value}; give one number per colour channel, three in all"
+        )

@@ -102,9 +102,12 @@ class CheckpointFolder:
         atomic_save(dict(encoder), self.path / f"encoder_{name}")
         atomic_save(dict(decoder), self.path / f"decoder_{name}")
 
-    def save_state(self, epoch: int, history: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """Write what a resumed run needs; only the newest is kept, since it is large."""
+    def save_history(self, epoch: int, history: Mapping[str, Any]) -> None:
+        """Write the curves up to an epoch."""
         atomic_save(dict(history), self.path / f"history_epoch_{epoch}.pth")
+
+    def save_state(self, epoch: int, state: Mapping[str, Any]) -> None:
+        """Write what a resumed run needs; only the newest is kept, since it is large."""
         newest = self.path / f"state_epoch_{epoch}.pth"
         atomic_save(dict(state), newest)
         for old in self.path.glob("state_epoch_*.pth"):
@@ -113,18 +116,22 @@ class CheckpointFolder:
 
     def load_state(self, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """(history, state) of an epoch; state is empty where only weights were saved."""
-        history, state = (
-            self.path / f"{kind}_epoch_{epoch}.pth" for kind in ("history", "state")
-        )
+        history, state = (self.path / f"{kind}_epoch_{epoch}.pth" for kind in ("history", "state"))
         return (
             torch.load(history, map_location="cpu", weights_only=True) if history.is_file() else {},
             torch.load(state, map_location="cpu", weights_only=True) if state.is_file() else {},
         )
 
     def latest_epoch(self) -> int:
-        """The newest epoch with weights, 0 when there is none."""
-        epochs = [int(m[1]) for name in self.names() if (m := re.fullmatch(r"epoch_(\d+)\.pth", name))]
-        return max(epochs, default=0)
+        """The newest epoch that can be continued from, 0 when there is none.
+
+        An epoch whose state is there comes first: a newer one without it was cut off halfway.
+        """
+        epochs = [
+            int(m[1]) for name in self.names() if (m := re.fullmatch(r"epoch_(\d+)\.pth", name))
+        ]
+        whole = [n for n in epochs if (self.path / f"state_epoch_{n}.pth").is_file()]
+        return max(whole or epochs, default=0)
 
     def drop_epochs(self, keep: int) -> None:
         """Remove all but the newest `keep` epoch checkpoints; 0 keeps all."""

@@ -98,14 +98,30 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=dtype)
 
 
-def start_process_group() -> tuple[int, int]:
-    """Join torchrun's process group when there is one.
+def rank_devices(devices: list[torch.device]) -> tuple[int, int, list[torch.device]]:
+    """Join torchrun's process group when there is one, and take this rank's device.
+
+    Args:
+        devices: the devices named on the command line, those of one machine.
 
     Returns:
-        (rank, world size); (0, 1) outside torchrun.
+        (rank, world size, devices of this process); (0, 1, devices) outside torchrun.
+
+    Raises:
+        ValueError: more ranks run on this machine than GPUs are named.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return 0, 1
+        return 0, 1, devices
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    on_cpu = devices[0].type == "cpu"
+    if not on_cpu:
+        if local >= len(devices):
+            raise ValueError(
+                f"torchrun starts rank {local} on this machine, which has {len(devices)} GPUs "
+                f"named: use --nproc-per-node {len(devices)}"
+            )
+        devices = [devices[local]]
+        torch.cuda.set_device(devices[0])
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+        dist.init_process_group("gloo" if on_cpu else "nccl")
+    return dist.get_rank(), dist.get_world_size(), devices[:1]

@@ -1,0 +1,82 @@
+"""Optimizers, the poly schedule and the running average of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from mit_semseg.config.node import Config
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Convolution and linear weights with weight decay, every other parameter without."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for child in module.modules():
+        takes_decay = isinstance(child, (nn.Linear, nn.modules.conv._ConvNd))
+        for name, parameter in child.named_parameters(recurse=False):
+            (decayed if takes_decay and name == "weight" else plain).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(cfg: Config, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimizer named by TRAIN.optim over one half of the model.
+
+    Args:
+        cfg: TRAIN.optim (SGD, Adam, AdamW), TRAIN.beta1 (momentum or first beta),
+            TRAIN.weight_decay.
+        module: encoder or decoder, already on its device.
+        lr: learning rate before the schedule.
+    """
+    groups = parameter_groups(module, cfg.TRAIN.weight_decay)
+    if cfg.TRAIN.optim == "SGD":
+        return torch.optim.SGD(groups, lr=lr, momentum=cfg.TRAIN.beta1, fused=True)
+    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[cfg.TRAIN.optim]
+    return kind(groups, lr=lr, betas=(cfg.TRAIN.beta1, 0.999), fused=True)
+
+
+def poly_factor(step: int, total: int, power: float, warmup: int = 0) -> float:
+    """Factor on the learning rate at a step: (1 - step / total) ** power after a linear rise.
+
+    Paper: Chen et al. 2017 (DeepLab), arXiv:1606.00915, sec. 4.3.
+
+    Args:
+        step: from 0 to total - 1.
+        total: steps of the whole run.
+        power: exponent, 0.9 as published.
+        warmup: steps of the linear rise; 0 = none.
+    """
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return rise * (1.0 - step / total) ** power
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group one learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of all weights and running statistics.
+
+    The decay grows with the number of updates, (1 + n) / (10 + n), up to `decay`, so that the
+    random start does not linger.
+    """
+
+    @torch.no_grad()
+    def update(average: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+        n = float(count)
+        weight = 1.0 - min(decay, (1.0 + n) / (10.0 + n))
+        if average[0].is_floating_point():
+            torch._foreach_lerp_(list(average), list(current), weight)
+        else:
+            for old, new in zip(average, current):
+                old.copy_(new)
+
+    return AveragedModel(module, multi_avg_fn=update, use_buffers=True)
