@@ -1,0 +1,408 @@
+"""What a data set is: records, a class table, and a map from stored values to classes."""
+
+from __future__ import annotations
+
+import colorsys
+import csv
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record, locate, read_odgt
+from mit_semseg.dataset.transforms import load_image, load_mask
+from mit_semseg.registry import Registry
+
+PathLike = str | os.PathLike[str]
+
+FORMATS = Registry("data set format")
+TABLES = Path(__file__).parent / "tables"
+
+_UNKNOWN = -2  # in lookup tables: neither a class nor ignored
+
+
+# ------------------------------------------------------------------------------ classes
+def distinct_colors(count: int) -> np.ndarray:
+    """`count` well separated colours, (count, 3) uint8: hues a golden angle apart."""
+    colors = [
+        colorsys.hsv_to_rgb((0.6180339887 * k) % 1, (0.55, 0.95, 0.75)[k % 3], (0.95, 0.75)[k % 2])
+        for k in range(count)
+    ]
+    return np.rint(np.array(colors).reshape(-1, 3) * 255).astype(np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassTable:
+    """Names and colours of the classes, in class order.
+
+    Attributes:
+        names: K names.
+        colors: (K, 3) uint8 RGB.
+    """
+
+    names: tuple[str, ...]
+    colors: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.colors.shape != (len(self.names), 3):
+            raise ValueError(
+                f"a class table of {len(self.names)} names needs colors of shape "
+                f"({len(self.names)}, 3); got {self.colors.shape}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> ClassTable:
+        """A table of these names with generated colours."""
+        names = tuple(names)
+        return cls(names, distinct_colors(len(names)))
+
+    @classmethod
+    def numbered(cls, count: int) -> ClassTable:
+        """`class 0`, `class 1`, ...: for data whose classes have no names."""
+        return cls.of(f"class {k}" for k in range(count))
+
+    @classmethod
+    def load(cls, path: PathLike) -> ClassTable:
+        """A csv with columns Idx (from 1, in order), Name and optionally R, G, B.
+
+        Of several names joined by `;` the first is kept. Without R, G, B colours are generated.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a column is missing, a row is out of order, or a colour is outside 0..255.
+        """
+        name = os.fspath(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{name}: no such class table; check DATASET.classes")
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        columns = set(rows[0]) if rows else set()
+        if not {"Idx", "Name"} <= columns:
+            raise ValueError(f"{name}: a class table needs the columns Idx,Name[,R,G,B] and rows")
+        names, colors = [], []
+        for number, row in enumerate(rows, 1):
+            if row["Idx"] != str(number):
+                raise ValueError(f"{name}: Idx is {row['Idx']!r} in row {number}; count from 1")
+            names.append((row["Name"] or "").split(";")[0].strip())
+            if {"R", "G", "B"} <= columns:
+                values = [str(row[c]).strip() for c in "RGB"]
+                if not all(v.isdecimal() and int(v) <= 255 for v in values):
+                    raise ValueError(f"{name}: row {number} has colour {values}; use 0..255")
+                colors.append([int(v) for v in values])
+        if not colors:
+            return cls.of(names)
+        return cls(tuple(names), np.array(colors, dtype=np.uint8))
+
+    def save(self, path: PathLike) -> None:
+        """Write the table as csv with columns Idx,Name,R,G,B."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["Idx", "Name", "R", "G", "B"])
+            for number, (name, color) in enumerate(zip(self.names, self.colors.tolist()), 1):
+                writer.writerow([number, name, *color])
+
+
+# ------------------------------------------------------------------------------ labels
+class LabelMap:
+    """From stored mask values to class ids, -1 for ignored, by a lookup table.
+
+    Args:
+        values: stored value -> class id in 0..num_class-1, or -1 for ignored.
+        num_class: number of classes.
+        hint: added to the error about a stored value that is not in `values`.
+
+    Example:
+        >>> LabelMap.shifted(3, label_offset=0, ignore_label=[255])(np.array([[0, 2, 255]]))
+        array([[ 0,  2, -1]])
+    """
+
+    def __init__(self, values: Mapping[int, int], num_class: int, hint: str = "") -> None:
+        if not values or min(values) < 0:
+            raise ValueError("a label map needs stored values of 0 and above")
+        if min(values.values()) < -1 or max(values.values()) >= num_class:
+            raise ValueError(f"a label map for {num_class} classes maps to -1..{num_class - 1}")
+        self.values = dict(values)
+        self.num_class = num_class
+        self.hint = hint
+        # The last entry stays unknown: larger values are clipped onto it.
+        self._table = np.full(max(values) + 2, _UNKNOWN, dtype=np.int64)
+        self._table[list(values)] = list(values.values())
+
+    @classmethod
+    def shifted(
+        cls, num_class: int, label_offset: int = 1, ignore_label: Iterable[int] = ()
+    ) -> LabelMap:
+        """Stored value minus `label_offset` is the class; values below the offset are ignored."""
+        if label_offset < 0:
+            raise ValueError(f"DATASET.label_offset is {label_offset}; it must be 0 or more")
+        values = {v: max(v - label_offset, -1) for v in range(num_class + label_offset)}
+        hint = f" (num_class {num_class}, label_offset {label_offset})"
+        return cls(values, num_class, hint).ignoring(ignore_label)
+
+    def ignoring(self, stored: Iterable[int]) -> LabelMap:
+        """The same map with these stored values ignored as well."""
+        extra = {int(value): -1 for value in stored}
+        if any(value < 0 for value in extra):
+            raise ValueError(
+                f"DATASET.ignore_label is {sorted(extra)}; masks store values of 0 and above"
+            )
+        return LabelMap({**self.values, **extra}, self.num_class, self.hint) if extra else self
+
+    def describe(self) -> str:
+        """The stored values that are classes or ignored, as `0..11, 255`."""
+        known = sorted(self.values)
+        runs: list[list[int]] = []
+        for value in known:
+            if runs and value == runs[-1][1] + 1:
+                runs[-1][1] = value
+            else:
+                runs.append([value, value])
+        return ", ".join(f"{a}..{b}" if a < b else f"{a}" for a, b in runs)
+
+    def unknown(self, raw: np.ndarray) -> list[int]:
+        """Stored values in `raw` that are neither classes nor ignored, sorted."""
+        return [int(v) for v in np.unique(raw) if int(v) not in self.values]
+
+    def __call__(self, raw: np.ndarray, file: str = "mask") -> np.ndarray:
+        """Class ids of stored values.
+
+        Args:
+            raw: integers of any shape.
+            file: named in the error.
+
+        Returns:
+            int64 of the same shape, -1 = ignored.
+
+        Raises:
+            ValueError: a stored value is neither a class nor ignored.
+        """
+        ids = np.take(self._table, raw, mode="clip")  # clip also sends negative values to entry 0
+        if ids.size and (ids.min() == _UNKNOWN or raw.min() < 0):
+            bad = self.unknown(raw)
+            message = (
+                f"{file}: label {bad[-1]} is outside {self.describe()}; set DATASET.ignore_label "
+                f"{bad[-1] if len(bad) == 1 else bad[:8]} or a label map{self.hint}"
+            )
+            if set(np.unique(raw).tolist()) == {0, 255}:
+                message += "; the mask holds only {0, 255}: a binary mask? store 0 and 1 instead"
+            raise ValueError(message)
+        return ids
+
+
+# ------------------------------------------------------------------------------ formats
+@dataclass(frozen=True)
+class Source:
+    """Where a public data set comes from.
+
+    Attributes:
+        title: its name in full.
+        licence: terms in one line.
+        home: page of the data set.
+        files: (urls of the same file, sha256 or None) for each archive; empty when the owner asks
+            for a registration first.
+        layout: what the folder must hold, for people who fetch it by hand.
+        member: only this folder of the archives is unpacked, without its leading part.
+    """
+
+    title: str
+    licence: str
+    home: str
+    files: tuple[tuple[tuple[str, ...], str | None], ...]
+    layout: str
+    member: str = ""
+
+
+class DataFormat(ABC):
+    """One kind of data: a subclass in its own file, registered by name in `FORMATS`."""
+
+    source: Source | None = None
+    # Entries of list_train / list_val are split names; the published default lists mean these.
+    default_splits: Mapping[str, str] = {
+        "./data/training.odgt": "train",
+        "./data/validation.odgt": "val",
+    }
+
+    @abstractmethod
+    def records(self, root: Path, split: str) -> list[Record]:
+        """Records of one split, paths relative to `root` or absolute."""
+
+    @abstractmethod
+    def classes(self, options: DataOptions) -> ClassTable:
+        """The class table; ValueError when `options.num_class` does not fit it."""
+
+    @abstractmethod
+    def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
+        """How these records' masks are to be read, `options.ignore_label` not yet applied."""
+
+
+def table_of(name: str, num_class: int, title: str) -> ClassTable:
+    """A table of the package, checked against the configured class count."""
+    table = ClassTable.load(TABLES / f"{name}.csv")
+    if len(table) != num_class:
+        raise ValueError(
+            f"DATASET.num_class is {num_class}, but {title} has {len(table)} classes; "
+            f"set DATASET.num_class {len(table)}"
+        )
+    return table
+
+
+def first_layout(root: Path, candidates: Sequence[tuple[str, str]], title: str) -> tuple[str, str]:
+    """The first pair of folders (images, labels) that exists below `root`.
+
+    Raises:
+        FileNotFoundError: none does; the first is named as what is expected.
+    """
+    for images, labels in candidates:
+        if (root / images).is_dir() and (root / labels).is_dir():
+            return images, labels
+    images, labels = candidates[0]
+    raise FileNotFoundError(
+        f"{root}: no {title} here, expected the folders {images} and {labels}; "
+        "check DATASET.root_dataset"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split of a data set.
+
+    Attributes:
+        records: samples, paths relative to `root` or absolute.
+        classes: names and colours.
+        label_map: stored value -> class id or -1.
+        root: `DATASET.root_dataset`.
+    """
+
+    records: list[Record]
+    classes: ClassTable
+    label_map: LabelMap
+    root: str = ""
+
+
+def class_table(dataset_cfg: Any) -> ClassTable:
+    """The class table of a configuration: `DATASET.classes`, else the data set's own.
+
+    Raises:
+        FileNotFoundError: `DATASET.classes` does not exist.
+        ValueError: unknown format, or the table does not have `num_class` rows.
+    """
+    options = DataOptions.read(dataset_cfg)
+    own = FORMATS.get(getattr(dataset_cfg, "format", "odgt"))().classes(options)
+    path = getattr(dataset_cfg, "classes", "")
+    if not path:
+        return own
+    table = ClassTable.load(locate(path, getattr(dataset_cfg, "root_dataset", "")))
+    if len(table) != options.num_class:
+        raise ValueError(
+            f"{path} has {len(table)} classes, but DATASET.num_class is {options.num_class}; "
+            "make them equal"
+        )
+    return table
+
+
+def build_split(dataset_cfg: Any, which: str) -> Split:
+    """Records, classes and label map of the training or validation data of a configuration.
+
+    Args:
+        dataset_cfg: `cfg.DATASET`.
+        which: `"train"` or `"val"`: reads `list_train` or `list_val`.
+
+    Raises:
+        FileNotFoundError: a list or folder is missing.
+        ValueError: an unknown format, a bad list, or a class count that does not fit.
+    """
+    if which not in ("train", "val"):
+        raise ValueError(f"a split is 'train' or 'val', not {which!r}")
+    options = DataOptions.read(dataset_cfg)
+    classes = class_table(dataset_cfg)
+    data_format: DataFormat = FORMATS.get(getattr(dataset_cfg, "format", "odgt"))()
+    root = getattr(dataset_cfg, "root_dataset", "")
+    lists = getattr(dataset_cfg, f"list_{which}")
+    records: list[Record] = []
+    for entry in [lists] if isinstance(lists, str) else lists:
+        entry = data_format.default_splits.get(entry, entry)
+        if entry.endswith(".odgt"):  # any data set can be narrowed by a list of one's own
+            records += read_odgt(locate(entry, root))
+        else:
+            records += data_format.records(Path(root), entry)
+    if not records:
+        raise ValueError(f"DATASET.list_{which} is {lists!r}: it names no records")
+    label_map = data_format.label_map(records, options).ignoring(options.ignore_label)
+    return Split(records, classes, label_map, str(root))
+
+
+# ------------------------------------------------------------------------------ samples
+def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.ndarray, np.ndarray]:
+    """Image and class ids of a record.
+
+    Returns:
+        (H, W, 3) uint8 RGB and (H, W) int64 with -1 = ignored.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is unreadable, sizes disagree, or a label is unknown; the file is named.
+    """
+    if "fpath_segm" not in record:
+        raise ValueError(f"{record['fpath_img']}: the list gives no mask; add 'fpath_segm'")
+    image_path = os.path.join(root, record["fpath_img"])
+    mask_path = os.path.join(root, record["fpath_segm"])
+    image = load_image(image_path)
+    raw = load_mask(mask_path)
+    height, width = image.shape[:2]
+    if "width" in record and (record["width"], record["height"]) != (width, height):
+        raise ValueError(
+            f"{image_path}: {width}x{height} pixels (upright by EXIF), but its list says "
+            f"{record['width']}x{record['height']}; correct the list (mit-semseg data make-odgt)"
+        )
+    if raw.shape != (height, width):
+        raise ValueError(
+            f"{mask_path}: {raw.shape[1]}x{raw.shape[0]} pixels, but its image {image_path} has "
+            f"{width}x{height} (upright by EXIF); masks must be as large as their images"
+        )
+    return image, label_map(raw, mask_path)
+
+
+def check_sample(split: Split, n: int = 32, seed: int = 0) -> list[str]:
+    """Load up to `n` random samples before a long run starts, and say what looks wrong.
+
+    Returns:
+        Warnings in plain words; empty when nothing is conspicuous.
+
+    Raises:
+        FileNotFoundError, ValueError: a sample cannot be used, as `load_pair` says it.
+    """
+    count = min(n, len(split.records))
+    chosen = np.random.default_rng(seed).choice(len(split.records), count, replace=False)
+    stored: set[int] = set()
+    ignored = pixels = 0
+    for index in sorted(chosen.tolist()):
+        record = split.records[index]
+        _, ids = load_pair(record, split.root, split.label_map)
+        stored.update(np.unique(load_mask(os.path.join(split.root, record["fpath_segm"]))).tolist())
+        ignored += int(np.count_nonzero(ids < 0))
+        pixels += ids.size
+    return label_warnings(stored, ignored, pixels, f"{count} sampled masks")
+
+
+def label_warnings(stored: Iterable[int], ignored: int, pixels: int, where: str) -> list[str]:
+    """What is conspicuous about stored values and the share of ignored pixels."""
+    warnings = []
+    if pixels and ignored / pixels > 0.5:
+        warnings.append(
+            f"{100 * ignored / pixels:.0f} % of pixels are ignored in {where}; "
+            "check DATASET.label_offset and DATASET.ignore_label"
+        )
+    if set(stored) == {0, 255}:
+        warnings.append(
+            f"{where}: hold only {{0, 255}}: binary? Store the classes 0 and 1, "
+            "or both values may end up ignored"
+        )
+    return warnings

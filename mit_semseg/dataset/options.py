@@ -1,0 +1,81 @@
+"""The part of `cfg.DATASET` that reading and transforming samples needs, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+def _as_list(value: Any) -> list[Any]:
+    """A yaml scalar or sequence as a list; `imgSizes` and `ignore_label` accept both."""
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return list(value)
+    return [value]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Settings of samples, named as the keys of `DATASET`; the defaults are the published ones.
+
+    Sizes are in pixels. `mean` and `std` are per channel in `color_order`, in units of
+    `value_range` (1: pixels are scaled to [0, 1]; 255: they stay in [0, 255]).
+    """
+
+    num_class: int = 150
+    label_offset: int = 1
+    ignore_label: tuple[int, ...] = ()
+    imgSizes: tuple[int, ...] = (300, 375, 450, 525, 600)
+    imgMaxSize: int = 1000
+    padding_constant: int = 8
+    segm_downsampling_rate: int = 8
+    random_flip: bool = True
+    crop_size: tuple[int, ...] = ()
+    color_jitter: float = 0.0
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    color_order: str = "RGB"
+    value_range: float = 1.0
+
+    @classmethod
+    def read(cls, opt: Any) -> DataOptions:
+        """Options from any object with these attributes; those it lacks keep their default.
+
+        Raises:
+            ValueError: a value cannot be used; the message names the key and the fix.
+        """
+        if isinstance(opt, cls):
+            return opt
+        given: dict[str, Any] = {}
+        for field in fields(cls):
+            if hasattr(opt, field.name):
+                value = getattr(opt, field.name)
+                is_tuple = isinstance(field.default, tuple)
+                given[field.name] = tuple(_as_list(value)) if is_tuple else value
+        options = cls(**given)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        if not self.imgSizes or min(self.imgSizes) < 1:
+            raise ValueError(
+                f"DATASET.imgSizes is {list(self.imgSizes)}; give at least one short side >= 1"
+            )
+        for key in ("num_class", "imgMaxSize", "padding_constant", "segm_downsampling_rate"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"DATASET.{key} is {getattr(self, key)}; it must be at least 1")
+        if len(self.crop_size) not in (0, 2) or any(side < 1 for side in self.crop_size):
+            raise ValueError(
+                f"DATASET.crop_size is {list(self.crop_size)}; give [height, width], or [] for none"
+            )
+        if not 0 <= self.color_jitter <= 1:
+            raise ValueError(f"DATASET.color_jitter is {self.color_jitter}; it must be in [0, 1]")
+        if self.color_order not in ("RGB", "BGR"):
+            raise ValueError(f"DATASET.color_order is {self.color_order!r}; use 'RGB' or 'BGR'")
+        if self.value_range not in (1, 255):
+            raise ValueError(f"DATASET.value_range is {self.value_range}; use 1 or 255")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"DATASET.mean {list(self.mean)} and DATASET.std {list(self.std)} need three "
+                "numbers each, std above 0"
+            )

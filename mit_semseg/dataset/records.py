@@ -1,0 +1,210 @@
+"""Records: the one form every data set is turned into, and how lists of them are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypedDict
+
+from PIL import Image
+
+from mit_semseg.dataset.transforms import image_size
+
+PathLike = str | os.PathLike[str]
+
+
+class Record(TypedDict, total=False):
+    """One sample; paths are relative to `DATASET.root_dataset`, or absolute. Sizes in pixels."""
+
+    fpath_img: str
+    fpath_segm: str
+    width: int
+    height: int
+
+
+def locate(path: PathLike, root: PathLike = "") -> Path:
+    """A list's path: absolute, else relative to the working folder, else to `root`.
+
+    Raises:
+        FileNotFoundError: it is in neither place; both are named.
+    """
+    here, there = Path(path), Path(root) / path
+    for candidate in (here, there):
+        if candidate.exists():
+            return candidate
+    tried = f"{here}" if here == there else f"{here} or {there}"
+    raise FileNotFoundError(f"no list at {tried}; check DATASET.list_train and DATASET.list_val")
+
+
+def read_odgt(path: PathLike) -> list[Record]:
+    """Records of a list file: one JSON object a line, blank lines skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no record, with its file and line number; or there is none at all.
+    """
+    name = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{name}: no such list file")
+    records = []
+    with open(path, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                records.append(_parse(line, f"{name}:{number}"))
+    if not records:
+        raise ValueError(f"{name}: the list holds no records")
+    return records
+
+
+def _parse(line: str, where: str) -> Record:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}); a list has one record a line") from error
+    return check_record(entry, where)
+
+
+def check_record(entry: Any, where: str) -> Record:
+    """`entry` as a record; ValueError starting with `where` when it is none."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("fpath_img"), str):
+        raise ValueError(f"{where}: a record needs the key 'fpath_img', an image path")
+    record = Record(fpath_img=entry["fpath_img"])
+    if "fpath_segm" in entry:
+        if not isinstance(entry["fpath_segm"], str):
+            raise ValueError(f"{where}: 'fpath_segm' is {entry['fpath_segm']!r}, not a path")
+        record["fpath_segm"] = entry["fpath_segm"]
+    if "width" in entry or "height" in entry:
+        for key in ("width", "height"):
+            value = entry.get(key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"{where}: {key!r} is {value!r}; it must be pixels, or be left out"
+                )
+        record["width"], record["height"] = entry["width"], entry["height"]
+    return record
+
+
+def read_records(source: Any, root: PathLike = "") -> list[Record]:
+    """Records from a list file, several list files, or ready-made records.
+
+    Args:
+        source: a path, or a sequence of paths, or a sequence of dicts.
+        root: where relative list paths are looked up when the working folder lacks them.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return read_odgt(locate(source, root))
+    if not isinstance(source, Sequence):
+        raise ValueError(f"a list is a path, paths, or records; got {type(source).__name__}")
+    records: list[Record] = []
+    for number, item in enumerate(source):
+        if isinstance(item, (str, os.PathLike)):
+            records += read_odgt(locate(item, root))
+        else:
+            records.append(check_record(item, f"record {number}"))
+    if not records:
+        raise ValueError("the list holds no records")
+    return records
+
+
+def with_sizes(records: Sequence[Record], root: PathLike) -> list[Record]:
+    """The same records, those without width and height completed from the image headers."""
+
+    def complete(record: Record) -> Record:
+        if "width" in record:
+            return record
+        width, height = image_size(os.path.join(root, record["fpath_img"]))
+        return Record(**{**record, "width": width, "height": height})  # type: ignore[typeddict-item]
+
+    if all("width" in record for record in records):
+        return list(records)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(complete, records))
+
+
+# ------------------------------------------------------------------------------ folders
+def image_extensions() -> set[str]:
+    """Every extension Pillow can open, in lower case with its dot."""
+    return {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def list_images(folder: PathLike) -> list[str]:
+    """Image files below `folder`, as sorted '/'-separated paths relative to it.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    base = Path(folder)
+    if not base.is_dir():
+        raise FileNotFoundError(f"{base}: no such folder")
+    known = image_extensions()
+    return sorted(
+        file.relative_to(base).as_posix()
+        for file in base.rglob("*")
+        if file.suffix.lower() in known and file.is_file() and not file.name.startswith(".")
+    )
+
+
+def match_by_stem(
+    images: Iterable[str], labels: Iterable[str], image_end: str = "", label_end: str = ""
+) -> tuple[list[tuple[str, str]], list[str], list[str]]:
+    """Pair images and masks whose relative paths agree without extension.
+
+    Args:
+        images, labels: relative paths.
+        image_end, label_end: ends of the stems to leave out of the comparison
+            (`_leftImg8bit`, `_gtFine_labelIds`); files without them are left out.
+
+    Returns:
+        (image, label) pairs in the order of the images, images without mask, masks without image.
+
+    Raises:
+        ValueError: two images, or two masks, share a stem.
+    """
+
+    def by_stem(files: Iterable[str], end: str) -> dict[str, str]:
+        table: dict[str, str] = {}
+        for file in files:
+            stem = os.path.splitext(file)[0]
+            if not stem.endswith(end):
+                continue
+            stem = stem[: len(stem) - len(end)]
+            if stem in table:
+                raise ValueError(f"{table[stem]} and {file} differ only in extension; remove one")
+            table[stem] = file
+        return table
+
+    pictures, masks = by_stem(images, image_end), by_stem(labels, label_end)
+    pairs = [(file, masks[stem]) for stem, file in pictures.items() if stem in masks]
+    lonely_images = [file for stem, file in pictures.items() if stem not in masks]
+    lonely_masks = [file for stem, file in masks.items() if stem not in pictures]
+    return pairs, lonely_images, lonely_masks
+
+
+def pair_folders(
+    root: PathLike, images: str, labels: str, image_end: str = "", label_end: str = ""
+) -> list[Record]:
+    """Records of two folders below `root` (or absolute), matched by stem.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: an image has no mask, or nothing matches.
+    """
+    image_dir, label_dir = Path(root) / images, Path(root) / labels
+    pairs, lonely, _ = match_by_stem(
+        list_images(image_dir), list_images(label_dir), image_end, label_end
+    )
+    if not pairs:
+        raise ValueError(f"no image in {image_dir} has a mask of the same name in {label_dir}")
+    if lonely:
+        raise ValueError(
+            f"{len(lonely)} of {len(pairs) + len(lonely)} images in {image_dir} have no mask in "
+            f"{label_dir}, the first is {lonely[0]}; remove them, or list what to use "
+            "(mit-semseg data make-odgt)"
+        )
+    return [
+        Record(fpath_img=f"{images}/{image}", fpath_segm=f"{labels}/{label}")
+        for image, label in pairs
+    ]

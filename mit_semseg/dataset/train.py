@@ -1,0 +1,178 @@
+"""Training batches: variable sizes, one seeded permutation a pass."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mit_semseg.dataset.base import LabelMap, load_pair
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record, read_records, with_sizes
+from mit_semseg.dataset.transforms import (
+    color_jitter,
+    fitted_size,
+    normalize,
+    resize_image,
+    resize_labels,
+    round_up,
+)
+
+# Separate streams of random numbers: the order of a pass, and what happens to a batch.
+_ORDER, _BATCH = 0, 1
+
+
+class TrainDataset(Dataset[dict[str, Any]]):
+    """An endless, deterministic stream of batches.
+
+    Item i is a pure function of (seed, i), so any number of workers, devices and ranks may share
+    the stream: rank r of R asks for items r, r + R, ... Items of one pass show each image exactly
+    once. A batch holds images of one orientation, portrait (height > width) or not; the last batch
+    of each orientation in a pass may be smaller.
+
+    Geometry as published: the batch draws one short side from `imgSizes`; images are resized with
+    their aspect kept, flipped at random, aligned to the top left, and padded to the largest width
+    and height of the batch, rounded up to `padding_constant`. Images are padded with 0 after
+    normalisation (the mean colour), labels with -1; the published code padded labels with class 0.
+    With `crop_size` each image draws its own short side and is cropped at random.
+
+    Args:
+        root_dataset: folder that relative paths are relative to.
+        odgt: list file, list files, or records.
+        opt: `cfg.DATASET`, or any object with some of its attributes.
+        batch_per_gpu: images a batch.
+        seed: of the order and of every random choice.
+        label_map: stored value -> class; by default from `label_offset` and `ignore_label`.
+
+    Raises:
+        FileNotFoundError, ValueError: a list, an option or (when read) a sample cannot be used.
+    """
+
+    def __init__(
+        self,
+        root_dataset: str | os.PathLike[str],
+        odgt: Any,
+        opt: Any,
+        batch_per_gpu: int = 1,
+        *,
+        seed: int = 304,
+        label_map: LabelMap | None = None,
+    ) -> None:
+        options = DataOptions.read(opt)
+        if options.padding_constant % options.segm_downsampling_rate:
+            raise ValueError(
+                f"DATASET.padding_constant {options.padding_constant} is no multiple of "
+                f"DATASET.segm_downsampling_rate {options.segm_downsampling_rate}"
+            )
+        if batch_per_gpu < 1:
+            raise ValueError(f"TRAIN.batch_size_per_gpu is {batch_per_gpu}; it must be at least 1")
+        if seed < 0:
+            raise ValueError(f"TRAIN.seed is {seed}; it must be 0 or more")
+        self.root = os.fspath(root_dataset)
+        self.options = options
+        self.batch_per_gpu = batch_per_gpu
+        self.seed = seed
+        self.label_map = label_map or LabelMap.shifted(
+            options.num_class, options.label_offset, options.ignore_label
+        )
+        self.records: list[Record] = with_sizes(read_records(odgt, self.root), self.root)
+        portrait = np.array([r["height"] > r["width"] for r in self.records])
+        self._groups = [np.flatnonzero(portrait), np.flatnonzero(~portrait)]
+        self.batches_per_pass = sum(-(-len(group) // batch_per_gpu) for group in self._groups)
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+
+    def __len__(self) -> int:
+        return 10**10  # the stream has no end; whoever trains decides where it stops
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_plan"]  # a cache; it cannot be pickled for spawned workers
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+
+    def _make_plan(self, pass_number: int) -> list[np.ndarray]:
+        """Record numbers of every batch of one pass, in order."""
+        rng = np.random.default_rng([self.seed, _ORDER, pass_number])
+        batches = []
+        for group in self._groups:
+            order = rng.permutation(group)
+            batches += [
+                order[start : start + self.batch_per_gpu]
+                for start in range(0, len(order), self.batch_per_gpu)
+            ]
+        return [batches[k] for k in rng.permutation(len(batches))]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Batch number `index`.
+
+        Returns:
+            `img_data` (B, 3, H, W) float32; `seg_label` (B, H/r, W/r) int64 with -1 ignored, r =
+            `segm_downsampling_rate`; `info`, the B image paths as listed.
+        """
+        if index < 0:
+            raise IndexError(f"batch {index}: batches are numbered from 0")
+        pass_number, position = divmod(index, self.batches_per_pass)
+        records = [self.records[k] for k in self._plan(pass_number)[position]]
+        rng = np.random.default_rng([self.seed, _BATCH, index])
+        batch_short = int(rng.choice(self.options.imgSizes))
+        samples = [self._sample(record, batch_short, rng) for record in records]
+        images, labels = self._stack(samples)
+        return {
+            "img_data": images,
+            "seg_label": labels,
+            "info": [record["fpath_img"] for record in records],
+        }
+
+    def _sample(
+        self, record: Record, short: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One image (h, w, 3) uint8 with its labels (h, w), resized and augmented."""
+        options = self.options
+        image, labels = load_pair(record, self.root, self.label_map)
+        if options.random_flip and rng.random() < 0.5:
+            image, labels = np.ascontiguousarray(image[:, ::-1]), labels[:, ::-1]
+        if options.crop_size:  # sizes of crops are equal anyway, so no padding is saved by sharing
+            short = int(rng.choice(options.imgSizes))
+        size = fitted_size(image.shape[1], image.shape[0], short, options.imgMaxSize)
+        image, labels = resize_image(image, size), resize_labels(labels, size)
+        if options.crop_size:
+            rows, columns = (
+                _random_window(side, crop, rng)
+                for side, crop in zip(labels.shape, options.crop_size)
+            )
+            image, labels = image[rows, columns], labels[rows, columns]
+        if options.color_jitter > 0:
+            image = color_jitter(image, options.color_jitter, rng)
+        return image, labels
+
+    def _stack(self, samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
+        """Samples of different sizes as one padded batch."""
+        options = self.options
+        rate = options.segm_downsampling_rate
+        shapes = [labels.shape for _, labels in samples] + [options.crop_size or (1, 1)]
+        height, width = (round_up(max(side), options.padding_constant) for side in zip(*shapes))
+        images = torch.zeros(len(samples), 3, height, width)
+        targets = torch.full((len(samples), height // rate, width // rate), -1, dtype=torch.int64)
+        for k, (image, labels) in enumerate(samples):
+            h, w = labels.shape
+            images[k, :, :h, :w] = normalize(image, options)
+            # Nearest resize by 1/r of the labels padded to a multiple of r: it takes the pixel
+            # in the middle of each r x r block, so slicing is the same and needs no padding.
+            small = labels[rate // 2 :: rate, rate // 2 :: rate]
+            targets[k, : small.shape[0], : small.shape[1]] = torch.from_numpy(
+                np.ascontiguousarray(small)
+            )
+        return images, targets
+
+
+def _random_window(side: int, crop: int, rng: np.random.Generator) -> slice:
+    start = int(rng.integers(0, max(side - crop, 0) + 1))
+    return slice(start, start + crop)

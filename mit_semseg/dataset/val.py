@@ -1,0 +1,63 @@
+"""Validation samples: every scale of one image, labels at full size."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from mit_semseg.dataset.base import LabelMap, load_pair
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record, read_records
+from mit_semseg.dataset.transforms import scaled_inputs
+
+
+class ValDataset(Dataset[dict[str, Any]]):
+    """Images with labels, unpadded, at all evaluation scales.
+
+    Args:
+        root_dataset: folder that relative paths are relative to.
+        odgt: list file, list files, or records.
+        opt: `cfg.DATASET`, or any object with some of its attributes.
+        label_map: stored value -> class; by default from `label_offset` and `ignore_label`.
+
+    Raises:
+        FileNotFoundError, ValueError: a list, an option or (when read) a sample cannot be used.
+    """
+
+    def __init__(
+        self,
+        root_dataset: str | os.PathLike[str],
+        odgt: Any,
+        opt: Any,
+        *,
+        label_map: LabelMap | None = None,
+    ) -> None:
+        self.root = os.fspath(root_dataset)
+        self.options = DataOptions.read(opt)
+        self.label_map = label_map or LabelMap.shifted(
+            self.options.num_class, self.options.label_offset, self.options.ignore_label
+        )
+        self.records: list[Record] = read_records(odgt, self.root)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Sample number `index`.
+
+        Returns:
+            `img_ori` (H, W, 3) uint8 RGB array; `img_data`, a list with one (1, 3, h, w) float32
+            tensor a scale; `seg_label` (1, H, W) int64 with -1 ignored; `info`, the image path as
+            listed.
+        """
+        record = self.records[index]
+        image, labels = load_pair(record, self.root, self.label_map)
+        return {
+            "img_ori": image,
+            "img_data": scaled_inputs(image, self.options),
+            "seg_label": torch.from_numpy(labels)[None],
+            "info": record["fpath_img"],
+        }
