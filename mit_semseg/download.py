@@ -106,20 +106,26 @@ def fetch(
     dest.parent.mkdir(parents=True, exist_ok=True)
     reasons: list[str] = []
     with _locked_part(dest) as (part, file):
-        if _is_complete(dest, sha256):  # another process was faster
-            part.unlink(missing_ok=True)
-            return dest
-        for url in urls:
+        done = _is_complete(dest, sha256)  # another process was faster
+        if done:
+            file.truncate(0)
+        for url in [] if done else urls:
             reason = _try_url(url, part, file, sha256, resume, progress, timeout, retries)
             if reason is None:
-                os.replace(part, dest)
-                _note_path(part).unlink(missing_ok=True)
-                return dest
+                done = True
+                break
             logger.warning("%s: %s", url, reason)
             reasons.append(f"{url}: {reason}")
-        if os.fstat(file.fileno()).st_size == 0:
+        empty = _size(file) == 0
+        if fcntl is None:
+            file.close()  # Windows moves and removes no open file
+        if done and not empty:
+            os.replace(part, dest)
+        if done or empty or fcntl is None:
             part.unlink(missing_ok=True)
             _note_path(part).unlink(missing_ok=True)
+    if done:
+        return dest
     raise DownloadError(
         f"cannot download {dest.name} ({'; '.join(reasons)}); fetch it by hand and put it at {dest}"
     )
@@ -154,7 +160,6 @@ def _locked_part(dest: Path) -> Iterator[tuple[Path, IO[bytes]]]:
     """Opens the part file so that no other process writes to it."""
     if fcntl is None:
         part = dest.with_name(f"{dest.name}.{os.getpid()}.part")
-        # os.replace cannot move an open file on Windows: writers reopen it by name.
         with open(part, "ab") as file:
             yield part, file
         return
@@ -173,6 +178,11 @@ def _locked_part(dest: Path) -> Iterator[tuple[Path, IO[bytes]]]:
         yield part, file
     finally:
         file.close()
+
+
+def _size(file: IO[bytes]) -> int:
+    file.flush()
+    return os.fstat(file.fileno()).st_size
 
 
 def _try_url(
@@ -199,7 +209,9 @@ def _try_url(
             continue
         except urllib.error.HTTPError as e:
             reason = f"HTTP {e.code} {e.reason}"
-            if e.code == 416:  # the part file is no prefix of what is there now
+            if e.code == 416:  # nothing to add: the part file is complete, or of another file
+                if sha256 and sha256_of(part).startswith(sha256):
+                    return None
                 file.truncate(0)
                 continue
             if e.code < 500:
@@ -232,7 +244,7 @@ def _transfer(
     timeout: float,
 ) -> None:
     headers = {"User-Agent": "mit-semseg", "Accept-Encoding": "identity"}
-    have = os.fstat(file.fileno()).st_size
+    have = _size(file)
     note = _read_note(part)
     validator = note.get("validator", "") if note.get("url") == url else ""
     if have and not (resume and (sha256 or validator)):
@@ -269,9 +281,11 @@ def _transfer(
                 bar.update(len(chunk))
         file.flush()
         os.fsync(file.fileno())
-    size = os.fstat(file.fileno()).st_size
+    size = _size(file)
     if total is not None and size != total:
         raise _Refused(f"the connection ended after {size} of {total} bytes", again=True)
+    if size == 0:
+        raise _Refused("the file there is empty", again=False)
 
 
 def _validator(headers: Any) -> str:

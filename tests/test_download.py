@@ -1,0 +1,281 @@
+"""Downloads against a server on this machine that can misbehave."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mit_semseg.download import DownloadError, fetch, sha256_of
+
+BODY = bytes(range(256)) * 2000  # 512 kB
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+@dataclass
+class Server:
+    """What it serves, how it misbehaves, and what it was asked."""
+
+    base: str = ""
+    body: bytes = BODY
+    ranges: bool = True
+    etag: str = '"v1"'
+    cut: list[int] = field(default_factory=list)  # bytes after which each coming answer breaks off
+    fail: list[int] = field(default_factory=list)  # statuses of coming answers
+    content_type: str = "application/octet-stream"
+    asked: list[tuple[str, str | None]] = field(default_factory=list)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.delenv("MIT_SEMSEG_OFFLINE", raising=False)
+    for proxy in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    state = Server()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wanted = self.headers.get("Range")
+            state.asked.append((self.path, wanted))
+            if self.path.startswith("/missing"):
+                self.send_error(404)
+                return
+            if state.fail:
+                self.send_error(state.fail.pop(0))
+                return
+            start = 0
+            fresh = self.headers.get("If-Range", state.etag) == state.etag
+            if wanted and state.ranges and fresh:
+                start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+                if start >= len(state.body):
+                    self.send_error(416)
+                    return
+                self.send_response(206)
+                end, total = len(state.body) - 1, len(state.body)
+                self.send_header("Content-Range", f"bytes {start}-{end}/{total}")
+            else:
+                self.send_response(200)
+            body = state.body[start:]
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", state.content_type)
+            if state.etag:
+                self.send_header("ETag", state.etag)
+            self.end_headers()
+            self.wfile.write(body[: state.cut.pop(0)] if state.cut else body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    state.base = f"http://127.0.0.1:{httpd.server_address[1]}"
+    yield state
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def only(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_whole_file_arrives_and_leaves_nothing_beside_it(server: Server, tmp_path: Path) -> None:
+    dest = tmp_path / "sub" / "w.pth"
+    assert fetch(f"{server.base}/w.pth", dest, sha256=SHA) == dest
+    assert dest.read_bytes() == BODY
+    assert only(dest.parent) == ["w.pth"]
+
+
+def test_a_file_that_is_there_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
+    dest = tmp_path / "w.pth"
+    dest.write_bytes(BODY)
+    fetch(f"{server.base}/w.pth", dest, sha256=SHA[:8])
+    assert server.asked == []
+
+
+def test_a_damaged_cached_file_is_replaced(server: Server, tmp_path: Path) -> None:
+    dest = tmp_path / "w.pth"
+    dest.write_bytes(b"damaged")
+    fetch(f"{server.base}/w.pth", dest, sha256=SHA)
+    assert dest.read_bytes() == BODY
+
+
+def test_a_prefix_of_the_digest_is_verified(server: Server, tmp_path: Path) -> None:
+    fetch(f"{server.base}/w.pth", tmp_path / "w.pth", sha256=SHA[:8].upper())
+    with pytest.raises(DownloadError):
+        fetch(f"{server.base}/w.pth", tmp_path / "v.pth", sha256="0" * 8)
+
+
+def test_a_broken_connection_is_resumed_where_it_broke(server: Server, tmp_path: Path) -> None:
+    server.cut = [100_000, 50_000]
+    dest = fetch(f"{server.base}/w.pth", tmp_path / "w.pth", sha256=SHA)
+    assert [asked for _, asked in server.asked] == [None, "bytes=100000-", "bytes=150000-"]
+    assert dest.read_bytes() == BODY
+
+
+def test_a_later_call_resumes_what_an_earlier_one_left(server: Server, tmp_path: Path) -> None:
+    dest = tmp_path / "w.pth"
+    server.cut = [300_000]
+    with pytest.raises(DownloadError, match="300000 of 512000 bytes"):
+        fetch(f"{server.base}/w.pth", dest, retries=0)
+    assert not dest.exists()
+    assert (tmp_path / "w.pth.part").stat().st_size == 300_000
+    fetch(f"{server.base}/w.pth", dest, retries=0)  # no digest: the same url and version
+    assert server.asked[-1] == ("/w.pth", "bytes=300000-")
+    assert dest.read_bytes() == BODY
+    assert only(tmp_path) == ["w.pth"]
+
+
+def test_nothing_is_glued_to_an_older_version(server: Server, tmp_path: Path) -> None:
+    dest = tmp_path / "w.pth"
+    server.cut = [300_000]
+    with pytest.raises(DownloadError):
+        fetch(f"{server.base}/w.pth", dest, retries=0)
+    server.body, server.etag = BODY[::-1], '"v2"'
+    fetch(f"{server.base}/w.pth", dest)
+    assert dest.read_bytes() == BODY[::-1]
+
+
+def test_without_validator_or_digest_it_starts_again(server: Server, tmp_path: Path) -> None:
+    server.etag, server.cut = "", [300_000]
+    dest = fetch(f"{server.base}/w.pth", tmp_path / "w.pth")
+    assert [asked for _, asked in server.asked] == [None, None]
+    assert dest.read_bytes() == BODY
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_resume_false_and_servers_without_range(
+    server: Server, tmp_path: Path, ranges: bool
+) -> None:
+    server.ranges = ranges
+    (tmp_path / "w.pth.part").write_bytes(BODY[:1000])
+    dest = fetch(f"{server.base}/w.pth", tmp_path / "w.pth", sha256=SHA, resume=not ranges)
+    assert server.asked == [("/w.pth", None if ranges else "bytes=1000-")]
+    assert dest.read_bytes() == BODY
+
+
+def test_a_part_file_longer_than_the_file(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "w.pth.part").write_bytes(BODY + b"more")
+    dest = fetch(f"{server.base}/w.pth", tmp_path / "w.pth", sha256=SHA)
+    assert dest.read_bytes() == BODY
+
+
+def test_a_complete_part_file_is_taken(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "w.pth.part").write_bytes(BODY)
+    dest = fetch(f"{server.base}/w.pth", tmp_path / "w.pth", sha256=SHA)
+    assert dest.read_bytes() == BODY
+    assert len(server.asked) == 1
+    assert only(tmp_path) == ["w.pth"]
+
+
+def test_an_empty_file_is_no_success_without_an_answer(server: Server, tmp_path: Path) -> None:
+    server.body = b""
+    with pytest.raises(DownloadError, match="empty"):
+        fetch(f"{server.base}/w.pth", tmp_path / "w.pth")
+    assert only(tmp_path) == []
+
+
+def test_without_file_locks(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mit_semseg.download.fcntl", None)
+    server.cut = [100_000]
+    dest = fetch(f"{server.base}/w.pth", tmp_path / "w.pth", sha256=SHA)
+    assert dest.read_bytes() == BODY
+    with pytest.raises(DownloadError):
+        fetch(f"{server.base}/w.pth", tmp_path / "v.pth", sha256="0" * 64)
+    assert only(tmp_path) == ["w.pth"]
+
+
+def test_the_next_mirror_is_tried(server: Server, tmp_path: Path) -> None:
+    urls = [f"{server.base}/missing", f"{server.base}/w.pth"]
+    assert fetch(urls, tmp_path / "w.pth", sha256=SHA).read_bytes() == BODY
+
+
+def test_server_errors_are_tried_again_and_404_is_not(server: Server, tmp_path: Path) -> None:
+    server.fail = [503]
+    fetch([f"{server.base}/missing", f"{server.base}/w.pth"], tmp_path / "w.pth", sha256=SHA)
+    assert [path for path, _ in server.asked] == ["/missing", "/w.pth", "/w.pth"]
+
+
+def test_wrong_digest_names_both_and_keeps_nothing(server: Server, tmp_path: Path) -> None:
+    dest = tmp_path / "w.pth"
+    with pytest.raises(DownloadError) as caught:
+        fetch(f"{server.base}/w.pth", dest, sha256="f" * 64)
+    assert SHA in str(caught.value)
+    assert "f" * 64 in str(caught.value)
+    assert len(server.asked) == 1
+    assert only(tmp_path) == []
+
+
+def test_the_error_names_every_url_its_reason_and_the_place(server: Server, tmp_path: Path) -> None:
+    dest = tmp_path / "w.pth"
+    dead = "http://127.0.0.1:9/w.pth"
+    with pytest.raises(DownloadError) as caught:
+        fetch([f"{server.base}/missing/w.pth", dead], dest, retries=0)
+    text = str(caught.value)
+    assert f"{server.base}/missing/w.pth: HTTP 404" in text
+    assert f"{dead}: " in text
+    assert f"put it at {dest}" in text
+    assert "\n" not in text
+
+
+def test_a_web_page_is_no_weight_file(server: Server, tmp_path: Path) -> None:
+    server.content_type = "text/html; charset=utf-8"
+    with pytest.raises(DownloadError, match="web page"):
+        fetch(f"{server.base}/w.pth", tmp_path / "w.pth")
+    assert only(tmp_path) == []
+
+
+def test_offline_makes_no_attempt(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
+    dest = tmp_path / "w.pth"
+    url = f"{server.base}/w.pth"
+    with pytest.raises(DownloadError) as caught:
+        fetch(url, dest)
+    assert url in str(caught.value)
+    assert str(dest) in str(caught.value)
+    assert server.asked == []
+    dest.write_bytes(BODY)
+    assert fetch(url, dest, sha256=SHA) == dest
+
+
+def test_many_callers_of_one_file_fetch_it_once(server: Server, tmp_path: Path) -> None:
+    dest = tmp_path / "w.pth"
+    with ThreadPoolExecutor(6) as pool:
+        calls = [pool.submit(fetch, f"{server.base}/w.pth", dest, sha256=SHA) for _ in range(6)]
+        assert {call.result() for call in calls} == {dest}
+    assert len(server.asked) == 1
+    assert dest.read_bytes() == BODY
+    assert only(tmp_path) == ["w.pth"]
+
+
+def test_file_urls(tmp_path: Path) -> None:
+    source = tmp_path / "source.bin"
+    source.write_bytes(BODY)
+    assert fetch(source.as_uri(), tmp_path / "copy.bin", sha256=SHA).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    ("urls", "sha256", "word"),
+    [([], None, "urls"), ("ftp://host/x", None, "ftp"), ("http://h/x", "xyz", "xyz")],
+)
+def test_arguments_are_checked(tmp_path: Path, urls: Any, sha256: str | None, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        fetch(urls, tmp_path / "x", sha256=sha256)
+
+
+def test_sha256_of(tmp_path: Path) -> None:
+    path = tmp_path / "abc"
+    path.write_bytes(b"abc")  # the standard's own test vector
+    assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
