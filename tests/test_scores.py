@@ -1,0 +1,240 @@
+"""scores.py against the published procedure written with torch's own layers."""
+
+from __future__ import annotations
+
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mit_semseg import scores
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def published(logits: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """Every scale at full size, softmax, averaged: (N, C, H, W)."""
+    total = torch.zeros(())
+    for x in logits:
+        x = x if x.dtype == torch.float64 else x.float()
+        resized = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        total = total + F.softmax(resized, dim=1) / len(logits)
+    return total
+
+
+def random_logits(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(len(shapes) + shapes[0][-1])
+    return [(4 * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes]
+
+
+def assert_same_labels(logits: list[Tensor], size: tuple[int, int]) -> None:
+    reference = published(logits, size)
+    labels = scores.class_map(logits, size)
+    assert labels.dtype == torch.int64
+    assert labels.shape == (reference.shape[0], *size)
+    # A pixel may only differ where the two classes are tied.
+    chosen = reference.gather(1, labels[:, None])[:, 0]
+    assert (reference.amax(1) - chosen).max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n_in", [1, 2, 7, 75, 1000])
+@pytest.mark.parametrize("n_out", [1, 2, 63, 683, 6000])
+def test_weights_are_torchs(n_in: int, n_out: int, dtype: torch.dtype) -> None:
+    left, right, weight = scores.interpolation_weights(n_in, n_out, dtype)
+    matrix = torch.zeros(n_out, n_in, dtype=dtype)
+    rows = torch.arange(n_out)
+    matrix.index_put_((rows, left), 1 - weight, accumulate=True)
+    matrix.index_put_((rows, right), weight, accumulate=True)
+    eye = torch.eye(n_in, dtype=dtype)[None]
+    reference = F.interpolate(eye, size=n_out, mode="linear", align_corners=False)[0].t()
+    torch.testing.assert_close(matrix, reference, rtol=0, atol=1e-7 if n_in < 1000 else 1e-5)
+
+
+def test_weights_by_hand() -> None:
+    # Two samples stretched to four: centres at -0.25 (clamped), 0.25, 0.75, 1.25 (clamped).
+    left, right, weight = scores.interpolation_weights(2, 4)
+    value = torch.tensor([0.0, 1.0])
+    assert torch.lerp(value[left], value[right], weight).tolist() == [0, 0.25, 0.75, 1]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "size"),
+    [
+        ([(1, 150, 12, 17)], (97, 131)),
+        ([(1, 150, 6, 9), (1, 150, 8, 11), (1, 150, 12, 17)], (97, 131)),
+        ([(3, 5, 7, 9), (3, 5, 14, 18)], (60, 71)),
+        ([(2, 4, 40, 50), (2, 4, 3, 3)], (13, 17)),  # smaller than the logits
+        ([(1, 3, 21, 34)], (21, 34)),  # the same size
+        ([(2, 6, 1, 1), (2, 6, 1, 5)], (9, 4)),
+        ([(1, 1, 4, 4), (1, 1, 2, 2)], (8, 8)),
+        ([(1, 2, 5, 5)], (1, 1)),
+        ([(2, 150, 4, 300), (2, 150, 4, 150)], (10, 4000)),  # one row a band
+    ],
+)
+def test_class_map_and_probabilities_are_the_published_ones(
+    shapes: list[tuple[int, ...]], size: tuple[int, int]
+) -> None:
+    logits = random_logits(*shapes)
+    assert_same_labels(logits, size)
+    torch.testing.assert_close(
+        scores.probabilities(logits, size), published(logits, size), rtol=1e-5, atol=1e-6
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+)
+def test_any_shape(
+    sides: list[tuple[int, int]], n: int, classes: int, size: tuple[int, int]
+) -> None:
+    assert_same_labels(random_logits(*[(n, classes, *side) for side in sides]), size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    logits = random_logits((1, 20, 9, 9), (1, 20, 12, 15), dtype=dtype)
+    assert_same_labels(logits, (70, 80))
+    prob = scores.probabilities(logits, (70, 80))
+    assert prob.dtype == torch.float32
+    torch.testing.assert_close(prob, published(logits, (70, 80)), rtol=1e-5, atol=1e-6)
+
+
+def test_float64_stays_float64() -> None:
+    logits = random_logits((2, 5, 6, 7), (2, 5, 9, 9), dtype=torch.float64)
+    prob = scores.probabilities(logits, (41, 37))
+    assert prob.dtype == torch.float64
+    torch.testing.assert_close(prob, published(logits, (41, 37)), rtol=1e-12, atol=1e-14)
+
+
+def test_autocast_changes_nothing() -> None:
+    logits = random_logits((1, 30, 9, 9), (1, 30, 12, 15))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = scores.probabilities(logits, (70, 80))
+    assert torch.equal(inside, scores.probabilities(logits, (70, 80)))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = [1e4 * x for x in random_logits((1, 9, 5, 5), (1, 9, 8, 8))]
+    prob = scores.probabilities(logits, (33, 33))
+    torch.testing.assert_close(prob, published(logits, (33, 33)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "slice"])
+def test_memory_layout_of_the_logits_does_not_matter(layout: str) -> None:
+    (plain,) = random_logits((2, 8, 9, 11))
+    if layout == "channels_last":
+        other = plain.contiguous(memory_format=torch.channels_last)
+    else:
+        other = torch.cat([plain, plain], dim=3)[..., :11]
+    assert torch.equal(
+        scores.probabilities([plain], (50, 60)), scores.probabilities([other], (50, 60))
+    )
+
+
+def test_a_tensor_alone_is_one_scale_and_takes_no_gradient() -> None:
+    (x,) = random_logits((1, 4, 5, 5))
+    x.requires_grad_()
+    assert torch.equal(scores.class_map(x, (20, 20)), scores.class_map([x], (20, 20)))
+    assert not scores.probabilities([x], (20, 20)).requires_grad
+
+
+def test_bands_cover_the_image_once_and_are_kept() -> None:
+    logits = random_logits((2, 150, 9, 9), (2, 150, 12, 12))
+    size = (50, 900)
+    bands = list(scores.probability_bands(logits, size))
+    assert len(bands) > 3
+    assert [y0 for y0, _ in bands] == [
+        sum(b.shape[2] for _, b in bands[:i]) for i in range(len(bands))
+    ]
+    whole = torch.cat([band for _, band in bands], dim=2)
+    torch.testing.assert_close(whole, published(logits, size), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole.sum(1), torch.ones(2, *size))
+
+
+@pytest.mark.parametrize(
+    ("logits", "size", "message"),
+    [
+        ([], (4, 4), "logits is empty"),
+        ([torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 2, 2)], (4, 4), r"logits\[1\].*\(1, 4\)"),
+        ([torch.zeros(1, 3, 2, 2), torch.zeros(2, 3, 2, 2)], (4, 4), r"logits\[1\].*\(2, 3\)"),
+        ([torch.zeros(3, 2, 2)], (4, 4), r"logits\[0\].*\(3, 2, 2\)"),
+        ([torch.zeros(1, 3, 2, 2, dtype=torch.int64)], (4, 4), "int64"),
+        ([torch.zeros(1, 0, 2, 2)], (4, 4), "not empty"),
+        ([torch.zeros(1, 3, 2, 2)], (4.5, 4), r"size is \(4.5, 4\)"),
+        ([torch.zeros(1, 3, 2, 2)], (0, 4), r"size is \(0, 4\)"),
+        ([torch.zeros(1, 3, 2, 2)], 7, "size is 7"),
+        ([torch.zeros(1, 3, 2, 2)], (1, 2, 3), r"size is \(1, 2, 3\)"),
+    ],
+)
+def test_wrong_arguments_are_named(logits: list[Tensor], size: object, message: str) -> None:
+    for function in (scores.class_map, scores.probabilities):
+        with pytest.raises(ValueError, match=message):
+            function(logits, size)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=message):
+        next(scores.probability_bands(logits, size))  # type: ignore[arg-type]
+
+
+MEMORY = """
+import resource, sys
+import torch
+from mit_semseg.scores import class_map
+
+torch.set_num_threads(1)
+H, W = int(sys.argv[1]), int(sys.argv[2])
+logits = [torch.randn(1, 150, H // 12, W // 12), torch.randn(1, 150, H // 8, W // 8)]
+class_map([x[:, :, :3, :3] for x in logits], (30, 30))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for n in (1, 2):
+    labels = class_map(logits[:n], (H, W))
+    assert labels.shape == (1, H, W)
+    result = labels.numel() * labels.element_size() >> 10
+    del labels
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - result)
+"""
+
+
+def grown_mib(height: int, width: int) -> float:
+    """Growth of a fresh process's peak memory beyond the logits and the result, in MiB."""
+    command = [sys.executable, "-c", MEMORY, str(height), str(width)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout) / 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is KiB on Linux only")
+def test_memory_stays_bounded() -> None:
+    assert grown_mib(1200, 1500) < 64  # 150 classes at full size: 1030 MiB
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is KiB on Linux only")
+def test_memory_stays_bounded_on_a_large_photograph() -> None:
+    assert grown_mib(6000, 4000) < 256  # 150 classes at full size: 13.4 GiB
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_the_same() -> None:
+    logits = random_logits((2, 150, 12, 17), (2, 150, 20, 27))
+    prob = scores.probabilities([x.cuda() for x in logits], (150, 200)).cpu()
+    torch.testing.assert_close(prob, published(logits, (150, 200)), rtol=1e-4, atol=1e-5)
+    labels = scores.class_map([x.cuda() for x in logits], (150, 200)).cpu()
+    reference = published(logits, (150, 200))
+    assert (reference.amax(1) - reference.gather(1, labels[:, None])[:, 0]).max() <= 1e-5
+
+
+def test_examples_run() -> None:
+    result = doctest.testmod(scores)
+    assert result.attempted > 0
+    assert result.failed == 0
