@@ -1,0 +1,221 @@
+"""Losses on log-probabilities, as functions; pixels labelled -1 take no part.
+
+Every function takes `log_probs` (B, C, h, w), float, and `label` (B, h, w), int64 in [0, C) or
+-1 for ignored pixels, and returns a scalar. When every pixel is ignored it is zero, with a graph,
+so that a step can be taken. None of them branches on values: they compile.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -1
+
+
+def denominator(label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """What a mean over pixels divides by.
+
+    Args:
+        label: (B, h, w) int64, -1 ignored.
+        weight: (C,) class weights.
+
+    Returns:
+        Scalar float: the valid pixels counted, or their class weights added up.
+    """
+    valid = label != IGNORED
+    if weight is None:
+        return valid.sum().to(torch.get_default_dtype())
+    per_pixel = weight.to(label.device)[label.clamp(min=0)]
+    return torch.where(valid, per_pixel, per_pixel.new_zeros(())).sum()
+
+
+def _check(log_probs: Tensor, label: Tensor) -> None:
+    if log_probs.ndim != 4 or label.shape != (log_probs.shape[0], *log_probs.shape[2:]):
+        raise ValueError(
+            f"log_probs is {tuple(log_probs.shape)} and label {tuple(label.shape)}; expected "
+            "(B, C, h, w) and (B, h, w)"
+        )
+
+
+def _divide(total: Tensor, count: Tensor) -> Tensor:
+    """total / count; 0 where the count is 0, since the total is a sum of nothing then."""
+    return total / torch.where(count > 0, count, torch.ones_like(count))
+
+
+def _pixel_nll(log_probs: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+    """(B, h, w) weighted -log p of the label, 0 at ignored pixels."""
+    if weight is not None:
+        weight = weight.to(log_probs)
+    return F.nll_loss(log_probs, label, weight, ignore_index=IGNORED, reduction="none")
+
+
+def nll(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean negative log-likelihood: cross entropy, given log-probabilities.
+
+    Args:
+        log_probs: (B, C, h, w) log-probabilities.
+        label: (B, h, w) int64, -1 ignored.
+        weight: (C,) class weights; the mean is then weighted too.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    _check(log_probs, label)
+    if weight is not None:
+        weight = weight.to(log_probs)
+    total = F.nll_loss(log_probs, label, weight, ignore_index=IGNORED, reduction="sum")
+    return _divide(total, denominator(label, weight).to(total.dtype))
+
+
+def focal(
+    log_probs: Tensor, label: Tensor, weight: Tensor | None = None, gamma: float = 2.0
+) -> Tensor:
+    """Mean of (1 - p)^gamma * -log p, with p the probability of the label.
+
+    Paper: Lin et al. 2017, arXiv:1708.02002, eq. 4; over a softmax instead of sigmoids.
+
+    Args:
+        log_probs: (B, C, h, w) log-probabilities.
+        label: (B, h, w) int64, -1 ignored.
+        weight: (C,) class weights (alpha in the paper); the mean is then weighted too.
+        gamma: how fast easy pixels fade; 0 is `nll`.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: the shapes do not belong together, or gamma is negative.
+    """
+    _check(log_probs, label)
+    if gamma < 0:
+        raise ValueError(f"gamma is {gamma}; it must be 0 or more")
+    p = _label_log_probs(log_probs, label).exp()
+    total = ((1 - p).clamp(min=0) ** gamma * _pixel_nll(log_probs, label, weight)).sum()
+    return _divide(total, denominator(label, weight).to(total.dtype))
+
+
+def _label_log_probs(log_probs: Tensor, label: Tensor) -> Tensor:
+    """(B, h, w) log p of the label; that of class 0 at ignored pixels."""
+    return log_probs.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
+
+
+def _one_hot(log_probs: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Label and validity, (C, P) and (1, P), in the type of the log-probabilities."""
+    flat = label.reshape(1, -1)
+    classes = torch.arange(log_probs.shape[1], device=label.device).unsqueeze(1)
+    return (flat == classes).to(log_probs), (flat != IGNORED).to(log_probs)
+
+
+def _class_mean(per_class: Tensor, present: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of (C,) values over the classes present, weighted if asked."""
+    share = present.to(per_class)
+    if weight is not None:
+        share = share * weight.to(per_class)
+    return _divide((per_class * share).sum(), share.sum())
+
+
+def dice(
+    log_probs: Tensor, label: Tensor, weight: Tensor | None = None, smooth: float = 1.0
+) -> Tensor:
+    """1 - soft Dice of each class over the whole batch, mean over the classes in the labels.
+
+    Paper: Milletari et al. 2016, arXiv:1606.04797, sec. 3; with plain instead of squared sums in
+    the denominator, and several classes.
+
+    Args:
+        log_probs: (B, C, h, w) log-probabilities.
+        label: (B, h, w) int64, -1 ignored.
+        weight: (C,) class weights of the mean over classes.
+        smooth: pixels added to numerator and denominator, which calms tiny classes.
+
+    Returns:
+        Scalar in [0, 1].
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    _check(log_probs, label)
+    y, valid = _one_hot(log_probs, label)
+    p = log_probs.transpose(0, 1).flatten(1).exp() * valid
+    count = y.sum(1)
+    score = (2 * (p * y).sum(1) + smooth) / (p.sum(1) + count + smooth)
+    return _class_mean(1 - score, count > 0, weight)
+
+
+def ohem(
+    log_probs: Tensor,
+    label: Tensor,
+    weight: Tensor | None = None,
+    threshold: float = 0.7,
+    min_share: float = 0.25,
+) -> Tensor:
+    """Mean negative log-likelihood of the hard pixels only.
+
+    Hard are pixels whose label has a probability below the threshold; when they are fewer than
+    `min_share` of the valid pixels, the hardest that many.
+
+    Paper: Shrivastava et al. 2016, arXiv:1604.03540 (regions); by pixel as is usual in scene
+    parsing, with a share instead of a number, since sizes vary from batch to batch.
+
+    Args:
+        log_probs: (B, C, h, w) log-probabilities.
+        label: (B, h, w) int64, -1 ignored.
+        weight: (C,) class weights; they weigh the mean and do not change which pixels are hard.
+        threshold: probability in [0, 1].
+        min_share: share in [0, 1] of the valid pixels that is kept at least.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: the shapes do not belong together, or a setting is outside [0, 1].
+    """
+    _check(log_probs, label)
+    for name, value in (("threshold", threshold), ("min_share", min_share)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; it must be within [0, 1]")
+    valid = label != IGNORED
+    with torch.no_grad():
+        p = _label_log_probs(log_probs, label).exp()
+        p = torch.where(valid, p, torch.full_like(p, torch.inf)).flatten()  # ignored: easiest
+        kept = torch.ceil(valid.sum() * min_share).long().clamp(min=1)
+        kth = p.sort().values.gather(0, (kept - 1).reshape(1))
+        limit = torch.where(kth < threshold, torch.full_like(kth, threshold), kth)
+        # At the threshold itself a pixel is easy, but the k-th hardest is kept.
+        hard = ((p < threshold) | (p <= kth) & (limit == kth)).view_as(label) & valid
+    return nll(log_probs, torch.where(hard, label, torch.full_like(label, IGNORED)), weight)
+
+
+def lovasz(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Lovasz-Softmax: the convex extension of 1 - IoU, mean over the classes in the labels.
+
+    Paper: Berman et al. 2018, arXiv:1705.08790, eq. 8, 9 and 13, over the pixels of the batch.
+
+    Args:
+        log_probs: (B, C, h, w) log-probabilities.
+        label: (B, h, w) int64, -1 ignored.
+        weight: (C,) class weights of the mean over classes.
+
+    Returns:
+        Scalar in [0, 1].
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    _check(log_probs, label)
+    y, valid = _one_hot(log_probs, label)
+    p = log_probs.transpose(0, 1).flatten(1).exp()
+    # An ignored pixel has no error, sorts last and adds nothing: no need to cut it out.
+    errors, order = ((y - p).abs() * valid).sort(dim=1, descending=True)
+    y = y.gather(1, order)
+    count = y.sum(1, keepdim=True)
+    intersection = count - y.cumsum(1)
+    union = count + (1 - y).cumsum(1)
+    jaccard = 1 - intersection / union
+    steps = torch.diff(jaccard, dim=1, prepend=torch.zeros_like(count))
+    return _class_mean((errors * steps).sum(1), count.squeeze(1) > 0, weight)

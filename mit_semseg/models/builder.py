@@ -1,0 +1,158 @@
+"""Names -> models: the only place where encoders, decoders, weights and cfg meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mit_semseg.losses import build_loss
+from mit_semseg.models.decoders import DECODERS, Decoder
+from mit_semseg.models.encoders import ENCODERS, Encoder
+from mit_semseg.models.module import SegmentationModule
+from mit_semseg.weights import load_decoder, load_encoder
+
+
+def check_pair(arch_encoder: str, arch_decoder: str, fc_dim: int | None = None) -> None:
+    """Refuses what cannot work, from declarations alone: nothing is built.
+
+    Args:
+        arch_encoder: name in `ENCODERS`.
+        arch_decoder: name in `DECODERS`.
+        fc_dim: MODEL.fc_dim, channels of the encoder's last feature map; None: not checked.
+
+    Raises:
+        ValueError: an unknown name, or a pair or fc_dim that cannot work, with the reason.
+    """
+    encoder = ENCODERS.get(arch_encoder.lower())
+    _check_maps(arch_decoder, arch_encoder, len(encoder.channels))
+    if fc_dim is not None and fc_dim != encoder.channels[-1]:
+        emitted = encoder.channels[-1]
+        raise ValueError(
+            f"{arch_encoder} emits {emitted} channels; MODEL.fc_dim is {fc_dim}: "
+            f"set MODEL.fc_dim {emitted}"
+        )
+
+
+def _check_maps(arch_decoder: str, source: str, count: int) -> None:
+    needs = DECODERS.get(arch_decoder.lower()).needs
+    if count < needs:
+        fitting = [name for name in DECODERS.names() if DECODERS.get(name).needs <= count]
+        raise ValueError(
+            f"decoder {arch_decoder} reads at least {needs} feature maps and {source} emits "
+            f"{count}: set MODEL.arch_decoder to one of {', '.join(fitting)}"
+        )
+
+
+def _channels(fc_dim: int) -> tuple[int, ...]:
+    """Widths of the feature maps when all that is known is the last one.
+
+    Every encoder that ends in so many channels is asked; where they disagree, or there is none,
+    each map is half as wide as the next.
+    """
+    declared = {ENCODERS.get(name).channels for name in ENCODERS.names()}
+    matching = [channels for channels in declared if channels[-1] == fc_dim]
+    if len(matching) == 1:
+        return matching[0]
+    return (fc_dim // 8, fc_dim // 4, fc_dim // 2, fc_dim)
+
+
+class ModelBuilder:
+    """Builds encoders, decoders and the whole from names."""
+
+    @staticmethod
+    def build_encoder(
+        arch: str = "resnet50dilated", fc_dim: int = 512, weights: str = "", **options: Any
+    ) -> Encoder:
+        """An encoder by name.
+
+        Args:
+            arch: name in `ENCODERS`.
+            fc_dim: taken for the published signature; an encoder's width follows from its name.
+            weights: "" = ImageNet weights by name; "none" = random; else a path, a url, or
+                "torchvision:NAME" or "tfslim:PATH" (see `weights.load_encoder`).
+            options: passed on to `weights.load_encoder`: mean and std of the input.
+
+        Raises:
+            ValueError: an unknown name, or weights that do not fit.
+            FileNotFoundError: no such weights.
+        """
+        encoder = ENCODERS.get(arch.lower())()
+        load_encoder(encoder, arch.lower(), weights, **options)
+        return encoder
+
+    @staticmethod
+    def build_decoder(
+        arch: str = "ppm_deepsup",
+        fc_dim: int = 512,
+        num_class: int = 150,
+        weights: str = "",
+        use_softmax: bool = False,
+        channels: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> Decoder:
+        """A decoder by name.
+
+        Args:
+            arch: name in `DECODERS`.
+            fc_dim: channels of the encoder's last feature map; only read without `channels`.
+            num_class: classes told apart.
+            weights: "" or "none" = random; else a path or url.
+            use_softmax: probabilities (inference) rather than log-probabilities (training).
+            channels: what the encoder declares; None takes the widths of the encoders that end
+                in `fc_dim` channels.
+            strides: likewise.
+
+        Raises:
+            ValueError: an unknown name, feature maps the decoder cannot work with, or weights
+                that do not fit.
+            FileNotFoundError: no such weights.
+        """
+        channels = _channels(fc_dim) if channels is None else tuple(channels)
+        _check_maps(arch, f"the encoder (channels {channels})", len(channels))
+        decoder = DECODERS.get(arch.lower())(
+            channels, num_class=num_class, strides=strides, use_softmax=use_softmax
+        )
+        load_decoder(decoder, arch.lower(), weights)
+        return decoder
+
+    @staticmethod
+    def from_config(
+        cfg: Any, inference: bool = False, class_weights: Tensor | None = None
+    ) -> SegmentationModule:
+        """Encoder, decoder and loss as a configuration describes them.
+
+        Args:
+            cfg: the whole configuration.
+            inference: the decoder gives probabilities.
+            class_weights: (num_class,) float for the loss, or None.
+
+        Raises:
+            ValueError: an unknown name, or parts that do not fit together.
+            FileNotFoundError: no such weights.
+        """
+        model, data = cfg.MODEL, cfg.DATASET
+        check_pair(model.arch_encoder, model.arch_decoder, model.fc_dim)
+        encoder = ModelBuilder.build_encoder(
+            model.arch_encoder,
+            fc_dim=model.fc_dim,
+            weights=model.weights_encoder,
+            mean=[m / data.value_range for m in data.mean],
+            std=[s / data.value_range for s in data.std],
+        )
+        decoder = ModelBuilder.build_decoder(
+            model.arch_decoder,
+            fc_dim=model.fc_dim,
+            num_class=data.num_class,
+            weights=model.weights_decoder,
+            use_softmax=inference,
+            channels=encoder.channels,
+            strides=encoder.strides,
+        )
+        return SegmentationModule(
+            encoder,
+            decoder,
+            build_loss(cfg.TRAIN.loss, data.num_class, class_weights),
+            deep_sup_scale=cfg.TRAIN.deep_sup_scale if decoder.auxiliary else None,
+        )

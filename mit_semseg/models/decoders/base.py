@@ -1,0 +1,127 @@
+"""What a decoder is: features -> logits, and the published calling convention on top, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.registry import Registry
+
+DECODERS = Registry("decoder")
+
+
+def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """(N, C, h, w) -> (N, C, *size), bilinear with align_corners=False."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def conv_bn_relu(n_in: int, n_out: int, kernel: int = 3) -> nn.Sequential:
+    """Convolution that keeps the size, BatchNorm, ReLU."""
+    conv = nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, BatchNorm2d(n_out), nn.ReLU(inplace=True))
+
+
+class Decoder(nn.Module):
+    """Turns an encoder's feature maps into class scores.
+
+    A subclass takes the keyword arguments below, passes them on, builds its layers, and
+    implements `logits`; everything else is here.
+
+    Attributes:
+        needs: feature maps it reads, at least; a pair that cannot work is refused by it.
+        auxiliary: it has a second head, which trains the feature map before the last.
+    """
+
+    needs: ClassVar[int] = 1
+    auxiliary: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_class: int = 150,
+        strides: Sequence[int] | None = None,
+        use_softmax: bool = False,
+    ) -> None:
+        """Remember what every decoder needs to know.
+
+        Args:
+            channels: channels of each feature map, deepest last.
+            num_class: classes told apart.
+            strides: strides of the feature maps, for decoders that choose by them.
+            use_softmax: `forward` gives probabilities (inference) rather than
+                log-probabilities (training).
+        """
+        super().__init__()
+        self.channels = tuple(channels)
+        self.num_class = num_class
+        self.strides = None if strides is None else tuple(strides)
+        self.use_softmax = use_softmax
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        """Scores of the main head first; those of the auxiliary head after it, in training only.
+
+        Args:
+            features: (B, channels[i], h_i, w_i), deepest last.
+
+        Returns:
+            Tuple of (B, num_class, h, w).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement logits")
+
+    def probabilities(self, features: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """Class probabilities of the main head, (B, num_class, *size), at least float32.
+
+        Logits are resized before the softmax, as published.
+        """
+        return self._scores(self.logits(features)[0], size).softmax(dim=1)
+
+    def log_probabilities(
+        self, features: list[Tensor], size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Log-probabilities of every head, (B, num_class, *size) each, at least float32."""
+        return tuple(self._scores(x, size).log_softmax(dim=1) for x in self.logits(features))
+
+    def forward(
+        self, conv_out: list[Tensor], segSize: tuple[int, int] | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The published calling convention.
+
+        Args:
+            conv_out: feature maps, deepest last.
+            segSize: (H, W) that the scores are resized to; None keeps the network's resolution.
+
+        Returns:
+            With `use_softmax`: probabilities (B, num_class, H, W). Otherwise log-probabilities,
+            a tensor, or the tuple (main, auxiliary) when there is an auxiliary head in training.
+        """
+        if self.use_softmax:
+            return self.probabilities(conv_out, segSize)
+        heads = self.log_probabilities(conv_out, segSize)
+        return heads if len(heads) > 1 else heads[0]
+
+    @staticmethod
+    def _scores(logits: Tensor, size: tuple[int, int] | None) -> Tensor:
+        # Under autocast logits are half precision, too coarse for a sum over classes.
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        if size is not None and tuple(logits.shape[-2:]) != tuple(size):
+            logits = resize(logits, size)
+        return logits
+
+
+def init_weights(decoder: nn.Module) -> None:
+    """Kaiming normal for convolutions; BatchNorm starts with weight 1 and bias 1e-4.
+
+    Paper: He et al. 2015, arXiv:1502.01852, sec. 2.2.
+    """
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.constant_(module.bias, 1e-4)

@@ -1,0 +1,78 @@
+"""What an encoder is: features with declared channels and strides, deepest last."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from mit_semseg.registry import Registry
+
+ENCODERS = Registry("encoder")
+
+
+class Encoder(nn.Module):
+    """Turns images into feature maps; subclasses declare what they emit on the class.
+
+    Decoders are built from these declarations alone, so they are readable without building
+    anything (see `check_pair`).
+
+    Attributes:
+        channels: channels of each feature map, deepest last.
+        strides: image pixels per feature map pixel, of each feature map.
+    """
+
+    channels: ClassVar[tuple[int, ...]]
+    strides: ClassVar[tuple[int, ...]]
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """All feature maps of (B, 3, H, W) images: (B, channels[i], H/strides[i], W/strides[i])."""
+        raise NotImplementedError(f"{type(self).__name__} must implement feature_maps")
+
+    def forward(self, images: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
+        """Feature maps of a batch of images.
+
+        Args:
+            images: (B, 3, H, W) float, normalised as the weights expect.
+            return_feature_maps: all maps, or a list holding only the deepest one.
+
+        Returns:
+            List of (B, C_i, H_i, W_i), deepest last; sides are rounded up.
+        """
+        features = self.feature_maps(images)
+        return features if return_feature_maps else features[-1:]
+
+
+def dilate(stage: nn.Module, dilation: int) -> None:
+    """Trade the stride of a stage for dilation, so that its receptive field stays the same.
+
+    A 3x3 convolution that had the stride sees input of the finer grid already reached, and
+    is dilated by half of what the ones after it are.
+
+    Args:
+        stage: module whose 2D convolutions are changed in place.
+        dilation: natural stride of the stage over its wanted stride; 1 changes nothing.
+    """
+    if dilation == 1:
+        return
+    for conv in stage.modules():
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        strided = conv.stride == (2, 2)
+        if strided:
+            conv.stride = (1, 1)
+        if conv.kernel_size == (3, 3):
+            d = dilation // 2 if strided else dilation
+            conv.dilation = conv.padding = (d, d)
+
+
+def init_weights(encoder: nn.Module) -> None:
+    """Kaiming normal (fan out) for convolutions; BatchNorm keeps weight 1 and bias 0.
+
+    Paper: He et al. 2015, arXiv:1502.01852, sec. 2.2.
+    """
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

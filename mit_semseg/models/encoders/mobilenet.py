@@ -1,0 +1,89 @@
+"""MobileNetV2 (width 1.0) without its last 1x1 convolution, dilated to output stride 8 or 16."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, dilate, init_weights
+
+# Expansion, output channels, blocks, stride of the first block: table 2 of the paper.
+STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def conv_bn(
+    n_in: int, n_out: int, kernel: int, stride: int = 1, groups: int = 1
+) -> tuple[nn.Conv2d, nn.Module]:
+    conv = nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return conv, BatchNorm2d(n_out)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, 3x3 depthwise, linear 1x1 projection; added to the input where it fits."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = n_in * expansion
+        expand = [*conv_bn(n_in, hidden, 1), nn.ReLU6(inplace=True)] if expansion > 1 else []
+        self.conv = nn.Sequential(
+            *expand,
+            *conv_bn(hidden, hidden, 3, stride, groups=hidden),
+            nn.ReLU6(inplace=True),
+            *conv_bn(hidden, n_out, 1),
+        )
+        self.residual = stride == 1 and n_in == n_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+@ENCODERS.register("mobilenetv2dilated", "mobilenetv2_dilated8")
+class MobileNetV2Dilated8(Encoder):
+    """MobileNetV2 at output stride 8.
+
+    Paper: Sandler et al. 2018, arXiv:1801.04381; strides 16 and 32 are traded for dilation.
+    """
+
+    channels = (24, 32, 64, 160, 320)
+    strides: tuple[int, ...] = (4, 8, 8, 8, 8)
+    taps = (2, 4, 7, 14, 17)  # indices into `features` of what is emitted
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = [nn.Sequential(*conv_bn(3, 32, 3, 2), nn.ReLU6(inplace=True))]
+        n_in = 32
+        for expansion, n_out, depth, stride in STAGES:
+            for i in range(depth):
+                blocks.append(InvertedResidual(n_in, n_out, stride if i == 0 else 1, expansion))
+                n_in = n_out
+        self.features = nn.Sequential(*blocks)
+        for first, last, natural, wanted in (
+            (7, 13, 16, self.strides[2]),
+            (14, 17, 32, self.strides[3]),
+        ):
+            for block in self.features[first : last + 1]:
+                dilate(block, natural // wanted)
+        init_weights(self)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        x, maps = images, []
+        for i, block in enumerate(self.features):
+            x = block(x)
+            if i in self.taps:
+                maps.append(x)
+        return maps
+
+
+@ENCODERS.register("mobilenetv2_dilated16")
+class MobileNetV2Dilated16(MobileNetV2Dilated8):
+    """MobileNetV2 at output stride 16."""
+
+    strides = (4, 8, 16, 16, 16)

@@ -1,0 +1,216 @@
+"""SegmentationModule: encoder, decoder and loss as the one module that is trained and run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mit_semseg import scores
+from mit_semseg.losses import functional
+from mit_semseg.models.decoders import Decoder
+from mit_semseg.models.encoders import Encoder
+
+
+class SegmentationModule(nn.Module):
+    """Encoder + decoder + loss.
+
+    Call `module(feed_dict)` for training and `module(feed_dict, segSize=(H, W))` for
+    probabilities; `predict` and `logits` take plain tensors. All of them work whatever the
+    decoder's `use_softmax` is.
+    """
+
+    def __init__(
+        self,
+        net_enc: Encoder,
+        net_dec: Decoder,
+        crit: nn.Module | None,
+        deep_sup_scale: float | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            net_enc: the encoder.
+            net_dec: a decoder for its feature maps.
+            crit: `crit(log_probs (B, C, h, w), label (B, h, w))` -> scalar mean over the pixels
+                not labelled -1. With a method `denominator(label)` it says what that mean divides
+                by; otherwise the number of those pixels is assumed. None: inference only.
+            deep_sup_scale: weight of the auxiliary head's loss, for decoders that have one.
+        """
+        super().__init__()
+        self.encoder = net_enc
+        self.decoder = net_dec
+        self.crit = crit
+        self.deep_sup_scale = deep_sup_scale
+        if deep_sup_scale is not None and not net_dec.auxiliary:
+            warnings.warn(
+                f"deep_sup_scale {deep_sup_scale} is ignored: {type(net_dec).__name__} has no "
+                "auxiliary head",
+                stacklevel=2,
+            )
+
+    def forward(
+        self,
+        feed_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        segSize: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Loss and accuracy, or probabilities when `segSize` is given.
+
+        Args:
+            feed_dict: `img_data` (B, 3, H, W) float; for the loss also `seg_label` (B, h, w)
+                int64 with -1 ignored, of any size: logits are resized to it. `loss_weight` and
+                `acc_weight`, scalars, multiply loss and accuracy (see `prepare_scatter`). A list
+                holding one such dict is taken for it.
+            segSize: (H, W) of the probabilities.
+
+        Returns:
+            Scalars (loss, pixel accuracy over the labelled pixels), or probabilities
+            (B, num_class, *segSize).
+
+        Raises:
+            TypeError: the batch is not a dict.
+            ValueError: an entry is missing, or several batches came at once.
+        """
+        batch = _one_batch(feed_dict)
+        features = self.encoder(_entry(batch, "img_data"), return_feature_maps=True)
+        if segSize is not None:
+            return self.decoder.probabilities(features, (int(segSize[0]), int(segSize[1])))
+
+        label = _entry(batch, "seg_label")
+        main, *auxiliary = self.decoder.log_probabilities(features, tuple(label.shape[-2:]))
+        loss = self._loss(main, label)
+        if auxiliary:
+            if self.deep_sup_scale is None:
+                raise ValueError(
+                    f"{type(self.decoder).__name__} has an auxiliary head to train: give "
+                    "SegmentationModule a deep_sup_scale (0.4 as published)"
+                )
+            loss = loss + self.deep_sup_scale * self._loss(auxiliary[0], label)
+        accuracy = _pixel_accuracy(main, label)
+
+        if "loss_weight" in batch:
+            loss_weight, acc_weight = batch["loss_weight"], batch.get("acc_weight", 1.0)
+        elif self.training and dist.is_available() and dist.is_initialized():
+            loss_weight, acc_weight = self._share_of_ranks(label)
+        else:
+            return loss, accuracy
+        return loss * loss_weight, accuracy * acc_weight
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Main-head scores at the network's resolution.
+
+        Args:
+            image: (B, 3, H, W) float.
+
+        Returns:
+            (B, num_class, h, w).
+        """
+        return self.decoder.logits(self.encoder(image, return_feature_maps=True))[0]
+
+    @torch.no_grad()
+    def predict(
+        self, images: Tensor | Sequence[Tensor], segSize: tuple[int, int], flip: bool = False
+    ) -> Tensor:
+        """Class of every pixel: argmax over the mean of the softmax over scales.
+
+        Args:
+            images: (N, 3, h, w) float tensors of the same images, one per scale.
+            segSize: (H, W) of the result.
+            flip: mirror each scale too.
+
+        Returns:
+            (N, H, W) int64.
+
+        Raises:
+            ValueError: there is no image.
+        """
+        scales = [images] if isinstance(images, Tensor) else list(images)
+        if not scales:
+            raise ValueError("images is empty: give one (N, 3, h, w) tensor per scale")
+        logits = [self.logits(image) for image in scales]
+        if flip:
+            logits += [self.logits(image.flip(-1)).flip(-1) for image in scales]
+        return scores.class_map(logits, segSize)
+
+    def prepare_scatter(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Weighs replicas by what they have to learn from.
+
+        Args:
+            batches: one dict per replica, on any device.
+
+        Returns:
+            New dicts with `loss_weight` and `acc_weight`, such that the plain mean over replicas
+            is the mean over the union of their valid pixels. Dicts without labels are unchanged.
+        """
+        if not all("seg_label" in batch for batch in batches):
+            return [dict(batch) for batch in batches]
+        sums = torch.stack([self._denominators(batch["seg_label"]).cpu() for batch in batches])
+        weights = _shares(sums, sums.sum(0), len(batches))
+        return [
+            {**batch, "loss_weight": loss_weight, "acc_weight": acc_weight}
+            for batch, (loss_weight, acc_weight) in zip(batches, weights, strict=True)
+        ]
+
+    def _loss(self, log_probs: Tensor, label: Tensor) -> Tensor:
+        if self.crit is None:
+            raise ValueError("this module was built for inference (crit is None): pass segSize")
+        if hasattr(self.crit, "denominator"):
+            return self.crit(log_probs, label)
+        # A mean over no pixels is 0/0 in torch's own losses: give it some, and take it times 0.
+        some = (label != functional.IGNORED).any()
+        return self.crit(log_probs, torch.where(some, label, torch.zeros_like(label))) * some
+
+    def _denominators(self, label: Tensor) -> Tensor:
+        """(2,): what the loss's mean divides by, and the number of valid pixels."""
+        if hasattr(self.crit, "denominator"):
+            of_loss = self.crit.denominator(label)
+        else:
+            of_loss = functional.denominator(label, getattr(self.crit, "weight", None))
+        valid = functional.denominator(label)
+        return torch.stack([of_loss.detach().to(valid), valid])
+
+    def _share_of_ranks(self, label: Tensor) -> Tensor:
+        """(2,) weights of this rank's loss and accuracy, among all ranks'."""
+        own = self._denominators(label)
+        total = own.clone()
+        dist.all_reduce(total)
+        return _shares(own, total, dist.get_world_size())
+
+
+def _shares(own: Tensor, total: Tensor, count: int) -> Tensor:
+    """count * own / total; 0 where there is nothing to share."""
+    return count * own / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _one_batch(feed_dict: Any) -> Mapping[str, Any]:
+    # A loader made for several devices yields a list with one dict per device.
+    if isinstance(feed_dict, (list, tuple)):
+        if len(feed_dict) != 1:
+            raise ValueError(
+                f"SegmentationModule takes one batch, got a list of {len(feed_dict)}: wrap it in "
+                "UserScatteredDataParallel, or pass one dict at a time"
+            )
+        feed_dict = feed_dict[0]
+    if not isinstance(feed_dict, Mapping):
+        raise TypeError(
+            f"SegmentationModule takes a dict with img_data, got {type(feed_dict).__name__}"
+        )
+    return feed_dict
+
+
+def _entry(batch: Mapping[str, Any], key: str) -> Tensor:
+    if key not in batch:
+        hint = " (or pass segSize to predict)" if key == "seg_label" else ""
+        raise ValueError(f"the batch has no {key!r}{hint}; it has: {', '.join(sorted(batch))}")
+    return batch[key]
+
+
+@torch.no_grad()
+def _pixel_accuracy(log_probs: Tensor, label: Tensor) -> Tensor:
+    valid = label >= 0
+    correct = (log_probs.argmax(1) == label) & valid
+    return correct.sum() / (valid.sum() + 1e-10)
