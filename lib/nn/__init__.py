@@ -1,8 +1,12 @@
 """Replicas of a module on several devices, and batch normalisation across them."""
 
 from .batchnorm import SynchronizedBatchNorm1d, SynchronizedBatchNorm2d, SynchronizedBatchNorm3d
-from .data_parallel import UserScatteredDataParallel, async_copy_to, user_scattered_collate
-from .replicate import DataParallelWithCallback, patch_replication_callback
+from .data_parallel import (
+    DataParallelWithCallback,
+    UserScatteredDataParallel,
+    patch_replication_callback,
+)
+from .transfer import async_copy_to, user_scattered_collate
 
 __all__ = [
     "DataParallelWithCallback",

@@ -1,17 +1,158 @@
-"""Batch normalisation whose statistics span all replicas."""
+"""Batch normalisation whose statistics span all replicas and processes."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .exchange import CallbackContext
+from .sync_function import LocalMoments, MergeMoments, Normalize, Statistics, memory_format
 
 
-class SynchronizedBatchNorm1d(nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` over all replicas."""
+class _SynchronizedBatchNorm(_BatchNorm):
+    """Batch normalisation over the union of all replicas' batches.
+
+    In training, the replicas of `UserScatteredDataParallel` (or `DataParallelWithCallback`), the
+    processes of a `torch.distributed` group, or both, normalise as one: outputs, gradients and
+    running statistics are those of the torch layer on the concatenated batch, whatever the
+    sizes. Otherwise it is the torch layer. State dicts are the torch layer's too; the bookkeeping
+    in published checkpoints (`_tmp_running_mean`, `_tmp_running_var`, `_running_iter`) is dropped.
+
+    Paper: Peng et al. 2018, "MegDet", arXiv:1711.07240, sec. 3.3; moments merged as in Chan,
+    Golub & LeVeque 1979.
+
+    Args:
+        num_features: number of channels C.
+        eps: keeps the variance away from zero.
+        momentum: weight of a new batch in the running statistics; None: cumulative average.
+        affine: learn a weight and a bias per channel.
+        track_running_stats: keep running statistics for evaluation.
+        device: where parameters and buffers are made.
+        dtype: of parameters and buffers.
+        process_group: the processes to synchronise with; None: all, if a group is up.
+        eps_mode: "add": sqrt(var + eps), as torch; "clamp": sqrt(max(var, eps)) in synchronised
+            training only, as the published layer.
+
+    Raises:
+        ValueError: `eps_mode` is neither; in the forward pass, the input has the wrong number
+            of dimensions, or the union holds one value per channel only.
+    """
+
+    # Set on replicas, through __data_parallel_replicate__.
+    _replica: tuple[CallbackContext, int] | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        eps_mode: str = "add",
+    ) -> None:
+        if eps_mode not in ("add", "clamp"):
+            raise ValueError(f"eps_mode = {eps_mode!r}: use 'add' or 'clamp'")
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.process_group = process_group
+        self.eps_mode = eps_mode
+
+    def __data_parallel_replicate__(self, ctx: CallbackContext, copy_id: int) -> None:
+        """Tells this replica where to meet its siblings."""
+        self._replica = (ctx, copy_id)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises `input`, (N, C) or (N, C, ...); same shape and dtype."""
+        group = self._live_group()
+        if not self.training or (self._replica is None and group is None):
+            return super().forward(input)
+        self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels, got input of shape {tuple(input.shape)}"
+            )
+
+        x = input.contiguous(memory_format=memory_format(input))
+        layer: list[Statistics] = []  # LocalMoments' backward finds the statistics here
+        token, moments = LocalMoments.apply(x, layer)
+        count = x.numel() // self.num_features
+        shape = tuple(input.shape)
+
+        def merge(parts: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
+            merged_counts: list[int] = []
+            counts = [n for _, n in parts]
+            merged = MergeMoments.apply(counts, group, merged_counts, *(m for m, _ in parts))
+            if merged_counts[0] <= 1:
+                raise ValueError(
+                    f"Expected more than 1 value per channel when training, got input size {shape}"
+                )
+            return [(each, merged_counts[0]) for each in merged]
+
+        if self._replica is None:
+            ((merged, total),) = merge([(moments, count)])
+        else:
+            context, copy_id = self._replica
+            merged, total = context.exchange(copy_id, (moments, count), merge)
+
+        statistics = Statistics(merged.detach(), total, self.eps, self.eps_mode == "clamp")
+        layer.append(statistics)
+        if self._replica is None or self._replica[1] == 0:
+            self._update_running(statistics)
+        return Normalize.apply(token, merged, self.weight, self.bias, statistics)
+
+    def _live_group(self) -> dist.ProcessGroup | None:
+        """The process group to synchronise with, if it is up and has several processes."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group if self.process_group is not None else dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    @torch.no_grad()
+    def _update_running(self, statistics: Statistics) -> None:
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        factor = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if factor is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        factor = factor or 0.0
+        for running, new in (
+            (self.running_mean, statistics.mean),
+            (self.running_var, statistics.unbiased_var),
+        ):
+            running.mul_(1 - factor).add_(new.to(running.dtype), alpha=factor)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # The published layer kept its own moving averages in the state dict.
+        for name in ("_tmp_running_mean", "_tmp_running_var", "_running_iter"):
+            state_dict.pop(prefix + name, None)
+        if self.num_batches_tracked is not None:
+            # Old checkpoints lack the count, whatever version they claim to be; ours stays.
+            state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class SynchronizedBatchNorm2d(nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` over all replicas."""
+class SynchronizedBatchNorm1d(_SynchronizedBatchNorm, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` over all replicas and processes; (N, C) or (N, C, L)."""
 
 
-class SynchronizedBatchNorm3d(nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` over all replicas."""
+class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` over all replicas and processes; (N, C, H, W)."""
+
+
+class SynchronizedBatchNorm3d(_SynchronizedBatchNorm, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` over all replicas and processes; (N, C, D, H, W)."""
+
+
+for _layer in (SynchronizedBatchNorm1d, SynchronizedBatchNorm2d, SynchronizedBatchNorm3d):
+    _layer.__doc__ = f"{_layer.__doc__}\n{(_SynchronizedBatchNorm.__doc__ or '').partition('.')[2]}"

@@ -1,0 +1,259 @@
+"""The autograd functions behind synchronised batch normalisation.
+
+Three nodes make one layer, so that what crosses replicas is a few vectors of C values, in both
+directions, and every node does its share in a single pass over the activations:
+
+    x --> LocalMoments --token--> Normalize --> y
+               \\                  /
+                `--> MergeMoments-'            (one node for all replicas)
+
+Forward: each replica's mean and centred sum; their merge; the normalisation. Backward, the same
+way back: `Normalize` sends the sums of g and of g * xhat of its replica, `MergeMoments` adds
+them up over all replicas and processes, `LocalMoments` forms the input gradient. The "gradients"
+between these nodes are those messages; only the three together are the derivative. As no node
+blocks in backward, one thread may run all replicas' backward, as it does on the CPU.
+
+Moments are merged as in Chan, Golub & LeVeque 1979 (STAN-CS-79-773): sums around the mean,
+never E[x^2] - E[x]^2, which cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class Statistics:
+    """What one replica knows about the whole batch, for one call of one layer.
+
+    Attributes:
+        mean: of the whole batch, (C,).
+        sum_squares: of the deviations from that mean, (C,).
+        count: values per channel in the whole batch.
+        var: biased variance, no smaller than the floor if there is one, (C,).
+        eps: added to `var` under the root.
+        free: where `var` was above the floor, (C,) bool; None: everywhere.
+        weight: filled in by `Normalize`, as the input gradient needs it.
+    """
+
+    def __init__(self, merged: Tensor, count: int, eps: float, clamp: bool) -> None:
+        self.mean, self.sum_squares = merged.unbind(0)
+        self.count = count
+        self.var = self.sum_squares / count
+        self.eps = eps
+        self.free: Tensor | None = None
+        if clamp:
+            # A variance at the floor is a constant: no gradient flows through it.
+            self.free = self.var >= eps
+            self.var = self.var.clamp(min=eps)
+            self.eps = 0.0
+        self.invstd = torch.rsqrt(self.var + self.eps)
+        self.weight: Tensor | None = None
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """The variance that running statistics keep, (C,)."""
+        return self.sum_squares / (self.count - 1)
+
+
+def local_moments(x: Tensor) -> Tensor:
+    """Mean and centred sum of squares per channel, (2, C); float32 for half precisions."""
+    channels = x.shape[1]
+    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    moments = x.new_zeros(2, channels, dtype=dtype)
+    if x.numel():
+        # The unused running statistics are there for their dtype, which the results take.
+        mean, var = torch.batch_norm_update_stats(x, moments[0].clone(), moments[1].clone(), 0.0)
+        moments[0] = mean
+        moments[1] = var * (x.numel() // channels)
+    return moments
+
+
+def merge_moments(moments: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Mean and centred sum of squares of the union of several batches, (2, C)."""
+    total = max(1, sum(counts))
+    origin = moments[0][0]
+    mean = origin + sum(
+        (part[0] - origin) * (count / total) for part, count in zip(moments, counts, strict=True)
+    )
+    squares = sum(
+        part[1] + count * (part[0] - mean) ** 2 for part, count in zip(moments, counts, strict=True)
+    )
+    assert isinstance(squares, Tensor)
+    return torch.stack([mean, squares])
+
+
+class LocalMoments(Function):
+    """x -> (x, its moments); backward forms the gradient of x from the merged sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: list[Statistics]) -> tuple[Tensor, Tensor]:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), local_moments(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor | None, sums: Tensor | None) -> tuple[Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        if g is None and sums is None:
+            return None, None
+        g = torch.zeros_like(x) if g is None else g
+        assert sums is not None
+        return _input_gradient(g, x, sums, ctx.layer[0]), None
+
+
+class MergeMoments(Function):
+    """Moments of all replicas -> one `Statistics` per replica, and the way back for the sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        counts: list[int],
+        group: dist.ProcessGroup | None,
+        merged_counts: list[int],
+        *moments: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.set_materialize_grads(False)
+        home = moments[0].device
+        ctx.devices = [part.device for part in moments]
+        merged = merge_moments([part.to(home) for part in moments], counts)
+        count = sum(counts)
+        if group is not None:
+            merged, count = _merge_processes(merged, count, group)
+        merged_counts.append(count)
+        # Clones, as outputs of one node must not share memory.
+        return tuple(merged.to(device, copy=True) for device in ctx.devices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *sums: Tensor | None) -> tuple[Tensor | None, ...]:
+        home = ctx.devices[0]
+        present = [part.to(home) for part in sums if part is not None]
+        total: Tensor | None = None
+        if present:
+            total = torch.stack(present).sum(0)
+            if ctx.group is not None:
+                dist.all_reduce(total, group=ctx.group)
+        return (
+            None,
+            None,
+            None,
+            *(None if total is None else total.to(device) for device in ctx.devices),
+        )
+
+
+def _merge_processes(merged: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, int]:
+    """Merges one process's moments with those of the others; float64 keeps counts exact."""
+    channels = merged.shape[1]
+    packed = torch.cat([merged.double().flatten(), merged.new_tensor([count]).double()])
+    parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, packed, group=group)
+    counts = [int(n) for n in torch.stack([part[-1] for part in parts]).tolist()]
+    moments = [part[:-1].view(2, channels) for part in parts]
+    return merge_moments(moments, counts).to(merged.dtype), sum(counts)
+
+
+class Normalize(Function):
+    """(x, merged moments, weight, bias) -> y; backward sends its sums of g and g * xhat."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        merged: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Statistics,
+    ) -> Tensor:
+        statistics.weight = None if weight is None else weight.detach()
+        ctx.statistics = statistics
+        ctx.save_for_backward(x)
+        s = statistics
+        if x.is_cuda and x.numel():
+            return torch.batch_norm_elemt(x, weight, bias, s.mean, s.invstd, s.eps)
+        return F.batch_norm(x, s.mean, s.var, weight, bias, False, 0.0, s.eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        g = _laid_out_like(g, x)
+        s: Statistics = ctx.statistics
+        sum_g, sum_g_xhat = _gradient_sums(g, x, s)
+        needs_x, needs_sums, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        weight_dtype = s.weight.dtype if s.weight is not None else sum_g.dtype
+        return (
+            g if needs_x else None,
+            torch.stack([sum_g, sum_g_xhat]) if needs_sums else None,
+            sum_g_xhat.to(weight_dtype) if needs_weight else None,
+            sum_g.to(weight_dtype) if needs_bias else None,
+            None,
+        )
+
+
+def _gradient_sums(g: Tensor, x: Tensor, s: Statistics) -> tuple[Tensor, Tensor]:
+    """Sums of g and of g * xhat per channel over one replica, each (C,)."""
+    if not x.numel():
+        return torch.zeros_like(s.mean), torch.zeros_like(s.mean)
+    if x.is_cuda:
+        sum_g, sum_g_centred, _, _ = torch.batch_norm_backward_reduce(
+            g, x, s.mean, s.invstd, s.weight, True, False, False
+        )
+        return sum_g, sum_g_centred * s.invstd
+    # Evaluation-mode backward: its parameter gradients are the two sums, in one fused pass.
+    _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
+        g, x, s.weight, s.mean, s.var, None, None, False, s.eps, [False, True, True]
+    )
+    return sum_g, sum_g_xhat
+
+
+def _input_gradient(g: Tensor, x: Tensor, sums: Tensor, s: Statistics) -> Tensor:
+    """w / std * (g - mean(g) - xhat * mean(g * xhat)), with means over the whole batch."""
+    if not x.numel():
+        return torch.zeros_like(x)
+    sum_g, sum_g_xhat = sums.unbind(0)
+    if s.free is not None:
+        sum_g_xhat = sum_g_xhat * s.free
+    if x.is_cuda:
+        # The kernel divides by the sum of the counts it is given.
+        count = torch.tensor([s.count], dtype=torch.int32, device=x.device)
+        return torch.batch_norm_backward_elemt(
+            g, x, s.mean, s.invstd, s.weight, sum_g, sum_g_xhat / s.invstd, count
+        )
+    scale = s.invstd if s.weight is None else s.invstd * s.weight
+    # Two fused passes: an affine map of x, by the kernel that normalises, then the term in g.
+    affine = F.batch_norm(
+        x,
+        s.mean,
+        s.var,
+        -scale * sum_g_xhat / s.count,
+        -scale * sum_g / s.count,
+        False,
+        0.0,
+        s.eps,
+    )
+    return affine.addcmul_(g, scale.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)))
+
+
+def _laid_out_like(g: Tensor, x: Tensor) -> Tensor:
+    """The gradient with the memory layout of x: the kernels need both alike."""
+    return g.contiguous(memory_format=memory_format(x))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The dense layout closest to that of x."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
