@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import csv
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -171,7 +172,7 @@ class LabelMap:
         """Stored values in `raw` that are neither classes nor ignored, sorted."""
         return [int(v) for v in np.unique(raw) if int(v) not in self.values]
 
-    def __call__(self, raw: np.ndarray, file: str = "mask") -> np.ndarray:
+    def __call__(self, raw: np.ndarray, file: PathLike = "mask") -> np.ndarray:
         """Class ids of stored values.
 
         Args:
@@ -199,6 +200,23 @@ class LabelMap:
 
 # ------------------------------------------------------------------------------ formats
 @dataclass(frozen=True)
+class Archive:
+    """One archive of a public data set.
+
+    Attributes:
+        urls: places of the same file, in order of preference.
+        sha256: of the file, or None where it is not known.
+        member: the folder in the archive whose content is unpacked; "" unpacks all.
+        into: folder below the data set's that it is unpacked to.
+    """
+
+    urls: tuple[str, ...]
+    sha256: str | None = None
+    member: str = ""
+    into: str = ""
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a public data set comes from.
 
@@ -206,24 +224,22 @@ class Source:
         title: its name in full.
         licence: terms in one line.
         home: page of the data set.
-        files: (urls of the same file, sha256 or None) for each archive; empty when the owner asks
-            for a registration first.
         layout: what the folder must hold, for people who fetch it by hand.
-        member: only this folder of the archives is unpacked, without its leading part.
+        archives: what to download; empty when the owner asks for a registration first.
     """
 
     title: str
     licence: str
     home: str
-    files: tuple[tuple[tuple[str, ...], str | None], ...]
     layout: str
-    member: str = ""
+    archives: tuple[Archive, ...] = ()
 
 
 class DataFormat(ABC):
     """One kind of data: a subclass in its own file, registered by name in `FORMATS`."""
 
     source: Source | None = None
+    num_class: int | None = None  # of a public data set
     # Entries of list_train / list_val are split names; the published default lists mean these.
     default_splits: Mapping[str, str] = {
         "./data/training.odgt": "train",
@@ -275,16 +291,14 @@ class Split:
     """One split of a data set.
 
     Attributes:
-        records: samples, paths relative to `root` or absolute.
+        records: samples, with absolute paths.
         classes: names and colours.
         label_map: stored value -> class id or -1.
-        root: `DATASET.root_dataset`.
     """
 
     records: list[Record]
     classes: ClassTable
     label_map: LabelMap
-    root: str = ""
 
 
 def class_table(dataset_cfg: Any) -> ClassTable:
@@ -336,19 +350,28 @@ def build_split(dataset_cfg: Any, which: str) -> Split:
     if not records:
         raise ValueError(f"DATASET.list_{which} is {lists!r}: it names no records")
     label_map = data_format.label_map(records, options).ignoring(options.ignore_label)
-    return Split(records, classes, label_map, str(root))
+    return Split([absolute(record, root) for record in records], classes, label_map)
+
+
+def absolute(record: Record, root: PathLike) -> Record:
+    """The record with its paths made absolute, from `root`."""
+    full = record.copy()
+    full["fpath_img"] = os.path.abspath(os.path.join(root, record["fpath_img"]))
+    if "fpath_segm" in record:
+        full["fpath_segm"] = os.path.abspath(os.path.join(root, record["fpath_segm"]))
+    return full
 
 
 # ------------------------------------------------------------------------------ samples
-def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.ndarray, np.ndarray]:
-    """Image and class ids of a record.
+def load_raw(record: Record, root: PathLike = "") -> tuple[np.ndarray, np.ndarray]:
+    """Image and stored mask values of a record, checked to be of the size they should be.
 
     Returns:
-        (H, W, 3) uint8 RGB and (H, W) int64 with -1 = ignored.
+        (H, W, 3) uint8 RGB and (H, W) int32.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is unreadable, sizes disagree, or a label is unknown; the file is named.
+        ValueError: a file is unreadable, or sizes disagree; the file is named.
     """
     if "fpath_segm" not in record:
         raise ValueError(f"{record['fpath_img']}: the list gives no mask; add 'fpath_segm'")
@@ -367,14 +390,27 @@ def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.n
             f"{mask_path}: {raw.shape[1]}x{raw.shape[0]} pixels, but its image {image_path} has "
             f"{width}x{height} (upright by EXIF); masks must be as large as their images"
         )
-    return image, label_map(raw, mask_path)
+    return image, raw
+
+
+def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.ndarray, np.ndarray]:
+    """Image and class ids of a record.
+
+    Returns:
+        (H, W, 3) uint8 RGB and (H, W) int64 with -1 = ignored.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_raw`; ValueError also for an unknown stored value.
+    """
+    image, raw = load_raw(record, root)
+    return image, label_map(raw, os.path.join(root, record["fpath_segm"]))
 
 
 def check_sample(split: Split, n: int = 32, seed: int = 0) -> list[str]:
-    """Load up to `n` random samples before a long run starts, and say what looks wrong.
+    """Load up to `n` random samples before a long run starts, and warn of what looks wrong.
 
     Returns:
-        Warnings in plain words; empty when nothing is conspicuous.
+        The warnings, which are also logged; empty when nothing is conspicuous.
 
     Raises:
         FileNotFoundError, ValueError: a sample cannot be used, as `load_pair` says it.
@@ -385,11 +421,15 @@ def check_sample(split: Split, n: int = 32, seed: int = 0) -> list[str]:
     ignored = pixels = 0
     for index in sorted(chosen.tolist()):
         record = split.records[index]
-        _, ids = load_pair(record, split.root, split.label_map)
-        stored.update(np.unique(load_mask(os.path.join(split.root, record["fpath_segm"]))).tolist())
+        _, raw = load_raw(record)
+        ids = split.label_map(raw, record["fpath_segm"])
+        stored.update(np.unique(raw).tolist())
         ignored += int(np.count_nonzero(ids < 0))
         pixels += ids.size
-    return label_warnings(stored, ignored, pixels, f"{count} sampled masks")
+    warnings = label_warnings(stored, ignored, pixels, f"{count} sampled masks")
+    for warning in warnings:
+        logging.getLogger("mit_semseg").warning("%s", warning)
+    return warnings
 
 
 def label_warnings(stored: Iterable[int], ignored: int, pixels: int, where: str) -> list[str]:
@@ -402,7 +442,7 @@ def label_warnings(stored: Iterable[int], ignored: int, pixels: int, where: str)
         )
     if set(stored) == {0, 255}:
         warnings.append(
-            f"{where}: hold only {{0, 255}}: binary? Store the classes 0 and 1, "
-            "or both values may end up ignored"
+            f"{where} hold only {{0, 255}}: binary? Store the classes as 0 and 1, "
+            "lest one of them is ignored"
         )
     return warnings

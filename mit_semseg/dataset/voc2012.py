@@ -1,0 +1,76 @@
+"""Pascal VOC 2012 segmentation, in the layout of VOCdevkit.
+
+Paper: Everingham et al. 2015, "The Pascal Visual Object Classes Challenge: A Retrospective".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mit_semseg.dataset.base import (
+    FORMATS,
+    Archive,
+    ClassTable,
+    DataFormat,
+    LabelMap,
+    Source,
+    table_of,
+)
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record
+
+BORDER = 255
+
+
+@FORMATS.register("voc2012")
+class Voc2012(DataFormat):
+    """Names in `ImageSets/Segmentation/<split>.txt`; palette masks, 255 on object borders.
+
+    `SegmentationClassAug`, where it exists and has the mask, is used for names that
+    `SegmentationClass` lacks (`trainaug`).
+    """
+
+    source = Source(
+        title="Pascal VOC 2012 (2.0 GB)",
+        licence="images from flickr, subject to the flickr terms of use",
+        home="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+        layout="ImageSets/Segmentation/*.txt JPEGImages/ SegmentationClass/",
+        archives=(
+            Archive(
+                (
+                    "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+                    "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+                ),
+                sha256="e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
+                member="VOCdevkit/VOC2012",
+            ),
+        ),
+    )
+    num_class = 21
+
+    def records(self, root: Path, split: str) -> list[Record]:
+        for base in ("", "VOC2012/", "VOCdevkit/VOC2012/"):
+            listing = root / f"{base}ImageSets/Segmentation/{split}.txt"
+            if listing.is_file():
+                break
+        else:
+            raise FileNotFoundError(
+                f"{root}: no Pascal VOC 2012 here, expected "
+                f"ImageSets/Segmentation/{split}.txt; check DATASET.root_dataset"
+            )
+        records = []
+        for name in listing.read_text(encoding="utf-8").split():
+            mask = f"{base}SegmentationClass/{name}.png"
+            if not (root / mask).is_file():
+                augmented = f"{base}SegmentationClassAug/{name}.png"
+                mask = augmented if (root / augmented).is_file() else mask
+            records.append(Record(fpath_img=f"{base}JPEGImages/{name}.jpg", fpath_segm=mask))
+        return records
+
+    def classes(self, options: DataOptions) -> ClassTable:
+        return table_of("voc2012", options.num_class, "Pascal VOC 2012")
+
+    def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
+        values = {k: k for k in range(options.num_class)} | {BORDER: -1}
+        return LabelMap(values, options.num_class, " (VOC: 0..20 are classes, 255 is border)")
