@@ -427,6 +427,14 @@ def test_torchvision_names_become_the_published_ones() -> None:
         torch.testing.assert_close(target(x), source.features[:18](x))
 
 
+def test_the_projects_own_encoder_takes_them_all() -> None:
+    from mit_semseg.models import ENCODERS
+
+    state = rename_torchvision_mobilenet(torchvision_mobilenet().state_dict())
+    report = load_into(ENCODERS.get("mobilenetv2dilated")(), state, what="encoder", strict=True)
+    assert (len(report.matched), report.unexpected) == (306, [])
+
+
 def test_torchvision_weights_from_a_mirror_and_from_a_file(
     host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
