@@ -1,0 +1,102 @@
+"""PPM: the pyramid pooling module of PSPNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d
+from mit_semseg.models.decoders.base import (
+    DECODERS,
+    Decoder,
+    conv_bn_relu,
+    init_weights,
+    resize,
+)
+
+
+class PooledBatchNorm2d(SynchronizedBatchNorm2d):
+    """BatchNorm that survives a single value per channel, as 1x1 pooling of one sample gives.
+
+    One value has no variance. Where no other replica or process adds any, training then
+    normalises with the running statistics, as evaluation does, and leaves them as they are; the
+    weight and bias still learn.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        B, _, H, W = input.shape
+        alone = self._replica is None and self._live_group() is None
+        if self.training and B * H * W == 1 and alone:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(input)
+
+
+@DECODERS.register("ppm", "ppm_bilinear")
+class PPM(Decoder):
+    """Average pools at several sizes, joined with the feature map.
+
+    Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.2.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_class: int = 150,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+        width: int = 512,
+        **options: Any,
+    ) -> None:
+        super().__init__(channels, num_class, **options)
+        n_in = channels[-1]
+        self.ppm = nn.ModuleList(
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(scale),
+                nn.Conv2d(n_in, width, 1, bias=False),
+                PooledBatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            )
+            for scale in pool_scales
+        )
+        self.conv_last = nn.Sequential(
+            *conv_bn_relu(n_in + len(pool_scales) * width, width),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(width, num_class, 1),
+        )
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        x = features[-1]
+        pooled = [resize(pool(x), x.shape[-2:]) for pool in self.ppm]
+        return (self.conv_last(torch.cat([x, *pooled], dim=1)),)
+
+
+@DECODERS.register("ppm_deepsup", "ppm_bilinear_deepsup")
+class PPMDeepSup(PPM):
+    """PPM with a convolutional head on the feature map before the last, in training.
+
+    Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.3 (the auxiliary loss).
+    """
+
+    needs = 2
+    auxiliary = True
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        width = channels[-1] // 4
+        self.cbr_deepsup = conv_bn_relu(channels[-2], width)
+        self.dropout_deepsup = nn.Dropout2d(0.1)
+        self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        heads = super().logits(features)
+        if self.training:
+            x = self.dropout_deepsup(self.cbr_deepsup(features[-2]))
+            heads += (self.conv_last_deepsup(x),)
+        return heads

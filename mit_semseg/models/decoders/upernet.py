@@ -1,0 +1,82 @@
+"""UPerNet: pyramid pooling on top of a feature pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import (
+    DECODERS,
+    Decoder,
+    conv_bn_relu,
+    init_weights,
+    resize,
+)
+
+
+@DECODERS.register("upernet")
+class UPerNet(Decoder):
+    """PPM on the deepest feature map, then a top-down pyramid over all maps of the encoder.
+
+    Every map the encoder declares is a level, whatever their number, widths and strides: the
+    four of a ResNet as published, the five of MobileNetV2 likewise.
+
+    Paper: Xiao et al. 2018, arXiv:1807.10221, sec. 3.1.
+    """
+
+    needs = 2
+    fpn_dim = 512
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_class: int = 150,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+        width: int = 512,
+        **options: Any,
+    ) -> None:
+        super().__init__(channels, num_class, **options)
+        *lower, deepest = channels
+        fpn_dim = self.fpn_dim
+        self.pool_scales = tuple(pool_scales)
+        self.ppm_conv = nn.ModuleList(conv_bn_relu(deepest, width, 1) for _ in pool_scales)
+        self.ppm_last_conv = conv_bn_relu(deepest + len(pool_scales) * width, fpn_dim)
+        self.fpn_in = nn.ModuleList(conv_bn_relu(n_in, fpn_dim, 1) for n_in in lower)
+        # Published names have one more level of nesting here and in conv_last.
+        self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn_relu(fpn_dim, fpn_dim)) for _ in lower)
+        self.conv_last = nn.Sequential(
+            conv_bn_relu(len(channels) * fpn_dim, fpn_dim), nn.Conv2d(fpn_dim, num_class, 1)
+        )
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        *lower, x = features
+        pooled = [
+            # Unlike in PPM the pooled map is resized before its convolution.
+            conv(resize(F.adaptive_avg_pool2d(x, scale), x.shape[-2:]))
+            for scale, conv in zip(self.pool_scales, self.ppm_conv, strict=True)
+        ]
+        top = self.ppm_last_conv(torch.cat([x, *pooled], dim=1))
+
+        levels = [top]
+        for lateral, lateral_in, smooth in zip(
+            reversed(lower), reversed(self.fpn_in), reversed(self.fpn_out), strict=True
+        ):
+            side = lateral_in(lateral)
+            top = side + resize(top, side.shape[-2:])
+            levels.append(smooth(top))
+
+        finest, *coarser = reversed(levels)
+        fused = torch.cat([finest, *(resize(x, finest.shape[-2:]) for x in coarser)], dim=1)
+        return (self.conv_last(fused),)
+
+
+@DECODERS.register("upernet_lite")
+class UPerNetLite(UPerNet):
+    """UPerNet with a pyramid half as wide."""
+
+    fpn_dim = 256

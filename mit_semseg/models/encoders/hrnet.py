@@ -1,0 +1,124 @@
+"""HRNetV2-W48: parallel branches at strides 4 to 32 that keep exchanging, joined into one map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
+from mit_semseg.models.encoders.resnet import BasicBlock, Bottleneck
+
+WIDTHS = (48, 96, 192, 384)
+
+
+def conv_bn(n_in: int, n_out: int, kernel: int, stride: int, relu: bool) -> nn.Sequential:
+    layers: list[nn.Module] = [
+        nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False),
+        BatchNorm2d(n_out),
+    ]
+    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if relu else []))
+
+
+def resize_like(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class Exchange(nn.Module):
+    """Residual blocks on every branch, then every branch receives the sum of all of them."""
+
+    def __init__(self, widths: Sequence[int], depth: int = 4) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(BasicBlock(width, width) for _ in range(depth))) for width in widths
+        )
+        self.fuse_layers = nn.ModuleList(
+            nn.ModuleList(self._path(widths, source, target) for source in range(len(widths)))
+            for target in range(len(widths))
+        )
+        self.relu = nn.ReLU(inplace=True)
+
+    @staticmethod
+    def _path(widths: Sequence[int], source: int, target: int) -> nn.Module:
+        """What takes branch `source` to the width (and down to the stride) of `target`."""
+        if source == target:
+            return nn.Identity()
+        n_in, n_out = widths[source], widths[target]
+        if source > target:
+            return conv_bn(n_in, n_out, 1, 1, relu=False)
+        halvings = target - source
+        return nn.Sequential(
+            *(conv_bn(n_in, n_in, 3, 2, relu=True) for _ in range(halvings - 1)),
+            conv_bn(n_in, n_out, 3, 2, relu=False),
+        )
+
+    def forward(self, branches: list[Tensor]) -> list[Tensor]:
+        branches = [blocks(x) for blocks, x in zip(self.branches, branches, strict=True)]
+        fused = []
+        for target, paths in enumerate(self.fuse_layers):
+            total: Tensor | None = None
+            for source, path in enumerate(paths):
+                x = path(branches[source])
+                if source > target:
+                    x = resize_like(x, branches[target])
+                total = x if total is None else total + x
+            fused.append(self.relu(total))
+        return fused
+
+
+@ENCODERS.register("hrnetv2")
+class HRNetV2(Encoder):
+    """HRNetV2-W48.
+
+    Paper: Sun et al. 2019, arXiv:1904.04514; Wang et al. 2020, arXiv:1908.07919, sec. 3.
+    """
+
+    channels = (sum(WIDTHS),)
+    strides = (4,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 2, padding=1, bias=False)
+        self.bn1 = BatchNorm2d(64)
+        self.conv2 = nn.Conv2d(64, 64, 3, 2, padding=1, bias=False)
+        self.bn2 = BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = nn.Sequential(Bottleneck(64, 64), *(Bottleneck(256, 64) for _ in range(3)))
+        self.transition1 = self._transition((256,), WIDTHS[:2])
+        self.stage2 = nn.Sequential(Exchange(WIDTHS[:2]))
+        self.transition2 = self._transition(WIDTHS[:2], WIDTHS[:3])
+        self.stage3 = nn.Sequential(*(Exchange(WIDTHS[:3]) for _ in range(4)))
+        self.transition3 = self._transition(WIDTHS[:3], WIDTHS)
+        self.stage4 = nn.Sequential(*(Exchange(WIDTHS) for _ in range(3)))
+        init_weights(self)
+
+    @staticmethod
+    def _transition(before: Sequence[int], after: Sequence[int]) -> nn.ModuleList:
+        """To the widths of the next stage; the new branch starts from the coarsest one."""
+        paths: list[nn.Module] = []
+        for i, width in enumerate(after):
+            if i >= len(before):
+                paths.append(nn.Sequential(conv_bn(before[-1], width, 3, 2, relu=True)))
+            elif before[i] != width:
+                paths.append(conv_bn(before[i], width, 3, 1, relu=True))
+            else:
+                paths.append(nn.Identity())
+        return nn.ModuleList(paths)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        x = self.relu(self.bn1(self.conv1(images)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        branches = [self.layer1(x)]
+        for transition, stage in (
+            (self.transition1, self.stage2),
+            (self.transition2, self.stage3),
+            (self.transition3, self.stage4),
+        ):
+            # The branch there is none of yet starts from the last one.
+            sources = branches + branches[-1:]
+            branches = stage([path(x) for path, x in zip(transition, sources, strict=True)])
+        finest, *coarser = branches
+        return [torch.cat([finest, *(resize_like(x, finest) for x in coarser)], dim=1)]

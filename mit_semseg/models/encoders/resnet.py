@@ -1,0 +1,189 @@
+"""ResNet18, 50 and 101 with a deep stem: plain, and dilated to output stride 16 or 8."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, dilate, init_weights
+
+
+def conv3x3(n_in: int, n_out: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, 3, stride, padding=1, groups=groups, bias=False)
+
+
+def conv1x1(n_in: int, n_out: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, 1, stride, bias=False)
+
+
+def shortcut(n_in: int, n_out: int, stride: int) -> nn.Sequential | None:
+    """Projection of the input of a block onto its output, where their shapes differ."""
+    if stride == 1 and n_in == n_out:
+        return None
+    return nn.Sequential(conv1x1(n_in, n_out, stride), BatchNorm2d(n_out))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions."""
+
+    expansion: ClassVar[int] = 1
+
+    def __init__(self, n_in: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(n_in, width, stride)
+        self.bn1 = BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width)
+        self.bn2 = BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(n_in, width * self.expansion, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return self.relu(x + residual)
+
+
+class Bottleneck(nn.Module):
+    """1x1 to the width, 3x3 (with the stride), 1x1 to `expansion` times the width."""
+
+    expansion: ClassVar[int] = 4
+    groups: ClassVar[int] = 1
+
+    def __init__(self, n_in: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        n_out = width * self.expansion
+        self.conv1 = conv1x1(n_in, width)
+        self.bn1 = BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride, self.groups)
+        self.bn2 = BatchNorm2d(width)
+        self.conv3 = conv1x1(width, n_out)
+        self.bn3 = BatchNorm2d(n_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(n_in, n_out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        return self.relu(x + residual)
+
+
+class ResNet(Encoder):
+    """ResNet whose stem is three 3x3 convolutions; `strides` says how far it is dilated.
+
+    Paper: He et al. 2016, arXiv:1512.03385; stem of Szegedy et al. 2016, arXiv:1512.00567;
+    dilation of Yu et al. 2017, arXiv:1705.09914.
+    """
+
+    strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
+    block: ClassVar[type[BasicBlock] | type[Bottleneck]]
+    depths: ClassVar[tuple[int, ...]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(3, 64, stride=2)
+        self.bn1 = BatchNorm2d(64)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(64, 64)
+        self.bn2 = BatchNorm2d(64)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv3 = conv3x3(64, 128)
+        self.bn3 = BatchNorm2d(128)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        inputs = (128, *self.channels[:-1])
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            self._stage(n_in, n_out, depth, stride)
+            for n_in, n_out, depth, stride in zip(
+                inputs, self.channels, self.depths, (1, 2, 2, 2), strict=True
+            )
+        )
+        dilate(self.layer3, 16 // self.strides[2])
+        dilate(self.layer4, 32 // self.strides[3])
+        init_weights(self)
+
+    def _stage(self, n_in: int, n_out: int, depth: int, stride: int) -> nn.Sequential:
+        width = n_out // self.block.expansion
+        first = self.block(n_in, width, stride)
+        return nn.Sequential(first, *(self.block(n_out, width) for _ in range(depth - 1)))
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        x = self.relu1(self.bn1(self.conv1(images)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        x = self.relu3(self.bn3(self.conv3(x)))
+        x = self.maxpool(x)
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+@ENCODERS.register("resnet18")
+class ResNet18(ResNet):
+    """ResNet18 at output stride 32."""
+
+    block, depths = BasicBlock, (2, 2, 2, 2)
+    channels = (64, 128, 256, 512)
+
+
+@ENCODERS.register("resnet18dilated", "resnet18_dilated8")
+class ResNet18Dilated8(ResNet18):
+    """ResNet18 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("resnet18_dilated16")
+class ResNet18Dilated16(ResNet18):
+    """ResNet18 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("resnet50")
+class ResNet50(ResNet):
+    """ResNet50 at output stride 32."""
+
+    block, depths = Bottleneck, (3, 4, 6, 3)
+    channels = (256, 512, 1024, 2048)
+
+
+@ENCODERS.register("resnet50dilated", "resnet50_dilated8")
+class ResNet50Dilated8(ResNet50):
+    """ResNet50 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("resnet50_dilated16")
+class ResNet50Dilated16(ResNet50):
+    """ResNet50 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("resnet101")
+class ResNet101(ResNet):
+    """ResNet101 at output stride 32."""
+
+    block, depths = Bottleneck, (3, 4, 23, 3)
+    channels = (256, 512, 1024, 2048)
+
+
+@ENCODERS.register("resnet101dilated", "resnet101_dilated8")
+class ResNet101Dilated8(ResNet101):
+    """ResNet101 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("resnet101_dilated16")
+class ResNet101Dilated16(ResNet101):
+    """ResNet101 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
