@@ -168,9 +168,19 @@ class LabelMap:
                 runs.append([value, value])
         return ", ".join(f"{a}..{b}" if a < b else f"{a}" for a, b in runs)
 
-    def unknown(self, raw: np.ndarray) -> list[int]:
-        """Stored values in `raw` that are neither classes nor ignored, sorted."""
-        return [int(v) for v in np.unique(raw) if int(v) not in self.values]
+    def complaint(self, stored: Iterable[int], file: PathLike) -> str:
+        """What to say about a file that holds these stored values; "" when all are known."""
+        bad = sorted(set(stored) - set(self.values))
+        if not bad:
+            return ""
+        message = (
+            f"{os.fspath(file)}: label {', '.join(map(str, bad[:8]))} is outside "
+            f"{self.describe()}; set DATASET.ignore_label {bad[0] if len(bad) == 1 else bad[:8]} "
+            f"or a label map{self.hint}"
+        )
+        if set(stored) == {0, 255}:
+            message += "; the mask holds only {0, 255}: a binary mask? Store 0 and 1 instead"
+        return message
 
     def __call__(self, raw: np.ndarray, file: PathLike = "mask") -> np.ndarray:
         """Class ids of stored values.
@@ -187,14 +197,7 @@ class LabelMap:
         """
         ids = np.take(self._table, raw, mode="clip")  # clip also sends negative values to entry 0
         if ids.size and (ids.min() == _UNKNOWN or raw.min() < 0):
-            bad = self.unknown(raw)
-            message = (
-                f"{file}: label {bad[-1]} is outside {self.describe()}; set DATASET.ignore_label "
-                f"{bad[-1] if len(bad) == 1 else bad[:8]} or a label map{self.hint}"
-            )
-            if set(np.unique(raw).tolist()) == {0, 255}:
-                message += "; the mask holds only {0, 255}: a binary mask? store 0 and 1 instead"
-            raise ValueError(message)
+            raise ValueError(self.complaint(np.unique(raw).tolist(), file))
         return ids
 
 

@@ -1,0 +1,169 @@
+"""Fetch and unpack the public data sets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from tqdm import tqdm
+
+from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
+from mit_semseg.download import DownloadError, fetch
+
+
+def sources() -> dict[str, Source]:
+    """The data sets that say where they come from, by format name."""
+    found: dict[str, Source] = {}
+    for name in FORMATS.names():
+        data_format: DataFormat = FORMATS.get(name)()
+        if data_format.source is not None:
+            found[name] = data_format.source
+    return found
+
+
+def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) -> bool:
+    """Download and unpack a public data set, printing its licence first.
+
+    Interrupted downloads are continued by the next call; archives are kept beside the data and may
+    be deleted afterwards.
+
+    Args:
+        name: a key of `sources()`.
+        dest: folder that will be `DATASET.root_dataset`.
+        progress: show bars.
+
+    Returns:
+        Whether the data are there; when not, what to fetch by hand has been printed.
+
+    Raises:
+        ValueError: there is no such data set, or an archive holds a path outside its folder.
+    """
+    known = sources()
+    if name not in known:
+        raise ValueError(f"no data set {name!r} to download; known: {', '.join(known)}")
+    source, dest = known[name], Path(dest)
+    print(f"{source.title}\nlicence: {source.licence}\n{source.home}")
+    if not source.archives:
+        print(by_hand(source, dest))
+        return False
+    for archive in source.archives:
+        file = dest / _file_name(archive)
+        try:
+            fetch(archive.urls, file, sha256=archive.sha256, progress=progress)
+        except DownloadError as error:
+            print(f"{error}\n{by_hand(source, dest)}")
+            return False
+        unpack(file, dest / archive.into, archive.member, progress=progress)
+    print(f"ready: DATASET.format {name} DATASET.root_dataset {dest}")
+    print(f"the archives in {dest} are no longer needed")
+    return True
+
+
+def by_hand(source: Source, dest: Path) -> str:
+    """What to fetch and where to put it."""
+    lines = []
+    for archive in source.archives:
+        lines.append(f"fetch {' or '.join(archive.urls)}")
+        lines.append(f"  and put it at {dest / _file_name(archive)}, then run this command again;")
+    if not lines:
+        lines.append(f"register and download at {source.home};")
+    lines.append(f"or unpack it yourself so that {dest} holds: {source.layout}")
+    return "\n".join(lines)
+
+
+def _file_name(archive: Archive) -> str:
+    return archive.urls[0].rsplit("/", 1)[-1]
+
+
+def unpack(file: Path, dest: Path, member: str = "", *, progress: bool = True) -> int:
+    """Unpack regular files of a zip or tar archive below `dest`.
+
+    Files that are there already with the right size are kept; each file appears under its name
+    only when it is complete. Links and devices are left out.
+
+    Args:
+        file: the archive.
+        dest: folder to unpack to.
+        member: only this folder of the archive, without its own name.
+        progress: show a bar.
+
+    Returns:
+        Number of files in `dest` that belong to the archive.
+
+    Raises:
+        ValueError: not an archive, `member` is not in it, or a path leads outside `dest`.
+    """
+    count = 0
+    bar = tqdm(desc=f"unpacking {file.name}", unit="files", disable=None if progress else True)
+    try:
+        with bar:
+            for name, size, content in _entries(file):
+                target = _target(file, dest, name, member)
+                if target is None:
+                    continue
+                count += 1
+                bar.update()
+                if target.is_file() and target.stat().st_size == size:
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = target.with_name(target.name + ".part")
+                with content() as reader, open(part, "wb") as writer:
+                    shutil.copyfileobj(reader, writer, 1 << 20)
+                os.replace(part, target)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{file}: a damaged archive ({error}); delete it and try again") from error
+    if not count:
+        raise ValueError(f"{file}: holds no files{f' in {member}' if member else ''}")
+    return count
+
+
+class _Content:
+    """Opens one entry of an archive."""
+
+    def __init__(self, archive: zipfile.ZipFile | tarfile.TarFile, entry: object) -> None:
+        self.archive, self.entry = archive, entry
+
+    def __call__(self) -> IO[bytes]:
+        if isinstance(self.archive, zipfile.ZipFile):
+            assert isinstance(self.entry, zipfile.ZipInfo)
+            return self.archive.open(self.entry)
+        assert isinstance(self.entry, tarfile.TarInfo)
+        reader = self.archive.extractfile(self.entry)
+        assert reader is not None  # it is a regular file
+        return reader
+
+
+def _entries(file: Path) -> Iterator[tuple[str, int, _Content]]:
+    """Name, size and opener of each regular file in an archive."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                if not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16):
+                    yield info.filename, info.file_size, _Content(archive, info)
+    elif tarfile.is_tarfile(file):
+        with tarfile.open(file) as tar:
+            for entry in tar:
+                if entry.isfile():
+                    yield entry.name, entry.size, _Content(tar, entry)
+    else:
+        raise ValueError(f"{file}: neither a zip nor a tar archive; delete it and try again")
+
+
+def _target(file: Path, dest: Path, name: str, member: str) -> Path | None:
+    """Where an entry goes; None when it is outside `member`."""
+    path = PurePosixPath(name)
+    unsafe = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name
+    if unsafe or not path.parts:
+        raise ValueError(f"{file}: refuses to unpack the path {name!r}, which leads elsewhere")
+    if member:
+        inside = PurePosixPath(member)
+        if inside not in path.parents:
+            return None
+        path = path.relative_to(inside)
+    return dest.joinpath(*path.parts)

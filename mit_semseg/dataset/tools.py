@@ -1,0 +1,350 @@
+"""Tools for a user's own data: make sample lists, and check them before training does."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mit_semseg.dataset.base import (
+    FORMATS,
+    ClassTable,
+    DataFormat,
+    LabelMap,
+    absolute,
+    label_warnings,
+    load_raw,
+)
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record, list_images, locate, match_by_stem, read_odgt
+from mit_semseg.dataset.transforms import image_size
+
+PathLike = str | os.PathLike[str]
+
+# Stored values that by custom mean "no label" in 8 and 16 bits.
+_CUSTOMARY_IGNORE = (255, 65535)
+
+
+# ------------------------------------------------------------------------------ make
+def make_odgt(
+    images: PathLike,
+    labels: PathLike,
+    out: PathLike,
+    split: float = 0.9,
+    seed: int = 304,
+    image_suffix: str = "",
+    label_suffix: str = "",
+) -> dict[str, Any]:
+    """Write `training.odgt` and `validation.odgt` from a folder of images and one of masks.
+
+    Images and masks are matched by their path without extension, folders included. Paths in the
+    lists are relative to the deepest folder that holds both, which is returned as `root`: that is
+    what `DATASET.root_dataset` is to be.
+
+    Args:
+        images: folder of images, searched with its subfolders.
+        labels: folder of masks.
+        out: folder the lists are written to; made when absent.
+        split: share of the samples that goes to training, in (0, 1]; 1 writes no validation list.
+        seed: of the random split.
+        image_suffix, label_suffix: what stems end with on one side only (`_mask`).
+
+    Returns:
+        `root`, `training` and `validation` (list paths), `n_training`, `n_validation`,
+        `images_without_mask`, `masks_without_image`, and `unusable`: samples left out because a
+        file cannot be read or the two sizes differ, with the reason.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: nothing matches, or `split` is outside (0, 1].
+    """
+    if not 0 < split <= 1:
+        raise ValueError(f"split is {split}; it is the share for training, in (0, 1]")
+    images, labels, out = (Path(os.path.abspath(p)) for p in (images, labels, out))
+    pairs, lonely_images, lonely_masks = match_by_stem(
+        list_images(images), list_images(labels), image_suffix, label_suffix
+    )
+    root = Path(os.path.commonpath([images, labels]))
+    records: list[Record] = []
+    unusable: list[str] = []
+    for image, label in tqdm(pairs, desc="reading sizes", disable=None, leave=False):
+        try:
+            size, mask_size = image_size(images / image), image_size(labels / label)
+        except (ValueError, FileNotFoundError) as error:
+            unusable.append(str(error))
+            continue
+        if size != mask_size:
+            unusable.append(
+                f"{labels / label}: {mask_size[0]}x{mask_size[1]} pixels, its image "
+                f"{images / image} has {size[0]}x{size[1]}"
+            )
+            continue
+        records.append(
+            Record(
+                fpath_img=(images / image).relative_to(root).as_posix(),
+                fpath_segm=(labels / label).relative_to(root).as_posix(),
+                width=size[0],
+                height=size[1],
+            )
+        )
+    if not records:
+        first = f"; the first of {len(unusable)} unusable pairs: {unusable[0]}" if unusable else ""
+        raise ValueError(
+            f"no image in {images} has a usable mask of the same name in {labels} "
+            f"({len(lonely_images)} images and {len(lonely_masks)} masks are alone){first}"
+        )
+    order = np.random.default_rng(seed).permutation(len(records)).tolist()
+    n_training = len(records)
+    if split < 1 and len(records) > 1:  # neither list may be empty
+        n_training = min(max(round(len(records) * split), 1), len(records) - 1)
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"root": str(root)}
+    for name, chosen in (("training", order[:n_training]), ("validation", order[n_training:])):
+        path = out / f"{name}.odgt"
+        report[f"n_{name}"] = len(chosen)
+        report[name] = str(path) if chosen else ""
+        if chosen:
+            lines = [json.dumps(records[k]) for k in sorted(chosen)]
+            part = path.with_name(path.name + ".part")
+            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            os.replace(part, path)
+    report["images_without_mask"] = lonely_images
+    report["masks_without_image"] = lonely_masks
+    report["unusable"] = unusable
+    return report
+
+
+def describe_made(report: dict[str, Any]) -> str:
+    """What `make_odgt` did, and how to use it, in plain text."""
+    lines = [f"{report['n_training']} training and {report['n_validation']} validation samples"]
+    for key in ("images_without_mask", "masks_without_image", "unusable"):
+        if report[key]:
+            lines.append(f"{len(report[key])} {key.replace('_', ' ')}, left out:")
+            lines += _shortened(report[key])
+    lines.append(f"DATASET.root_dataset {report['root']}")
+    lines.append(f"DATASET.list_train {report['training']}")
+    if report["validation"]:
+        lines.append(f"DATASET.list_val {report['validation']}")
+    return "\n".join(lines)
+
+
+def _shortened(items: Sequence[str], most: int = 10) -> list[str]:
+    rest = [f"  ... and {len(items) - most} more"] if len(items) > most else []
+    return [f"  {item}" for item in items[:most]] + rest
+
+
+# ------------------------------------------------------------------------------ check
+@dataclass
+class _Finding:
+    """What one sample shows; only `error` when it cannot be used."""
+
+    record: Record
+    error: str = ""
+    size: str = ""
+    image_mode: str = ""
+    mask_mode: str = ""
+    counts: dict[int, int] = field(default_factory=dict)  # stored value -> pixels
+
+
+def check(
+    source: str | Sequence[Record],
+    root: PathLike | None = None,
+    *,
+    data_format: str = "odgt",
+    num_class: int | None = None,
+    label_offset: int = 1,
+    ignore_label: Iterable[int] = (),
+    classes: ClassTable | None = None,
+    label_map: LabelMap | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Read every sample of a list and report what is in it and what is wrong.
+
+    Args:
+        source: list file, or what `DATASET.list_train` holds for `data_format`, or records.
+        root: `DATASET.root_dataset`. None looks for the images from the working folder and from
+            the list's own folder upwards.
+        data_format: `DATASET.format`.
+        num_class: None takes a public data set's own, else as many as the stored values need.
+        label_offset, ignore_label: as in `DATASET`.
+        classes: names; by default those of the format.
+        label_map: by default that of the format.
+        progress: show a bar.
+
+    Returns:
+        A dict that `json.dump` takes: `ok`, `records`, `root`, `num_class`, `sizes`,
+        `image_modes`, `mask_modes` (value -> number of samples), `stored_values`, `classes` (per
+        class: `id`, `name`, `pixels`, `share` of labelled pixels, `images`), `absent`,
+        `ignored_share`, and lists `unreadable` and `out_of_range` of messages that name files,
+        `warnings`.
+
+    Raises:
+        FileNotFoundError, ValueError: the list itself cannot be read.
+    """
+    formats: DataFormat = FORMATS.get(data_format)()
+    records, base = _resolve(source, root, formats)
+    findings = list(_inspect(records, progress))
+    usable = [f for f in findings if not f.error]
+
+    stored: Counter[int] = Counter()
+    in_images: Counter[int] = Counter()
+    for finding in usable:
+        stored.update(finding.counts)
+        in_images.update(finding.counts.keys())
+    ignored_values = tuple(ignore_label)
+    if num_class is None:
+        num_class = label_map.num_class if label_map else formats.num_class
+    if num_class is None:
+        named = [v for v in stored if v not in (*ignored_values, *_CUSTOMARY_IGNORE)]
+        num_class = max(max(named, default=0) - label_offset + 1, 1)
+    options = DataOptions(num_class=num_class, label_offset=label_offset)
+    table = classes or formats.classes(options)
+    mapping = label_map or formats.label_map(records, options).ignoring(ignored_values)
+
+    complaints = [mapping.complaint(f.counts, f.record["fpath_segm"]) for f in usable]
+    out_of_range = [message for message in complaints if message]
+    pixels = np.zeros(num_class, dtype=np.int64)
+    images = np.zeros(num_class, dtype=np.int64)
+    for finding in usable:
+        seen = {mapping.values.get(v, -1) for v in finding.counts} - {-1}
+        images[list(seen)] += 1
+        for value, count in finding.counts.items():
+            if mapping.values.get(value, -1) >= 0:
+                pixels[mapping.values[value]] += count
+    total, labelled = sum(stored.values()), int(pixels.sum())
+    ignored = sum(n for v, n in stored.items() if mapping.values.get(v) == -1)
+    unreadable = [f.error for f in findings if f.error]
+    return {
+        "ok": not unreadable and not out_of_range,
+        "records": len(records),
+        "root": base,
+        "num_class": num_class,
+        "sizes": _ranked(f.size for f in usable),
+        "image_modes": _ranked(f.image_mode for f in usable),
+        "mask_modes": _ranked(f.mask_mode for f in usable),
+        "stored_values": {
+            str(v): {"pixels": stored[v], "images": in_images[v]} for v in sorted(stored)
+        },
+        "classes": [
+            {
+                "id": k,
+                "name": table.names[k],
+                "pixels": int(pixels[k]),
+                "share": int(pixels[k]) / labelled if labelled else 0.0,
+                "images": int(images[k]),
+            }
+            for k in range(num_class)
+        ],
+        "absent": [table.names[k] for k in range(num_class) if not images[k]],
+        "ignored_share": ignored / total if total else 0.0,
+        "unreadable": unreadable,
+        "out_of_range": out_of_range,
+        "warnings": label_warnings(stored, ignored, total, f"{len(usable)} masks"),
+    }
+
+
+def _ranked(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _resolve(
+    source: str | Sequence[Record], root: PathLike | None, formats: DataFormat
+) -> tuple[list[Record], str]:
+    """Records with absolute paths, and the folder they were found from."""
+    if not isinstance(source, str):
+        base = os.fspath(root or "")
+        return [absolute(record, base) for record in source], base
+    if not source.endswith(".odgt"):
+        base = os.fspath(root or "")
+        return [absolute(r, base) for r in formats.records(Path(base), source)], base
+    path = locate(source, root or "")
+    records = read_odgt(path)
+    first = records[0]["fpath_img"]
+    if root is not None:
+        places = [os.fspath(root)]
+    else:
+        places = ["", *(os.fspath(parent) for parent in path.resolve().parents)]
+    for place in places:
+        if os.path.exists(os.path.join(place, first)):
+            return [absolute(record, place) for record in records], place or "."
+    if root is None:
+        raise FileNotFoundError(
+            f"{first}, the first image of {path}, is neither in the working folder nor beside the "
+            "list; give the folder its paths are relative to with --root"
+        )
+    return [absolute(record, places[0]) for record in records], places[0]
+
+
+def _inspect(records: Sequence[Record], progress: bool) -> Iterator[_Finding]:
+    """Findings in the order of the records; files are read by a few threads."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        yield from tqdm(
+            pool.map(_look, records),
+            total=len(records),
+            desc="checking",
+            disable=None if progress else True,
+            leave=False,
+        )
+
+
+def _look(record: Record) -> _Finding:
+    try:
+        image, raw = load_raw(record)
+        modes = []
+        for key in (record["fpath_img"], record["fpath_segm"]):
+            with Image.open(key) as file:
+                modes.append(file.mode)
+    except (ValueError, FileNotFoundError) as error:
+        return _Finding(record, error=str(error))
+    values, counts = np.unique(raw, return_counts=True)
+    return _Finding(
+        record,
+        size=f"{image.shape[1]}x{image.shape[0]}",
+        image_mode=modes[0],
+        mask_mode=modes[1],
+        counts=dict(zip(values.tolist(), counts.tolist())),
+    )
+
+
+def describe_check(report: dict[str, Any]) -> str:
+    """The report of `check` as text for a terminal."""
+
+    def listing(table: dict[str, int], most: int = 5) -> str:
+        text = ", ".join(f"{name} ({count})" for name, count in list(table.items())[:most])
+        return text + (f", and {len(table) - most} more" if len(table) > most else "")
+
+    lines = [
+        f"{report['records']} samples, paths from {report['root'] or 'the working folder'}",
+        f"sizes        {listing(report['sizes'])}",
+        f"image modes  {listing(report['image_modes'])}",
+        f"mask modes   {listing(report['mask_modes'])}",
+        f"ignored      {100 * report['ignored_share']:.2f} % of pixels",
+        "",
+        f"{'class':>5}  {'name':24} {'pixels':>14} {'share':>8} {'images':>7}",
+    ]
+    for row in report["classes"]:
+        lines.append(
+            f"{row['id']:5}  {row['name'][:24]:24} {row['pixels']:14} "
+            f"{100 * row['share']:7.2f}% {row['images']:7}"
+        )
+    if report["absent"]:
+        names = ", ".join(report["absent"][:20]) + (" ..." if len(report["absent"]) > 20 else "")
+        lines.append(f"{len(report['absent'])} classes occur in no mask: {names}")
+    for key, title in (
+        ("unreadable", "samples that cannot be used"),
+        ("out_of_range", "masks with labels outside the classes"),
+        ("warnings", "warnings"),
+    ):
+        if report[key]:
+            lines += ["", f"{len(report[key])} {title}:", *_shortened(report[key])]
+    lines += ["", "No errors." if report["ok"] else "There are errors; see above."]
+    return "\n".join(lines)
