@@ -40,7 +40,7 @@ class Statistics:
         var: biased variance, no smaller than the floor if there is one, (C,).
         eps: added to `var` under the root.
         free: where `var` was above the floor, (C,) bool; None: everywhere.
-        weight: filled in by `Normalize`, as the input gradient needs it.
+        weight: of the layer, in the dtype of the mean; set by `Normalize` for the input gradient.
     """
 
     def __init__(self, merged: Tensor, count: int, eps: float, clamp: bool) -> None:
@@ -175,10 +175,12 @@ class Normalize(Function):
         bias: Tensor | None,
         statistics: Statistics,
     ) -> Tensor:
-        statistics.weight = None if weight is None else weight.detach()
-        ctx.statistics = statistics
+        ctx.statistics = s = statistics
         ctx.save_for_backward(x)
-        s = statistics
+        ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+        # Half-precision parameters would not go with float32 statistics in the CPU's kernel.
+        weight, bias = (None if p is None else p.detach().to(s.mean.dtype) for p in (weight, bias))
+        s.weight = weight
         if x.is_cuda and x.numel():
             return torch.batch_norm_elemt(x, weight, bias, s.mean, s.invstd, s.eps)
         return F.batch_norm(x, s.mean, s.var, weight, bias, False, 0.0, s.eps)
@@ -191,12 +193,12 @@ class Normalize(Function):
         s: Statistics = ctx.statistics
         sum_g, sum_g_xhat = _gradient_sums(g, x, s)
         needs_x, needs_sums, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        weight_dtype = s.weight.dtype if s.weight is not None else sum_g.dtype
+        weight_dtype, bias_dtype = ctx.dtypes
         return (
             g if needs_x else None,
             torch.stack([sum_g, sum_g_xhat]) if needs_sums else None,
             sum_g_xhat.to(weight_dtype) if needs_weight else None,
-            sum_g.to(weight_dtype) if needs_bias else None,
+            sum_g.to(bias_dtype) if needs_bias else None,
             None,
         )
 
