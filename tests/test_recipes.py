@@ -12,7 +12,7 @@ from mit_semseg.models import ModelBuilder
 from mit_semseg.models.builder import check_pair
 from mit_semseg.models.decoders import DECODERS
 from mit_semseg.models.encoders import ENCODERS
-from mit_semseg.weights import PUBLISHED, published_checkpoint
+from mit_semseg.weights import PUBLISHED, imagenet_weights, published_checkpoint
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 ALL = sorted(CONFIG.glob("*.yaml"))
@@ -115,3 +115,8 @@ def test_a_published_checkpoint_has_a_recipe_that_asks_for_it(model: str) -> Non
     (cfg,) = [c for c in recipes if Path(c.DIR).name == model]
     for urls, part in zip(published_checkpoint(model), ("encoder", "decoder"), strict=True):
         assert urls[-1].endswith(f"/{model}/{part}_{cfg.VAL.checkpoint}")
+
+
+@pytest.mark.parametrize("encoder", sorted(ENCODER_FACTS))
+def test_every_encoder_has_published_imagenet_weights(encoder: str) -> None:
+    assert imagenet_weights(encoder).urls[-1].startswith("http://sceneparsing.csail.mit.edu/")
