@@ -1,0 +1,29 @@
+"""Quality figures: functions of a confusion matrix, and the class that accumulates one."""
+
+from mit_semseg.metrics.confusion import ConfusionMatrix
+from mit_semseg.metrics.functional import (
+    class_accuracy,
+    class_dice,
+    class_iou,
+    class_recall,
+    confusion_matrix,
+    fw_iou,
+    mean_dice,
+    mean_iou,
+    mean_iou_all_classes,
+    pixel_accuracy,
+)
+
+__all__ = [
+    "ConfusionMatrix",
+    "class_accuracy",
+    "class_dice",
+    "class_iou",
+    "class_recall",
+    "confusion_matrix",
+    "fw_iou",
+    "mean_dice",
+    "mean_iou",
+    "mean_iou_all_classes",
+    "pixel_accuracy",
+]

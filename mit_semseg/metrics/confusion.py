@@ -1,0 +1,91 @@
+"""The one thing an evaluation accumulates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mit_semseg.metrics import functional as F
+
+
+class ConfusionMatrix:
+    """Pixel counts by label and prediction, from which every figure is computed.
+
+    Processes fill one each; adding them gives what a single process would have counted.
+
+    Args:
+        num_class: number of classes K.
+
+    Attributes:
+        matrix: (K, K) int64 on the CPU, row = label, column = prediction.
+
+    Raises:
+        ValueError: num_class is below 1.
+
+    Example:
+        >>> counts = ConfusionMatrix(3)
+        >>> counts.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
+        >>> counts.compute()["iou"]
+        tensor([0.5000, 0.5000,    nan], dtype=torch.float64)
+    """
+
+    def __init__(self, num_class: int) -> None:
+        if num_class < 1:
+            raise ValueError(f"num_class is {num_class}; give at least 1")
+        self.num_class = num_class
+        self.matrix = torch.zeros(num_class, num_class, dtype=torch.int64)
+
+    def update(self, pred: Tensor | Any, label: Tensor | Any) -> None:
+        """Count a prediction.
+
+        Args:
+            pred: class ids in 0..K-1, integer tensor or array of any shape.
+            label: class ids of the same shape, -1 where a pixel is ignored.
+
+        Raises:
+            ValueError: shapes differ, values are no integers, or an id is out of range.
+        """
+        self.matrix += F.confusion_matrix(pred, label, self.num_class).cpu()
+
+    def __add__(self, other: ConfusionMatrix) -> ConfusionMatrix:
+        if not isinstance(other, ConfusionMatrix):
+            return NotImplemented
+        if other.num_class != self.num_class:
+            raise ValueError(
+                f"cannot add confusion matrices of {self.num_class} and {other.num_class} classes"
+            )
+        result = ConfusionMatrix(self.num_class)
+        result.matrix = self.matrix + other.matrix
+        return result
+
+    def __radd__(self, other: Any) -> ConfusionMatrix:
+        # Lets sum() add matrices, which starts from 0.
+        return self + ConfusionMatrix(self.num_class) if other == 0 else NotImplemented
+
+    def __repr__(self) -> str:
+        return f"ConfusionMatrix(num_class={self.num_class}, pixels={int(self.matrix.sum())})"
+
+    def compute(self) -> dict[str, Any]:
+        """All figures, in [0, 1].
+
+        Returns:
+            Per class, (K,) float64 tensors: `iou` and `dice`, NaN where the class is absent from
+            labels and prediction, and `recall`, NaN where it is absent from the labels. Floats:
+            `mean_iou` and `mean_dice` over the classes that occur, `mean_iou_all_classes` with 0
+            for absent ones as published, `pixel_accuracy`, `class_accuracy` (mean recall),
+            `fw_iou`; NaN when nothing was counted.
+        """
+        m = self.matrix
+        return {
+            "iou": F.class_iou(m),
+            "dice": F.class_dice(m),
+            "recall": F.class_recall(m),
+            "mean_iou": F.mean_iou(m).item(),
+            "mean_iou_all_classes": F.mean_iou_all_classes(m).item(),
+            "pixel_accuracy": F.pixel_accuracy(m).item(),
+            "class_accuracy": F.class_accuracy(m).item(),
+            "fw_iou": F.fw_iou(m).item(),
+            "mean_dice": F.mean_dice(m).item(),
+        }
