@@ -22,15 +22,14 @@ def parse_device(device: int | str | torch.device, what: str = "device") -> torc
     Raises:
         ValueError: there is no such device here.
     """
-    if isinstance(device, int):
-        # torch.device(-1) and True would pass silently.
-        if isinstance(device, bool) or device < 0:
-            raise ValueError(f"{what} = {device!r}: use a CUDA index from 0, 'cuda:N' or 'cpu'")
-        device = f"cuda:{device}"
+    usage = f"{what} = {device!r}: use a CUDA index from 0, 'cuda:N' or 'cpu'"
+    # torch.device takes True and -1.
+    if isinstance(device, int) and (isinstance(device, bool) or device < 0):
+        raise ValueError(usage)
     try:
-        parsed = torch.device(device)
+        parsed = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     except RuntimeError as error:
-        raise ValueError(f"{what} = {device!r}: use a CUDA index, 'cuda:N' or 'cpu'") from error
+        raise ValueError(usage) from error
     if parsed.type == "cpu":
         return torch.device("cpu")  # "cpu:0" is the same place but compares unequal
     if parsed.type == "cuda":

@@ -1,0 +1,40 @@
+"""Nested tensors to numpy."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+from mit_semseg.lib.utils import as_numpy
+
+Pair = namedtuple("Pair", "first second")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "want"),
+    [
+        (torch.float32, np.float32),
+        (torch.float64, np.float64),
+        (torch.float16, np.float16),
+        (torch.bfloat16, np.float32),
+        (torch.int64, np.int64),
+        (torch.bool, np.bool_),
+        (torch.uint8, np.uint8),
+    ],
+)
+def test_dtype_and_values(dtype: torch.dtype, want: type) -> None:
+    array = as_numpy(torch.tensor([[0, 1], [1, 1]]).to(dtype))
+    assert array.dtype == want
+    np.testing.assert_array_equal(array, [[0, 1], [1, 1]])
+
+
+def test_nested() -> None:
+    tensor = torch.ones(2, requires_grad=True) * 3
+    out = as_numpy({"a": [tensor, (tensor, 4)], "b": Pair(tensor, "text"), "c": None})
+    for array in (out["a"][0], out["a"][1][0], out["b"].first):
+        assert isinstance(array, np.ndarray) and array.tolist() == [3, 3]
+    assert isinstance(out["a"][1], tuple) and out["a"][1][1] == 4
+    assert out["b"].second == "text" and out["c"] is None
