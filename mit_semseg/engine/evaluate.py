@@ -1,0 +1,366 @@
+"""Evaluation: one confusion matrix per process, merged by addition."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import ClassTable, ValDataset, build_split
+from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
+from mit_semseg.engine.launch import autocast, set_threads
+from mit_semseg.engine.pool import prefetched, run_here, run_pool
+from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
+from mit_semseg.metrics import ConfusionMatrix
+from mit_semseg.models import SegmentationModule
+from mit_semseg.visualize import class_bars, color_encode
+
+# Indices of the images that share one call of `work`; results do not depend on who gets which.
+Chunk = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one evaluation process needs; small, since it is sent to every one of them."""
+
+    cfg: Config
+    checkpoint: str
+    device: torch.device
+    threads: int | None  # None leaves the process's setting alone
+    pictures: Path | None
+    colors: np.ndarray
+
+
+def evaluate(
+    cfg: Config,
+    devices: Sequence[torch.device],
+    workers: int = 1,
+    *,
+    checkpoint: str | None = None,
+    model: SegmentationModule | None = None,
+    progress: bool = True,
+    out_dir: str | Path | None = None,
+) -> dict[str, Any]:
+    """Score a model on the validation list, print the tables and write them to files.
+
+    Every image is one task, so the figures do not depend on the number of processes. Images of
+    equal size among `VAL.batch_size` neighbours of the list share a forward pass.
+
+    Args:
+        cfg: the configuration; `DATASET.list_val` is what is evaluated, `DATASET.imgSizes` the
+            scales that are averaged over.
+        devices: where to compute; one process each.
+        workers: processes per device. On the CPU the cores are divided among them.
+        checkpoint: instead of `VAL.checkpoint`.
+        model: evaluate this one, in this process on the first device, instead of a checkpoint.
+        progress: show a bar.
+        out_dir: folder of `eval.json`, `eval.csv`, `class_iou.png` and, with `VAL.visualize`,
+            `pictures/`; default `result_eval` in `cfg.DIR`.
+
+    Returns:
+        What `eval.json` holds: the figures of `ConfusionMatrix.compute` as plain numbers (NaN
+        where undefined), and `classes`, one dict per class.
+
+    Raises:
+        ValueError: nothing to evaluate, or data that does not fit the configuration.
+        FileNotFoundError: a list, an image or the checkpoint is missing.
+        WorkerError: a worker process died or failed.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; give at least 1 process per device")
+    if not devices:
+        raise ValueError("devices is empty; give at least torch.device('cpu')")
+    checkpoint = checkpoint or cfg.VAL.checkpoint
+    split = build_split(cfg.DATASET, "val")
+    count = len(split.records)
+    classes = split.classes
+    if model is None:
+        # Found missing here, it is one clear line instead of one traceback per process.
+        folder, name = resolve_checkpoint(cfg.DIR, checkpoint)
+        folder.files(name)
+        classes = model_classes(cfg, checkpoint)
+    out = Path(cfg.DIR) / "result_eval" if out_dir is None else Path(out_dir)
+    # Before the work: an evaluation that cannot be written is not worth its hours.
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = out / "pictures" if cfg.VAL.visualize else None
+    chunks = _chunks(count, cfg.VAL.batch_size)
+    places = [device for device in devices for _ in range(workers)][: len(chunks)]
+
+    seconds = 0.0
+    started = time.perf_counter()
+    with tqdm(total=count, desc="evaluating", unit="img", disable=not progress) as bar:
+
+        def on_result(result: tuple[int, float]) -> None:
+            nonlocal seconds
+            seconds += result[1]
+            bar.update(result[0])
+
+        if model is not None:
+            data = val_dataset(cfg)
+            gallery = _Gallery(data, pictures, classes.colors) if pictures else None
+            with evaluation_mode(model.to(devices[0])):
+                work = partial(_scores, model, data, cfg, devices[0], gallery)
+                matrices = [run_here(work, chunks, on_result)]
+        elif len(places) == 1:
+            work = partial(_work, Job(cfg, checkpoint, places[0], None, pictures, classes.colors))
+            matrices = [run_here(work, chunks, on_result)]
+        else:
+            on_cpu = sum(device.type == "cpu" for device in places)
+            threads = max(1, torch.get_num_threads() // max(1, on_cpu))
+            matrices = run_pool(
+                _work,
+                [
+                    Job(cfg, checkpoint, device, threads, pictures, classes.colors)
+                    for device in places
+                ],
+                chunks,
+                on_result,
+                describe=lambda chunk: ", ".join(str(split.records[i]["fpath_img"]) for i in chunk),
+            )
+    result = {
+        "checkpoint": checkpoint if model is None else "",
+        "images": count,
+        "imgSizes": list(cfg.VAL.imgSizes or cfg.DATASET.imgSizes),
+        "flip": bool(cfg.VAL.flip),
+        "precision": cfg.VAL.precision,
+        "processes": len(matrices),
+        "seconds": time.perf_counter() - started,
+        "seconds_per_image": seconds / count,
+        **summarize(sum(matrices, ConfusionMatrix(cfg.DATASET.num_class)), classes),
+    }
+    print(format_report(result))
+    _write(result, classes, out)
+    print(f"Figures in {out}")
+    return result
+
+
+def val_dataset(cfg: Config) -> ValDataset:
+    """The validation samples of a configuration, at the scales of `VAL.imgSizes`."""
+    split = build_split(cfg.DATASET, "val")
+    options = with_scales(cfg.DATASET, cfg.VAL.imgSizes)
+    root = cfg.DATASET.root_dataset
+    return ValDataset(root, split.records, options, label_map=split.label_map)
+
+
+def evaluate_model(
+    module: SegmentationModule,
+    dataset: ValDataset,
+    cfg: Config,
+    device: torch.device,
+    *,
+    progress: bool = True,
+) -> ConfusionMatrix:
+    """Score a model that is in memory, in this process; its training modes are restored.
+
+    Args:
+        module: on `device` already.
+        dataset: samples with labels, such as `val_dataset(cfg)`.
+        cfg: its `VAL` keys batch_size, precision and flip apply.
+        device: where the module is.
+        progress: show a bar.
+    """
+    chunks = _chunks(len(dataset), cfg.VAL.batch_size)
+    work = partial(_scores, module, dataset, cfg, device, None)
+    bar = tqdm(total=len(dataset), desc="validating", unit="img", disable=not progress, leave=False)
+    with bar, evaluation_mode(module):
+        matrix: ConfusionMatrix = run_here(work, chunks, lambda result: bar.update(result[0]))
+    return matrix
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every part is in the mode it had, frozen ones too."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+# ------------------------------------------------------------------------------ the work
+def _chunks(count: int, size: int) -> list[Chunk]:
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[tuple[int, float], None, ConfusionMatrix]:
+    """A process of its own: model and data are built where they are used."""
+    if job.threads is not None:
+        set_threads(job.threads)
+    module = load_model(job.cfg, job.checkpoint).to(job.device)
+    data = val_dataset(job.cfg)
+    gallery = _Gallery(data, job.pictures, job.colors) if job.pictures else None
+    return (yield from _scores(module, data, job.cfg, job.device, gallery, tasks))
+
+
+def _scores(
+    module: SegmentationModule,
+    dataset: ValDataset,
+    cfg: Config,
+    device: torch.device,
+    gallery: _Gallery | None,
+    tasks: Iterable[Chunk],
+) -> Generator[tuple[int, float], None, ConfusionMatrix]:
+    """Score chunks of images: yields (images, seconds) for each, returns the confusion matrix."""
+    matrix = ConfusionMatrix(cfg.DATASET.num_class)
+    for _, loaded in prefetched(tasks, lambda chunk: [dataset[i] for i in chunk]):
+        samples = loaded.result()
+        seconds = 0.0
+        sizes = [tuple(sample["seg_label"].shape[-2:]) for sample in samples]
+        inputs = [sample["img_data"] for sample in samples]
+        for positions, images in stacked(inputs, sizes):
+            started = time.perf_counter()
+            labels = _predict(module, images, sizes[positions[0]], cfg, device)
+            seconds += time.perf_counter() - started
+            matrix.update(labels, torch.cat([samples[i]["seg_label"] for i in positions]))
+            if gallery is not None:
+                for i, predicted in zip(positions, labels, strict=True):
+                    gallery.add(samples[i], predicted)
+        yield len(samples), seconds
+    return matrix
+
+
+@torch.no_grad()
+def _predict(
+    module: SegmentationModule,
+    images: Sequence[Tensor],
+    size: tuple[int, int],
+    cfg: Config,
+    device: torch.device,
+) -> Tensor:
+    """(N, H, W) class ids on the CPU."""
+    with autocast(device, cfg.VAL.precision):
+        images = [image.to(device, non_blocking=True) for image in images]
+        return module.predict(images, size, flip=cfg.VAL.flip).cpu()
+
+
+class _Gallery:
+    """Pictures of image, truth and prediction side by side, named after their images."""
+
+    def __init__(self, dataset: ValDataset, folder: Path, colors: np.ndarray) -> None:
+        files = [os.path.join(dataset.root, record["fpath_img"]) for record in dataset.records]
+        base = common_base(os.path.dirname(os.path.abspath(file)) for file in files)
+        # Worked out from the whole list, so that every process comes to the same names.
+        stems = output_stems(files, base, folder, [".png"])
+        infos = [record["fpath_img"] for record in dataset.records]
+        self.paths = {info: f"{stem}.png" for info, stem in zip(infos, stems, strict=True)}
+        self.colors = colors
+
+    def add(self, sample: Mapping[str, Any], predicted: Tensor) -> None:
+        path = Path(self.paths[sample["info"]])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        truth = color_encode(sample["seg_label"][0].numpy(), self.colors)
+        picture = [sample["img_ori"], truth, color_encode(predicted.numpy(), self.colors)]
+        Image.fromarray(np.concatenate(picture, axis=1)).save(path)
+
+
+# ------------------------------------------------------------------------------ figures
+FIGURES = (
+    "mean_iou",
+    "mean_iou_all_classes",
+    "pixel_accuracy",
+    "class_accuracy",
+    "fw_iou",
+)
+
+
+def summarize(matrix: ConfusionMatrix, classes: ClassTable) -> dict[str, Any]:
+    """The figures of a confusion matrix as plain numbers, and one dict per class.
+
+    Returns:
+        `mean_iou`, `mean_iou_all_classes`, `pixel_accuracy`, `class_accuracy`, `fw_iou`; `pixels`,
+        the number of labelled ones; and `classes`, a list of `index`, `name`, `iou`, `accuracy`
+        (NaN where the class does not occur), `pixel_share` and `predicted_share`.
+    """
+    figures = matrix.compute()
+    labelled, predicted = matrix.matrix.sum(1), matrix.matrix.sum(0)
+    total = int(labelled.sum())
+    rows = [
+        {
+            "index": k,
+            "name": name,
+            "iou": float(figures["iou"][k]),
+            "accuracy": float(figures["recall"][k]),
+            "pixel_share": int(labelled[k]) / total if total else math.nan,
+            "predicted_share": int(predicted[k]) / total if total else math.nan,
+        }
+        for k, name in enumerate(classes.names)
+    ]
+    return {
+        **{key: float(figures[key]) for key in FIGURES},
+        "pixels": total,
+        "classes": rows,
+    }
+
+
+def format_report(result: Mapping[str, Any]) -> str:
+    """The per-class table and the summary, as text; figures without meaning read `n/a`."""
+    rows = result["classes"]
+    width = max(len("class"), *(len(row["name"]) for row in rows))
+    lines = [f"{'#':>4}  {'class':<{width}}  {'IoU':>7}  {'accuracy':>8}  {'pixels':>7}"]
+    for row in rows:
+        lines.append(
+            f"{row['index']:>4}  {row['name']:<{width}}  {_figure(row['iou'], '.4f'):>7}  "
+            f"{_figure(row['accuracy'], '.2%'):>8}  {_figure(row['pixel_share'], '.2%'):>7}"
+        )
+    absent = sum(math.isnan(row["iou"]) for row in rows)
+    lines += [
+        "",
+        "[Eval Summary]:",
+        f"Mean IoU: {result['mean_iou']:.4f}, Accuracy: {100 * result['pixel_accuracy']:.2f}%, "
+        f"Inference Time: {result['seconds_per_image']:.4f}s",
+        f"Mean IoU of all {len(rows)} classes: {result['mean_iou_all_classes']:.4f} "
+        f"(as published: the {absent} absent ones count as 0)",
+        f"Class accuracy: {100 * result['class_accuracy']:.2f}%, "
+        f"frequency-weighted IoU: {result['fw_iou']:.4f}",
+        f"{result['images']} images, {result['pixels']} labelled pixels, scales "
+        f"{', '.join(map(str, result['imgSizes']))}{', flipped too' if result['flip'] else ''}, "
+        f"{result['seconds']:.1f} s in {result['processes']} "
+        f"process{'es' if result['processes'] > 1 else ''}",
+    ]
+    if not result["pixels"]:
+        lines.append(
+            "No pixel is labelled: check DATASET.label_offset and DATASET.ignore_label, or run "
+            "`mit-semseg data check` on the list"
+        )
+    return "\n".join(lines)
+
+
+def _figure(value: float, spec: str) -> str:
+    return "n/a" if math.isnan(value) else format(value, spec)
+
+
+def _write(result: Mapping[str, Any], classes: ClassTable, out: Path) -> None:
+    (out / "eval.json").write_text(json.dumps(_without_nan(result), indent=2) + "\n", "utf-8")
+    with open(out / "eval.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(result["classes"][0]), lineterminator="\n")
+        writer.writeheader()
+        # An empty cell is what spreadsheets and pandas read as "no value".
+        writer.writerows(_without_nan(row, none="") for row in result["classes"])
+    ious = [row["iou"] for row in result["classes"]]
+    class_bars(classes.names, ious, classes.colors, out / "class_iou.png")
+
+
+def _without_nan(value: Any, none: Any = None) -> Any:
+    """NaN is no JSON."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item, none) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item, none) for item in value]
+    return none if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,254 @@
+"""The one-line API: a checkpoint folder in, a class for every pixel of a photograph out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from mit_semseg.dataset import ClassTable
+from mit_semseg.dataset.transforms import exif_orientation, load_image, scaled_inputs, to_rgb
+from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
+from mit_semseg.engine.launch import autocast
+from mit_semseg.engine.predict import area_legend, areas, render, with_scales
+from mit_semseg.models import SegmentationModule
+from mit_semseg.visualize import color_encode, overlay
+
+Source = str | os.PathLike[str] | Image.Image | np.ndarray
+# Suffixes whose files are compressed with losses, which labels do not survive.
+LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".jp2", ".avif")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One parsed image.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB, what was parsed.
+        labels: (H, W) int64 class ids, indices into `names`.
+        classes: names and colours.
+        source: the file it came from, None for an image from memory.
+        label_offset: what index files store beside class 0, `DATASET.label_offset`.
+    """
+
+    image: np.ndarray = field(repr=False)
+    labels: np.ndarray = field(repr=False)
+    classes: ClassTable = field(repr=False)
+    source: Path | None = None
+    label_offset: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's class names, in class order."""
+        return self.classes.names
+
+    @cached_property
+    def areas(self) -> dict[str, float]:
+        """Class name -> share of the image in [0, 1]; those that occur, the largest first."""
+        return areas(self.labels, self.names)
+
+    def color(self) -> Image.Image:
+        """The classes in their colours."""
+        return Image.fromarray(color_encode(self.labels, self.classes.colors))
+
+    def overlay(self, alpha: float = 0.5) -> Image.Image:
+        """The image with the class colours laid over it; `alpha` in [0, 1] is their weight."""
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is {alpha}; it is the weight of the colours, 0 to 1")
+        return Image.fromarray(overlay(self.image, self.labels, self.classes.colors, alpha))
+
+    def legend(self) -> Image.Image:
+        """Colour, name and area of the classes that occur."""
+        return Image.fromarray(area_legend(self.labels, self.classes))
+
+    def save(self, path: str | os.PathLike[str], kind: str | None = None) -> Path:
+        """Write the result to a file; folders are made as needed.
+
+        Args:
+            path: a picture in the format of its suffix, or `.npy` for the class ids as an array.
+            kind: overlay (the default), color, index (a palette picture of class id +
+                `label_offset`), side or legend.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: the path is the parsed image itself, an unknown kind or suffix, or an
+                index file in a format with losses.
+        """
+        path = Path(path)
+        if self.source is not None and path.exists() and path.samefile(self.source):
+            raise ValueError(f"{path} is the parsed image itself; choose another name")
+        suffix = path.suffix.lower()
+        if suffix == ".npy":
+            if kind not in (None, "index"):
+                raise ValueError(f"{path}: .npy holds the class ids; {kind} needs a picture suffix")
+        elif suffix not in Image.registered_extensions():
+            raise ValueError(f"{path}: no picture format has the suffix {suffix!r}; use .png")
+        if kind == "index" and suffix in LOSSY:
+            raise ValueError(f"{path}: {suffix} files alter the labels; save an index as .png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == ".npy":
+            np.save(path, self.labels)
+        else:
+            kind = kind or "overlay"
+            render(kind, self.image, self.labels, self.classes, self.label_offset).save(path)
+        return path
+
+
+class Segmenter:
+    """Parses images with a trained model.
+
+    Example:
+        >>> s = Segmenter.from_checkpoint("ckpt/mine")  # doctest: +SKIP
+        >>> result = s("photo.jpg")  # doctest: +SKIP
+        >>> result.areas  # doctest: +SKIP
+        {'road': 0.41, 'sky': 0.33, 'car': 0.26}
+    """
+
+    def __init__(
+        self,
+        module: SegmentationModule,
+        classes: ClassTable,
+        opt: Any,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        flip: bool = False,
+    ) -> None:
+        """Wrap a model that is in memory; it is put in evaluation mode on `device`.
+
+        Args:
+            module: the model.
+            classes: names and colours of its classes.
+            opt: `cfg.DATASET`: the scales and how the encoder takes its input.
+            device: where to compute.
+            precision: fp32 | bf16 | fp16 | auto.
+            flip: average over mirrored images too.
+        """
+        self.device = torch.device(device)
+        self.module = module.to(self.device).eval()
+        self.classes = classes
+        self.opt = opt
+        self.precision = precision
+        self.flip = flip
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        precision: str = "fp32",
+        checkpoint: str | None = None,
+        imgSizes: Sequence[int] | None = None,
+    ) -> Segmenter:
+        """The model of a checkpoint folder, with its class names and colours.
+
+        Args:
+            path: the folder, with `config.yaml` in it.
+            device: where to compute; by default the first GPU, else the CPU.
+            precision: fp32 | bf16 | fp16 | auto.
+            checkpoint: `best.pth` or `epoch_N.pth`; by default the best, else the latest.
+            imgSizes: short sides in pixels that are averaged over, instead of the folder's
+                `TEST.imgSizes` or `DATASET.imgSizes`.
+
+        Raises:
+            FileNotFoundError: the folder holds no configuration or no such checkpoint.
+            ValueError: weights and configuration do not fit together.
+        """
+        folder = CheckpointFolder(Path(path))
+        cfg = folder.config()
+        module = load_model(cfg, checkpoint or folder.best_or_latest())
+        sizes = cfg.TEST.imgSizes if imgSizes is None else imgSizes
+        return cls(
+            module,
+            folder.classes(),
+            with_scales(cfg.DATASET, sizes),
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            precision=precision,
+            flip=cfg.TEST.flip,
+        )
+
+    @overload
+    def __call__(self, x: Source) -> Result: ...
+    @overload
+    def __call__(self, x: list[Source] | list[str] | tuple[Source, ...]) -> list[Result]: ...
+    def __call__(
+        self, x: Source | list[Source] | list[str] | tuple[Source, ...]
+    ) -> Result | list[Result]:
+        """Parse one image, or several one after the other.
+
+        Args:
+            x: a path; a Pillow image of any mode; an array (H, W), (H, W, 1), (H, W, 3) RGB or
+                (H, W, 4) RGBA, uint8 or float in [0, 1]; or a list of these. Files and Pillow
+                images are turned upright by their EXIF orientation; alpha is dropped.
+
+        Returns:
+            A Result, or a list of them for a list.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is no image, or an array of another shape, type or range.
+        """
+        if isinstance(x, (list, tuple)):
+            return [self._parse(one) for one in x]
+        return self._parse(x)
+
+    def _parse(self, source: Source) -> Result:
+        image = as_image(source)
+        inputs = [scale.to(self.device) for scale in scaled_inputs(image, self.opt)]
+        with autocast(self.device, self.precision):
+            labels = self.module.predict(inputs, image.shape[:2], flip=self.flip)
+        return Result(
+            image=image,
+            labels=labels[0].cpu().numpy(),
+            classes=self.classes,
+            source=Path(source) if isinstance(source, (str, os.PathLike)) else None,
+            label_offset=int(getattr(self.opt, "label_offset", 0)),
+        )
+
+
+def as_image(source: Source) -> np.ndarray:
+    """A path, Pillow image or array as (H, W, 3) uint8 RGB; see `Segmenter.__call__`."""
+    if isinstance(source, (str, os.PathLike)):
+        return load_image(source)
+    if isinstance(source, Image.Image):
+        turned = exif_orientation(source) != 1
+        return to_rgb(ImageOps.exif_transpose(source) if turned else source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    raise ValueError(
+        f"cannot parse a {type(source).__name__}; give a path, a Pillow image or a NumPy array"
+    )
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    shape = array.shape
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
+        raise ValueError(
+            f"an image array of shape {shape} cannot be parsed; give (H, W), (H, W, 1), "
+            "(H, W, 3) or (H, W, 4)"
+        )
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= 1):  # NaN fails too
+            raise ValueError(
+                f"a float image array has values {low:g}..{high:g}; scale it to [0, 1], or "
+                "convert it to uint8"
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"an image array of type {array.dtype}; give uint8, or float in [0, 1]")
+    if array.shape[2] == 1:
+        return np.repeat(array, 3, axis=2)
+    return np.ascontiguousarray(array[:, :, :3])

@@ -1,0 +1,336 @@
+"""Evaluation: figures against a plain loop, worker counts, and workers that fail or die."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from mit_semseg.config import load_config
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import ClassTable
+from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
+from mit_semseg.engine.evaluate import evaluate, evaluate_model, format_report, val_dataset
+from mit_semseg.engine.pool import WorkerError, prefetched, run_here, run_pool
+from mit_semseg.models import ModelBuilder
+
+CPU = torch.device("cpu")
+NAMES = ("road", "sky", "car", "tree")  # tree occurs nowhere
+SIZES = [(48, 64), (48, 64), (64, 48), (40, 72), (48, 64)]  # (height, width)
+
+
+def make_model(folder: Path, names: tuple[str, ...] = NAMES, **settings: Any) -> Config:
+    """A checkpoint folder with a small random model, and its configuration."""
+    torch.manual_seed(0)
+    opts: list[Any] = [
+        *("DIR", str(folder), "DATASET.num_class", len(names)),
+        *("DATASET.imgSizes", [32, 48], "DATASET.imgMaxSize", 80),
+        *("MODEL.arch_encoder", "mobilenetv2dilated", "MODEL.arch_decoder", "c1"),
+        *("MODEL.fc_dim", 320, "MODEL.weights_encoder", "none"),
+        *("VAL.checkpoint", "best.pth", "TEST.checkpoint", "best.pth"),
+    ]
+    for key, value in settings.items():
+        opts += [key.replace("__", "."), value]
+    cfg = load_config(None, opts)
+    module = ModelBuilder.from_config(cfg)
+    # A random classifier prefers one class everywhere: give all the same chance on some image.
+    last = [m for m in module.decoder.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    with torch.no_grad():
+        image = F.interpolate(torch.randn(1, 3, 6, 8), size=(48, 64), mode="nearest")
+        std, mean = torch.std_mean(module.eval().logits(image), dim=(0, 2, 3))
+        last.weight.div_(std[:, None, None, None])
+        last.bias.copy_((last.bias - mean) / std)
+    checkpoints = CheckpointFolder(folder)
+    checkpoints.prepare(cfg, ClassTable.of(names))
+    checkpoints.save("best.pth", module.encoder.state_dict(), module.decoder.state_dict())
+    return cfg
+
+
+def make_images(root: Path, sizes: list[tuple[int, int]] = SIZES) -> None:
+    """Images with masks (0 ignored, 1.. classes) and their list `val.odgt`."""
+    rng = np.random.default_rng(1)
+    lines = []
+    for k, (height, width) in enumerate(sizes):
+        # Blocks, so that resizing keeps something to look at.
+        blocks = rng.integers(0, 4, (height // 8, width // 8))
+        mask = blocks.repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        noise = rng.integers(0, 60, (height, width, 3))
+        image = (mask[:, :, None] * 60 + noise).clip(0, 255).astype(np.uint8)
+        for name, array in (("img", image), ("ann", mask)):
+            path = root / name / f"part{k % 2}" / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+        lines.append(
+            json.dumps(
+                {
+                    "fpath_img": f"img/part{k % 2}/{k}.png",
+                    "fpath_segm": f"ann/part{k % 2}/{k}.png",
+                    "width": width,
+                    "height": height,
+                }
+            )
+        )
+    (root / "val.odgt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    root = tmp_path_factory.mktemp("data")
+    make_images(root)
+    return make_model(
+        tmp_path_factory.mktemp("ckpt") / "model",
+        DATASET__root_dataset=str(root),
+        DATASET__list_val=str(root / "val.odgt"),
+    )
+
+
+def published(cfg: Config, flip: bool = False) -> np.ndarray:
+    """The confusion matrix as the published script would get it: a plain loop, no bands."""
+    module = load_model(cfg, "best.pth")
+    dataset = val_dataset(cfg)
+    counts = np.zeros((4, 4), dtype=np.int64)
+    for k in range(len(dataset)):
+        sample = dataset[k]
+        label = sample["seg_label"][0].numpy()
+        total = torch.zeros(1, 4, *label.shape)
+        with torch.no_grad():
+            for x in sample["img_data"]:
+                for y, back in [(x, False), (x.flip(-1), True)][: 2 if flip else 1]:
+                    logits = module.logits(y)
+                    logits = logits.flip(-1) if back else logits
+                    logits = F.interpolate(logits, label.shape, mode="bilinear")
+                    total += torch.softmax(logits, dim=1)
+        pred = total[0].argmax(0).numpy()
+        valid = label >= 0
+        np.add.at(counts, (label[valid], pred[valid]), 1)
+    return counts
+
+
+def test_figures_are_those_of_a_plain_loop(
+    setup: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = published(setup)
+    assert (counts.sum(0) > 0).sum() >= 2, "the random model must predict more than one class"
+    result = evaluate(setup, [CPU], out_dir=tmp_path / "out", progress=False)
+
+    hits, labelled, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+    union = labelled + predicted - hits
+    iou = [h / u if u else math.nan for h, u in zip(hits, union, strict=True)]
+    present = [x for x in iou if not math.isnan(x)]
+    assert [row["iou"] for row in result["classes"]] == pytest.approx(iou, nan_ok=True)
+    assert result["mean_iou"] == pytest.approx(np.mean(present))
+    assert result["mean_iou_all_classes"] == pytest.approx(np.sum(present) / 4)
+    assert result["pixel_accuracy"] == pytest.approx(hits.sum() / counts.sum())
+    assert result["class_accuracy"] == pytest.approx(np.mean(hits[:3] / labelled[:3]))
+    assert result["classes"][0]["pixel_share"] == pytest.approx(labelled[0] / counts.sum())
+    assert result["pixels"] == counts.sum()
+
+    printed = capsys.readouterr().out
+    accuracy = 100 * hits.sum() / counts.sum()
+    assert "[Eval Summary]:\nMean IoU: " in printed
+    assert f"Mean IoU: {np.mean(present):.4f}, Accuracy: {accuracy:.2f}%" in printed
+    for name in NAMES:
+        assert name in printed
+    # The files say the same; what is undefined is null in JSON, empty in CSV.
+    stored = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert stored["mean_iou"] == result["mean_iou"]
+    with open(tmp_path / "out" / "eval.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == list(NAMES)
+    assert float(rows[0]["iou"]) == pytest.approx(iou[0])
+    assert Image.open(tmp_path / "out" / "class_iou.png").size[0] > 50
+
+
+def test_class_that_occurs_nowhere_is_not_available() -> None:
+    row = {"index": 0, "name": "road", "iou": 0.5, "accuracy": 0.25, "pixel_share": 1.0}
+    none = {"index": 1, "name": "tree", "iou": math.nan, "accuracy": math.nan, "pixel_share": 0.0}
+    text = format_report(
+        {
+            "mean_iou": 0.4126,
+            "pixel_accuracy": 0.79731,
+            "seconds_per_image": 0.0421,
+            "mean_iou_all_classes": 0.2,
+            "class_accuracy": 0.5,
+            "fw_iou": 0.4,
+            "images": 1,
+            "pixels": 7,
+            "imgSizes": [300],
+            "flip": False,
+            "seconds": 1.0,
+            "processes": 1,
+            "classes": [row, none],
+        }
+    )
+    lines = text.splitlines()
+    assert lines[1].split() == ["0", "road", "0.5000", "25.00%", "100.00%"]
+    assert lines[2].split() == ["1", "tree", "n/a", "n/a", "0.00%"]
+    assert "Mean IoU: 0.4126, Accuracy: 79.73%, Inference Time: 0.0421s" in lines
+
+
+def test_figures_do_not_depend_on_worker_count(setup: Config, tmp_path: Path) -> None:
+    # Fewer files than the last run has workers.
+    lines = Path(setup.DATASET.list_val).read_text().splitlines()[:3]
+    (tmp_path / "three.odgt").write_text("\n".join(lines))
+    cfg = setup.clone()
+    cfg.DATASET.list_val = str(tmp_path / "three.odgt")
+    drop = ("seconds", "seconds_per_image", "processes")
+
+    def figures(workers: int) -> dict[str, Any]:
+        result = evaluate(cfg, [CPU], workers, out_dir=tmp_path / str(workers), progress=False)
+        assert result["images"] == 3 and result["processes"] == min(workers, 3)
+        return {key: value for key, value in result.items() if key not in drop}
+
+    # As text, since NaN is unlike itself.
+    one, two, five = (json.dumps(figures(workers)) for workers in (1, 2, 5))
+    assert one == two == five
+
+
+def test_batches_keep_every_image_and_pictures_never_collide(setup: Config, tmp_path: Path) -> None:
+    cfg = setup.clone()
+    cfg.VAL.visualize = True
+    single = evaluate(cfg, [CPU], out_dir=tmp_path / "a", progress=False)
+    cfg.VAL.batch_size = 3
+    batched = evaluate(cfg, [CPU], out_dir=tmp_path / "b", progress=False)
+    assert batched["pixels"] == single["pixels"]
+    assert batched["mean_iou"] == pytest.approx(single["mean_iou"], abs=1e-3)
+    pictures = sorted((tmp_path / "b" / "pictures").rglob("*.png"))
+    assert [p.relative_to(tmp_path / "b" / "pictures").as_posix() for p in pictures] == [
+        *("part0/0.png", "part0/2.png", "part0/4.png", "part1/1.png", "part1/3.png")
+    ]
+    picture = np.asarray(Image.open(pictures[1]))
+    assert picture.shape == (64, 3 * 48, 3)
+    source = np.asarray(Image.open(Path(cfg.DATASET.root_dataset) / "img" / "part0" / "2.png"))
+    np.testing.assert_array_equal(picture[:, :48], source)
+    # The truth beside it wears the table's colours, and ignored pixels none.
+    mask = np.asarray(Image.open(Path(cfg.DATASET.root_dataset) / "ann" / "part0" / "2.png"))
+    colors = ClassTable.of(NAMES).colors  # only to show that two classes differ
+    assert len(colors) == 4
+    truth = picture[:, 48:96]
+    for value in (1, 2, 3):
+        assert len(np.unique(truth[mask == value], axis=0)) == 1
+    assert (truth[mask == 0] == 0).all()
+
+
+def test_scales_and_flip_of_the_evaluation_are_its_own(setup: Config, tmp_path: Path) -> None:
+    cfg = setup.clone()
+    cfg.VAL.imgSizes = [40]
+    cfg.VAL.flip = True
+    result = evaluate(cfg, [CPU], out_dir=tmp_path, progress=False)
+    other = cfg.clone()
+    other.DATASET.imgSizes = [40]
+    other.VAL.imgSizes = []
+    counts = published(other, flip=True)
+    assert result["pixel_accuracy"] == pytest.approx(np.diag(counts).sum() / counts.sum())
+    assert result["imgSizes"] == [40]
+
+
+def test_model_in_memory_keeps_its_modes(setup: Config, tmp_path: Path) -> None:
+    module = load_model(setup, "best.pth").train()
+    frozen = next(m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
+    matrix = evaluate_model(module, val_dataset(setup), setup, CPU, progress=False)
+    np.testing.assert_array_equal(matrix.matrix.numpy(), published(setup))
+    assert module.training and module.decoder.training and not frozen.training
+    result = evaluate(setup, [CPU], 2, model=module, out_dir=tmp_path, progress=False)
+    assert result["mean_iou"] == matrix.compute()["mean_iou"]
+    assert result["checkpoint"] == "" and module.training
+
+
+def test_missing_checkpoint_lists_what_is_there(setup: Config, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"epoch_7\.pth does not exist.*best\.pth"):
+        evaluate(setup, [CPU], 4, checkpoint="epoch_7.pth", out_dir=tmp_path, progress=False)
+
+
+def test_empty_list_is_one_clear_line(setup: Config, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.odgt"
+    empty.write_text("\n")
+    cfg = setup.clone()
+    cfg.DATASET.list_val = str(empty)
+    with pytest.raises(ValueError, match=r"empty\.odgt.*holds no records"):
+        evaluate(cfg, [CPU], out_dir=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="workers is 0"):
+        evaluate(setup, [CPU], 0, out_dir=tmp_path)
+
+
+def test_bad_mask_in_a_worker_is_the_users_error_with_its_traceback(
+    setup: Config, tmp_path: Path
+) -> None:
+    make_images(tmp_path, SIZES[:3])
+    bad = tmp_path / "ann" / "part1" / "1.png"
+    Image.fromarray(np.full((48, 64), 200, dtype=np.uint8)).save(bad)
+    cfg = setup.clone()
+    cfg.DATASET.root_dataset, cfg.DATASET.list_val = str(tmp_path), str(tmp_path / "val.odgt")
+    with pytest.raises(ValueError, match=r"1\.png: label 200 is outside") as caught:
+        evaluate(cfg, [CPU], 2, out_dir=tmp_path / "out", progress=False)
+    assert isinstance(caught.value.__cause__, WorkerError)
+    assert "Traceback" in str(caught.value.__cause__) and "load_pair" in str(caught.value.__cause__)
+    assert not multiprocessing.active_children()
+
+
+def test_killed_worker_ends_the_evaluation(setup: Config, tmp_path: Path) -> None:
+    killed: list[float] = []
+
+    def kill_one() -> None:
+        while not multiprocessing.active_children():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        killed.append(time.monotonic())
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(WorkerError, match=r"worker \d .*SIGKILL"):
+        evaluate(setup, [CPU], 2, out_dir=tmp_path, progress=False)
+    assert time.monotonic() - killed[0] < 5
+    killer.join()
+    assert not multiprocessing.active_children()
+
+
+# ------------------------------------------------------------------------------ the pool
+def squares(setup: int, tasks: Iterator[int]) -> Iterator[int]:
+    """Yields squares, returns how many; a negative number stands for an accident."""
+    count = 0
+    for task, loaded in prefetched(tasks, lambda x: x * x):
+        if task == -1:
+            os._exit(7)
+        if task == -2:
+            raise ZeroDivisionError("poisoned")
+        count += 1
+        yield loaded.result()
+    return (setup, count, torch.tensor([count]))
+
+
+def test_pool_does_every_task_once() -> None:
+    results: list[int] = []
+    finals = run_pool(squares, [10, 20], range(9), results.append)
+    assert sorted(results) == [k * k for k in range(9)]
+    assert [final[0] for final in finals] == [10, 20]
+    assert sum(final[1] for final in finals) == sum(int(final[2]) for final in finals) == 9
+    here: list[int] = []
+    assert run_here(lambda tasks: squares(5, tasks), range(4), here.append)[:2] == (5, 4)
+    assert here == [0, 1, 4, 9]
+
+
+@pytest.mark.parametrize(
+    ("poison", "message"),
+    [(-1, r"died with exit code 7 while it held .*image -1"), (-2, r"(?s)poisoned.*Traceback")],
+)
+def test_pool_ends_with_the_first_accident(poison: int, message: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=message):
+        run_pool(squares, [0], [1, poison, 2, 3], lambda _: None, describe=lambda t: f"image {t}")
+    assert time.monotonic() - started < 20
+    assert not multiprocessing.active_children()
