@@ -124,7 +124,8 @@ def unique(
     return_counts: bool = False,
 ) -> Any:
     """Sorted distinct values of an array, flattened; otherwise as `numpy.unique`."""
-    return np.unique(np.asarray(ar).reshape(-1), return_index, return_inverse, return_counts)
+    flags: Any = (return_index, return_inverse, return_counts)
+    return np.unique(np.asarray(ar).reshape(-1), *flags)
 
 
 def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> np.ndarray:

@@ -1,0 +1,16 @@
+"""Palettes, coloured label maps, legends and charts; NumPy and Pillow only."""
+
+from mit_semseg.visualize.charts import class_bars, curves
+from mit_semseg.visualize.palette import color_encode, overlay, palette, side_by_side
+from mit_semseg.visualize.sheets import legend, prediction_sheet
+
+__all__ = [
+    "class_bars",
+    "color_encode",
+    "curves",
+    "legend",
+    "overlay",
+    "palette",
+    "prediction_sheet",
+    "side_by_side",
+]
