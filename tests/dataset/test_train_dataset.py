@@ -1,0 +1,294 @@
+"""Training batches: geometry by hand, padding, and one permutation a pass for everybody."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mit_semseg.dataset import TrainDataset
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.transforms import load_image, load_mask, normalize
+
+Options = Callable[..., SimpleNamespace]
+Writer = Callable[..., dict[str, Any]]
+
+
+def one_by_one(batches: Any) -> list[dict[str, Any]]:
+    return list(batches)
+
+
+@pytest.fixture
+def mixed(write_pair: Writer) -> list[dict[str, Any]]:
+    """Five wide, one square and three upright images."""
+    sizes = [(40, 30)] * 5 + [(30, 30)] + [(30, 40)] * 3
+    return [write_pair(f"s{k}", size) for k, size in enumerate(sizes)]
+
+
+def test_geometry_and_values_by_hand(tmp_path: Path, write_pair: Writer, options: Options) -> None:
+    """Two images of one size class: resized by Pillow, top-left, padded, labels at 1/4."""
+    records = [write_pair("wide", (50, 30)), write_pair("narrow", (36, 30))]
+    opt = options(imgSizes=[24], random_flip=False)
+    batch = TrainDataset(tmp_path, records, opt, batch_per_gpu=2)[0]
+    # short side 24: 50x30 -> 40x24, 36x30 -> 28x24 (28.8); padded to multiples of 8: 40x24
+    assert batch["img_data"].shape == (2, 3, 24, 40) and batch["img_data"].dtype == torch.float32
+    assert batch["seg_label"].shape == (2, 6, 10) and batch["seg_label"].dtype == torch.int64
+    for k, name in enumerate(batch["info"]):
+        width = 40 if "wide" in name else 28
+        stem = Path(name).stem
+        with Image.open(tmp_path / "images" / f"{stem}.png") as file:
+            image = np.asarray(file.resize((width, 24), Image.Resampling.BILINEAR))
+        assert torch.equal(batch["img_data"][k, :, :, :width], normalize(image, DataOptions()))
+        assert not batch["img_data"][k, :, :, width:].any()
+        with Image.open(tmp_path / "masks" / f"{stem}.png") as file:
+            mask = file.resize((width, 24), Image.Resampling.NEAREST)
+        small = np.asarray(mask.resize((width // 4, 6), Image.Resampling.NEAREST)).astype(int) - 1
+        assert np.array_equal(batch["seg_label"][k, :, : width // 4].numpy(), small)
+        assert (batch["seg_label"][k, :, width // 4 :] == -1).all()
+
+
+def test_labels_of_odd_sizes_are_padded_before_the_downsampling(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    """The published way, spelt out: paste into a multiple of r, then Pillow nearest by 1/r."""
+    record = write_pair("odd", (37, 29))
+    for rate in (1, 2, 4, 8):
+        opt = options(imgSizes=[29], segm_downsampling_rate=rate, random_flip=False)
+        label = TrainDataset(tmp_path, [record], opt)[0]["seg_label"][0].numpy()
+        padded = np.full((32, 40), -1, np.int32)
+        padded[:29, :37] = load_mask(tmp_path / record["fpath_segm"]) - 1
+        reference = Image.fromarray(padded).resize(
+            (40 // rate, 32 // rate), Image.Resampling.NEAREST
+        )
+        assert np.array_equal(label, np.asarray(reference))
+
+
+def test_padding_is_ignored_never_class_0(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    records = [write_pair("a", (60, 24)), write_pair("b", (30, 24))]
+    for record in records:
+        Image.new("L", (record["width"], 24), 2).save(tmp_path / record["fpath_segm"])
+    opt = options(imgSizes=[24], segm_downsampling_rate=1, random_flip=False)
+    batch = TrainDataset(tmp_path, records, opt, batch_per_gpu=2)[0]
+    counts = Counter(batch["seg_label"].flatten().tolist())
+    assert counts == {1: 60 * 24 + 30 * 24, -1: 2 * 24 * 64 - 90 * 24}
+
+
+def test_batches_are_of_one_orientation(
+    tmp_path: Path, mixed: list[dict[str, Any]], options: Options
+) -> None:
+    data = TrainDataset(tmp_path, mixed, options(), batch_per_gpu=2)
+    assert data.batches_per_pass == 3 + 2  # 6 not upright, 3 upright
+    upright = {r["fpath_img"] for r in mixed if r["height"] > r["width"]}
+    for k in range(2 * data.batches_per_pass):
+        info = set(data[k]["info"])
+        assert info <= upright or not info & upright
+
+
+def test_every_image_of_a_batch_shares_one_short_side(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    records = [write_pair(f"i{k}", (40, 30)) for k in range(4)]
+    data = TrainDataset(tmp_path, records, options(), batch_per_gpu=4)
+    heights = {tuple(data[k]["img_data"].shape[2:]) for k in range(20)}
+    assert heights == {(24, 32), (32, 48)}  # 24 -> 32x24; 32 -> 42x32
+
+
+@given(
+    st.integers(1, 7), st.integers(0, 12), st.integers(0, 12), st.integers(0, 5), st.integers(1, 3)
+)
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_each_pass_shows_each_image_once(
+    options: Options, batch: int, wide: int, upright: int, seed: int, ranks: int
+) -> None:
+    records = [{"fpath_img": f"w{k}", "width": 4, "height": 3} for k in range(wide)]
+    records += [{"fpath_img": f"u{k}", "width": 3, "height": 4} for k in range(upright)]
+    if not records:
+        return
+    data = TrainDataset("", records, options(), batch_per_gpu=batch, seed=seed)
+    for number in range(2):
+        plan = data._plan(number)
+        assert len(plan) == data.batches_per_pass
+        shares = [plan[rank::ranks] for rank in range(ranks)]
+        shown = [int(k) for share in shares for chunk in share for k in chunk]
+        assert sorted(shown) == list(range(len(records)))
+
+
+def test_the_order_depends_on_seed_and_pass_only(
+    tmp_path: Path, mixed: list[dict[str, Any]], options: Options
+) -> None:
+    def order(seed: int, start: int) -> list[list[str]]:
+        data = TrainDataset(tmp_path, mixed, options(), batch_per_gpu=2, seed=seed)
+        return [data[start + k]["info"] for k in range(data.batches_per_pass)]
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(2, 0)
+    assert order(1, 0) != order(1, 5)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(
+    tmp_path: Path, mixed: list[dict[str, Any]], options: Options, workers: int
+) -> None:
+    opt = options(crop_size=[16, 24], color_jitter=0.4)
+    data = TrainDataset(tmp_path, mixed, opt, batch_per_gpu=2, seed=9)
+    indices = list(range(3, 11))
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=2, sampler=indices, num_workers=workers, collate_fn=one_by_one
+    )
+    got = [item for batch in loader for item in batch]
+    assert len(got) == len(indices)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    for index, item in zip(indices, got):
+        alone = data[index]
+        assert item["info"] == alone["info"]
+        assert torch.equal(item["img_data"], alone["img_data"])
+        assert torch.equal(item["seg_label"], alone["seg_label"])
+
+
+def test_survives_pickling(tmp_path: Path, mixed: list[dict[str, Any]], options: Options) -> None:
+    data = TrainDataset(tmp_path, mixed, options(), batch_per_gpu=2)
+    again = pickle.loads(pickle.dumps(data))
+    assert torch.equal(again[7]["img_data"], data[7]["img_data"])
+
+
+def test_random_flip_is_honoured(tmp_path: Path, write_pair: Writer, options: Options) -> None:
+    record = write_pair("f", (32, 24))
+    image = normalize(load_image(tmp_path / record["fpath_img"]), DataOptions())
+    label = torch.from_numpy(load_mask(tmp_path / record["fpath_segm"]).astype(np.int64) - 1)
+    opt = options(imgSizes=[24], segm_downsampling_rate=1)
+    data = TrainDataset(tmp_path, [record], opt)
+    flipped = 0
+    for k in range(40):
+        batch = data[k]
+        turned = not torch.equal(batch["img_data"][0], image)
+        flipped += turned
+        assert torch.equal(batch["img_data"][0], image.flip(2) if turned else image)
+        assert torch.equal(batch["seg_label"][0], label.flip(1) if turned else label)
+    assert 8 <= flipped <= 32
+    opt.random_flip = False
+    still = TrainDataset(tmp_path, [record], opt)
+    assert all(torch.equal(still[k]["img_data"][0], image) for k in range(20))
+
+
+def test_crops_cut_image_and_label_alike_and_pad_what_is_small(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    big, small = write_pair("big", (64, 48)), write_pair("small", (20, 16))
+    for record in (big, small):  # the picture shows its own labels
+        mask = load_mask(tmp_path / record["fpath_segm"]).astype(np.uint8)
+        Image.fromarray(np.dstack([mask] * 3)).save(tmp_path / record["fpath_img"])
+    opt = options(
+        imgSizes=[48], crop_size=[32, 40], segm_downsampling_rate=1, mean=[0.0] * 3, std=[1.0] * 3,
+        value_range=255,
+    )  # fmt: skip
+    data = TrainDataset(tmp_path, [big], opt)
+    corners = set()
+    for k in range(12):
+        batch = data[k]
+        assert batch["img_data"].shape == (1, 3, 32, 40)
+        assert torch.equal(batch["img_data"][0, 0].long() - 1, batch["seg_label"][0])
+        corners.add(batch["seg_label"].sum().item())
+    assert len(corners) > 6
+    opt.imgSizes = [16]
+    batch = TrainDataset(tmp_path, [small], opt)[0]
+    assert batch["img_data"].shape == (1, 3, 32, 40)
+    assert (batch["seg_label"][0, 16:] == -1).all() and (batch["seg_label"][0, :, 20:] == -1).all()
+
+
+def test_sizes_missing_from_the_list_are_read(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    record = write_pair("n", (30, 40))
+    del record["width"], record["height"]
+    data = TrainDataset(tmp_path, [record], options(imgSizes=[24]))
+    assert data[0]["img_data"].shape == (1, 3, 32, 24)
+
+
+def test_a_wrong_list_size_is_an_error(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    record = write_pair("x", (40, 30), width=30, height=40)
+    with pytest.raises(ValueError, match=r"x\.png: 40x30 pixels .* list says 30x40"):
+        TrainDataset(tmp_path, [record], options())[0]
+
+
+def test_mask_of_another_size_names_both_files(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    record = write_pair("x", (40, 30))
+    Image.new("L", (41, 30)).save(tmp_path / "masks/x.png")
+    with pytest.raises(ValueError, match=r"masks.x\.png: 41x30 .*images.x\.png has 40x30"):
+        TrainDataset(tmp_path, [record], options())[0]
+
+
+def test_a_turned_image_whose_mask_is_not_is_an_error(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    record = write_pair("x", (40, 30))
+    exif = Image.Exif()
+    exif[274] = 8
+    with Image.open(tmp_path / "images/x.png") as file:
+        file.load()
+    file.save(tmp_path / "images/x.png", exif=exif)
+    del record["width"], record["height"]
+    with pytest.raises(ValueError, match=r"40x30 pixels, but its image .* 30x40 \(upright by EXIF"):
+        TrainDataset(tmp_path, [record], options())[0]
+
+
+def test_errors_in_a_worker_name_the_file(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    record = write_pair("bad")
+    (tmp_path / "masks/bad.png").write_bytes(b"no image")
+    data = TrainDataset(tmp_path, [record], options())
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=1, num_workers=1, collate_fn=one_by_one, sampler=[0]
+    )
+    with pytest.raises(ValueError, match=r"bad\.png: not a readable image"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    ("change", "batch", "says"),
+    [
+        ({"padding_constant": 12, "segm_downsampling_rate": 8}, 1, "no multiple"),
+        ({}, 0, "batch_size_per_gpu is 0"),
+    ],
+)
+def test_impossible_settings(
+    options: Options, change: dict[str, Any], batch: int, says: str
+) -> None:
+    records = [{"fpath_img": "a", "fpath_segm": "a", "width": 4, "height": 3}]
+    with pytest.raises(ValueError, match=says):
+        TrainDataset("", records, options(**change), batch_per_gpu=batch)
+
+
+def test_published_call(tmp_path: Path, write_pair: Writer) -> None:
+    """List path, positional arguments, only published keys; a length that never ends."""
+    import json
+
+    record = write_pair("p", (64, 48))
+    (tmp_path / "training.odgt").write_text(json.dumps(record) + "\n")
+    opt = SimpleNamespace(
+        imgSizes=(300, 375), imgMaxSize=1000, padding_constant=8, segm_downsampling_rate=8
+    )
+    data = TrainDataset(str(tmp_path), os.path.join(tmp_path, "training.odgt"), opt, 2)
+    batch = data[10**9]
+    assert batch["img_data"].shape[2] in (304, 376) and len(data) > 10**9
+    assert batch["seg_label"].max() <= 2
