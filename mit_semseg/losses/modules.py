@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class Sum(nn.Module):
 
     def denominator(self, label: Tensor) -> Tensor:
         """That of the first loss."""
-        return self.parts[0].denominator(label)
+        return cast(Loss, self.parts[0]).denominator(label)
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
         """Sum of the losses."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -12,6 +12,14 @@ from mit_semseg.models.decoders import DECODERS, Decoder
 from mit_semseg.models.encoders import ENCODERS, Encoder
 from mit_semseg.models.module import SegmentationModule
 from mit_semseg.weights import load_decoder, load_encoder
+
+
+def _encoder(arch: str) -> type[Encoder]:
+    return cast(type[Encoder], ENCODERS.get(arch.lower()))
+
+
+def _decoder(arch: str) -> type[Decoder]:
+    return cast(type[Decoder], DECODERS.get(arch.lower()))
 
 
 def check_pair(arch_encoder: str, arch_decoder: str, fc_dim: int | None = None) -> None:
@@ -25,7 +33,7 @@ def check_pair(arch_encoder: str, arch_decoder: str, fc_dim: int | None = None) 
     Raises:
         ValueError: an unknown name, or a pair or fc_dim that cannot work, with the reason.
     """
-    encoder = ENCODERS.get(arch_encoder.lower())
+    encoder = _encoder(arch_encoder)
     _check_maps(arch_decoder, arch_encoder, len(encoder.channels))
     if fc_dim is not None and fc_dim != encoder.channels[-1]:
         emitted = encoder.channels[-1]
@@ -36,9 +44,9 @@ def check_pair(arch_encoder: str, arch_decoder: str, fc_dim: int | None = None) 
 
 
 def _check_maps(arch_decoder: str, source: str, count: int) -> None:
-    needs = DECODERS.get(arch_decoder.lower()).needs
+    needs = _decoder(arch_decoder).needs
     if count < needs:
-        fitting = [name for name in DECODERS.names() if DECODERS.get(name).needs <= count]
+        fitting = [name for name in DECODERS.names() if _decoder(name).needs <= count]
         raise ValueError(
             f"decoder {arch_decoder} reads at least {needs} feature maps and {source} emits "
             f"{count}: set MODEL.arch_decoder to one of {', '.join(fitting)}"
@@ -51,7 +59,7 @@ def _channels(fc_dim: int) -> tuple[int, ...]:
     Every encoder that ends in so many channels is asked; where they disagree, or there is none,
     each map is half as wide as the next.
     """
-    declared = {ENCODERS.get(name).channels for name in ENCODERS.names()}
+    declared = {_encoder(name).channels for name in ENCODERS.names()}
     matching = [channels for channels in declared if channels[-1] == fc_dim]
     if len(matching) == 1:
         return matching[0]
@@ -78,7 +86,7 @@ class ModelBuilder:
             ValueError: an unknown name, or weights that do not fit.
             FileNotFoundError: no such weights.
         """
-        encoder = ENCODERS.get(arch.lower())()
+        encoder = _encoder(arch)()
         load_encoder(encoder, arch.lower(), weights, **options)
         return encoder
 
@@ -111,7 +119,7 @@ class ModelBuilder:
         """
         channels = _channels(fc_dim) if channels is None else tuple(channels)
         _check_maps(arch, f"the encoder (channels {channels})", len(channels))
-        decoder = DECODERS.get(arch.lower())(
+        decoder = _decoder(arch)(
             channels, num_class=num_class, strides=strides, use_softmax=use_softmax
         )
         load_decoder(decoder, arch.lower(), weights)

@@ -84,8 +84,12 @@ def _input_gradient(
 ) -> Tensor:
     """The transposed convolution, as a plain one with the flipped filter.
 
-    A strided gradient is first spread out with zeros between its entries.
+    A strided gradient is first spread out with zeros between its entries; in float32 torch's own
+    kernel is the faster one there.
     """
+    if stride != (1, 1) and weight.dtype == torch.float32:
+        x = grad.new_empty(1).expand(shape)  # only its shape is read
+        return _convolution_backward(grad, x, weight, stride, padding, dilation, want="input")
     channels, kernel = weight.shape[0], weight.shape[2:]
     reach = [d * (k - 1) for d, k in zip(dilation, kernel)]
     if stride != (1, 1):
@@ -117,20 +121,25 @@ def _weight_gradient(
         grad = _grids(grad, (0, 0), (height, width), dilation)
         x = _grids(x, padding, (height + reach[0], width + reach[1]), dilation)
         padding, dilation = (0, 0), (1, 1)
-    _, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        (0, 0),
-        x.shape[1],
-        (False, True, False),
+    return _convolution_backward(grad, x, weight, stride, padding, dilation, want="weight")
+
+
+def _convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    want: str,
+) -> Tensor:
+    """torch's own gradient with respect to "input" or "weight"."""
+    mask = (want == "input", want == "weight", False)
+    gradients = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, (0, 0), weight.shape[0], mask
     )
-    return grad_weight
+    out: Tensor = gradients[0 if want == "input" else 1]
+    return out
 
 
 def _grids(
@@ -148,8 +157,14 @@ def _grids(
         (N * step[0] * step[1], C, size[0] / step[0], size[1] / step[1]), channels_last.
     """
     N, C, H, W = x.shape
-    right, below = size[1] - W - before[1], size[0] - H - before[0]
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, before[1], right, before[0], below))
-    cells = padded.reshape(N, size[0] // step[0], step[0], size[1] // step[1], step[1], C)
-    images = cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).contiguous()
-    return images.permute(0, 3, 1, 2)
+    rows, columns = size[0] // step[0], size[1] // step[1]
+    images = x.new_zeros(N, step[0], step[1], rows, columns, C)
+    pixels = x.permute(0, 2, 3, 1)  # (N, H, W, C): a pixel's channels are copied in one piece
+    for i in range(step[0]):
+        for j in range(step[1]):
+            # First pixel of x on this grid, and where it stands on it.
+            y, x0 = (i - before[0]) % step[0], (j - before[1]) % step[1]
+            grid = pixels[:, y :: step[0], x0 :: step[1]]
+            top, left = (y + before[0]) // step[0], (x0 + before[1]) // step[1]
+            images[:, i, j, top : top + grid.shape[1], left : left + grid.shape[2]] = grid
+    return images.flatten(0, 2).permute(0, 3, 1, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,8 @@ class SegmentationModule(nn.Module):
             return self.decoder.probabilities(features, (int(segSize[0]), int(segSize[1])))
 
         label = _entry(batch, "seg_label")
-        main, *auxiliary = self.decoder.log_probabilities(features, tuple(label.shape[-2:]))
+        size = (label.shape[-2], label.shape[-1])
+        main, *auxiliary = self.decoder.log_probabilities(features, size)
         loss = self._loss(main, label)
         if auxiliary:
             if self.deep_sup_scale is None:
@@ -166,8 +167,9 @@ class SegmentationModule(nn.Module):
 
     def _denominators(self, label: Tensor) -> Tensor:
         """(2,): what the loss's mean divides by, and the number of valid pixels."""
-        if hasattr(self.crit, "denominator"):
-            of_loss = self.crit.denominator(label)
+        denominator: Callable[[Tensor], Tensor] | None = getattr(self.crit, "denominator", None)
+        if denominator is not None:
+            of_loss = denominator(label)
         else:
             of_loss = functional.denominator(label, getattr(self.crit, "weight", None))
         valid = functional.denominator(label)

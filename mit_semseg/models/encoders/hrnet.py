@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +60,10 @@ class Exchange(nn.Module):
         branches = [blocks(x) for blocks, x in zip(self.branches, branches, strict=True)]
         fused = []
         for target, paths in enumerate(self.fuse_layers):
-            total: Tensor | None = None
-            for source, path in enumerate(paths):
-                x = path(branches[source])
-                if source > target:
-                    x = resize_like(x, branches[target])
-                total = x if total is None else total + x
+            terms = [path(x) for path, x in zip(cast(nn.ModuleList, paths), branches, strict=True)]
+            total = terms[0]
+            for source, x in enumerate(terms[1:], start=1):
+                total = total + (resize_like(x, branches[target]) if source > target else x)
             fused.append(self.relu(total))
         return fused
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.depthwise import DepthwiseConv2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, dilate, init_weights
 
 # Expansion, output channels, blocks, stride of the first block: table 2 of the paper.
@@ -22,7 +25,8 @@ STAGES = (
 def conv_bn(
     n_in: int, n_out: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> tuple[nn.Conv2d, nn.Module]:
-    conv = nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    kind = DepthwiseConv2d if groups == n_in == n_out else nn.Conv2d
+    conv = kind(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     return conv, BatchNorm2d(n_out)
 
 
@@ -53,7 +57,7 @@ class MobileNetV2Dilated8(Encoder):
     """
 
     channels = (24, 32, 64, 160, 320)
-    strides: tuple[int, ...] = (4, 8, 8, 8, 8)
+    strides: ClassVar[tuple[int, ...]] = (4, 8, 8, 8, 8)
     taps = (2, 4, 7, 14, 17)  # indices into `features` of what is emitted
 
     def __init__(self) -> None:

@@ -1,0 +1,52 @@
+"""What every encoder must do; a test class subclasses this and names its encoder."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mit_semseg.models import ENCODERS, ModelBuilder
+
+
+class EncoderTester:
+    """Set `arch`, and `published` to a key of state_dicts.json where there is one."""
+
+    arch: str
+    published: str | None = None
+
+    def on_meta(self) -> torch.nn.Module:
+        """Shapes without arithmetic: quick for the largest encoder."""
+        with torch.device("meta"):
+            return ENCODERS.get(self.arch)()
+
+    @pytest.mark.parametrize(("height", "width"), [(64, 96), (65, 97)])
+    def test_emits_what_it_declares(self, height: int, width: int) -> None:
+        encoder = self.on_meta()
+        images = torch.zeros(2, 3, height, width, device="meta")
+        maps = encoder(images, return_feature_maps=True)
+        declared = ENCODERS.get(self.arch)
+        assert [tuple(x.shape) for x in maps] == [
+            (2, c, math.ceil(height / s), math.ceil(width / s))
+            for c, s in zip(declared.channels, declared.strides, strict=True)
+        ]
+        (last,) = encoder(images)
+        assert last.shape == maps[-1].shape
+
+    def test_has_the_published_state_dict(
+        self, published_shapes: dict[str, dict[str, list[int]]]
+    ) -> None:
+        own = {key: list(value.shape) for key, value in self.on_meta().state_dict().items()}
+        if self.published is None:
+            assert own
+        else:
+            assert own == published_shapes[self.published]
+
+    def test_every_parameter_learns(self) -> None:
+        torch.manual_seed(0)
+        encoder = ModelBuilder.build_encoder(self.arch, weights="none").train()
+        maps = encoder(torch.randn(2, 3, 32, 32), return_feature_maps=True)
+        sum((x * torch.randn_like(x)).mean() for x in maps).backward()
+        still = [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.any()]
+        assert still == []

@@ -1,0 +1,60 @@
+"""DepthwiseConv2d against nn.Conv2d, whose parameters and results it shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mit_semseg.models.depthwise import DepthwiseConv2d
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("stride", "dilation", "padding", "size"),
+    [
+        (1, 1, 1, (13, 17)),
+        (1, 2, 2, (13, 17)),
+        (1, 4, 4, (14, 9)),
+        (1, 3, 1, (13, 17)),
+        (1, 2, 0, (12, 11)),
+        (2, 1, 1, (13, 16)),
+        (2, 1, 1, (12, 15)),
+    ],
+)
+def test_equals_torch(dtype, stride, dilation, padding, size):
+    torch.manual_seed(0)
+    ours = DepthwiseConv2d(6, 6, 3, stride, padding, dilation, groups=6, bias=False).to(dtype)
+    # The oracle computes in float64 from the same (rounded) values.
+    oracle = nn.Conv2d(6, 6, 3, stride, padding, dilation, groups=6, bias=False).double()
+    oracle.load_state_dict({k: v.double() for k, v in ours.state_dict().items()})
+    x = torch.randn(2, 6, *size, dtype=dtype).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    expected = oracle(x64)
+    grad = torch.randn_like(expected).to(dtype)
+    expected.backward(grad.double())
+    got = ours(x)
+    got.backward(grad)
+    relative = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    pairs = [(got, expected), (x.grad, x64.grad), (ours.weight.grad, oracle.weight.grad)]
+    for have, want in pairs:
+        assert have.dtype == dtype
+        torch.testing.assert_close(
+            have.double(), want, rtol=relative, atol=relative * want.abs().max().item()
+        )
+
+
+def test_autocast_keeps_float32_gradients():
+    conv = DepthwiseConv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = conv(torch.randn(1, 4, 9, 9))
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert conv.weight.grad.dtype == torch.float32
+
+
+def test_without_gradients_it_is_the_plain_layer():
+    conv = DepthwiseConv2d(4, 4, 3, padding=1, groups=4, bias=False)
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(conv(x), nn.functional.conv2d(x, conv.weight, padding=1, groups=4))

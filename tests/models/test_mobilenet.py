@@ -1,0 +1,13 @@
+"""MobileNetV2 encoders."""
+
+from encoder_tester import EncoderTester
+
+
+class TestMobileNetV2Dilated(EncoderTester):
+    arch = "mobilenetv2dilated"
+    published = "encoder/mobilenetv2dilated"
+
+
+class TestMobileNetV2Dilated16(EncoderTester):
+    arch = "mobilenetv2_dilated16"
+    published = "encoder/mobilenetv2dilated"

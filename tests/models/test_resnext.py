@@ -1,0 +1,13 @@
+"""ResNeXt encoders."""
+
+from encoder_tester import EncoderTester
+
+
+class TestResNeXt101(EncoderTester):
+    arch = "resnext101"
+    published = "encoder/resnext101"
+
+
+class TestResNeXt101Dilated8(EncoderTester):
+    arch = "resnext101_dilated8"
+    published = "encoder/resnext101"
