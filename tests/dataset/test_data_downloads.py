@@ -1,0 +1,142 @@
+"""`mit-semseg data download`, from archives made here and served by file urls."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mit_semseg.dataset import camvid, downloads
+from mit_semseg.dataset.base import Archive, Source
+from mit_semseg.dataset.downloads import download, sources, unpack
+
+
+def make_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def make_tar(path: Path, files: dict[str, bytes], link: str = "") -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        if link:
+            entry = tarfile.TarInfo("top/link")
+            entry.type, entry.linkname = tarfile.SYMTYPE, link
+            archive.addfile(entry)
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+FILES = {"top/a.txt": b"a", "top/sub/b.txt": b"bb", "other/c.txt": b"c", "topmost/d": b"d"}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_unpack_one_folder(tmp_path: Path, kind: str) -> None:
+    make = make_zip if kind == "zip" else make_tar
+    archive = make(tmp_path / "x.bin", FILES)
+    assert unpack(archive, tmp_path / "out", "top", progress=False) == 2
+    assert tree(tmp_path / "out") == {"a.txt": b"a", "sub/b.txt": b"bb"}
+    assert unpack(archive, tmp_path / "all", progress=False) == 4
+    assert tree(tmp_path / "all") == FILES
+    # What is complete stays; what has another size is written again.
+    (tmp_path / "out/a.txt").write_bytes(b"A")
+    (tmp_path / "out/sub/b.txt").write_bytes(b"half of it")
+    assert unpack(archive, tmp_path / "out", "top", progress=False) == 2
+    assert tree(tmp_path / "out") == {"a.txt": b"A", "sub/b.txt": b"bb"}
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "a\\..\\evil", "C:/evil"])
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_paths_that_lead_outside_are_refused(tmp_path: Path, kind: str, name: str) -> None:
+    make = make_zip if kind == "zip" else make_tar
+    archive = make(tmp_path / "x.bin", {name: b"!"})
+    (tmp_path / "deep" / "out").mkdir(parents=True)
+    with pytest.raises(ValueError, match="refuses to unpack the path"):
+        unpack(archive, tmp_path / "deep" / "out", progress=False)
+    assert tree(tmp_path / "deep") == {}
+
+
+def test_links_are_left_out(tmp_path: Path) -> None:
+    archive = make_tar(tmp_path / "x.tar", {"top/a": b"a"}, link="/etc/passwd")
+    assert unpack(archive, tmp_path / "out", progress=False) == 1
+    assert tree(tmp_path / "out") == {"top/a": b"a"}
+
+
+def test_no_archive_and_a_missing_folder(tmp_path: Path) -> None:
+    (tmp_path / "page.zip").write_text("<html>")
+    with pytest.raises(ValueError, match=r"page\.zip: neither a zip nor a tar"):
+        unpack(tmp_path / "page.zip", tmp_path, progress=False)
+    archive = make_zip(tmp_path / "x.zip", {"a": b"a"})
+    with pytest.raises(ValueError, match="holds no files in top"):
+        unpack(archive, tmp_path / "out", "top", progress=False)
+
+
+def test_download_prints_the_licence_and_unpacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server").mkdir()
+    archive = make_zip(tmp_path / "server" / "m.zip", {"s/CamVid/train.txt": b"", "s/README": b"x"})
+    source = Source(
+        title="CamVid",
+        licence="for research",
+        home="http://home",
+        layout="train.txt",
+        archives=(Archive((archive.as_uri(),), member="s/CamVid", into="inner"),),
+    )
+    monkeypatch.setattr(camvid.CamVid, "source", source)
+    monkeypatch.delenv("MIT_SEMSEG_OFFLINE", raising=False)
+    assert download("camvid", tmp_path / "data", progress=False)
+    assert tree(tmp_path / "data" / "inner") == {"train.txt": b""}
+    text = capsys.readouterr().out
+    assert "licence: for research" in text and "DATASET.format camvid DATASET.root_dataset" in text
+
+
+def test_offline_says_what_to_fetch_and_where_to_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
+    assert not download("ade20k", tmp_path / "ade", progress=False)
+    text = capsys.readouterr().out
+    url = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
+    assert f"fetch {url}" in text
+    assert f"put it at {tmp_path / 'ade' / 'ADEChallengeData2016.zip'}" in text
+    assert "annotations/validation" in text
+    # The archive put there by hand is taken.
+    (tmp_path / "ade").mkdir(exist_ok=True)
+    make_zip(
+        tmp_path / "ade" / "ADEChallengeData2016.zip",
+        {"ADEChallengeData2016/images/training/a.jpg": b"jpg"},
+    )
+    assert download("ade20k", tmp_path / "ade", progress=False)
+    assert (tmp_path / "ade/images/training/a.jpg").read_bytes() == b"jpg"
+
+
+def test_registration_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not download("cityscapes", tmp_path, progress=False)
+    text = capsys.readouterr().out
+    assert "register and download at https://www.cityscapes-dataset.com" in text
+    with pytest.raises(ValueError, match="no data set 'odgt' to download; known: ade20k"):
+        download("odgt", tmp_path)
+
+
+def test_every_source_is_complete() -> None:
+    assert sorted(sources()) == ["ade20k", "camvid", "cityscapes", "cocostuff", "voc2012"]
+    names = [
+        downloads._file_name(archive)
+        for source in sources().values()
+        for archive in source.archives
+    ]
+    assert len(names) == len(set(names)) and all(n.endswith((".zip", ".tar")) for n in names)

@@ -1,0 +1,144 @@
+"""`mit-semseg data make-odgt` and `check`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mit_semseg.dataset import TrainDataset, ValDataset, read_odgt
+from mit_semseg.dataset.commands import add_arguments, run
+from mit_semseg.dataset.tools import check, make_odgt
+
+Writer = Callable[..., dict[str, Any]]
+
+
+def call(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser.add_subparsers(dest="action", required=True))
+    return run(parser.parse_args(words))
+
+
+def test_make_odgt_then_train(
+    tmp_path: Path, write_pair: Writer, options: Callable[..., SimpleNamespace]
+) -> None:
+    sizes = {f"images/s{k}.png": (40 + k, 30) for k in range(10)}
+    for k in range(10):
+        write_pair(f"s{k}", (40 + k, 30))
+    out = tmp_path / "lists"
+    report = make_odgt(tmp_path / "images", tmp_path / "masks", out, split=0.7)
+    assert (report["n_training"], report["n_validation"]) == (7, 3)
+    assert report["root"] == str(tmp_path)
+    training, validation = read_odgt(out / "training.odgt"), read_odgt(out / "validation.odgt")
+    assert {r["fpath_img"]: (r["width"], r["height"]) for r in training + validation} == sizes
+    data = TrainDataset(report["root"], report["training"], options(), 2)
+    assert data[0]["img_data"].shape[0] == 2
+    assert len(ValDataset(report["root"], report["validation"], options())) == 3
+
+    again = make_odgt(tmp_path / "images", tmp_path / "masks", tmp_path / "b", split=0.7)
+    assert read_odgt(again["training"]) == training
+    other = make_odgt(tmp_path / "images", tmp_path / "masks", tmp_path / "c", split=0.7, seed=1)
+    assert read_odgt(other["training"]) != training
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "expected"),
+    [(0.9, 2, (1, 1)), (0.01, 3, (1, 2)), (0.9, 1, (1, 0)), (1, 3, (3, 0))],
+)
+def test_no_list_is_empty_by_rounding(
+    tmp_path: Path, write_pair: Writer, split: float, count: int, expected: tuple[int, int]
+) -> None:
+    for k in range(count):
+        write_pair(f"s{k}")
+    report = make_odgt(tmp_path / "images", tmp_path / "masks", tmp_path, split)
+    assert (report["n_training"], report["n_validation"]) == expected
+    assert (tmp_path / "validation.odgt").exists() == bool(expected[1])
+
+
+def test_make_odgt_reports_what_it_leaves_out(
+    tmp_path: Path, write_pair: Writer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "lonely", "turned", "broken"):
+        write_pair(name)
+    (tmp_path / "masks/lonely.png").unlink()
+    Image.new("L", (9, 9)).save(tmp_path / "masks/alone.png")
+    Image.new("L", (30, 40)).save(tmp_path / "masks/turned.png")
+    (tmp_path / "images/broken.png").write_text("x")
+    out = str(tmp_path / "o")
+    images, masks = str(tmp_path / "images"), str(tmp_path / "masks")
+    assert call("make-odgt", "--images", images, "--labels", masks, "--out", out) == 0
+    text = capsys.readouterr().out
+    assert "1 training and 0 validation" in text
+    assert "1 images without mask, left out:\n  lonely.png" in text
+    assert "1 masks without image, left out:\n  alone.png" in text
+    assert "turned.png: 30x40 pixels, its image" in text and "broken.png: not a readable" in text
+    assert f"DATASET.root_dataset {tmp_path}\n" in text
+    with pytest.raises(ValueError, match="no image in .* usable mask"):
+        make_odgt(tmp_path / "images", tmp_path / "o", out)
+    with pytest.raises(ValueError, match="split is 1.5"):
+        make_odgt(images, masks, out, split=1.5)
+
+
+def test_check_counts_by_hand(tmp_path: Path) -> None:
+    for folder in ("i", "m"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (4, 1)).save(tmp_path / "i/a.jpg")
+    Image.new("L", (2, 1)).save(tmp_path / "i/b.png")
+    Image.fromarray(np.array([[0, 1, 1, 3]], np.uint8)).save(tmp_path / "m/a.png")
+    Image.fromarray(np.array([[1, 0]], np.uint16)).save(tmp_path / "m/b.png")
+    report = check(f"{tmp_path}/i:{tmp_path}/m", data_format="folder", num_class=3, progress=False)
+    assert report["ok"] and report["records"] == 2
+    assert report["sizes"] == {"4x1": 1, "2x1": 1}
+    assert report["image_modes"] == {"RGB": 1, "L": 1}
+    assert report["mask_modes"] == {"L": 1, "I;16": 1}
+    rows = [(r["pixels"], r["images"], r["share"]) for r in report["classes"]]
+    assert rows == [(3, 2, 0.75), (0, 0, 0.0), (1, 1, 0.25)]
+    assert report["absent"] == ["class 1"]
+    assert report["ignored_share"] == pytest.approx(2 / 6)
+    assert report["stored_values"]["1"] == {"pixels": 3, "images": 2}
+
+
+def test_check_command_finds_the_images_and_the_faults(
+    tmp_path: Path, write_pair: Writer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [write_pair(name) for name in ("fine", "high", "cut", "color", "gone")]
+    mask = np.full((30, 40), 255, np.uint8)
+    Image.fromarray(mask).save(tmp_path / "masks/high.png")
+    data = (tmp_path / "images/cut.png").read_bytes()
+    (tmp_path / "images/cut.png").write_bytes(data[: len(data) // 2])
+    Image.fromarray(np.random.default_rng(0).integers(0, 9, (30, 40, 3), dtype=np.uint8)).save(
+        tmp_path / "masks/color.png"
+    )
+    (tmp_path / "images/gone.png").unlink()
+    (tmp_path / "lists").mkdir()
+    listing = tmp_path / "lists" / "all.odgt"
+    listing.write_text("\n".join(map(json.dumps, records)))
+    out = tmp_path / "report.json"
+    assert call("check", str(listing), "--json", str(out)) == 1  # root found beside the list
+    report = json.loads(out.read_text())
+    text = capsys.readouterr().out
+    assert report["num_class"] == 3  # from the values, 255 taken for "no label"
+    assert [Path(m.split(":")[0]).name for m in report["unreadable"]] == [
+        "cut.png", "color.png", "gone.png",
+    ]  # fmt: skip
+    (message,) = report["out_of_range"]
+    assert "high.png: label 255 is outside 0..3; set DATASET.ignore_label 255" in message
+    assert message in text and "There are errors" in text
+    assert call("check", str(listing), "--ignore-label", "255", "--num-class", "3") == 1
+    listing.write_text("\n".join(map(json.dumps, records[:2])))
+    assert call("check", str(listing), "--ignore-label", "255", "--num-class", "3") == 0
+    assert "No errors." in capsys.readouterr().out
+
+
+def test_check_says_where_it_looked(tmp_path: Path) -> None:
+    listing = tmp_path / "x.odgt"
+    listing.write_text('{"fpath_img": "nowhere/a.png", "fpath_segm": "nowhere/b.png"}\n')
+    with pytest.raises(FileNotFoundError, match=r"nowhere/a\.png, the first image .* --root"):
+        check(str(listing))
