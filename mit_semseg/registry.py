@@ -47,7 +47,7 @@ class Registry:
         if name not in self._entries:
             raise ValueError(
                 f"unknown {self.kind} {name!r}{closest(name, list(self._entries))} "
-                f"Known: {', '.join(self.names())}"
+                f"(known: {', '.join(self.names())})"
             )
         return self._entries[name]
 

@@ -110,6 +110,11 @@ class TrainDataset(Dataset[dict[str, Any]]):
             ]
         return [batches[k] for k in rng.permutation(len(batches))]
 
+    def files(self, index: int) -> list[str]:
+        """Paths of the images of batch number `index`, as listed."""
+        pass_number, position = divmod(index, self.batches_per_pass)
+        return [self.records[k]["fpath_img"] for k in self._plan(pass_number)[position]]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Batch number `index`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -60,6 +61,22 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(max(1, count))
     # Decoding already runs beside the network; OpenCV's pool on top would fight for the cores.
     cv2.setNumThreads(0)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep large freed blocks instead of returning them to the kernel.
+
+    Training on the CPU allocates the same large tensors every step; with glibc's defaults each
+    is mapped and zeroed page by page anew, which costs a third of the step. Elsewhere than on
+    glibc nothing is done.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_max = -1, -4  # parameter numbers in malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def cpu_count() -> int:

@@ -23,7 +23,13 @@ from mit_semseg.dataset import Split, TrainDataset, build_split, check_sample
 from mit_semseg.engine.balance import class_weights
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_whole
 from mit_semseg.engine.evaluate import evaluate_model, val_dataset
-from mit_semseg.engine.launch import autocast, autocast_dtype, cpu_count, set_threads
+from mit_semseg.engine.launch import (
+    autocast,
+    autocast_dtype,
+    cpu_count,
+    keep_freed_memory,
+    set_threads,
+)
 from mit_semseg.engine.optim import (
     build_optimizer,
     moving_average,
@@ -107,6 +113,7 @@ class Trainer:
         self.seconds = 0.0
         if self.device.type == "cpu":
             set_threads(max(1, cpu_count() // world))
+            keep_freed_memory()
         seed_everything(cfg.TRAIN.seed)
 
         split = build_split(cfg.DATASET, "train")
