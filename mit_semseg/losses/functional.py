@@ -185,9 +185,7 @@ def ohem(
         p = torch.where(valid, p, torch.full_like(p, torch.inf)).flatten()  # ignored: easiest
         kept = torch.ceil(valid.sum() * min_share).long().clamp(min=1)
         kth = p.sort().values.gather(0, (kept - 1).reshape(1))
-        limit = torch.where(kth < threshold, torch.full_like(kth, threshold), kth)
-        # At the threshold itself a pixel is easy, but the k-th hardest is kept.
-        hard = ((p < threshold) | (p <= kth) & (limit == kth)).view_as(label) & valid
+        hard = ((p < threshold) | (p <= kth)).view_as(label) & valid
     return nll(log_probs, torch.where(hard, label, torch.full_like(label, IGNORED)), weight)
 
 

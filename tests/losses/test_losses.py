@@ -1,0 +1,234 @@
+"""Losses against torch, hand-computed numbers and independent formulas."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mit_semseg.losses import LOSSES, build_loss, functional
+
+NAMES = ["nll", "focal", "dice", "ohem", "lovasz"]
+
+
+def sample(
+    seed: int = 0, classes: int = 5, size: tuple[int, int, int] = (2, 6, 7)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    B, h, w = size
+    scores = torch.randn(B, classes, h, w, generator=generator, dtype=torch.float64)
+    label = torch.randint(-1, classes, size, generator=generator)
+    return scores.log_softmax(1), label
+
+
+def two_pixels(*probabilities: float) -> torch.Tensor:
+    """Log-probabilities (1, 2, 1, n) of two classes, from those of class 1."""
+    p = torch.tensor(probabilities, dtype=torch.float64)
+    return torch.stack([1 - p, p]).log().view(1, 2, 1, -1)
+
+
+# ----------------------------------------------------------------------------------- all of them
+def test_the_names_are_registered() -> None:
+    assert LOSSES.names() == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "nll+dice"])
+def test_nothing_to_learn_from_is_zero_with_a_graph(name: str) -> None:
+    scores = torch.randn(2, 4, 3, 3, requires_grad=True)
+    loss = build_loss(name, 4)(scores.log_softmax(1), torch.full((2, 3, 3), -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(scores.grad, torch.zeros_like(scores))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "nll+dice+lovasz"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ignored_pixels_take_no_part(name: str, weighted: bool) -> None:
+    log_probs, label = sample()
+    weights = torch.linspace(0.5, 2, 5) if weighted else None
+    crit = build_loss(name, 5, weights)
+    label[:, :, 4:] = -1
+    log_probs.requires_grad_()
+    loss = crit(log_probs, label)
+    loss.backward()
+    assert torch.equal(log_probs.grad[:, :, :, 4:], torch.zeros_like(log_probs[:, :, :, 4:]))
+    cut = crit(log_probs.detach()[:, :, :, :4], label[:, :, :4])
+    assert loss.item() == pytest.approx(cut.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_perfect_prediction_costs_nothing(name: str) -> None:
+    _, label = sample()
+    scores = 50.0 * F.one_hot(label.clamp(min=0), 5).permute(0, 3, 1, 2).double()
+    assert build_loss(name, 5)(scores.log_softmax(1), label).item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "nll+dice"])
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    log_probs, label = sample(size=(1, 3, 3), classes=3)
+    crit = build_loss(name, 3, torch.tensor([0.5, 1.0, 2.0]))
+    scores = log_probs.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: crit(x.log_softmax(1), label), scores)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "nll+dice"])
+def test_compiles_without_a_break(name: str) -> None:
+    log_probs, label = sample()
+    crit = build_loss(name, 5)
+    compiled = torch.compile(crit, backend="eager", fullgraph=True)
+    assert compiled(log_probs, label).item() == pytest.approx(crit(log_probs, label).item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_that_do_not_belong_together_are_refused(name: str) -> None:
+    log_probs, label = sample()
+    with pytest.raises(ValueError, match=r"\(2, 5, 6, 7\) and label \(2, 6, 6\)"):
+        build_loss(name, 5)(log_probs, label[:, :, :6])
+
+
+# ------------------------------------------------------------------------------------------- nll
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 0.25, 3.0, 1.5]])
+def test_nll_is_torchs(weights: list[float] | None) -> None:
+    log_probs, label = sample()
+    weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    wanted = F.nll_loss(log_probs, label, weight, ignore_index=-1)
+    assert functional.nll(log_probs, label, weight).item() == pytest.approx(wanted.item())
+
+
+def test_nll_over_batches_adds_up_by_denominator() -> None:
+    crit = build_loss("nll", 5, torch.tensor([0.5, 1.0, 0.25, 3.0, 1.5]))
+    log_probs, label = sample(size=(4, 6, 7))
+    label[0] = -1
+    total = sum(
+        (crit(x, y) * crit.denominator(y)).item()
+        for x, y in zip(log_probs.split([1, 3]), label.split([1, 3]), strict=True)
+    )
+    wanted = (crit(log_probs, label) * crit.denominator(label)).item()
+    assert total == pytest.approx(wanted)
+
+
+def test_denominator_by_hand() -> None:
+    label = torch.tensor([[[0, 2, -1, 2]]])
+    assert build_loss("nll", 3).denominator(label).item() == 3
+    weighted = build_loss("nll", 3, torch.tensor([0.5, 9.0, 2.0]))
+    assert weighted.denominator(label).item() == 4.5
+    assert build_loss("dice", 3, torch.tensor([0.5, 9.0, 2.0])).denominator(label).item() == 3
+
+
+# ----------------------------------------------------------------------------------------- focal
+def test_focal_by_hand() -> None:
+    # p of the labels: 0.8 and 0.4.
+    loss = functional.focal(two_pixels(0.8, 0.6), torch.tensor([[[1, 0]]]))
+    assert loss.item() == pytest.approx((0.04 * -math.log(0.8) + 0.36 * -math.log(0.4)) / 2)
+
+
+def test_focal_without_focus_is_nll() -> None:
+    log_probs, label = sample()
+    weight = torch.linspace(0.5, 2, 5).double()
+    loss = functional.focal(log_probs, label, weight, gamma=0)
+    assert loss.item() == pytest.approx(functional.nll(log_probs, label, weight).item())
+    with pytest.raises(ValueError, match="gamma is -1"):
+        functional.focal(log_probs, label, gamma=-1)
+
+
+# ------------------------------------------------------------------------------------------ dice
+def test_dice_by_hand() -> None:
+    # Class 1 at pixels 0 and 1 of three; class 0 at pixel 2.
+    log_probs, label = two_pixels(0.9, 0.5, 0.2), torch.tensor([[[1, 1, 0]]])
+    one = 2 * (0.9 + 0.5) / (0.9 + 0.5 + 0.2 + 2)
+    zero = 2 * 0.8 / (0.1 + 0.5 + 0.8 + 1)
+    loss = functional.dice(log_probs, label, smooth=0)
+    assert loss.item() == pytest.approx(1 - (one + zero) / 2)
+    weighted = functional.dice(log_probs, label, torch.tensor([1.0, 3.0]), smooth=0)
+    assert weighted.item() == pytest.approx(1 - (3 * one + zero) / 4)
+    # A class that is in no label is not in the mean.
+    loss = functional.dice(log_probs, torch.tensor([[[1, 1, -1]]]), smooth=0)
+    assert loss.item() == pytest.approx(1 - 2 * 1.4 / (1.4 + 2))
+
+
+# ------------------------------------------------------------------------------------------ ohem
+@pytest.mark.parametrize(("threshold", "min_share"), [(0.7, 0.25), (0.05, 0.5), (0.0, 0.1), (1, 0)])
+def test_ohem_keeps_the_hard_pixels(threshold: float, min_share: float) -> None:
+    log_probs, label = sample(seed=3)
+    costs, chances = [], []
+    for b, y, x in np.ndindex(*label.shape):
+        if label[b, y, x] >= 0:
+            costs.append(-log_probs[b, label[b, y, x], y, x].item())
+            chances.append(math.exp(-costs[-1]))
+    kept = sorted(costs, reverse=True)
+    count = max(math.ceil(len(costs) * min_share), sum(chance < threshold for chance in chances), 1)
+    loss = functional.ohem(log_probs, label, threshold=threshold, min_share=min_share)
+    assert loss.item() == pytest.approx(np.mean(kept[:count]))
+
+
+def test_ohem_refuses_settings_outside_their_range() -> None:
+    log_probs, label = sample()
+    with pytest.raises(ValueError, match=r"min_share is 1\.5"):
+        functional.ohem(log_probs, label, min_share=1.5)
+
+
+# ---------------------------------------------------------------------------------------- lovasz
+def jaccard_loss(wrong: set[int], positives: set[int]) -> float:
+    """1 - IoU of a class when exactly these pixels are wrong about it."""
+    predicted = positives ^ wrong
+    return 1 - len(predicted & positives) / len(predicted | positives)
+
+
+def choquet(errors: list[float], positives: set[int]) -> float:
+    """Extension of the set function as the integral over t of its value at {error > t}."""
+    steps = sorted({0.0, *errors})
+    return sum(
+        (above - below) * jaccard_loss({i for i, e in enumerate(errors) if e > below}, positives)
+        for below, above in zip(steps, steps[1:], strict=False)
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.integers(2, 4), st.integers(1, 3), st.integers(1, 4))
+def test_lovasz_is_the_integral_of_the_jaccard_loss(
+    seed: int, classes: int, h: int, w: int
+) -> None:
+    log_probs, label = sample(seed, classes, (1, h, w))
+    truth, p = label.flatten().tolist(), log_probs.exp().flatten(2)[0]
+    valid = [i for i, y in enumerate(truth) if y >= 0]
+    values = []
+    for c in range(classes):
+        positives = {k for k, i in enumerate(valid) if truth[i] == c}
+        if positives:
+            errors = [abs((truth[i] == c) - p[c, i].item()) for i in valid]
+            values.append(choquet(errors, positives))
+    wanted = np.mean(values) if values else 0.0
+    assert functional.lovasz(log_probs, label).item() == pytest.approx(wanted, abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------ build_loss
+def test_a_sum_adds_up() -> None:
+    log_probs, label = sample()
+    parts = sum(build_loss(name, 5)(log_probs, label) for name in ("nll", "dice", "lovasz"))
+    crit = build_loss("nll + dice+lovasz", 5)
+    assert crit(log_probs, label).item() == pytest.approx(parts.item())
+    assert crit.denominator(label).item() == (label >= 0).sum().item()
+
+
+def test_class_weights_follow_the_device_and_stay_out_of_checkpoints() -> None:
+    crit = build_loss("nll", 2, torch.tensor([1.0, 2.0]))
+    assert dict(crit.state_dict()) == {}
+    assert crit.to("meta").weight.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "match"),
+    [
+        ("nl", None, "did you mean 'nll'"),
+        ("nll+", None, "unknown loss ''"),
+        ("nll", torch.ones(3), r"shape \(3,\).*5 classes"),
+    ],
+)
+def test_mistakes_are_named(name: str, weights: torch.Tensor | None, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        build_loss(name, 5, weights)
