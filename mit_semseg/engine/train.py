@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -367,7 +367,8 @@ class Trainer:
     @property
     def evaluated(self) -> SegmentationModule:
         """The weights that checkpoints hold: the running average when there is one."""
-        return self.module if self.average is None else self.average.module
+        net = self.module if self.average is None else self.average.module
+        return cast(SegmentationModule, net)
 
     def _save(self, epoch: int) -> None:
         net = self.evaluated
@@ -409,6 +410,7 @@ class Trainer:
         self.seconds = state["seconds"]
 
     def _validate(self, epoch: int) -> None:
+        assert self.val is not None
         net = self.evaluated
         matrix = evaluate_model(net, self.val, self.cfg, self.device, progress=self.progress)
         scores = matrix.compute()

@@ -1,0 +1,47 @@
+# make demo  set up an environment and run the whole toolkit on rendered street scenes
+# make test  set up an environment, check the code and run the tests
+# VENV=path  use (or create) another environment than .venv
+# PYTHON=... the interpreter a new environment is made with
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(VENV)/.mit_semseg
+	PYTHON=$(BIN)/python bash demo_test.sh
+
+test: lint
+	$(BIN)/python -m pytest
+
+# What takes longer than a minute apiece.
+test-slow: $(VENV)/.mit_semseg-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.mit_semseg-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.mit_semseg-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# An interpreter too old would fail much later, and less clearly.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "mit_semseg needs Python 3.10 or newer; $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.mit_semseg: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.mit_semseg-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.mit_semseg
+
+clean:
+	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
