@@ -42,11 +42,14 @@ class _Panel:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten) that enclose low..high."""
-    span = max(high - low, 1e-12)
+    span = high - low
+    if span <= 1e-9 * abs(low) or span < 1e-30:
+        span = abs(low) or 1.0
+        high = low + span
     magnitude = 10.0 ** math.floor(math.log10(span / count))
     step = next(magnitude * m for m in (1, 2, 5, 10) if magnitude * m * count >= span * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]
 
 
 def curves(
@@ -178,14 +181,12 @@ def _polyline(
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over a window of about a twentieth of the points, narrower towards the ends."""
+    """Means over a window of about a twentieth of the points."""
     reach = max(1, len(points) // 40)
-    sums = np.concatenate([[0.0], np.cumsum([y for _, y in points])])
-    result = []
-    for i, (x, _) in enumerate(points):
-        r = min(reach, i, len(points) - 1 - i)
-        result.append((x, float(sums[i + r + 1] - sums[i - r]) / (2 * r + 1)))
-    return result
+    y = [y for _, y in points]
+    return [
+        (x, float(np.mean(y[max(i - reach, 0) : i + reach + 1]))) for i, (x, _) in enumerate(points)
+    ]
 
 
 def class_bars(

@@ -27,8 +27,8 @@ def _farthest(num_class: int) -> bytes:
     steps = np.linspace(0, 255, 16).round()
     candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
     lab = _lab(candidates)
-    # Neither too dark nor too pale: a class must show on a picture and beside unlabelled black.
-    fits = (lab[:, 0] > 35) & (lab[:, 0] < 88)
+    # Neither dark nor pale, to show on a picture and beside unlabelled black; nor glaring.
+    fits = (lab[:, 0] > 35) & (lab[:, 0] < 88) & (np.hypot(lab[:, 1], lab[:, 2]) < 80)
     candidates, lab = candidates[fits], lab[fits]
     anchors = _lab(np.array([[0.0, 0.0, 0.0], [255.0, 255.0, 255.0], [128.0, 128.0, 128.0]]))
     nearest = np.min(np.linalg.norm(lab[:, None] - anchors, axis=-1), axis=1)
