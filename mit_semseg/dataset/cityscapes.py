@@ -31,6 +31,7 @@ class Cityscapes(DataFormat):
         home="https://www.cityscapes-dataset.com/downloads/",
         layout="leftImg8bit/{train,val}/<city>/ and gtFine/{train,val}/<city>/ "
         "(leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip)",
+        folder="cityscapes",
     )
     num_class = 19
 

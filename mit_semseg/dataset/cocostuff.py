@@ -39,6 +39,7 @@ class CocoStuff(DataFormat):
         licence="annotations: CC BY 4.0; images: flickr terms of use",
         home="https://github.com/nightrome/cocostuff",
         layout="images/{train,val}2017/*.jpg and annotations/{train,val}2017/*.png",
+        folder="cocostuff",
         archives=(
             Archive(("http://images.cocodataset.org/zips/train2017.zip",), into="images"),
             Archive(("http://images.cocodataset.org/zips/val2017.zip",), into="images"),

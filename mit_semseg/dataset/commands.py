@@ -47,7 +47,7 @@ def add_arguments(subparsers: Any) -> None:
 
     get = subparsers.add_parser("download", help="fetch a public data set")
     get.add_argument("name", choices=sorted(sources()))
-    get.add_argument("--to", default="", metavar="DIR", help="folder (data/NAME)")
+    get.add_argument("--to", default="", metavar="DIR", help="folder (data/<name of the set>)")
     get.set_defaults(action="download")
 
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             with open(args.json, "w", encoding="utf-8") as file:
                 json.dump(report, file, indent=1)
         return 0 if report["ok"] else 1
-    return 0 if download(args.name, args.to or f"data/{args.name}") else 1
+    return 0 if download(args.name, args.to or f"data/{sources()[args.name].folder}") else 1
 
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:

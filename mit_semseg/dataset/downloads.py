@@ -14,6 +14,7 @@ from typing import IO
 from tqdm import tqdm
 
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
+from mit_semseg.dataset.records import Record, with_sizes, write_odgt
 from mit_semseg.download import DownloadError, fetch
 
 
@@ -35,7 +36,7 @@ def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) 
 
     Args:
         name: a key of `sources()`.
-        dest: folder that will be `DATASET.root_dataset`.
+        dest: folder that will be `DATASET.root_dataset`, `data/<Source.folder>` by custom.
         progress: show bars.
 
     Returns:
@@ -61,8 +62,24 @@ def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) 
             return False
         unpack(file, dest / archive.into, archive.member, progress=progress)
     print(f"ready: DATASET.format {name} DATASET.root_dataset {dest}")
+    for split, list_name in source.lists.items():
+        path = dest.parent / list_name
+        if path.exists():
+            print(f"{path} is there already and stays as it is")
+            continue
+        records = with_sizes(FORMATS.get(name)().records(dest, split), dest)
+        write_odgt(path, [_below(dest.name, record) for record in records])
+        print(f"{path}: {len(records)} samples, DATASET.root_dataset {dest.parent}")
     print(f"the archives in {dest} are no longer needed")
     return True
+
+
+def _below(folder: str, record: Record) -> Record:
+    """The record seen from the folder above."""
+    moved = record.copy()
+    moved["fpath_img"] = f"{folder}/{record['fpath_img']}"
+    moved["fpath_segm"] = f"{folder}/{record['fpath_segm']}"
+    return moved
 
 
 def by_hand(source: Source, dest: Path) -> str:

@@ -59,6 +59,14 @@ def read_odgt(path: PathLike) -> list[Record]:
     return records
 
 
+def write_odgt(path: PathLike, records: Iterable[Record]) -> None:
+    """Write a list file; it appears under its name only when it is complete."""
+    part = f"{os.fspath(path)}.part"
+    with open(part, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    os.replace(part, path)
+
+
 def _parse(line: str, where: str) -> Record:
     try:
         entry = json.loads(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,14 @@ from mit_semseg.dataset.base import (
     load_raw,
 )
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, list_images, locate, match_by_stem, read_odgt
+from mit_semseg.dataset.records import (
+    Record,
+    list_images,
+    locate,
+    match_by_stem,
+    read_odgt,
+    write_odgt,
+)
 from mit_semseg.dataset.transforms import image_size
 
 PathLike = str | os.PathLike[str]
@@ -113,10 +119,7 @@ def make_odgt(
         report[f"n_{name}"] = len(chosen)
         report[name] = str(path) if chosen else ""
         if chosen:
-            lines = [json.dumps(records[k]) for k in sorted(chosen)]
-            part = path.with_name(path.name + ".part")
-            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            os.replace(part, path)
+            write_odgt(path, [records[k] for k in sorted(chosen)])
     report["images_without_mask"] = lonely_images
     report["masks_without_image"] = lonely_masks
     report["unusable"] = unusable

@@ -110,10 +110,15 @@ class TrainDataset(Dataset[dict[str, Any]]):
             ]
         return [batches[k] for k in rng.permutation(len(batches))]
 
-    def files(self, index: int) -> list[str]:
-        """Paths of the images of batch number `index`, as listed."""
+    def _records(self, index: int) -> list[Record]:
+        if index < 0:
+            raise IndexError(f"batch {index}: batches are numbered from 0")
         pass_number, position = divmod(index, self.batches_per_pass)
-        return [self.records[k]["fpath_img"] for k in self._plan(pass_number)[position]]
+        return [self.records[k] for k in self._plan(pass_number)[position]]
+
+    def files(self, index: int) -> list[str]:
+        """Paths of the images of batch number `index`, as listed, without loading them."""
+        return [record["fpath_img"] for record in self._records(index)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Batch number `index`.
@@ -122,10 +127,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
             `img_data` (B, 3, H, W) float32; `seg_label` (B, H/r, W/r) int64 with -1 ignored, r =
             `segm_downsampling_rate`; `info`, the B image paths as listed.
         """
-        if index < 0:
-            raise IndexError(f"batch {index}: batches are numbered from 0")
-        pass_number, position = divmod(index, self.batches_per_pass)
-        records = [self.records[k] for k in self._plan(pass_number)[position]]
+        records = self._records(index)
         rng = np.random.default_rng([self.seed, _BATCH, index])
         batch_short = int(rng.choice(self.options.imgSizes))
         samples = [self._sample(record, batch_short, rng) for record in records]

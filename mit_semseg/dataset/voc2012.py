@@ -36,6 +36,7 @@ class Voc2012(DataFormat):
         licence="images from flickr, subject to the flickr terms of use",
         home="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
         layout="ImageSets/Segmentation/*.txt JPEGImages/ SegmentationClass/",
+        folder="VOC2012",
         archives=(
             Archive(
                 (

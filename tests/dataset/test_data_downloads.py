@@ -8,8 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from mit_semseg.dataset import camvid, downloads
+from mit_semseg.dataset import camvid, downloads, read_odgt
 from mit_semseg.dataset.base import Archive, Source
 from mit_semseg.dataset.downloads import download, sources, unpack
 
@@ -94,6 +95,7 @@ def test_download_prints_the_licence_and_unpacks(
         licence="for research",
         home="http://home",
         layout="train.txt",
+        folder="CamVid",
         archives=(Archive((archive.as_uri(),), member="s/CamVid", into="inner"),),
     )
     monkeypatch.setattr(camvid.CamVid, "source", source)
@@ -115,13 +117,27 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(
     assert f"put it at {tmp_path / 'ade' / 'ADEChallengeData2016.zip'}" in text
     assert "annotations/validation" in text
     # The archive put there by hand is taken.
+    picture = io.BytesIO()
+    Image.new("L", (7, 5)).save(picture, format="png")
     (tmp_path / "ade").mkdir(exist_ok=True)
     make_zip(
         tmp_path / "ade" / "ADEChallengeData2016.zip",
-        {"ADEChallengeData2016/images/training/a.jpg": b"jpg"},
+        {
+            f"ADEChallengeData2016/{kind}/{split}/{name}.png": picture.getvalue()
+            for kind in ("images", "annotations")
+            for split, name in (("training", "a"), ("validation", "b"))
+        },
     )
     assert download("ade20k", tmp_path / "ade", progress=False)
-    assert (tmp_path / "ade/images/training/a.jpg").read_bytes() == b"jpg"
+    # The lists of the published recipes, to be read from the folder above.
+    for name, image in (("training", "a"), ("validation", "b")):
+        (record,) = read_odgt(tmp_path / f"{name}.odgt")
+        assert record["fpath_img"] == f"ade/images/{name}/{image}.png"
+        assert (record["width"], record["height"]) == (7, 5)
+        assert (tmp_path / record["fpath_segm"]).is_file()
+    (tmp_path / "training.odgt").write_text("mine")
+    assert download("ade20k", tmp_path / "ade", progress=False)
+    assert (tmp_path / "training.odgt").read_text() == "mine"
 
 
 def test_registration_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

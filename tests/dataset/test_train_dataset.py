@@ -135,7 +135,8 @@ def test_the_order_depends_on_seed_and_pass_only(
         data = TrainDataset(tmp_path, mixed, options(), batch_per_gpu=2, seed=seed)
         return [data[start + k]["info"] for k in range(data.batches_per_pass)]
 
-    assert order(1, 0) == order(1, 0)
+    data = TrainDataset(tmp_path, mixed, options(), batch_per_gpu=2, seed=1)
+    assert order(1, 0) == order(1, 0) == [data.files(k) for k in range(data.batches_per_pass)]
     assert order(1, 0) != order(2, 0)
     assert order(1, 0) != order(1, 5)
 
