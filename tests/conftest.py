@@ -1,0 +1,92 @@
+"""A small model in a checkpoint folder, and a few small images: what tests of runs start from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from mit_semseg.config import load_config
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import ClassTable
+from mit_semseg.engine.checkpoint import CheckpointFolder
+from mit_semseg.models import ModelBuilder
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Config]:
+    """`make_model(folder, names, SECTION__key=value)` -> configuration."""
+    return _make_model
+
+
+@pytest.fixture(scope="session")
+def make_images() -> Callable[..., None]:
+    """`make_images(root, [(height, width), ...])` writes images, masks and `val.odgt`."""
+    return _make_images
+
+
+def _make_model(folder: Path, names: tuple[str, ...], **settings: Any) -> Config:
+    """A checkpoint folder with a small random model, and its configuration."""
+    torch.manual_seed(0)
+    opts: list[Any] = [
+        *("DIR", str(folder), "DATASET.num_class", len(names)),
+        *("DATASET.imgSizes", [32, 48], "DATASET.imgMaxSize", 80),
+        *("MODEL.arch_encoder", "mobilenetv2dilated", "MODEL.arch_decoder", "c1"),
+        *("MODEL.fc_dim", 320, "MODEL.weights_encoder", "none"),
+        *("VAL.checkpoint", "best.pth", "TEST.checkpoint", "best.pth"),
+    ]
+    for key, value in settings.items():
+        opts += [key.replace("__", "."), value]
+    cfg = load_config(None, opts)
+    module = ModelBuilder.from_config(cfg)
+    # An untrained network sees almost nothing and prefers one class: take the statistics of some
+    # images, and give all classes the same chance on them.
+    last = [m for m in module.decoder.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    assert last.bias is not None
+    with torch.no_grad():
+        images = F.interpolate(torch.randn(4, 3, 6, 8), size=(48, 64), mode="nearest")
+        for part in module.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.momentum = 1.0
+        module.train().logits(images)
+        std, mean = torch.std_mean(module.eval().logits(images), dim=(0, 2, 3))
+        last.weight.div_(std[:, None, None, None])
+        last.bias.copy_((last.bias - mean) / std)
+    checkpoints = CheckpointFolder(folder)
+    checkpoints.prepare(cfg, ClassTable.of(names))
+    checkpoints.save("best.pth", module.encoder.state_dict(), module.decoder.state_dict())
+    return cfg
+
+
+def _make_images(root: Path, sizes: list[tuple[int, int]]) -> None:
+    """Images with masks (0 ignored, 1.. classes) and their list `val.odgt`."""
+    rng = np.random.default_rng(1)
+    lines = []
+    for k, (height, width) in enumerate(sizes):
+        # Blocks, so that resizing keeps something to look at.
+        blocks = rng.integers(0, 4, (height // 8, width // 8))
+        mask = blocks.repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        noise = rng.integers(0, 60, (height, width, 3))
+        image = (mask[:, :, None] * 60 + noise).clip(0, 255).astype(np.uint8)
+        for name, array in (("img", image), ("ann", mask)):
+            path = root / name / f"part{k % 2}" / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+        lines.append(
+            json.dumps(
+                {
+                    "fpath_img": f"img/part{k % 2}/{k}.png",
+                    "fpath_segm": f"ann/part{k % 2}/{k}.png",
+                    "width": width,
+                    "height": height,
+                }
+            )
+        )
+    (root / "val.odgt").write_text("\n".join(lines) + "\n")

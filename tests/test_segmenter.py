@@ -1,0 +1,223 @@
+"""The one-line API: every kind of input gives the same answer, and results save as promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import mit_semseg
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import ClassTable
+from mit_semseg.dataset.transforms import scaled_inputs
+from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
+from mit_semseg.engine.predict import predict
+from mit_semseg.segmenter import Result, Segmenter
+
+NAMES = ("wall", "floor", "lamp", "plant")
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Config]) -> Config:
+    return make_model(tmp_path_factory.mktemp("ckpt") / "model", NAMES)
+
+
+@pytest.fixture(scope="module")
+def segmenter(cfg: Config) -> Segmenter:
+    return Segmenter.from_checkpoint(cfg.DIR, device="cpu")
+
+
+@pytest.fixture
+def array() -> np.ndarray:
+    small = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+    return small.repeat(8, 0).repeat(8, 1)
+
+
+@pytest.fixture
+def path(tmp_path: Path, array: np.ndarray) -> Path:
+    Image.fromarray(array).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_labels_are_the_published_procedure(
+    cfg: Config, segmenter: Segmenter, array: np.ndarray
+) -> None:
+    module = load_model(cfg, "best.pth")
+    total = torch.zeros(1, 4, 48, 64)
+    with torch.no_grad():
+        for x in scaled_inputs(array, cfg.DATASET):
+            logits = F.interpolate(module.logits(x), (48, 64), mode="bilinear", align_corners=False)
+            total += torch.softmax(logits, dim=1)
+    expected = total[0].argmax(0).numpy()
+    assert len(np.unique(expected)) >= 2
+    result = segmenter(array)
+    assert result.labels.dtype == np.int64 and result.labels.shape == (48, 64)
+    assert (result.labels == expected).mean() > 0.999  # ties to rounding
+    assert result.names == NAMES
+    shares = {NAMES[k]: (result.labels == k).mean() for k in np.unique(result.labels)}
+    assert result.areas == pytest.approx(shares)
+    assert sum(result.areas.values()) == pytest.approx(1)
+    assert list(result.areas.values()) == sorted(result.areas.values(), reverse=True)
+
+
+def test_agrees_with_predict(cfg: Config, segmenter: Segmenter, path: Path, tmp_path: Path) -> None:
+    changed = cfg.clone()
+    changed.TEST.save = ["index"]
+    predict(changed, path, torch.device("cpu"), result=tmp_path / "out", progress=False)
+    saved = segmenter(path).save(tmp_path / "mine" / "index.png", kind="index")
+    theirs = np.asarray(Image.open(tmp_path / "out" / "photo.png"))
+    np.testing.assert_array_equal(np.asarray(Image.open(saved)), theirs)
+
+
+def test_every_kind_of_input_gives_the_same(
+    segmenter: Segmenter, path: Path, array: np.ndarray
+) -> None:
+    reference = segmenter(array)
+    np.testing.assert_array_equal(reference.image, array)
+    alpha = np.full((48, 64, 1), 128, dtype=np.uint8)
+    sources: list[Any] = [
+        *(path, str(path), Image.fromarray(array), array.astype(np.float32) / 255),
+        *(np.concatenate([array, alpha], axis=2), Image.fromarray(array).convert("RGBA")),
+    ]
+    results = segmenter(sources)
+    assert isinstance(results, list) and len(results) == len(sources)
+    for result in results:
+        np.testing.assert_array_equal(result.image, array)
+        np.testing.assert_array_equal(result.labels, reference.labels)
+    assert segmenter([]) == []
+
+
+def test_grey_is_repeated(segmenter: Segmenter, array: np.ndarray) -> None:
+    grey = array[:, :, 0]
+    expected = np.stack([grey] * 3, axis=2)
+    for source in (grey, grey[:, :, None], Image.fromarray(grey)):
+        np.testing.assert_array_equal(segmenter(source).image, expected)
+
+
+def test_pillow_images_are_turned_upright_as_files_are(
+    segmenter: Segmenter, array: np.ndarray, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # turn clockwise to view
+    Image.fromarray(array).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        from_memory = segmenter(image)
+    from_file = segmenter(tmp_path / "turned.png")
+    np.testing.assert_array_equal(from_memory.image, np.rot90(array, -1))
+    np.testing.assert_array_equal(from_memory.labels, from_file.labels)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
+        (np.zeros((1, 3, 4, 4), np.uint8), r"shape \(1, 3, 4, 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
+        (np.full((4, 4, 3), 200.0), r"200\.\.200; scale it to \[0, 1\]"),
+        (np.full((4, 4, 3), np.nan), r"nan\.\.nan"),
+        (np.zeros((4, 4, 3), np.int64), "type int64; give uint8"),
+        (torch.zeros(3, 4, 4), "cannot parse a Tensor"),
+        (None, "cannot parse a NoneType"),
+    ],
+)
+def test_other_inputs_are_refused(segmenter: Segmenter, source: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        segmenter(source)
+
+
+def test_missing_file(segmenter: Segmenter, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
+        segmenter(tmp_path / "none.jpg")
+
+
+# ------------------------------------------------------------------------------ results
+def by_hand() -> Result:
+    table = ClassTable(("a", "b"), np.array([[200, 0, 0], [0, 100, 0]], dtype=np.uint8))
+    image = np.full((2, 3, 3), 50, dtype=np.uint8)
+    return Result(image, np.array([[0, 0, 1], [0, 0, 0]]), table, label_offset=1)
+
+
+def test_pictures_by_hand(tmp_path: Path) -> None:
+    result = by_hand()
+    assert result.areas == {"a": pytest.approx(5 / 6), "b": pytest.approx(1 / 6)}
+    assert np.asarray(result.color())[0].tolist() == [[200, 0, 0], [200, 0, 0], [0, 100, 0]]
+    assert np.abs(np.asarray(result.overlay(0.5))[0, 2] - np.array([25.0, 75, 25])).max() <= 1
+    np.testing.assert_array_equal(np.asarray(result.overlay(0)), result.image)
+    np.testing.assert_array_equal(np.asarray(result.overlay(1)), np.asarray(result.color()))
+    with pytest.raises(ValueError, match=r"alpha is 1\.5"):
+        result.overlay(1.5)
+    assert result.legend().size[0] > 10
+    index = np.asarray(Image.open(result.save(tmp_path / "i.png", kind="index")))
+    assert index.tolist() == [[1, 1, 2], [1, 1, 1]]
+    assert np.load(result.save(tmp_path / "l.npy")).tolist() == result.labels.tolist()
+    side = np.asarray(Image.open(result.save(tmp_path / "s.png", kind="side")))
+    assert side.shape == (2, 6, 3)
+    overlay = np.asarray(Image.open(result.save(tmp_path / "new" / "o.png")))
+    np.testing.assert_array_equal(overlay, np.asarray(result.overlay()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("i.jpg", "index", "alter the labels"),
+        ("i.npy", "overlay", "holds the class ids"),
+        ("i.xyz", None, "no picture format"),
+        ("i.png", "outline", "'outline' is no kind"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused(
+    tmp_path: Path, name: str, kind: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        by_hand().save(tmp_path / name, kind=kind)
+
+
+def test_the_input_is_never_overwritten(segmenter: Segmenter, path: Path, tmp_path: Path) -> None:
+    before = path.read_bytes()
+    (tmp_path / "link.png").symlink_to(path)
+    for name in ("photo.png", "link.png"):
+        with pytest.raises(ValueError, match="is the parsed image itself"):
+            segmenter(path).save(tmp_path / name)
+    assert path.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------ folders
+def test_folder_carries_all_that_is_needed(
+    cfg: Config, segmenter: Segmenter, array: np.ndarray, tmp_path: Path
+) -> None:
+    assert mit_semseg.Segmenter is Segmenter
+    assert [x.shape[-2:] for x in scaled_inputs(array, segmenter.opt)] == [(32, 48), (48, 64)]
+    other = Segmenter.from_checkpoint(Path(cfg.DIR), device="cpu", imgSizes=[40])
+    assert [min(x.shape[-2:]) for x in scaled_inputs(array, other.opt)] == [40]
+    in_memory = Segmenter(load_model(cfg, "best.pth"), ClassTable.of(NAMES), cfg.DATASET)
+    np.testing.assert_array_equal(in_memory(array).labels, segmenter(array).labels)
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        Segmenter.from_checkpoint(tmp_path)
+
+
+def test_best_else_latest_checkpoint(
+    cfg: Config, tmp_path: Path, array: np.ndarray, make_model: Callable[..., Config]
+) -> None:
+    """Two epochs and no best: the later one is taken, and the earlier on request."""
+    changed = make_model(tmp_path / "m", NAMES)
+    folder = CheckpointFolder(tmp_path / "m")
+    module = load_model(changed, "best.pth")
+    for kind in ("encoder", "decoder"):
+        (tmp_path / "m" / f"{kind}_best.pth").unlink()
+    last = [m for m in module.decoder.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    assert last.bias is not None
+    for epoch, favourite in ((9, 1), (10, 2)):
+        with torch.no_grad():
+            last.bias.zero_()[favourite] = 1e4
+        encoder, decoder = module.encoder.state_dict(), module.decoder.state_dict()
+        folder.save(f"epoch_{epoch}.pth", encoder, decoder)
+    segmenter = Segmenter.from_checkpoint(tmp_path / "m", device="cpu")
+    assert segmenter(array).areas == {NAMES[2]: 1.0}
+    older = Segmenter.from_checkpoint(tmp_path / "m", device="cpu", checkpoint="epoch_9.pth")
+    assert older(array).areas == {NAMES[1]: 1.0}
