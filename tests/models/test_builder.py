@@ -1,0 +1,103 @@
+"""ModelBuilder: signatures as published, weights, and whole models from a configuration."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from mit_semseg.config import load_config
+from mit_semseg.models import ModelBuilder
+
+
+def test_signatures_begin_as_published() -> None:
+    encoder = inspect.signature(ModelBuilder.build_encoder).parameters
+    assert [(p.name, p.default) for p in encoder.values()][:3] == [
+        ("arch", "resnet50dilated"),
+        ("fc_dim", 512),
+        ("weights", ""),
+    ]
+    decoder = inspect.signature(ModelBuilder.build_decoder).parameters
+    assert [(p.name, p.default) for p in decoder.values()][:5] == [
+        ("arch", "ppm_deepsup"),
+        ("fc_dim", 512),
+        ("num_class", 150),
+        ("weights", ""),
+        ("use_softmax", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fc_dim", "channels"),
+    [
+        (320, (24, 32, 64, 160, 320)),
+        (512, (64, 128, 256, 512)),
+        (720, (720,)),
+        (2048, (256, 512, 1024, 2048)),
+        (1024, (128, 256, 512, 1024)),
+    ],
+)
+def test_fc_dim_alone_says_enough(fc_dim: int, channels: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        assert ModelBuilder.build_decoder("c1", fc_dim=fc_dim).channels == channels
+
+
+def test_a_decoder_without_enough_maps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ppm_deepsup reads at least 2.*\(720,\)"):
+        ModelBuilder.build_decoder("ppm_deepsup", fc_dim=720)
+
+
+def test_weights_are_loaded_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    saved = ModelBuilder.build_decoder("c1", fc_dim=512, num_class=7)
+    state = {**saved.state_dict(), "cbr.1._tmp_running_mean": torch.zeros(128)}
+    torch.save(state, tmp_path / "decoder.pth")
+    loaded = ModelBuilder.build_decoder(
+        "c1", fc_dim=512, num_class=9, weights=str(tmp_path / "decoder.pth")
+    )
+    assert torch.equal(loaded.cbr[0].weight, saved.cbr[0].weight)
+    assert loaded.conv_last.weight.shape[0] == 9
+    assert "another number of classes (conv_last" in capsys.readouterr().out + caplog.text
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ModelBuilder.build_encoder("resnet18", weights=str(tmp_path / "nowhere.pth"))
+
+
+def config(*options: object) -> object:
+    base = ["MODEL.arch_encoder", "resnet18dilated", "MODEL.fc_dim", 512]
+    base += ["MODEL.weights_encoder", "none", "DATASET.num_class", 6]
+    return load_config(None, [str(x) for x in [*base, *options]])
+
+
+def test_from_config_builds_what_it_says() -> None:
+    weights = torch.linspace(1, 2, 6)
+    module = ModelBuilder.from_config(
+        config("MODEL.arch_decoder", "ppm_deepsup", "TRAIN.deep_sup_scale", 0.3),
+        inference=False,
+        class_weights=weights,
+    )
+    assert module.deep_sup_scale == 0.3
+    assert not module.decoder.use_softmax
+    assert torch.equal(module.crit.weight, weights)
+    assert module.decoder.channels == module.encoder.channels == (64, 128, 256, 512)
+    assert module.decoder.strides == (4, 8, 8, 8)
+
+
+def test_from_config_for_inference() -> None:
+    module = ModelBuilder.from_config(
+        config("MODEL.arch_decoder", "upernet", "TRAIN.loss", "nll+lovasz"), inference=True
+    ).eval()
+    assert module.decoder.use_softmax
+    assert module.deep_sup_scale is None
+    with torch.no_grad():
+        p = module({"img_data": torch.randn(1, 3, 64, 64)}, segSize=(50, 70))
+    assert p.shape == (1, 6, 50, 70)
+    assert torch.allclose(p.sum(1), torch.ones(1, 50, 70), atol=1e-5)
+
+
+def test_from_config_refuses_parts_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"set MODEL\.fc_dim 512"):
+        ModelBuilder.from_config(config("MODEL.fc_dim", 2048))
