@@ -293,3 +293,17 @@ def test_published_call(tmp_path: Path, write_pair: Writer) -> None:
     batch = data[10**9]
     assert batch["img_data"].shape[2] in (304, 376) and len(data) > 10**9
     assert batch["seg_label"].max() <= 2
+
+
+def test_random_choices_depend_on_the_seed(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    record = write_pair("one", (40, 30))
+
+    def choices(seed: int) -> list[tuple[int, float]]:
+        data = TrainDataset(tmp_path, [record], options(), seed=seed)
+        batches = [data[k] for k in range(12)]
+        return [(b["img_data"].shape[2], b["img_data"][0, 0, 0, 0].item()) for b in batches]
+
+    assert choices(1) == choices(1)
+    assert choices(1) != choices(2)
