@@ -82,32 +82,32 @@ class _SynchronizedBatchNorm(_BatchNorm):
             )
 
         x = input.contiguous(memory_format=memory_format(input))
-        layer: list[Statistics] = []  # LocalMoments' backward finds the statistics here
-        token, moments = LocalMoments.apply(x, layer)
+        found: list[Statistics] = []
+        token, moments = LocalMoments.apply(x, found)
         count = x.numel() // self.num_features
-        shape = tuple(input.shape)
 
-        def merge(parts: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
-            merged_counts: list[int] = []
-            counts = [n for _, n in parts]
-            merged = MergeMoments.apply(counts, group, merged_counts, *(m for m, _ in parts))
-            if merged_counts[0] <= 1:
+        def merge(parts: list[tuple[Tensor, int]]) -> list[tuple[Tensor, Statistics]]:
+            statistics: list[Statistics] = []
+            clamp = self.eps_mode == "clamp"
+            ties = MergeMoments.apply(
+                [n for _, n in parts], group, self.eps, clamp, statistics, *(m for m, _ in parts)
+            )
+            if statistics[0].count <= 1:
                 raise ValueError(
-                    f"Expected more than 1 value per channel when training, got input size {shape}"
+                    "Expected more than 1 value per channel when training, "
+                    f"got input size {tuple(input.shape)}"
                 )
-            return [(each, merged_counts[0]) for each in merged]
+            return list(zip(ties, statistics, strict=True))
 
         if self._replica is None:
-            ((merged, total),) = merge([(moments, count)])
+            ((tie, statistics),) = merge([(moments, count)])
         else:
             context, copy_id = self._replica
-            merged, total = context.exchange(copy_id, (moments, count), merge)
-
-        statistics = Statistics(merged.detach(), total, self.eps, self.eps_mode == "clamp")
-        layer.append(statistics)
-        if self._replica is None or self._replica[1] == 0:
+            tie, statistics = context.exchange(copy_id, (moments, count), merge)
+        found.append(statistics)
+        if self._replica is None or copy_id == 0:
             self._update_running(statistics)
-        return Normalize.apply(token, merged, self.weight, self.bias, statistics)
+        return Normalize.apply(token, tie, self.weight, self.bias, statistics)
 
     def _live_group(self) -> dist.ProcessGroup | None:
         """The process group to synchronise with, if it is up and has several processes."""
@@ -126,11 +126,8 @@ class _SynchronizedBatchNorm(_BatchNorm):
             if factor is None:
                 factor = 1.0 / float(self.num_batches_tracked)
         factor = factor or 0.0
-        for running, new in (
-            (self.running_mean, statistics.mean),
-            (self.running_var, statistics.unbiased_var),
-        ):
-            running.mul_(1 - factor).add_(new.to(running.dtype), alpha=factor)
+        self.running_mean.lerp_(statistics.mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(statistics.unbiased_var.to(self.running_var.dtype), factor)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # The published layer kept its own moving averages in the state dict.

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Statistics:
-    """What one replica knows about the whole batch, for one call of one layer.
+    """What the replicas on one device know about the whole batch, for one call of one layer.
 
     Attributes:
         mean: of the whole batch, (C,).
@@ -40,13 +40,14 @@ class Statistics:
         var: biased variance, no smaller than the floor if there is one, (C,).
         eps: added to `var` under the root.
         free: where `var` was above the floor, (C,) bool; None: everywhere.
-        weight: of the layer, in the dtype of the mean; set by `Normalize` for the input gradient.
+        invstd: 1 / sqrt(var + eps), (C,).
+        weight: of the layer, in the dtype of the mean; set by `Normalize` for the backward pass.
     """
 
     def __init__(self, merged: Tensor, count: int, eps: float, clamp: bool) -> None:
         self.mean, self.sum_squares = merged.unbind(0)
         self.count = count
-        self.var = self.sum_squares / count
+        self.var = self.sum_squares / max(1, count)
         self.eps = eps
         self.free: Tensor | None = None
         if clamp:
@@ -58,6 +59,11 @@ class Statistics:
         self.weight: Tensor | None = None
 
     @property
+    def scale(self) -> Tensor:
+        """What the layer multiplies centred values by, (C,)."""
+        return self.invstd if self.weight is None else self.invstd * self.weight
+
+    @property
     def unbiased_var(self) -> Tensor:
         """The variance that running statistics keep, (C,)."""
         return self.sum_squares / (self.count - 1)
@@ -66,36 +72,32 @@ class Statistics:
 def local_moments(x: Tensor) -> Tensor:
     """Mean and centred sum of squares per channel, (2, C); float32 for half precisions."""
     channels = x.shape[1]
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    moments = x.new_zeros(2, channels, dtype=dtype)
-    if x.numel():
-        # The unused running statistics are there for their dtype, which the results take.
-        mean, var = torch.batch_norm_update_stats(x, moments[0].clone(), moments[1].clone(), 0.0)
-        moments[0] = mean
-        moments[1] = var * (x.numel() // channels)
-    return moments
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if not x.numel():
+        return x.new_zeros(2, channels, dtype=torch.float32 if half else x.dtype)
+    # Unused running statistics: the results take their dtype.
+    dummy = x.new_zeros(channels, dtype=torch.float32) if half else None
+    mean, var = torch.batch_norm_update_stats(x, dummy, dummy, 0.0)
+    return torch.stack([mean, var * (x.numel() // channels)])
 
 
-def merge_moments(moments: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Mean and centred sum of squares of the union of several batches, (2, C)."""
-    total = max(1, sum(counts))
-    origin = moments[0][0]
-    mean = origin + sum(
-        (part[0] - origin) * (count / total) for part, count in zip(moments, counts, strict=True)
-    )
-    squares = sum(
-        part[1] + count * (part[0] - mean) ** 2 for part, count in zip(moments, counts, strict=True)
-    )
-    assert isinstance(squares, Tensor)
-    return torch.stack([mean, squares])
+def merge_moments(moments: Tensor, counts: Sequence[int]) -> Tensor:
+    """Mean and centred sum of squares of the union of N batches, (N, 2, C) -> (2, C)."""
+    n = moments.new_tensor(counts).unsqueeze(1)
+    means, squares = moments.unbind(1)
+    # Around the first mean, so that equal means stay exactly equal. No matrix product here:
+    # autocast would take it to half precision, TF32 to ten bits.
+    mean = means[0] + ((means - means[0]) * (n / max(1, sum(counts)))).sum(0)
+    return torch.stack([mean, (squares + n * (means - mean).square()).sum(0)])
 
 
 class LocalMoments(Function):
     """x -> (x, its moments); backward forms the gradient of x from the merged sums."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: list[Statistics]) -> tuple[Tensor, Tensor]:
-        ctx.layer = layer
+    def forward(ctx: Any, x: Tensor, found: list[Statistics]) -> tuple[Tensor, Tensor]:
+        """`found` holds the merged statistics by the time backward runs."""
+        ctx.found = found
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
         return x.view_as(x), local_moments(x)
@@ -104,52 +106,49 @@ class LocalMoments(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, sums: Tensor | None) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        if g is None and sums is None:
-            return None, None
-        g = torch.zeros_like(x) if g is None else g
-        assert sums is not None
-        return _input_gradient(g, x, sums, ctx.layer[0]), None
+        if sums is None:
+            return None, None  # no replica's output was used
+        return _input_gradient(torch.zeros_like(x) if g is None else g, x, sums, ctx.found[0]), None
 
 
 class MergeMoments(Function):
-    """Moments of all replicas -> one `Statistics` per replica, and the way back for the sums."""
+    """Moments of all replicas -> those of their union for each, and the way back for the sums."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        counts: list[int],
+        counts: Sequence[int],
         group: dist.ProcessGroup | None,
-        merged_counts: list[int],
+        eps: float,
+        clamp: bool,
+        found: list[Statistics],
         *moments: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.group = group
-        ctx.set_materialize_grads(False)
+        """Fills `found` with the statistics for each replica; shared where devices are."""
         home = moments[0].device
-        ctx.devices = [part.device for part in moments]
-        merged = merge_moments([part.to(home) for part in moments], counts)
+        merged = merge_moments(torch.stack([part.to(home) for part in moments]), counts)
         count = sum(counts)
         if group is not None:
             merged, count = _merge_processes(merged, count, group)
-        merged_counts.append(count)
-        # Clones, as outputs of one node must not share memory.
-        return tuple(merged.to(device, copy=True) for device in ctx.devices)
+        on_device = {
+            device: Statistics(merged.to(device), count, eps, clamp)
+            for device in dict.fromkeys(part.device for part in moments)
+        }
+        found.extend(on_device[part.device] for part in moments)
+        ctx.group = group
+        ctx.devices = [part.device for part in moments]
+        ctx.set_materialize_grads(False)
+        # Only the graph is wanted of these: the numbers are in `found`.
+        return tuple(torch.empty_like(part) for part in moments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *sums: Tensor | None) -> tuple[Tensor | None, ...]:
-        home = ctx.devices[0]
-        present = [part.to(home) for part in sums if part is not None]
-        total: Tensor | None = None
-        if present:
-            total = torch.stack(present).sum(0)
-            if ctx.group is not None:
-                dist.all_reduce(total, group=ctx.group)
-        return (
-            None,
-            None,
-            None,
-            *(None if total is None else total.to(device) for device in ctx.devices),
-        )
+        parts = [part.to(ctx.devices[0]) for part in sums if part is not None]
+        total = torch.stack(parts).sum(0)
+        if ctx.group is not None:
+            dist.all_reduce(total, group=ctx.group)
+        return (None,) * 5 + tuple(total.to(device) for device in ctx.devices)
 
 
 def _merge_processes(merged: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, int]:
@@ -159,24 +158,25 @@ def _merge_processes(merged: Tensor, count: int, group: dist.ProcessGroup) -> tu
     parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, packed, group=group)
     counts = [int(n) for n in torch.stack([part[-1] for part in parts]).tolist()]
-    moments = [part[:-1].view(2, channels) for part in parts]
+    moments = torch.stack([part[:-1].view(2, channels) for part in parts])
     return merge_moments(moments, counts).to(merged.dtype), sum(counts)
 
 
 class Normalize(Function):
-    """(x, merged moments, weight, bias) -> y; backward sends its sums of g and g * xhat."""
+    """(x, tie to the others, weight, bias) -> y; backward sends its sums of g and g * xhat."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        merged: Tensor,
+        tie: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         statistics: Statistics,
     ) -> Tensor:
         ctx.statistics = s = statistics
-        ctx.save_for_backward(x)
+        # The weight is saved for autograd to notice if it is changed before backward.
+        ctx.save_for_backward(x, weight)
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         # Half-precision parameters would not go with float32 statistics in the CPU's kernel.
         weight, bias = (None if p is None else p.detach().to(s.mean.dtype) for p in (weight, bias))
@@ -188,7 +188,7 @@ class Normalize(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, _ = ctx.saved_tensors
         g = _laid_out_like(g, x)
         s: Statistics = ctx.statistics
         sum_g, sum_g_xhat = _gradient_sums(g, x, s)
@@ -228,22 +228,14 @@ def _input_gradient(g: Tensor, x: Tensor, sums: Tensor, s: Statistics) -> Tensor
         sum_g_xhat = sum_g_xhat * s.free
     if x.is_cuda:
         # The kernel divides by the sum of the counts it is given.
-        count = torch.tensor([s.count], dtype=torch.int32, device=x.device)
+        count = torch.full((1,), s.count, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(
             g, x, s.mean, s.invstd, s.weight, sum_g, sum_g_xhat / s.invstd, count
         )
-    scale = s.invstd if s.weight is None else s.invstd * s.weight
+    scale = s.scale
     # Two fused passes: an affine map of x, by the kernel that normalises, then the term in g.
-    affine = F.batch_norm(
-        x,
-        s.mean,
-        s.var,
-        -scale * sum_g_xhat / s.count,
-        -scale * sum_g / s.count,
-        False,
-        0.0,
-        s.eps,
-    )
+    share = scale / -s.count
+    affine = F.batch_norm(x, s.mean, s.var, sum_g_xhat * share, sum_g * share, False, 0.0, s.eps)
     return affine.addcmul_(g, scale.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)))
 
 

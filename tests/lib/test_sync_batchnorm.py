@@ -217,13 +217,17 @@ def test_layer_called_twice_and_tied_layers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("half_parameters", [False, True])
-def test_half_precision_keeps_float32_statistics(dtype: torch.dtype, half_parameters: bool) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_keeps_float32_statistics(
+    dtype: torch.dtype, half_parameters: bool, autocast: bool
+) -> None:
     torch.manual_seed(0)
     layer = SynchronizedBatchNorm2d(C, momentum=1.0)
     if half_parameters:
         layer.weight.data, layer.bias.data = layer.weight.to(dtype), layer.bias.to(dtype)
     xs = [(torch.randn(2, C, n, n) + 8).to(dtype).requires_grad_() for n in (8, 12)]
-    y = UserScatteredDataParallel(Rows(layer), ["cpu"] * 2)([{"x": x} for x in xs])
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        y = UserScatteredDataParallel(Rows(layer), ["cpu"] * 2)([{"x": x} for x in xs])
     exact = nn.BatchNorm1d(C, momentum=1.0).double()
     want_xs = [x.detach().double().requires_grad_() for x in xs]
     want = exact(torch.cat([rows(x) for x in want_xs]))
@@ -239,6 +243,16 @@ def test_half_precision_keeps_float32_statistics(dtype: torch.dtype, half_parame
         torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.03)
     assert got_gx[2].dtype == layer.weight.dtype
     torch.testing.assert_close(got_gx[2].double(), want_gx[2], rtol=0.02, atol=0.5)
+
+
+def test_weight_changed_before_backward_is_noticed() -> None:
+    layer = SynchronizedBatchNorm1d(C)
+    xs = [torch.randn(3, C, requires_grad=True) for _ in range(2)]
+    y = UserScatteredDataParallel(Rows(layer), ["cpu"] * 2)([{"x": x} for x in xs])
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def published_clamp(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
