@@ -41,8 +41,9 @@ class UserScatteredDataParallel(nn.Module):
         ValueError: no device is given, or one does not exist.
 
     Example:
-        >>> model = UserScatteredDataParallel(Net(), device_ids=["cpu", "cpu"])
-        >>> loss = model([{"img_data": a}, {"img_data": b}]).mean()
+        >>> model = UserScatteredDataParallel(nn.BatchNorm1d(2), device_ids=["cpu", "cpu"])
+        >>> model([torch.zeros(3, 2), torch.ones(5, 2)]).shape
+        torch.Size([8, 2])
     """
 
     def __init__(
