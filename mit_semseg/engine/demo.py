@@ -1,0 +1,159 @@
+"""`mit-semseg demo render | page`: the first and the last step of the demo.
+
+What lies between them, training, evaluation and prediction, are the commands that everybody runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import streets
+from mit_semseg.dataset.base import build_split
+from mit_semseg.dataset.transforms import load_image, load_mask
+from mit_semseg.engine.launch import cpu_count, read_config
+from mit_semseg.models import ModelBuilder
+from mit_semseg.visualize.report import Sample, contact_sheet, write_page
+
+
+def add_arguments(subparsers: Any) -> None:
+    """Add the subcommands to `mit-semseg demo`."""
+    render = subparsers.add_parser("render", help="draw street scenes with labels, as a data set")
+    render.add_argument("--out", default="demo/data", metavar="DIR", help="folder (demo/data)")
+    render.add_argument("--train", type=int, default=160, metavar="N", help="scenes to train on")
+    render.add_argument("--val", type=int, default=32, metavar="N", help="scenes held out")
+    render.add_argument("--seed", type=int, default=304, help="of all scenes")
+    render.add_argument(
+        "--size", type=int, nargs=2, default=[240, 320], metavar=("H", "W"), help="pixels (240 320)"
+    )
+    render.set_defaults(action="render")
+
+    page = subparsers.add_parser("page", help="show a trained, evaluated model on one page")
+    page.add_argument("--cfg", default="config/demo.yaml", metavar="FILE")
+    page.add_argument(
+        "--evaluation", default="demo/evaluation", metavar="DIR", help="what eval_multipro.py wrote"
+    )
+    page.add_argument("--commands", default="", metavar="FILE", help="lines of SECONDS<tab>COMMAND")
+    page.add_argument("--out", default="demo", metavar="DIR", help="folder of index.html (demo)")
+    page.add_argument("--images", type=int, default=12, metavar="N", help="rows on the page")
+    page.set_defaults(action="page")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one of the subcommands."""
+    if args.action == "render":
+        root = streets.write(args.out, args.train, args.val, args.seed, tuple(args.size))
+        print(f"{args.train} scenes to train on and {args.val} held out in {root}")
+        return 0
+    page = show(
+        read_config(args.cfg), args.evaluation, args.out, args.images, _commands(args.commands)
+    )
+    print(f"Open {page}")
+    return 0
+
+
+def show(
+    cfg: Config,
+    evaluation: str | Path,
+    out: str | Path,
+    count: int = 12,
+    commands: list[tuple[str, float | None]] | None = None,
+) -> Path:
+    """Write `index.html` and `overview.png` about a model that was trained, scored and run.
+
+    Args:
+        cfg: of the run: predictions are read from `TEST.result`, truth from `DATASET.list_val`.
+        evaluation: folder with `eval.json`.
+        out: folder to write to.
+        count: images on the page; the first ones of the validation list.
+        commands: what was run, with the seconds it took.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: figures or predictions are not there yet; the command is named.
+    """
+    figures = json.loads(_read(Path(evaluation) / "eval.json", "eval_multipro.py"))
+    lines = _read(Path(cfg.DIR) / "metrics.jsonl", "train.py").splitlines()
+    history = [json.loads(line) for line in lines]
+    split = build_split(cfg.DATASET, "val")
+    samples = _samples(cfg, count)
+    names, colors = split.classes.names, split.classes.colors
+    trained = [record for record in history if record["kind"] == "train"]
+    module = ModelBuilder.from_config(cfg, inference=True)
+    weights = sum(p.numel() for p in module.parameters())
+    summary = [
+        ("mean IoU", f"{figures['mean_iou']:.3f}"),
+        ("pixel accuracy", f"{100 * figures['pixel_accuracy']:.1f}%"),
+        ("held-out images", f"{figures['images']}"),
+        ("parameters", f"{weights / 1e6:.2f} M"),
+    ]
+    if trained:
+        summary.insert(2, ("training", f"{trained[-1]['seconds']:.0f} s"))
+        summary.insert(3, ("images/s in training", f"{trained[-1]['images_per_second']:.1f}"))
+    out = Path(out)
+    contact_sheet(
+        samples[:6],
+        names,
+        colors,
+        out / "overview.png",
+        title=f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder} on held-out scenes: "
+        f"mean IoU {figures['mean_iou']:.3f}",
+    )
+    return write_page(
+        out / "index.html",
+        samples,
+        names,
+        colors,
+        title="Scene parsing: a model trained here, from scratch",
+        lead=f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, randomly initialised, trained "
+        f"on rendered street scenes with exact labels and shown scenes it has never seen. "
+        f"{platform.machine()}, {cpu_count()} cores, torch {torch.__version__}.",
+        figures=summary,
+        ious=[row["iou"] for row in figures["classes"]],
+        history=history,
+        commands=commands or [],
+    )
+
+
+def _samples(cfg: Config, count: int) -> list[Sample]:
+    """Images, truths and predictions of the first records of the validation list."""
+    split = build_split(cfg.DATASET, "val")
+    root, result = Path(cfg.DATASET.root_dataset), Path(cfg.TEST.result)
+    samples = []
+    for record in split.records[:count]:
+        image, truth = root / record["fpath_img"], root / record["fpath_segm"]
+        file = result / f"{image.stem}_index.png"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; run test.py with TEST.save index, color")
+        samples.append(
+            Sample(
+                record["fpath_img"],
+                load_image(image),
+                np.asarray(split.label_map(load_mask(truth))),
+                load_mask(file) - cfg.DATASET.label_offset,
+            )
+        )
+    return samples
+
+
+def _commands(file: str) -> list[tuple[str, float | None]]:
+    if not file:
+        return []
+    with open(file, newline="", encoding="utf-8") as lines:
+        return [(row[1], float(row[0])) for row in csv.reader(lines, delimiter="\t") if row]
+
+
+def _read(file: Path, command: str) -> str:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; run {command} first")
+    return file.read_text(encoding="utf-8")

@@ -1,0 +1,152 @@
+"""The result page and the contact sheet."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mit_semseg.visualize.report import Sample, contact_sheet, error_map, paint, write_page
+
+NAMES = ("sky", "road <b>", "car & van")
+COLORS = np.array([(10, 20, 30), (200, 100, 0), (0, 250, 90)], np.uint8)
+
+
+def sample(height: int = 20, width: int = 30) -> Sample:
+    rng = np.random.default_rng(4)
+    truth = rng.integers(-1, 3, (height, width))
+    prediction = np.where(truth < 0, 0, truth)
+    prediction[0, 0] = (truth[0, 0] + 1) % 3
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Sample("a<b>.png", image, truth, prediction)
+
+
+class _Page(HTMLParser):
+    """Collects image sources, links and text; fails on tags that are closed in the wrong order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.outside: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for key, value in attrs:
+            if key == "src":
+                self.sources.append(value or "")
+            if key in ("href", "srcset", "action", "data") or tag in ("script", "link", "iframe"):
+                self.outside.append(f"{tag} {key}={value}")
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def page(path: Path, **more) -> tuple[_Page, str]:
+    write_page(path, [sample()], NAMES, COLORS, title="Title & more", **more)
+    text = path.read_text(encoding="utf-8")
+    return _Page(text), text
+
+
+def test_accuracy_leaves_ignored_pixels_out() -> None:
+    truth = np.array([[0, 1, -1, 2]])
+    shown = Sample("x", np.zeros((1, 4, 3), np.uint8), truth, np.array([[0, 2, 1, 2]]))
+    assert shown.accuracy == pytest.approx(2 / 3)
+    nothing = Sample("x", np.zeros((1, 4, 3), np.uint8), truth * 0 - 1, truth)
+    assert np.isnan(nothing.accuracy)
+
+
+def test_sizes_that_differ_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="street.png: prediction"):
+        Sample("street.png", np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4)), np.zeros((2, 4)))
+
+
+def test_colours_and_errors() -> None:
+    truth, prediction = np.array([[0, 2, -1]]), np.array([[0, 1, 1]])
+    image = np.full((1, 3, 3), 100, np.uint8)
+    assert paint(truth, COLORS)[0, :2].tolist() == COLORS[[0, 2]].tolist()
+    errors = error_map(image, truth, prediction)
+    assert errors[0, 0].tolist() == [200, 200, 200]  # 165 + 0.35 * 100
+    red, ignored = errors[0, 1], errors[0, 2]
+    assert red[0] > 200 and red[1] < 80
+    assert np.array_equal(ignored, paint(np.array([[-1]]), COLORS)[0, 0])
+
+
+def test_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
+    parsed, text = page(tmp_path / "deep" / "index.html")
+    assert parsed.outside == []
+    assert not re.search(r"url\(|@import|https?:", text)
+    assert len(parsed.sources) == 4 and all(s.startswith("data:image/") for s in parsed.sources)
+
+
+def test_label_pictures_survive_the_page_exactly(tmp_path: Path) -> None:
+    parsed, _ = page(tmp_path / "index.html")
+    shown = sample()
+    for source, labels in zip(parsed.sources[1:3], (shown.truth, shown.prediction), strict=True):
+        data = base64.b64decode(source.partition(",")[2])
+        picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert np.array_equal(picture, paint(labels, COLORS))
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    parsed, text = page(tmp_path / "index.html")
+    assert "<b>." not in text and "road <b>" not in text
+    assert "road <b>" in parsed.text and "Title & more" in parsed.text
+
+
+def test_figures_bars_curves_and_commands_are_on_the_page(tmp_path: Path) -> None:
+    history = [
+        {"kind": "train", "epoch": 1, "step": 20, "loss": 1.5, "accuracy": 0.5},
+        {"kind": "train", "epoch": 2, "step": 40, "loss": 0.75, "accuracy": 0.7},
+        {"kind": "val", "epoch": 1, "mean_iou": 0.41, "pixel_accuracy": 0.7},
+        {"kind": "val", "epoch": 2, "mean_iou": 0.623, "pixel_accuracy": 0.81},
+    ]
+    parsed, text = page(
+        tmp_path / "index.html",
+        figures=[("mean IoU", "0.812")],
+        ious=[0.5, None, 0.25],
+        history=history,
+        commands=[("python train.py --cfg a<b>", 93.4)],
+    )
+    words = " ".join(parsed.text)
+    for expected in ("0.812", "50.0", "n/a", "(mean 37.5)", "loss 0.75", "mean IoU 62.3", "93 s"):
+        assert expected in words, expected
+    assert "python train.py --cfg a<b>" in words
+    assert text.count("<polyline") == 3
+    assert text.index("width:50.0%") < text.index("width:25.0%")
+
+
+def test_a_single_record_draws_no_curve(tmp_path: Path) -> None:
+    record = {"kind": "train", "epoch": 1, "step": 20, "loss": 1.5}
+    assert "<polyline" not in page(tmp_path / "index.html", history=[record])[1]
+
+
+def test_numbers_that_disagree_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="3 names, 3 colours, 2 IoUs"):
+        page(tmp_path / "index.html", ious=[0.1, 0.2])
+
+
+def test_contact_sheet_holds_the_pictures(tmp_path: Path) -> None:
+    shown = sample(30, 40)
+    wide = contact_sheet([shown, shown], NAMES, COLORS, tmp_path / "a.png", title="T", width=40)
+    picture = np.asarray(Image.open(wide))
+    reds = (picture == (226, 45, 72)).all(axis=-1).sum()
+    assert reds >= 1, "the wrong pixel of each row is red"
+    truth = paint(shown.truth, COLORS)
+    # At its own width a label picture is on the sheet pixel by pixel: column 2 starts at 24 + 48.
+    rows = [
+        y for y in range(picture.shape[0] - 30)
+        if np.array_equal(picture[y : y + 30, 72:112], truth)
+    ]  # fmt: skip
+    assert len(rows) == 2
+
+
+def test_contact_sheet_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([], NAMES, COLORS, tmp_path / "a.png")
