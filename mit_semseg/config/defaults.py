@@ -26,7 +26,8 @@ _C.DATASET.classes = ""
 _C.DATASET.label_offset = 1
 # Stored value, or list of stored values, that are ignored.
 _C.DATASET.ignore_label = []
-# Short sides in pixels: training draws one per image, evaluation and testing average over all.
+# Short sides in pixels: training draws one per batch (with crop_size one per image), evaluation
+# and testing average over all.
 _C.DATASET.imgSizes = [300, 375, 450, 525, 600]
 # The long side never passes this, in pixels.
 _C.DATASET.imgMaxSize = 1000

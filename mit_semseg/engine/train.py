@@ -206,9 +206,10 @@ class Trainer:
         losses, accuracies, waited, images = [], [], 0.0, 0
         began = time.monotonic()
         first = (epoch - 1) * self.epoch_iters
+        title = f"epoch {epoch}/{cfg.TRAIN.num_epoch}"
         bar = tqdm(
             range(first, first + self.epoch_iters),
-            desc=f"epoch {epoch}/{cfg.TRAIN.num_epoch}",
+            desc=title,
             disable=not self.progress,
             dynamic_ncols=True,
         )
@@ -227,12 +228,13 @@ class Trainer:
             losses.append(loss)
             accuracies.append(accuracy)
             elapsed = time.monotonic() - began
-            bar.set_postfix_str(
+            figures = (
                 f"loss {np.mean(losses[-20:]):.3f}, "
                 f"accuracy {100 * np.mean(accuracies[-20:]):.1f}%, "
                 f"lr {rates[0]:.2g}/{rates[1]:.2g}, {images / elapsed:.1f} images/s, "
                 f"waiting for data {100 * waited / elapsed:.0f}%"
             )
+            bar.set_postfix_str(figures)
             if (step + 1) % cfg.TRAIN.disp_iter == 0:
                 recent = slice(-cfg.TRAIN.disp_iter, None)
                 self._record(
@@ -248,7 +250,7 @@ class Trainer:
                     seconds=self.seconds + elapsed,
                 )
                 if not self.progress and self.rank == 0:
-                    log.info("%s %d/%d %s", bar.desc, step + 1, self.max_iters, bar.postfix)
+                    log.info("%s, step %d of %d: %s", title, step + 1, self.max_iters, figures)
         self.history["train"]["epoch"].append(float(epoch))
         self.history["train"]["loss"].append(float(np.mean(losses)))
         self.history["train"]["acc"].append(float(np.mean(accuracies)))
@@ -271,8 +273,8 @@ class Trainer:
             feed = async_copy_to(batch[0], self.device)
         with autocast(self.device, self.cfg.TRAIN.precision):
             loss, accuracy = self.parallel(feed)
-        loss, accuracy = loss.mean(), accuracy.mean()
-        value = loss.item()
+        loss = loss.mean()
+        value, right = self._over_ranks(loss.detach(), accuracy.detach().mean())
         if not math.isfinite(value):
             names = ", ".join(itertools.chain.from_iterable(files))
             raise FloatingPointError(
@@ -280,7 +282,15 @@ class Trainer:
                 f"and TRAIN.lr_decoder, or train with TRAIN.precision fp32"
             )
         self.scaler.scale(loss / self.cfg.TRAIN.accumulate).backward()
-        return value, accuracy.item()
+        return value, right
+
+    def _over_ranks(self, *figures: torch.Tensor) -> list[float]:
+        """Means over the ranks: each rank's figures are weighted by its share already."""
+        together = torch.stack([figure.float() for figure in figures])
+        if self.world > 1:
+            dist.all_reduce(together)
+            together /= self.world
+        return together.tolist()
 
     def _step(self) -> None:
         limit = self.cfg.TRAIN.clip_grad

@@ -94,12 +94,12 @@ class SegmentationModule(nn.Module):
         accuracy = _pixel_accuracy(main, label)
 
         if "loss_weight" in batch:
-            loss_weight, acc_weight = batch["loss_weight"], batch.get("acc_weight", 1.0)
+            loss_weight, acc_weight = batch["loss_weight"], batch["acc_weight"]
         elif self.training and dist.is_available() and dist.is_initialized():
             loss_weight, acc_weight = self._share_of_ranks(label)
         else:
             return loss, accuracy
-        return loss * loss_weight, accuracy * acc_weight
+        return loss * loss_weight.to(loss.dtype), accuracy * acc_weight.to(accuracy.dtype)
 
     def logits(self, image: Tensor) -> Tensor:
         """Main-head scores at the network's resolution.
@@ -173,7 +173,8 @@ class SegmentationModule(nn.Module):
         else:
             of_loss = functional.denominator(label, getattr(self.crit, "weight", None))
         valid = functional.denominator(label)
-        return torch.stack([of_loss.detach().to(valid), valid])
+        # In float64: the shares are to be exact for losses in float64 too.
+        return torch.stack([of_loss.detach().double(), valid.double()])
 
     def _share_of_ranks(self, label: Tensor) -> Tensor:
         """(2,) weights of this rank's loss and accuracy, among all ranks'."""

@@ -1,0 +1,237 @@
+"""Training: it learns, resumes identically, adds replicas up, and names what it cannot use."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mit_semseg.config import dump_config, load_config
+from mit_semseg.config.node import Config
+from mit_semseg.engine.checkpoint import CheckpointFolder
+from mit_semseg.engine.train import RankSampler, Trainer, train
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, make_images: Callable[..., None]) -> Callable[..., Config]:
+    """`settings(SECTION__key=value)` -> a small job on four images of four classes."""
+    root = tmp_path / "data"
+    make_images(root, [(48, 64), (48, 64), (48, 64), (48, 64)])
+
+    def build(**changes: Any) -> Config:
+        base: dict[str, Any] = {
+            "DIR": str(tmp_path / "model"),
+            "DATASET__root_dataset": str(root),
+            "DATASET__list_train": str(root / "val.odgt"),
+            "DATASET__list_val": str(root / "val.odgt"),
+            "DATASET__num_class": 4,
+            # Masks hold 0..3; 4 never occurs, so that a class is absent.
+            "DATASET__label_offset": 0,
+            "DATASET__imgSizes": [48],
+            "DATASET__segm_downsampling_rate": 4,
+            "DATASET__random_flip": False,
+            "MODEL__arch_encoder": "resnet18dilated",
+            "MODEL__arch_decoder": "c1",
+            "MODEL__fc_dim": 512,
+            "MODEL__weights_encoder": "none",
+            "TRAIN__num_epoch": 2,
+            "TRAIN__epoch_iters": 2,
+            "TRAIN__batch_size_per_gpu": 2,
+            "TRAIN__workers": 0,
+            "TRAIN__eval_epochs": 0,
+            "TRAIN__disp_iter": 1,
+        }
+        opts: list[Any] = []
+        for key, value in {**base, **changes}.items():
+            opts += [key.replace("__", "."), value]
+        return load_config(None, opts)
+
+    return build
+
+
+def weights(cfg: Config, checkpoint: str) -> dict[str, torch.Tensor]:
+    files = CheckpointFolder(cfg.DIR).files(checkpoint)
+    return {
+        f"{file.name[:7]}.{key}": value
+        for file in files
+        for key, value in torch.load(file, weights_only=True).items()
+    }
+
+
+def test_learns_and_leaves_a_whole_folder(settings: Callable[..., Config]) -> None:
+    cfg = settings(
+        TRAIN__num_epoch=8,
+        TRAIN__epoch_iters=5,
+        TRAIN__optim="AdamW",
+        TRAIN__lr_encoder=0.002,
+        TRAIN__lr_decoder=0.002,
+        TRAIN__eval_epochs=4,
+        TRAIN__keep_checkpoints=2,
+    )
+    result = train(cfg, [CPU], progress=False)
+    losses = result["history"]["train"]["loss"]
+    assert len(losses) == 8
+    assert losses[-1] < 0.5 * losses[0]
+    # Chance is 0.14 on four classes; the images are their masks in grey with noise.
+    assert result["best_mean_iou"] > 0.5
+    folder = CheckpointFolder(cfg.DIR)
+    assert folder.names() == ["epoch_7.pth", "epoch_8.pth", "best.pth"]
+    assert folder.config().TRAIN.optim == "AdamW"
+    assert len(folder.classes().names) == 4
+    names = {p.name for p in folder.path.iterdir()}
+    assert {"history_epoch_8.pth", "state_epoch_8.pth", "metrics.jsonl", "curves.png"} <= names
+    assert not [name for name in names if name.startswith(".")], "no temporary file stays"
+    Image.open(folder.path / "curves.png").verify()
+    lines = [json.loads(x) for x in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["epoch"] for x in lines if x["kind"] == "val"] == [4, 8]
+    assert len([x for x in lines if x["kind"] == "train"]) == 40
+    history = torch.load(folder.path / "history_epoch_8.pth", weights_only=True)
+    assert history["train"]["loss"] == losses  # the published layout
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_resumed_run_is_identical(settings: Callable[..., Config], ema: float) -> None:
+    # ppm_deepsup has dropout, so random numbers must line up too.
+    common = {"MODEL__arch_decoder": "ppm_deepsup", "TRAIN__ema": ema, "TRAIN__num_epoch": 3}
+    whole = settings(**common, DIR=settings().DIR + "_whole")
+    train(whole, [CPU], progress=False)
+
+    cut = settings(**common, DIR=settings().DIR + "_cut")
+    trainer = Trainer(cut, [CPU], 0, 1, False)
+    finish = trainer._finish_epoch
+
+    def stop_after_two(epoch: int) -> None:
+        finish(epoch)
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    trainer._finish_epoch = stop_after_two  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(resume=False)
+    train(cut, [CPU], resume=True, progress=False)
+
+    expected, got = weights(whole, "epoch_3.pth"), weights(cut, "epoch_3.pth")
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, got[key]), key
+    metrics = [(Path(c.DIR) / "metrics.jsonl").read_text() for c in (whole, cut)]
+    first, second = ([json.loads(x) for x in text.splitlines()] for text in metrics)
+    assert [x["step"] for x in second] == [x["step"] for x in first] == [1, 2, 3, 4, 5, 6]
+    assert [x["loss"] for x in second] == [x["loss"] for x in first]
+
+
+def test_start_epoch_without_state_says_so(
+    settings: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = settings(TRAIN__num_epoch=1)
+    train(cfg, [CPU], progress=False)
+    (Path(cfg.DIR) / "state_epoch_1.pth").unlink()
+    caplog.set_level("INFO", logger="mit_semseg")
+    train(settings(TRAIN__num_epoch=2, TRAIN__start_epoch=1), [CPU], progress=False)
+    assert "momentum starts afresh" in caplog.text
+
+
+def test_two_replicas_train_like_one_process(settings: Callable[..., Config]) -> None:
+    # All four images in each step; two replicas of two must give the step of one process of four.
+    # A small learning rate: rounding grows with every step of a network trained from scratch.
+    rates = {"TRAIN__lr_encoder": 0.001, "TRAIN__lr_decoder": 0.001}
+    one = settings(DIR=settings().DIR + "1", TRAIN__batch_size_per_gpu=4, **rates)
+    two = settings(DIR=settings().DIR + "2", TRAIN__batch_size_per_gpu=2, **rates)
+    losses = [
+        train(cfg, devices, progress=False)["history"]["train"]["loss"]
+        for cfg, devices in ((one, [CPU]), (two, [CPU, CPU]))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][1] < 0.99 * losses[0][0], "the second step must see what the first learnt"
+
+
+def test_accumulated_batches_train_like_one(settings: Callable[..., Config]) -> None:
+    # BatchNorm sees smaller batches, so it is fixed; labels are all valid, so means agree.
+    one = settings(DIR=settings().DIR + "1", TRAIN__batch_size_per_gpu=4, TRAIN__fix_bn=True)
+    four = settings(
+        DIR=settings().DIR + "4",
+        TRAIN__batch_size_per_gpu=1,
+        TRAIN__accumulate=4,
+        TRAIN__fix_bn=True,
+    )
+    losses = [train(cfg, [CPU], progress=False)["history"]["train"]["loss"] for cfg in (one, four)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_fixed_batchnorm_keeps_its_statistics(settings: Callable[..., Config]) -> None:
+    cfg = settings(TRAIN__fix_bn=True, TRAIN__num_epoch=1)
+    train(cfg, [CPU], progress=False)
+    after = weights(cfg, "epoch_1.pth")
+    means = [value for key, value in after.items() if key.endswith("running_mean")]
+    assert means and all(torch.equal(m, torch.zeros_like(m)) for m in means)
+
+
+def test_auto_epoch_is_one_pass(settings: Callable[..., Config]) -> None:
+    assert Trainer(settings(TRAIN__epoch_iters="auto"), [CPU], 0, 1, False).epoch_iters == 2
+    assert Trainer(settings(TRAIN__epoch_iters="auto"), [CPU] * 2, 0, 1, False).epoch_iters == 1
+
+
+def test_non_finite_loss_names_the_files(settings: Callable[..., Config]) -> None:
+    cfg = settings(TRAIN__lr_encoder=1e30, TRAIN__lr_decoder=1e30, TRAIN__epoch_iters=5)
+    with pytest.raises(FloatingPointError, match=r"img/part\d/\d\.png.*TRAIN\.lr_encoder"):
+        train(cfg, [CPU], progress=False)
+
+
+def test_bad_label_stops_before_the_first_step(settings: Callable[..., Config]) -> None:
+    cfg = settings(DATASET__num_class=3)
+    with pytest.raises(ValueError, match=r"\.png: label 3 is outside 0\.\.2"):
+        train(cfg, [CPU], progress=False)
+    assert not Path(cfg.DIR).exists()
+
+
+def test_bfloat16_agrees_with_float32(settings: Callable[..., Config]) -> None:
+    losses = [
+        train(settings(DIR=settings().DIR + name, TRAIN__precision=name), [CPU], progress=False)[
+            "history"
+        ]["train"]["loss"]
+        for name in ("fp32", "bf16")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_ranks_and_devices_share_one_stream() -> None:
+    def taken(devices: int, rank: int, world: int) -> list[int]:
+        return list(RankSampler(1, 3, devices, rank, world))
+
+    assert taken(2, 0, 1) == [2, 3, 4, 5]
+    assert taken(1, 0, 2) == [2, 4]
+    assert taken(1, 1, 2) == [3, 5]
+    everything = [i for rank in range(3) for i in taken(2, rank, 3)]
+    assert sorted(everything) == list(range(6, 18))
+
+
+def test_torchrun_ranks_train_like_replicas(settings: Callable[..., Config]) -> None:
+    rates = {"TRAIN__lr_encoder": 0.001, "TRAIN__lr_decoder": 0.001}
+    replicas = settings(DIR=settings().DIR + "_replicas", **rates)
+    expected = train(replicas, [CPU, CPU], progress=False)["history"]["train"]["loss"]
+    cfg = settings(DIR=settings().DIR + "_ranks", **rates)
+    file = Path(cfg.DATASET.root_dataset) / "job.yaml"
+    dump_config(cfg, file)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(20000 + os.getpid() % 20000)]
+    subprocess.run(
+        [*command, str(ROOT / "train.py"), "--gpus", "cpu", "--cfg", str(file)],
+        check=True,
+        cwd=ROOT,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+    history = torch.load(Path(cfg.DIR) / "history_epoch_2.pth", weights_only=True)
+    assert history["train"]["loss"] == pytest.approx(expected, rel=5e-3)

@@ -1,0 +1,128 @@
+"""Configurations: published files drop in, mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mit_semseg.config import cfg, dump_config, get_defaults, load_config
+from mit_semseg.config.node import keys
+from mit_semseg.engine.launch import read_config
+
+PUBLISHED = """
+DATASET:
+  root_dataset: "./data/"
+  list_train: "./data/training.odgt"
+  list_val: "./data/validation.odgt"
+  num_class: 150
+  imgSizes: (300, 375, 450, 525, 600)
+  imgMaxSize: 1000
+  padding_constant: 8
+  segm_downsampling_rate: 8
+  random_flip: True
+MODEL:
+  arch_encoder: "resnet50dilated"
+  arch_decoder: "ppm_deepsup"
+  fc_dim: 2048
+TRAIN:
+  batch_size_per_gpu: 2
+  optim: "SGD"
+  lr_encoder: 0.02
+  beta1: 0.9
+  weight_decay: 1e-4
+  fix_bn: False
+  workers: 16
+  seed: 304
+VAL:
+  visualize: False
+  checkpoint: "epoch_20.pth"
+TEST:
+  checkpoint: "epoch_20.pth"
+  result: "./"
+DIR: "ckpt/ade20k-resnet50dilated-ppm_deepsup"
+"""
+
+
+def test_published_file(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(PUBLISHED)
+    tree = load_config(file)
+    assert tree.DATASET.imgSizes == [300, 375, 450, 525, 600]
+    assert tree.TRAIN.weight_decay == 1e-4
+    assert tree.DIR == "ckpt/ade20k-resnet50dilated-ppm_deepsup"
+
+
+def test_keys_written_by_the_published_script_are_accepted(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("TRAIN:\n  max_iters: 100000\n  running_lr_encoder: 0.02\n  num_epoch: 3\n")
+    assert load_config(file).TRAIN.num_epoch == 3
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    tree = load_config(
+        None, ["DATASET.crop_size", "(32, 48)", "TRAIN.epoch_iters", "auto", "DIR", "x"]
+    )
+    dump_config(tree, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == tree
+
+
+def test_module_level_cfg_merges_as_published(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("TRAIN:\n  num_epoch: 7\n")
+    mine = cfg.clone()
+    mine.merge_from_file(str(file))
+    mine.merge_from_list(["TRAIN.lr_encoder", "0.5"])
+    assert (mine.TRAIN.num_epoch, mine.TRAIN.lr_encoder) == (7, 0.5)
+    assert cfg.TRAIN.num_epoch == 20
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["TRAIN.lr_encodr", "1"], "unknown key TRAIN.lr_encodr; did you mean 'TRAIN.lr_encoder'"),
+        (["TRAIN.optim", "adam"], "TRAIN.optim is 'adam'; did you mean 'Adam'"),
+        (["TRAIN.num_epoch", "many"], "TRAIN.num_epoch is 'many'; it takes a whole number"),
+        (["TRAIN.num_epoch", "0"], "must be at least 1"),
+        (["TRAIN.epoch_iters", "automatic"], "give a number of steps or auto"),
+        (["DATASET.random_flip", "3"], "True or False"),
+        (["DATASET.imgSizes", "(0,)"], "short sides in pixels"),
+        (["DATASET.crop_size", "(1, 2, 3)"], "height, width"),
+        (["DATASET.mean", "(1, 2)"], "three in all"),
+        (["TEST.save", "[colour]"], "it takes any of color"),
+        (["TRAIN", "1"], "is a section"),
+        (["DIR"], "stands alone"),
+    ],
+)
+def test_mistakes_are_named(opts: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config(None, opts)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_file_mistakes_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("TRAIN:\n  lr_encodr: 1\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: unknown key TRAIN\.lr_encodr"):
+        load_config(tmp_path / "mine.yaml")
+    (tmp_path / "broken.yaml").write_text("TRAIN: [")
+    with pytest.raises(ValueError, match="broken.yaml is no valid yaml"):
+        load_config(tmp_path / "broken.yaml")
+    with pytest.raises(FileNotFoundError, match="did you mean 'mine.yaml'"):
+        load_config(tmp_path / "mime.yaml")
+
+
+def test_pairs_are_checked_when_the_file_is_read() -> None:
+    with pytest.raises(ValueError, match="set MODEL.fc_dim 512"):
+        read_config(None, ["MODEL.arch_encoder", "resnet18dilated"])
+    with pytest.raises(ValueError, match="hrnetv2"):
+        opts = ["MODEL.arch_encoder", "hrnetv2", "MODEL.fc_dim", "720"]
+        read_config(None, [*opts, "MODEL.arch_decoder", "upernet"])
+
+
+def test_every_key_has_a_comment() -> None:
+    source = Path("mit_semseg/config/defaults.py")
+    text = (Path(__file__).parents[1] / source).read_text()
+    assert len(keys(get_defaults())) > 50
+    for key in keys(get_defaults()):
+        assert f"_C.{key} = " in text
