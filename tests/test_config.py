@@ -101,6 +101,11 @@ def test_mistakes_are_named(opts: list[str], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("typed", ["[color, index]", "color,index", "('color', 'index')"])
+def test_lists_as_typed_in_a_shell(typed: str) -> None:
+    assert load_config(None, ["TEST.save", typed]).TEST.save == ["color", "index"]
+
+
 def test_file_mistakes_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("TRAIN:\n  lr_encodr: 1\n")
     with pytest.raises(ValueError, match=r"mine\.yaml: unknown key TRAIN\.lr_encodr"):

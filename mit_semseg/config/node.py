@@ -184,9 +184,13 @@ def _as_type(wanted: type, value: Any) -> Any:
     if wanted is float:
         return float(value) if _is_number(value) else None
     if wanted is list:
-        if isinstance(value, list):
-            return value
-        return None if isinstance(value, bool) else ([value] if value not in (None, "") else [])
+        if isinstance(value, str):
+            # As typed in a shell: [color, index], (color) or color,index.
+            words = value.strip("[]() ").split(",")
+            return [word.strip() for word in words if word.strip()]
+        if isinstance(value, bool):
+            return None
+        return value if isinstance(value, list) else [] if value is None else [value]
     if value is None:
         return ""
     return str(value) if not isinstance(value, (list, dict)) else None
