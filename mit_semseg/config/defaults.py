@@ -129,8 +129,8 @@ _C.TEST.checkpoint = "epoch_20.pth"
 _C.TEST.batch_size = 1
 # Folder that results are written to.
 _C.TEST.result = "./"
-# Any of: color, index, overlay, prob, side (image beside prediction, as published).
-_C.TEST.save = ["side"]
+# Any of: color, index, overlay, prob, side (image beside prediction, as published), legend.
+_C.TEST.save = ["side", "legend"]
 _C.TEST.precision = "fp32"
 _C.TEST.flip = False
 # Short sides in pixels that are averaged over; [] takes DATASET.imgSizes, as published.

@@ -44,7 +44,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "VAL.precision": ("fp32", "bf16", "fp16", "auto"),
     "TEST.precision": ("fp32", "bf16", "fp16", "auto"),
 }
-SAVE_KINDS = ("color", "index", "overlay", "prob", "side")
+SAVE_KINDS = ("color", "index", "overlay", "prob", "side", "legend")
 
 POSITIVE = (
     "DATASET.num_class",
@@ -56,6 +56,7 @@ POSITIVE = (
     "TRAIN.num_epoch",
     "TRAIN.accumulate",
     "TRAIN.disp_iter",
+    "TRAIN.timeout",
     "VAL.batch_size",
     "TEST.batch_size",
 )

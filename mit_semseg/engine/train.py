@@ -159,7 +159,9 @@ class Trainer:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(self.module, device_ids=ids)
         elif len(self.devices) > 1:
-            self.parallel = UserScatteredDataParallel(self.module, device_ids=self.devices)
+            self.parallel = UserScatteredDataParallel(
+                self.module, device_ids=self.devices, timeout=cfg.TRAIN.timeout
+            )
 
     def run(self, resume: bool) -> dict[str, Any]:
         """All epochs."""
