@@ -1,4 +1,9 @@
-"""Evaluation: one confusion matrix per process, merged by addition."""
+"""Evaluation: one confusion matrix per process, merged by addition.
+
+On the CPU every image is computed by a single thread, several images side by side: convolutions
+round differently with every number of threads, and the figures must depend on neither the number
+of processes nor the cores they have.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,11 @@ import math
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,12 +29,17 @@ from tqdm import tqdm
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
 from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
-from mit_semseg.engine.launch import autocast, set_threads
-from mit_semseg.engine.pool import prefetched, run_here, run_pool
+from mit_semseg.engine.launch import autocast
+from mit_semseg.engine.pool import in_threads, run_here, run_pool
 from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
 from mit_semseg.metrics import ConfusionMatrix
 from mit_semseg.models import SegmentationModule
 from mit_semseg.visualize import class_bars, color_encode
+
+# Most images a process works on at a time on the CPU, where each takes memory of its own.
+MAX_LANES = 8
+# On a GPU one is computed while the others are read.
+GPU_LANES = 3
 
 # Indices of the images that share one call of `work`; results do not depend on who gets which.
 Chunk = Sequence[int]
@@ -41,7 +52,7 @@ class Job:
     cfg: Config
     checkpoint: str
     device: torch.device
-    threads: int | None  # None leaves the process's setting alone
+    lanes: int  # images at work side by side
     pictures: Path | None
     colors: np.ndarray
 
@@ -110,27 +121,28 @@ def evaluate(
             seconds += result[1]
             bar.update(result[0])
 
+        lanes = _lanes(places)
         if model is not None:
             data = val_dataset(cfg)
             gallery = _Gallery(data, pictures, classes.colors) if pictures else None
             with evaluation_mode(model.to(devices[0])):
-                work = partial(_scores, model, data, cfg, devices[0], gallery)
+                scorer = _Scorer(model, data, cfg, devices[0], gallery)
+                work = partial(scorer.run, _lanes(devices[:1]))
                 matrices = [run_here(work, chunks, on_result)]
         elif len(places) == 1:
-            work = partial(_work, Job(cfg, checkpoint, places[0], None, pictures, classes.colors))
+            work = partial(_work, Job(cfg, checkpoint, places[0], lanes, pictures, classes.colors))
             matrices = [run_here(work, chunks, on_result)]
         else:
-            on_cpu = sum(device.type == "cpu" for device in places)
-            threads = max(1, torch.get_num_threads() // max(1, on_cpu))
             matrices = run_pool(
                 _work,
                 [
-                    Job(cfg, checkpoint, device, threads, pictures, classes.colors)
+                    Job(cfg, checkpoint, device, lanes, pictures, classes.colors)
                     for device in places
                 ],
                 chunks,
                 on_result,
                 describe=lambda chunk: ", ".join(str(split.records[i]["fpath_img"]) for i in chunk),
+                ahead=lanes,
             )
     result = {
         "checkpoint": checkpoint if model is None else "",
@@ -175,7 +187,7 @@ def evaluate_model(
         progress: show a bar.
     """
     chunks = _chunks(len(dataset), cfg.VAL.batch_size)
-    work = partial(_scores, module, dataset, cfg, device, None)
+    work = partial(_Scorer(module, dataset, cfg, device).run, _lanes([device]))
     bar = tqdm(total=len(dataset), desc="validating", unit="img", disable=not progress, leave=False)
     with bar, evaluation_mode(module):
         matrix: ConfusionMatrix = run_here(work, chunks, lambda result: bar.update(result[0]))
@@ -199,55 +211,83 @@ def _chunks(count: int, size: int) -> list[Chunk]:
     return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
+def _lanes(places: Sequence[torch.device]) -> int:
+    """Images at work side by side in each process: the cores are divided among the processes."""
+    if any(place.type != "cpu" for place in places):
+        return GPU_LANES
+    return max(1, min(MAX_LANES, torch.get_num_threads() // len(places)))
+
+
 def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[tuple[int, float], None, ConfusionMatrix]:
     """A process of its own: model and data are built where they are used."""
-    if job.threads is not None:
-        set_threads(job.threads)
     module = load_model(job.cfg, job.checkpoint).to(job.device)
     data = val_dataset(job.cfg)
     gallery = _Gallery(data, job.pictures, job.colors) if job.pictures else None
-    return (yield from _scores(module, data, job.cfg, job.device, gallery, tasks))
+    return (yield from _Scorer(module, data, job.cfg, job.device, gallery).run(job.lanes, tasks))
 
 
-def _scores(
-    module: SegmentationModule,
-    dataset: ValDataset,
-    cfg: Config,
-    device: torch.device,
-    gallery: _Gallery | None,
-    tasks: Iterable[Chunk],
-) -> Generator[tuple[int, float], None, ConfusionMatrix]:
-    """Score chunks of images: yields (images, seconds) for each, returns the confusion matrix."""
-    matrix = ConfusionMatrix(cfg.DATASET.num_class)
-    for _, loaded in prefetched(tasks, lambda chunk: [dataset[i] for i in chunk]):
-        samples = loaded.result()
+class _Scorer:
+    """From the number of an image to its share of the confusion matrix."""
+
+    def __init__(
+        self,
+        module: SegmentationModule,
+        dataset: ValDataset,
+        cfg: Config,
+        device: torch.device,
+        gallery: _Gallery | None = None,
+    ) -> None:
+        self.module, self.dataset, self.cfg, self.device = module, dataset, cfg, device
+        self.gallery = gallery
+        # One forward pass at a time on a GPU, whose memory must hold it.
+        self.turn = Lock() if device.type != "cpu" else nullcontext()
+
+    def run(
+        self, lanes: int, tasks: Iterable[Chunk]
+    ) -> Generator[tuple[int, float], None, ConfusionMatrix]:
+        """Score chunks: yields (images, seconds) for each, returns the confusion matrix."""
+        total = ConfusionMatrix(self.cfg.DATASET.num_class)
+        threads = torch.get_num_threads()
+        try:
+            for chunk, scored in in_threads(
+                self.score, tasks, threads=lanes, ahead=lanes, initializer=self._single_threaded
+            ):
+                matrix, seconds = scored.result()
+                total += matrix
+                yield len(chunk), seconds
+        finally:
+            # torch keeps one number for all threads that have not computed yet.
+            torch.set_num_threads(threads)
+        return total
+
+    def _single_threaded(self) -> None:
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+
+    def score(self, chunk: Chunk) -> tuple[ConfusionMatrix, float]:
+        """Confusion matrix of some images, and the seconds the network took."""
+        matrix = ConfusionMatrix(self.cfg.DATASET.num_class)
+        samples = [self.dataset[i] for i in chunk]
+        labels = [sample["seg_label"] for sample in samples]
+        sizes = [(label.shape[1], label.shape[2]) for label in labels]
         seconds = 0.0
-        sizes = [tuple(sample["seg_label"].shape[-2:]) for sample in samples]
-        inputs = [sample["img_data"] for sample in samples]
-        for positions, images in stacked(inputs, sizes):
-            started = time.perf_counter()
-            labels = _predict(module, images, sizes[positions[0]], cfg, device)
-            seconds += time.perf_counter() - started
-            matrix.update(labels, torch.cat([samples[i]["seg_label"] for i in positions]))
-            if gallery is not None:
-                for i, predicted in zip(positions, labels, strict=True):
-                    gallery.add(samples[i], predicted)
-        yield len(samples), seconds
-    return matrix
+        for positions, images in stacked([sample["img_data"] for sample in samples], sizes):
+            with self.turn:
+                started = time.perf_counter()
+                predicted = self._predict(images, sizes[positions[0]])
+                seconds += time.perf_counter() - started
+            matrix.update(predicted, torch.cat([labels[i] for i in positions]))
+            if self.gallery is not None:
+                for i, one in zip(positions, predicted, strict=True):
+                    self.gallery.add(chunk[i], samples[i], one)
+        return matrix, seconds
 
-
-@torch.no_grad()
-def _predict(
-    module: SegmentationModule,
-    images: Sequence[Tensor],
-    size: tuple[int, int],
-    cfg: Config,
-    device: torch.device,
-) -> Tensor:
-    """(N, H, W) class ids on the CPU."""
-    with autocast(device, cfg.VAL.precision):
-        images = [image.to(device, non_blocking=True) for image in images]
-        return module.predict(images, size, flip=cfg.VAL.flip).cpu()
+    @torch.no_grad()
+    def _predict(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """(N, H, W) class ids on the CPU."""
+        with autocast(self.device, self.cfg.VAL.precision):
+            images = [image.to(self.device) for image in images]
+            return self.module.predict(images, size, flip=self.cfg.VAL.flip).cpu()
 
 
 class _Gallery:
@@ -258,12 +298,12 @@ class _Gallery:
         base = common_base(os.path.dirname(os.path.abspath(file)) for file in files)
         # Worked out from the whole list, so that every process comes to the same names.
         stems = output_stems(files, base, folder, [".png"])
-        infos = [record["fpath_img"] for record in dataset.records]
-        self.paths = {info: f"{stem}.png" for info, stem in zip(infos, stems, strict=True)}
+        self.paths = [Path(f"{stem}.png") for stem in stems]
         self.colors = colors
 
-    def add(self, sample: Mapping[str, Any], predicted: Tensor) -> None:
-        path = Path(self.paths[sample["info"]])
+    def add(self, index: int, sample: Mapping[str, Any], predicted: Tensor) -> None:
+        """Write the picture of image number `index`."""
+        path = self.paths[index]
         path.parent.mkdir(parents=True, exist_ok=True)
         truth = color_encode(sample["seg_label"][0].numpy(), self.colors)
         picture = [sample["img_ori"], truth, color_encode(predicted.numpy(), self.colors)]

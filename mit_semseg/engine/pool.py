@@ -23,9 +23,6 @@ Work = Callable[[Any, Iterator[Any]], Generator[Any, None, Any]]
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Tasks that are loaded while one is computed. A worker holds one more than this, so that
-# `prefetched` never waits for a task that the parent keeps back until the current one is done.
-PREFETCH = 2
 # Mistakes in the user's files stay what they are, so that callers can treat them as such.
 USER_ERRORS: dict[str, type[Exception]] = {
     "ValueError": ValueError,
@@ -52,6 +49,7 @@ def run_pool(
     tasks: Iterable[Any],
     on_result: Callable[[Any], None],
     describe: Callable[[Any], str] = str,
+    ahead: int = 2,
 ) -> list[Any]:
     """Share tasks among one new process per setup.
 
@@ -62,6 +60,8 @@ def run_pool(
         tasks: small picklable values, handed out in order to whichever process is free.
         on_result: called in this process with every result, in the order of completion.
         describe: what a task is called in error messages.
+        ahead: tasks a process is given beyond the one it has yet to answer, at least as many as
+            `work` asks for before its first result.
 
     Returns:
         The final value of every process, in the order of `setups`.
@@ -78,7 +78,7 @@ def run_pool(
         for index, setup in enumerate(setups):
             workers.append(_Worker(context, work, setup, index))
         # In turns, so that few tasks are spread over all the workers.
-        for _ in range(PREFETCH + 1):
+        for _ in range(ahead + 1):
             for worker in workers:
                 worker.give(pending)
         return _collect(workers, pending, on_result, describe)
@@ -87,14 +87,28 @@ def run_pool(
             worker.stop()
 
 
-def prefetched(tasks: Iterable[T], load: Callable[[T], R]) -> Iterator[tuple[T, Future[R]]]:
-    """Tasks in order with their loaded values, the next ones being loaded in threads meanwhile."""
-    with ThreadPoolExecutor(PREFETCH) as threads:
+def in_threads(
+    function: Callable[[T], R],
+    tasks: Iterable[T],
+    threads: int = 2,
+    ahead: int = 2,
+    initializer: Callable[[], None] | None = None,
+) -> Iterator[tuple[T, Future[R]]]:
+    """Tasks in order with what `function` makes of them, at work in threads meanwhile.
+
+    Args:
+        function: called with each task in one of the threads.
+        tasks: taken one by one as there is room.
+        threads: calls that run side by side.
+        ahead: tasks taken beyond the one that is yielded.
+        initializer: called once in each thread.
+    """
+    with ThreadPoolExecutor(threads, initializer=initializer) as executor:
         held: deque[tuple[T, Future[R]]] = deque()
         try:
             for task in tasks:
-                held.append((task, threads.submit(load, task)))
-                if len(held) > PREFETCH:
+                held.append((task, executor.submit(function, task)))
+                if len(held) > ahead:
                     yield held.popleft()
             while held:
                 yield held.popleft()

@@ -32,7 +32,7 @@ from mit_semseg.dataset.records import image_extensions
 from mit_semseg.dataset.transforms import load_image, scaled_inputs
 from mit_semseg.engine.checkpoint import CLASSES, load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast
-from mit_semseg.engine.pool import prefetched
+from mit_semseg.engine.pool import in_threads
 from mit_semseg.models import SegmentationModule
 from mit_semseg.visualize import color_encode, legend, overlay
 
@@ -416,7 +416,7 @@ def predict(
     batches = [tasks[i : i + size] for i in range(0, len(tasks), size)]
     results: list[dict[str, Any]] = []
     with tqdm(total=len(tasks), desc="predicting", unit="img", disable=not progress) as bar:
-        for batch, loaded in prefetched(batches, runner.load):
+        for batch, loaded in in_threads(runner.load, batches):
             for one in runner.run(batch, loaded):
                 results.append(one)
                 bar.update()

@@ -24,7 +24,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.engine.checkpoint import load_model
 from mit_semseg.engine.evaluate import evaluate, evaluate_model, format_report, val_dataset
-from mit_semseg.engine.pool import WorkerError, prefetched, run_here, run_pool
+from mit_semseg.engine.pool import WorkerError, in_threads, run_here, run_pool
 
 CPU = torch.device("cpu")
 NAMES = ("road", "sky", "car", "tree")  # tree occurs nowhere
@@ -198,6 +198,34 @@ def test_model_in_memory_keeps_its_modes(setup: Config, tmp_path: Path) -> None:
     assert result["checkpoint"] == "" and module.training
 
 
+def test_every_image_is_computed_by_one_thread(setup: Config) -> None:
+    """Convolutions round by the number of threads; the figures must not."""
+    module, data = load_model(setup, "best.pth"), val_dataset(setup)
+    seen: set[tuple[int, int]] = set()
+    forward = module.encoder.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.add((torch.get_num_threads(), threading.get_ident()))
+        return forward(*args, **kwargs)
+
+    module.encoder.forward = watched  # type: ignore[method-assign]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        matrix = evaluate_model(module, data, setup, CPU, progress=False)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert {threads for threads, _ in seen} == {1}
+    assert len({thread for _, thread in seen}) > 1, "several images are computed side by side"
+    torch.set_num_threads(1)
+    try:
+        alone = evaluate_model(module, data, setup, CPU, progress=False)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(matrix.matrix, alone.matrix)
+
+
 def test_missing_checkpoint_lists_what_is_there(setup: Config, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"epoch_7\.pth does not exist.*best\.pth"):
         evaluate(setup, [CPU], 4, checkpoint="epoch_7.pth", out_dir=tmp_path, progress=False)
@@ -252,7 +280,7 @@ def test_killed_worker_ends_the_evaluation(setup: Config, tmp_path: Path) -> Non
 def squares(setup: int, tasks: Iterator[int]) -> Iterator[int]:
     """Yields squares, returns how many; a negative number stands for an accident."""
     count = 0
-    for task, loaded in prefetched(tasks, lambda x: x * x):
+    for task, loaded in in_threads(lambda x: x * x, tasks):
         if task == -1:
             os._exit(7)
         if task == -2:
