@@ -1,4 +1,4 @@
-"""`mit-semseg train|eval|predict|data|demo`: arguments in, one library call, clear errors out."""
+"""`mit-semseg train|eval|predict|pack|data|demo`: arguments in, one library call, clear errors out."""
 
 from __future__ import annotations
 
@@ -51,6 +51,12 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     _add_config(predict)
     predict.set_defaults(run=run_predict)
+
+    pack = commands.add_parser("pack", help="copy a checkpoint in half precision, to hand on")
+    pack.add_argument("source", metavar="CHECKPOINT_FOLDER")
+    pack.add_argument("out", metavar="OUT")
+    pack.add_argument("--checkpoint", default=None, help="epoch_N.pth or best.pth (default: best)")
+    pack.set_defaults(run=run_pack)
 
     for name, (module, text) in ROOMS.items():
         room = commands.add_parser(name, help=text)
@@ -107,6 +113,16 @@ def run_predict(args: argparse.Namespace) -> int:
     devices = resolve_devices(args.gpu)[:1]
     results = predict(cfg, images, devices[0])
     return 1 if any("error" in result for result in results) else 0
+
+
+def run_pack(args: argparse.Namespace) -> int:
+    """Pack one checkpoint."""
+    from mit_semseg.engine.checkpoint import pack
+
+    path = pack(args.source, args.out, args.checkpoint)
+    size = sum(file.stat().st_size for file in path.glob("*.pth")) / 1e6
+    print(f"{path}: weights of {size:.1f} MB")
+    return 0
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

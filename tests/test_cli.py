@@ -84,5 +84,5 @@ def test_module_form() -> None:
         env={**os.environ, "COLUMNS": "100"},
     )
     assert done.returncode == 0
-    for command in ("train", "eval", "predict", "data", "demo"):
+    for command in ("train", "eval", "predict", "pack", "data", "demo"):
         assert command in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,6 +140,48 @@ class CheckpointFolder:
         for name in epochs[:-keep] if keep else []:
             for kind in ("encoder", "decoder", "history"):
                 (self.path / f"{kind}_{name}").unlink(missing_ok=True)
+
+
+def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> Path:
+    """Copy one checkpoint of a folder, small enough to hand on, as `best.pth` of another.
+
+    Convolution and linear weights are stored in half precision, which every loader here casts
+    back; running statistics and biases, small and more sensitive, stay as they are. Class names,
+    palette, configuration, log and curves come along.
+
+    Args:
+        source: a checkpoint folder.
+        out: the folder to write; created.
+        checkpoint: `epoch_N.pth` or `best.pth`; None takes the best, else the latest.
+
+    Raises:
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: a weight does not fit half precision, or `out` is the source.
+    """
+    folder, packed = CheckpointFolder(source), CheckpointFolder(out)
+    if packed.path.resolve() == folder.path.resolve():
+        raise ValueError(f"{out} is the source itself; name another folder to pack into")
+    halves = []
+    for file in folder.files(checkpoint or folder.best_or_latest()):
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        small = {
+            k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in weights.items()
+        }
+        for name, tensor in small.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{file}: {name} holds values that half precision cannot: do not pack"
+                )
+        halves.append(small)
+    cfg = folder.config()
+    cfg.DIR = str(out)
+    cfg.VAL.checkpoint = cfg.TEST.checkpoint = "best.pth"
+    packed.prepare(cfg, folder.classes())
+    packed.save("best.pth", halves[0], halves[1])
+    for name in ("metrics.jsonl", "curves.png", "log.txt"):
+        if (folder.path / name).is_file():
+            shutil.copyfile(folder.path / name, packed.path / name)
+    return packed.path
 
 
 def resolve_checkpoint(directory: str | Path, checkpoint: str) -> tuple[CheckpointFolder, str]:
