@@ -1,4 +1,4 @@
-"""`mit-semseg train|eval|predict|pack|data|demo`: arguments in, one library call, clear errors out."""
+"""The command line: arguments in, one library call, clear errors out."""
 
 from __future__ import annotations
 
