@@ -234,7 +234,8 @@ class Trainer:
                 f"loss {np.mean(losses[-20:]):.3f}, "
                 f"accuracy {100 * np.mean(accuracies[-20:]):.1f}%, "
                 f"lr {rates[0]:.2g}/{rates[1]:.2g}, {images / elapsed:.1f} images/s, "
-                f"waiting for data {100 * waited / elapsed:.0f}%"
+                f"waiting for data {100 * waited / elapsed:.0f}%, "
+                f"run done in {tqdm.format_interval(self._left(step, first, elapsed))}"
             )
             bar.set_postfix_str(figures)
             if (step + 1) % cfg.TRAIN.disp_iter == 0:
@@ -256,6 +257,10 @@ class Trainer:
         self.history["train"]["epoch"].append(float(epoch))
         self.history["train"]["loss"].append(float(np.mean(losses)))
         self.history["train"]["acc"].append(float(np.mean(accuracies)))
+
+    def _left(self, step: int, first: int, elapsed: float) -> float:
+        """Seconds until the last step, at this epoch's pace; validations come on top."""
+        return (self.max_iters - step - 1) * elapsed / (step - first + 1)
 
     def _schedule(self, step: int) -> tuple[float, float]:
         cfg = self.cfg.TRAIN
