@@ -554,7 +554,8 @@ def _report(results: Sequence[Mapping[str, Any]], out: Path) -> None:
     if failed:
         print(f"{len(failed)} of {len(results)} images failed:")
         for one in failed:
-            print(f"  {one['image']}: {one['error']}")
+            # Most messages name the file themselves.
+            print(f"  {one['image']}: {one['error'].removeprefix(one['image'] + ': ')}")
 
 
 def _reason(error: BaseException) -> str:
