@@ -1,0 +1,351 @@
+"""Checkpoint folders: no half file, no silent mismatch, messages that list what is there."""
+
+from __future__ import annotations
+
+import pickle
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import ClassTable
+from mit_semseg.engine.checkpoint import (
+    CheckpointFolder,
+    atomic_save,
+    load_model,
+    resolve_checkpoint,
+)
+
+NAMES = ("wall", "floor", "tree", "sky")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Config]
+) -> tuple[Config, dict[str, dict[str, Tensor]]]:
+    """A configuration whose folder has `best.pth`, and that checkpoint's tensors."""
+    cfg = make_model(tmp_path_factory.mktemp("model"), NAMES)
+    files = CheckpointFolder(cfg.DIR).files("best.pth")
+    halves = [torch.load(file, weights_only=True) for file in files]
+    return cfg, dict(zip(("encoder", "decoder"), halves))
+
+
+@pytest.fixture
+def elsewhere(
+    trained: tuple[Config, dict[str, dict[str, Tensor]]], tmp_path: Path
+) -> tuple[Config, dict[str, dict[str, Tensor]]]:
+    """The same model, its folder empty."""
+    cfg, halves = trained
+    cfg = cfg.clone()
+    cfg.DIR = str(tmp_path)
+    return cfg, halves
+
+
+def touch(folder: Path, *names: str) -> CheckpointFolder:
+    for name in names:
+        (folder / name).touch()
+    return CheckpointFolder(folder)
+
+
+def pairs(folder: Path, *names: str) -> CheckpointFolder:
+    return touch(folder, *(f"{half}_{name}" for half in ("encoder", "decoder") for name in names))
+
+
+# ------------------------------------------------------------------------------ writing
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    atomic_save({"a": torch.arange(3)}, file)
+    before = file.read_bytes()
+    # Pickling fails after the tensor before it has been written.
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        atomic_save({"a": torch.zeros(1000), "b": lambda: None}, file)
+    assert file.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.pth"]
+
+
+def test_an_interrupted_save_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(obj: Any, file: Any) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_save({}, tmp_path / "weights.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_makes_the_folder_and_a_file_others_may_read(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "weights.pth"
+    atomic_save({"a": torch.arange(3)}, file)
+    assert torch.load(file, weights_only=True)["a"].tolist() == [0, 1, 2]
+    assert stat.S_IMODE(file.stat().st_mode) & 0o444 == 0o444
+    assert [p.name for p in file.parent.iterdir()] == ["weights.pth"]
+
+
+# ------------------------------------------------------------------------------ names
+def test_names_are_whole_pairs_in_order(tmp_path: Path) -> None:
+    folder = pairs(tmp_path, "epoch_10.pth", "epoch_2.pth", "best.pth")
+    touch(
+        tmp_path,
+        "encoder_epoch_11.pth",  # the run was killed before its decoder was written
+        "decoder_epoch_12.pth",
+        ".encoder_epoch_13.pth.x1",  # a killed save
+        ".decoder_epoch_13.pth.x2",
+        "history_epoch_10.pth",
+        "config.yaml",
+    )
+    assert folder.names() == ["epoch_2.pth", "epoch_10.pth", "best.pth"]
+    assert folder.best_or_latest() == "best.pth"
+    (tmp_path / "decoder_best.pth").unlink()
+    assert folder.best_or_latest() == "epoch_10.pth"
+
+
+def test_files(tmp_path: Path) -> None:
+    folder = pairs(tmp_path, "epoch_2.pth")
+    assert folder.files("epoch_2.pth") == (
+        tmp_path / "encoder_epoch_2.pth",
+        tmp_path / "decoder_epoch_2.pth",
+    )
+
+
+def test_a_missing_checkpoint_is_answered_with_those_there_are(tmp_path: Path) -> None:
+    folder = pairs(tmp_path, "epoch_2.pth", "best.pth")
+    touch(tmp_path, "encoder_epoch_3.pth")
+    with pytest.raises(FileNotFoundError) as error:
+        folder.files("epoch_20.pth")
+    wanted = tmp_path / "encoder_epoch_20.pth"
+    assert str(error.value) == f"{wanted} does not exist; {tmp_path} has epoch_2.pth, best.pth"
+    with pytest.raises(FileNotFoundError, match=r"decoder_epoch_3\.pth does not exist"):
+        folder.files("epoch_3.pth")
+
+
+@pytest.mark.parametrize("ask", ["files", "best_or_latest"])
+def test_a_folder_without_checkpoints_is_answered_with_what_it_holds(
+    tmp_path: Path, ask: str
+) -> None:
+    def message(folder: CheckpointFolder) -> str:
+        with pytest.raises(FileNotFoundError) as error:
+            folder.files("best.pth") if ask == "files" else folder.best_or_latest()
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no file" in message(CheckpointFolder(tmp_path))
+    assert "does not exist" in message(CheckpointFolder(tmp_path / "none"))
+    folder = touch(tmp_path, "notes.txt", "encoder_epoch_1.pth")
+    assert "encoder_epoch_1.pth, notes.txt" in message(folder)
+    touch(tmp_path, *(f"z{k:02}" for k in range(20)))
+    assert message(folder).endswith("z05 ...")  # long lists are cut
+
+
+def test_a_folder_without_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist.*no checkpoint fol"):
+        CheckpointFolder(tmp_path).config()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "folder", "name"),
+    [
+        ("best.pth", "mine", "best.pth"),
+        ("epoch_3.pth", "mine", "epoch_3.pth"),
+        ("other/epoch_3.pth", "other", "epoch_3.pth"),
+        ("/far/away/best.pth", "/far/away", "best.pth"),
+        ("./best.pth", ".", "best.pth"),
+    ],
+)
+def test_resolve_checkpoint(checkpoint: str, folder: str, name: str) -> None:
+    found, found_name = resolve_checkpoint("mine", checkpoint)
+    assert (found.path, found_name) == (Path(folder), name)
+
+
+# ------------------------------------------------------------------------------ epochs
+def test_the_latest_epoch_is_one_that_can_be_continued(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    assert folder.latest_epoch() == 0
+    pairs(tmp_path, "best.pth")
+    assert folder.latest_epoch() == 0
+    pairs(tmp_path, "epoch_2.pth", "epoch_9.pth", "epoch_10.pth")
+    touch(tmp_path, "encoder_epoch_11.pth")
+    assert folder.latest_epoch() == 10  # weights alone, as published
+    touch(tmp_path, "state_epoch_9.pth")
+    assert folder.latest_epoch() == 9  # epoch 10 was cut off before its state was written
+    touch(tmp_path, "state_epoch_12.pth")
+    assert folder.latest_epoch() == 9  # a state without weights is no use
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [(0, [1, 2, 10]), (1, [10]), (2, [2, 10]), (3, [1, 2, 10]), (9, [1, 2, 10])],
+)
+def test_old_epochs_are_dropped_whole(tmp_path: Path, keep: int, left: list[int]) -> None:
+    folder = pairs(tmp_path, "epoch_1.pth", "epoch_2.pth", "epoch_10.pth", "best.pth")
+    touch(tmp_path, "history_epoch_1.pth", "history_epoch_2.pth", "history_epoch_10.pth")
+    folder.drop_epochs(keep)
+    assert folder.names() == [*(f"epoch_{n}.pth" for n in left), "best.pth"]
+    assert {p.name for p in tmp_path.glob("history*")} == {f"history_epoch_{n}.pth" for n in left}
+
+
+def test_only_the_newest_state_is_kept(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for epoch in (1, 2):
+        folder.save_history(epoch, {"train": {"loss": [0.5] * epoch}})
+        folder.save_state(epoch, {"step": torch.tensor(epoch)})
+    assert folder.load_state(2) == ({"train": {"loss": [0.5, 0.5]}}, {"step": torch.tensor(2)})
+    assert folder.load_state(1) == ({"train": {"loss": [0.5]}}, {})
+    assert folder.load_state(3) == ({}, {})
+
+
+# ------------------------------------------------------------------------------ models
+def predictions(cfg: Config, checkpoint: str = "best.pth") -> Tensor:
+    image = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return load_model(cfg, checkpoint).logits(image)
+
+
+def test_the_folder_describes_its_model(
+    trained: tuple[Config, dict[str, dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    cfg, _ = trained
+    folder = CheckpointFolder(cfg.DIR)
+    assert folder.config() == cfg
+    assert folder.classes().names == NAMES
+    assert (folder.classes().colors == ClassTable.of(NAMES).colors).all()
+    # Without classes.csv the configuration's data set names them.
+    moved = CheckpointFolder(tmp_path)
+    moved.prepare(cfg, ClassTable.of(NAMES))
+    (tmp_path / "classes.csv").unlink()
+    assert len(moved.classes()) == len(NAMES)
+    assert str(tmp_path) == moved.config().DIR
+
+
+def test_a_model_comes_back_as_it_was_saved(
+    trained: tuple[Config, dict[str, dict[str, Tensor]]],
+) -> None:
+    cfg, halves = trained
+    model = load_model(cfg, "best.pth")
+    assert not model.training
+    for half, module in (("encoder", model.encoder), ("decoder", model.decoder)):
+        state = module.state_dict()
+        assert state.keys() == halves[half].keys()
+        for key, value in halves[half].items():
+            assert torch.equal(state[key], value), key
+
+
+def test_a_checkpoint_in_another_folder(
+    elsewhere: tuple[Config, dict[str, dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    cfg, halves = elsewhere
+    CheckpointFolder(tmp_path / "a").save("epoch_4.pth", halves["encoder"], halves["decoder"])
+    there = predictions(cfg, f"{tmp_path}/a/epoch_4.pth")
+    cfg.DIR = str(tmp_path / "a")
+    assert torch.equal(predictions(cfg, "epoch_4.pth"), there)
+
+
+def test_loading_a_checkpoint_needs_no_pretrained_weights(
+    trained: tuple[Config, dict[str, dict[str, Tensor]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = trained[0].clone()
+    cfg.MODEL.weights_encoder = ""  # as published: ImageNet weights, from the network
+    monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", cfg.DIR)
+    load_model(cfg, "best.pth")
+    assert cfg.MODEL.weights_encoder == "", "the caller's configuration stays as it was"
+
+
+def test_files_of_the_published_training_load(
+    elsewhere: tuple[Config, dict[str, dict[str, Tensor]]],
+    trained: tuple[Config, dict[str, dict[str, Tensor]]],
+) -> None:
+    """`module.` before each name, bookkeeping beside each BatchNorm, no batch counts."""
+    cfg, halves = elsewhere
+
+    def as_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        old = {}
+        for key, value in state.items():
+            if key.endswith("num_batches_tracked"):
+                continue
+            old[f"module.{key}"] = value
+            if key.endswith("running_mean"):
+                part = f"module.{key.removesuffix('running_mean')}"
+                # Of another value than the statistics, to be seen if it were taken for them.
+                old[f"{part}_tmp_running_mean"] = value + 7
+                old[f"{part}_tmp_running_var"] = value + 7
+                old[f"{part}_running_iter"] = torch.ones(1)
+        return old
+
+    encoder, decoder = as_published(halves["encoder"]), as_published(halves["decoder"])
+    assert any("_tmp_running_mean" in key for key in encoder)
+    CheckpointFolder(cfg.DIR).save("epoch_20.pth", encoder, decoder)
+    assert torch.equal(predictions(cfg, "epoch_20.pth"), predictions(trained[0]))
+
+
+def test_half_precision_files_load_as_float32(
+    elsewhere: tuple[Config, dict[str, dict[str, Tensor]]],
+) -> None:
+    cfg, halves = elsewhere
+    small = {
+        half: {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        for half, state in halves.items()
+    }
+    CheckpointFolder(cfg.DIR).save("best.pth", small["encoder"], small["decoder"])
+    model = load_model(cfg, "best.pth")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {b.dtype for b in model.buffers()} == {torch.float32, torch.int64}
+    key = "conv_last.weight"
+    assert torch.equal(model.decoder.state_dict()[key], small["decoder"][key].float())
+
+
+def test_another_class_count_names_the_file_and_the_fix(
+    trained: tuple[Config, dict[str, dict[str, Tensor]]],
+) -> None:
+    cfg = trained[0].clone()
+    cfg.DATASET.num_class = 7
+    with pytest.raises(ValueError) as error:
+        load_model(cfg, "best.pth")
+    message = str(error.value)
+    assert message.startswith(f"{cfg.DIR}/decoder_best.pth does not fit")
+    assert "conv_last.weight" in message
+    assert "DATASET.num_class" in message
+    assert "\n" not in message
+
+
+def test_another_encoder_names_the_file_and_the_fix(
+    trained: tuple[Config, dict[str, dict[str, Tensor]]],
+) -> None:
+    cfg = trained[0].clone()
+    cfg.MODEL.arch_encoder, cfg.MODEL.fc_dim = "resnet18dilated", 512
+    with pytest.raises(ValueError, match=r"encoder_best\.pth does not fit the encoder"):
+        load_model(cfg, "best.pth")
+
+
+def test_a_lost_tensor_is_refused(
+    elsewhere: tuple[Config, dict[str, dict[str, Tensor]]],
+) -> None:
+    """A trained model with a random part would predict nonsense."""
+    cfg, halves = elsewhere
+    lost = next(key for key in halves["encoder"] if key.endswith("running_var"))
+    rest = {key: value for key, value in halves["encoder"].items() if key != lost}
+    CheckpointFolder(cfg.DIR).save("best.pth", rest, halves["decoder"])
+    with pytest.raises(ValueError) as error:
+        load_model(cfg, "best.pth")
+    assert f"{cfg.DIR}/encoder_best.pth does not fit" in str(error.value)
+    assert lost in str(error.value)
+    assert "MODEL.arch_encoder" in str(error.value)
+
+
+def test_a_damaged_file_is_refused_by_name(
+    elsewhere: tuple[Config, dict[str, dict[str, Tensor]]],
+) -> None:
+    cfg, halves = elsewhere
+    folder = CheckpointFolder(cfg.DIR)
+    folder.save("best.pth", halves["encoder"], halves["decoder"])
+    file = folder.files("best.pth")[1]
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"decoder_best\.pth cannot be read as weights"):
+        load_model(cfg, "best.pth")

@@ -1,0 +1,254 @@
+"""Where a run happens: devices, threads, precision, ranks, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+import torch.distributed as dist
+
+from mit_semseg.engine import launch
+from mit_semseg.engine.launch import (
+    autocast,
+    autocast_dtype,
+    cpu_count,
+    has_fast_bf16,
+    keep_freed_memory,
+    rank_devices,
+    read_config,
+    resolve_devices,
+    set_threads,
+)
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`gpus(n)`: a machine on which torch sees n GPUs."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return pretend
+
+
+# ------------------------------------------------------------------------------ devices
+@pytest.mark.parametrize(
+    ("count", "text", "expected"),
+    [
+        (0, None, ["cpu"]),
+        (2, None, ["cuda:0", "cuda:1"]),
+        (0, "cpu", ["cpu"]),
+        (2, "cpu", ["cpu"]),
+        (4, "0-2", ["cuda:0", "cuda:1", "cuda:2"]),
+        (4, "3,0", ["cuda:3", "cuda:0"]),
+        (4, "gpu1-gpu2", ["cuda:1", "cuda:2"]),
+        (8, "0-1,5,1", ["cuda:0", "cuda:1", "cuda:5"]),
+    ],
+)
+def test_devices(
+    gpus: Callable[[int], None], count: int, text: str | None, expected: list[str]
+) -> None:
+    gpus(count)
+    assert [str(device) for device in resolve_devices(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "text", "message"),
+    [
+        (2, "2", "--gpus 2: this machine has GPUs 0 to 1; --gpus cpu runs without one"),
+        (2, "0-3", "--gpus 0-3: this machine has GPUs 0 to 1; --gpus cpu runs without one"),
+        (0, "0", "--gpus 0: this machine has no GPU that torch can use; --gpus cpu runs without"),
+        (2, "cpu,0", "--gpus cpu,0: name GPUs or cpu, not both"),
+        (2, "", "cannot read the devices ''; write 0-3, 0,2, gpu0-gpu2 or cpu"),
+        (2, "all", "cannot read the devices 'all'; write 0-3"),
+        (2, "1-0", "cannot read the devices '1-0'; write 0-3"),
+        (2, "0,,1", "cannot read the devices '0,,1'; write 0-3"),
+        (2, "-1", "cannot read the devices '-1'; write 0-3"),
+    ],
+)
+def test_wrong_devices_are_answered_with_what_there_is(
+    gpus: Callable[[int], None], count: int, text: str, message: str
+) -> None:
+    gpus(count)
+    with pytest.raises(ValueError) as error:
+        resolve_devices(text)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------ threads
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the thread counts of this process back."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    yield
+    torch.set_num_threads(before[0])
+    cv2.setNumThreads(before[1])
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, 3), (1, 1), (0, 1), (-2, 1)])
+def test_threads(threads: None, count: int, expected: int) -> None:
+    cv2.setNumThreads(4)
+    set_threads(count)
+    assert torch.get_num_threads() == expected
+    assert cv2.getNumThreads() <= 1  # whatever this build calls "in the caller's thread"
+
+
+def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert cpu_count() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cpu_count() == 64
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cpu_count() == 1
+
+
+def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class OtherLibrary:
+        def __init__(self, name: str | None) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", OtherLibrary)
+    keep_freed_memory()
+    assert asked == [None]
+
+
+# ------------------------------------------------------------------------------ precision
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [
+        (CPU, "fp32", None),
+        (CPU, "bf16", torch.bfloat16),
+        (GPU, "fp32", None),
+        (GPU, "bf16", torch.bfloat16),
+        (GPU, "fp16", torch.float16),
+    ],
+)
+def test_a_named_precision_is_what_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+    fast: bool,
+    device: torch.device,
+    precision: str,
+    expected: torch.dtype | None,
+) -> None:
+    monkeypatch.setattr(launch, "has_fast_bf16", lambda device: fast)
+    assert autocast_dtype(device, precision) is expected
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, None)])
+def test_auto_takes_bf16_where_it_is_fast(
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    fast: bool,
+    expected: torch.dtype | None,
+) -> None:
+    monkeypatch.setattr(launch, "has_fast_bf16", lambda device: fast)
+    assert autocast_dtype(device, "auto") is expected
+
+
+def test_fp16_is_refused_on_the_cpu() -> None:
+    with pytest.raises(ValueError, match=r"fp16 needs a GPU; on the CPU use bf16 or fp32"):
+        autocast_dtype(CPU, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "fast"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)]
+)
+def test_gpus_have_fast_bf16_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_fast_bf16(GPU) is fast
+
+
+@pytest.mark.parametrize("supported", [True, False, None])
+def test_a_cpu_without_the_instructions_has_no_fast_bf16(
+    monkeypatch: pytest.MonkeyPatch, supported: bool | None
+) -> None:
+    name = "_is_avx512_bf16_supported"
+    if supported is None:  # a torch that does not tell
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, name, lambda: supported, raising=False)
+    assert has_fast_bf16(CPU) is bool(supported)
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_autocast_computes_in_it(precision: str, expected: torch.dtype) -> None:
+    a = torch.ones(2, 2)
+    with autocast(CPU, precision):
+        assert (a @ a).dtype is expected
+    assert (a @ a).dtype is torch.float32
+
+
+# ------------------------------------------------------------------------------ ranks
+def test_outside_torchrun_there_is_one_rank_with_every_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert rank_devices(devices) == (0, 1, devices)
+    assert rank_devices([CPU]) == (0, 1, [CPU])
+    assert not dist.is_initialized()
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "2"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"rank 2 on this machine, which has 2 GPUs.*-node 2"):
+        rank_devices([torch.device("cuda", 0), torch.device("cuda", 1)])
+    assert not dist.is_initialized()
+
+
+def test_under_torchrun_a_rank_joins_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        assert rank_devices([CPU]) == (0, 1, [CPU])
+        assert dist.get_backend() == "gloo"
+        assert rank_devices([CPU]) == (0, 1, [CPU])  # joined already
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------ configuration
+def test_a_pair_that_cannot_work_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("MODEL:\n  arch_encoder: hrnetv2\n  arch_decoder: upernet\n  fc_dim: 720\n")
+    with pytest.raises(ValueError, match=r"upernet reads at least \d feature maps.*hrnetv2"):
+        read_config(file)
+    with pytest.raises(ValueError, match=r"resnet18 emits 512 channels; MODEL.fc_dim is 2048"):
+        read_config(None, ["MODEL.arch_encoder", "resnet18", "MODEL.fc_dim", "2048"])
+    assert read_config(file, ["MODEL.arch_decoder", "c1"]).MODEL.arch_decoder == "c1"
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist.*mine\.yaml"):
+        read_config(tmp_path / "none.yaml")
