@@ -1,0 +1,239 @@
+"""What other people's code and files rely on: names, signatures, architectures, keys.
+
+`api_surface.json` lists them; a name that disappears fails here. After adding some (or taking one
+away on purpose, with a line in the changelog) write the list anew:
+
+    PYTHONPATH=. python tests/test_api_surface.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mit_semseg.config import get_defaults
+from mit_semseg.config.node import keys
+from mit_semseg.dataset import FORMATS
+from mit_semseg.losses import LOSSES
+from mit_semseg.models import DECODERS, ENCODERS
+from mit_semseg.registry import Registry
+
+FILE = Path(__file__).with_name("api_surface.json")
+REGISTRIES = {"encoders": ENCODERS, "decoders": DECODERS, "losses": LOSSES, "formats": FORMATS}
+
+# What is to be imported from where, None standing for a module's `__all__`; the rest may move.
+PUBLIC: dict[str, tuple[str, ...] | None] = {
+    "mit_semseg": None,
+    "mit_semseg.config": None,
+    "mit_semseg.dataset": None,
+    "mit_semseg.download": ("DownloadError", "fetch"),
+    "mit_semseg.engine.checkpoint": ("CheckpointFolder", "load_model"),
+    "mit_semseg.engine.evaluate": ("evaluate",),
+    "mit_semseg.engine.launch": ("read_config", "resolve_devices"),
+    "mit_semseg.engine.predict": ("predict",),
+    "mit_semseg.engine.train": ("train",),
+    "mit_semseg.lib.nn": None,
+    "mit_semseg.lib.utils": None,
+    "mit_semseg.losses": None,
+    "mit_semseg.losses.functional": ("dice", "focal", "lovasz", "nll", "ohem"),
+    "mit_semseg.metrics": None,
+    "mit_semseg.models": None,
+    "mit_semseg.registry": ("Registry",),
+    "mit_semseg.scores": ("class_map", "probabilities", "probability_bands"),
+    "mit_semseg.segmenter": ("Result", "Segmenter"),
+    "mit_semseg.utils": None,
+    "mit_semseg.visualize": None,
+    "mit_semseg.weights": (
+        "LoadReport",
+        "WeightSource",
+        "imagenet_weights",
+        "load_decoder",
+        "load_encoder",
+        "load_into",
+        "published_checkpoint",
+        "read_state_dict",
+        "resolve",
+    ),
+}
+
+# Published names and calls, written out here so that no new list can lose them. `...` marks a
+# parameter without a default. Further parameters may follow, if they have defaults.
+PUBLISHED: dict[str, dict[str, Any] | None] = {
+    "mit_semseg.config.cfg": None,
+    "mit_semseg.dataset.TrainDataset": {
+        "root_dataset": ...,
+        "odgt": ...,
+        "opt": ...,
+        "batch_per_gpu": 1,
+    },
+    "mit_semseg.dataset.ValDataset": {"root_dataset": ..., "odgt": ..., "opt": ...},
+    "mit_semseg.dataset.TestDataset": {"odgt": ..., "opt": ...},
+    "mit_semseg.models.ModelBuilder.build_encoder": {
+        "arch": "resnet50dilated",
+        "fc_dim": 512,
+        "weights": "",
+    },
+    "mit_semseg.models.ModelBuilder.build_decoder": {
+        "arch": "ppm_deepsup",
+        "fc_dim": 512,
+        "num_class": 150,
+        "weights": "",
+        "use_softmax": False,
+    },
+    "mit_semseg.models.SegmentationModule": {
+        "net_enc": ...,
+        "net_dec": ...,
+        "crit": ...,
+        "deep_sup_scale": None,
+    },
+    "mit_semseg.models.SegmentationModule.forward": {
+        "self": ...,
+        "feed_dict": ...,
+        "segSize": None,
+    },
+    **{
+        f"mit_semseg.lib.nn.SynchronizedBatchNorm{n}d": {
+            "num_features": ...,
+            "eps": 1e-5,
+            "momentum": 0.1,
+            "affine": True,
+        }
+        for n in (1, 2, 3)
+    },
+    "mit_semseg.lib.nn.DataParallelWithCallback": {
+        "module": ...,
+        "device_ids": None,
+        "output_device": None,
+        "dim": 0,
+    },
+    "mit_semseg.lib.nn.UserScatteredDataParallel": {
+        "module": ...,
+        "device_ids": None,
+        "output_device": None,
+        "dim": 0,
+    },
+    "mit_semseg.lib.nn.patch_replication_callback": {"data_parallel": ...},
+    "mit_semseg.lib.nn.user_scattered_collate": {"batch": ...},
+    "mit_semseg.lib.nn.async_copy_to": {"obj": ..., "dev": ..., "main_stream": None},
+    "mit_semseg.lib.utils.as_numpy": {"obj": ...},
+    "mit_semseg.utils.setup_logger": {"distributed_rank": 0, "filename": "log.txt"},
+    "mit_semseg.utils.find_recursive": {"root_dir": ..., "ext": ".jpg"},
+    "mit_semseg.utils.AverageMeter": {},
+    "mit_semseg.utils.AverageMeter.update": {"self": ..., "val": ..., "weight": 1},
+    "mit_semseg.utils.AverageMeter.value": {"self": ...},
+    "mit_semseg.utils.AverageMeter.average": {"self": ...},
+    "mit_semseg.utils.unique": {
+        "ar": ...,
+        "return_index": False,
+        "return_inverse": False,
+        "return_counts": False,
+    },
+    "mit_semseg.utils.colorEncode": {"labelmap": ..., "colors": ..., "mode": "RGB"},
+    "mit_semseg.utils.accuracy": {"preds": ..., "label": ...},
+    "mit_semseg.utils.intersectionAndUnion": {"imPred": ..., "imLab": ..., "numClass": ...},
+    "mit_semseg.utils.parse_devices": {"input_devices": ...},
+}
+
+
+def surface() -> dict[str, Any]:
+    """What there is today, in the layout of `api_surface.json`."""
+    return {
+        "modules": {module: sorted(public_names(module)) for module in PUBLIC},
+        "registries": {kind: registry.names() for kind, registry in REGISTRIES.items()},
+        "config": keys(get_defaults()),
+    }
+
+
+def public_names(module: str) -> Iterator[str]:
+    """The names of a public module; classes with their methods and fields, not torch's."""
+    namespace = importlib.import_module(module)
+    for name in PUBLIC[module] or namespace.__all__:
+        if not hasattr(namespace, name):
+            continue
+        yield name
+        value = getattr(namespace, name)
+        if inspect.isclass(value):
+            own = [base for base in value.__mro__ if base.__module__.startswith("mit_semseg")]
+            parts = {part for base in own for part in (*vars(base), *_annotations(base))}
+            yield from (f"{name}.{part}" for part in parts if not part.startswith("_"))
+
+
+def _annotations(cls: type) -> Iterable[str]:
+    # Fields without a default are no attributes of the class.
+    return inspect.get_annotations(cls)
+
+
+def resolve(path: str) -> Any:
+    """`mit_semseg.models.ModelBuilder.build_encoder` -> the function."""
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            value = inspect.getattr_static(value, part, None) or getattr(value, part)
+        return value
+    raise ModuleNotFoundError(path)
+
+
+def recorded() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return table
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_no_public_name_disappears(module: str) -> None:
+    lost = set(recorded()["modules"][module]) - set(public_names(module))
+    assert not lost
+
+
+def test_no_public_module_is_unrecorded() -> None:
+    assert set(recorded()["modules"]) == set(PUBLIC)
+
+
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_no_registered_name_disappears(kind: str) -> None:
+    registry: Registry = REGISTRIES[kind]
+    assert set(recorded()["registries"][kind]) <= set(registry.names())
+
+
+def test_no_configuration_key_disappears() -> None:
+    assert set(recorded()["config"]) <= set(keys(get_defaults()))
+
+
+def test_all_names_only_what_exists() -> None:
+    """`from mit_semseg.x import *` works, and no name is listed twice."""
+    for module in PUBLIC:
+        namespace = importlib.import_module(module)
+        listed = getattr(namespace, "__all__", [])
+        assert len(set(listed)) == len(listed), module
+        assert not [name for name in listed if not hasattr(namespace, name)], module
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
+def test_published_names_and_signatures(path: str) -> None:
+    value = resolve(path)
+    expected = PUBLISHED[path]
+    if expected is None:
+        return
+    if isinstance(value, staticmethod):
+        value = value.__func__
+    parameters = list(inspect.signature(value).parameters.values())
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][: len(expected)]
+    found = {p.name: ... if p.default is p.empty else p.default for p in positional}
+    assert list(found.items()) == list(expected.items())  # in this order
+    further = [p for p in parameters[len(expected) :] if p.default is p.empty]
+    optional = [p for p in further if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    assert not optional, "a published call would now miss an argument"
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(surface(), indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {FILE}")

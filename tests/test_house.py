@@ -1,0 +1,110 @@
+"""The house rules that no linter knows."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import os
+import re
+from pathlib import Path
+
+import pytest
+from source_tree import ROOT, git, source_files
+
+FILES = source_files()
+PYTHON = [file for file in FILES if file.suffix == ".py" and not (ROOT / file).is_symlink()]
+SCRIPTS = [file for file in PYTHON if len(file.parts) == 1]
+MEGABYTE = 2**20
+
+# A folder of somebody's machine, not the end of some longer path or url.
+MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:work|root|home/\w+|Users/\w+)/")
+# Where some place gets its packages from is its own affair.
+PACKAGE_HOST = re.compile(r"pypi\.|pythonhosted|artifactory|/simple/", re.IGNORECASE)
+
+
+def dotted(file: Path) -> str:
+    """`lib/nn/x.py` -> `mit_semseg.lib.nn.x`, as which it is imported."""
+    parts = [*(["mit_semseg"] if file.parts[0] == "lib" else []), *file.with_suffix("").parts]
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def has_example(file: Path) -> bool:
+    lines = (ROOT / file).read_text().splitlines()
+    shown = [line for line in lines if line.lstrip().startswith(">>> ") and "+SKIP" not in line]
+    return file.parts[0] in ("mit_semseg", "lib") and bool(shown)
+
+
+def test_the_files_are_found() -> None:
+    assert {"train.py", "eval.py", "eval_multipro.py", "test.py"} <= {p.name for p in SCRIPTS}
+    assert len(PYTHON) > 100
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_a_script_only_hands_over(script: Path) -> None:
+    assert len((ROOT / script).read_text().splitlines()) < 60
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [
+        str(file) for file in PYTHON if not ast.get_docstring(ast.parse((ROOT / file).read_text()))
+    ]
+    assert not silent
+
+
+def test_no_file_is_large() -> None:
+    large = [
+        str(file)
+        for file in FILES
+        if file.parts[0] != "weights" and (ROOT / file).lstat().st_size > MEGABYTE
+    ]
+    assert not large
+
+
+def test_no_file_knows_the_machine_it_was_written_on() -> None:
+    told = []
+    for file in FILES:
+        data = b"" if (ROOT / file).is_symlink() else (ROOT / file).read_bytes()
+        # This file spells out what it looks for; what holds a zero byte is no text.
+        if file.name == Path(__file__).name or b"\0" in data:
+            continue
+        for number, line in enumerate(data.decode("utf-8").splitlines(), 1):
+            if found := MACHINE_PATH.search(line) or PACKAGE_HOST.search(line):
+                told.append(f"{file}:{number}: {found[0]}")
+    assert not told
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("cd /root/x", True),
+        ('"/home/me/a.jpg"', True),
+        ("https://example.org/home/me/", False),
+        ("a/work/b", False),
+        ("/data/root/x", False),
+    ],
+)
+def test_what_a_machine_path_is(line: str, found: bool) -> None:
+    assert bool(MACHINE_PATH.search(line)) is found
+
+
+def test_lib_is_one_room_with_two_doors() -> None:
+    """Only a symlink keeps `lib/` and `mit_semseg.lib` the same files in a checkout."""
+    door = ROOT / "mit_semseg" / "lib"
+    assert door.is_symlink()
+    assert os.readlink(door) == "../lib"
+    if (ROOT / ".git").exists():
+        assert git("ls-files", "--stage", "mit_semseg/lib").startswith("120000 ")
+
+
+def test_the_readme_begins_with_what_to_type() -> None:
+    top = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40]
+    for command in ("make demo", "make test"):
+        assert any(command in line for line in top), command
+
+
+@pytest.mark.parametrize("module", [dotted(file) for file in PYTHON if has_example(file)])
+def test_examples_in_docstrings_run(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted
+    assert not result.failed
