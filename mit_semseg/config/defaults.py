@@ -120,6 +120,8 @@ _C.VAL.batch_size = 1
 _C.VAL.precision = "fp32"
 # Add horizontally flipped copies to every scale.
 _C.VAL.flip = False
+# Seconds without an answer from any worker process before the evaluation stops with an error.
+_C.VAL.timeout = 600
 # Short sides in pixels that are averaged over; [] takes DATASET.imgSizes, as published.
 _C.VAL.imgSizes = []
 

@@ -58,6 +58,7 @@ POSITIVE = (
     "TRAIN.disp_iter",
     "TRAIN.timeout",
     "VAL.batch_size",
+    "VAL.timeout",
     "TEST.batch_size",
 )
 

@@ -143,6 +143,7 @@ def evaluate(
                 on_result,
                 describe=lambda chunk: ", ".join(str(split.records[i]["fpath_img"]) for i in chunk),
                 ahead=lanes,
+                timeout=cfg.VAL.timeout,
             )
     result = {
         "checkpoint": checkpoint if model is None else "",

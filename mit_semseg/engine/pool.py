@@ -50,6 +50,7 @@ def run_pool(
     on_result: Callable[[Any], None],
     describe: Callable[[Any], str] = str,
     ahead: int = 2,
+    timeout: float | None = None,
 ) -> list[Any]:
     """Share tasks among one new process per setup.
 
@@ -62,6 +63,8 @@ def run_pool(
         describe: what a task is called in error messages.
         ahead: tasks a process is given beyond the one it has yet to answer, at least as many as
             `work` asks for before its first result.
+        timeout: seconds without an answer from any process until the run is given up; None
+            waits as long as they live.
 
     Returns:
         The final value of every process, in the order of `setups`.
@@ -69,7 +72,7 @@ def run_pool(
     Raises:
         ValueError: raised by a worker, with the worker's traceback as its cause.
         FileNotFoundError: likewise.
-        WorkerError: a worker raised anything else, or died.
+        WorkerError: a worker raised anything else, died, or all of them hang.
     """
     context = multiprocessing.get_context("spawn")
     pending = deque(tasks)
@@ -81,7 +84,7 @@ def run_pool(
         for _ in range(ahead + 1):
             for worker in workers:
                 worker.give(pending)
-        return _collect(workers, pending, on_result, describe)
+        return _collect(workers, pending, on_result, describe, timeout)
     finally:
         for worker in workers:
             worker.stop()
@@ -170,13 +173,21 @@ def _collect(
     pending: deque[Any],
     on_result: Callable[[Any], None],
     describe: Callable[[Any], str],
+    timeout: float | None,
 ) -> list[Any]:
     running = {worker.index: worker for worker in workers}
     while running:
         wakers: dict[Any, int] = {}
         for worker in running.values():
             wakers[worker.pipe] = wakers[worker.process.sentinel] = worker.index
-        for index in {wakers[ready] for ready in wait(list(wakers))}:  # type: ignore[index]
+        awake = wait(list(wakers), timeout)
+        if not awake:
+            held = [describe(task) for worker in running.values() for task in worker.tasks]
+            raise WorkerError(
+                f"no answer from any worker for {timeout:g} s; they hold {', '.join(held)}: look "
+                "at these files, or raise VAL.timeout where an image may take that long"
+            )
+        for index in {wakers[ready] for ready in awake}:  # type: ignore[index]
             worker = running[index]
             message = worker.receive()
             if message is None:

@@ -285,6 +285,8 @@ def squares(setup: int, tasks: Iterator[int]) -> Iterator[int]:
             os._exit(7)
         if task == -2:
             raise ZeroDivisionError("poisoned")
+        if task == -3:
+            time.sleep(600)
         count += 1
         yield loaded.result()
     return (setup, count, torch.tensor([count]))
@@ -316,4 +318,19 @@ def test_pool_ends_with_the_first_accident(poison: int, message: str) -> None:
             describe=lambda task: f"image {task}",
         )
     assert len(before) == 1 and time.monotonic() - before[0] < 10
+    assert not multiprocessing.active_children()
+
+
+def test_pool_gives_up_on_a_hanging_worker() -> None:
+    results: list[int] = []
+    with pytest.raises(WorkerError, match=r"no answer from any worker for 12 s; .*image -3"):
+        run_pool(
+            squares,
+            [0],
+            [1, -3],
+            results.append,
+            describe=lambda task: f"image {task}",
+            timeout=12,  # a new process takes its time to start
+        )
+    assert results == [1]
     assert not multiprocessing.active_children()
