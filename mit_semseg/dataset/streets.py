@@ -362,8 +362,8 @@ class _Street:
     def paint_markings(self) -> None:
         white = self.pick(((236, 234, 226), (226, 224, 220)), 4)
         tint = self.pick(((240, 196, 60),), 6) if self.chance(0.25) else white
-        half = self.uniform(0.16, 0.22)
-        reach = 22.0 if self.crossing is None else self.crossing - 4.5
+        half = self.uniform(0.19, 0.25)
+        reach = 20.0 if self.crossing is None else self.crossing - 4.5
         dash = self.uniform(2.2, 3.2)
         z = _NEAR - self.uniform(0, dash)
         solid = self.chance(0.25)
@@ -375,12 +375,12 @@ class _Street:
         if self.chance(0.5):  # lines along the kerbs
             for side in (-1, 1):
                 x = side * (self.road - 0.55)
-                self.paint(self.strip(x - 0.16, x + 0.16, _NEAR, min(reach, 20.0)), white, MARKING)
+                self.paint(self.strip(x - 0.19, x + 0.19, _NEAR, min(reach, 18.0)), white, MARKING)
         if self.crossing is not None or self.chance(0.25):
             z = self.crossing - 3.8 if self.crossing else self.uniform(7, 14)
             self.paint(self.strip(-self.road, self.road, z - 0.3, z + 3.1), (84, 86, 92), ROAD)
-            for x in np.arange(-self.road + 0.35, self.road - 0.5, 1.15):
-                self.paint(self.strip(float(x), float(x) + 0.62, z, z + 2.8), white, MARKING)
+            for x in np.arange(-self.road + 0.35, self.road - 0.7, 1.5):
+                self.paint(self.strip(float(x), float(x) + 0.8, z, z + 2.8), white, MARKING)
 
     # ----------------------------------------------------------------- houses
 
@@ -834,9 +834,9 @@ class _Street:
         kerb = self.road + self.verge
         scale = 2 * self.view.focal / (self.height + self.width)  # the same share of any picture
         for side in (-1, 1):
-            z = self.uniform(5.5, 9) * scale
-            while z < 12 * scale:
-                what = self.rng.choice(4, p=[0.34, 0.3, 0.24, 0.12])
+            z = self.uniform(5.5, 8.5) * scale
+            while z < 12.5 * scale:
+                what = self.rng.choice(4, p=[0.3, 0.42, 0.16, 0.12])
                 x = side * (self.road + 0.5)
                 if what == 0:
                     self.lamp(x, z)
@@ -845,9 +845,9 @@ class _Street:
                 elif what == 2:
                     self.tree(side * (kerb + 0.5), z + 1)
                 z += self.uniform(2.8, 5.5)
-            for _ in range(int(self.rng.integers(1, 5))):
+            for _ in range(int(self.rng.integers(2, 6))):
                 x = side * (kerb + self.uniform(0.7, self.paving - 0.3))
-                self.pedestrian(x, self.uniform(4.5, 12) * scale)
+                self.pedestrian(x, self.uniform(4.2, 10) * scale)
             for z in np.arange(15, 46, self.uniform(8, 12)):
                 if self.verge or self.chance(0.4):
                     self.tree(side * (kerb + self.uniform(-0.2, 0.6)), float(z))

@@ -137,7 +137,7 @@ def _samples(cfg: Config, count: int) -> list[Sample]:
             raise FileNotFoundError(f"{file} is missing; run test.py with TEST.save index, color")
         samples.append(
             Sample(
-                record["fpath_img"],
+                f"{image.parent.name}/{image.name}",
                 load_image(image),
                 np.asarray(split.label_map(load_mask(truth))),
                 load_mask(file) - cfg.DATASET.label_offset,

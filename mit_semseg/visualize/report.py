@@ -324,7 +324,7 @@ def _chart(
     top: float | None,
 ) -> str:
     """A line chart with a zero baseline; `top` fixes the upper end of its axis."""
-    width, height, left, right, over, under = 460, 190, 40, 118, 12, 34
+    width, height, left, right, over, under = 460, 190, 40, 138, 12, 34
     values = np.array([y for _, _, points in lines for _, y in points], np.float64)
     steps = np.array([x for _, _, points in lines for x, _ in points], np.float64)
     high = top if top is not None else _round_up(float(values.max()))

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The quick start. By default offline: renders street scenes, trains on them, evaluates, predicts
+# and shows the result in demo/index.html. With --ade20k: fetches the published ADE20K model and
+# a photograph, and runs it.
+#
+#   PYTHON=path/to/python bash demo_test.sh [--ade20k]
+set -euo pipefail
+cd "$(dirname "$0")"
+PYTHON=${PYTHON:-python}
+
+# Print a command, run it, and note what it took for the page.
+run() {
+    echo
+    echo "\$ $*"
+    local began=$SECONDS
+    "$PYTHON" "${@:2}"
+    printf '%s\t%s\n' "$((SECONDS - began))" "$*" >>demo/commands.tsv
+}
+
+ade20k() {
+    local name=ade20k-resnet50dilated-ppm_deepsup image
+    local folder=demo/$name
+    echo "Fetching the published $name (about 190 MB) and a photograph into $folder"
+    if ! image=$("$PYTHON" - "$name" "$folder" <<'PYTHON'
+import sys
+
+from mit_semseg.weights import fetch_published
+
+try:
+    image = fetch_published(*sys.argv[1:])[-1]
+except (OSError, RuntimeError, ValueError) as error:
+    sys.exit(f"error: {error}")
+print(image)
+PYTHON
+    ); then
+        echo "The published files could not be fetched and verified. Without a network, run" >&2
+        echo "demo_test.sh without --ade20k, or put the three files into $folder yourself." >&2
+        exit 1
+    fi
+    run python test.py --imgs "${image##*$'\n'}" --cfg "config/$name.yaml" \
+        DIR "$folder" TEST.result "$folder/result" TEST.save "['side','legend']"
+    echo "Open $folder/result"
+}
+
+streets() {
+    rm -rf demo/data demo/ckpt demo/evaluation demo/predictions demo/commands.tsv
+    run python -m mit_semseg.cli demo render --out demo/data
+    run python train.py --gpus cpu --cfg config/demo.yaml
+    run python eval_multipro.py --gpus cpu --workers 2 --cfg config/demo.yaml --out demo/evaluation
+    run python test.py --imgs demo/data/images/validation --gpu cpu --cfg config/demo.yaml
+    run python -m mit_semseg.cli demo page --commands demo/commands.tsv
+    echo "The whole took $SECONDS s."
+}
+
+case "${1:-}" in
+"") mkdir -p demo && streets ;;
+--ade20k) mkdir -p demo && ade20k ;;
+*)
+    echo "usage: demo_test.sh [--ade20k]" >&2
+    exit 2
+    ;;
+esac
