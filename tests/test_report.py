@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -150,3 +151,51 @@ def test_contact_sheet_holds_the_pictures(tmp_path: Path) -> None:
 def test_contact_sheet_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([], NAMES, COLORS, tmp_path / "a.png")
+
+
+# ------------------------------------------------------------------------------ the demo's page
+
+
+def test_demo_page_from_the_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What render, train.py, eval_multipro.py and test.py leave behind is all the page needs."""
+    from mit_semseg.cli import main
+    from mit_semseg.config import dump_config, load_config
+    from mit_semseg.dataset import streets
+
+    data, ckpt, result = (tmp_path / name for name in ("data", "ckpt", "predictions"))
+    arguments = ["--out", str(data), "--train", "1", "--val", "2", "--size", "64", "96"]
+    assert main(["demo", "render", *arguments]) == 0
+    cfg = load_config("config/demo.yaml")
+    cfg.DIR, cfg.TEST.result, cfg.DATASET.root_dataset = str(ckpt), str(result), str(data)
+    cfg.DATASET.list_train = str(data / "training.odgt")
+    cfg.DATASET.list_val = str(data / "validation.odgt")
+    cfg.DATASET.classes = str(data / "classes.csv")
+    dump_config(cfg, tmp_path / "demo.yaml")
+    page = ["demo", "page", "--cfg", str(tmp_path / "demo.yaml"), "--out", str(tmp_path / "out")]
+    page += ["--evaluation", str(tmp_path), "--commands", str(tmp_path / "commands.tsv")]
+    (tmp_path / "commands.tsv").write_text("12\tpython train.py --cfg x\n")
+
+    assert main(page) == 2
+    assert "run eval_multipro.py first" in capsys.readouterr().err
+
+    rows = [{"iou": 0.5}] * 8 + [{"iou": None}] * 2
+    figures = {"mean_iou": 0.5, "pixel_accuracy": 0.75, "images": 2, "classes": rows}
+    (tmp_path / "eval.json").write_text(json.dumps(figures))
+    ckpt.mkdir()
+    line = {"kind": "train", "step": 20, "loss": 1.0, "seconds": 31.0, "images_per_second": 9.25}
+    (ckpt / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert main(page) == 2
+    assert "0000_index.png is missing; run test.py" in capsys.readouterr().err
+
+    result.mkdir()
+    for index in range(2):
+        stored = Image.open(data / f"annotations/validation/{index:04d}.png")
+        # The truth itself as the prediction, where it is not ignored.
+        Image.fromarray(np.maximum(np.asarray(stored), 1)).save(result / f"{index:04d}_index.png")
+    assert main(page) == 0
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert text.count("100.0% of pixels right") == 2
+    for expected in ("0.500", "75.0%", "31 s", "python train.py --cfg x", streets.CLASSES[0][0]):
+        assert expected in text
+    assert str(tmp_path) not in text, "the page names no folder of this machine"
+    assert Image.open(tmp_path / "out" / "overview.png").width > 400
