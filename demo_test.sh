@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python}
+record=/dev/null
 
 # Print a command, run it, and note what it took for the page.
 run() {
@@ -14,7 +15,7 @@ run() {
     echo "\$ $*"
     local began=$SECONDS
     "$PYTHON" "${@:2}"
-    printf '%s\t%s\n' "$((SECONDS - began))" "$*" >>demo/commands.tsv
+    printf '%s\t%s\n' "$((SECONDS - began))" "$*" >>"$record"
 }
 
 ade20k() {
@@ -43,12 +44,13 @@ PYTHON
 }
 
 streets() {
-    rm -rf demo/data demo/ckpt demo/evaluation demo/predictions demo/commands.tsv
+    record=demo/commands.tsv
+    rm -rf demo/data demo/ckpt demo/evaluation demo/predictions "$record"
     run python -m mit_semseg.cli demo render --out demo/data
     run python train.py --gpus cpu --cfg config/demo.yaml
     run python eval_multipro.py --gpus cpu --workers 2 --cfg config/demo.yaml --out demo/evaluation
     run python test.py --imgs demo/data/images/validation --gpu cpu --cfg config/demo.yaml
-    run python -m mit_semseg.cli demo page --commands demo/commands.tsv
+    run python -m mit_semseg.cli demo page --commands "$record"
     echo "The whole took $SECONDS s."
 }
 

@@ -110,7 +110,7 @@ def run_predict(args: argparse.Namespace) -> int:
     images, more = split_overrides(args.imgs)
     cfg = read_config(args.cfg, more + args.opts)
     # One image runs on one device; by default the first there is.
-    devices = resolve_devices(args.gpu)[:1]
+    devices = resolve_devices(args.gpu, "--gpu")[:1]
     results = predict(cfg, images, devices[0])
     return 1 if any("error" in result for result in results) else 0
 

@@ -37,7 +37,7 @@ class Registry:
             for name in names:
                 if name in self._entries:
                     raise ValueError(f"{self.kind} {name!r} is registered twice")
-                self._entries[name] = factory
+            self._entries.update(dict.fromkeys(names, factory))
             return factory
 
         return enter

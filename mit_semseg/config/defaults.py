@@ -24,6 +24,9 @@ _C.DATASET.num_class = 150
 _C.DATASET.classes = ""
 # Stored mask value minus label_offset is the class; 1 as published (0 becomes ignored).
 _C.DATASET.label_offset = 1
+# Pairs [stored value, class], class -1 for ignored, where no offset describes the masks; a list
+# of pairs takes the place of label_offset in the formats odgt and folder.
+_C.DATASET.label_map = []
 # Stored value, or list of stored values, that are ignored.
 _C.DATASET.ignore_label = []
 # Short sides in pixels: training draws one per batch (with crop_size one per image), evaluation

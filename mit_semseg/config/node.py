@@ -29,15 +29,6 @@ ALTERNATIVES: dict[str, tuple[type, ...]] = {
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "DATASET.format": (
-        "odgt",
-        "folder",
-        "ade20k",
-        "camvid",
-        "cityscapes",
-        "voc2012",
-        "cocostuff",
-    ),
     "DATASET.color_order": ("RGB", "BGR"),
     "TRAIN.optim": ("SGD", "Adam", "AdamW"),
     "TRAIN.precision": ("fp32", "bf16", "fp16", "auto"),

@@ -148,6 +148,14 @@ class LabelMap:
         hint = f" (num_class {num_class}, label_offset {label_offset})"
         return cls(values, num_class, hint).ignoring(ignore_label)
 
+    @classmethod
+    def of_options(cls, options: DataOptions) -> LabelMap:
+        """The map that `label_map`, or else `label_offset`, describes; `ignore_label` on top."""
+        if not options.label_map:
+            return cls.shifted(options.num_class, options.label_offset, options.ignore_label)
+        values = {int(stored): int(class_id) for stored, class_id in options.label_map}
+        return cls(values, options.num_class, " (DATASET.label_map)").ignoring(options.ignore_label)
+
     def ignoring(self, stored: Iterable[int]) -> LabelMap:
         """The same map with these stored values ignored as well."""
         extra = {int(value): -1 for value in stored}

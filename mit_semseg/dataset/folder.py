@@ -31,7 +31,7 @@ class OdgtFormat(DataFormat):
         return ClassTable.numbered(options.num_class)
 
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
-        return LabelMap.shifted(options.num_class, options.label_offset)
+        return LabelMap.of_options(options)
 
 
 @FORMATS.register("folder")

@@ -25,6 +25,7 @@ class DataOptions:
     num_class: int = 150
     label_offset: int = 1
     ignore_label: tuple[int, ...] = ()
+    label_map: tuple[tuple[int, int], ...] = ()
     imgSizes: tuple[int, ...] = (300, 375, 450, 525, 600)
     imgMaxSize: int = 1000
     padding_constant: int = 8
@@ -64,6 +65,11 @@ class DataOptions:
         for key in ("num_class", "imgMaxSize", "padding_constant", "segm_downsampling_rate"):
             if getattr(self, key) < 1:
                 raise ValueError(f"DATASET.{key} is {getattr(self, key)}; it must be at least 1")
+        if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in self.label_map):
+            raise ValueError(
+                f"DATASET.label_map is {list(self.label_map)}; give pairs [stored value, class], "
+                "class -1 for ignored"
+            )
         if len(self.crop_size) not in (0, 2) or any(side < 1 for side in self.crop_size):
             raise ValueError(
                 f"DATASET.crop_size is {list(self.crop_size)}; give [height, width], or [] for none"

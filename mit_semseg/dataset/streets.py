@@ -408,7 +408,6 @@ class _Street:
         columns = max(1, int((length - 0.6) / style.bay))
         bay = 1.0 / columns
         z = float((start[1] + end[1]) / 2)
-        level = 0
         y = style.ground_floor if style.shop else 0.9
         if style.shop:
             for column in range(columns):
@@ -439,7 +438,6 @@ class _Street:
                     upper = quad(s0, s1, y + 0.55 * style.window_height, y + style.window_height)
                     self.paint(upper, _mix(glass, self.mood.horizon, 0.3), BUILDING)
             y += style.storey
-            level += 1
 
     def house(self, side: int, x: float, z0: float, z1: float) -> None:
         """A house whose front stands on the line `x`; side -1 is left of the road, 1 right."""

@@ -77,9 +77,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         self.options = options
         self.batch_per_gpu = batch_per_gpu
         self.seed = seed
-        self.label_map = label_map or LabelMap.shifted(
-            options.num_class, options.label_offset, options.ignore_label
-        )
+        self.label_map = label_map or LabelMap.of_options(options)
         self.records: list[Record] = with_sizes(read_records(odgt, self.root), self.root)
         portrait = np.array([r["height"] > r["width"] for r in self.records])
         self._groups = [np.flatnonzero(portrait), np.flatnonzero(~portrait)]

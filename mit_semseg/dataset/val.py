@@ -37,9 +37,7 @@ class ValDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.root = os.fspath(root_dataset)
         self.options = DataOptions.read(opt)
-        self.label_map = label_map or LabelMap.shifted(
-            self.options.num_class, self.options.label_offset, self.options.ignore_label
-        )
+        self.label_map = label_map or LabelMap.of_options(self.options)
         self.records: list[Record] = read_records(odgt, self.root)
 
     def __len__(self) -> int:

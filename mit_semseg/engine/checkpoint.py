@@ -23,19 +23,28 @@ CONFIG = "config.yaml"
 CLASSES = "classes.csv"
 
 
-def atomic_save(obj: Any, path: Path) -> None:
-    """torch.save to a temporary neighbour, then renamed: a killed run leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def atomic_save(files: Mapping[Path, Any]) -> None:
+    """torch.save each value to its path, all or none of them.
+
+    Everything is written to temporary neighbours first and then renamed, so that a killed run
+    leaves no half file, and no encoder of one step beside a decoder of another.
+    """
+    written: dict[str, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for path, obj in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            written[temporary] = path
+            with os.fdopen(handle, "wb") as file:
+                torch.save(obj, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+        for temporary, path in written.items():
+            os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary in written:
+            Path(temporary).unlink(missing_ok=True)
         raise
 
 
@@ -88,7 +97,7 @@ class CheckpointFolder:
         files = self.path / f"encoder_{checkpoint}", self.path / f"decoder_{checkpoint}"
         for file in files:
             if not file.is_file():
-                have = ", ".join(self.names()) or f"no checkpoint, only {_listing(self.path)}"
+                have = ", ".join(self.names()) or f"no checkpoint but {_listing(self.path)}"
                 raise FileNotFoundError(f"{file} does not exist; {self.path} has {have}")
         return files
 
@@ -100,17 +109,21 @@ class CheckpointFolder:
 
     def save(self, name: str, encoder: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:
         """Write one checkpoint; `name` is `epoch_N.pth` or `best.pth`."""
-        atomic_save(dict(encoder), self.path / f"encoder_{name}")
-        atomic_save(dict(decoder), self.path / f"decoder_{name}")
+        atomic_save(
+            {
+                self.path / f"encoder_{name}": dict(encoder),
+                self.path / f"decoder_{name}": dict(decoder),
+            }
+        )
 
     def save_history(self, epoch: int, history: Mapping[str, Any]) -> None:
         """Write the curves up to an epoch."""
-        atomic_save(dict(history), self.path / f"history_epoch_{epoch}.pth")
+        atomic_save({self.path / f"history_epoch_{epoch}.pth": dict(history)})
 
     def save_state(self, epoch: int, state: Mapping[str, Any]) -> None:
         """Write what a resumed run needs; only the newest is kept, since it is large."""
         newest = self.path / f"state_epoch_{epoch}.pth"
-        atomic_save(dict(state), newest)
+        atomic_save({newest: dict(state)})
         for old in self.path.glob("state_epoch_*.pth"):
             if old != newest:
                 old.unlink()
@@ -234,6 +247,6 @@ def _order(name: str) -> tuple[int, str]:
 
 def _listing(path: Path) -> str:
     if not path.is_dir():
-        return "nothing: it does not exist"
+        return "nothing: the folder does not exist"
     names = sorted(p.name for p in path.iterdir())
     return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "no file"

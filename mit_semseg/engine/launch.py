@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from mit_semseg.config import load_config
 from mit_semseg.config.node import Config
+from mit_semseg.dataset import FORMATS
 from mit_semseg.models import check_pair
 from mit_semseg.utils import parse_devices
 
@@ -27,13 +29,15 @@ def read_config(path: str | Path | None, opts: list[str] | None = None) -> Confi
     """
     cfg = load_config(path, opts)
     check_pair(cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder, cfg.MODEL.fc_dim)
+    FORMATS.get(cfg.DATASET.format)
     return cfg
 
 
-def resolve_devices(gpus: str | None) -> list[torch.device]:
+def resolve_devices(gpus: str | None, option: str = "--gpus") -> list[torch.device]:
     """Devices named on the command line.
 
     Args:
+        option: what the user typed them behind, for messages.
         gpus: `0-3`, `0,2`, `gpu0-gpu2`, `cpu`, or None for all GPUs there are, else the CPU.
 
     Raises:
@@ -46,11 +50,11 @@ def resolve_devices(gpus: str | None) -> list[torch.device]:
     if names == ["cpu"]:
         return [torch.device("cpu")]
     if "cpu" in names:
-        raise ValueError(f"--gpus {gpus}: name GPUs or cpu, not both")
+        raise ValueError(f"{option} {gpus}: name GPUs or cpu, not both")
     indices = [int(name.removeprefix("gpu")) for name in names]
     if max(indices) >= count:
         has = f"GPUs 0 to {count - 1}" if count else "no GPU that torch can use"
-        raise ValueError(f"--gpus {gpus}: this machine has {has}; --gpus cpu runs without one")
+        raise ValueError(f"{option} {gpus}: this machine has {has}; {option} cpu runs without one")
     return [torch.device("cuda", i) for i in indices]
 
 
@@ -98,8 +102,10 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
     """The reduced type of a precision on a device, None for float32.
 
     Raises:
-        ValueError: fp16 on the CPU, which torch does not train in.
+        ValueError: an unknown precision, or fp16 on the CPU, which torch does not train in.
     """
+    if precision not in ("fp32", "auto", *PRECISIONS):
+        raise ValueError(f"precision is {precision!r}; it is fp32, bf16, fp16 or auto")
     if precision == "auto":
         return torch.bfloat16 if has_fast_bf16(device) else None
     if precision == "fp16" and device.type == "cpu":
@@ -140,5 +146,7 @@ def rank_devices(devices: list[torch.device]) -> tuple[int, int, list[torch.devi
         devices = [devices[local]]
         torch.cuda.set_device(devices[0])
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if on_cpu else "nccl")
+        # The other ranks wait while rank 0 validates, which may take hours on a large set.
+        backend = "gloo" if on_cpu else "nccl"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     return dist.get_rank(), dist.get_world_size(), devices[:1]

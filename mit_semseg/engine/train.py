@@ -177,7 +177,7 @@ class Trainer:
         elif self.rank == 0:
             (self.folder.path / METRICS).unlink(missing_ok=True)
         log.info(
-            "training %s + %s on %d images: %d epochs of %d steps, batch %d x %d devices, %s",
+            "training %s + %s on %d images: epochs %d, steps each %d, batch %d x %d devices, %s",
             cfg.MODEL.arch_encoder,
             cfg.MODEL.arch_decoder,
             len(self.split.records),
@@ -238,7 +238,8 @@ class Trainer:
                 f"run done in {tqdm.format_interval(self._left(step, first, elapsed))}"
             )
             bar.set_postfix_str(figures)
-            if (step + 1) % cfg.TRAIN.disp_iter == 0:
+            if (step + 1) % cfg.TRAIN.disp_iter == 0 or step + 1 == first + self.epoch_iters:
+                # An epoch shorter than disp_iter still leaves a line for the curves.
                 recent = slice(-cfg.TRAIN.disp_iter, None)
                 self._record(
                     kind="train",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mit_semseg.dataset.base import ClassTable, LabelMap
+from mit_semseg.dataset.options import DataOptions
 
 
 def test_published_shift() -> None:
@@ -98,3 +100,13 @@ def test_bad_class_tables(tmp_path: Path, text: str, says: str) -> None:
 def test_generated_colors_differ() -> None:
     for count in (1, 2, 21, 182):
         assert len({tuple(c) for c in ClassTable.numbered(count).colors.tolist()}) == count
+
+
+def test_pairs_from_the_configuration() -> None:
+    options = DataOptions(num_class=3, label_map=((7, 0), (8, 1), (26, 2), (0, -1)))
+    labels = LabelMap.of_options(options)(np.array([[0, 7, 26, 8]]), "x.png")
+    assert labels.tolist() == [[-1, 0, 2, 1]]
+    with pytest.raises(ValueError, match=r"x\.png: label 9 is outside 0, 7\.\.8, 26"):
+        LabelMap.of_options(options)(np.array([[9]]), "x.png")
+    with pytest.raises(ValueError, match="DATASET.label_map"):
+        DataOptions.read(SimpleNamespace(label_map=[7, 8]))

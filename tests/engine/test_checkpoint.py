@@ -58,12 +58,12 @@ def pairs(folder: Path, *names: str) -> CheckpointFolder:
 
 # ------------------------------------------------------------------------------ writing
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
-    file = tmp_path / "weights.pth"
-    atomic_save({"a": torch.arange(3)}, file)
+    file, other = tmp_path / "weights.pth", tmp_path / "other.pth"
+    atomic_save({file: {"a": torch.arange(3)}})
     before = file.read_bytes()
     # Pickling fails after the tensor before it has been written.
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        atomic_save({"a": torch.zeros(1000), "b": lambda: None}, file)
+        atomic_save({file: {"a": torch.zeros(1000)}, other: {"b": lambda: None}})
     assert file.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["weights.pth"]
 
@@ -77,13 +77,13 @@ def test_an_interrupted_save_leaves_nothing(
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        atomic_save({}, tmp_path / "weights.pth")
+        atomic_save({tmp_path / "weights.pth": {}})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_save_makes_the_folder_and_a_file_others_may_read(tmp_path: Path) -> None:
     file = tmp_path / "new" / "weights.pth"
-    atomic_save({"a": torch.arange(3)}, file)
+    atomic_save({file: {"a": torch.arange(3)}})
     assert torch.load(file, weights_only=True)["a"].tolist() == [0, 1, 2]
     assert stat.S_IMODE(file.stat().st_mode) & 0o444 == 0o444
     assert [p.name for p in file.parent.iterdir()] == ["weights.pth"]
