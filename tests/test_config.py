@@ -106,6 +106,20 @@ def test_lists_as_typed_in_a_shell(typed: str) -> None:
     assert load_config(None, ["TEST.save", typed]).TEST.save == ["color", "index"]
 
 
+@pytest.mark.parametrize("text", ["None", "2024_10", "1e-4", "ckpt/mine"])
+def test_texts_stay_as_they_are_typed(text: str) -> None:
+    for typed in (text, f"'{text}'"):
+        assert load_config(None, ["MODEL.weights_encoder", typed]).MODEL.weights_encoder == text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("DATASET.ignore_label", "void"), ("DATASET.mean", "(a, b, c)")]
+)
+def test_lists_of_numbers_hold_numbers(key: str, value: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        load_config(None, [key, value])
+
+
 def test_file_mistakes_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("TRAIN:\n  lr_encodr: 1\n")
     with pytest.raises(ValueError, match=r"mine\.yaml: unknown key TRAIN\.lr_encodr"):

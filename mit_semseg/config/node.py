@@ -118,7 +118,7 @@ class Config(CN):
             raise ValueError(f"{source}: {dotted} is a section, not a key")
         *parents, leaf = dotted.split(".")
         node = self._node(".".join(parents)) if parents else self
-        node[leaf] = coerce(dotted, default, _literal(value), source)
+        node[leaf] = coerce(dotted, default, value, source)
 
 
 def keys(node: CN, prefix: str = "") -> list[str]:
@@ -149,6 +149,7 @@ def _literal(value: Any) -> Any:
 
 def coerce(key: str, default: Any, value: Any, source: str) -> Any:
     """`value` in the type of `default`; ValueError naming source, key and value otherwise."""
+    text, value = value, _literal(value)
     if isinstance(value, tuple):
         value = list(value)
     wanted: type = str if key in ALTERNATIVES and not _is_number(default) else type(default)
@@ -158,6 +159,8 @@ def coerce(key: str, default: Any, value: Any, source: str) -> Any:
         raise ValueError(f"{source}: {key} is {value!r}; give a number of steps or auto")
     if isinstance(value, list) and list in ALTERNATIVES.get(key, ()):
         return value
+    if wanted is str and isinstance(text, str) and not isinstance(value, str):
+        value = text  # a text that reads as something else: "None", or a folder called 2024_10
     coerced = _as_type(wanted, value)
     if coerced is None:
         raise ValueError(f"{source}: {key} is {value!r}; it takes {_kind(wanted)}")
@@ -217,7 +220,13 @@ def _check_value(key: str, value: Any, source: str) -> None:
         raise ValueError(
             f"{source}: {key} is {value}; give (height, width), or () for whole images"
         )
-    if key in ("DATASET.mean", "DATASET.std") and len(value) != 3:
+    if key == "DATASET.ignore_label" and not all(isinstance(v, int) for v in value):
+        raise ValueError(
+            f"{source}: {key} is {value}; give one stored mask value, or several as (0, 255)"
+        )
+    if key in ("DATASET.mean", "DATASET.std") and not (
+        len(value) == 3 and all(map(_is_number, value))
+    ):
         raise ValueError(
             f"{source}: {key} is {value}; give one number per colour channel, three in all"
         )
