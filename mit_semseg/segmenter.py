@@ -22,8 +22,8 @@ from mit_semseg.models import SegmentationModule
 from mit_semseg.visualize import color_encode, overlay
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
-# Suffixes whose files are compressed with losses, which labels do not survive.
-LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".jp2", ".avif")
+# Picture formats that give back the numbers they were given: others lose some, or (GIF) renumber.
+EXACT = (".png", ".tif", ".tiff", ".bmp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class Result:
                 raise ValueError(f"{path}: .npy holds the class ids; {kind} needs a picture suffix")
         elif suffix not in Image.registered_extensions():
             raise ValueError(f"{path}: no picture format has the suffix {suffix!r}; use .png")
-        if kind == "index" and suffix in LOSSY:
+        if kind == "index" and suffix not in (*EXACT, ".npy"):
             raise ValueError(f"{path}: {suffix} files alter the labels; save an index as .png")
         path.parent.mkdir(parents=True, exist_ok=True)
         if suffix == ".npy":

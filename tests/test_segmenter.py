@@ -166,6 +166,7 @@ def test_pictures_by_hand(tmp_path: Path) -> None:
     ("name", "kind", "message"),
     [
         ("i.jpg", "index", "alter the labels"),
+        ("i.gif", "index", "alter the labels"),
         ("i.npy", "overlay", "holds the class ids"),
         ("i.xyz", None, "no picture format"),
         ("i.png", "outline", "'outline' is no kind"),
