@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,7 +40,9 @@ class DataOptions:
 
     @classmethod
     def read(cls, opt: Any) -> DataOptions:
-        """Options from any object with these attributes; those it lacks keep their default.
+        """Options from any object with these attributes, or a dict with these keys.
+
+        Those it lacks keep their default.
 
         Raises:
             ValueError: a value cannot be used; the message names the key and the fix.
@@ -49,8 +51,9 @@ class DataOptions:
             return opt
         given: dict[str, Any] = {}
         for field in fields(cls):
-            if hasattr(opt, field.name):
-                value = getattr(opt, field.name)
+            has = field.name in opt if isinstance(opt, Mapping) else hasattr(opt, field.name)
+            if has:
+                value = opt[field.name] if isinstance(opt, Mapping) else getattr(opt, field.name)
                 is_tuple = isinstance(field.default, tuple)
                 given[field.name] = tuple(_as_list(value)) if is_tuple else value
         options = cls(**given)

@@ -50,10 +50,16 @@ def read_odgt(path: PathLike) -> list[Record]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{name}: no such list file")
     records = []
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                records.append(_parse(line, f"{name}:{number}"))
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    records.append(_parse(line, f"{name}:{number}"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: no list but a binary file; a list has one record a line, as "
+            "mit-semseg data make-odgt writes it"
+        ) from error
     if not records:
         raise ValueError(f"{name}: the list holds no records")
     return records

@@ -46,6 +46,12 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, says: str) -> None:
     assert says in str(caught.value)
 
 
+def test_a_picture_is_no_list(tmp_path: Path) -> None:
+    Image.new("L", (2, 2)).save(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match=r"photo\.png: no list but a binary file"):
+        read_odgt(tmp_path / "photo.png")
+
+
 def test_empty_and_missing_lists(tmp_path: Path) -> None:
     (tmp_path / "x.odgt").write_text("\n")
     with pytest.raises(ValueError, match="holds no records"):

@@ -53,6 +53,11 @@ def test_val_settings_describe_the_masks(
     assert set(quiet["seg_label"].unique().tolist()) == {-1, 0, 1, 2}
 
 
+def test_options_may_be_a_dict(tmp_path: Path, write_pair: Writer, options: Options) -> None:
+    data = ValDataset(tmp_path, [write_pair("a")], vars(options(imgSizes=16)))
+    assert [x.shape for x in data[0]["img_data"]] == [(1, 3, 16, 24)]
+
+
 def test_val_needs_a_mask(tmp_path: Path, write_pair: Writer, options: Options) -> None:
     record = write_pair("a")
     del record["fpath_segm"]
