@@ -132,7 +132,7 @@ def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> 
     """A label map in colour; negative labels stay black. See `visualize.color_encode`.
 
     Args:
-        labelmap: (H, W) integers.
+        labelmap: (H, W) class ids; other numbers are cut to integers, as published.
         colors: (K, 3) uint8, RGB.
         mode: order of the result's channels, RGB or BGR.
 
@@ -146,7 +146,7 @@ def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> 
 
     if mode not in ("RGB", "BGR"):
         raise ValueError(f"mode is {mode!r}; use 'RGB' or 'BGR'")
-    colored = color_encode(labelmap, colors)
+    colored = color_encode(np.asarray(labelmap).astype(np.int64), colors)
     return colored if mode == "RGB" else np.ascontiguousarray(colored[:, :, ::-1])
 
 

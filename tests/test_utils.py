@@ -117,6 +117,12 @@ def test_color_encode_leaves_unlabelled_black() -> None:
         utils.colorEncode(labels, colors, mode="HSV")
 
 
+def test_color_encode_takes_class_ids_of_any_number_type() -> None:
+    colors = np.array([[10, 0, 0], [0, 20, 0]], dtype=np.uint8)
+    label = np.array([[-1.0, 1.0]])
+    assert utils.colorEncode(label, colors).tolist() == [[[0, 0, 0], [0, 20, 0]]]
+
+
 # ------------------------------------------------------------------------------ files
 def test_find_recursive(tmp_path: Path) -> None:
     for name in ("b.JPG", "a/c.jpg", "a/d.png", "notes.txt"):
