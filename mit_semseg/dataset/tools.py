@@ -54,7 +54,8 @@ def make_odgt(
 
     Images and masks are matched by their path without extension, folders included. Paths in the
     lists are relative to the deepest folder that holds both, which is returned as `root`: that is
-    what `DATASET.root_dataset` is to be.
+    what `DATASET.root_dataset` is to be. When `out` lies elsewhere, nothing would tell where that
+    folder is, and the paths are absolute.
 
     Args:
         images: folder of images, searched with its subfolders.
@@ -80,6 +81,11 @@ def make_odgt(
         list_images(images), list_images(labels), image_suffix, label_suffix
     )
     root = Path(os.path.commonpath([images, labels]))
+    inside = root == out or root in out.parents
+
+    def listed(file: Path) -> str:
+        return (file.relative_to(root) if inside else file).as_posix()
+
     records: list[Record] = []
     unusable: list[str] = []
     for image, label in tqdm(pairs, desc="reading sizes", disable=None, leave=False):
@@ -96,8 +102,8 @@ def make_odgt(
             continue
         records.append(
             Record(
-                fpath_img=(images / image).relative_to(root).as_posix(),
-                fpath_segm=(labels / label).relative_to(root).as_posix(),
+                fpath_img=listed(images / image),
+                fpath_segm=listed(labels / label),
                 width=size[0],
                 height=size[1],
             )

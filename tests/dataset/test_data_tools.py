@@ -48,6 +48,19 @@ def test_make_odgt_then_train(
     assert read_odgt(other["training"]) != training
 
 
+def test_lists_outside_the_data_can_be_checked_as_they_are(
+    tmp_path: Path, write_pair: Writer
+) -> None:
+    write_pair("a")
+    data = tmp_path / "data"
+    data.mkdir()
+    for folder in ("images", "masks"):
+        (tmp_path / folder).rename(data / folder)
+    report = make_odgt(data / "images", data / "masks", tmp_path / "lists", split=1)
+    assert read_odgt(report["training"])[0]["fpath_img"] == str(data / "images/a.png")
+    assert check(report["training"], progress=False)["ok"]
+
+
 @pytest.mark.parametrize(
     ("split", "count", "expected"),
     [(0.9, 2, (1, 1)), (0.01, 3, (1, 2)), (0.9, 1, (1, 0)), (1, 3, (3, 0))],
