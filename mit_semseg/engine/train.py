@@ -128,6 +128,9 @@ class Trainer:
         )
         self.split = split
         self.val = val_dataset(cfg) if cfg.TRAIN.eval_epochs and rank == 0 else None
+        if self.val is not None:
+            # A mask that cannot be used is to be found now, not after the first epoch.
+            check_sample(build_split(cfg.DATASET, "val"), n=8)
         batches_a_step = len(self.devices) * world * cfg.TRAIN.accumulate
         self.epoch_iters: int = (
             math.ceil(self.data.batches_per_pass / batches_a_step)
@@ -167,6 +170,11 @@ class Trainer:
         """All epochs."""
         cfg = self.cfg
         start = cfg.TRAIN.start_epoch or (self.folder.latest_epoch() if resume else 0)
+        if cfg.TRAIN.start_epoch > cfg.TRAIN.num_epoch:
+            raise ValueError(
+                f"TRAIN.start_epoch {start} lies behind TRAIN.num_epoch {cfg.TRAIN.num_epoch}: "
+                "raise TRAIN.num_epoch to train on"
+            )
         if self.rank == 0:
             self.folder.prepare(cfg, self.split.classes)
         if start:
@@ -413,6 +421,8 @@ class Trainer:
         for part, columns in self.history.items():
             columns.update({k: list(v) for k, v in history.get(part, {}).items() if k in columns})
         if not state:
+            if self.average is not None:
+                self.average.module.load_state_dict(self.module.state_dict())
             log.warning(
                 "%s has no state_epoch_%d.pth: weights are loaded, momentum starts afresh",
                 self.folder.path,

@@ -142,6 +142,36 @@ def test_start_epoch_without_state_says_so(
     assert "momentum starts afresh" in caplog.text
 
 
+def test_weights_alone_start_the_average_too(settings: Callable[..., Config]) -> None:
+    cfg = settings(TRAIN__num_epoch=1)
+    train(cfg, [CPU], progress=False)
+    (Path(cfg.DIR) / "state_epoch_1.pth").unlink()
+    trainer = Trainer(settings(TRAIN__num_epoch=2, TRAIN__ema=0.9), [CPU], 0, 1, False)
+    trainer._restore(1)
+    for averaged, own in zip(trainer.evaluated.parameters(), trainer.module.parameters()):
+        torch.testing.assert_close(averaged, own)
+
+
+def test_start_epoch_behind_the_end_is_refused(settings: Callable[..., Config]) -> None:
+    with pytest.raises(ValueError, match=r"start_epoch 3 lies behind TRAIN\.num_epoch 2"):
+        train(settings(TRAIN__start_epoch=3), [CPU], progress=False)
+
+
+def test_bad_validation_mask_stops_before_the_first_step(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    cfg = settings(TRAIN__eval_epochs=1)
+    image, mask = tmp_path / "odd.png", tmp_path / "odd_mask.png"
+    Image.new("RGB", (8, 8)).save(image)
+    Image.new("L", (8, 8), 77).save(mask)
+    listing = tmp_path / "odd.odgt"
+    listing.write_text(json.dumps({"fpath_img": str(image), "fpath_segm": str(mask)}))
+    cfg.DATASET.list_val = str(listing)
+    with pytest.raises(ValueError, match=r"odd_mask\.png: label 77"):
+        train(cfg, [CPU], progress=False)
+    assert not Path(cfg.DIR).exists()
+
+
 def test_two_replicas_train_like_one_process(settings: Callable[..., Config]) -> None:
     # All four images in each step; two replicas of two must give the step of one process of four.
     # A small learning rate: rounding grows with every step of a network trained from scratch.
