@@ -34,7 +34,8 @@ GREY = RNG.integers(0, 256, (6, 9), dtype=np.uint8)
 # ------------------------------------------------------------------------------ images
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "CMYK", "1", "P", "YCbCr"])
 def test_image_modes_agree_with_pillow(tmp_path: Path, mode: str) -> None:
-    image = Image.fromarray(COLOR).convert(mode)
+    # An even width: some releases of Pillow write odd YCbCr pictures that they cannot read.
+    image = Image.fromarray(COLOR[:, :8]).convert(mode)
     path = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr") else "x.png")
     image.save(path)
     array = load_image(path)
