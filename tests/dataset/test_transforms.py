@@ -34,12 +34,13 @@ GREY = RNG.integers(0, 256, (6, 9), dtype=np.uint8)
 # ------------------------------------------------------------------------------ images
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "CMYK", "1", "P", "YCbCr"])
 def test_image_modes_agree_with_pillow(tmp_path: Path, mode: str) -> None:
-    # An even width: some releases of Pillow write odd YCbCr pictures that they cannot read.
-    image = Image.fromarray(COLOR[:, :8]).convert(mode)
-    path = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr") else "x.png")
+    image = Image.fromarray(COLOR).convert(mode)
+    path = tmp_path / {"CMYK": "x.tif", "YCbCr": "x.jpg"}.get(mode, "x.png")
     image.save(path)
+    if path.suffix == ".jpg":  # compression has changed it
+        image = Image.open(path)
     array = load_image(path)
-    assert array.shape == (6, 8, 3) and array.dtype == np.uint8
+    assert array.shape == (6, 9, 3) and array.dtype == np.uint8
     assert np.array_equal(array, np.asarray(image.convert("RGB")))
 
 
