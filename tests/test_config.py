@@ -92,6 +92,9 @@ def test_module_level_cfg_merges_as_published(tmp_path: Path) -> None:
         (["TEST.save", "[colour]"], "it takes any of color"),
         (["TRAIN", "1"], "is a section"),
         (["DIR"], "stands alone"),
+        (["TRAIN.workers", "-1"], "must not be negative"),
+        (["TRAIN.ema", "1.0"], "below 1"),
+        (["TRAIN.num_epoch", "2", "--gpus", "cpu"], "put options before them"),
     ],
 )
 def test_mistakes_are_named(opts: list[str], message: str) -> None:

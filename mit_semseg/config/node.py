@@ -53,6 +53,13 @@ POSITIVE = (
     "TEST.batch_size",
 )
 
+NOT_NEGATIVE = (
+    *("TRAIN.start_epoch", "TRAIN.lr_encoder", "TRAIN.lr_decoder", "TRAIN.lr_pow"),
+    *("TRAIN.warmup_iters", "TRAIN.weight_decay", "TRAIN.deep_sup_scale", "TRAIN.ema"),
+    *("TRAIN.clip_grad", "TRAIN.workers", "TRAIN.eval_epochs", "TRAIN.keep_checkpoints"),
+    "TRAIN.seed",
+)
+
 
 class Config(CN):
     """A yacs tree with the published calls (`merge_from_file`, `merge_from_list`, `clone`).
@@ -84,6 +91,9 @@ class Config(CN):
 
     def merge_from_list(self, cfg_list: list[str]) -> None:
         """Merge `[KEY, value, KEY, value, ...]`, keys with dots, as on the command line."""
+        for word in cfg_list[::2]:
+            if str(word).startswith("--"):
+                raise ValueError(f"{word} comes after KEY value pairs; put options before them")
         if len(cfg_list) % 2:
             raise ValueError(f"overrides come as KEY value pairs; {cfg_list[-1]!r} stands alone")
         for key, value in zip(cfg_list[::2], cfg_list[1::2]):
@@ -206,6 +216,10 @@ def _check_value(key: str, value: Any, source: str) -> None:
         )
     if key in POSITIVE and value < 1:
         raise ValueError(f"{source}: {key} is {value}; it must be at least 1")
+    if key in NOT_NEGATIVE and value < 0:
+        raise ValueError(f"{source}: {key} is {value}; it must not be negative")
+    if key == "TRAIN.ema" and value >= 1:
+        raise ValueError(f"{source}: {key} is {value}; a decay lies below 1, such as 0.999")
     if key.endswith("imgSizes") and not all(_is_number(v) and v >= 1 for v in value):
         raise ValueError(
             f"{source}: {key} is {value}; give short sides in pixels, such as (300, 450)"

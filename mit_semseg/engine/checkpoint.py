@@ -21,6 +21,11 @@ from mit_semseg.weights import load_into
 
 CONFIG = "config.yaml"
 CLASSES = "classes.csv"
+# What a training leaves beside configuration and class table.
+RUN_FILES = (
+    *("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", "state_epoch_*.pth"),
+    *("metrics.jsonl", "curves.png"),
+)
 
 
 def atomic_save(files: Mapping[Path, Any]) -> None:
@@ -106,6 +111,24 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         dump_config(cfg, self.path / CONFIG)
         classes.save(self.path / CLASSES)
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run's files to `earlier_N` below, so that a new one neither mixes with
+        nor destroys them; None when there are none."""
+        files = [f for pattern in RUN_FILES for f in self.path.glob(pattern)]
+        if not any(file.suffix == ".pth" for file in files):
+            return None
+        number = 1
+        while (self.path / f"earlier_{number}").exists():
+            number += 1
+        aside = self.path / f"earlier_{number}"
+        aside.mkdir()
+        for file in files:
+            file.rename(aside / file.name)
+        for name in (CONFIG, CLASSES):
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, aside / name)
+        return aside
 
     def save(self, name: str, encoder: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:
         """Write one checkpoint; `name` is `epoch_N.pth` or `best.pth`."""

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -175,15 +176,15 @@ class Trainer:
                 f"TRAIN.start_epoch {start} lies behind TRAIN.num_epoch {cfg.TRAIN.num_epoch}: "
                 "raise TRAIN.num_epoch to train on"
             )
-        if self.rank == 0:
-            self.folder.prepare(cfg, self.split.classes)
+        if self.rank == 0 and not start and (aside := self.folder.set_aside()):
+            log.warning("%s held an earlier run, which is now in %s", self.folder.path, aside)
         if start:
             self._restore(start)
-            if self.rank == 0 and self._validates(start):
-                # The run was stopped between saving the epoch and validating it.
-                self._validate(start)
-        elif self.rank == 0:
-            (self.folder.path / METRICS).unlink(missing_ok=True)
+        if self.rank == 0:
+            self.folder.prepare(cfg, self.split.classes)
+        if start and self.rank == 0 and self._validates(start):
+            # The run was stopped between saving the epoch and validating it.
+            self._validate(start)
         log.info(
             "training %s + %s on %d images: epochs %d, steps each %d, batch %d x %d devices, %s",
             cfg.MODEL.arch_encoder,
@@ -461,14 +462,26 @@ class Trainer:
         """Drop figures of steps that a resumed run does again."""
         file = self.folder.path / METRICS
         if self.rank == 0 and file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            file.write_text("".join(x for x in lines if json.loads(x)["epoch"] <= epoch))
+            kept = [x for x in read_metrics(file) if x["epoch"] <= epoch]
+            file.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")
 
     def _draw(self) -> None:
         file = self.folder.path / METRICS
         if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            curves([json.loads(line) for line in lines], self.folder.path / CURVES)
+            curves(read_metrics(file), self.folder.path / CURVES)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last one that a killed run left half written is dropped."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    figures = []
+    for number, line in enumerate(lines, 1):
+        try:
+            figures.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{file}:{number} is no JSON; mend or remove the file") from error
+    return figures
 
 
 def seed_everything(seed: int) -> None:

@@ -265,3 +265,28 @@ def test_torchrun_ranks_train_like_replicas(settings: Callable[..., Config]) -> 
     )
     history = torch.load(Path(cfg.DIR) / "history_epoch_2.pth", weights_only=True)
     assert history["train"]["loss"] == pytest.approx(expected, rel=5e-3)
+
+
+def test_an_earlier_run_is_set_aside(settings: Callable[..., Config]) -> None:
+    cfg = settings(TRAIN__num_epoch=2)
+    train(cfg, [CPU], progress=False)
+    before = (Path(cfg.DIR) / "encoder_epoch_2.pth").read_bytes()
+    train(settings(TRAIN__num_epoch=1), [CPU], progress=False)
+    assert CheckpointFolder(cfg.DIR).names() == ["epoch_1.pth"]
+    aside = CheckpointFolder(Path(cfg.DIR) / "earlier_1")
+    assert aside.names() == ["epoch_1.pth", "epoch_2.pth"]
+    assert (aside.path / "encoder_epoch_2.pth").read_bytes() == before
+    assert aside.config().TRAIN.num_epoch == 2
+
+
+def test_a_half_written_last_line_does_not_stop_a_resumed_run(
+    settings: Callable[..., Config],
+) -> None:
+    cfg = settings(TRAIN__num_epoch=1)
+    train(cfg, [CPU], progress=False)
+    with (Path(cfg.DIR) / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    result = train(settings(TRAIN__num_epoch=2), [CPU], resume=True, progress=False)
+    assert len(result["history"]["train"]["loss"]) == 2
+    lines = (Path(cfg.DIR) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 1, 2, 2]
