@@ -100,7 +100,7 @@ def show(
     if trained:
         summary.insert(2, ("training", f"{trained[-1]['seconds']:.0f} s"))
         summary.insert(3, ("images/s in training", f"{trained[-1]['images_per_second']:.1f}"))
-    out = Path(out)
+    out, cores = Path(out), cpu_count()
     contact_sheet(
         samples[:6],
         names,
@@ -117,7 +117,7 @@ def show(
         title="Scene parsing: a model trained here, from scratch",
         lead=f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, randomly initialised, trained "
         f"on rendered street scenes with exact labels and shown scenes it has never seen. "
-        f"{platform.machine()}, {cpu_count()} cores, torch {torch.__version__}.",
+        f"{platform.machine()}, {cores} core{'s' if cores > 1 else ''}, torch {torch.__version__}.",
         figures=summary,
         ious=[row["iou"] for row in figures["classes"]],
         history=history,
