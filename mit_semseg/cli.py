@@ -69,7 +69,12 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def run_train(args: argparse.Namespace) -> int:
     """Train, on one process or as one rank of torchrun."""
-    from mit_semseg.engine.launch import rank_devices, read_config, resolve_devices
+    from mit_semseg.engine.launch import (
+        leave_process_group,
+        rank_devices,
+        read_config,
+        resolve_devices,
+    )
     from mit_semseg.engine.train import train
     from mit_semseg.utils import setup_logger
 
@@ -78,6 +83,7 @@ def run_train(args: argparse.Namespace) -> int:
     rank, world, devices = rank_devices(devices)
     setup_logger(distributed_rank=rank, filename=os.path.join(cfg.DIR, "log.txt"))
     result = train(cfg, devices, rank=rank, world=world, resume=args.resume)
+    leave_process_group()
     if rank == 0:
         best = result["best_mean_iou"]
         figure = "" if best is None else f", mean IoU {best:.4f}"

@@ -150,3 +150,10 @@ def rank_devices(devices: list[torch.device]) -> tuple[int, int, list[torch.devi
         backend = "gloo" if on_cpu else "nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     return dist.get_rank(), dist.get_world_size(), devices[:1]
+
+
+def leave_process_group() -> None:
+    """Leave torchrun's process group, together: a backend may abort ranks whose peers go first."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
