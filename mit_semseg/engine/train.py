@@ -81,7 +81,7 @@ def train(
     Args:
         cfg: a checked configuration (`launch.read_config`).
         devices: devices of this process; several are driven by UserScatteredDataParallel.
-        rank, world: place in torchrun's process group (`launch.start_process_group`).
+        rank, world: place in torchrun's process group (`launch.rank_devices`).
         resume: continue from the newest epoch in `cfg.DIR`, identically where its state is there.
         progress: show tqdm bars.
 

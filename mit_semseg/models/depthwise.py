@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+class Geometry(NamedTuple):
+    """How a filter moves over an image; (rows, columns) each."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def reach(self, kernel: torch.Size) -> tuple[int, int]:
+        """Distance from a filter's first to its last entry, in pixels."""
+        rows, columns = (d * (k - 1) for d, k in zip(self.dilation, kernel))
+        return rows, columns
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -20,123 +33,100 @@ class DepthwiseConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        fast = (
-            x.device.type == "cpu"
-            and torch.is_grad_enabled()
-            and self.weight.requires_grad
-            and self.bias is None
-            and self.groups == self.in_channels == self.out_channels
-            and self.padding_mode == "zeros"
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-        )
-        if not fast:
+        if not self._worth_it(x):
             return super().forward(x)
         weight = self.weight
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             x, weight = x.to(dtype), weight.to(dtype)
-        stride, padding, dilation = (
-            tuple(int(v) for v in pair) for pair in (self.stride, self.padding, self.dilation)
-        )
-        out: Tensor = _Depthwise.apply(x, weight, stride, padding, dilation)
+        out: Tensor = _Depthwise.apply(x, weight, self._geometry())
         return out
+
+    def _geometry(self) -> Geometry:
+        pairs = (tuple(map(int, pair)) for pair in (self.stride, self.padding, self.dilation))
+        return Geometry(*pairs)  # type: ignore[arg-type]
+
+    def _worth_it(self, x: Tensor) -> bool:
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or not self.weight.requires_grad:
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        plain = x.ndim == 4 and self.bias is None and self.padding_mode == "zeros"
+        if not plain or isinstance(self.padding, str):
+            return False
+        geometry = self._geometry()
+        reach = geometry.reach(self.weight.shape[2:])
+        return self.groups == self.in_channels == self.out_channels and all(
+            p <= r for p, r in zip(geometry.padding, reach)
+        )
 
 
 class _Depthwise(torch.autograd.Function):
     """(N, C, H, W) with (C, 1, k, k) -> (N, C, H', W')."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry = stride, padding, dilation
+        ctx.geometry = geometry
         with torch.autocast("cpu", enabled=False):
-            return F.conv2d(x, weight, None, stride, padding, dilation, groups=x.shape[1])
+            return F.conv2d(x, weight, None, *geometry, groups=x.shape[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        stride, padding, dilation = ctx.geometry
         grad_x = grad_weight = None
         with torch.autocast("cpu", enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = _input_gradient(grad, weight, x.shape, stride, padding, dilation)
+                grad_x = _input_gradient(grad, weight, x.shape, ctx.geometry)
             if ctx.needs_input_grad[1]:
-                grad_weight = _weight_gradient(grad, x, weight, stride, padding, dilation)
-        return grad_x, grad_weight, None, None, None
+                grad_weight = _weight_gradient(grad, x, weight, ctx.geometry)
+        return grad_x, grad_weight, None
 
 
-def _input_gradient(
-    grad: Tensor,
-    weight: Tensor,
-    shape: torch.Size,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
+def _input_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """The transposed convolution, as a plain one with the flipped filter.
 
     A strided gradient is first spread out with zeros between its entries; in float32 torch's own
     kernel is the faster one there.
     """
+    stride, padding, dilation = geometry
     if stride != (1, 1) and weight.dtype == torch.float32:
         x = grad.new_empty(1).expand(shape)  # only its shape is read
-        return _convolution_backward(grad, x, weight, stride, padding, dilation, want="input")
-    channels, kernel = weight.shape[0], weight.shape[2:]
-    reach = [d * (k - 1) for d, k in zip(dilation, kernel)]
+        return _convolution_backward(grad, x, weight, geometry, want="input")
+    reach = geometry.reach(weight.shape[2:])
     if stride != (1, 1):
-        spread = grad.new_zeros(
-            shape[0], channels, *(n + 2 * p - r for n, p, r in zip(shape[2:], padding, reach))
-        ).contiguous(memory_format=torch.channels_last)
+        size = (n + 2 * p - r for n, p, r in zip(shape[2:], padding, reach))
+        spread = grad.new_zeros(*shape[:2], *size).contiguous(memory_format=torch.channels_last)
         spread[:, :, :: stride[0], :: stride[1]] = grad
         grad = spread
     border = [r - p for r, p in zip(reach, padding)]
-    return F.conv2d(grad, weight.flip(2, 3), None, 1, border, dilation, groups=channels)
+    return F.conv2d(grad, weight.flip(2, 3), None, 1, border, dilation, groups=shape[1])
 
 
-def _weight_gradient(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Correlation of input and output gradient.
 
     A convolution dilated by d is an ordinary one on each of the d x d grids of every d-th pixel:
     those grids become images of a larger batch, for which the fast kernel exists.
     """
+    stride, padding, dilation = geometry
     if dilation != (1, 1) and stride == (1, 1):
         height, width = (-(-n // d) * d for n, d in zip(grad.shape[2:], dilation))
-        reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+        reach = geometry.reach(weight.shape[2:])
         grad = _grids(grad, (0, 0), (height, width), dilation)
         x = _grids(x, padding, (height + reach[0], width + reach[1]), dilation)
-        padding, dilation = (0, 0), (1, 1)
-    return _convolution_backward(grad, x, weight, stride, padding, dilation, want="weight")
+        geometry = Geometry(stride, padding=(0, 0), dilation=(1, 1))
+    return _convolution_backward(grad, x, weight, geometry, want="weight")
 
 
 def _convolution_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    want: str,
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, want: str
 ) -> Tensor:
     """torch's own gradient with respect to "input" or "weight"."""
     mask = (want == "input", want == "weight", False)
     gradients = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, (0, 0), weight.shape[0], mask
+        grad, x, weight, None, *geometry, False, (0, 0), weight.shape[0], mask
     )
     out: Tensor = gradients[0 if want == "input" else 1]
     return out

@@ -58,3 +58,22 @@ def test_without_gradients_it_is_the_plain_layer():
     x = torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         assert torch.equal(conv(x), nn.functional.conv2d(x, conv.weight, padding=1, groups=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({"padding": "same"}, (1, 4, 8, 8)),
+        ({"padding": 3}, (1, 4, 8, 8)),  # wider than the filter reaches
+        ({"padding": 1, "padding_mode": "reflect"}, (1, 4, 8, 8)),
+        ({"padding": 1}, (4, 8, 8)),
+    ],
+)
+def test_what_the_fast_path_does_not_know_goes_torchs_way(options, shape):
+    ours = DepthwiseConv2d(4, 4, 3, groups=4, bias=False, **options)
+    oracle = nn.Conv2d(4, 4, 3, groups=4, bias=False, **options)
+    oracle.load_state_dict(ours.state_dict())
+    x = torch.randn(shape)
+    ours(x).square().sum().backward()
+    oracle(x).square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, oracle.weight.grad)
