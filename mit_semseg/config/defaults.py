@@ -101,6 +101,12 @@ _C.TRAIN.clip_grad = 0.0
 # fp32 | bf16 | fp16 | auto (bf16 where the hardware has it, else fp32).
 _C.TRAIN.precision = "fp32"
 _C.TRAIN.channels_last = True
+# Keep only what enters the encoder's blocks and compute what they hold again in the backward
+# pass: less memory for more time.
+_C.TRAIN.recompute = False
+# Compile encoder and decoder (torch.compile, any image size): a minute or more before the first
+# step, faster steps after it. One device and process; needs a C++ compiler, on a GPU Triton.
+_C.TRAIN.compile = False
 # Data loading processes per device.
 _C.TRAIN.workers = 16
 # Steps between lines in the log.
@@ -121,6 +127,8 @@ _C.VAL.checkpoint = "epoch_20.pth"
 _C.VAL.batch_size = 1
 # fp32 | bf16 | fp16 | auto
 _C.VAL.precision = "fp32"
+# Compile the network before use: pays for many images of few sizes.
+_C.VAL.compile = False
 # Add horizontally flipped copies to every scale.
 _C.VAL.flip = False
 # Seconds without an answer from any worker process before the evaluation stops with an error.
@@ -137,6 +145,8 @@ _C.TEST.result = "./"
 # Any of: color, index, overlay, prob, side (image beside prediction, as published), legend.
 _C.TEST.save = ["side", "legend"]
 _C.TEST.precision = "fp32"
+# Compile the network before use: pays for many images of few sizes.
+_C.TEST.compile = False
 _C.TEST.flip = False
 # Short sides in pixels that are averaged over; [] takes DATASET.imgSizes, as published.
 _C.TEST.imgSizes = []
