@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     # Set on replicas, through __data_parallel_replicate__.
     _replica: tuple[CallbackContext, int] | None = None
+    # For a pass that is done again in backward (activation checkpointing), when the others have
+    # moved on: the first pass appends what was agreed upon, the second takes it from there.
+    noted: list[Statistics] | None = None
+    given: Iterator[Statistics] | None = None
 
     def __init__(
         self,
@@ -84,6 +89,8 @@ class _SynchronizedBatchNorm(_BatchNorm):
         x = input.contiguous(memory_format=memory_format(input))
         found: list[Statistics] = []
         token, moments = LocalMoments.apply(x, found)
+        if self.given is not None:
+            return Normalize.apply(token, moments, self.weight, self.bias, next(self.given))
         count = x.numel() // self.num_features
 
         def merge(parts: list[tuple[Tensor, int]]) -> list[tuple[Tensor, Statistics]]:
@@ -105,6 +112,8 @@ class _SynchronizedBatchNorm(_BatchNorm):
             context, copy_id = self._replica
             tie, statistics = context.exchange(copy_id, (moments, count), merge)
         found.append(statistics)
+        if self.noted is not None:
+            self.noted.append(statistics)
         if self._replica is None or copy_id == 0:
             self._update_running(statistics)
         return Normalize.apply(token, tie, self.weight, self.bias, statistics)

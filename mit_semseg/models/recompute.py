@@ -1,0 +1,185 @@
+"""Activation checkpointing: what an encoder's blocks hold is computed again in backward.
+
+A block then keeps its input only. The second pass repeats the arithmetic of the first and none of
+its effects: running statistics stay as the first pass left them, random numbers are drawn alike,
+and synchronised layers take the statistics that replicas and processes agreed upon the first
+time, so nothing is exchanged again.
+
+Paper: Chen et al. 2016, arXiv:1604.06174, sec. 4.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from mit_semseg.lib.nn.batchnorm import _SynchronizedBatchNorm
+from mit_semseg.lib.nn.sync_function import Statistics
+
+
+def recompute(encoder: nn.Module) -> list[nn.Module]:
+    """Make the blocks of an encoder keep their inputs only; everything else stays as it is.
+
+    Outputs, gradients, running statistics and names in the state dict are those of the plain
+    encoder. Blocks are found by `units`, unless the encoder names them by a method
+    `recompute_units() -> list of modules`.
+
+    Args:
+        encoder: changed in place.
+
+    Returns:
+        The blocks.
+
+    Raises:
+        ValueError: no block was found. When the encoder runs: the input of a block is changed
+            in place.
+    """
+    declared = getattr(encoder, "recompute_units", None)
+    found = list(units(encoder) if declared is None else declared())
+    if not found:
+        raise ValueError(
+            f"TRAIN.recompute: {type(encoder).__name__} has no blocks in a Sequential or "
+            "ModuleList; give it a method recompute_units() that lists them, or set "
+            "TRAIN.recompute False"
+        )
+    for unit in found:
+        unit.__class__ = _recomputed(type(unit))
+    return found
+
+
+def units(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks inside the stages of an encoder, largest first: none lies inside another.
+
+    A block is what stands in a Sequential or ModuleList and has layers of its own, or a
+    Sequential of layers.
+    """
+    for child in module.children():
+        inner = list(child.children())
+        listing = isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        of_layers = isinstance(child, nn.Sequential) and any(_is_layer(part) for part in inner)
+        if not inner:
+            continue
+        if of_layers or (not listing and isinstance(module, (nn.Sequential, nn.ModuleList))):
+            yield child
+        else:
+            yield from units(child)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+class _Recomputed(nn.Module):
+    """In front of a block's own class, it makes the block forget what lies inside."""
+
+    def forward(self, *inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(*inputs)
+        if torch.compiler.is_compiling():
+            # The compiler sees both passes, and keeps the effects of one by itself.
+            return checkpoint(super().forward, *inputs, use_reentrant=False)
+        passes = _Passes(self, inputs)
+        return checkpoint(
+            super().forward,
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: (passes.first(), _Reusable(passes.second)),
+        )
+
+
+@functools.cache
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    # A subclass rather than a wrapper module: names in the state dict stay, and copies of the
+    # block (moving averages, replicas) follow.
+    return type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
+
+
+class _Passes:
+    """What the second pass through a block needs to know of the first."""
+
+    def __init__(self, block: nn.Module, inputs: Sequence[Any]) -> None:
+        self.block, self.inputs = block, list(_tensors(inputs))
+        self.versions = [x._version for x in self.inputs]
+        self.norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
+        self.agreed: dict[nn.Module, list[Statistics]] = {
+            m: [] for m in self.norms if isinstance(m, _SynchronizedBatchNorm)
+        }
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Notes the statistics that synchronised layers agree upon."""
+        with ExitStack() as stack:
+            for norm, noted in self.agreed.items():
+                stack.enter_context(_with(norm, noted=noted))
+            yield
+        self._check_inputs()
+
+    @contextmanager
+    def second(self) -> Iterator[None]:
+        """Uses those, and lets running statistics be updated in copies that are thrown away."""
+        self._check_inputs()
+        with ExitStack() as stack:
+            for norm, noted in self.agreed.items():
+                stack.enter_context(_with(norm, given=iter(noted)))
+            for norm in self.norms:
+                stack.enter_context(_scratch_buffers(norm))
+            yield
+
+    def _check_inputs(self) -> None:
+        if [x._version for x in self.inputs] != self.versions:
+            raise ValueError(
+                f"TRAIN.recompute: the input of a {type(self.block).__name__} is changed in place, "
+                "so the block cannot be computed again: use inplace=False there, or set "
+                "TRAIN.recompute False"
+            )
+
+
+class _Reusable:
+    """A context that may be entered more than once, for graphs that are walked more than once."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self.make = make
+
+    def __enter__(self) -> None:
+        self.context = self.make()
+        self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)
+
+
+@contextmanager
+def _with(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Sets attributes for a while; they are the class's again afterwards."""
+    module.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            module.__dict__.pop(name, None)
+
+
+@contextmanager
+def _scratch_buffers(module: nn.Module) -> Iterator[None]:
+    """Copies in the place of a module's buffers for a while."""
+    buffers = dict(module._buffers)
+    module._buffers.update({k: None if v is None else v.clone() for k, v in buffers.items()})
+    try:
+        yield
+    finally:
+        module._buffers.update(buffers)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)

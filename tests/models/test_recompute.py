@@ -1,0 +1,279 @@
+"""Recomputation: the plain module's results, from less memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel
+from mit_semseg.models import ENCODERS, ModelBuilder
+from mit_semseg.models.recompute import recompute, units
+
+WORLD = 2
+Results = tuple[list[Tensor], list[Tensor]]
+
+
+class Block(nn.Module):
+    """A residual block with everything that a second pass could disturb."""
+
+    def __init__(self, momentum: float | None = 0.1, drop: float = 0.5) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = SynchronizedBatchNorm2d(4, momentum=momentum)
+        self.drop = nn.Dropout(drop)
+        self.calls: list[None] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(None)
+        return x + self.drop(torch.relu_(self.norm(self.conv(x))))
+
+
+class Blocks(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.stage = nn.Sequential(Block(**options), Block(**options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stage(self.stem(x))
+
+
+def blocks(**options: Any) -> tuple[Blocks, Blocks]:
+    """A float64 module, and its twin that recomputes."""
+    torch.manual_seed(0)
+    plain = Blocks(**options).double()
+    other = copy.deepcopy(plain)
+    assert len(recompute(other)) == 2
+    return plain, other
+
+
+def run(module: nn.Module, x: Any) -> Results:
+    """Outputs and gradients, always with the same random numbers."""
+    torch.manual_seed(1)
+    out = module(x, return_feature_maps=True) if hasattr(module, "feature_maps") else module(x)
+    maps = out if isinstance(out, list) else [out]
+    sum((y.float() * torch.linspace(-1, 1, y.shape[-1])).square().mean() for y in maps).backward()
+    return [y.detach() for y in maps], [p.grad for p in module.parameters()]
+
+
+def assert_same(plain: nn.Module, other: nn.Module, x: Any) -> None:
+    """The same kernels on the same numbers: equality, but for sums in another order."""
+    torch.testing.assert_close(run(other, x), run(plain, x), rtol=1e-10, atol=1e-12)
+    assert list(other.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("arch", ["resnet18dilated", "mobilenetv2dilated", "hrnetv2"])
+def test_encoders_give_the_same(arch: str) -> None:
+    torch.manual_seed(0)
+    plain = ModelBuilder.build_encoder(arch, weights="none")
+    other = copy.deepcopy(plain)
+    recompute(other)
+    assert_same(plain, other, torch.randn(2, 3, 32, 32))
+
+
+# ResNets keep their stem of three convolutions at half the image's size.
+@pytest.mark.parametrize(
+    ("arch", "share"),
+    [
+        ("resnet18dilated", 0.6),
+        ("resnet50dilated", 0.4),
+        ("resnext101", 0.4),
+        ("mobilenetv2dilated", 0.05),
+        ("hrnetv2", 0.15),
+    ],
+)
+def test_less_is_kept_for_backward(arch: str, share: float) -> None:
+    with torch.device("meta"):  # sizes without arithmetic
+        encoder = ENCODERS.get(arch)()
+        x = torch.zeros(2, 3, 448, 608)
+    plain = kept_bytes(encoder, x)
+    own = kept_bytes(encoder, x, recompute(encoder))
+    assert own < share * plain
+
+
+def kept_bytes(encoder: nn.Module, x: Tensor, found: Sequence[nn.Module] = ()) -> int:
+    """Bytes of activations that wait for the backward pass, each storage counted once."""
+    kept: dict[int, torch.UntypedStorage] = {}
+    own = {p.untyped_storage()._cdata for p in encoder.parameters()}
+
+    def keep(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            for part in value:
+                keep(part)
+        elif value.untyped_storage()._cdata not in own:
+            kept[value.untyped_storage()._cdata] = value.untyped_storage()
+        return value
+
+    def keep_inputs(unit: nn.Module, inputs: Any) -> None:
+        keep(inputs)
+
+    handles = [unit.register_forward_pre_hook(keep_inputs) for unit in found]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        encoder(x, return_feature_maps=True)
+    for handle in handles:
+        handle.remove()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_second_pass_has_no_effects(momentum: float | None) -> None:
+    plain, other = blocks(momentum=momentum)
+    assert_same(plain, other, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    norm = other.stage[0].norm
+    assert int(norm.num_batches_tracked) == 1
+    assert "noted" not in vars(norm) and "given" not in vars(norm)
+    assert [len(m.stage[0].calls) for m in (plain, other)] == [1, 2]
+
+
+def test_two_graphs_at_once_and_one_graph_twice() -> None:
+    plain, other = blocks()
+    results = []
+    for module in (plain, other):
+        torch.manual_seed(3)
+        first, second = (module(torch.randn(2, 3, 6, 6).double()) for _ in range(2))
+        second.square().sum().backward(retain_graph=True)
+        first.square().sum().backward()
+        second.square().sum().backward()
+        results.append([[p.grad for p in module.parameters()], dict(module.state_dict())])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+def test_evaluation_is_plain() -> None:
+    _, other = blocks()
+    with torch.no_grad():
+        other.eval()(torch.randn(1, 3, 4, 4).double())
+    assert len(other.stage[0].calls) == 1
+
+
+def test_fixed_batchnorm_and_frozen_weights() -> None:
+    plain, other = blocks()
+    for module in (plain, other):
+        module.stage[0].requires_grad_(False)
+        module.stage[1].norm.eval()
+    before = plain.stage[1].norm.running_var.clone()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    (_, grads), (_, expected) = run(other, x), run(plain, x)
+    assert [g is None for g in grads] == [g is None for g in expected]
+    pairs = [(g, e) for g, e in zip(grads, expected) if g is not None]
+    assert pairs and all(torch.equal(g, e) for g, e in pairs)
+    assert torch.equal(other.stage[1].norm.running_var, before)
+
+
+def test_autocast_is_respected() -> None:
+    torch.manual_seed(0)
+    plain = Blocks()
+    other = copy.deepcopy(plain)
+    recompute(other)
+    x = torch.randn(2, 3, 8, 8)
+    results = []
+    for module in (plain, other):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = module(x)
+        y.float().square().mean().backward()  # outside of autocast, as in training
+        results.append([y, *(p.grad for p in module.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_copies_follow() -> None:
+    plain, other = blocks()
+    assert_same(plain, copy.deepcopy(other), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert not other.stage[0].calls, "the copy's blocks ran, not the original's"
+
+
+def test_replicas_in_one_process() -> None:
+    # Replicas meet in the forward pass and are gone in backward: nothing may be exchanged there.
+    plain, other = blocks(drop=0.0)
+    xs = [torch.randn(n, 3, 8, 6, dtype=torch.float64) for n in (1, 2)]
+    for module in (plain, other):
+        y = UserScatteredDataParallel(module, ["cpu", "cpu"])(xs)
+        y.square().mean().backward()
+    for a, b in zip(plain.parameters(), other.parameters()):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dict(other.state_dict()), dict(plain.state_dict()))
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    file = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=file, rank=rank, world_size=WORLD)
+    results = []
+    exchanges: list[int] = []
+    gather = dist.all_gather
+
+    def counted(*args: Any, **options: Any) -> Any:
+        exchanges[-1] += 1
+        return gather(*args, **options)
+
+    dist.all_gather = counted
+    for module in blocks(drop=0.0):
+        exchanges.append(0)
+        parallel = nn.parallel.DistributedDataParallel(module)
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(2):
+            x = torch.randn(rank + 1, 3, 6, 5, dtype=torch.float64, generator=generator)
+            parallel(x).square().sum().backward()
+        results.append([[p.grad for p in module.parameters()], dict(module.state_dict())])
+    torch.save([*results, exchanges], f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_processes_exchange_once(tmp_path: Path) -> None:
+    mp.spawn(one_rank, (str(tmp_path),), nprocs=WORLD)
+    for rank in range(WORLD):
+        plain, other, exchanges = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(other, plain, rtol=1e-12, atol=1e-12)
+        assert exchanges == [4, 4]  # two layers, two passes, and none in backward
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(x.mul_(2.0))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Conv2d(4, 4, 1)
+
+
+def test_an_input_changed_in_place_is_refused() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ModuleList([InPlace()]))
+    recompute(module)
+    x = module[0](torch.randn(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="input of a RecomputedInPlace is changed in place"):
+        module[1][0](x)
+
+
+def test_an_encoder_may_name_its_blocks() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Block(), Block()
+
+    odd = Odd()
+    with pytest.raises(ValueError, match=r"Odd has no blocks.*recompute_units\(\)"):
+        recompute(odd)
+    odd.recompute_units = lambda: [odd.b]  # type: ignore[assignment]
+    assert recompute(odd) == [odd.b]
+    assert type(odd.a) is Block and type(odd.b) is not Block
+
+
+def test_blocks_do_not_overlap() -> None:
+    inner = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())
+    stage = nn.Sequential(Block(), nn.Sequential(Block()), inner)
+    body = nn.Module()
+    body.stages = nn.ModuleList([stage])
+    body.stem, body.act = inner, nn.ReLU()
+    encoder = nn.Module()
+    encoder.body = body
+    assert list(units(encoder)) == [stage[0], stage[1][0], inner, inner]
