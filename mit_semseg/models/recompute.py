@@ -50,7 +50,7 @@ def recompute(encoder: nn.Module) -> list[nn.Module]:
             "TRAIN.recompute False"
         )
     for unit in found:
-        unit.__class__ = _recomputed(type(unit))
+        unit.__class__ = _recomputed(type(unit))  # type: ignore[arg-type]
     return found
 
 
