@@ -30,6 +30,7 @@ class SegmentationModule(nn.Module):
         net_dec: Decoder,
         crit: nn.Module | None,
         deep_sup_scale: float | None = None,
+        normalize: nn.Module | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -40,12 +41,15 @@ class SegmentationModule(nn.Module):
                 not labelled -1. With a method `denominator(label)` it says what that mean divides
                 by; otherwise the number of those pixels is assumed. None: inference only.
             deep_sup_scale: weight of the auxiliary head's loss, for decoders that have one.
+            normalize: `normalize(uint8 images, sizes)` -> float images as the encoder expects
+                them, for batches that come as bytes (see `dataset.transforms.Normalize`).
         """
         super().__init__()
         self.encoder = net_enc
         self.decoder = net_dec
         self.crit = crit
         self.deep_sup_scale = deep_sup_scale
+        self.normalize = normalize
         if deep_sup_scale is not None and not net_dec.auxiliary:
             warnings.warn(
                 f"deep_sup_scale {deep_sup_scale} is ignored: {type(net_dec).__name__} has no "
@@ -61,8 +65,10 @@ class SegmentationModule(nn.Module):
         """Loss and accuracy, or probabilities when `segSize` is given.
 
         Args:
-            feed_dict: `img_data` (B, 3, H, W) float; for the loss also `seg_label` (B, h, w)
-                int64 with -1 ignored, of any size: logits are resized to it. `loss_weight` and
+            feed_dict: `img_data` (B, 3, H, W), float as the encoder expects it, or uint8, which is
+                normalised here, on the device it has come to, with `img_size` (B, 2) int64 saying
+                where in the batch each image ends; for the loss also `seg_label` (B, h, w) int64
+                with -1 ignored, of any size: logits are resized to it. `loss_weight` and
                 `acc_weight`, scalars, multiply loss and accuracy (see `prepare_scatter`). A list
                 holding one such dict is taken for it.
             segSize: (H, W) of the probabilities.
@@ -76,7 +82,8 @@ class SegmentationModule(nn.Module):
             ValueError: an entry is missing, or several batches came at once.
         """
         batch = _one_batch(feed_dict)
-        features = self.encoder(_entry(batch, "img_data"), return_feature_maps=True)
+        images = self._inputs(_entry(batch, "img_data"), batch.get("img_size"))
+        features = self.encoder(images, return_feature_maps=True)
         if segSize is not None:
             return self.decoder.probabilities(features, (int(segSize[0]), int(segSize[1])))
 
@@ -105,12 +112,15 @@ class SegmentationModule(nn.Module):
         """Main-head scores at the network's resolution.
 
         Args:
-            image: (B, 3, H, W) float.
+            image: (B, 3, H, W), float as the encoder expects it, or uint8.
 
         Returns:
             (B, num_class, h, w).
+
+        Raises:
+            ValueError: bytes, and the module has no `normalize`.
         """
-        return self.decoder.logits(self.encoder(image, return_feature_maps=True))[0]
+        return self.decoder.logits(self.encoder(self._inputs(image), return_feature_maps=True))[0]
 
     @torch.no_grad()
     def predict(
@@ -119,7 +129,7 @@ class SegmentationModule(nn.Module):
         """Class of every pixel: argmax over the mean of the softmax over scales.
 
         Args:
-            images: (N, 3, h, w) float tensors of the same images, one per scale.
+            images: (N, 3, h, w) tensors of the same images, one per scale, as for `logits`.
             segSize: (H, W) of the result.
             flip: mirror each scale too.
 
@@ -155,6 +165,17 @@ class SegmentationModule(nn.Module):
             {**batch, "loss_weight": loss_weight, "acc_weight": acc_weight}
             for batch, (loss_weight, acc_weight) in zip(batches, weights, strict=True)
         ]
+
+    def _inputs(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        if images.is_floating_point():
+            return images
+        if self.normalize is None:
+            raise ValueError(
+                f"the images are {images.dtype}, and this module has no `normalize` for them: "
+                "give normalised float images, or build it with ModelBuilder.from_config"
+            )
+        normalized: Tensor = self.normalize(images, sizes)
+        return normalized
 
     def _loss(self, log_probs: Tensor, label: Tensor) -> Tensor:
         if self.crit is None:

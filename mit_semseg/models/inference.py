@@ -1,0 +1,167 @@
+"""A trained module made ready to run fast; what is trained and saved stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from mit_semseg.lib.nn.transfer import map_tensors
+from mit_semseg.models.module import SegmentationModule
+
+# Sides of the image that shows how a network is wired: a multiple of every stride.
+_PROBE = 64
+
+
+def inference_copy(
+    module: SegmentationModule, device: torch.device | str, compile: bool = False
+) -> SegmentationModule:
+    """A copy of a module for prediction only: faster, with the same results.
+
+    Every BatchNorm that normalises nothing but one convolution becomes part of it, and memory is
+    laid out channels last, which convolutions prefer on every device. The copy is in evaluation
+    mode and takes no gradients; the module itself is untouched, and so are its checkpoints.
+
+    Args:
+        module: on any device, in any mode.
+        device: where the copy is to compute.
+        compile: compile the network with torch.compile: the first image of every new size waits,
+            those after it are faster. On a GPU repeated sizes are replayed as CUDA graphs.
+
+    Returns:
+        The copy, on `device`. Its `logits`, `predict` and `forward` with `segSize` are to be used;
+        `encoder` and `decoder` have other parameters than the module's.
+    """
+    place = torch.device(device)
+    # The loss has no use here, and compiled functions cannot be copied.
+    fast = SegmentationModule(
+        copy.deepcopy(module.encoder),
+        copy.deepcopy(module.decoder),
+        None,
+        normalize=module.normalize,
+    )
+    fast.requires_grad_(False).eval().to(place)
+    first = next(layer for layer in fast.modules() if isinstance(layer, nn.Conv2d))
+    probe = torch.zeros(1, first.in_channels, _PROBE, _PROBE, device=place)
+    fold_batchnorm(fast, lambda: fast.logits(probe))
+    fast.to(memory_format=torch.channels_last)
+    if compile:
+        fast.logits = _compiled(fast.logits, place)  # type: ignore[method-assign]
+    return fast
+
+
+def _compiled(logits: Callable[[Tensor], Tensor], device: torch.device) -> Callable[..., Tensor]:
+    if device.type != "cuda":
+        return torch.compile(logits, dynamic=True)
+    replayed = torch.compile(logits, mode="reduce-overhead")
+    # A graph writes its result to the same memory every time.
+    return lambda image: replayed(image).clone()
+
+
+@torch.no_grad()
+def fold_batchnorm(module: nn.Module, run: Callable[[], Any]) -> int:
+    """Make BatchNorms part of the convolutions before them, in place.
+
+    Which belong together is seen while the module runs: a convolution is changed only when its
+    output is read by one BatchNorm and by nothing else.
+
+    Args:
+        module: in evaluation mode.
+        run: runs it once.
+
+    Returns:
+        How many BatchNorms were replaced by `nn.Identity`.
+
+    Raises:
+        ValueError: the module is in training mode, where the statistics are the batch's.
+    """
+    if module.training:
+        raise ValueError("the module is in training mode; call module.eval() before folding")
+    pairs = _Wiring(module).pairs(run)
+    for conv, norm in pairs.items():
+        _fold(conv, norm)
+    folded = set(pairs.values())
+    for parent in module.modules():
+        for name, child in list(parent.named_children()):
+            if child in folded:
+                setattr(parent, name, nn.Identity())
+    return len(folded)
+
+
+def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:
+    """conv <- norm(conv(.)), computed in float64."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.double()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    bias = -norm.running_mean.double() if conv.bias is None else conv.bias - norm.running_mean
+    weight = conv.weight.double() * scale[:, None, None, None]
+    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+    conv.bias = nn.Parameter((bias * scale + shift).to(conv.weight.dtype), requires_grad=False)
+
+
+class _Wiring(TorchFunctionMode):
+    """Watches what reads the outputs of convolutions."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        # Tensors are kept, since a freed one's id may be given to another.
+        self.made: dict[int, tuple[Tensor, nn.Conv2d]] = {}
+        self.readers: dict[nn.Conv2d, list[_BatchNorm | None]] = {}
+        self.calls: Counter[nn.Module] = Counter()
+        self.normalizing = False
+
+    def pairs(self, run: Callable[[], Any]) -> dict[nn.Conv2d, _BatchNorm]:
+        """Convolutions with the one BatchNorm that reads them, both called once."""
+        hooks = []
+        for layer in self.module.modules():
+            if isinstance(layer, nn.Conv2d):
+                hooks.append(layer.register_forward_hook(self._convolved))
+            elif isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+                hooks.append(layer.register_forward_pre_hook(self._enters))
+                hooks.append(layer.register_forward_hook(self._leaves))
+        try:
+            with self:
+                run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = {}
+        for conv, readers in self.readers.items():
+            norm = readers[0] if len(readers) == 1 else None
+            if norm is not None and self.calls[conv] == self.calls[norm] == 1:
+                found[conv] = norm
+        return found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.normalizing:
+            map_tensors(lambda tensor: self._reads(tensor, None), [list(args), kwargs])
+        return func(*args, **kwargs)
+
+    def _reads(self, tensor: Tensor, reader: _BatchNorm | None) -> None:
+        if id(tensor) in self.made:
+            self.readers[self.made[id(tensor)][1]].append(reader)
+
+    def _convolved(self, conv: nn.Conv2d, args: Any, output: Tensor) -> None:
+        self.calls[conv] += 1
+        self.made[id(output)] = (output, conv)
+        self.readers.setdefault(conv, [])
+
+    def _enters(self, norm: _BatchNorm, args: Any) -> None:
+        self.calls[norm] += 1
+        self._reads(args[0], norm)
+        self.normalizing = True
+
+    def _leaves(self, norm: _BatchNorm, args: Any, output: Tensor) -> None:
+        self.normalizing = False

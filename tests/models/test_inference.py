@@ -1,0 +1,150 @@
+"""The copy for prediction: faster, and the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models.inference import fold_batchnorm, inference_copy
+
+PAIRS = [
+    ("resnet18dilated", "ppm_deepsup"),
+    ("resnet50", "upernet"),
+    ("resnext101", "c1"),
+    ("mobilenetv2dilated", "c1_deepsup"),
+    ("hrnetv2", "c1"),
+]
+
+
+def trained(encoder: str, decoder: str) -> SegmentationModule:
+    """A module whose BatchNorms do something, as after training."""
+    torch.manual_seed(0)
+    enc = ModelBuilder.build_encoder(encoder, weights="none")
+    dec = ModelBuilder.build_decoder(
+        decoder, num_class=7, channels=enc.channels, strides=enc.strides, use_softmax=True
+    )
+    module = SegmentationModule(enc, dec, None)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.1)
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.5, 2)
+    return module
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), PAIRS)
+@torch.no_grad()
+def test_the_copy_gives_the_same_logits(encoder: str, decoder: str) -> None:
+    module = trained(encoder, decoder)
+    before = copy.deepcopy(module.state_dict())
+    image = torch.randn(1, 3, 64, 96)
+    fast = inference_copy(module, "cpu")
+    # Through dozens of layers float32 rounds differently; logits are of the order of their spread.
+    expected = module.eval().logits(image)
+    torch.testing.assert_close(fast.logits(image), expected, rtol=0, atol=1e-4 * expected.std())
+    left = [name for name, x in fast.named_modules() if isinstance(x, nn.BatchNorm2d)]
+    assert all("deepsup" in name for name in left)  # the auxiliary head does not run
+    # Probabilities, which the published convention asks for, come the same way.
+    feed = {"img_data": image}
+    given, wanted = fast(feed, segSize=(50, 70)), module(feed, segSize=(50, 70))
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-4)
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_the_copy_needs_no_mode_and_leaves_it() -> None:
+    module = trained("resnet18dilated", "c1").train()
+    fast = inference_copy(module, "cpu")
+    assert module.training
+    assert not fast.training
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert all(p.requires_grad for p in module.parameters())
+
+
+class Block(nn.Module):
+    """A convolution with a BatchNorm, wired in several ways."""
+
+    def __init__(self, wiring: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.wiring = wiring
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        match self.wiring:
+            case "read twice":
+                return self.bn(y) + y
+            case "other order":
+                return self.conv(self.bn(x))
+            case "conv twice":
+                return self.bn(self.conv(y))
+            case "norm twice":
+                return self.bn(self.bn(y))
+            case "in a list":
+                return torch.cat([self.bn(y), y], dim=1)
+            case "between":
+                return self.bn(torch.relu(y))
+        return self.bn(y)
+
+
+@pytest.mark.parametrize(
+    ("wiring", "count"),
+    [
+        ("plain", 1),
+        ("read twice", 0),
+        ("other order", 0),
+        ("conv twice", 0),
+        ("norm twice", 0),
+        ("in a list", 0),
+        ("between", 0),
+    ],
+)
+@torch.no_grad()
+def test_only_what_may_be_folded_is(wiring: str, count: int) -> None:
+    torch.manual_seed(0)
+    block = Block(wiring).double()
+    block.bn.running_mean.normal_()
+    block.bn.running_var.uniform_(0.5, 2)
+    block.bn.weight.normal_()
+    block.eval()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    expected = block(x)
+    assert fold_batchnorm(block, lambda: block(x)) == count
+    torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_norms_without_weights_and_depthwise_filters_are_folded() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(4, 8, 3, groups=2, bias=False), nn.BatchNorm2d(8, affine=False, eps=1e-3)
+    ).double()
+    net[1].running_mean.normal_()
+    net[1].running_var.uniform_(0.5, 2)
+    net.eval()
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    expected = net(x)
+    assert fold_batchnorm(net, lambda: net(x)) == 1
+    torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+    assert isinstance(net[1], nn.Identity)
+
+
+def test_batch_statistics_are_not_folded() -> None:
+    block = Block("plain").train()
+    with pytest.raises(ValueError, match="training mode"):
+        fold_batchnorm(block, lambda: block(torch.zeros(1, 4, 5, 5)))
+    loose = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    assert fold_batchnorm(loose, lambda: loose(torch.zeros(1, 3, 4, 4))) == 0
+
+
+def test_bytes_without_a_normalization_are_refused() -> None:
+    module = trained("resnet18dilated", "c1").eval()
+    with pytest.raises(ValueError, match="uint8.*normalize"):
+        module.logits(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
