@@ -25,8 +25,9 @@ def inference_copy(
     """A copy of a module for prediction only: faster, with the same results.
 
     Every BatchNorm that normalises nothing but one convolution becomes part of it, and memory is
-    laid out channels last, which convolutions prefer on every device. The copy is in evaluation
-    mode and takes no gradients; the module itself is untouched, and so are its checkpoints.
+    laid out channels last, which convolutions prefer on every device. Under autocast the layers
+    that the encoder calls delicate stay in float32. The copy is in evaluation mode and takes no
+    gradients; the module itself is untouched, and so are its checkpoints.
 
     Args:
         module: on any device, in any mode.
@@ -51,9 +52,26 @@ def inference_copy(
     probe = torch.zeros(1, first.in_channels, _PROBE, _PROBE, device=place)
     fold_batchnorm(fast, lambda: fast.logits(probe))
     fast.to(memory_format=torch.channels_last)
+    for name in fast.encoder.delicate:
+        parent, _, leaf = name.rpartition(".")
+        layer = fast.encoder.get_submodule(name)
+        setattr(fast.encoder.get_submodule(parent), leaf, _Float32(layer))
     if compile:
         fast.logits = _compiled(fast.logits, place)  # type: ignore[method-assign]
     return fast
+
+
+class _Float32(nn.Module):
+    """Computes a layer in float32, whatever autocast is set to."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = self.layer(x.float())
+        return y
 
 
 def _compiled(logits: Callable[[Tensor], Tensor], device: torch.device) -> Callable[..., Tensor]:

@@ -148,3 +148,17 @@ def test_bytes_without_a_normalization_are_refused() -> None:
     module = trained("resnet18dilated", "c1").eval()
     with pytest.raises(ValueError, match="uint8.*normalize"):
         module.logits(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@torch.no_grad()
+def test_delicate_layers_stay_in_float32() -> None:
+    fast = inference_copy(trained("mobilenetv2dilated", "c1_deepsup"), "cpu")
+    seen = {}
+    for name, layer in fast.encoder.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _, x, y, name=name: seen.update({name: y.dtype}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast.logits(torch.randn(1, 3, 64, 64))
+    single = {name for name, dtype in seen.items() if dtype == torch.float32}
+    assert len(single) == 3  # the stem, and the two convolutions of the first block
+    assert all(name.startswith(("features.0.", "features.1.")) for name in single)

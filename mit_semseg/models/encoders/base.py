@@ -20,10 +20,13 @@ class Encoder(nn.Module):
     Attributes:
         channels: channels of each feature map, deepest last.
         strides: image pixels per feature map pixel, of each feature map.
+        delicate: submodules that prediction in reduced precision leaves in float32, because their
+            rounding shows in the labels.
     """
 
     channels: ClassVar[tuple[int, ...]]
     strides: ClassVar[tuple[int, ...]]
+    delicate: ClassVar[tuple[str, ...]] = ()
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """All feature maps of (B, 3, H, W) images: (B, channels[i], H/strides[i], W/strides[i])."""
