@@ -18,6 +18,7 @@ ROOMS = {
     "data": ("mit_semseg.dataset.commands", "download data, make and check sample lists"),
     "demo": ("mit_semseg.engine.demo", "the rendered demo data and its result page"),
 }
+PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 SECTIONS = ("DIR", "DATASET.", "MODEL.", "TRAIN.", "VAL.", "TEST.")
 
 
@@ -31,7 +32,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a model")
     _add_gpus(train)
     train.add_argument("--resume", action="store_true", help="continue from the newest epoch")
-    _add_config(train)
+    _add_config(train, "TRAIN")
     train.set_defaults(run=run_train)
 
     evaluate = commands.add_parser("eval", help="evaluate a model on the validation list")
@@ -41,15 +42,18 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         "--single-process", action="store_true", help="evaluate in this process, on one device"
     )
     evaluate.add_argument("--out", default=None, help="folder for figures and pictures")
-    _add_config(evaluate)
+    _add_config(evaluate, "VAL")
     evaluate.set_defaults(run=run_eval)
 
     predict = commands.add_parser("predict", help="run a model on images")
     predict.add_argument("--imgs", required=True, nargs="+", help="files, folders or globs")
     predict.add_argument(
-        "--gpu", default=None, help="number of a GPU, or cpu (default: GPU 0 if any)"
+        "--gpu",
+        dest="devices",
+        default=None,
+        help="number of a GPU, or cpu (default: GPU 0 if any)",
     )
-    _add_config(predict)
+    _add_config(predict, "TEST")
     predict.set_defaults(run=run_predict)
 
     pack = commands.add_parser("pack", help="copy a checkpoint in half precision, to hand on")
@@ -69,6 +73,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def run_train(args: argparse.Namespace) -> int:
     """Train, on one process or as one rank of torchrun."""
+    opts = _overrides(args)
     from mit_semseg.engine.launch import (
         leave_process_group,
         rank_devices,
@@ -78,8 +83,8 @@ def run_train(args: argparse.Namespace) -> int:
     from mit_semseg.engine.train import train
     from mit_semseg.utils import setup_logger
 
-    cfg = read_config(args.cfg, args.opts)
-    devices = resolve_devices(args.gpus)
+    cfg = read_config(args.cfg, opts)
+    devices = resolve_devices(args.devices)
     rank, world, devices = rank_devices(devices)
     setup_logger(distributed_rank=rank, filename=os.path.join(cfg.DIR, "log.txt"))
     result = train(cfg, devices, rank=rank, world=world, resume=args.resume)
@@ -93,13 +98,14 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Evaluate, one worker process a device."""
+    opts = _overrides(args)
     from mit_semseg.engine.evaluate import evaluate
     from mit_semseg.engine.launch import read_config, resolve_devices
     from mit_semseg.utils import setup_logger
 
     setup_logger(filename="")
-    cfg = read_config(args.cfg, args.opts)
-    devices, workers = resolve_devices(args.gpus), args.workers
+    cfg = read_config(args.cfg, opts)
+    devices, workers = resolve_devices(args.devices), args.workers
     if args.single_process:
         devices, workers = devices[:1], 1
     evaluate(cfg, devices, workers=workers, out_dir=args.out)
@@ -108,15 +114,16 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Predict; 1 when some images failed."""
+    images, more = split_overrides(args.imgs)
+    opts = _overrides(args, more)
     from mit_semseg.engine.launch import read_config, resolve_devices
     from mit_semseg.engine.predict import predict
     from mit_semseg.utils import setup_logger
 
     setup_logger(filename="")
-    images, more = split_overrides(args.imgs)
-    cfg = read_config(args.cfg, more + args.opts)
+    cfg = read_config(args.cfg, opts)
     # One image runs on one device; by default the first there is.
-    devices = resolve_devices(args.gpu, "--gpu")[:1]
+    devices = resolve_devices(args.devices, "--gpu")[:1]
     results = predict(cfg, images, devices[0])
     return 1 if any("error" in result for result in results) else 0
 
@@ -180,16 +187,42 @@ def _one_line(error: BaseException) -> str:
     )
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: argparse.ArgumentParser, section: str) -> None:
     parser.add_argument("--cfg", default=DEFAULT_CONFIG, metavar="FILE", help="configuration file")
+    parser.add_argument(
+        "--precision", default=None, choices=PRECISIONS, help=f"instead of {section}.precision"
+    )
+    parser.set_defaults(section=section)
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY value", help="override configuration keys"
     )
 
 
+def _overrides(args: argparse.Namespace, more: Sequence[str] = ()) -> list[str]:
+    """`KEY value` pairs, with what options say behind them, so that options win.
+
+    Mistakes in the configuration and in the devices' names are looked for here, too: this takes
+    no time, while what comes next imports torch.
+    """
+    from mit_semseg.config import load_config
+
+    opts = [*more, *args.opts]
+    load_config(args.cfg, opts)
+    if args.devices is not None:
+        from mit_semseg.utils import parse_devices
+
+        parse_devices(args.devices)
+    if args.precision:
+        opts += [f"{args.section}.precision", args.precision]
+    return opts
+
+
 def _add_gpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--gpus", default=None, help="0-3, 0,2 or cpu (default: all GPUs, else the CPU)"
+        "--gpus",
+        dest="devices",
+        default=None,
+        help="0-3, 0,2 or cpu (default: all GPUs, else the CPU)",
     )
 
 

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mit_semseg.cli import main, split_overrides
+from mit_semseg.config.node import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,9 +38,81 @@ def test_scripts_keep_the_published_names(script: str) -> None:
     assert len((ROOT / script).read_text().splitlines()) < 60
 
 
-def test_help_does_not_import_torch() -> None:
-    code = "import sys, mit_semseg.cli as c; c.build_parser(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+HEAVY = "torch", "torchvision", "numpy", "cv2", "scipy", "PIL"
+MISTAKES = [
+    (["--help"], 0),
+    (["nonsense"], 2),
+    (["train", "--nonsense"], 2),
+    (["train", "--precision", "bf17"], 2),
+    (["predict"], 2),
+    (["train", "--cfg", "nowhere.yaml"], 2),
+    (["eval", "TRAIN.lr", "1"], 2),
+    (["predict", "--imgs", "a.jpg", "TEST.precision", "half"], 2),
+]
+
+
+def test_help_and_mistakes_are_instant() -> None:
+    # All in one process: none may leave a heavy module behind.
+    code = f"""
+import contextlib, sys, time
+from mit_semseg.cli import main
+for arguments, expected in {MISTAKES}:
+    began = time.monotonic()
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == expected, arguments
+    assert time.monotonic() - began < 2.0, arguments  # 0.1 s on a quiet machine
+    assert not (heavy := set({HEAVY}) & set(sys.modules)), (arguments, heavy)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_devices_are_read_without_torch() -> None:
+    code = "import sys; from mit_semseg.cli import main; code = main(['eval', '--gpus', 'zero'])"
+    code += "; assert (code, 'torch' in sys.modules) == (2, False)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+
+
+def test_the_package_alone_imports_nothing_heavy() -> None:
+    code = f"import sys, mit_semseg; sys.exit(str(set({HEAVY}) & set(sys.modules) or '') or 0)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "engine", "section"),
+    [
+        (["train"], "mit_semseg.engine.train.train", "TRAIN"),
+        (["eval"], "mit_semseg.engine.evaluate.evaluate", "VAL"),
+        (["predict", "--imgs", "a.jpg"], "mit_semseg.engine.predict.predict", "TEST"),
+    ],
+)
+def test_precision_option_beats_the_configuration(
+    arguments: list[str],
+    engine: str,
+    section: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    got: list[Config] = []
+
+    def engine_call(cfg: Config, *args: Any, **options: Any) -> Any:
+        got.append(cfg)
+        return {"best_mean_iou": None, "checkpoint": "x"} if section == "TRAIN" else []
+
+    monkeypatch.setattr(engine, engine_call)
+    device = "--gpu" if section == "TEST" else "--gpus"
+    configured = [f"{section}.precision", "fp32", "DIR", str(tmp_path)]
+    file = str(ROOT / "config" / "demo.yaml")
+    for option in (["--precision", "bf16"], []):
+        assert main([*arguments, *option, device, "cpu", "--cfg", file, *configured]) == 0
+    assert [getattr(cfg, section).precision for cfg in got] == ["bf16", "fp32"]
+    others = [name for name in ("TRAIN", "VAL", "TEST") if name != section]
+    assert all(getattr(got[0], x).precision == getattr(got[1], x).precision for x in others)
 
 
 @pytest.mark.parametrize(

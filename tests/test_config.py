@@ -94,6 +94,10 @@ def test_module_level_cfg_merges_as_published(tmp_path: Path) -> None:
         (["DIR"], "stands alone"),
         (["TRAIN.workers", "-1"], "must not be negative"),
         (["TRAIN.ema", "1.0"], "below 1"),
+        (["TRAIN.recompute", "3"], "TRAIN.recompute is 3; it takes True or False"),
+        (["TRAIN.compile", "max"], "TRAIN.compile is 'max'; it takes True or False"),
+        (["VAL.compile", "1"], "True or False"),
+        (["TEST.compile", "none"], "True or False"),
         (["TRAIN.num_epoch", "2", "--gpus", "cpu"], "put options before them"),
     ],
 )
@@ -140,6 +144,12 @@ def test_pairs_are_checked_when_the_file_is_read() -> None:
     with pytest.raises(ValueError, match="hrnetv2"):
         opts = ["MODEL.arch_encoder", "hrnetv2", "MODEL.fc_dim", "720"]
         read_config(None, [*opts, "MODEL.arch_decoder", "upernet"])
+
+
+def test_new_ways_to_compute_are_off() -> None:
+    tree = get_defaults()
+    for value in (tree.TRAIN.recompute, tree.TRAIN.compile, tree.VAL.compile, tree.TEST.compile):
+        assert value is False
 
 
 def test_every_key_has_a_comment() -> None:

@@ -44,6 +44,29 @@ def test_optim_is_honoured(name: str, kind: type) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.5
     first = optimizer.param_groups[0]
     assert first["momentum"] == 0.8 if name == "SGD" else first["betas"][0] == 0.8
+    assert first["fused"] is True
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_fused_steps_are_the_plain_ones(name: str) -> None:
+    cfg = load_config(None, ["TRAIN.optim", name, "TRAIN.weight_decay", "0.1"])
+    torch.manual_seed(0)
+    ours, plain = nn.Conv2d(3, 5, 3), nn.Conv2d(3, 5, 3)
+    plain.load_state_dict(ours.state_dict())
+    kind = getattr(torch.optim, name)
+    options = {"momentum": 0.9} if name == "SGD" else {"betas": (0.9, 0.999)}
+    groups = [
+        {"params": [plain.weight], "weight_decay": 0.1},
+        {"params": [plain.bias], "weight_decay": 0.0},
+    ]
+    optimizers = build_optimizer(cfg, ours, 0.05), kind(groups, lr=0.05, fused=False, **options)
+    for _ in range(5):
+        x = torch.randn(2, 3, 6, 6)
+        for net, optimizer in zip((ours, plain), optimizers):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(dict(ours.state_dict()), dict(plain.state_dict()))
 
 
 def test_moving_average_by_hand() -> None:
