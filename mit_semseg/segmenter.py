@@ -19,6 +19,7 @@ from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
 from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.predict import area_legend, areas, render, with_scales
 from mit_semseg.models import SegmentationModule
+from mit_semseg.models.inference import inference_copy
 from mit_semseg.visualize import color_encode, overlay
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -122,8 +123,9 @@ class Segmenter:
         device: torch.device | str = "cpu",
         precision: str = "fp32",
         flip: bool = False,
+        compile: bool = False,
     ) -> None:
-        """Wrap a model that is in memory; it is put in evaluation mode on `device`.
+        """Take a copy of a model that is in memory; the model itself stays as it is.
 
         Args:
             module: the model.
@@ -132,9 +134,10 @@ class Segmenter:
             device: where to compute.
             precision: fp32 | bf16 | fp16 | auto.
             flip: average over mirrored images too.
+            compile: compile the network (see `models.inference.inference_copy`).
         """
         self.device = torch.device(device)
-        self.module = module.to(self.device).eval()
+        self.module = inference_copy(module, self.device, compile)
         self.classes = classes
         self.opt = opt
         self.precision = precision
@@ -149,6 +152,7 @@ class Segmenter:
         precision: str = "fp32",
         checkpoint: str | None = None,
         imgSizes: Sequence[int] | None = None,
+        compile: bool = False,
     ) -> Segmenter:
         """The model of a checkpoint folder, with its class names and colours.
 
@@ -159,6 +163,7 @@ class Segmenter:
             checkpoint: `best.pth` or `epoch_N.pth`; by default the best, else the latest.
             imgSizes: short sides in pixels that are averaged over, instead of the folder's
                 `TEST.imgSizes` or `DATASET.imgSizes`.
+            compile: compile the network: pays for many images of few sizes.
 
         Raises:
             FileNotFoundError: the folder holds no configuration or no such checkpoint.
@@ -175,6 +180,7 @@ class Segmenter:
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             precision=precision,
             flip=cfg.TEST.flip,
+            compile=compile,
         )
 
     @overload

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from mit_semseg.config.node import Config
@@ -34,6 +34,7 @@ from mit_semseg.engine.pool import in_threads, run_here, run_pool
 from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
 from mit_semseg.metrics import ConfusionMatrix
 from mit_semseg.models import SegmentationModule
+from mit_semseg.models.inference import inference_copy
 from mit_semseg.visualize import class_bars, color_encode
 
 # Most images a process works on at a time on the CPU, where each takes memory of its own.
@@ -125,10 +126,9 @@ def evaluate(
         if model is not None:
             data = val_dataset(cfg)
             gallery = _Gallery(data, pictures, classes.colors) if pictures else None
-            with evaluation_mode(model.to(devices[0])):
-                scorer = _Scorer(model, data, cfg, devices[0], gallery)
-                work = partial(scorer.run, _lanes(devices[:1]))
-                matrices = [run_here(work, chunks, on_result)]
+            scorer = _Scorer(model, data, cfg, devices[0], gallery)
+            work = partial(scorer.run, _lanes(devices[:1]))
+            matrices = [run_here(work, chunks, on_result)]
         elif len(places) == 1:
             work = partial(_work, Job(cfg, checkpoint, places[0], lanes, pictures, classes.colors))
             matrices = [run_here(work, chunks, on_result)]
@@ -178,33 +178,21 @@ def evaluate_model(
     *,
     progress: bool = True,
 ) -> ConfusionMatrix:
-    """Score a model that is in memory, in this process; its training modes are restored.
+    """Score a model that is in memory, in this process; the model stays as it is.
 
     Args:
-        module: on `device` already.
+        module: on any device, in any mode.
         dataset: samples with labels, such as `val_dataset(cfg)`.
-        cfg: its `VAL` keys batch_size, precision and flip apply.
-        device: where the module is.
+        cfg: its `VAL` keys batch_size, precision, compile and flip apply.
+        device: where to compute.
         progress: show a bar.
     """
     chunks = _chunks(len(dataset), cfg.VAL.batch_size)
     work = partial(_Scorer(module, dataset, cfg, device).run, _lanes([device]))
     bar = tqdm(total=len(dataset), desc="validating", unit="img", disable=not progress, leave=False)
-    with bar, evaluation_mode(module):
+    with bar:
         matrix: ConfusionMatrix = run_here(work, chunks, lambda result: bar.update(result[0]))
     return matrix
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every part is in the mode it had, frozen ones too."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 # ------------------------------------------------------------------------------ the work
@@ -221,7 +209,7 @@ def _lanes(places: Sequence[torch.device]) -> int:
 
 def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[tuple[int, float], None, ConfusionMatrix]:
     """A process of its own: model and data are built where they are used."""
-    module = load_model(job.cfg, job.checkpoint).to(job.device)
+    module = load_model(job.cfg, job.checkpoint)
     data = val_dataset(job.cfg)
     gallery = _Gallery(data, job.pictures, job.colors) if job.pictures else None
     return (yield from _Scorer(module, data, job.cfg, job.device, gallery).run(job.lanes, tasks))
@@ -238,7 +226,8 @@ class _Scorer:
         device: torch.device,
         gallery: _Gallery | None = None,
     ) -> None:
-        self.module, self.dataset, self.cfg, self.device = module, dataset, cfg, device
+        self.module = inference_copy(module, device, cfg.VAL.compile)
+        self.dataset, self.cfg, self.device = dataset, cfg, device
         self.gallery = gallery
         # One forward pass at a time on a GPU, whose memory must hold it.
         self.turn = Lock() if device.type != "cpu" else nullcontext()
@@ -277,18 +266,20 @@ class _Scorer:
                 started = time.perf_counter()
                 predicted = self._predict(images, sizes[positions[0]])
                 seconds += time.perf_counter() - started
-            matrix.update(predicted, torch.cat([labels[i] for i in positions]))
+            # Counted where it was computed: only the counts come back from a GPU.
+            truth = torch.cat([labels[i] for i in positions]).to(self.device)
+            matrix.update(predicted, truth)
             if self.gallery is not None:
-                for i, one in zip(positions, predicted, strict=True):
+                for i, one in zip(positions, predicted.cpu(), strict=True):
                     self.gallery.add(chunk[i], samples[i], one)
         return matrix, seconds
 
     @torch.no_grad()
     def _predict(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """(N, H, W) class ids on the CPU."""
+        """(N, H, W) class ids."""
         with autocast(self.device, self.cfg.VAL.precision):
             images = [image.to(self.device) for image in images]
-            return self.module.predict(images, size, flip=self.cfg.VAL.flip).cpu()
+            return self.module.predict(images, size, flip=self.cfg.VAL.flip)
 
 
 class _Gallery:

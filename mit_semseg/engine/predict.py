@@ -34,6 +34,7 @@ from mit_semseg.engine.checkpoint import CLASSES, load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.pool import in_threads
 from mit_semseg.models import SegmentationModule
+from mit_semseg.models.inference import inference_copy
 from mit_semseg.visualize import color_encode, legend, overlay
 
 # Pillow identifies these by name but holds no decoder for them.
@@ -410,7 +411,7 @@ def predict(
         for file, stem in zip(files, stems, strict=True)
     ]
     classes = model_classes(cfg, checkpoint)
-    module = load_model(cfg, checkpoint).to(device)
+    module = inference_copy(load_model(cfg, checkpoint), device, cfg.TEST.compile)
     runner = _Runner(cfg, module, classes, device)
     size = cfg.TEST.batch_size
     batches = [tasks[i : i + size] for i in range(0, len(tasks), size)]
