@@ -104,8 +104,8 @@ _C.TRAIN.channels_last = True
 # Keep only what enters the encoder's blocks and compute what they hold again in the backward
 # pass: less memory for more time.
 _C.TRAIN.recompute = False
-# Compile encoder and decoder (torch.compile, any image size): a minute or more before the first
-# step, faster steps after it. One device and process; needs a C++ compiler, on a GPU Triton.
+# Compile encoder and decoder (torch.compile) for images of any size, which takes minutes. One
+# device and process; needs a C++ compiler, on a GPU Triton. Measure whether it pays.
 _C.TRAIN.compile = False
 # Data loading processes per device.
 _C.TRAIN.workers = 16

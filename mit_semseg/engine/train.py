@@ -7,8 +7,10 @@ import json
 import logging
 import math
 import random
+import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,12 +41,20 @@ from mit_semseg.engine.optim import (
 )
 from mit_semseg.lib.nn import UserScatteredDataParallel, async_copy_to, user_scattered_collate
 from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models.recompute import recompute
 from mit_semseg.visualize import curves
 
 log = logging.getLogger("mit_semseg")
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
+
+# How torch says that it has nothing to compile with.
+NO_COMPILER = re.compile(
+    r"no working c\+\+ compiler|c\+\+ compile error|compiler: .* is not found"
+    r"|failed to find c compiler|working triton installation",
+    re.IGNORECASE,
+)
 
 
 class RankSampler(Sampler[int]):
@@ -112,6 +122,11 @@ class Trainer:
             "val": {"epoch": [], "mean_iou": [], "pixel_accuracy": []},
         }
         self.seconds = 0.0
+        if cfg.TRAIN.compile and (count := len(self.devices) * world) > 1:
+            raise ValueError(
+                f"TRAIN.compile with {count} devices: BatchNorm over all of them cannot be "
+                "compiled; set TRAIN.compile False, or train on one device"
+            )
         if self.device.type == "cpu":
             set_threads(max(1, cpu_count() // world))
             keep_freed_memory()
@@ -158,6 +173,11 @@ class Trainer:
             build_optimizer(cfg, self.module.decoder, cfg.TRAIN.lr_decoder),
         ]
         self.average = moving_average(self.module, cfg.TRAIN.ema) if cfg.TRAIN.ema else None
+        if cfg.TRAIN.recompute:
+            recompute(self.module.encoder)
+        if cfg.TRAIN.compile:
+            compile_for_training(self.module.encoder, "forward")
+            compile_for_training(self.module.decoder, "log_probabilities")
         self.parallel: nn.Module = self.module
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -227,12 +247,13 @@ class Trainer:
         for step in bar:
             rates = self._schedule(step)
             loss, accuracy = 0.0, 0.0
-            for _ in range(cfg.TRAIN.accumulate):
+            for part in range(cfg.TRAIN.accumulate):
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
                 images += sum(len(item["img_data"]) for item in batch) * self.world
-                part_loss, part_accuracy = self._forward_backward(batch)
+                with self._alone(part), compiler_errors():
+                    part_loss, part_accuracy = self._forward_backward(batch)
                 loss += part_loss / cfg.TRAIN.accumulate
                 accuracy += part_accuracy / cfg.TRAIN.accumulate
             self._step()
@@ -279,6 +300,13 @@ class Trainer:
         for optimizer, rate in zip(self.optimizers, rates):
             set_learning_rate(optimizer, rate)
         return rates
+
+    def _alone(self, part: int) -> AbstractContextManager[None]:
+        """Gradients are added up within each rank, until those of the last part are in."""
+        ddp = nn.parallel.DistributedDataParallel
+        if isinstance(self.parallel, ddp) and part + 1 < self.cfg.TRAIN.accumulate:
+            return self.parallel.no_sync()
+        return nullcontext()
 
     def _forward_backward(self, batch: list[dict[str, Any]]) -> tuple[float, float]:
         files = [item.pop("info") for item in batch]
@@ -494,6 +522,40 @@ def seed_everything(seed: int) -> None:
 def rank_seed(rank: int, epoch: int) -> int:
     """A different seed offset for every rank and epoch."""
     return 1009 * epoch + rank
+
+
+def compile_for_training(module: nn.Module, method: str) -> None:
+    """Compile one method of a module, for any size of image; in evaluation it stays as it was.
+
+    The module's class is replaced by a subclass, so that names in the state dict stay and copies
+    of the module do not share its code.
+
+    Args:
+        module: changed in place.
+        method: what training enters it by.
+    """
+    kind = type(module)
+    plain = getattr(kind, method)
+    compiled = torch.compile(plain, dynamic=True)
+
+    def enter(self: nn.Module, *args: Any, **options: Any) -> Any:
+        return (compiled if self.training else plain)(self, *args, **options)
+
+    module.__class__ = type(f"Compiled{kind.__name__}", (kind,), {method: enter})
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """One line for what torch says at the first step when it has nothing to compile with."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not NO_COMPILER.search(str(error)):
+            raise
+        raise ValueError(
+            "TRAIN.compile: torch found no compiler that works; install a C++ compiler such as "
+            "g++ (and Triton for a GPU), or set TRAIN.compile False"
+        ) from error
 
 
 def freeze_batchnorm(module: nn.Module) -> None:

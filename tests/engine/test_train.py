@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +15,21 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.engine.checkpoint import CheckpointFolder
-from mit_semseg.engine.train import RankSampler, Trainer, train
+from mit_semseg.engine.train import (
+    RankSampler,
+    Trainer,
+    compile_for_training,
+    compiler_errors,
+    train,
+)
+from mit_semseg.losses import build_loss
+from mit_semseg.models import Decoder, Encoder, ModelBuilder, SegmentationModule
+from mit_semseg.models.recompute import recompute
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,6 +247,152 @@ def test_bfloat16_agrees_with_float32(settings: Callable[..., Config]) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_recomputation_trains_the_same(settings: Callable[..., Config], devices: int) -> None:
+    runs = []
+    for again in (False, True):
+        cfg = settings(
+            DIR=settings().DIR + str(again),
+            TRAIN__recompute=again,
+            TRAIN__ema=0.9,
+            TRAIN__precision="bf16",
+            TRAIN__eval_epochs=1,
+        )
+        train(cfg, [CPU] * devices, progress=False)
+        runs.append(weights(cfg, "epoch_2.pth"))
+    assert list(runs[0]) == list(runs[1])
+    if devices == 1:  # replicas add up in any order
+        assert all(torch.equal(value, runs[1][key]) for key, value in runs[0].items())
+    counts = [int(v) for k, v in runs[1].items() if k.endswith("num_batches_tracked")]
+    assert set(counts) == {4}
+
+
+def test_compilation_needs_one_device(settings: Callable[..., Config]) -> None:
+    cfg = settings(TRAIN__compile=True)
+    for devices, world in (([CPU, CPU], 1), ([CPU], 2)):
+        with pytest.raises(ValueError, match=r"with 2 devices.*set TRAIN\.compile False"):
+            Trainer(cfg, devices, 0, world, False)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx",
+        "Cannot find a working triton installation. Either the package is not installed or",
+        "Compiler: cl is not found.",
+    ],
+)
+def test_without_a_compiler_the_fix_is_named(said: str) -> None:
+    fix = r"install a C\+\+ compiler.* TRAIN\.compile False"
+    with pytest.raises(ValueError, match=fix), compiler_errors():
+        raise RuntimeError(f"backend='inductor' raised:\n{said}")
+    with pytest.raises(RuntimeError, match="out of memory"), compiler_errors():
+        raise RuntimeError("CUDA out of memory")
+
+
+@pytest.mark.slow
+def test_without_a_compiler_training_stops_with_one_line(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    file = tmp_path / "job.yaml"
+    dump_config(settings(TRAIN__compile=True), file)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--gpus", "cpu", "--cfg", str(file)],
+        cwd=ROOT,
+        timeout=120,
+        env={
+            **os.environ,
+            "CXX": "/nonexistent",
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert "install a C++ compiler" in line
+
+
+class OneHead(Decoder):
+    """Small enough to compile in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__((4,), 3)
+        self.norm, self.conv_last = nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)
+
+    def logits(self, features: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return (self.conv_last(self.norm(features[-1]).relu()),)
+
+
+class OneConv(Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, padding=1)
+
+    def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [self.conv(images)]
+
+
+def test_compilation_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without code generation, for speed: what is entered, with which sizes and names.
+    seen: list[str] = []
+
+    def compile_nothing(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        assert options == {"dynamic": True}
+
+        def call(*args: Any, **more: Any) -> Any:
+            seen.append(function.__name__)
+            return function(*args, **more)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    plain = SegmentationModule(OneConv(), OneHead(), build_loss("nll", 3))
+    other = copy.deepcopy(plain)
+    compile_for_training(other.encoder, "forward")
+    compile_for_training(other.decoder, "log_probabilities")
+    batch = {"img_data": torch.randn(1, 3, 8, 8), "seg_label": torch.zeros(1, 4, 4).long()}
+    assert torch.equal(other(batch)[0], plain(batch)[0])
+    assert seen == ["forward", "log_probabilities"]
+    assert list(other.state_dict()) == list(plain.state_dict())
+    twin = copy.deepcopy(other)
+    twin.decoder.conv_last.bias.data += 5.0
+    assert not torch.equal(twin.logits(batch["img_data"]), other.logits(batch["img_data"]))
+    other.eval().logits(batch["img_data"])
+    other(batch)
+    other(batch, segSize=(8, 8))
+    assert len(seen) == 2 + 2, "the copy entered its encoder, evaluation nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("again", [False, True])
+def test_compiled_equals_plain(again: bool) -> None:
+    torch.manual_seed(0)
+    encoder = ModelBuilder.build_encoder("resnet18dilated", weights="none")
+    decoder = ModelBuilder.build_decoder("c1_deepsup", channels=encoder.channels, num_class=5)
+    plain = SegmentationModule(encoder, decoder, build_loss("nll", 5), 0.4).double()
+    other = copy.deepcopy(plain)
+    if again:
+        recompute(other.encoder)
+    compile_for_training(other.encoder, "forward")
+    compile_for_training(other.decoder, "log_probabilities")
+    for height, width in ((32, 48), (64, 40)):
+        batch = {
+            "img_data": torch.randn(2, 3, height, width, dtype=torch.float64),
+            "seg_label": torch.randint(-1, 5, (2, height // 8, width // 8)),
+        }
+        results = []
+        for module in (plain, other):
+            module.zero_grad()
+            loss, accuracy = module(batch)
+            loss.backward()
+            results.append([loss, accuracy, *(p.grad for p in module.parameters())])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(dict(other.state_dict()), dict(plain.state_dict()))
+
+
 def test_ranks_and_devices_share_one_stream() -> None:
     def taken(devices: int, rank: int, world: int) -> list[int]:
         return list(RankSampler(1, 3, devices, rank, world))
@@ -246,11 +404,15 @@ def test_ranks_and_devices_share_one_stream() -> None:
     assert sorted(everything) == list(range(6, 18))
 
 
-def test_torchrun_ranks_train_like_replicas(settings: Callable[..., Config]) -> None:
+@pytest.mark.parametrize(("accumulate", "again"), [(1, False), (2, True)])
+def test_torchrun_ranks_train_like_replicas(
+    settings: Callable[..., Config], accumulate: int, again: bool
+) -> None:
     rates = {"TRAIN__lr_encoder": 0.001, "TRAIN__lr_decoder": 0.001}
+    rates["TRAIN__accumulate"] = accumulate
     replicas = settings(DIR=settings().DIR + "_replicas", **rates)
     expected = train(replicas, [CPU, CPU], progress=False)["history"]["train"]["loss"]
-    cfg = settings(DIR=settings().DIR + "_ranks", **rates)
+    cfg = settings(DIR=settings().DIR + "_ranks", TRAIN__recompute=again, **rates)
     file = Path(cfg.DATASET.root_dataset) / "job.yaml"
     dump_config(cfg, file)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
