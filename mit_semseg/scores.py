@@ -6,12 +6,18 @@ one photograph. Bilinear resizing is separable, and an image row mixes just two 
 logits, so the same result can be had one band of image rows at a time: widen the logits' rows to
 the image's width as they are reached, mix two of them for each image row, and let the band go.
 Small bands also stay in the processor's cache, which makes this several times faster.
+
+That is the plain form, which runs everywhere. On CUDA `class_map` uses the kernels of
+`mit_semseg.fused_scores` once they have proven themselves on the device against the plain form.
 """
 
 from __future__ import annotations
 
+import logging
 import operator
+import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +27,12 @@ from torch import Tensor
 # enough to keep an accelerator busy.
 _BAND_CPU = 1 << 20
 _BAND_DEVICE = 1 << 23
+
+# Where the fused kernels are tried, and what came of it: device and dtype -> why they cannot be
+# used there, None when they can.
+_FUSED_DEVICES = ("cuda",)
+_verdicts: dict[tuple[torch.device, torch.dtype], str | None] = {}
+_trial = threading.Lock()
 
 
 def interpolation_weights(
@@ -109,8 +121,10 @@ def _check(logits: Sequence[Tensor], size: tuple[int, int]) -> tuple[list[Tensor
     return [x.detach() for x in scales], H, W
 
 
-def _bands(logits: list[Tensor], H: int, W: int, softmax: bool) -> Iterator[tuple[int, Tensor]]:
-    """(first row, mean over scales (rows, N, C, W)) from top to bottom.
+def _bands(
+    logits: list[Tensor], H: int, W: int, softmax: bool
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first row, mean over scales (rows, N, C, W), scratch of that shape) from top to bottom.
 
     Every band is written into the same memory: use it before asking for the next one.
     """
@@ -132,36 +146,120 @@ def _bands(logits: list[Tensor], H: int, W: int, softmax: bool) -> Iterator[tupl
                 mean += prob
         if len(scales) > 1:
             mean /= len(scales)
-        yield y0, mean if softmax else resized
+        yield y0, mean if softmax else resized, prob
+
+
+def _labels(logits: list[Tensor], H: int, W: int) -> Tensor:
+    """`class_map` in the plain form."""
+    N, C, _, _ = logits[0].shape
+    labels = torch.empty(N, H, W, dtype=torch.int64, device=logits[0].device)
+    rank: Tensor | None = None
+    # The softmax keeps the order of the classes: one scale does without it.
+    for y0, band, scratch in _bands(logits, H, W, softmax=len(logits) > 1):
+        if rank is None:
+            rank = torch.arange(C, 0, -1, dtype=band.dtype, device=band.device).view(C, 1)
+        # The first class that has the maximum. max(dim) and argmax say so too, but on CPUs these
+        # simple passes over a band in the cache are more than twice as fast.
+        torch.eq(band, band.amax(dim=2, keepdim=True), out=scratch)
+        first = C - scratch.mul_(rank).amax(dim=2)  # C where NaN equals nothing
+        labels[:, y0 : y0 + len(band)] = first.clamp_(max=C - 1).transpose(0, 1)
+    return labels
+
+
+def _fused() -> Any:
+    """The module of the kernels. Imported when needed: it takes time, and triton is not all over.
+
+    Raises:
+        ImportError: there is no triton, or one that is too old or broken.
+    """
+    try:
+        from mit_semseg import fused_scores
+    except (AttributeError, OSError, RuntimeError) as error:
+        raise ImportError(f"triton does not load: {error}") from error
+    return fused_scores
+
+
+def _why_not_fused(logits: list[Tensor]) -> str | None:
+    """Why the fused kernels cannot take these logits; None when they can."""
+    device = logits[0].device
+    if device.type not in _FUSED_DEVICES:
+        return f"the logits are on {device}, not on CUDA"
+    if any(x.dtype == torch.float64 for x in logits):
+        return "it computes in float32, and there are float64 logits"
+    same = len({x.dtype for x in logits}) == 1
+    key = (device, logits[0].dtype if same else torch.float32)
+    with _trial:
+        if key not in _verdicts:
+            reason = _try_fused(*key)
+            if reason is not None and reason not in _verdicts.values():
+                logging.getLogger("mit_semseg").warning(
+                    "class maps on %s are computed without the fused kernel: %s", device, reason
+                )
+            _verdicts[key] = reason
+        return _verdicts[key]
+
+
+def _try_fused(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Run the kernels on something small: what is wrong with them, None when they are right."""
+    try:
+        fused = _fused()
+    except ImportError as error:
+        return _one_line(error)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 11, 5, 7), (2, 11, 9, 4)]
+    logits = [(4 * torch.randn(x, generator=generator)).to(device, dtype) for x in shapes]
+    H, W = 13, 17
+    for scales in (logits, logits[:1]):
+        try:
+            labels = fused.class_map(scales, (H, W)).cpu()
+        except torch.cuda.OutOfMemoryError:
+            raise  # says nothing about the kernels
+        except fused.FAILURES as error:
+            return _one_line(error)
+        if labels.min() < 0 or labels.max() >= shapes[0][1]:
+            return f"it gives labels from {int(labels.min())} to {int(labels.max())}"
+        expected = probabilities(scales, (H, W)).cpu()
+        # A pixel may only differ where two classes are tied.
+        gap = expected.amax(dim=1) - expected.gather(1, labels[:, None])[:, 0]
+        if not gap.max() <= 1e-5:
+            return f"its labels are less probable than the plain form's, by up to {gap.max():.1e}"
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: " + " ".join(str(error).split())[:300]
 
 
 @torch.no_grad()
-def class_map(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def class_map(logits: Sequence[Tensor], size: tuple[int, int], fused: bool | None = None) -> Tensor:
     """Most probable class of every pixel: argmax of the mean of the scales' softmax.
 
     Args:
         logits: one (N, C, h, w) tensor per scale or flip, of any floating type, each with its own
             h and w. Computed in float32, in float64 when one is.
         size: (H, W) of the class map, in pixels.
+        fused: None: with the Triton kernels on CUDA where they work, else in bands; False: in
+            bands; True: with the kernels, or not at all. Labels differ at most where classes tie.
 
     Returns:
-        (N, H, W) int64 on the logits' device.
+        (N, H, W) int64 on the logits' device; of classes that are equal, the first.
 
     Raises:
-        ValueError: no logits, differing N, C or device, or a size that is not two positive
-            integers.
+        ValueError: no logits, differing N, C or device, a size that is not two positive integers,
+            or `fused` is True and the kernels cannot be used.
 
     Example:
         >>> class_map([torch.tensor([[[[0.0, 2.0]], [[1.0, 1.0]]]])], (1, 4))
         tensor([[[1, 1, 0, 0]]])
     """
     scales, H, W = _check(logits, size)
-    labels = torch.empty(scales[0].shape[0], H, W, dtype=torch.int64, device=scales[0].device)
-    # The softmax keeps the order of the classes: one scale does without it.
-    for y0, band in _bands(scales, H, W, softmax=len(scales) > 1):
-        # Not argmax: max(dim) is vectorised over the last axis on CPUs, argmax is not.
-        labels[:, y0 : y0 + len(band)] = band.max(dim=2).indices.transpose(0, 1)
-    return labels
+    if fused is not False:
+        reason = _why_not_fused(scales)
+        if reason is None:
+            return _fused().class_map(scales, (H, W))
+        if fused:
+            raise ValueError(f"fused=True, but {reason}; leave fused at None for the plain form")
+    return _labels(scales, H, W)
 
 
 @torch.no_grad()
@@ -181,7 +279,7 @@ def probability_bands(
     Raises:
         ValueError: as for `class_map`, when the first band is asked for.
     """
-    for y0, band in _bands(*_check(logits, size), softmax=True):
+    for y0, band, _ in _bands(*_check(logits, size), softmax=True):
         yield y0, band.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format)
 
 
@@ -202,7 +300,7 @@ def probabilities(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     scales, H, W = _check(logits, size)
     N, C, _, _ = scales[0].shape
     result: Tensor | None = None
-    for y0, band in _bands(scales, H, W, softmax=True):
+    for y0, band, _ in _bands(scales, H, W, softmax=True):
         if result is None:
             result = band.new_empty(N, C, H, W)
         result[:, :, y0 : y0 + len(band)] = band.permute(1, 2, 0, 3)

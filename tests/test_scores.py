@@ -131,6 +131,22 @@ def test_large_logits_do_not_overflow() -> None:
     torch.testing.assert_close(prob, published(logits, (33, 33)), rtol=1e-4, atol=1e-5)
 
 
+def test_of_equal_classes_the_first_is_taken() -> None:
+    (x,) = random_logits((2, 3, 5, 6))
+    twice = torch.cat([x, x], dim=1)
+    for logits in ([twice], [twice, twice]):
+        labels = scores.class_map(logits, (31, 17))
+        assert torch.equal(labels, published(logits, (31, 17))[:, :3].argmax(1))
+
+
+def test_nan_logits_still_give_a_class() -> None:
+    (x,) = random_logits((1, 3, 4, 4))
+    x[:, :, :2] = float("nan")
+    for logits in ([x], [x, x]):
+        labels = scores.class_map(logits, (8, 8))
+        assert labels.min() >= 0 and labels.max() < 3
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "slice"])
 def test_memory_layout_of_the_logits_does_not_matter(layout: str) -> None:
     (plain,) = random_logits((2, 8, 9, 11))
