@@ -1,5 +1,6 @@
 # make demo  set up an environment and run the whole toolkit on rendered street scenes
 # make test  set up an environment, check the code and run the tests
+# make bench measure against the published procedure and other toolkits
 # VENV=path  use (or create) another environment than .venv
 # PYTHON=... the interpreter a new environment is made with
 
@@ -7,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow bench lint format clean
 
 demo: $(VENV)/.mit_semseg
 	PYTHON=$(BIN)/python bash demo_test.sh
@@ -18,6 +19,9 @@ test: lint
 # What takes longer than a minute apiece.
 test-slow: $(VENV)/.mit_semseg-dev
 	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.mit_semseg-bench
+	$(BIN)/mit-semseg bench
 
 lint: $(VENV)/.mit_semseg-dev
 	$(BIN)/ruff check .
@@ -43,5 +47,9 @@ $(VENV)/.mit_semseg-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.mit_semseg
 
+$(VENV)/.mit_semseg-bench: $(VENV)/.mit_semseg
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
 clean:
-	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist demo bench *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Palettes, coloured label maps, legends and charts; NumPy and Pillow only."""
 
-from mit_semseg.visualize.charts import class_bars, curves
+from mit_semseg.visualize.charts import class_bars, curves, ratio_bars
 from mit_semseg.visualize.palette import color_encode, overlay, palette, side_by_side
 from mit_semseg.visualize.sheets import legend, prediction_sheet
 
@@ -12,5 +12,6 @@ __all__ = [
     "overlay",
     "palette",
     "prediction_sheet",
+    "ratio_bars",
     "side_by_side",
 ]

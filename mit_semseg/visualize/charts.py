@@ -260,5 +260,55 @@ def class_bars(
     return write_png(sheet.array(), path)
 
 
+def ratio_bars(
+    rows: Sequence[tuple[str, str, float]], path: PathLike | None = None, *, title: str = "Ratios"
+) -> np.ndarray:
+    """One bar per ratio, in groups, on a logarithmic axis on which 1 is no difference.
+
+    Args:
+        rows: (group, name, ratio above 0) in the order they are drawn; groups get a heading.
+        path: PNG that is written.
+        title: heading.
+
+    Returns:
+        (h, w, 3) uint8 RGB.
+
+    Raises:
+        ValueError: there are no rows, or a ratio is not a number above 0.
+    """
+    if not rows or not all(ratio > 0 and math.isfinite(ratio) for *_, ratio in rows):
+        raise ValueError("ratio_bars draws at least one ratio; each must be a number above 0")
+    groups = list(dict.fromkeys(group for group, _, _ in rows))
+    pitch, bar, top = 26, 320, 84
+    name_width = min(620.0, max(text_width(name, 13) for _, name, _ in rows))
+    start = 20 + name_width + 12
+    sheet = Canvas(start + bar + 90, top + pitch * len(rows) + 34 * len(groups) + 20)
+    sheet.text(20, 28, title, 20, bold=True)
+    marks = (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+    ratios = [ratio for *_, ratio in rows]
+    low = max((m for m in marks if m <= min(1, *ratios)), default=min(ratios))
+    high = min((m for m in marks if m >= max(2, *ratios)), default=max(ratios))
+
+    def at(ratio: float) -> float:
+        return start + bar * math.log(ratio / low) / math.log(high / low)
+
+    for mark in (m for m in marks if low <= m <= high):
+        color = MUTED if mark == 1 else RULE
+        sheet.line([(at(mark), top - 6), (at(mark), sheet.height - 14)], color)
+        sheet.text(at(mark), top - 16, f"{mark:g} x", 11, MUTED, "mm")
+    y = float(top)
+    for number, group in enumerate(groups):
+        sheet.text(20, y + 18, group, 14, bold=True)
+        y += 34
+        color = (_BLUE, _ORANGE, _GREEN)[number % 3]
+        for _, name, ratio in (row for row in rows if row[0] == group):
+            left, right = sorted((at(1), at(ratio)))
+            sheet.text(start - 12, y + 8, fit_text(name, 13, name_width), 13, anchor="rm")
+            sheet.box(left, y, max(right - left, 1.5), 16, color, radius=2)
+            sheet.text(right + 8, y + 8, f"{ratio:.2f} x", 12)
+            y += pitch
+    return write_png(sheet.array(), path)
+
+
 def _or_zero(value: float) -> float:
     return 0.0 if math.isnan(value) else value

@@ -1,0 +1,1 @@
+"""What `mit-semseg bench` measures: the published procedure and ours, taking turns."""

@@ -1,0 +1,121 @@
+"""Other toolkits on the same work: one image of the network's own size to its class map."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.benchmarks.rows import CLASSES, Row, build
+from mit_semseg.benchmarks.sides import Runnable
+from mit_semseg.engine.launch import autocast
+from mit_semseg.models.inference import inference_copy
+
+SIZE = (512, 672)  # sides that every one of the networks takes
+
+
+def smp_upernet() -> nn.Module:
+    """segmentation_models.pytorch's UPerNet on a ResNet50."""
+    import segmentation_models_pytorch as smp
+
+    net: nn.Module = smp.UPerNet("resnet50", encoder_weights=None, classes=CLASSES)
+    return net
+
+
+def torchvision_deeplabv3() -> nn.Module:
+    """torchvision's DeepLabv3 on a dilated ResNet50, without its auxiliary head."""
+    from torchvision.models.segmentation import deeplabv3_resnet50
+
+    net = deeplabv3_resnet50(
+        weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=False
+    )
+
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = net(x)["out"]
+            return out
+
+    plain = Plain()
+    plain.net = net
+    return plain
+
+
+@dataclass(frozen=True)
+class Peer(Row):
+    """A network of ours beside the one another toolkit has for the same purpose."""
+
+    package: str = ""
+    build_peer: Callable[[], nn.Module] = nn.Identity
+    encoder: str = "resnet50"
+    decoder: str = "upernet"
+    repeats: int = 4
+    counted: bool = True
+
+    group = "Peers"
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        return f"{self.encoder} + {self.decoder}, {SIZE[1]}x{SIZE[0]}, {self.precision}"
+
+    @property
+    def missing(self) -> str:
+        """Why the row cannot be run; "" when it can."""
+        if importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        return ""
+
+    def _image(self) -> Tensor:
+        torch.manual_seed(0)
+        return torch.randn(1, 3, *SIZE, device=self.device)
+
+    def published(self) -> Runnable:
+        net, image = self.build_peer().eval().to(self.device), self._image()
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            return net(image).argmax(1)
+
+        return run
+
+    def ours(self) -> Runnable:
+        device = torch.device(self.device)
+        module, image = inference_copy(build(self.encoder, self.decoder), device), self._image()
+
+        def run() -> Tensor:
+            with autocast(device, self.precision):
+                return module.predict(image, SIZE)
+
+        return run
+
+
+PEERS = (
+    Peer(
+        baseline="segmentation_models.pytorch UPerNet-ResNet50",
+        package="segmentation_models_pytorch",
+        build_peer=smp_upernet,
+    ),
+    Peer(
+        baseline="segmentation_models.pytorch UPerNet-ResNet50",
+        package="segmentation_models_pytorch",
+        build_peer=smp_upernet,
+        precision="bf16",
+    ),
+    Peer(
+        baseline="torchvision deeplabv3_resnet50",
+        package="torchvision",
+        build_peer=torchvision_deeplabv3,
+        encoder="resnet50dilated",
+        decoder="ppm",
+    ),
+    Peer(
+        baseline="torchvision deeplabv3_resnet50",
+        package="torchvision",
+        build_peer=torchvision_deeplabv3,
+        encoder="resnet50dilated",
+        decoder="ppm",
+        precision="bf16",
+    ),
+)

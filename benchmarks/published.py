@@ -1,0 +1,196 @@
+"""The published procedure, re-expressed over our own modules, to be compared with.
+
+float32, contiguous memory, one image at a time, scores of all classes at full size, NumPy for
+figures and colours, Pillow for images. Networks compute the same function with the same weights
+as ours; `as_published` takes our faster layers out of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mit_semseg.models import SegmentationModule
+from mit_semseg.models.decoders.ppm import PyramidConv2d
+from mit_semseg.models.depthwise import DepthwiseConv2d
+
+
+# ------------------------------------------------------------------------------ the network
+class _JoinedConv2d(nn.Conv2d):
+    """Pools are resized to the feature map and joined with it before they are convolved."""
+
+    def forward(self, x: Tensor, pooled: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        size = tuple(x.shape[-2:])
+        resized = [F.interpolate(p, size, mode="bilinear", align_corners=False) for p in pooled]
+        return super().forward(torch.cat([x, *resized], dim=1))
+
+
+def as_published(module: SegmentationModule) -> SegmentationModule:
+    """A copy with the same weights whose every convolution is torch's own, in contiguous memory."""
+    plain = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
+    for layer in plain.modules():
+        if isinstance(layer, DepthwiseConv2d):
+            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
+        elif isinstance(layer, PyramidConv2d):
+            layer.__class__ = _JoinedConv2d  # type: ignore[assignment]
+    return plain
+
+
+@torch.no_grad()
+def class_scores(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Mean over scales of the softmax of the resized logits, (N, C, H, W)."""
+    N, C = logits[0].shape[:2]
+    scores = torch.zeros(N, C, *size, device=logits[0].device)
+    for one in logits:
+        resized = F.interpolate(one, size, mode="bilinear", align_corners=False)
+        scores = scores + F.softmax(resized, dim=1) / len(logits)
+    return scores
+
+
+@torch.no_grad()
+def class_map(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Class of every pixel, (N, H, W) int64, from logits of all scales."""
+    if len(logits) == 1:
+        resized = F.interpolate(logits[0], size, mode="bilinear", align_corners=False)
+        return torch.max(F.softmax(resized, dim=1), dim=1)[1]
+    return torch.max(class_scores(logits, size), dim=1)[1]
+
+
+@torch.no_grad()
+def predict(
+    module: SegmentationModule, image: np.ndarray, sizes: Sequence[int], longest: int = 1000
+) -> np.ndarray:
+    """Class of every pixel of one image, averaged over scales.
+
+    Args:
+        module: `as_published`, in evaluation mode.
+        image: (H, W, 3) uint8 RGB.
+        sizes: short sides.
+        longest: limit of the long side.
+
+    Returns:
+        (H, W) int64.
+    """
+    H, W = image.shape[:2]
+    device = next(module.parameters()).device
+    scores = torch.zeros(1, module.decoder.num_class, H, W, device=device)
+    for short in sizes:
+        scale = min(short / min(H, W), longest / max(H, W))
+        height, width = (-(-int(side * scale) // 8) * 8 for side in (H, W))
+        picture = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        data = _normalized(np.asarray(picture))[None].to(device)
+        scores = scores + module({"img_data": data}, segSize=(H, W)) / len(sizes)
+    _, labels = torch.max(scores, dim=1)
+    return labels[0].cpu().numpy()
+
+
+def train_step(
+    module: SegmentationModule,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batch: dict[str, Tensor],
+) -> float:
+    """Forward, backward and one step of the optimizers in float32; returns the loss."""
+    module.zero_grad()
+    loss, accuracy = module(batch)
+    loss, accuracy = loss.mean(), accuracy.mean()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.item()
+
+
+# ------------------------------------------------------------------------------ data
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _normalized(image: np.ndarray) -> Tensor:
+    values = np.float32(np.array(image)) / 255.0
+    tensor = torch.from_numpy(values.transpose((2, 0, 1)).copy())
+    mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
+    return (tensor - mean) / std
+
+
+def training_batch(
+    pairs: Sequence[tuple[str, str]], short: int, longest: int, flips: Sequence[bool]
+) -> dict[str, Tensor]:
+    """A padded batch from image and mask files, one by one, labels at an eighth.
+
+    Args:
+        pairs: image and mask of each sample.
+        short: short side of the batch.
+        longest: limit of the long side.
+        flips: which are mirrored.
+
+    Returns:
+        `img_data` (B, 3, H, W) float32 and `seg_label` (B, H/8, W/8) int64, -1 ignored.
+    """
+    sizes = []
+    for path, _ in pairs:
+        with Image.open(path) as image:
+            W, H = image.size
+        scale = min(short / min(H, W), longest / max(H, W))
+        sizes.append((int(H * scale), int(W * scale)))
+    height, width = (-(-max(side) // 8) * 8 for side in zip(*sizes))
+    images = torch.zeros(len(pairs), 3, height, width)
+    labels = torch.zeros(len(pairs), height // 8, width // 8, dtype=torch.int64)
+    for k, ((path, mask_path), (h, w), flip) in enumerate(zip(pairs, sizes, flips)):
+        picture = Image.open(path).convert("RGB")
+        mask: Image.Image = Image.open(mask_path)
+        if flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            mask = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        picture = picture.resize((w, h), Image.Resampling.BILINEAR)
+        mask = mask.resize((w, h), Image.Resampling.NEAREST)
+        # To a multiple of 8, padded with 0, and by nearest neighbour down to an eighth.
+        rounded = Image.new("L", (-(-w // 8) * 8, -(-h // 8) * 8), 0)
+        rounded.paste(mask, (0, 0))
+        small = rounded.resize(
+            (rounded.size[0] // 8, rounded.size[1] // 8), Image.Resampling.NEAREST
+        )
+        data = _normalized(np.asarray(picture))
+        target = torch.from_numpy(np.array(small)).long() - 1
+        images[k, :, : data.shape[1], : data.shape[2]] = data
+        labels[k, : target.shape[0], : target.shape[1]] = target
+    return {"img_data": images, "seg_label": labels}
+
+
+# ------------------------------------------------------------------------------ figures
+def count(
+    prediction: np.ndarray, label: np.ndarray, num_class: int
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Pixel accuracy, and intersection and union of every class, by three histograms.
+
+    Args:
+        prediction: (H, W) class ids.
+        label: (H, W) class ids, -1 ignored.
+        num_class: number of classes.
+    """
+    valid = label >= 0
+    accuracy = float((valid * (prediction == label)).sum()) / (valid.sum() + 1e-10)
+    predicted, labelled = np.asarray(prediction).copy() + 1, np.asarray(label).copy() + 1
+    predicted = predicted * (labelled > 0)
+    agreed = predicted * (predicted == labelled)
+    areas = [
+        np.histogram(x, bins=num_class, range=(1, num_class))[0]
+        for x in (agreed, predicted, labelled)
+    ]
+    return accuracy, areas[0], areas[1] + areas[2] - areas[0]
+
+
+def color_encode(labels: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Labels (H, W) in their colours (H, W, 3) uint8, class by class."""
+    labels = labels.astype("int")
+    picture = np.zeros((*labels.shape, 3), dtype=np.uint8)
+    for label in np.unique(labels):
+        if label < 0:
+            continue
+        picture += (labels == label)[:, :, np.newaxis] * np.tile(
+            colors[label], (*labels.shape, 1)
+        ).astype(np.uint8)
+    return picture
