@@ -161,8 +161,9 @@ def _labels(logits: list[Tensor], H: int, W: int) -> Tensor:
         # The first class that has the maximum. max(dim) and argmax say so too, but on CPUs these
         # simple passes over a band in the cache are more than twice as fast.
         torch.eq(band, band.amax(dim=2, keepdim=True), out=scratch)
-        first = C - scratch.mul_(rank).amax(dim=2)  # C where NaN equals nothing
-        labels[:, y0 : y0 + len(band)] = first.clamp_(max=C - 1).transpose(0, 1)
+        first = C - scratch.mul_(rank).amax(dim=2)
+        # NaN equals nothing, which leaves C; class 0 then, as from the kernels.
+        labels[:, y0 : y0 + len(band)] = first.remainder_(C).transpose(0, 1)
     return labels
 
 

@@ -84,8 +84,9 @@ result["the same size"] = gap(random_logits((2, 5, 11, 9)), (11, 9))
 result["large logits"] = gap([1e4 * x for x in random_logits(*several[:2])], (9, 11))
 x = random_logits((1, 5, 4, 4))[0]
 x[:, :, :2] = float("nan")
-labels = fused_scores.class_map([x, x], (8, 8))
-assert 0 <= labels.min() and labels.max() < 5
+for logits in ([x], [x, x]):
+    labels = fused_scores.class_map(logits, (8, 8))
+    assert torch.equal(labels, scores.class_map(logits, (8, 8), fused=False))
 
 # Of equal ones the first, within the classes taken together and beyond.
 x = random_logits((1, 3, 4, 5))[0]
