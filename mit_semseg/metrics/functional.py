@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_PIECE = 1 << 16  # pixels
+
 
 def _integers(values: Any, name: str) -> Tensor:
     """A tensor or an array-like of integers as a flat int64 tensor."""
@@ -60,13 +62,19 @@ def confusion_matrix(pred: Tensor | Any, label: Tensor | Any, num_class: int) ->
         )
     pred, label = _integers(pred, "pred"), _integers(label, "label")
     label = label.to(pred.device)
-    if not pred.numel():
-        return torch.zeros(num_class, num_class, dtype=torch.int64, device=pred.device)
-    _check_range(pred, 0, num_class - 1, "predicted class")
-    _check_range(label, -1, num_class - 1, "label")
-    # Ignored pixels fall into a first row of their own, which is dropped.
-    cells = (label + 1).mul_(num_class).add_(pred)
-    counts = torch.bincount(cells, minlength=(num_class + 1) * num_class)
+    counts = torch.zeros((num_class + 1) * num_class, dtype=torch.int64, device=pred.device)
+    # Half the bytes, half the time; more than 46000 classes need them all.
+    number = torch.int32 if len(counts) < 2**31 else torch.int64
+    # On the CPU in pieces that stay in its cache.
+    piece = _PIECE if pred.device.type == "cpu" else max(1, pred.numel())
+    for some_pred, some_label in zip(pred.split(piece), label.split(piece)):
+        if not some_pred.numel():
+            continue
+        _check_range(some_pred, 0, num_class - 1, "predicted class")
+        _check_range(some_label, -1, num_class - 1, "label")
+        # Ignored pixels fall into a first row of their own, which is dropped.
+        cells = some_label.to(number).add_(1).mul_(num_class).add_(some_pred.to(number))
+        counts += torch.bincount(cells, minlength=len(counts))
     return counts[num_class:].view(num_class, num_class)
 
 
