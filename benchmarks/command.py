@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mit_semseg import __version__
+from mit_semseg.benchmarks import precision
 from mit_semseg.benchmarks import rows as r
 from mit_semseg.benchmarks.peers import PEERS
 from mit_semseg.benchmarks.sides import Timing, convolution_rate, machine, take_turns
@@ -99,6 +100,7 @@ def bench(device: str, out: str | Path, *, quick: bool = False, only: str = "") 
     rows = list(ON_CPU if device == "cpu" else ON_DEVICE)
     if not quick:
         rows += PEERS
+        rows += precision.rows(Path(out)) if device == "cpu" else []
     rows = [dataclasses.replace(row, device=device) for row in rows]
     named = [row for row in rows if only.lower() in f"{row.group} {row.title}".lower()]
     if not named:
@@ -113,9 +115,8 @@ def bench(device: str, out: str | Path, *, quick: bool = False, only: str = "") 
     with tqdm(named, unit="row", dynamic_ncols=True) as bar:
         for row in bar:
             bar.set_description(f"{row.group}: {row.title}"[:60])
-            missing = getattr(row, "missing", "")
-            if missing:
-                skipped.append(f"{row.title}: {missing}")
+            if row.missing:
+                skipped.append(f"{row.title}: {row.missing}")
                 continue
             outcomes.append(measure(row, rates, quick))
             tqdm.write(line(outcomes[-1]))
@@ -146,9 +147,8 @@ def _rates(device: str) -> dict[str, float]:
 
 def measure(row: r.Row, rates: dict[str, float], quick: bool = False) -> Outcome:
     """Run one row."""
-    sides: dict[str, Any] = {"published": row.published} if row.baseline else {}
     timings = take_turns(
-        {**sides, "ours": row.ours},
+        row.sides(),
         min(row.repeats, 2) if quick else row.repeats,
         device=row.device,
         threads=row.threads,
@@ -156,7 +156,7 @@ def measure(row: r.Row, rates: dict[str, float], quick: bool = False) -> Outcome
     )
     ours = timings["ours"]
     theirs = timings.get("published", Timing())
-    asked, met = row.judge(theirs, ours)
+    asked, met = row.judge(timings)
     # "auto" is bfloat16 where that is fast.
     dtype = row.precision if row.precision in rates else "bf16" if "bf16" in rates else "fp32"
     floor = ours.flops / rates[dtype] if ours.flops else None
@@ -235,7 +235,7 @@ def _write(
     bars = [
         (one.group, f"{one.title} (against {one.baseline})", one.ratio)
         for one in outcomes
-        if one.ratio and one.group not in ("Start", "Parallel")
+        if one.ratio and one.group not in ("Start", "Parallel", "Precision")
     ]
     if bars:
         ratio_bars(bars, out / "bench.png", title=f"Times faster, on {about['machine']}")

@@ -62,7 +62,6 @@ class Peer(Row):
 
     @property
     def missing(self) -> str:
-        """Why the row cannot be run; "" when it can."""
         if importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         return ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,11 @@ class Row:
     group = ""
     title = ""
 
+    @property
+    def missing(self) -> str:
+        """Why the row cannot be run here; "" when it can."""
+        return ""
+
     def published(self) -> Runnable:
         """What the other side does."""
         raise NotImplementedError
@@ -72,15 +77,21 @@ class Row:
         """What we do."""
         raise NotImplementedError
 
+    def sides(self) -> dict[str, Callable[[], Runnable]]:
+        """All that take turns: "published", unless there is no baseline, and "ours"."""
+        theirs = {"published": self.published} if self.baseline else {}
+        return {**theirs, "ours": self.ours}
+
     def agreement(self, theirs: Any, ours: Any) -> float | None:
         """Share of equal labels, where both sides give labels."""
         return None
 
-    def judge(self, theirs: Timing, ours: Timing) -> tuple[str, bool | None]:
+    def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
         """What was asked and whether it holds; None where nothing was asked."""
         if self.target is None:
             return "", None
-        return f"at least {self.target:g} x", theirs.median / ours.median >= self.target
+        ratio = timings["published"].median / timings["ours"].median
+        return f"at least {self.target:g} x", ratio >= self.target
 
 
 def equal_labels(theirs: Any, ours: Any) -> float:
@@ -126,12 +137,13 @@ class ClassMap(Row):
     def agreement(self, theirs: Any, ours: Any) -> float | None:
         return equal_labels(theirs, ours)
 
-    def judge(self, theirs: Timing, ours: Timing) -> tuple[str, bool | None]:
-        asked, met = super().judge(theirs, ours)
-        if self.limit_mib is None or ours.extra_mib is None:
+    def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
+        asked, met = super().judge(timings)
+        used = timings["ours"].extra_mib
+        if self.limit_mib is None or used is None:
             return asked, met
-        fits = ours.extra_mib <= self.limit_mib
-        return f"{asked}, at most {self.limit_mib:g} MiB", bool(met) and fits
+        both = f"{asked}, at most {self.limit_mib:g} MiB".removeprefix(", ")
+        return both, met is not False and used <= self.limit_mib
 
 
 @dataclass(frozen=True)
@@ -142,12 +154,6 @@ class LargeClassMap(ClassMap):
     size: tuple[int, int] = (4000, 6000)
     limit_mib: float | None = 256
     baseline: str = ""
-
-    def judge(self, theirs: Timing, ours: Timing) -> tuple[str, bool | None]:
-        asked = f"at most {self.limit_mib:g} MiB"
-        if ours.extra_mib is None or self.limit_mib is None:
-            return asked, None
-        return asked, ours.extra_mib <= self.limit_mib
 
 
 # ------------------------------------------------------------------------------ networks
@@ -429,8 +435,8 @@ class SyncBatchNorm(Row):
     def ours(self) -> Runnable:
         return self._step(SynchronizedBatchNorm2d)
 
-    def judge(self, theirs: Timing, ours: Timing) -> tuple[str, bool | None]:
-        slower = ours.median / theirs.median - 1
+    def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
+        slower = timings["ours"].median / timings["published"].median - 1
         return f"at most 20 % slower ({100 * slower:+.0f} %)", slower <= 0.2
 
 
@@ -456,10 +462,11 @@ class Startup(Row):
     def ours(self) -> Runnable:
         return partial(_run, self.command)
 
-    def judge(self, theirs: Timing, ours: Timing) -> tuple[str, bool | None]:
-        if not theirs.seconds:
-            return f"at most {self.limit:g} s", ours.median <= self.limit
-        added = ours.median - theirs.median
+    def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
+        took = timings["ours"].median
+        if "published" not in timings:
+            return f"at most {self.limit:g} s", took <= self.limit
+        added = took - timings["published"].median
         return f"adds at most {self.limit:g} s ({added:+.2f} s)", added <= self.limit
 
 

@@ -61,11 +61,11 @@ def take_turns(
     flops: bool = False,
     limit: float = 60.0,
 ) -> dict[str, Timing]:
-    """Runs every side in turn, A B A B, after one untimed call of each.
+    """Runs every side in turn, A B A B, after a first call of each that is not counted.
 
     Args:
         sides: name -> picklable function that prepares a side and returns what is to be timed.
-        repeats: timed calls of every side.
+        repeats: timed calls of every side after the first; with 0 the first is what counts.
         device: cpu or cuda; of what is timed.
         threads: compute threads of each side; 0 = the cores there are.
         flops: count the floating-point operations of a call.
@@ -78,7 +78,9 @@ def take_turns(
     timings = {name: Timing() for name in sides}
     try:
         for name, process in processes.items():
-            timings[name].extra_mib = process.ask("first")
+            timings[name].extra_mib, first = process.ask("first")
+            if not repeats:
+                timings[name].seconds.append(first)
         began = time.monotonic()
         for done in range(repeats):
             if done >= 2 and time.monotonic() - began > limit:
@@ -137,7 +139,8 @@ def _serve(prepare: Callable[[], Runnable], device: str, threads: int, pipe: Con
                 call = prepare()
             answer: Any = None
             if what == "first":
-                answer, result = _peak(call, device)
+                memory, seconds, result = _peak(call, device)
+                answer = memory, seconds
             elif what == "run":
                 answer, result = _timed(call, device)
             elif what == "result":
@@ -158,19 +161,19 @@ def _timed(call: Runnable, device: str) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def _peak(call: Runnable, device: str) -> tuple[float | None, Any]:
-    """Most memory of one call beyond what was held, in MiB, and its result."""
+def _peak(call: Runnable, device: str) -> tuple[float | None, float, Any]:
+    """Most memory of one call beyond what was held, in MiB; its seconds and its result."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - held) / MIB, result
+        seconds, result = _timed(call, device)
+        return (torch.cuda.max_memory_allocated() - held) / MIB, seconds, result
     before = _reset_high_water_mark()
-    result = call()
+    seconds, result = _timed(call, device)
     after = _status("VmHWM")
-    return (after - before if before is not None and after is not None else None), result
+    known = before is not None and after is not None
+    return (after - before if known else None), seconds, result  # type: ignore[operator]
 
 
 def _reset_high_water_mark() -> float | None:

@@ -1,6 +1,6 @@
 """Palettes, coloured label maps, legends and charts; NumPy and Pillow only."""
 
-from mit_semseg.visualize.charts import class_bars, curves, ratio_bars
+from mit_semseg.visualize.charts import class_bars, curves, loss_curves, ratio_bars
 from mit_semseg.visualize.palette import color_encode, overlay, palette, side_by_side
 from mit_semseg.visualize.sheets import legend, prediction_sheet
 
@@ -9,6 +9,7 @@ __all__ = [
     "color_encode",
     "curves",
     "legend",
+    "loss_curves",
     "overlay",
     "palette",
     "prediction_sheet",

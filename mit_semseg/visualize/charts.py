@@ -38,6 +38,7 @@ class _Panel:
     title: str
     series: list[_Series]
     percent: bool = False
+    unit: str = "epoch"  # of the horizontal axis
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -150,7 +151,7 @@ def _draw_panel(
         x = at(column, low)[0]
         sheet.line([(x, bottom), (x, bottom + 4)], MUTED)
         sheet.text(x, bottom + 14, f"{column:g}", 12, MUTED, anchor="mm")
-    sheet.text((left + right) / 2, bottom + 33, "epoch", 12, MUTED, anchor="mm")
+    sheet.text((left + right) / 2, bottom + 33, panel.unit, 12, MUTED, anchor="mm")
 
     x = left - 42
     for one in panel.series:
@@ -307,6 +308,37 @@ def ratio_bars(
             sheet.box(left, y, max(right - left, 1.5), 16, color, radius=2)
             sheet.text(right + 8, y + 8, f"{ratio:.2f} x", 12)
             y += pitch
+    return write_png(sheet.array(), path)
+
+
+def loss_curves(
+    runs: Mapping[str, Sequence[float]], path: PathLike | None = None, *, title: str = "Loss"
+) -> np.ndarray:
+    """The losses of several runs over their length, smoothed, in one chart.
+
+    Args:
+        runs: name -> losses in order, taken at equal steps; at most four runs.
+        path: PNG that is written.
+        title: heading.
+
+    Returns:
+        (h, w, 3) uint8 RGB.
+
+    Raises:
+        ValueError: there are no runs, too many, or one is empty.
+    """
+    colors = (_ORANGE, _BLUE, _GREEN, MUTED)
+    if not 0 < len(runs) <= len(colors) or not all(len(run) for run in runs.values()):
+        raise ValueError(f"loss_curves draws 1 to {len(colors)} runs of at least one loss each")
+    series = [
+        _Series(name, color, [(float(i + 1), float(y)) for i, y in enumerate(losses)])
+        for color, (name, losses) in zip(colors, runs.items())
+    ]
+    width, height, top = 760, 380, 48
+    sheet = Canvas(width, top + height)
+    sheet.text(20, 28, title, 20, bold=True)
+    panel, end = _Panel("", series, unit="figure taken"), max(len(run) for run in runs.values())
+    _draw_panel(sheet, panel, 0, top, width, height, end)
     return write_png(sheet.array(), path)
 
 

@@ -1,0 +1,188 @@
+"""What reduced precision changes: the labels of trained networks, and the curve of a training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mit_semseg.benchmarks.rows import Row, equal_labels
+from mit_semseg.benchmarks.sides import Runnable, Timing
+from mit_semseg.dataset import load_image, streets
+from mit_semseg.engine.launch import read_config
+from mit_semseg.engine.train import METRICS, read_metrics, train
+from mit_semseg.segmenter import Segmenter
+from mit_semseg.visualize import loss_curves
+
+LEAST_EQUAL = 0.995
+MOST_IMAGES = 16
+SEED = 304
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPE = REPOSITORY / "config" / "demo.yaml"
+CAMVID_WEIGHTS = REPOSITORY / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
+
+
+@dataclass(frozen=True)
+class Labels(Row):
+    """A trained network in float32 and in less, on the same images.
+
+    Attributes:
+        weights: a checkpoint folder.
+        folder: of the images.
+        name: of the network and the images.
+    """
+
+    baseline: str = "ours in fp32"
+    weights: str = ""
+    folder: str = ""
+    name: str = ""
+    repeats: int = 1
+
+    group = "Precision"
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        return f"labels in {self.precision}: {self.name}"
+
+    def _run(self, precision: str) -> Runnable:
+        with contextlib.redirect_stdout(None):
+            segmenter = Segmenter.from_checkpoint(
+                self.weights, device=self.device, precision=precision
+            )
+        pictures = [load_image(path) for path in self._images()]
+        return lambda: np.concatenate([segmenter(x).labels.reshape(-1) for x in pictures])
+
+    def published(self) -> Runnable:
+        return self._run("fp32")
+
+    def ours(self) -> Runnable:
+        return self._run(self.precision)
+
+    def agreement(self, theirs: Any, ours: Any) -> float | None:
+        return equal_labels(theirs, ours)
+
+    @property
+    def missing(self) -> str:
+        if not (Path(self.weights) / "config.yaml").is_file():
+            return f"there are no weights in {self.weights}"
+        return "" if self._images() else f"there are no images in {self.folder}"
+
+    def _images(self) -> list[Path]:
+        files = sorted(Path(self.folder).glob("*.png"))
+        return files[:: max(1, len(files) // MOST_IMAGES)]
+
+    def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
+        equal = equal_labels(timings["published"].result, timings["ours"].result)
+        return f"at least {LEAST_EQUAL:.1%} of labels equal", equal >= LEAST_EQUAL
+
+
+@dataclass(frozen=True)
+class Curves(Row):
+    """The demo's training in float32 and in less; another seed shows what is noise."""
+
+    baseline: str = "ours in fp32"
+    folder: str = "bench/demo"
+    epochs: int = 4
+    repeats: int = 0
+
+    group = "Precision"
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        return f"loss of the demo's training in {self.precision}, {self.epochs} epochs"
+
+    @property
+    def missing(self) -> str:
+        return "" if RECIPE.is_file() else f"{RECIPE.name} is not here: run it in a checkout"
+
+    def published(self) -> Runnable:
+        return self._training("fp32", SEED)
+
+    def ours(self) -> Runnable:
+        return self._training(self.precision, SEED)
+
+    def another_seed(self) -> Runnable:
+        return self._training("fp32", SEED + 1)
+
+    def sides(self) -> dict[str, Callable[[], Runnable]]:
+        return {**super().sides(), "another seed": self.another_seed}
+
+    def trained(self, precision: str, seed: int = SEED) -> Path:
+        """Checkpoint folder of one of the trainings."""
+        return Path(self.folder) / f"{precision}-{seed}"
+
+    def _training(self, precision: str, seed: int) -> Runnable:
+        root, out = Path(self.folder) / "data", self.trained(precision, seed)
+        if not (root / "classes.csv").is_file():
+            streets.write(root)
+        settings = {
+            "DIR": out,
+            "DATASET.root_dataset": root,
+            "DATASET.list_train": root / "training.odgt",
+            "DATASET.list_val": root / "validation.odgt",
+            "DATASET.classes": root / "classes.csv",
+            "TRAIN.num_epoch": self.epochs,
+            "TRAIN.eval_epochs": self.epochs,
+            "TRAIN.disp_iter": 5,
+            "TRAIN.precision": precision,
+            "TRAIN.seed": seed,
+        }
+        cfg = read_config(RECIPE, [str(x) for pair in settings.items() for x in pair])
+
+        def run() -> list[float]:
+            # A folder that holds an earlier run is set aside by the training itself.
+            train(cfg, [torch.device("cpu")], progress=False)
+            return [x["loss"] for x in read_metrics(out / METRICS) if x["kind"] == "train"]
+
+        return run
+
+    def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
+        fp32, other, reduced = (
+            smoothed(timings[name].result) for name in ("published", "another seed", "ours")
+        )
+        noise, apart = np.abs(fp32 - other).mean(), np.abs(fp32 - reduced).mean()
+        loss_curves(
+            {
+                f"{self.precision}": timings["ours"].result,
+                "fp32": timings["published"].result,
+                "fp32, another seed": timings["another seed"].result,
+            },
+            Path(self.folder).parent / "loss_curves.png",
+            title=f"Training loss, {self.epochs} epochs of the demo",
+        )
+        asked = f"no farther apart ({apart:.3f}) than two seeds are ({noise:.3f})"
+        return asked, bool(apart <= noise)
+
+
+def smoothed(losses: Any, window: int = 4) -> np.ndarray:
+    """Running mean, by which one hard batch counts for less."""
+    return np.convolve(np.asarray(losses), np.ones(window) / window, mode="valid")
+
+
+def rows(out: Path) -> list[Row]:
+    """The rows of this module.
+
+    Args:
+        out: folder of the benchmark's results, where the demo is trained.
+    """
+    curves = Curves(precision="bf16", folder=str(out / "demo"))
+    demo = Labels(
+        precision="bf16",
+        weights=str(curves.trained("bf16")),
+        folder=str(out / "demo" / "data" / "images" / "validation"),
+        name="the demo's network, held-out streets",
+    )
+    data = Path(os.environ.get("SEMSEG_DATA", REPOSITORY.parent / "shared" / "data"))
+    camvid = Labels(
+        precision="bf16",
+        weights=str(CAMVID_WEIGHTS),
+        folder=str(data / "CamVid" / "val"),
+        name="the committed CamVid network, validation images",
+    )
+    return [curves, demo, camvid]
