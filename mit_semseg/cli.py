@@ -1,83 +1,19 @@
-"""The command line: arguments in, one library call, clear errors out."""
+"""The command line: arguments in, one library call, clear errors out.
+
+Each command imports what it runs, and torch with it; `--help` and argument errors do without.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
+from mit_semseg.arguments import build_parser
 
-# torch is imported by the command that runs, not here: `--help` and argument errors are instant.
-
-
-# Commands with subcommands of their own, which bring their arguments along when they are called.
-ROOMS = {
-    "data": ("mit_semseg.dataset.commands", "download data, make and check sample lists"),
-    "demo": ("mit_semseg.engine.demo", "the rendered demo data and its result page"),
-}
-PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+# What an override may begin with, among the images of `predict`.
 SECTIONS = ("DIR", "DATASET.", "MODEL.", "TRAIN.", "VAL.", "TEST.")
-
-
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The command line; `command` is the one about to run, whose subcommands are filled in."""
-    parser = argparse.ArgumentParser(
-        prog="mit-semseg", description="Scene parsing: train, evaluate and run on images."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    train = commands.add_parser("train", help="train a model")
-    _add_gpus(train)
-    train.add_argument("--resume", action="store_true", help="continue from the newest epoch")
-    _add_config(train, "TRAIN")
-    train.set_defaults(run=run_train)
-
-    evaluate = commands.add_parser("eval", help="evaluate a model on the validation list")
-    _add_gpus(evaluate)
-    evaluate.add_argument("--workers", type=int, default=1, help="processes with --gpus cpu")
-    evaluate.add_argument(
-        "--single-process", action="store_true", help="evaluate in this process, on one device"
-    )
-    evaluate.add_argument("--out", default=None, help="folder for figures and pictures")
-    _add_config(evaluate, "VAL")
-    evaluate.set_defaults(run=run_eval)
-
-    predict = commands.add_parser("predict", help="run a model on images")
-    predict.add_argument("--imgs", required=True, nargs="+", help="files, folders or globs")
-    predict.add_argument(
-        "--gpu",
-        dest="devices",
-        default=None,
-        help="number of a GPU, or cpu (default: GPU 0 if any)",
-    )
-    _add_config(predict, "TEST")
-    predict.set_defaults(run=run_predict)
-
-    pack = commands.add_parser("pack", help="copy a checkpoint in half precision, to hand on")
-    pack.add_argument("source", metavar="CHECKPOINT_FOLDER")
-    pack.add_argument("out", metavar="OUT")
-    pack.add_argument("--checkpoint", default=None, help="epoch_N.pth or best.pth (default: best)")
-    pack.set_defaults(run=run_pack)
-
-    bench = commands.add_parser("bench", help="measure against the published procedure")
-    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
-    bench.add_argument("--quick", action="store_true", help="fewer calls of each side, no peers")
-    bench.add_argument(
-        "--only", default="", metavar="TEXT", help="only rows with TEXT in their group or name"
-    )
-    bench.add_argument("--out", default="bench", metavar="DIR", help="folder of the results")
-    bench.set_defaults(run=run_bench)
-
-    for name, (module, text) in ROOMS.items():
-        room = commands.add_parser(name, help=text)
-        if name == command:
-            part = importlib.import_module(module)
-            part.add_arguments(room.add_subparsers(dest="action", required=True))
-            room.set_defaults(run=part.run)
-    return parser
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -155,6 +91,35 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_data(args: argparse.Namespace) -> int:
+    """Make, check or download data; 1 when problems were found or met."""
+    if args.action == "check" and args.cfg:
+        _look_at(args.cfg)
+    from mit_semseg.dataset.commands import run
+
+    return run(args)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Render the demo's data, or show what came of them."""
+    if args.action == "page":
+        _look_at(args.cfg)
+    from mit_semseg.engine.demo import run
+
+    return run(args)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": run_train,
+    "eval": run_eval,
+    "predict": run_predict,
+    "pack": run_pack,
+    "bench": run_bench,
+    "data": run_data,
+    "demo": run_demo,
+}
+
+
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Part `--imgs a.jpg b.jpg TEST.result out` into images and configuration overrides."""
     for i, word in enumerate(words):
@@ -187,9 +152,8 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    args = build_parser(arguments[0] if arguments else None).parse_args(arguments)
-    run: Callable[[argparse.Namespace], int] = args.run
-    return run(args)
+    args = build_parser().parse_args(arguments)
+    return COMMANDS[args.command](args)
 
 
 def _one_line(error: BaseException) -> str:
@@ -204,27 +168,13 @@ def _one_line(error: BaseException) -> str:
     )
 
 
-def _add_config(parser: argparse.ArgumentParser, section: str) -> None:
-    parser.add_argument("--cfg", default=DEFAULT_CONFIG, metavar="FILE", help="configuration file")
-    parser.add_argument(
-        "--precision", default=None, choices=PRECISIONS, help=f"instead of {section}.precision"
-    )
-    parser.set_defaults(section=section)
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY value", help="override configuration keys"
-    )
-
-
 def _overrides(args: argparse.Namespace, more: Sequence[str] = ()) -> list[str]:
     """`KEY value` pairs, with what options say behind them, so that options win.
 
-    Mistakes in the configuration and in the devices' names are looked for here, too: this takes
-    no time, while what comes next imports torch.
+    Mistakes in the configuration and in the devices' names are looked for here, too.
     """
-    from mit_semseg.config import load_config
-
     opts = [*more, *args.opts]
-    load_config(args.cfg, opts)
+    _look_at(args.cfg, opts)
     if args.devices is not None:
         from mit_semseg.utils import parse_devices
 
@@ -234,13 +184,11 @@ def _overrides(args: argparse.Namespace, more: Sequence[str] = ()) -> list[str]:
     return opts
 
 
-def _add_gpus(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--gpus",
-        dest="devices",
-        default=None,
-        help="0-3, 0,2 or cpu (default: all GPUs, else the CPU)",
-    )
+def _look_at(config: str, opts: Sequence[str] = ()) -> None:
+    """Refuse a mistaken configuration now: this takes no time, what comes next imports torch."""
+    from mit_semseg.config import load_config
+
+    load_config(config, list(opts))
 
 
 if __name__ == "__main__":

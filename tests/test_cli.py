@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from mit_semseg import arguments as shown
 from mit_semseg.cli import main, split_overrides
 from mit_semseg.config.node import Config
+from mit_semseg.dataset import FORMATS
+from mit_semseg.dataset.downloads import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +51,21 @@ MISTAKES = [
     (["train", "--cfg", "nowhere.yaml"], 2),
     (["eval", "TRAIN.lr", "1"], 2),
     (["predict", "--imgs", "a.jpg", "TEST.precision", "half"], 2),
+    (["pack"], 2),
+    (["bench", "--device", "tpu"], 2),
+    (["data"], 2),
+    (["data", "--help"], 0),
+    (["data", "nonsense"], 2),
+    (["data", "make-odgt", "--images", "a"], 2),
+    (["data", "check", "--help"], 0),
+    (["data", "check", "a.odgt", "--num-class", "x"], 2),
+    (["data", "check", "val", "--cfg", "nowhere.yaml"], 2),
+    (["data", "download"], 2),
+    (["demo", "--help"], 0),
+    (["demo", "render", "--help"], 0),
+    (["demo", "render", "--size", "x"], 2),
+    (["demo", "page", "--images", "x"], 2),
+    (["demo", "page", "--cfg", "nowhere.yaml"], 2),
 ]
 
 
@@ -124,6 +142,10 @@ def test_precision_option_beats_the_configuration(
         (["eval", "--gpus", "zero"], "zero"),
         (["eval", "--gpus", "99"], "--gpus cpu runs without one"),
         (["predict", "--imgs", "nothing.jpg", "--gpu", "cpu"], "nothing.jpg"),
+        (["data", "check", "a.odgt", "--format", "camvd"], "'camvd'; did you mean 'camvid'?"),
+        (["data", "check", "val", "--cfg", "config/demo.yaml", "--format", "x"], "format 'x'"),
+        (["data", "download", "cityscape"], "'cityscape' to download; did you mean 'cityscapes'?"),
+        (["data", "download", "folder"], "(known: ade20k, camvid, cityscapes, cocostuff, voc2012)"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -138,6 +160,25 @@ def test_mistakes_are_one_line(
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(err) == 1
     assert message in err[0]
+
+
+def test_help_names_every_data_set() -> None:
+    advice = "name it in mit_semseg/arguments.py, which the help is made from"
+    assert sorted(shown.FORMATS) == FORMATS.names(), advice
+    assert sorted(shown.SOURCES) == sorted(sources()), advice
+
+
+def test_a_data_set_of_ones_own_is_accepted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Registering is enough: the names in the help are no limit."""
+
+    class Balls(FORMATS.get("cityscapes")):  # type: ignore[misc]
+        """Explains, as its parent does, how to register for the data."""
+
+    monkeypatch.setitem(FORMATS._entries, "balls", Balls)
+    assert main(["data", "download", "balls", "--to", str(tmp_path)]) == 1
+    assert "register and download at" in capsys.readouterr().out
 
 
 def test_overrides_after_several_images(tmp_path: Path) -> None:

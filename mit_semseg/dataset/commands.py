@@ -9,46 +9,7 @@ from typing import Any
 from mit_semseg.dataset.base import FORMATS, ClassTable, build_split
 from mit_semseg.dataset.downloads import download, sources
 from mit_semseg.dataset.tools import check, describe_check, describe_made, make_odgt
-
-
-def add_arguments(subparsers: Any) -> None:
-    """Add the subcommands to `mit-semseg data`."""
-    make = subparsers.add_parser("make-odgt", help="sample lists from image and mask folders")
-    make.add_argument("--images", required=True, metavar="DIR")
-    make.add_argument("--labels", required=True, metavar="DIR", help="masks, named as the images")
-    make.add_argument("--out", required=True, metavar="DIR", help="folder for the two lists")
-    make.add_argument("--split", type=float, default=0.9, help="share for training (0.9)")
-    make.add_argument("--seed", type=int, default=304, help="of the random split")
-    make.add_argument("--image-suffix", default="", help="what only image names end with")
-    make.add_argument("--label-suffix", default="", help="what only mask names end with (_mask)")
-    make.set_defaults(action="make-odgt")
-
-    look = subparsers.add_parser("check", help="read every sample of a list and report")
-    look.add_argument(
-        "list",
-        metavar="LIST",
-        help="an .odgt file, images_dir:labels_dir, a split name of a public data set, or with "
-        "--cfg: train or val",
-    )
-    look.add_argument("--cfg", default=None, metavar="FILE", help="take all settings from here")
-    look.add_argument("--root", default=None, metavar="DIR", help="DATASET.root_dataset")
-    look.add_argument(
-        "--format",
-        default=None,
-        choices=FORMATS.names(),
-        help="DATASET.format (odgt, or folder where LIST has a colon)",
-    )
-    look.add_argument("--num-class", type=int, default=None, metavar="K")
-    look.add_argument("--label-offset", type=int, default=1, metavar="N")
-    look.add_argument("--ignore-label", type=int, nargs="+", default=[], metavar="V")
-    look.add_argument("--classes", default="", metavar="CSV", help="class names")
-    look.add_argument("--json", default="", metavar="FILE", help="write the report here as well")
-    look.set_defaults(action="check")
-
-    get = subparsers.add_parser("download", help="fetch a public data set")
-    get.add_argument("name", choices=sorted(sources()))
-    get.add_argument("--to", default="", metavar="DIR", help="folder (data/<name of the set>)")
-    get.set_defaults(action="download")
+from mit_semseg.registry import closest
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,10 +33,18 @@ def run(args: argparse.Namespace) -> int:
             with open(args.json, "w", encoding="utf-8") as file:
                 json.dump(report, file, indent=1)
         return 0 if report["ok"] else 1
-    return 0 if download(args.name, args.to or f"data/{sources()[args.name].folder}") else 1
+    known = sources()
+    if args.name not in known:
+        raise ValueError(
+            f"no data set {args.name!r} to download{closest(args.name, list(known))} "
+            f"(known: {', '.join(known)})"
+        )
+    return 0 if download(args.name, args.to or f"data/{known[args.name].folder}") else 1
 
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:
+    if args.format is not None:
+        FORMATS.get(args.format)  # refuses an unknown name, even where --cfg makes it idle
     if args.cfg:
         from mit_semseg.config import load_config
 

@@ -10,7 +10,6 @@ import csv
 import json
 import platform
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,29 +21,6 @@ from mit_semseg.dataset.transforms import load_image, load_mask
 from mit_semseg.engine.launch import cpu_count, read_config
 from mit_semseg.models import ModelBuilder
 from mit_semseg.visualize.report import Sample, contact_sheet, write_page
-
-
-def add_arguments(subparsers: Any) -> None:
-    """Add the subcommands to `mit-semseg demo`."""
-    render = subparsers.add_parser("render", help="draw street scenes with labels, as a data set")
-    render.add_argument("--out", default="demo/data", metavar="DIR", help="folder (demo/data)")
-    render.add_argument("--train", type=int, default=160, metavar="N", help="scenes to train on")
-    render.add_argument("--val", type=int, default=32, metavar="N", help="scenes held out")
-    render.add_argument("--seed", type=int, default=304, help="of all scenes")
-    render.add_argument(
-        "--size", type=int, nargs=2, default=[240, 320], metavar=("H", "W"), help="pixels (240 320)"
-    )
-    render.set_defaults(action="render")
-
-    page = subparsers.add_parser("page", help="show a trained, evaluated model on one page")
-    page.add_argument("--cfg", default="config/demo.yaml", metavar="FILE")
-    page.add_argument(
-        "--evaluation", default="demo/evaluation", metavar="DIR", help="what eval_multipro.py wrote"
-    )
-    page.add_argument("--commands", default="", metavar="FILE", help="lines of SECONDS<tab>COMMAND")
-    page.add_argument("--out", default="demo", metavar="DIR", help="folder of index.html (demo)")
-    page.add_argument("--images", type=int, default=12, metavar="N", help="rows on the page")
-    page.set_defaults(action="page")
 
 
 def run(args: argparse.Namespace) -> int:

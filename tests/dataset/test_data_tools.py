@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mit_semseg.arguments import build_parser
 from mit_semseg.dataset import TrainDataset, ValDataset, read_odgt
-from mit_semseg.dataset.commands import add_arguments, run
+from mit_semseg.dataset.commands import run
 from mit_semseg.dataset.tools import check, make_odgt
 
 Writer = Callable[..., dict[str, Any]]
 
 
 def call(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser.add_subparsers(dest="action", required=True))
-    return run(parser.parse_args(words))
+    return run(build_parser().parse_args(["data", *words]))
 
 
 def test_make_odgt_then_train(

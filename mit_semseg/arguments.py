@@ -1,0 +1,151 @@
+"""The arguments of all commands.
+
+This module imports the standard library alone, so that help and argument errors are instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
+PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+# Data sets as the help shows them: those to download, and all formats. What is accepted is for
+# the registry to say, once the command runs; a test holds these beside it.
+SOURCES = ("ade20k", "camvid", "cityscapes", "cocostuff", "voc2012")
+FORMATS = ("ade20k", "camvid", "cityscapes", "cocostuff", "folder", "odgt", "voc2012")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; it names the command in `command`, a subcommand in `action`."""
+    parser = argparse.ArgumentParser(
+        prog="mit-semseg", description="Scene parsing: train, evaluate and run on images."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model")
+    _add_gpus(train)
+    train.add_argument("--resume", action="store_true", help="continue from the newest epoch")
+    _add_config(train, "TRAIN")
+
+    evaluate = commands.add_parser("eval", help="evaluate a model on the validation list")
+    _add_gpus(evaluate)
+    evaluate.add_argument("--workers", type=int, default=1, help="processes with --gpus cpu")
+    evaluate.add_argument(
+        "--single-process", action="store_true", help="evaluate in this process, on one device"
+    )
+    evaluate.add_argument("--out", default=None, help="folder for figures and pictures")
+    _add_config(evaluate, "VAL")
+
+    predict = commands.add_parser("predict", help="run a model on images")
+    predict.add_argument("--imgs", required=True, nargs="+", help="files, folders or globs")
+    predict.add_argument(
+        "--gpu",
+        dest="devices",
+        default=None,
+        help="number of a GPU, or cpu (default: GPU 0 if any)",
+    )
+    _add_config(predict, "TEST")
+
+    pack = commands.add_parser("pack", help="copy a checkpoint in half precision, to hand on")
+    pack.add_argument("source", metavar="CHECKPOINT_FOLDER")
+    pack.add_argument("out", metavar="OUT")
+    pack.add_argument("--checkpoint", default=None, help="epoch_N.pth or best.pth (default: best)")
+
+    bench = commands.add_parser("bench", help="measure against the published procedure")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
+    bench.add_argument("--quick", action="store_true", help="fewer calls of each side, no peers")
+    bench.add_argument(
+        "--only", default="", metavar="TEXT", help="only rows with TEXT in their group or name"
+    )
+    bench.add_argument("--out", default="bench", metavar="DIR", help="folder of the results")
+
+    data = commands.add_parser("data", help="download data, make and check sample lists")
+    _add_data(data.add_subparsers(dest="action", required=True))
+
+    demo = commands.add_parser("demo", help="the rendered demo data and its result page")
+    _add_demo(demo.add_subparsers(dest="action", required=True))
+    return parser
+
+
+def _add_data(subparsers: Subparsers) -> None:
+    make = subparsers.add_parser("make-odgt", help="sample lists from image and mask folders")
+    make.add_argument("--images", required=True, metavar="DIR")
+    make.add_argument("--labels", required=True, metavar="DIR", help="masks, named as the images")
+    make.add_argument("--out", required=True, metavar="DIR", help="folder for the two lists")
+    make.add_argument("--split", type=float, default=0.9, help="share for training (0.9)")
+    make.add_argument("--seed", type=int, default=304, help="of the random split")
+    make.add_argument("--image-suffix", default="", help="what only image names end with")
+    make.add_argument("--label-suffix", default="", help="what only mask names end with (_mask)")
+
+    look = subparsers.add_parser("check", help="read every sample of a list and report")
+    look.add_argument(
+        "list",
+        metavar="LIST",
+        help="an .odgt file, images_dir:labels_dir, a split name of a public data set, or with "
+        "--cfg: train or val",
+    )
+    look.add_argument("--cfg", default=None, metavar="FILE", help="take all settings from here")
+    look.add_argument("--root", default=None, metavar="DIR", help="DATASET.root_dataset")
+    look.add_argument(
+        "--format",
+        default=None,
+        metavar=_one_of(FORMATS),
+        help="DATASET.format (odgt, or folder where LIST has a colon)",
+    )
+    look.add_argument("--num-class", type=int, default=None, metavar="K")
+    look.add_argument("--label-offset", type=int, default=1, metavar="N")
+    look.add_argument("--ignore-label", type=int, nargs="+", default=[], metavar="V")
+    look.add_argument("--classes", default="", metavar="CSV", help="class names")
+    look.add_argument("--json", default="", metavar="FILE", help="write the report here as well")
+
+    get = subparsers.add_parser("download", help="fetch a public data set")
+    get.add_argument("name", metavar=_one_of(SOURCES))
+    get.add_argument("--to", default="", metavar="DIR", help="folder (data/<name of the set>)")
+
+
+def _add_demo(subparsers: Subparsers) -> None:
+    render = subparsers.add_parser("render", help="draw street scenes with labels, as a data set")
+    render.add_argument("--out", default="demo/data", metavar="DIR", help="folder (demo/data)")
+    render.add_argument("--train", type=int, default=160, metavar="N", help="scenes to train on")
+    render.add_argument("--val", type=int, default=32, metavar="N", help="scenes held out")
+    render.add_argument("--seed", type=int, default=304, help="of all scenes")
+    render.add_argument(
+        "--size", type=int, nargs=2, default=[240, 320], metavar=("H", "W"), help="pixels (240 320)"
+    )
+
+    page = subparsers.add_parser("page", help="show a trained, evaluated model on one page")
+    page.add_argument("--cfg", default="config/demo.yaml", metavar="FILE")
+    page.add_argument(
+        "--evaluation", default="demo/evaluation", metavar="DIR", help="what eval_multipro.py wrote"
+    )
+    page.add_argument("--commands", default="", metavar="FILE", help="lines of SECONDS<tab>COMMAND")
+    page.add_argument("--out", default="demo", metavar="DIR", help="folder of index.html (demo)")
+    page.add_argument("--images", type=int, default=12, metavar="N", help="rows on the page")
+
+
+def _add_gpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpus",
+        dest="devices",
+        default=None,
+        help="0-3, 0,2 or cpu (default: all GPUs, else the CPU)",
+    )
+
+
+def _add_config(parser: argparse.ArgumentParser, section: str) -> None:
+    parser.add_argument("--cfg", default=DEFAULT_CONFIG, metavar="FILE", help="configuration file")
+    parser.add_argument(
+        "--precision", default=None, choices=PRECISIONS, help=f"instead of {section}.precision"
+    )
+    parser.set_defaults(section=section)
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY value", help="override configuration keys"
+    )
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return f"{{{','.join(names)}}}"
