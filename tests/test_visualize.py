@@ -268,3 +268,27 @@ def test_long_names_are_cut_to_fit() -> None:
     assert cut.endswith("...")
     assert name.startswith(cut[:-3])
     assert text_width(cut, 13) <= 100
+
+
+def test_ratio_bars_grow_with_the_ratio(tmp_path: Path) -> None:
+    rows = [("one", "double", 2.0), ("one", "tenfold", 10.0), ("two", "slower", 0.5)]
+    picture = visualize.ratio_bars(rows, tmp_path / "bars.png", title="Faster")
+    assert (tmp_path / "bars.png").exists()
+    blue = (picture == (37, 99, 190)).all(-1)
+    lengths = sorted({int(n) for n in blue.sum(1) if n})
+    # Logarithmic: ten is 3.3 times as far from 1 as two.
+    assert lengths[-1] / lengths[0] == pytest.approx(np.log(10) / np.log(2), rel=0.1)
+    for wrong in ([], [("a", "b", 0.0)], [("a", "b", float("nan"))]):
+        with pytest.raises(ValueError, match="above 0"):
+            visualize.ratio_bars(wrong)
+
+
+def test_loss_curves_draw_every_run(tmp_path: Path) -> None:
+    runs = {"bf16": [3.0, 2.0, 1.0], "fp32": [3.1, 2.1, 1.1]}
+    picture = visualize.loss_curves(runs, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
+    for color in ((224, 112, 32), (37, 99, 190)):
+        assert (picture == color).all(-1).sum() > 100
+    for wrong in ({}, {"a": []}, {str(k): [1.0] for k in range(5)}):
+        with pytest.raises(ValueError, match="runs"):
+            visualize.loss_curves(wrong)
