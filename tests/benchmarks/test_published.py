@@ -91,15 +91,9 @@ def test_batches_are_the_same(tmp_path: Path) -> None:
         smooth = rng.integers(0, 255, (8, 12, 3), dtype=np.uint8)
         Image.fromarray(smooth).resize((width, height), Image.Resampling.BICUBIC).save(image)
         Image.fromarray(rng.integers(0, 9, (height, width), dtype=np.uint8)).save(mask)
-        pairs.append((str(image), str(mask)))
-        records.append(
-            {
-                "fpath_img": pairs[-1][0],
-                "fpath_segm": pairs[-1][1],
-                "width": width,
-                "height": height,
-            }
-        )
+        files[str(image)] = str(mask)
+        paths = {"fpath_img": str(image), "fpath_segm": str(mask)}
+        records.append({**paths, "width": width, "height": height})
     options = {"imgSizes": (64,), "random_flip": False, "num_class": 8}
     data = TrainDataset("", records, options, batch_per_gpu=2)
     ours = data[0]
