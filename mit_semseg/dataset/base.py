@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import csv
+import itertools
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ import numpy as np
 
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, locate, read_odgt
-from mit_semseg.dataset.transforms import load_image, load_mask
+from mit_semseg.dataset.transforms import ImageFile, stored_values
 from mit_semseg.registry import Registry
 
 PathLike = str | os.PathLike[str]
@@ -133,9 +134,10 @@ class LabelMap:
         self.values = dict(values)
         self.num_class = num_class
         self.hint = hint
-        # The last entry stays unknown: larger values are clipped onto it.
-        self._table = np.full(max(values) + 2, _UNKNOWN, dtype=np.int64)
+        self._table = np.full(max(values) + 1, _UNKNOWN, dtype=np.int64)
         self._table[list(values)] = list(values.values())
+        self._run = next(k for k in itertools.count() if k not in values)  # 0..run-1 are known
+        self._bytes = bytes(value for value in values if value < 256)
 
     @classmethod
     def shifted(
@@ -190,6 +192,29 @@ class LabelMap:
             message += "; the mask holds only {0, 255}: a binary mask? Store 0 and 1 instead"
         return message
 
+    def check(self, raw: np.ndarray, file: PathLike = "mask") -> None:
+        """Refuse stored values that are neither a class nor ignored, without mapping them.
+
+        Args:
+            raw: integers of any shape.
+            file: named in the error.
+
+        Raises:
+            ValueError: there is such a value.
+        """
+        if not raw.size:
+            return
+        low, high = 0 if raw.dtype.kind == "u" else int(raw.min()), int(raw.max())
+        if low >= 0 and high < self._run:  # nearly always; the extremes are found very quickly
+            return
+        if raw.dtype == np.uint8:
+            unknown = bool(raw.tobytes().translate(None, self._bytes))  # what is left of them
+        else:
+            in_table = low >= 0 and high < len(self._table)
+            unknown = not in_table or bool((self._table[raw] == _UNKNOWN).any())
+        if unknown:
+            raise ValueError(self.complaint(np.unique(raw).tolist(), file))
+
     def __call__(self, raw: np.ndarray, file: PathLike = "mask") -> np.ndarray:
         """Class ids of stored values.
 
@@ -203,10 +228,8 @@ class LabelMap:
         Raises:
             ValueError: a stored value is neither a class nor ignored.
         """
-        ids = np.take(self._table, raw, mode="clip")  # clip also sends negative values to entry 0
-        if ids.size and (ids.min() == _UNKNOWN or raw.min() < 0):
-            raise ValueError(self.complaint(np.unique(raw).tolist(), file))
-        return ids
+        self.check(raw, file)
+        return self._table[raw]
 
 
 # ------------------------------------------------------------------------------ formats
@@ -378,23 +401,35 @@ def absolute(record: Record, root: PathLike) -> Record:
 
 
 # ------------------------------------------------------------------------------ samples
-def load_raw(record: Record, root: PathLike = "") -> tuple[np.ndarray, np.ndarray]:
-    """Image and stored mask values of a record, checked to be of the size they should be.
-
-    Returns:
-        (H, W, 3) uint8 RGB and (H, W) int32.
+def paths_of(record: Record, root: PathLike = "") -> tuple[str, str]:
+    """Image and mask file of a record.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is unreadable, or sizes disagree; the file is named.
+        ValueError: the list gives no mask.
     """
     if "fpath_segm" not in record:
         raise ValueError(f"{record['fpath_img']}: the list gives no mask; add 'fpath_segm'")
-    image_path = os.path.join(root, record["fpath_img"])
-    mask_path = os.path.join(root, record["fpath_segm"])
-    image = load_image(image_path)
-    raw = load_mask(mask_path)
-    height, width = image.shape[:2]
+    return os.path.join(root, record["fpath_img"]), os.path.join(root, record["fpath_segm"])
+
+
+def load_values(record: Record, root: PathLike, size: tuple[int, int]) -> np.ndarray:
+    """Stored mask values of a record, checked to be of the size they should be.
+
+    Args:
+        record: with a mask.
+        root: folder that relative paths are relative to.
+        size: (width, height) of the image file, upright by EXIF.
+
+    Returns:
+        (H, W) integers of the mask file's own type, maybe read-only.
+
+    Raises:
+        FileNotFoundError: the mask is missing.
+        ValueError: it is unreadable, or sizes disagree; the file is named.
+    """
+    image_path, mask_path = paths_of(record, root)
+    width, height = size
+    raw = stored_values(mask_path)
     if "width" in record and (record["width"], record["height"]) != (width, height):
         raise ValueError(
             f"{image_path}: {width}x{height} pixels (upright by EXIF), but its list says "
@@ -405,7 +440,23 @@ def load_raw(record: Record, root: PathLike = "") -> tuple[np.ndarray, np.ndarra
             f"{mask_path}: {raw.shape[1]}x{raw.shape[0]} pixels, but its image {image_path} has "
             f"{width}x{height} (upright by EXIF); masks must be as large as their images"
         )
-    return image, raw
+    return raw
+
+
+def load_raw(record: Record, root: PathLike = "") -> tuple[np.ndarray, np.ndarray]:
+    """Image and stored mask values of a record, checked to be of the size they should be.
+
+    Returns:
+        (H, W, 3) uint8 RGB and (H, W) integers of the mask file's own type, maybe read-only.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is unreadable, or sizes disagree; the file is named.
+    """
+    image_path, _ = paths_of(record, root)
+    with ImageFile(image_path) as file:
+        raw = load_values(record, root, file.size)
+        return file.pixels(), raw
 
 
 def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.ndarray, np.ndarray]:
@@ -418,7 +469,7 @@ def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.n
         FileNotFoundError, ValueError: as `load_raw`; ValueError also for an unknown stored value.
     """
     image, raw = load_raw(record, root)
-    return image, label_map(raw, os.path.join(root, record["fpath_segm"]))
+    return image, label_map(raw, paths_of(record, root)[1])
 
 
 def check_sample(split: Split, n: int = 32, seed: int = 0) -> list[str]:

@@ -18,12 +18,14 @@ class TestDataset(Dataset[dict[str, Any]]):
         odgt: list file, list files, or records (`fpath_img` is enough); paths are taken as they
             are, relative to the working folder.
         opt: `cfg.DATASET`, or any object with some of its attributes.
+        normalized: False leaves the pixels to `Normalize`.
     """
 
     __test__ = False  # the name is published; it is no test case
 
-    def __init__(self, odgt: Any, opt: Any) -> None:
+    def __init__(self, odgt: Any, opt: Any, *, normalized: bool = True) -> None:
         self.options = DataOptions.read(opt)
+        self.normalized = normalized
         self.records: list[Record] = read_records(odgt)
 
     def __len__(self) -> int:
@@ -35,6 +37,6 @@ class TestDataset(Dataset[dict[str, Any]]):
         image = load_image(record["fpath_img"])
         return {
             "img_ori": image,
-            "img_data": scaled_inputs(image, self.options),
+            "img_data": scaled_inputs(image, self.options, self.normalized),
             "info": record["fpath_img"],
         }

@@ -22,6 +22,7 @@ class ValDataset(Dataset[dict[str, Any]]):
         odgt: list file, list files, or records.
         opt: `cfg.DATASET`, or any object with some of its attributes.
         label_map: stored value -> class; by default from `label_offset` and `ignore_label`.
+        normalized: False leaves the pixels to `Normalize`.
 
     Raises:
         FileNotFoundError, ValueError: a list, an option or (when read) a sample cannot be used.
@@ -34,9 +35,11 @@ class ValDataset(Dataset[dict[str, Any]]):
         opt: Any,
         *,
         label_map: LabelMap | None = None,
+        normalized: bool = True,
     ) -> None:
         self.root = os.fspath(root_dataset)
         self.options = DataOptions.read(opt)
+        self.normalized = normalized
         self.label_map = label_map or LabelMap.of_options(self.options)
         self.records: list[Record] = read_records(odgt, self.root)
 
@@ -47,15 +50,15 @@ class ValDataset(Dataset[dict[str, Any]]):
         """Sample number `index`.
 
         Returns:
-            `img_ori` (H, W, 3) uint8 RGB array; `img_data`, a list with one (1, 3, h, w) float32
-            tensor a scale; `seg_label` (1, H, W) int64 with -1 ignored; `info`, the image path as
-            listed.
+            `img_ori` (H, W, 3) uint8 RGB array; `img_data`, a list with one (1, 3, h, w) tensor a
+            scale, float32 or, not normalised, uint8 RGB in channels_last; `seg_label` (1, H, W)
+            int64 with -1 ignored; `info`, the image path as listed.
         """
         record = self.records[index]
         image, labels = load_pair(record, self.root, self.label_map)
         return {
             "img_ori": image,
-            "img_data": scaled_inputs(image, self.options),
+            "img_data": scaled_inputs(image, self.options, self.normalized),
             "seg_label": torch.from_numpy(labels)[None],
             "info": record["fpath_img"],
         }

@@ -110,3 +110,21 @@ def test_pairs_from_the_configuration() -> None:
         LabelMap.of_options(options)(np.array([[9]]), "x.png")
     with pytest.raises(ValueError, match="DATASET.label_map"):
         DataOptions.read(SimpleNamespace(label_map=[7, 8]))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32])
+@pytest.mark.parametrize("values", [{0: 0, 1: 1}, {0: 0, 3: 1, 255: -1}, {7: 0, 8: 1, 300: -1}])
+def test_the_check_alone_agrees_with_the_list_of_values(
+    kind: type[np.generic], values: dict[int, int]
+) -> None:
+    label_map = LabelMap(values, 2)
+    known = np.array([v for v in values if v <= np.iinfo(kind).max], dtype=kind)
+    label_map.check(known)
+    label_map.check(known[:0])
+    for stored in range(256):
+        raw = np.append(known, kind(stored))
+        if stored in values:
+            label_map.check(raw)
+        else:
+            with pytest.raises(ValueError, match=f"mask: label {stored} is outside"):
+                label_map.check(raw)

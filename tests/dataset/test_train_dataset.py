@@ -19,7 +19,7 @@ from PIL import Image
 
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.transforms import load_image, load_mask, normalize
+from mit_semseg.dataset.transforms import Normalize, load_image, load_mask, normalize
 
 Options = Callable[..., SimpleNamespace]
 Writer = Callable[..., dict[str, Any]]
@@ -49,7 +49,9 @@ def test_geometry_and_values_by_hand(tmp_path: Path, write_pair: Writer, options
         stem = Path(name).stem
         with Image.open(tmp_path / "images" / f"{stem}.png") as file:
             image = np.asarray(file.resize((width, 24), Image.Resampling.BILINEAR))
-        assert torch.equal(batch["img_data"][k, :, :, :width], normalize(image, DataOptions()))
+        difference = batch["img_data"][k, :, :, :width] - normalize(image, DataOptions())
+        levels = difference.abs() * torch.tensor(DataOptions.std)[:, None, None] * 255
+        assert levels.max() <= 1.001
         assert not batch["img_data"][k, :, :, width:].any()
         with Image.open(tmp_path / "masks" / f"{stem}.png") as file:
             mask = file.resize((width, 24), Image.Resampling.NEAREST)
@@ -185,6 +187,103 @@ def test_random_flip_is_honoured(tmp_path: Path, write_pair: Writer, options: Op
     opt.random_flip = False
     still = TrainDataset(tmp_path, [record], opt)
     assert all(torch.equal(still[k]["img_data"][0], image) for k in range(20))
+
+
+def test_flipped_labels_are_resized_as_published(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    """Mirrored by Pillow first, then resized: not the same as the other way round."""
+    record = write_pair("f", (64, 48))
+    opt = options(imgSizes=[24], segm_downsampling_rate=1)
+    data = TrainDataset(tmp_path, [record], opt)
+    mirror = Image.Transpose.FLIP_LEFT_RIGHT
+    with Image.open(tmp_path / record["fpath_segm"]) as file:
+        masks = [file.copy(), file.transpose(mirror)]
+    with Image.open(tmp_path / record["fpath_img"]) as file:
+        images = [file.copy(), file.transpose(mirror)]
+    expected = [
+        torch.from_numpy(np.array(mask.resize((32, 24), Image.Resampling.NEAREST)).astype(int) - 1)
+        for mask in masks
+    ]
+    pixels = [np.asarray(image.resize((32, 24), Image.Resampling.BILINEAR)) for image in images]
+    assert not torch.equal(expected[0].flip(1), expected[1])
+    seen = set()
+    for k in range(20):
+        batch = data[k]
+        label = batch["seg_label"][0, :24, :32]
+        (turned,) = (n for n in (0, 1) if torch.equal(label, expected[n]))
+        seen.add(turned)
+        difference = batch["img_data"][0, :, :24, :32] - normalize(pixels[turned], DataOptions())
+        levels = difference.abs() * torch.tensor(DataOptions.std)[:, None, None] * 255
+        assert levels.max() <= 1.001
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"crop_size": [20, 28], "color_jitter": 0.4},
+        {"color_order": "BGR", "value_range": 255, "mean": [99.0, 98.5, 97.0], "std": [1.0] * 3},
+    ],
+)
+def test_pixels_normalised_later_are_the_same_batch(
+    tmp_path: Path, mixed: list[dict[str, Any]], options: Options, change: dict[str, Any]
+) -> None:
+    opt = options(**change)
+    ready = TrainDataset(tmp_path, mixed, opt, batch_per_gpu=3)
+    raw = TrainDataset(tmp_path, mixed, opt, batch_per_gpu=3, normalized=False)
+    module = Normalize.of(opt)
+    padded = False
+    for k in range(8):
+        batch, pixels = ready[k], raw[k]
+        assert set(pixels) == {*batch, "img_size"} and pixels["info"] == batch["info"]
+        images, sizes = pixels["img_data"], pixels["img_size"]
+        assert images.dtype == torch.uint8 and sizes.dtype == torch.int64
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert sizes.shape == (len(images), 2)
+        padded |= bool((sizes < torch.tensor(images.shape[2:])).any())
+        assert torch.equal(module(images, sizes), batch["img_data"])
+        assert torch.equal(pixels["seg_label"], batch["seg_label"])
+    assert padded
+
+
+@pytest.mark.parametrize("ignored", [[], [255]])
+def test_a_wrong_label_is_refused_where_the_resize_drops_it(
+    tmp_path: Path, write_pair: Writer, options: Options, ignored: list[int]
+) -> None:
+    record = write_pair("x", (64, 48))
+    with Image.open(tmp_path / record["fpath_segm"]) as file:
+        mask = np.array(file)
+    mask[0, 0] = 255 if ignored else 3
+    Image.fromarray(mask).save(tmp_path / record["fpath_segm"])
+    opt = options(imgSizes=[24], ignore_label=ignored, segm_downsampling_rate=8)
+    data = TrainDataset(tmp_path, [record], opt)
+    assert data[0]["seg_label"].max() <= 2  # 24 of 3072 pixels become labels
+    mask[0, 1] = 77
+    Image.fromarray(mask).save(tmp_path / record["fpath_segm"])
+    for k in range(3):
+        with pytest.raises(ValueError, match=r"x\.png: label 77 is outside 0\.\.3"):
+            data[k]
+    Image.fromarray(mask.astype(np.uint16)).save(tmp_path / record["fpath_segm"])
+    with pytest.raises(ValueError, match=r"x\.png: label 77 is outside 0\.\.3"):
+        data[0]
+
+
+def test_a_large_jpeg_with_a_mask_of_another_size(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    """Sizes are compared as the files have them, however little of the JPEG is decoded."""
+    record = write_pair("x", (400, 300))
+    with Image.open(tmp_path / record["fpath_img"]) as file:
+        file.resize((400, 300)).save(tmp_path / "images/x.jpg")
+    record["fpath_img"] = "images/x.jpg"
+    opt = options(imgSizes=[24])
+    batch = TrainDataset(tmp_path, [record], opt)[0]
+    assert batch["img_data"].shape == (1, 3, 24, 32)
+    Image.new("L", (200, 150)).save(tmp_path / "masks/x.png")
+    with pytest.raises(ValueError, match=r"x\.png: 200x150 pixels, but its image .* 400x300"):
+        TrainDataset(tmp_path, [record], opt)[0]
 
 
 def test_crops_cut_image_and_label_alike_and_pad_what_is_small(

@@ -14,14 +14,17 @@ from PIL import Image, ImageOps
 
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.transforms import (
+    ImageFile,
+    Normalize,
+    as_batch,
     color_jitter,
     fitted_size,
     image_size,
     load_image,
     load_mask,
+    nearest_index,
     normalize,
     resize_image,
-    resize_labels,
     round_up,
     scaled_inputs,
 )
@@ -96,6 +99,138 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load_image(tmp_path / "text.png")
     with pytest.raises(FileNotFoundError, match=r"none\.png: no such file"):
         load_image(tmp_path / "none.png")
+
+
+# ------------------------------------------------------------------------------ sized images
+def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Grey levels between two images."""
+    return np.abs(a.astype(int) - b.astype(int))
+
+
+def pillow_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+
+
+def scene(width: int, height: int) -> np.ndarray:
+    """Smooth shades with hard edges, one third of a pixel wide at the smallest."""
+    y, x = np.mgrid[:height, :width]
+    waves = [127 + 100 * np.sin(x / (9 + 4 * k) + y / (17 - 3 * k)) for k in range(3)]
+    image = np.stack(waves, axis=2).astype(np.uint8)
+    image[height // 3 : height // 2, width // 4 : width // 2] = (250, 20, 60)
+    return image
+
+
+def at_size(path: Path, size: tuple[int, int]) -> np.ndarray:
+    with ImageFile(path) as file:
+        return file.pixels(size)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (17, 9), (101, 77), (64, 333)])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_pixels_are_those_of_pillow(
+    tmp_path: Path, size: tuple[int, int], subsampling: int, progressive: bool
+) -> None:
+    path = tmp_path / "x.jpg"
+    image = Image.fromarray(scene(*size))
+    image.save(path, quality=85, subsampling=subsampling, progressive=progressive)
+    with Image.open(path) as file:
+        assert np.array_equal(at_size(path, size), np.asarray(file.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+@pytest.mark.parametrize("factor", [1, 2, 8])
+def test_jpegs_that_are_not_rgb(tmp_path: Path, mode: str, factor: int) -> None:
+    path = tmp_path / "x.jpg"
+    Image.fromarray(scene(321, 243)).convert(mode).save(path, quality=95)
+    size = (321 // factor, 243 // factor)
+    assert apart(at_size(path, size), pillow_resize(load_image(path), size)).mean() < 1
+
+
+@pytest.mark.parametrize("factor", [5, 6.5, 9, 11])
+@pytest.mark.parametrize("whole", [(803, 607), (640, 480)])
+def test_large_jpegs_at_reduced_scale_are_close(
+    tmp_path: Path, whole: tuple[int, int], factor: float
+) -> None:
+    """Also where sides are no multiple of 8: the picture must not move."""
+    path = tmp_path / "x.jpg"
+    Image.fromarray(scene(*whole)).save(path, quality=92)
+    size = (int(whole[0] / factor), int(whole[1] / factor))
+    difference = apart(at_size(path, size), pillow_resize(load_image(path), size))
+    assert 0 < difference.mean() < 1  # 0 would mean that it was decoded in full
+    # A shift of a quarter of a pixel would show on the ramp below.
+    ramp = np.tile(np.linspace(0, 255, whole[0]).astype(np.uint8)[None, :, None], (whole[1], 1, 3))
+    Image.fromarray(ramp).save(path, quality=100)
+    assert apart(at_size(path, size), pillow_resize(ramp, size)).max() <= 2
+
+
+def test_jpegs_less_than_five_times_as_large_are_decoded_in_full(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    Image.fromarray(scene(400, 300)).save(path, quality=92)
+    for size in ((81, 61), (81, 20), (200, 150), (400, 300), (500, 400)):
+        expected = pillow_resize(load_image(path), size)
+        assert apart(at_size(path, size), expected).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("factor", [1, 2, 8])
+def test_turned_jpegs_are_resized_upright(tmp_path: Path, orientation: int, factor: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / "x.jpg"
+    Image.fromarray(scene(240, 160)).save(path, quality=95, exif=exif)
+    with Image.open(path) as file:
+        upright = np.asarray(ImageOps.exif_transpose(file))
+    size = (upright.shape[1] // factor, upright.shape[0] // factor)
+    with ImageFile(path) as opened:
+        assert opened.size == upright.shape[1::-1]
+        result = opened.pixels(size)
+    assert result.shape == (size[1], size[0], 3)
+    assert apart(result, pillow_resize(upright, size)).mean() < 1
+
+
+def test_real_photographs_at_reduced_scale(real_data: Path) -> None:
+    for path in sorted((real_data / "ade20k_sample" / "images").rglob("*.jpg")):
+        image = load_image(path)
+        for factor in (5, 8, 12):
+            size = (image.shape[1] // factor, image.shape[0] // factor)
+            difference = apart(at_size(path, size), pillow_resize(image, size))
+            assert difference.mean() < 1 and difference.max() < 25, (path, factor)
+        for size in ((400, 300), (601, 451), (797, 600)):
+            assert apart(at_size(path, size), pillow_resize(image, size)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(64, 48), (320, 240), (200, 150)])
+def test_truncated_jpegs_are_refused_at_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.fromarray(scene(320, 240)).save(tmp_path / "x.jpg")
+    data = (tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "x.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"x\.jpg: damaged or truncated image"):
+        at_size(tmp_path / "x.jpg", size)
+
+
+def test_damaged_jpegs_are_refused_as_pillow_refuses_them(tmp_path: Path) -> None:
+    """Some noise goes unnoticed by the format; what Pillow notices must not pass here."""
+    path = tmp_path / "x.jpg"
+    Image.fromarray(scene(160, 120)).save(path)
+    data = path.read_bytes()
+    refused = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        noisy = bytearray(data)
+        for at in rng.integers(20, len(data) - 2, 6):
+            noisy[at] = int(rng.integers(256))
+        path.write_bytes(noisy)
+        try:
+            expected = load_image(path)
+        except ValueError:
+            refused += 1
+            with pytest.raises(ValueError, match=r"x\.jpg: "):
+                at_size(path, (160, 120))
+        else:
+            result = at_size(path, expected.shape[1::-1])
+            assert np.array_equal(result, expected)
+    assert 0 < refused < 40
 
 
 # ------------------------------------------------------------------------------ masks
@@ -181,7 +316,8 @@ def test_labels_resize_exactly_as_pillow_nearest(
 ) -> None:
     labels = np.random.default_rng(seed).integers(-1, 2**20, (h, w)).astype(np.int64)
     pillow = Image.fromarray(labels.astype(np.int32)).resize((w2, h2), Image.Resampling.NEAREST)
-    assert np.array_equal(resize_labels(labels, (w2, h2)), np.asarray(pillow))
+    resized = labels[nearest_index(h, h2)][:, nearest_index(w, w2)]
+    assert np.array_equal(resized, np.asarray(pillow))
 
 
 @given(st.integers(2, 80), st.integers(2, 80), st.integers(1, 120), st.integers(1, 120))
@@ -195,6 +331,33 @@ def test_images_resize_as_antialiased_bilinear(h: int, w: int, h2: int, w2: int)
         plane = Image.fromarray(image[:, :, channel].astype(np.float32))
         reference = np.asarray(plane.resize((w2, h2), Image.Resampling.BILINEAR))
         assert np.abs(result[:, :, channel] - reference).max() <= 1.01
+
+
+@given(
+    st.integers(1, 250),
+    st.integers(1, 250),
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_images_resize_within_one_grey_level_of_pillow(
+    h: int, w: int, h2: int, w2: int, hard: bool
+) -> None:
+    rng = np.random.default_rng(h * 1000 + w)
+    image = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+    if hard:  # nothing but black and white
+        image = np.where(image > 127, np.uint8(255), np.uint8(0))
+    assert apart(resize_image(image, (w2, h2)), pillow_resize(image, (w2, h2))).max() <= 1
+
+
+def test_arrays_that_torch_does_not_take_are_resized_too() -> None:
+    frozen = COLOR.copy()
+    frozen.setflags(write=False)
+    expected = resize_image(COLOR.copy(), (5, 4))
+    assert np.array_equal(resize_image(frozen, (5, 4)), expected)
+    mirrored = COLOR[:, ::-1]
+    assert np.array_equal(resize_image(mirrored, (5, 4)), resize_image(mirrored.copy(), (5, 4)))
 
 
 # ------------------------------------------------------------------------------ values
@@ -220,10 +383,92 @@ def test_scaled_inputs_are_resized_to_the_next_multiple() -> None:
     small, large = scaled_inputs(image, opt)
     assert small.shape == (1, 3, 48, 64)  # 40 x 60
     assert large.shape == (1, 3, 64, 96)  # 60 x 90: the long side decides
-    resized = np.asarray(Image.fromarray(image).resize((64, 48), Image.Resampling.BILINEAR))
-    assert torch.equal(small[0], normalize(resized, DataOptions()))
+    difference = (small[0] - normalize(pillow_resize(image, (64, 48)), DataOptions())).abs()
+    assert (difference * torch.tensor(DataOptions.std)[:, None, None] * 255).max() <= 1.001
     single = scaled_inputs(image, SimpleNamespace(imgSizes=40, imgMaxSize=90, padding_constant=16))
     assert torch.equal(single[0], small)
+
+
+BGR = {
+    "mean": (102.9801, 115.9465, 122.7717),
+    "std": (1.0, 2.0, 3.0),
+    "color_order": "BGR",
+    "value_range": 255,
+}
+
+
+def test_normalize_module_by_formula() -> None:
+    images = torch.from_numpy(RNG.integers(0, 256, (2, 3, 5, 7), dtype=np.uint8))
+    out = Normalize()(images).double().numpy()
+    for channel, (mean, std) in enumerate(
+        [(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]  # published, R, G, B
+    ):
+        expected = (images[:, channel].numpy() / 255 - mean) / std
+        np.testing.assert_allclose(out[:, channel], expected, atol=1e-6)
+    pixel = torch.tensor([10, 20, 30], dtype=torch.uint8)[None, :, None, None]
+    expected = [30 - 102.9801, (20 - 115.9465) / 2, (10 - 122.7717) / 3]
+    assert Normalize(**BGR)(pixel).flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("settings", [{}, BGR, {**BGR, "color_order": "RGB"}])
+def test_normalize_module_is_the_function_bit_for_bit(settings: dict[str, object]) -> None:
+    """Every value in every channel, in both memory formats."""
+    image = np.stack([np.roll(np.arange(256, dtype=np.uint8), k) for k in (0, 7, 99)], axis=1)
+    image = image.reshape(16, 16, 3)
+    expected = normalize(image, DataOptions.read(settings))[None]
+    module = Normalize.of(settings)
+    last = as_batch(image)
+    assert torch.equal(module(last), expected)
+    assert torch.equal(module(last.contiguous()), expected)
+    assert module(last.contiguous()).is_contiguous()
+    assert module(last).is_contiguous(memory_format=torch.channels_last)
+    sliced = as_batch(np.dstack([image, image]))[:, :, :, ::2][:, :3]
+    assert torch.equal(module(sliced), module(sliced.contiguous()))
+
+
+def test_normalize_module_keeps_its_input_and_saves_nothing() -> None:
+    module = Normalize()
+    images = torch.full((1, 3, 2, 2), 9, dtype=torch.uint8)
+    module(images, torch.tensor([[1, 1]]))
+    assert (images == 9).all()
+    assert module.state_dict() == {} and not list(module.parameters())
+    assert {name for name, _ in module.named_buffers()} >= {"mean", "std"}
+
+
+@pytest.mark.parametrize("settings", [{}, BGR])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_normalize_module_pads_with_the_mean(
+    settings: dict[str, object], format: torch.memory_format
+) -> None:
+    images = torch.from_numpy(RNG.integers(0, 256, (3, 3, 6, 8), dtype=np.uint8))
+    images = images.contiguous(memory_format=format)
+    sizes = [(6, 8), (4, 8), (3, 5)]
+    module = Normalize.of(settings)
+    out, bare = module(images, torch.tensor(sizes)), module(images)
+    for k, (h, w) in enumerate(sizes):
+        assert torch.equal(out[k, :, :h, :w], bare[k, :, :h, :w])
+        assert not out[k, :, h:].any() and not out[k, :, :, w:].any()
+    assert out.is_contiguous(memory_format=format) and (bare[2, :, 3:] != 0).any()
+
+
+def test_normalize_module_refuses_what_is_no_picture() -> None:
+    with pytest.raises(ValueError, match=r"uint8, got \(1, 3, 2, 2\) torch.float32"):
+        Normalize()(torch.zeros(1, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"got \(3, 2, 2\) torch.uint8"):
+        Normalize()(torch.zeros(3, 2, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="value_range is 7"):
+        Normalize(value_range=7)
+
+
+def test_scaled_inputs_may_stay_pixels() -> None:
+    image = RNG.integers(0, 256, (50, 75, 3), dtype=np.uint8)
+    opt = SimpleNamespace(imgSizes=[40, 48, 100], imgMaxSize=90, padding_constant=16)
+    ready, raw = scaled_inputs(image, opt), scaled_inputs(image, opt, normalized=False)
+    module = Normalize.of(opt)
+    for done, pixels in zip(ready, raw):
+        assert pixels.dtype == torch.uint8 and done.dtype == torch.float32
+        assert pixels.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(module(pixels), done)
 
 
 def test_color_jitter_moves_colors_within_its_strength() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mit_semseg.dataset import LabelMap, TestDataset, ValDataset
-from mit_semseg.dataset.transforms import load_image, load_mask, scaled_inputs
+from mit_semseg.dataset.transforms import Normalize, load_image, load_mask, scaled_inputs
 
 Options = Callable[..., SimpleNamespace]
 Writer = Callable[..., dict[str, Any]]
@@ -73,3 +73,24 @@ def test_test_sample_needs_an_image_only(
     sample = TestDataset([{"fpath_img": path}], options())[0]
     assert set(sample) == {"img_ori", "img_data", "info"}
     assert sample["info"] == path and len(sample["img_data"]) == 2
+
+
+def test_pixels_may_be_normalised_later(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    record = write_pair("a", (50, 30))
+    path = {"fpath_img": str(tmp_path / record["fpath_img"])}
+    opt = options()
+    pairs: list[tuple[Any, Any]] = [
+        (
+            ValDataset(tmp_path, [record], opt)[0],
+            ValDataset(tmp_path, [record], opt, normalized=False)[0],
+        ),
+        (TestDataset([path], opt)[0], TestDataset([path], opt, normalized=False)[0]),
+    ]
+    for ready, raw in pairs:
+        assert set(ready) == set(raw) and len(raw["img_data"]) == 2
+        for done, pixels in zip(ready["img_data"], raw["img_data"]):
+            assert pixels.dtype == torch.uint8
+            assert pixels.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(Normalize.of(opt)(pixels), done)
