@@ -160,7 +160,7 @@ class ImageFile:
         """An upright JPEG by torchvision; None where that cannot, for Pillow to do it or say why.
 
         The same library decodes the same pixels, and refuses what Pillow refuses; only Pillow's
-        way of them from its own memory to an array is saved, a sixth of the time.
+        way of them from its own memory to an array is saved, a seventh of the time.
         """
         from torchvision.io import ImageReadMode, decode_jpeg  # slow to import; training only
 
