@@ -14,7 +14,13 @@ import torch
 from PIL import Image, ImageOps
 
 from mit_semseg.dataset import ClassTable
-from mit_semseg.dataset.transforms import exif_orientation, load_image, scaled_inputs, to_rgb
+from mit_semseg.dataset.transforms import (
+    Normalize,
+    exif_orientation,
+    load_image,
+    scaled_inputs,
+    to_rgb,
+)
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
 from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.predict import area_legend, areas, render, with_scales
@@ -137,7 +143,7 @@ class Segmenter:
             compile: compile the network (see `models.inference.inference_copy`).
         """
         self.device = torch.device(device)
-        self.module = inference_copy(module, self.device, compile)
+        self.module = inference_copy(module, self.device, Normalize.of(opt), compile)
         self.classes = classes
         self.opt = opt
         self.precision = precision
@@ -210,7 +216,8 @@ class Segmenter:
 
     def _parse(self, source: Source) -> Result:
         image = as_image(source)
-        inputs = [scale.to(self.device) for scale in scaled_inputs(image, self.opt)]
+        scales = scaled_inputs(image, self.opt, normalized=False)
+        inputs = [scale.to(self.device) for scale in scales]
         with autocast(self.device, self.precision):
             labels = self.module.predict(inputs, image.shape[:2], flip=self.flip)
         return Result(

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
+from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.pool import in_threads, run_here, run_pool
@@ -163,11 +164,11 @@ def evaluate(
 
 
 def val_dataset(cfg: Config) -> ValDataset:
-    """The validation samples of a configuration, at the scales of `VAL.imgSizes`."""
+    """The validation samples of a configuration, as bytes at the scales of `VAL.imgSizes`."""
     split = build_split(cfg.DATASET, "val")
     options = with_scales(cfg.DATASET, cfg.VAL.imgSizes)
     root = cfg.DATASET.root_dataset
-    return ValDataset(root, split.records, options, label_map=split.label_map)
+    return ValDataset(root, split.records, options, label_map=split.label_map, normalized=False)
 
 
 def evaluate_model(
@@ -226,7 +227,7 @@ class _Scorer:
         device: torch.device,
         gallery: _Gallery | None = None,
     ) -> None:
-        self.module = inference_copy(module, device, cfg.VAL.compile)
+        self.module = inference_copy(module, device, Normalize.of(cfg.DATASET), cfg.VAL.compile)
         self.dataset, self.cfg, self.device = dataset, cfg, device
         self.gallery = gallery
         # One forward pass at a time on a GPU, whose memory must hold it.

@@ -29,7 +29,7 @@ from mit_semseg import scores
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.dataset.records import image_extensions
-from mit_semseg.dataset.transforms import load_image, scaled_inputs
+from mit_semseg.dataset.transforms import Normalize, load_image, scaled_inputs
 from mit_semseg.engine.checkpoint import CLASSES, load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.pool import in_threads
@@ -65,13 +65,13 @@ def scale_logits(
 
     Args:
         module: in evaluation mode, on `device`.
-        images: (N, 3, h, w) float32, one per scale.
+        images: (N, 3, h, w), one per scale, as `SegmentationModule.logits` takes them.
         device: where to compute.
         precision: fp32 | bf16 | fp16 | auto.
         flip: add the mirrored scales, mirrored back.
 
     Returns:
-        Logits at network resolution, (N, C, h', w') float32 each; seconds per scale.
+        Logits at network resolution, (N, C, h', w') each; seconds per scale.
     """
     logits: list[Tensor] = []
     seconds: list[float] = []
@@ -79,9 +79,9 @@ def scale_logits(
         started = time.perf_counter()
         image = image.to(device)
         with autocast(device, precision):
-            logits.append(module.logits(image).float())
+            logits.append(module.logits(image))
             if flip:
-                logits.append(module.logits(image.flip(-1)).flip(-1).float())
+                logits.append(module.logits(image.flip(-1)).flip(-1))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
@@ -411,7 +411,8 @@ def predict(
         for file, stem in zip(files, stems, strict=True)
     ]
     classes = model_classes(cfg, checkpoint)
-    module = inference_copy(load_model(cfg, checkpoint), device, cfg.TEST.compile)
+    normalize = Normalize.of(cfg.DATASET)
+    module = inference_copy(load_model(cfg, checkpoint), device, normalize, cfg.TEST.compile)
     runner = _Runner(cfg, module, classes, device)
     size = cfg.TEST.batch_size
     batches = [tasks[i : i + size] for i in range(0, len(tasks), size)]
@@ -440,7 +441,7 @@ class _Runner:
         for task in batch:
             try:
                 image = load_image(task.path)
-                inputs = scaled_inputs(image, self.options)
+                inputs = scaled_inputs(image, self.options, normalized=False)
             except (OSError, ValueError, MemoryError) as error:
                 loaded.images.append(None)
                 loaded.inputs.append([])

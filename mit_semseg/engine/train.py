@@ -141,6 +141,7 @@ class Trainer:
             batch_per_gpu=cfg.TRAIN.batch_size_per_gpu,
             seed=cfg.TRAIN.seed,
             label_map=split.label_map,
+            normalized=False,  # bytes travel; the module normalises them where it computes
         )
         self.split = split
         self.val = val_dataset(cfg) if cfg.TRAIN.eval_epochs and rank == 0 else None
@@ -310,9 +311,9 @@ class Trainer:
 
     def _forward_backward(self, batch: list[dict[str, Any]]) -> tuple[float, float]:
         files = [item.pop("info") for item in batch]
-        if self.cfg.TRAIN.channels_last:
-            for item in batch:
-                item["img_data"] = item["img_data"].contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if self.cfg.TRAIN.channels_last else torch.contiguous_format
+        for item in batch:
+            item["img_data"] = item["img_data"].contiguous(memory_format=layout)
         feed: Any = batch
         if not isinstance(self.parallel, UserScatteredDataParallel):
             feed = async_copy_to(batch[0], self.device)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.losses import build_loss
 from mit_semseg.models.decoders import DECODERS, Decoder
 from mit_semseg.models.encoders import ENCODERS, Encoder
@@ -163,4 +164,5 @@ class ModelBuilder:
             decoder,
             build_loss(cfg.TRAIN.loss, data.num_class, class_weights),
             deep_sup_scale=cfg.TRAIN.deep_sup_scale if decoder.auxiliary else None,
+            normalize=Normalize.of(data),
         )

@@ -20,7 +20,10 @@ _PROBE = 64
 
 
 def inference_copy(
-    module: SegmentationModule, device: torch.device | str, compile: bool = False
+    module: SegmentationModule,
+    device: torch.device | str,
+    normalize: nn.Module | None = None,
+    compile: bool = False,
 ) -> SegmentationModule:
     """A copy of a module for prediction only: faster, with the same results.
 
@@ -32,6 +35,7 @@ def inference_copy(
     Args:
         module: on any device, in any mode.
         device: where the copy is to compute.
+        normalize: what the copy makes of bytes; None takes what the module does.
         compile: compile the network with torch.compile: the first image of every new size waits,
             those after it are faster. On a GPU repeated sizes are replayed as CUDA graphs.
 
