@@ -88,13 +88,14 @@ def test_what_a_machine_path_is(line: str, found: bool) -> None:
     assert bool(MACHINE_PATH.search(line)) is found
 
 
-def test_lib_is_one_room_with_two_doors() -> None:
+@pytest.mark.parametrize("room", ["lib", "benchmarks"])
+def test_a_room_beside_the_package_has_two_doors(room: str) -> None:
     """Only a symlink keeps `lib/` and `mit_semseg.lib` the same files in a checkout."""
-    door = ROOT / "mit_semseg" / "lib"
+    door = ROOT / "mit_semseg" / room
     assert door.is_symlink()
-    assert os.readlink(door) == "../lib"
+    assert os.readlink(door) == f"../{room}"
     if (ROOT / ".git").exists():
-        assert git("ls-files", "--stage", "mit_semseg/lib").startswith("120000 ")
+        assert git("ls-files", "--stage", f"mit_semseg/{room}").startswith("120000 ")
 
 
 def test_the_readme_begins_with_what_to_type() -> None:
