@@ -34,8 +34,8 @@ ON_CPU: tuple[r.Row, ...] = (
     r.Prediction(target=3),
     r.Prediction(target=3, precision="bf16", **RESNET),
     r.Prediction(target=1.6, **RESNET),
-    r.TrainStep(target=2, precision="bf16"),
-    r.TrainStep(target=2.5, precision="bf16", **RESNET),
+    r.TrainStep(target=2, precision="bf16", images=2),
+    r.TrainStep(target=2.5, precision="bf16", images=2, **RESNET),
     r.Loading(target=2),
     r.Counting(target=10),
     r.Colours(target=4),
@@ -57,8 +57,8 @@ ON_DEVICE: tuple[r.Row, ...] = (
     r.LargeClassMap(repeats=1),
     r.Prediction(target=5, precision="auto"),
     r.Prediction(target=5, precision="auto", **RESNET),
-    r.TrainStep(target=3, precision="auto", batch=(8, 448, 608), repeats=20),
-    r.TrainStep(target=3, precision="auto", batch=(8, 448, 608), repeats=20, **RESNET),
+    r.TrainStep(target=3, precision="auto", batch=(8, 448, 608), images=8, repeats=20),
+    r.TrainStep(target=3, precision="auto", batch=(8, 448, 608), images=8, repeats=20, **RESNET),
     r.Counting(target=10),
     r.SyncBatchNorm(),
 )
@@ -66,7 +66,12 @@ ON_DEVICE: tuple[r.Row, ...] = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished row, as it is written down. Seconds are medians, memory is in MiB."""
+    """One finished row, as it is written down.
+
+    Seconds are medians, memory is in MiB. The floor is the time that the floating-point operations
+    of our network would take at the measured rate of convolutions; `utilisation` (model FLOP
+    utilisation) is how much of that rate is reached with the operations of the published network.
+    """
 
     group: str
     title: str
@@ -78,7 +83,9 @@ class Outcome:
     met: bool | None
     published_mib: float | None
     mib: float | None
+    images_per_second: float | None
     over_floor: float | None
+    utilisation: float | None
     equal_labels: float | None
     calls: int
 
@@ -160,6 +167,8 @@ def measure(row: r.Row, rates: dict[str, float], quick: bool = False) -> Outcome
     # "auto" is bfloat16 where that is fast.
     dtype = row.precision if row.precision in rates else "bf16" if "bf16" in rates else "fp32"
     floor = ours.flops / rates[dtype] if ours.flops else None
+    # Work that we save is not counted as work that we do.
+    work = theirs.flops or ours.flops
     return Outcome(
         group=row.group,
         title=row.title,
@@ -171,7 +180,9 @@ def measure(row: r.Row, rates: dict[str, float], quick: bool = False) -> Outcome
         met=met,
         published_mib=theirs.extra_mib,
         mib=ours.extra_mib,
+        images_per_second=row.images / ours.median if row.images else None,
         over_floor=ours.median / floor if floor else None,
+        utilisation=work / ours.median / rates[dtype] if work else None,
         equal_labels=row.agreement(theirs.result, ours.result) if theirs.seconds else None,
         calls=len(ours.seconds),
     )
@@ -201,7 +212,8 @@ def table(outcomes: Sequence[Outcome], skipped: Sequence[str] = ()) -> str:
     """All rows as a Markdown table."""
     heads = (
         *("what", "against", "theirs", "ours", "ratio", "asked", "met"),
-        *("memory theirs", "memory ours", "over floor", "labels equal"),
+        *("memory theirs", "memory ours", "images/s", "over floor", "utilisation"),
+        "labels equal",
     )
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for one in outcomes:
@@ -215,7 +227,9 @@ def table(outcomes: Sequence[Outcome], skipped: Sequence[str] = ()) -> str:
             {None: "", True: "yes", False: "**no**"}[one.met],
             _figure(one.published_mib, ".0f", " MiB"),
             _figure(one.mib, ".0f", " MiB"),
+            _figure(one.images_per_second, ".3g"),
             _figure(one.over_floor, ".2f", " x"),
+            _figure(one.utilisation, ".0%"),
             _figure(one.equal_labels, ".4%"),
         )
         lines.append(f"| {' | '.join(cells)} |")

@@ -50,7 +50,8 @@ class Row:
         repeats: timed calls of each side.
         threads: compute threads of each side, 0 for all cores.
         counted: floating-point operations are counted, and the distance to the floor is told.
-        dtype: of the floor that ours is held against.
+        precision: of ours, and of the floor it is held against.
+        images: in one call, where images per second mean something.
     """
 
     device: str = "cpu"
@@ -60,6 +61,7 @@ class Row:
     threads: int = 0
     counted: bool = False
     precision: str = "fp32"
+    images: int = 0
 
     group = ""
     title = ""
@@ -187,7 +189,7 @@ class Prediction(Row):
     decoder: str = "c1_deepsup"
     scales: tuple[int, ...] = SCALES
     counted: bool = True
-    repeats: int = 5
+    images: int = 1
 
     group = "Prediction"
 
@@ -311,7 +313,7 @@ class Loading(Row):
 
     threads: int = 1
     repeats: int = 7
-    images: int = 16
+    images: int = 16  # on disk, and in one pass
 
     group = "Data"
     title = f"decode, resize, flip, normalise, pad {WIDTH}x{HEIGHT} JPEGs, one core"
