@@ -266,6 +266,8 @@ class _Scorer:
             with self.turn:
                 started = time.perf_counter()
                 predicted = self._predict(images, sizes[positions[0]])
+                if self.device.type == "cuda":  # the call returns before the GPU is done
+                    torch.cuda.synchronize(self.device)
                 seconds += time.perf_counter() - started
             # Counted where it was computed: only the counts come back from a GPU.
             truth = torch.cat([labels[i] for i in positions]).to(self.device)

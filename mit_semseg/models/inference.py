@@ -49,14 +49,14 @@ def inference_copy(
         copy.deepcopy(module.encoder),
         copy.deepcopy(module.decoder),
         None,
-        normalize=module.normalize,
+        normalize=copy.deepcopy(module.normalize if normalize is None else normalize),
     )
     fast.requires_grad_(False).eval().to(place)
     first = next(layer for layer in fast.modules() if isinstance(layer, nn.Conv2d))
     probe = torch.zeros(1, first.in_channels, _PROBE, _PROBE, device=place)
     fold_batchnorm(fast, lambda: fast.logits(probe))
     fast.to(memory_format=torch.channels_last)
-    for name in fast.encoder.delicate:
+    for name in getattr(fast.encoder, "delicate", ()):  # any module may be the encoder
         parent, _, leaf = name.rpartition(".")
         layer = fast.encoder.get_submodule(name)
         setattr(fast.encoder.get_submodule(parent), leaf, _Float32(layer))
@@ -123,7 +123,8 @@ def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:
     shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.double()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
-    bias = -norm.running_mean.double() if conv.bias is None else conv.bias - norm.running_mean
+    bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.double()
+    bias = bias - norm.running_mean.double()
     weight = conv.weight.double() * scale[:, None, None, None]
     conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
     conv.bias = nn.Parameter((bias * scale + shift).to(conv.weight.dtype), requires_grad=False)

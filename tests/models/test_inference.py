@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.inference import fold_batchnorm, inference_copy
 
@@ -148,6 +149,42 @@ def test_bytes_without_a_normalization_are_refused() -> None:
     module = trained("resnet18dilated", "c1").eval()
     with pytest.raises(ValueError, match="uint8.*normalize"):
         module.logits(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@torch.no_grad()
+def test_the_normalization_given_is_the_copys_alone() -> None:
+    module = trained("resnet18dilated", "c1").eval()
+    pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    wanted = module.logits(2 * (pixels / 255 - 0.5))
+    given = Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    torch.testing.assert_close(
+        inference_copy(module, "cpu", given).logits(pixels), wanted, rtol=0, atol=1e-3
+    )
+    assert module.normalize is None
+    # It goes before the module's own, which stays where it is.
+    module.normalize = Normalize()
+    fast = inference_copy(module, "cpu", given)
+    torch.testing.assert_close(fast.logits(pixels), wanted, rtol=0, atol=1e-3)
+    assert inference_copy(module, "cpu").normalize is not module.normalize
+
+
+class Plain(nn.Module):
+    """An encoder that knows nothing of `Encoder`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
+        return [self.conv(x)]
+
+
+@torch.no_grad()
+def test_any_module_may_be_the_encoder() -> None:
+    decoder = ModelBuilder.build_decoder("c1", num_class=3, channels=(4,), strides=(1,))
+    module = SegmentationModule(Plain(), decoder, None).eval()
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(inference_copy(module, "cpu").logits(x), module.logits(x))
 
 
 @torch.no_grad()
