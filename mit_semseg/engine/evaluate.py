@@ -227,7 +227,10 @@ class _Scorer:
         device: torch.device,
         gallery: _Gallery | None = None,
     ) -> None:
-        self.module = inference_copy(module, device, Normalize.of(cfg.DATASET), cfg.VAL.compile)
+        # Without graphs: images come in all sizes, and from several threads.
+        self.module = inference_copy(
+            module, device, Normalize.of(cfg.DATASET), cfg.VAL.compile, replay=False
+        )
         self.dataset, self.cfg, self.device = dataset, cfg, device
         self.gallery = gallery
         # One forward pass at a time on a GPU, whose memory must hold it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from mit_semseg.lib.nn.transfer import map_tensors
 from mit_semseg.models.module import SegmentationModule
 
-# Sides of the image that shows how a network is wired: a multiple of every stride.
-_PROBE = 64
+log = logging.getLogger("mit_semseg")
+
+# Sizes of the images that show how a network is wired, and that folding changed nothing:
+# multiples of every stride.
+_WIRING, _PROOF = (64, 64), ((64, 96), (128, 64))
+# Largest difference of logits, in standard deviations, that may come from rounding.
+_ROUNDING = 1e-3
 
 
 def inference_copy(
@@ -24,20 +31,24 @@ def inference_copy(
     device: torch.device | str,
     normalize: nn.Module | None = None,
     compile: bool = False,
+    replay: bool = True,
 ) -> SegmentationModule:
     """A copy of a module for prediction only: faster, with the same results.
 
     Every BatchNorm that normalises nothing but one convolution becomes part of it, and memory is
     laid out channels last, which convolutions prefer on every device. Under autocast the layers
     that the encoder calls delicate stay in float32. The copy is in evaluation mode and takes no
-    gradients; the module itself is untouched, and so are its checkpoints.
+    gradients; the module itself is untouched, and so are its checkpoints. A network whose results
+    folding would change (custom layers can do anything) is left unfolded, with a warning.
 
     Args:
         module: on any device, in any mode.
         device: where the copy is to compute.
         normalize: what the copy makes of bytes; None takes what the module does.
-        compile: compile the network with torch.compile: the first image of every new size waits,
-            those after it are faster. On a GPU repeated sizes are replayed as CUDA graphs.
+        compile: compile the network with torch.compile: the first images wait for it.
+        replay: with `compile` on a GPU, replay sizes that repeat as CUDA graphs. A graph belongs to
+            the thread that recorded it, and every size keeps memory: for few sizes, from one
+            thread.
 
     Returns:
         The copy, on `device`. Its `logits`, `predict` and `forward` with `segSize` are to be used;
@@ -52,16 +63,14 @@ def inference_copy(
         normalize=copy.deepcopy(module.normalize if normalize is None else normalize),
     )
     fast.requires_grad_(False).eval().to(place)
-    first = next(layer for layer in fast.modules() if isinstance(layer, nn.Conv2d))
-    probe = torch.zeros(1, first.in_channels, _PROBE, _PROBE, device=place)
-    fold_batchnorm(fast, lambda: fast.logits(probe))
+    fast = _folded(fast)
     fast.to(memory_format=torch.channels_last)
     for name in getattr(fast.encoder, "delicate", ()):  # any module may be the encoder
         parent, _, leaf = name.rpartition(".")
         layer = fast.encoder.get_submodule(name)
         setattr(fast.encoder.get_submodule(parent), leaf, _Float32(layer))
     if compile:
-        fast.logits = _compiled(fast.logits, place)  # type: ignore[method-assign]
+        fast.logits = _compiled(fast.logits, replay and place.type == "cuda")  # type: ignore[method-assign]
     return fast
 
 
@@ -78,12 +87,43 @@ class _Float32(nn.Module):
         return y
 
 
-def _compiled(logits: Callable[[Tensor], Tensor], device: torch.device) -> Callable[..., Tensor]:
-    if device.type != "cuda":
+def _compiled(logits: Callable[[Tensor], Tensor], replay: bool) -> Callable[..., Tensor]:
+    if not replay:
         return torch.compile(logits, dynamic=True)
     replayed = torch.compile(logits, mode="reduce-overhead")
     # A graph writes its result to the same memory every time.
     return lambda image: replayed(image).clone()
+
+
+@torch.no_grad()
+def _folded(module: SegmentationModule) -> SegmentationModule:
+    """The module with BatchNorms folded, or as it is where that would not be the same."""
+    weight = next(module.parameters())
+    channels = getattr(module.encoder, "in_channels", 3)
+    generator = torch.Generator().manual_seed(0)
+
+    def image(size: tuple[int, int]) -> Tensor:
+        noise = torch.randn(1, channels, *size, generator=generator)
+        return noise.to(weight.device, weight.dtype)
+
+    wiring, *proofs = (image(size) for size in (_WIRING, *_PROOF))
+    try:
+        expected = [module.logits(proof) for proof in proofs]
+        folded = copy.deepcopy(module)
+        fold_batchnorm(folded, lambda: folded.logits(wiring))
+        given = [folded.logits(proof) for proof in proofs]
+    except (RuntimeError, ValueError) as error:
+        log.warning("BatchNorm is not folded: a trial run of the network failed (%s)", error)
+        return module
+    apart = max(float((a - b).abs().max() / b.std()) for a, b in zip(given, expected))
+    if not apart <= _ROUNDING:
+        log.warning(
+            "BatchNorm is not folded: it would change the logits by %.2g standard deviations; a "
+            "layer of this network does more than torch's own",
+            apart,
+        )
+        return module
+    return folded
 
 
 @torch.no_grad()
@@ -98,7 +138,7 @@ def fold_batchnorm(module: nn.Module, run: Callable[[], Any]) -> int:
         run: runs it once.
 
     Returns:
-        How many BatchNorms were replaced by `nn.Identity`.
+        How many BatchNorms became `nn.Identity`.
 
     Raises:
         ValueError: the module is in training mode, where the statistics are the batch's.
@@ -108,12 +148,11 @@ def fold_batchnorm(module: nn.Module, run: Callable[[], Any]) -> int:
     pairs = _Wiring(module).pairs(run)
     for conv, norm in pairs.items():
         _fold(conv, norm)
-    folded = set(pairs.values())
-    for parent in module.modules():
-        for name, child in list(parent.named_children()):
-            if child in folded:
-                setattr(parent, name, nn.Identity())
-    return len(folded)
+        # The module itself becomes the identity, by whatever name it is reached.
+        norm.__class__ = nn.Identity  # type: ignore[assignment]
+        norm._parameters.clear()
+        norm._buffers.clear()
+    return len(pairs)
 
 
 def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:
@@ -146,10 +185,10 @@ class _Wiring(TorchFunctionMode):
         """Convolutions with the one BatchNorm that reads them, both called once."""
         hooks = []
         for layer in self.module.modules():
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Conv2d) and not is_parametrized(layer):
                 hooks.append(layer.register_forward_hook(self._convolved))
             elif isinstance(layer, _BatchNorm) and layer.running_mean is not None:
-                hooks.append(layer.register_forward_pre_hook(self._enters))
+                hooks.append(layer.register_forward_pre_hook(self._enters, with_kwargs=True))
                 hooks.append(layer.register_forward_hook(self._leaves))
         try:
             with self:
@@ -181,9 +220,9 @@ class _Wiring(TorchFunctionMode):
         self.made[id(output)] = (output, conv)
         self.readers.setdefault(conv, [])
 
-    def _enters(self, norm: _BatchNorm, args: Any) -> None:
+    def _enters(self, norm: _BatchNorm, args: Any, kwargs: dict[str, Any]) -> None:
         self.calls[norm] += 1
-        self._reads(args[0], norm)
+        self._reads(args[0] if args else kwargs["input"], norm)
         self.normalizing = True
 
     def _leaves(self, norm: _BatchNorm, args: Any, output: Tensor) -> None:

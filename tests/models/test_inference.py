@@ -199,3 +199,95 @@ def test_delicate_layers_stay_in_float32() -> None:
     single = {name for name, dtype in seen.items() if dtype == torch.float32}
     assert len(single) == 3  # the stem, and the two convolutions of the first block
     assert all(name.startswith(("features.0.", "features.1.")) for name in single)
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    """A BatchNorm with its activation built in, as some libraries have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+class StandardizedConv(nn.Conv2d):
+    """A convolution that standardises its filters when it is used."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(input, weight / weight.std(), self.bias)
+
+
+class Odd(nn.Module):
+    """An encoder that nobody foresaw."""
+
+    def __init__(self, conv: type[nn.Conv2d], norm: type[nn.BatchNorm2d], least: int = 0) -> None:
+        super().__init__()
+        self.conv, self.least = conv(3, 16, 3, padding=1), least
+        self.norms = [norm(16)]  # in a plain list
+        self.add_module("bn", self.norms[0])
+
+    def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
+        if x.shape[-1] < self.least:
+            raise ValueError(f"images must be {self.least} wide")
+        return [self.norms[0](input=self.conv(x))]
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "least", "warned"),
+    [
+        (nn.Conv2d, nn.BatchNorm2d, 0, ""),
+        (nn.Conv2d, ActivatedNorm, 0, "would change the logits"),
+        (StandardizedConv, nn.BatchNorm2d, 0, "would change the logits"),
+        (nn.Conv2d, nn.BatchNorm2d, 200, "images must be 200 wide"),
+    ],
+)
+@torch.no_grad()
+def test_custom_layers_never_change_the_result(
+    conv: type[nn.Conv2d],
+    norm: type[nn.BatchNorm2d],
+    least: int,
+    warned: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    encoder = Odd(conv, norm, least)
+    encoder.norms[0].running_mean.normal_()
+    encoder.norms[0].running_var.uniform_(0.2, 0.5)
+    decoder = ModelBuilder.build_decoder("c1", num_class=4, channels=(16,), strides=(1,))
+    module = SegmentationModule(encoder, decoder, None).eval()
+    x = torch.randn(1, 3, 32, 256)
+    expected = module.logits(x)
+    with caplog.at_level("WARNING", logger="mit_semseg"):
+        fast = inference_copy(module, "cpu")
+    torch.testing.assert_close(fast.logits(x), expected, rtol=1e-3, atol=1e-4)
+    assert (warned in caplog.text) if warned else not caplog.text
+    assert isinstance(fast.encoder.bn, nn.Identity) is not bool(warned)
+
+
+@torch.no_grad()
+def test_double_precision_and_weight_norm_are_taken() -> None:
+    module = trained("resnet18dilated", "c1").double()
+    nn.utils.parametrizations.weight_norm(module.encoder.layer1[0].conv1)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected = module.eval().logits(x)
+    torch.testing.assert_close(inference_copy(module, "cpu").logits(x), expected)
+
+
+def test_ppm_as_it_was_published_is_taken() -> None:
+    """Code derived from the published decoder joins resized pools itself."""
+    module = trained("resnet18dilated", "ppm").eval()
+    x = torch.randn(1, 512, 6, 7)
+    pools = [nn.functional.interpolate(p(x), (6, 7), mode="bilinear") for p in module.decoder.ppm]
+    given = module.decoder.conv_last(torch.cat([x, *pools], dim=1))
+    torch.testing.assert_close(given, module.decoder.logits([x])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_compiled_copy_gives_the_same_logits() -> None:
+    module = trained("resnet18dilated", "ppm")
+    plain, compiled = inference_copy(module, "cpu"), inference_copy(module, "cpu", compile=True)
+    for size in ((64, 96), (96, 64), (72, 80)):
+        x = torch.randn(1, 3, *size)
+        expected = plain.logits(x)
+        atol = float(1e-4 * expected.std())
+        torch.testing.assert_close(compiled.logits(x), expected, rtol=0, atol=atol)

@@ -46,16 +46,19 @@ class PyramidConv2d(nn.Conv2d):
     at a time. In PPM that saves almost half the work of the decoder's largest layer.
     """
 
-    def forward(self, x: Tensor, pooled: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, pooled: Sequence[Tensor] = ()) -> Tensor:
         """Convolution with zero padding, as large as x.
 
         Args:
             x: (N, C, H, W).
-            pooled: (N, C_k, s_k, s_k) each; the input channels after those of x, in order.
+            pooled: (N, C_k, s_k, s_k) each; the input channels after those of x, in order. With
+                none x holds all of them, as for `nn.Conv2d`.
 
         Returns:
             (N, out_channels, H, W).
         """
+        if not pooled:
+            return super().forward(x)
         _, C, H, W = x.shape
         y = F.conv2d(x, self.weight[:, :C], self.bias, padding=1)
         parts = self.weight[:, C:].split([pool.shape[1] for pool in pooled], dim=1)
