@@ -45,7 +45,10 @@ def torchvision_deeplabv3() -> nn.Module:
 
 @dataclass(frozen=True)
 class Peer(Row):
-    """A network of ours beside the one another toolkit has for the same purpose."""
+    """A network of ours beside the one another toolkit has for the same purpose.
+
+    Both in the same precision, each otherwise as its toolkit gives it.
+    """
 
     package: str = ""
     build_peer: Callable[[], nn.Module] = nn.Identity
@@ -75,7 +78,8 @@ class Peer(Row):
 
         @torch.no_grad()
         def run() -> Tensor:
-            return net(image).argmax(1)
+            with autocast(torch.device(self.device), self.precision):
+                return net(image).argmax(1)
 
         return run
 

@@ -137,7 +137,7 @@ class Curves(Row):
 
         def run() -> list[float]:
             # A folder that holds an earlier run is set aside by the training itself.
-            train(cfg, [torch.device("cpu")], progress=False)
+            train(cfg, [torch.device(self.device)], progress=False)
             return [x["loss"] for x in read_metrics(out / METRICS) if x["kind"] == "train"]
 
         return run
@@ -165,24 +165,30 @@ def smoothed(losses: Any, window: int = 4) -> np.ndarray:
     return np.convolve(np.asarray(losses), np.ones(window) / window, mode="valid")
 
 
-def rows(out: Path) -> list[Row]:
+def rows(out: Path, device: str) -> list[Row]:
     """The rows of this module.
 
     Args:
         out: folder of the benchmark's results, where the demo is trained.
+        device: cpu or cuda.
     """
-    curves = Curves(precision="bf16", folder=str(out / "demo"))
-    demo = Labels(
-        precision="bf16",
-        weights=str(curves.trained("bf16")),
-        folder=str(out / "demo" / "data" / "images" / "validation"),
-        name="the demo's network, held-out streets",
-    )
     data = Path(os.environ.get("SEMSEG_DATA", REPOSITORY.parent / "shared" / "data"))
-    camvid = Labels(
-        precision="bf16",
-        weights=str(CAMVID_WEIGHTS),
-        folder=str(data / "CamVid" / "val"),
-        name="the committed CamVid network, validation images",
-    )
-    return [curves, demo, camvid]
+    curves = Curves(precision="bf16", folder=str(out / "demo"))
+    held_out = out / "demo" / "data" / "images" / "validation"
+    made: list[Row] = [curves]
+    for precision in ("bf16",) if device == "cpu" else ("bf16", "fp16"):
+        made += [
+            Labels(
+                precision=precision,
+                weights=str(curves.trained("bf16")),
+                folder=str(held_out),
+                name="the demo's network, held-out streets",
+            ),
+            Labels(
+                precision=precision,
+                weights=str(CAMVID_WEIGHTS),
+                folder=str(data / "CamVid" / "val"),
+                name="the committed CamVid network, validation images",
+            ),
+        ]
+    return made

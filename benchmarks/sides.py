@@ -6,6 +6,9 @@ caches away from the other, and makes its peak memory its own.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import multiprocessing
 import os
 import statistics
@@ -177,6 +180,10 @@ def _peak(call: Runnable, device: str) -> tuple[float | None, float, Any]:
 
 
 def _reset_high_water_mark() -> float | None:
+    # What preparing has freed goes back to the system, or a call could hide in it.
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -311,9 +311,9 @@ class Trainer:
 
     def _forward_backward(self, batch: list[dict[str, Any]]) -> tuple[float, float]:
         files = [item.pop("info") for item in batch]
-        layout = torch.channels_last if self.cfg.TRAIN.channels_last else torch.contiguous_format
-        for item in batch:
-            item["img_data"] = item["img_data"].contiguous(memory_format=layout)
+        if not self.cfg.TRAIN.channels_last:
+            for item in batch:  # which the data set gives channels last
+                item["img_data"] = item["img_data"].contiguous()
         feed: Any = batch
         if not isinstance(self.parallel, UserScatteredDataParallel):
             feed = async_copy_to(batch[0], self.device)

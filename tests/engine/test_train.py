@@ -261,8 +261,11 @@ def test_recomputation_trains_the_same(settings: Callable[..., Config], devices:
         train(cfg, [CPU] * devices, progress=False)
         runs.append(weights(cfg, "epoch_2.pth"))
     assert list(runs[0]) == list(runs[1])
-    if devices == 1:  # replicas add up in any order
-        assert all(torch.equal(value, runs[1][key]) for key, value in runs[0].items())
+    for key, value in runs[0].items():
+        if devices == 1:
+            assert torch.equal(value, runs[1][key])
+        else:  # replicas add up in any order
+            torch.testing.assert_close(value, runs[1][key], rtol=0.02, atol=0.02)
     counts = [int(v) for k, v in runs[1].items() if k.endswith("num_batches_tracked")]
     assert set(counts) == {4}
 
