@@ -17,7 +17,7 @@ from mit_semseg import __version__
 from mit_semseg.benchmarks import precision
 from mit_semseg.benchmarks import rows as r
 from mit_semseg.benchmarks.peers import PEERS, Peer
-from mit_semseg.benchmarks.sides import Timing, convolution_rate, machine, take_turns
+from mit_semseg.benchmarks.sides import SideError, Timing, convolution_rate, machine, take_turns
 from mit_semseg.engine.launch import has_fast_bf16
 from mit_semseg.visualize import ratio_bars
 
@@ -126,7 +126,13 @@ def bench(device: str, out: str | Path, *, quick: bool = False, only: str = "") 
             if row.missing:
                 skipped.append(f"{row.title}: {row.missing}")
                 continue
-            outcomes.append(measure(row, rates, quick))
+            try:
+                outcomes.append(measure(row, rates, quick))
+            except SideError as error:  # the other rows are worth having all the same
+                reason = str(error).strip().splitlines()[-1]
+                tqdm.write(f"{row.title}: failed\n{error}")
+                skipped.append(f"{row.title}: {reason}")
+                continue
             tqdm.write(line(outcomes[-1]))
     text = table(outcomes, skipped)
     print(f"\n{text}")

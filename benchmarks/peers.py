@@ -94,31 +94,29 @@ class Peer(Row):
         return run
 
 
+def _smp(decoder: str, precision: str) -> Peer:
+    return Peer(
+        baseline="segmentation_models.pytorch UPerNet-ResNet50",
+        package="segmentation_models_pytorch",
+        build_peer=smp_upernet,
+        decoder=decoder,
+        precision=precision,
+    )
+
+
+def _torchvision(precision: str) -> Peer:
+    return Peer(
+        baseline="torchvision deeplabv3_resnet50",
+        package="torchvision",
+        build_peer=torchvision_deeplabv3,
+        encoder="resnet50dilated",
+        decoder="ppm",
+        precision=precision,
+    )
+
+
 PEERS = (
-    Peer(
-        baseline="segmentation_models.pytorch UPerNet-ResNet50",
-        package="segmentation_models_pytorch",
-        build_peer=smp_upernet,
-    ),
-    Peer(
-        baseline="segmentation_models.pytorch UPerNet-ResNet50",
-        package="segmentation_models_pytorch",
-        build_peer=smp_upernet,
-        precision="bf16",
-    ),
-    Peer(
-        baseline="torchvision deeplabv3_resnet50",
-        package="torchvision",
-        build_peer=torchvision_deeplabv3,
-        encoder="resnet50dilated",
-        decoder="ppm",
-    ),
-    Peer(
-        baseline="torchvision deeplabv3_resnet50",
-        package="torchvision",
-        build_peer=torchvision_deeplabv3,
-        encoder="resnet50dilated",
-        decoder="ppm",
-        precision="bf16",
-    ),
+    # A pyramid of 512 channels as published, and one of 256, which is the peer's width too.
+    *(_smp(decoder, p) for decoder in ("upernet", "upernet_lite") for p in ("fp32", "bf16")),
+    *(_torchvision(p) for p in ("fp32", "bf16")),
 )

@@ -17,17 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mit_semseg.models import SegmentationModule
-from mit_semseg.models.decoders.ppm import PyramidConv2d
 from mit_semseg.models.depthwise import DepthwiseConv2d
+from mit_semseg.models.pyramid import PyramidConv2d
 
 
 # ------------------------------------------------------------------------------ the network
 class _JoinedConv2d(nn.Conv2d):
-    """Pools are resized to the feature map and joined with it before they are convolved."""
+    """Coarser maps are resized to the finest and joined with it before they are convolved."""
 
-    def forward(self, x: Tensor, pooled: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, coarser: Sequence[Tensor] = ()) -> Tensor:
         size = tuple(x.shape[-2:])
-        resized = [F.interpolate(p, size, mode="bilinear", align_corners=False) for p in pooled]
+        resized = [F.interpolate(c, size, mode="bilinear", align_corners=False) for c in coarser]
         return super().forward(torch.cat([x, *resized], dim=1))
 
 

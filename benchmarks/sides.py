@@ -103,9 +103,9 @@ class _Side:
     def __init__(self, prepare: Callable[[], Runnable], device: str, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(prepare, device, threads, theirs), daemon=True
-        )
+        # Not a daemon, which may have no children, such as a loader's workers; when this process
+        # ends, the pipe closes, and so does the other.
+        self.process = context.Process(target=_serve, args=(prepare, device, threads, theirs))
         self.process.start()
         theirs.close()
 

@@ -7,10 +7,9 @@ import json
 import logging
 import math
 import random
-import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +40,7 @@ from mit_semseg.engine.optim import (
 )
 from mit_semseg.lib.nn import UserScatteredDataParallel, async_copy_to, user_scattered_collate
 from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models.compilation import compile_for_training, compiler_errors
 from mit_semseg.models.recompute import recompute
 from mit_semseg.visualize import curves
 
@@ -48,13 +48,6 @@ log = logging.getLogger("mit_semseg")
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
-
-# How torch says that it has nothing to compile with.
-NO_COMPILER = re.compile(
-    r"no working c\+\+ compiler|c\+\+ compile error|compiler: .* is not found"
-    r"|failed to find c compiler|working triton installation",
-    re.IGNORECASE,
-)
 
 
 class RankSampler(Sampler[int]):
@@ -523,40 +516,6 @@ def seed_everything(seed: int) -> None:
 def rank_seed(rank: int, epoch: int) -> int:
     """A different seed offset for every rank and epoch."""
     return 1009 * epoch + rank
-
-
-def compile_for_training(module: nn.Module, method: str) -> None:
-    """Compile one method of a module, for any size of image; in evaluation it stays as it was.
-
-    The module's class is replaced by a subclass, so that names in the state dict stay and copies
-    of the module do not share its code.
-
-    Args:
-        module: changed in place.
-        method: what training enters it by.
-    """
-    kind = type(module)
-    plain = getattr(kind, method)
-    compiled = torch.compile(plain, dynamic=True)
-
-    def enter(self: nn.Module, *args: Any, **options: Any) -> Any:
-        return (compiled if self.training else plain)(self, *args, **options)
-
-    module.__class__ = type(f"Compiled{kind.__name__}", (kind,), {method: enter})
-
-
-@contextmanager
-def compiler_errors() -> Iterator[None]:
-    """One line for what torch says at the first step when it has nothing to compile with."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not NO_COMPILER.search(str(error)):
-            raise
-        raise ValueError(
-            "TRAIN.compile: torch found no compiler that works; install a C++ compiler such as "
-            "g++ (and Triton for a GPU), or set TRAIN.compile False"
-        ) from error
 
 
 def freeze_batchnorm(module: nn.Module) -> None:

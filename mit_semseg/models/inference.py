@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from mit_semseg.lib.nn.transfer import map_tensors
+from mit_semseg.models.compilation import compiler_errors
 from mit_semseg.models.module import SegmentationModule
 
 log = logging.getLogger("mit_semseg")
@@ -88,11 +89,20 @@ class _Float32(nn.Module):
 
 
 def _compiled(logits: Callable[[Tensor], Tensor], replay: bool) -> Callable[..., Tensor]:
-    if not replay:
-        return torch.compile(logits, dynamic=True)
-    replayed = torch.compile(logits, mode="reduce-overhead")
-    # A graph writes its result to the same memory every time.
-    return lambda image: replayed(image).clone()
+    # Not dynamic with graphs: each belongs to one size anyway.
+    compiled = (
+        torch.compile(logits, mode="reduce-overhead")
+        if replay
+        else torch.compile(logits, dynamic=True)
+    )
+
+    def run(image: Tensor) -> Tensor:
+        with compiler_errors():
+            result: Tensor = compiled(image)
+        # A graph writes its result to the same memory every time.
+        return result.clone() if replay else result
+
+    return run
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from mit_semseg.dataset import ClassTable, TrainDataset
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.metrics import ConfusionMatrix
 from mit_semseg.models import ModelBuilder, SegmentationModule
-from mit_semseg.models.decoders.ppm import PyramidConv2d
 from mit_semseg.models.depthwise import DepthwiseConv2d
+from mit_semseg.models.pyramid import PyramidConv2d
 from mit_semseg.segmenter import Segmenter
 from mit_semseg.visualize import color_encode, palette
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from mit_semseg.models.decoders.base import (
     conv_bn_relu,
     init_weights,
 )
+from mit_semseg.models.pyramid import PyramidConv2d
 
 
 class PooledBatchNorm2d(SynchronizedBatchNorm2d):
@@ -35,72 +34,6 @@ class PooledBatchNorm2d(SynchronizedBatchNorm2d):
                 input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         return super().forward(input)
-
-
-class PyramidConv2d(nn.Conv2d):
-    """3x3 convolution of a feature map joined with pooled maps, which are never resized.
-
-    The same parameters and results as `nn.Conv2d` on `cat([x, *resized pools], dim=1)`. Both the
-    bilinear resize and the convolution are linear, so the filter's taps may be applied to the few
-    pixels of a pool first and their results be spread over the image afterwards, along one axis
-    at a time. In PPM that saves almost half the work of the decoder's largest layer.
-    """
-
-    def forward(self, x: Tensor, pooled: Sequence[Tensor] = ()) -> Tensor:
-        """Convolution with zero padding, as large as x.
-
-        Args:
-            x: (N, C, H, W).
-            pooled: (N, C_k, s_k, s_k) each; the input channels after those of x, in order. With
-                none x holds all of them, as for `nn.Conv2d`.
-
-        Returns:
-            (N, out_channels, H, W).
-        """
-        if not pooled:
-            return super().forward(x)
-        _, C, H, W = x.shape
-        y = F.conv2d(x, self.weight[:, :C], self.bias, padding=1)
-        parts = self.weight[:, C:].split([pool.shape[1] for pool in pooled], dim=1)
-        columns = [self._columns(pool, part, W) for pool, part in zip(pooled, parts)]
-        with _without_autocast(y.device):
-            rows = torch.cat([_taps(pool.shape[2], H, columns[0]) for pool in pooled], dim=2)
-            # (3, H, i) with (N, i, 3, W, K), over the filter's rows and those of all the pools.
-            context = torch.einsum("ehi,niewk->nkhw", rows, torch.cat(columns, dim=1))
-        return y + context.to(y.dtype)
-
-    @staticmethod
-    def _columns(pool: Tensor, weight: Tensor, W: int) -> Tensor:
-        """Every row of a pool at the image's width, under each row of the filter, (N, s, 3, W, K).
-
-        In float32 at least: what is rounded here is added up often.
-        """
-        K, C, _, _ = weight.shape
-        # Of a channels_last filter this is a view, not a copy.
-        filters = weight.permute(0, 2, 3, 1).reshape(9 * K, C)
-        taps = F.linear(pool.permute(0, 2, 3, 1), filters)  # (N, s, s, 9 * K)
-        with _without_autocast(pool.device):
-            taps = taps.unflatten(3, (K, 3, 3)).to(torch.promote_types(taps.dtype, torch.float32))
-            return torch.einsum("fwj,nijkef->niewk", _taps(pool.shape[3], W, taps), taps)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if not torch.amp.is_autocast_available(device.type):  # such as the meta device
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def _taps(n_in: int, n_out: int, like: Tensor) -> Tensor:
-    """Bilinear resize of one axis as a matrix, under each of a 3-tap filter's taps.
-
-    Returns:
-        (3, n_out, n_in): entry [t, i] weighs the input for output i + t - 1; zeros where that lies
-        outside, which is the convolution's padding.
-    """
-    at = (torch.arange(n_out, device=like.device, dtype=like.dtype) + 0.5) * (n_in / n_out) - 0.5
-    distance = at.clamp(0, n_in - 1)[:, None] - torch.arange(n_in, device=like.device)
-    padded = F.pad((1 - distance.abs()).clamp(min=0), (0, 0, 1, 1))
-    return torch.stack([padded[t : t + n_out] for t in range(3)])
 
 
 @DECODERS.register("ppm", "ppm_bilinear")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.decoders.base import (
     DECODERS,
     Decoder,
@@ -16,6 +17,7 @@ from mit_semseg.models.decoders.base import (
     init_weights,
     resize,
 )
+from mit_semseg.models.pyramid import PyramidConv2d
 
 
 @DECODERS.register("upernet")
@@ -48,8 +50,10 @@ class UPerNet(Decoder):
         self.fpn_in = nn.ModuleList(conv_bn_relu(n_in, fpn_dim, 1) for n_in in lower)
         # Published names have one more level of nesting here and in conv_last.
         self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn_relu(fpn_dim, fpn_dim)) for _ in lower)
+        join = PyramidConv2d(len(channels) * fpn_dim, fpn_dim, 3, padding=1, bias=False)
         self.conv_last = nn.Sequential(
-            conv_bn_relu(len(channels) * fpn_dim, fpn_dim), nn.Conv2d(fpn_dim, num_class, 1)
+            nn.Sequential(join, BatchNorm2d(fpn_dim), nn.ReLU(inplace=True)),
+            nn.Conv2d(fpn_dim, num_class, 1),
         )
         init_weights(self)
 
@@ -71,8 +75,9 @@ class UPerNet(Decoder):
             levels.append(smooth(top))
 
         finest, *coarser = reversed(levels)
-        fused = torch.cat([finest, *(resize(x, finest.shape[-2:]) for x in coarser)], dim=1)
-        return (self.conv_last(fused),)
+        fuse, classify = self.conv_last
+        join, norm, relu = cast(nn.Sequential, fuse)
+        return (classify(relu(norm(join(finest, coarser)))),)
 
 
 @DECODERS.register("upernet_lite")
