@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -206,9 +207,21 @@ def count_flops(call: Runnable) -> int:
     """Floating-point operations of one call, by torch's counter (two per multiply-add)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         call()
     return int(counter.get_total_flops())
+
+
+def _convolution_backward_flops(
+    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *options: Any, out_shape: Any
+) -> int:
+    """Each wanted gradient takes what the forward pass does; arguments come as shapes.
+
+    Torch's own formula takes a grouped convolution for a full one.
+    """
+    wants_x, wants_weight, _ = options[-1]
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * (wants_x + wants_weight)
 
 
 def convolution_rate(dtype: torch.dtype, device: str = "cpu", seconds: float = 1.5) -> float:

@@ -78,6 +78,10 @@ def test_a_failing_side_ends_the_run(prepare: Callable[[], None], message: str) 
 def test_operations_of_a_convolution_are_counted() -> None:
     layer, x = torch.nn.Conv2d(3, 5, 3, bias=False), torch.zeros(2, 3, 10, 12)
     assert count_flops(lambda: layer(x)) == 2 * 2 * 8 * 10 * 5 * 3 * 9
+    # Backwards twice as many, and a depthwise filter sees one channel.
+    depthwise = torch.nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+    image = torch.zeros(1, 6, 10, 10, requires_grad=True)
+    assert count_flops(lambda: depthwise(image).sum().backward()) == 3 * 2 * 6 * 100 * 9
     assert convolution_rate(torch.float32, seconds=0.05) > 1e8
 
 
