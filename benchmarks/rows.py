@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +41,7 @@ WIDTHS = {"mobilenetv2dilated": 320}  # of the last feature map; 2048 for the ot
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(ABC):
     """One comparison.
 
     Attributes:
@@ -71,13 +72,13 @@ class Row:
         """Why the row cannot be run here; "" when it can."""
         return ""
 
+    @abstractmethod
     def published(self) -> Runnable:
         """What the other side does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ours(self) -> Runnable:
         """What we do."""
-        raise NotImplementedError
 
     def sides(self) -> dict[str, Callable[[], Runnable]]:
         """All that take turns: "published", unless there is no baseline, and "ours"."""

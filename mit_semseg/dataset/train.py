@@ -15,10 +15,10 @@ from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, read_records, with_sizes
 from mit_semseg.dataset.transforms import (
     ImageFile,
+    Normalize,
     color_jitter,
     fitted_size,
     nearest_index,
-    normalize,
     round_up,
 )
 
@@ -186,21 +186,18 @@ class TrainDataset(Dataset[dict[str, Any]]):
             for side in zip(*sizes, options.crop_size or (1, 1))
         )
         B = len(samples)
-        if self.normalized:
-            images = torch.zeros(B, 3, H, W)
-        else:
-            images = torch.zeros(B, H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        images = torch.zeros(B, H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         targets = torch.full((B, H // rate, W // rate), -1, dtype=torch.int64)
         for k, (image, labels) in enumerate(samples):
             h, w = sizes[k]
-            if self.normalized:
-                images[k, :, :h, :w] = normalize(image, options)
-            else:
-                images[k, :, :h, :w] = torch.from_numpy(image).permute(2, 0, 1)
+            images[k, :, :h, :w] = torch.from_numpy(image).permute(2, 0, 1)
             h, w = labels.shape
             targets[k, :h, :w] = torch.from_numpy(labels)
-        batch = {"img_data": images, "seg_label": targets}
-        return batch if self.normalized else {**batch, "img_size": torch.tensor(sizes)}
+        img_size = torch.tensor(sizes)
+        if self.normalized:
+            values = Normalize.of(options)(images, img_size).contiguous()
+            return {"img_data": values, "seg_label": targets}
+        return {"img_data": images, "img_size": img_size, "seg_label": targets}
 
 
 def _mirrored(image: np.ndarray) -> np.ndarray:

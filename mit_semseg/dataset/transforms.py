@@ -11,7 +11,7 @@ Rules for files:
   mask was not drawn in, their sizes differ and the error says so.
 
 Pixels may stay uint8 until `Normalize`, which can stand on the device, makes of them what the
-encoder expects; `normalize` does the same for one image on the CPU.
+encoder expects.
 """
 
 from __future__ import annotations
@@ -311,23 +311,10 @@ def nearest_index(old: int, new: int) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------ values
-def normalize(image: np.ndarray, options: DataOptions) -> Tensor:
-    """(H, W, 3) uint8 RGB -> (3, H, W) float32 as the encoder expects it."""
-    if options.color_order == "BGR":
-        image = image[:, :, ::-1]
-    values = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()  # 3, H, W
-    if options.value_range == 1:
-        values.div_(255.0)
-    mean = torch.tensor(options.mean, dtype=torch.float32)[:, None, None]
-    std = torch.tensor(options.std, dtype=torch.float32)[:, None, None]
-    return values.sub_(mean).div_(std)
-
-
 class Normalize(nn.Module):
     """(B, 3, H, W) uint8 RGB -> float32 as the encoder expects it, on the device of the images.
 
-    On the CPU the values are those of `normalize`, bit for bit. There is nothing to learn or to
-    save: `state_dict()` is empty.
+    There is nothing to learn or to save: `state_dict()` is empty.
 
     Args:
         mean, std: per channel in `color_order`, in units of `value_range`.
@@ -424,13 +411,14 @@ def scaled_inputs(image: np.ndarray, opt: Any, normalized: bool = True) -> list[
         in channels_last.
     """
     options = DataOptions.read(opt)
+    normalize = Normalize.of(options)
     height, width = image.shape[:2]
     inputs = []
     for short in options.imgSizes:
         fitted = fitted_size(width, height, short, options.imgMaxSize)
         size = tuple(round_up(side, options.padding_constant) for side in fitted)
-        resized = resize_image(image, (size[0], size[1]))
-        inputs.append(normalize(resized, options)[None] if normalized else as_batch(resized))
+        pixels = as_batch(resize_image(image, (size[0], size[1])))
+        inputs.append(normalize(pixels).contiguous() if normalized else pixels)
     return inputs
 
 

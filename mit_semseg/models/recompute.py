@@ -29,7 +29,8 @@ def recompute(encoder: nn.Module) -> list[nn.Module]:
 
     Outputs, gradients, running statistics and names in the state dict are those of the plain
     encoder. Blocks are found by `units`, unless the encoder names them by a method
-    `recompute_units() -> list of modules`.
+    `recompute_units() -> list of modules`. The encoder as a whole cannot be pickled afterwards;
+    its state dict can.
 
     Args:
         encoder: changed in place.

@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracles import normalize
 from PIL import Image
 
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.transforms import Normalize, load_image, load_mask, normalize
+from mit_semseg.dataset.transforms import Normalize, load_image, load_mask
 
 Options = Callable[..., SimpleNamespace]
 Writer = Callable[..., dict[str, Any]]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import normalize
 from PIL import Image, ImageOps
 
 from mit_semseg.dataset.options import DataOptions
@@ -23,7 +24,6 @@ from mit_semseg.dataset.transforms import (
     load_image,
     load_mask,
     nearest_index,
-    normalize,
     resize_image,
     round_up,
     scaled_inputs,
@@ -362,7 +362,7 @@ def test_arrays_that_torch_does_not_take_are_resized_too() -> None:
 
 # ------------------------------------------------------------------------------ values
 def test_normalize_as_published() -> None:
-    out = normalize(COLOR, DataOptions())
+    out = Normalize.of(DataOptions())(as_batch(COLOR))[0]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (torch.from_numpy(COLOR).float() / 255 - mean) / std
     assert out.dtype == torch.float32
@@ -373,7 +373,7 @@ def test_normalize_bgr_255_as_the_first_checkpoints() -> None:
     options = DataOptions(
         mean=(102.9801, 115.9465, 122.7717), std=(1, 1, 1), color_order="BGR", value_range=255
     )
-    out = normalize(np.array([[[10, 20, 30]]], np.uint8), options)
+    out = Normalize.of(options)(as_batch(np.array([[[10, 20, 30]]], np.uint8)))
     assert out.flatten().tolist() == pytest.approx([30 - 102.9801, 20 - 115.9465, 10 - 122.7717])
 
 
@@ -411,7 +411,7 @@ def test_normalize_module_by_formula() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, BGR, {**BGR, "color_order": "RGB"}])
-def test_normalize_module_is_the_function_bit_for_bit(settings: dict[str, object]) -> None:
+def test_normalize_is_the_plain_formula_bit_for_bit(settings: dict[str, object]) -> None:
     """Every value in every channel, in both memory formats."""
     image = np.stack([np.roll(np.arange(256, dtype=np.uint8), k) for k in (0, 7, 99)], axis=1)
     image = image.reshape(16, 16, 3)

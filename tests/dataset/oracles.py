@@ -1,0 +1,21 @@
+"""What the code under test is compared with, written as plainly as can be."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mit_semseg.dataset.options import DataOptions
+
+
+def normalize(image: np.ndarray, options: DataOptions) -> Tensor:
+    """(H, W, 3) uint8 RGB -> (3, H, W) float32 as the encoder expects it."""
+    if options.color_order == "BGR":
+        image = image[:, :, ::-1]
+    values = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()  # 3, H, W
+    if options.value_range == 1:
+        values.div_(255.0)
+    mean = torch.tensor(options.mean, dtype=torch.float32)[:, None, None]
+    std = torch.tensor(options.std, dtype=torch.float32)[:, None, None]
+    return values.sub_(mean).div_(std)
