@@ -44,6 +44,9 @@ _C.DATASET.random_flip = True
 _C.DATASET.crop_size = []
 # Strength in [0, 1] of random brightness, contrast and saturation in training; 0 as published.
 _C.DATASET.color_jitter = 0.0
+# stop | skip: what training does about a sample that cannot be read; skip takes another one in its
+# place and reports it. (Evaluation and prediction leave bad files out and report them.)
+_C.DATASET.on_error = "stop"
 # What the encoder expects: value = (pixel / 255 * value_range - mean) / std, per channel in
 # color_order (RGB or BGR). value_range is 1 or 255.
 _C.DATASET.mean = [0.485, 0.456, 0.406]
@@ -113,10 +116,16 @@ _C.TRAIN.workers = 16
 _C.TRAIN.disp_iter = 20
 # Epochs between validations; 0 = never.
 _C.TRAIN.eval_epochs = 1
-# Epoch checkpoints kept beside the best; 0 keeps all, as published.
-_C.TRAIN.keep_checkpoints = 0
-# Seconds without a batch or a replica's answer before the run stops with an error.
-_C.TRAIN.timeout = 120
+# Epochs' weights kept beside the best; 0 keeps all, as published.
+_C.TRAIN.keep = 0
+# Minutes between states of the whole run, from which it resumes exactly; 0: only at the end of
+# epochs. The newest two are kept.
+_C.TRAIN.checkpoint_minutes = 30.0
+# Seconds without progress (no batch, no answer of a replica or another rank) before the run stops
+# with an error that says what it waited for.
+_C.TRAIN.stall_seconds = 300
+# stop | skip: what to do at a loss that is no finite number; the batch is saved for replay.
+_C.TRAIN.on_nan = "stop"
 _C.TRAIN.seed = 304
 
 # --------------------------------------------------------------------------- evaluation
@@ -131,6 +140,9 @@ _C.VAL.precision = "fp32"
 _C.VAL.compile = False
 # Add horizontally flipped copies to every scale.
 _C.VAL.flip = False
+# auto | off | side in pixels: images larger than this at network scale are computed in overlapping
+# tiles, whose scores are blended; auto does so above 4 million pixels.
+_C.VAL.tile = "auto"
 # Seconds without an answer from any worker process before the evaluation stops with an error.
 _C.VAL.timeout = 600
 # Short sides in pixels that are averaged over; [] takes DATASET.imgSizes, as published.
@@ -150,3 +162,6 @@ _C.TEST.compile = False
 _C.TEST.flip = False
 # Short sides in pixels that are averaged over; [] takes DATASET.imgSizes, as published.
 _C.TEST.imgSizes = []
+# auto | off | side in pixels: images larger than this at network scale are computed in overlapping
+# tiles, whose scores are blended; auto does so above 4 million pixels.
+_C.TEST.tile = "auto"

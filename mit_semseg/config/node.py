@@ -29,6 +29,8 @@ ALTERNATIVES: dict[str, tuple[type, ...]] = {
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "DATASET.on_error": ("stop", "skip"),
+    "TRAIN.on_nan": ("stop", "skip"),
     "DATASET.color_order": ("RGB", "BGR"),
     "TRAIN.optim": ("SGD", "Adam", "AdamW"),
     "TRAIN.precision": ("fp32", "bf16", "fp16", "auto"),
@@ -47,7 +49,7 @@ POSITIVE = (
     "TRAIN.num_epoch",
     "TRAIN.accumulate",
     "TRAIN.disp_iter",
-    "TRAIN.timeout",
+    "TRAIN.stall_seconds",
     "VAL.batch_size",
     "VAL.timeout",
     "TEST.batch_size",
@@ -56,7 +58,8 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("TRAIN.start_epoch", "TRAIN.lr_encoder", "TRAIN.lr_decoder", "TRAIN.lr_pow"),
     *("TRAIN.warmup_iters", "TRAIN.weight_decay", "TRAIN.deep_sup_scale", "TRAIN.ema"),
-    *("TRAIN.clip_grad", "TRAIN.workers", "TRAIN.eval_epochs", "TRAIN.keep_checkpoints"),
+    *("TRAIN.clip_grad", "TRAIN.workers", "TRAIN.eval_epochs", "TRAIN.keep"),
+    "TRAIN.checkpoint_minutes",
     "TRAIN.seed",
 )
 
@@ -167,6 +170,10 @@ def coerce(key: str, default: Any, value: Any, source: str) -> Any:
         if value == "auto" or (_is_number(value) and value >= 1):
             return value if value == "auto" else int(value)
         raise ValueError(f"{source}: {key} is {value!r}; give a number of steps or auto")
+    if key in ("VAL.tile", "TEST.tile"):
+        if value in ("auto", "off") or (_is_number(value) and value >= 64):
+            return value if isinstance(value, str) else int(value)
+        raise ValueError(f"{source}: {key} is {value!r}; give auto, off or a side of 64 or more")
     if isinstance(value, list) and list in ALTERNATIVES.get(key, ()):
         return value
     if wanted is str and isinstance(text, str) and not isinstance(value, str):

@@ -95,7 +95,7 @@ def train(
     Raises:
         ValueError: unusable data or configuration, before the first step.
         FloatingPointError: the loss is no finite number; the files of the batch are named.
-        RuntimeError: no batch came for TRAIN.timeout seconds, or a loader process died.
+        RuntimeError: no batch came for TRAIN.stall_seconds seconds, or a loader process died.
     """
     return Trainer(cfg, devices, rank, world, progress and rank == 0).run(resume)
 
@@ -178,7 +178,7 @@ class Trainer:
             self.parallel = nn.parallel.DistributedDataParallel(self.module, device_ids=ids)
         elif len(self.devices) > 1:
             self.parallel = UserScatteredDataParallel(
-                self.module, device_ids=self.devices, timeout=cfg.TRAIN.timeout
+                self.module, device_ids=self.devices, timeout=cfg.TRAIN.stall_seconds
             )
 
     def run(self, resume: bool) -> dict[str, Any]:
@@ -368,7 +368,7 @@ class Trainer:
             collate_fn=user_scattered_collate,
             num_workers=workers if cfg.TRAIN.workers else 0,
             pin_memory=self.device.type == "cuda",
-            timeout=cfg.TRAIN.timeout if cfg.TRAIN.workers else 0,
+            timeout=cfg.TRAIN.stall_seconds if cfg.TRAIN.workers else 0,
             worker_init_fn=_one_thread,
             # A generator of its own: otherwise starting the loader would draw from the one that
             # dropout uses, and a resumed run would differ.
@@ -383,8 +383,8 @@ class Trainer:
                     raise
                 files = self._files(sampler, position)
                 raise RuntimeError(
-                    f"no batch for {cfg.TRAIN.timeout} s; the loader stands at {files}: raise "
-                    f"TRAIN.timeout, lower TRAIN.workers, or look at these files"
+                    f"no batch for {cfg.TRAIN.stall_seconds} s; the loader stands at {files}: raise "
+                    f"TRAIN.stall_seconds, lower TRAIN.workers, or look at these files"
                 ) from error
 
     def _files(self, sampler: RankSampler, position: int) -> str:
@@ -432,7 +432,7 @@ class Trainer:
             state["average"] = self.average.state_dict()
         self.folder.save_state(epoch, state)
         self.folder.save_history(epoch, self.history)
-        self.folder.drop_epochs(self.cfg.TRAIN.keep_checkpoints)
+        self.folder.drop_epochs(self.cfg.TRAIN.keep)
 
     def _restore(self, epoch: int) -> None:
         """Continue behind an epoch; without its state the optimizers start afresh, and say so."""

@@ -85,7 +85,7 @@ def test_learns_and_leaves_a_whole_folder(settings: Callable[..., Config]) -> No
         TRAIN__lr_encoder=0.002,
         TRAIN__lr_decoder=0.002,
         TRAIN__eval_epochs=4,
-        TRAIN__keep_checkpoints=2,
+        TRAIN__keep=2,
     )
     result = train(cfg, [CPU], progress=False)
     losses = result["history"]["train"]["loss"]
