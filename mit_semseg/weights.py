@@ -7,7 +7,10 @@ import logging
 import os
 import pickle
 import re
+import struct
 import urllib.parse
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MIRROR = "MIT_SEMSEG_MIRROR"
 
 _HOST = "http://sceneparsing.csail.mit.edu/model/"
+_ZIP = b"PK\x03\x04"  # how an archive of torch.save begins
+# What Python raises on broken archives, by where they are broken. RuntimeError: a flag that was
+# flipped claims encryption, or a method of compression nobody knows.
+_BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+)
 # Bookkeeping of the published SyncBN, of no use to any other.
 _BOOKKEEPING = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
 
@@ -219,6 +235,46 @@ def _say(line: str, problem: bool) -> None:
         logger.info(line)
 
 
+def check_archive(path: str | Path) -> None:
+    """Refuses a damaged archive of `torch.save`, whose checksums `torch.load` does not look at.
+
+    Every record is read once, at the speed of the disk or of CRC-32. Files that are no zip archive
+    pass: those of old versions of torch have no checksums, and `torch.load` judges the others.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the archive is cut short, its structure is broken, or a record's checksum is
+            wrong; the file is named.
+    """
+    with open(path, "rb") as file:
+        head = file.read(len(_ZIP))
+    # An old file begins with a pickle, and may hold anything that looks like the end of an archive.
+    whole = not head.startswith(b"\x80") and zipfile.is_zipfile(path)
+    if not whole and head != _ZIP:
+        return
+    wrong = "cut short: its end is missing"
+    if whole:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                wrong = _wrong_record(archive)
+        except _BROKEN_ZIP as error:
+            wrong = f"{error}"
+    if wrong:
+        raise ValueError(
+            f"{path} is damaged ({wrong}); copy or download it again, or use an earlier checkpoint"
+        )
+
+
+def _wrong_record(archive: zipfile.ZipFile) -> str:
+    """What is wrong with the first bad record of an archive; "" when none is."""
+    for record in archive.infolist():
+        # Nobody compresses weights, and torch reads by the one size, Python by the other.
+        if record.compress_type == zipfile.ZIP_STORED and record.file_size != record.compress_size:
+            return f"record {record.filename} has two sizes"
+    name = archive.testzip()
+    return "" if name is None else f"the checksum of record {name} is wrong"
+
+
 def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> dict[str, Tensor]:
     """The named tensors of a checkpoint, without wrappers and `module.` prefixes.
 
@@ -238,6 +294,7 @@ def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> d
         file = str(path)
         if not path.is_file():
             raise FileNotFoundError(_not_found(path))
+        check_archive(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:

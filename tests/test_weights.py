@@ -235,7 +235,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save(Head().state_dict(), path)
     path.write_bytes(path.read_bytes()[:-400])
-    with pytest.raises(ValueError, match="w.pth cannot be read"):
+    with pytest.raises(ValueError, match=r"w\.pth is damaged \(cut short"):
         read_state_dict(path)
 
 

@@ -472,27 +472,42 @@ def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.n
     return image, label_map(raw, paths_of(record, root)[1])
 
 
-def check_sample(split: Split, n: int = 32, seed: int = 0) -> list[str]:
+def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "stop") -> list[str]:
     """Load up to `n` random samples before a long run starts, and warn of what looks wrong.
+
+    Args:
+        split: the samples.
+        n: how many to load at most.
+        seed: of the choice.
+        on_error: `DATASET.on_error`; with "skip" a sample that cannot be used is a warning too.
 
     Returns:
         The warnings, which are also logged; empty when nothing is conspicuous.
 
     Raises:
-        FileNotFoundError, ValueError: a sample cannot be used, as `load_pair` says it.
+        FileNotFoundError, ValueError: a sample cannot be used, as `load_pair` says it, or, with
+            "skip", none of those that were loaded.
     """
     count = min(n, len(split.records))
     chosen = np.random.default_rng(seed).choice(len(split.records), count, replace=False)
     stored: set[int] = set()
     ignored = pixels = 0
+    warnings: list[str] = []
     for index in sorted(chosen.tolist()):
         record = split.records[index]
-        _, raw = load_raw(record)
-        ids = split.label_map(raw, record["fpath_segm"])
+        try:
+            _, raw = load_raw(record)
+            ids = split.label_map(raw, paths_of(record)[1])
+        except (OSError, ValueError) as error:
+            warnings.append(str(error))
+            if on_error != "skip" or len(warnings) == count:
+                raise
+            continue
         stored.update(np.unique(raw).tolist())
         ignored += int(np.count_nonzero(ids < 0))
         pixels += ids.size
-    warnings = label_warnings(stored, ignored, pixels, f"{count} sampled masks")
+    where = f"{count - len(warnings)} sampled masks"
+    warnings += label_warnings(stored, ignored, pixels, where)
     for warning in warnings:
         logging.getLogger("mit_semseg").warning("%s", warning)
     return warnings

@@ -19,7 +19,8 @@ class DataOptions:
     """Settings of samples, named as the keys of `DATASET`; the defaults are the published ones.
 
     Sizes are in pixels. `mean` and `std` are per channel in `color_order`, in units of
-    `value_range` (1: pixels are scaled to [0, 1]; 255: they stay in [0, 255]).
+    `value_range` (1: pixels are scaled to [0, 1]; 255: they stay in [0, 255]). `on_error` is what
+    training does about a sample that cannot be used: "stop", or "skip" to take another one.
     """
 
     num_class: int = 150
@@ -37,6 +38,7 @@ class DataOptions:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     color_order: str = "RGB"
     value_range: float = 1.0
+    on_error: str = "stop"
 
     @classmethod
     def read(cls, opt: Any) -> DataOptions:
@@ -83,6 +85,8 @@ class DataOptions:
             raise ValueError(f"DATASET.color_order is {self.color_order!r}; use 'RGB' or 'BGR'")
         if self.value_range not in (1, 255):
             raise ValueError(f"DATASET.value_range is {self.value_range}; use 1 or 255")
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"DATASET.on_error is {self.on_error!r}; use 'stop' or 'skip'")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
                 f"DATASET.mean {list(self.mean)} and DATASET.std {list(self.std)} need three "

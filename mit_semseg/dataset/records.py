@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from PIL import Image
 from mit_semseg.dataset.transforms import image_size
 
 PathLike = str | os.PathLike[str]
+
+_NAMED = 3  # bad files that a warning names
 
 
 class Record(TypedDict, total=False):
@@ -123,19 +126,47 @@ def read_records(source: Any, root: PathLike = "") -> list[Record]:
     return records
 
 
-def with_sizes(records: Sequence[Record], root: PathLike) -> list[Record]:
-    """The same records, those without width and height completed from the image headers."""
+def with_sizes(records: Sequence[Record], root: PathLike, on_error: str = "stop") -> list[Record]:
+    """The same records, those without width and height completed from the image headers.
 
-    def complete(record: Record) -> Record:
+    Args:
+        records: in any order, which is kept.
+        root: folder that relative paths are relative to.
+        on_error: "stop" raises at an image whose header cannot be read; "skip" leaves such records
+            out and logs how many, with the first of the reasons.
+
+    Raises:
+        OSError, ValueError: an image cannot be read, or, with "skip", none of them can.
+    """
+
+    def complete(record: Record) -> Record | str:
         if "width" in record:
             return record
-        width, height = image_size(os.path.join(root, record["fpath_img"]))
+        try:
+            width, height = image_size(os.path.join(root, record["fpath_img"]))
+        except (OSError, ValueError) as error:
+            if on_error != "skip":
+                raise
+            return str(error)
         return Record(**{**record, "width": width, "height": height})  # type: ignore[typeddict-item]
 
     if all("width" in record for record in records):
         return list(records)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(complete, records))
+        completed = list(pool.map(complete, records))
+    reasons = [each for each in completed if isinstance(each, str)]
+    kept = [each for each in completed if not isinstance(each, str)]
+    if not kept:
+        raise ValueError(f"none of the {len(reasons)} images can be read: {reasons[0]}")
+    if reasons:
+        logging.getLogger("mit_semseg").warning(
+            "%d of %d images cannot be read and are left out: %s%s",
+            len(reasons),
+            len(completed),
+            "; ".join(reasons[:_NAMED]),
+            "; ..." if len(reasons) > _NAMED else "",
+        )
+    return kept
 
 
 # ------------------------------------------------------------------------------ folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -22,17 +23,25 @@ from mit_semseg.dataset.transforms import (
     round_up,
 )
 
-# Separate streams of random numbers: the order of a pass, and what happens to a batch.
-_ORDER, _BATCH = 0, 1
+# Separate streams of random numbers: the order of a pass, what happens to a batch, and what takes
+# the place of a sample that cannot be used.
+_ORDER, _BATCH, _INSTEAD = 0, 1, 2
+_TRIES = 8  # other samples tried before a bad one is an error after all
+
+Sample = tuple[np.ndarray, np.ndarray]
 
 
 class TrainDataset(Dataset[dict[str, Any]]):
     """An endless, deterministic stream of batches.
 
-    Item i is a pure function of (seed, i), so any number of workers, devices and ranks may share
-    the stream: rank r of R asks for items r, r + R, ... Items of one pass show each image exactly
-    once. A batch holds images of one orientation, portrait (height > width) or not; the last batch
-    of each orientation in a pass may be smaller.
+    Item i is a pure function of (seed, i) and the files, so any number of workers, devices and
+    ranks may share the stream: rank r of R asks for items r, r + R, ... Items of one pass show each
+    image exactly once. A batch holds images of one orientation, portrait (height > width) or not;
+    the last batch of each orientation in a pass may be smaller.
+
+    With `on_error` "skip" a sample that cannot be used (an unreadable file, a mask that does not
+    fit) is replaced by another one of its orientation, drawn from (seed, i, position in the batch);
+    where its orientation has no usable one, of the other. 8 are tried.
 
     Geometry as published: the batch draws one short side from `imgSizes`; images are resized with
     their aspect kept, flipped at random, aligned to the top left, and padded to the largest width
@@ -55,9 +64,16 @@ class TrainDataset(Dataset[dict[str, Any]]):
         normalized: False leaves images as uint8 for `Normalize` to finish on the device: a quarter
             of the memory, and less work for the loading process.
 
+    Attributes:
+        reading: called with the path of each file just before it is read, and with "" when a batch
+            is done, so that somebody else can tell what a slow process waits for. Set it in the
+            process that reads, e.g. in a `worker_init_fn`.
+
     Raises:
         FileNotFoundError, ValueError: a list, an option or (when read) a sample cannot be used.
     """
+
+    reading: Callable[[str], None] | None = None
 
     def __init__(
         self,
@@ -86,7 +102,9 @@ class TrainDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self.normalized = normalized
         self.label_map = label_map or LabelMap.of_options(options)
-        self.records: list[Record] = with_sizes(read_records(odgt, self.root), self.root)
+        self.records: list[Record] = with_sizes(
+            read_records(odgt, self.root), self.root, options.on_error
+        )
         portrait = np.array([r["height"] > r["width"] for r in self.records])
         self._groups = [np.flatnonzero(portrait), np.flatnonzero(~portrait)]
         self.batches_per_pass = sum(-(-len(group) // batch_per_gpu) for group in self._groups)
@@ -116,15 +134,19 @@ class TrainDataset(Dataset[dict[str, Any]]):
             ]
         return [batches[k] for k in rng.permutation(len(batches))]
 
-    def _records(self, index: int) -> list[Record]:
+    def _numbers(self, index: int) -> list[int]:
+        """Which records batch number `index` is to hold."""
         if index < 0:
             raise IndexError(f"batch {index}: batches are numbered from 0")
         pass_number, position = divmod(index, self.batches_per_pass)
-        return [self.records[k] for k in self._plan(pass_number)[position]]
+        return [int(k) for k in self._plan(pass_number)[position]]
 
     def files(self, index: int) -> list[str]:
-        """Paths of the images of batch number `index`, as listed, without loading them."""
-        return [record["fpath_img"] for record in self._records(index)]
+        """Paths of the images of batch number `index`, as listed, without loading them.
+
+        With `on_error` "skip" the batch may hold others in place of bad ones: see its `info`.
+        """
+        return [self.records[k]["fpath_img"] for k in self._numbers(index)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Batch number `index`.
@@ -133,30 +155,80 @@ class TrainDataset(Dataset[dict[str, Any]]):
             `img_data` (B, 3, H, W) float32; `seg_label` (B, H/r, W/r) int64 with -1 ignored, r =
             `segm_downsampling_rate`; `info`, the B image paths as listed. Not normalised:
             `img_data` is uint8 RGB in channels_last, and `img_size` (B, 2) int64 holds height and
-            width of each image in it, for `Normalize`.
+            width of each image in it, for `Normalize`. With `on_error` "skip" also `skipped`: a
+            list of (image path as listed, reason in one line), one for each that proved bad.
         """
-        records = self._records(index)
         rng = np.random.default_rng([self.seed, _BATCH, index])
         batch_short = int(rng.choice(self.options.imgSizes))
-        samples = [self._sample(record, batch_short, rng) for record in records]
+        numbers = self._numbers(index)
+        samples: list[Sample] = []
+        skipped: list[tuple[str, str]] = []
+        try:
+            for position, number in enumerate(numbers):
+                instead = [self.seed, _INSTEAD, index, position]
+                numbers[position], sample = self._usable(number, batch_short, rng, instead, skipped)
+                samples.append(sample)
+        finally:
+            self._tell("")
         batch = self._stack(samples)
-        batch["info"] = [record["fpath_img"] for record in records]
+        batch["info"] = [self.records[k]["fpath_img"] for k in numbers]
+        if self.options.on_error == "skip":
+            batch["skipped"] = skipped
         return batch
 
-    def _sample(
-        self, record: Record, short: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _usable(
+        self,
+        number: int,
+        short: int,
+        rng: np.random.Generator,
+        instead: list[int],
+        skipped: list[tuple[str, str]],
+    ) -> tuple[int, Sample]:
+        """Record number and sample: of `number`, or of the first usable one drawn in its place.
+
+        Those are drawn, and augmented, by a generator of their own with the seed `instead`. What
+        proves bad is added to `skipped`.
+        """
+        try:
+            return number, self._sample(self.records[number], short, rng)
+        except (OSError, ValueError) as error:
+            if self.options.on_error != "skip":
+                raise
+            reason = _one_line(error)
+            skipped.append((self.records[number]["fpath_img"], reason))
+        rng = np.random.default_rng(instead)
+        same, other = self._groups if number in self._groups[0] else self._groups[::-1]
+        drawn = [*rng.permutation(same[same != number]), *rng.permutation(other)][:_TRIES]
+        for candidate in map(int, drawn):
+            record = self.records[candidate]
+            try:
+                return candidate, self._sample(record, short, rng)
+            except (OSError, ValueError) as error:
+                skipped.append((record["fpath_img"], _one_line(error)))
+        raise ValueError(
+            f"{reason}; nor can any of {len(drawn)} others drawn in its place be used: so many bad "
+            "samples are not skipped, look for the cause (mit-semseg data check)"
+        )
+
+    def _tell(self, file: str) -> None:
+        if self.reading is not None:
+            self.reading(file)
+
+    def _sample(self, record: Record, short: int, rng: np.random.Generator) -> Sample:
         """One image (h, w, 3) uint8, resized and augmented, and its labels at 1/r of that."""
         options = self.options
         image_path, mask_path = paths_of(record, self.root)
         flip = options.random_flip and rng.random() < 0.5
         if options.crop_size:  # sizes of crops are equal anyway, so no padding is saved by sharing
             short = int(rng.choice(options.imgSizes))
+        self._tell(image_path)
         with ImageFile(image_path) as file:
             width, height = file.size
+            self._tell(mask_path)
             raw = load_values(record, self.root, file.size)
             self.label_map.check(raw, mask_path)
             size = fitted_size(width, height, short, options.imgMaxSize)
+            self._tell(image_path)  # of which only the header has been read so far
             image = file.pixels(size)
         # Where in the stored mask the label of each pixel of the image is.
         rows, columns = nearest_index(height, size[1]), nearest_index(width, size[0])
@@ -176,7 +248,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         small = raw[rows[rate // 2 :: rate]][:, columns[rate // 2 :: rate]]
         return image, self.label_map(small, mask_path)
 
-    def _stack(self, samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    def _stack(self, samples: list[Sample]) -> dict[str, Any]:
         """Samples of different sizes as one padded batch."""
         options = self.options
         rate = options.segm_downsampling_rate
@@ -198,6 +270,10 @@ class TrainDataset(Dataset[dict[str, Any]]):
             values = Normalize.of(options)(images, img_size).contiguous()
             return {"img_data": values, "seg_label": targets}
         return {"img_data": images, "img_size": img_size, "seg_label": targets}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _mirrored(image: np.ndarray) -> np.ndarray:

@@ -55,6 +55,8 @@ PathLike = str | os.PathLike[str]
 def _open(path: PathLike) -> Image.Image:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{os.fspath(path)}: no such file; check DATASET.root_dataset")
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise ValueError(f"{os.fspath(path)}: a folder or a device, not an image file")
     try:
         return Image.open(path)
     except _UNREADABLE as error:

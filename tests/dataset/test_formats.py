@@ -268,3 +268,16 @@ def test_check_sample_warns_of_binary_masks(tmp_path: Path) -> None:
 def test_check_sample_stops_at_unknown_labels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.png: label 9 is outside 0\.\.2; set DATASET"):
         check_sample(sample(tmp_path, [0, 1, 9], LabelMap.shifted(2)))
+
+
+def test_check_sample_may_warn_of_a_bad_sample_instead(tmp_path: Path) -> None:
+    split = sample(tmp_path, [0, 1, 2], LabelMap.shifted(2))
+    bad = split.records[0].copy()
+    bad["fpath_segm"] = str(tmp_path / "gone.png")
+    both = Split([*split.records, bad], split.classes, split.label_map)
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        check_sample(both)
+    (warning,) = check_sample(both, on_error="skip")
+    assert "gone.png" in warning
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):  # nothing usable at all
+        check_sample(Split([bad], split.classes, split.label_map), on_error="skip")

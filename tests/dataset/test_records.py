@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mit_semseg.dataset.records import (
+    Record,
     list_images,
     match_by_stem,
     pair_folders,
@@ -120,3 +121,23 @@ def test_pair_folders_names_an_image_without_mask(tmp_path: Path) -> None:
     assert pair_folders(tmp_path, "i", "m") == [{"fpath_img": "i/a.png", "fpath_segm": "m/a.png"}]
     with pytest.raises(FileNotFoundError, match="no such folder"):
         pair_folders(tmp_path, "i", "nowhere")
+
+
+def test_headers_that_cannot_be_read_stop_or_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (5, 3)).save(tmp_path / "good.png")
+    (tmp_path / "bad.jpg").write_text("no image")
+    records: list[Record] = [
+        {"fpath_img": "bad.jpg"},
+        {"fpath_img": "good.png"},
+        {"fpath_img": "gone.png"},
+    ]
+    with pytest.raises(ValueError, match=r"bad\.jpg"):
+        with_sizes(records, tmp_path)
+    kept = with_sizes(records, tmp_path, "skip")
+    assert kept == [{"fpath_img": "good.png", "width": 5, "height": 3}]
+    (message,) = caplog.messages
+    assert message.startswith("2 of 3 images") and "bad.jpg" in message and "gone.png" in message
+    with pytest.raises(ValueError, match=r"none of the 1 images can be read: .*bad\.jpg"):
+        with_sizes(records[:1], tmp_path, "skip")
