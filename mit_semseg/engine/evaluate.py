@@ -1,4 +1,4 @@
-"""Evaluation: one confusion matrix per process, merged by addition.
+"""Evaluation: one confusion matrix per process, merged by addition; bad files are left out.
 
 On the CPU every image is computed by a single thread, several images side by side: convolutions
 round differently with every number of threads, and the figures must depend on neither the number
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -38,6 +40,8 @@ from mit_semseg.models import SegmentationModule
 from mit_semseg.models.inference import inference_copy
 from mit_semseg.visualize import class_bars, color_encode
 
+log = logging.getLogger("mit_semseg")
+
 # Most images a process works on at a time on the CPU, where each takes memory of its own.
 MAX_LANES = 8
 # On a GPU one is computed while the others are read.
@@ -45,6 +49,42 @@ GPU_LANES = 3
 
 # Indices of the images that share one call of `work`; results do not depend on who gets which.
 Chunk = Sequence[int]
+# What is told of a chunk as soon as it is done: how many images, and which were left out.
+Scored = tuple[int, dict[int, tuple[str, str]]]
+
+
+class Interrupted(Exception):
+    """The caller's `stop` asked for an end before the work was done."""
+
+
+@dataclass
+class Evaluation:
+    """What scoring some images gave; adding two gives that of all their images.
+
+    Attributes:
+        matrix: the counts of the images that could be read.
+        bad: number in the list -> (image, error) of those that could not.
+        seconds: that the network took.
+        processes: that took part.
+    """
+
+    matrix: ConfusionMatrix
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)
+    seconds: float = 0.0
+    processes: int = 1
+
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """(image, error) of the images that were left out, in the order of the list."""
+        return [self.bad[index] for index in sorted(self.bad)]
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        return Evaluation(
+            self.matrix + other.matrix,
+            {**self.bad, **other.bad},
+            self.seconds + other.seconds,
+            self.processes + other.processes,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,11 +108,14 @@ def evaluate(
     model: SegmentationModule | None = None,
     progress: bool = True,
     out_dir: str | Path | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[str, Any]:
     """Score a model on the validation list, print the tables and write them to files.
 
     Every image is one task, so the figures do not depend on the number of processes. Images of
-    equal size among `VAL.batch_size` neighbours of the list share a forward pass.
+    equal size among `VAL.batch_size` neighbours of the list share a forward pass. An image or mask
+    that cannot be used is reported and left out, and the figures are those of the others.
 
     Args:
         cfg: the configuration; `DATASET.list_val` is what is evaluated, `DATASET.imgSizes` the
@@ -84,14 +127,18 @@ def evaluate(
         progress: show a bar.
         out_dir: folder of `eval.json`, `eval.csv`, `class_iou.png` and, with `VAL.visualize`,
             `pictures/`; default `result_eval` in `cfg.DIR`.
+        rank, world: place in torchrun's process group (`launch.rank_devices`). Each rank scores its
+            share of the images on its devices; rank 0 alone prints and writes.
 
     Returns:
-        What `eval.json` holds: the figures of `ConfusionMatrix.compute` as plain numbers (NaN
-        where undefined), and `classes`, one dict per class.
+        What `eval.json` holds, on every rank: the figures of `ConfusionMatrix.compute` as plain
+        numbers (NaN where undefined); `classes`, one dict per class; `failed`, one dict with
+        `image` and `error` for every image that was left out.
 
     Raises:
-        ValueError: nothing to evaluate, or data that does not fit the configuration.
-        FileNotFoundError: a list, an image or the checkpoint is missing.
+        ValueError: nothing to evaluate, no image that could be, or a configuration that does not
+            fit.
+        FileNotFoundError: a list or the checkpoint is missing.
         WorkerError: a worker process died or failed.
     """
     if workers < 1:
@@ -108,33 +155,27 @@ def evaluate(
         folder.files(name)
         classes = model_classes(cfg, checkpoint)
     out = Path(cfg.DIR) / "result_eval" if out_dir is None else Path(out_dir)
-    # Before the work: an evaluation that cannot be written is not worth its hours.
-    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        # Before the work: an evaluation that cannot be written is not worth its hours.
+        out.mkdir(parents=True, exist_ok=True)
     pictures = out / "pictures" if cfg.VAL.visualize else None
-    chunks = _chunks(count, cfg.VAL.batch_size)
-    places = [device for device in devices for _ in range(workers)][: len(chunks)]
+    chunks = _chunks(count, cfg.VAL.batch_size)[rank::world]
+    places = [device for device in devices for _ in range(workers)][: max(1, len(chunks))]
 
-    seconds = 0.0
     started = time.perf_counter()
-    with tqdm(total=count, desc="evaluating", unit="img", disable=not progress) as bar:
-
-        def on_result(result: tuple[int, float]) -> None:
-            nonlocal seconds
-            seconds += result[1]
-            bar.update(result[0])
-
+    with _Progress("evaluating", sum(map(len, chunks)), progress and rank == 0) as on_result:
         lanes = _lanes(places)
         if model is not None:
             data = val_dataset(cfg)
             gallery = _Gallery(data, pictures, classes.colors) if pictures else None
             scorer = _Scorer(model, data, cfg, devices[0], gallery)
             work = partial(scorer.run, _lanes(devices[:1]))
-            matrices = [run_here(work, chunks, on_result)]
+            parts = [run_here(work, chunks, on_result)]
         elif len(places) == 1:
             work = partial(_work, Job(cfg, checkpoint, places[0], lanes, pictures, classes.colors))
-            matrices = [run_here(work, chunks, on_result)]
+            parts = [run_here(work, chunks, on_result)]
         else:
-            matrices = run_pool(
+            parts = run_pool(
                 _work,
                 [
                     Job(cfg, checkpoint, device, lanes, pictures, classes.colors)
@@ -146,20 +187,26 @@ def evaluate(
                 ahead=lanes,
                 timeout=cfg.VAL.timeout,
             )
+    whole = merged(sum(parts[1:], parts[0]), devices[0])
+    if len(whole.bad) == count:
+        image, error = whole.failed[0]
+        raise ValueError(f"none of the {count} images can be used; the first: {image}: {error}")
     result = {
         "checkpoint": checkpoint if model is None else "",
-        "images": count,
+        "images": count - len(whole.bad),
+        "failed": [{"image": image, "error": error} for image, error in whole.failed],
         "imgSizes": list(cfg.VAL.imgSizes or cfg.DATASET.imgSizes),
         "flip": bool(cfg.VAL.flip),
         "precision": cfg.VAL.precision,
-        "processes": len(matrices),
+        "processes": whole.processes,
         "seconds": time.perf_counter() - started,
-        "seconds_per_image": seconds / count,
-        **summarize(sum(matrices, ConfusionMatrix(cfg.DATASET.num_class)), classes),
+        "seconds_per_image": whole.seconds / (count - len(whole.bad)),
+        **summarize(whole.matrix, classes),
     }
-    print(format_report(result))
-    _write(result, classes, out)
-    print(f"Figures in {out}")
+    if rank == 0:
+        print(format_report(result))
+        _write(result, classes, out)
+        print(f"Figures in {out}")
     return result
 
 
@@ -178,22 +225,83 @@ def evaluate_model(
     device: torch.device,
     *,
     progress: bool = True,
-) -> ConfusionMatrix:
+    share: tuple[int, int] = (0, 1),
+    stop: Callable[[], bool] | None = None,
+) -> Evaluation:
     """Score a model that is in memory, in this process; the model stays as it is.
 
     Args:
         module: on any device, in any mode.
         dataset: samples with labels, such as `val_dataset(cfg)`.
-        cfg: its `VAL` keys batch_size, precision, compile and flip apply.
+        cfg: its `VAL` keys batch_size, precision, compile, flip and tile apply.
         device: where to compute.
         progress: show a bar.
+        share: (rank, ranks): the images that are this process's to score. The shares of all ranks
+            have no image in common and together hold every one; `merged` adds their results.
+        stop: asked before the first image and after every one.
+
+    Raises:
+        Interrupted: `stop` returned true.
     """
-    chunks = _chunks(len(dataset), cfg.VAL.batch_size)
-    work = partial(_Scorer(module, dataset, cfg, device).run, _lanes([device]))
-    bar = tqdm(total=len(dataset), desc="validating", unit="img", disable=not progress, leave=False)
-    with bar:
-        matrix: ConfusionMatrix = run_here(work, chunks, lambda result: bar.update(result[0]))
-    return matrix
+    rank, world = share
+    chunks = _chunks(len(dataset), cfg.VAL.batch_size)[rank::world]
+    with _Progress("validating", sum(map(len, chunks)), progress, stop, leave=False) as on_result:
+        work = partial(_Scorer(module, dataset, cfg, device).run, _lanes([device]))
+        result: Evaluation = run_here(work, chunks, on_result)
+    return result
+
+
+def merged(evaluation: Evaluation, device: torch.device) -> Evaluation:
+    """The sum of all ranks' evaluations, on every rank; outside a process group the argument.
+
+    Args:
+        evaluation: this rank's; every rank has to call this.
+        device: where the ranks exchange the counts: this rank's GPU with NCCL, else the CPU.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return evaluation
+    total = ConfusionMatrix(evaluation.matrix.num_class)
+    counts = evaluation.matrix.matrix.to(device)
+    dist.all_reduce(counts)
+    total.matrix = counts.cpu()
+    others: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(others, (evaluation.bad, evaluation.seconds, evaluation.processes))
+    bad, seconds, processes = zip(*others)
+    everyone = {index: failure for part in bad for index, failure in part.items()}
+    return Evaluation(total, everyone, sum(seconds), sum(processes))
+
+
+class _Progress:
+    """A bar that also reports the images that are left out, and asks whether to go on."""
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        shown: bool,
+        stop: Callable[[], bool] | None = None,
+        leave: bool = True,
+    ) -> None:
+        self.stop = stop
+        self.bar = tqdm(total=total, desc=title, unit="img", disable=not shown, leave=leave)
+
+    def __enter__(self) -> Callable[[Scored], None]:
+        self._go_on()
+        return self._add
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def _add(self, scored: Scored) -> None:
+        count, bad = scored
+        self.bar.update(count)
+        for image, error in bad.values():
+            log.warning("left out: %s: %s", image, error)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self.stop is not None and self.stop():
+            raise Interrupted("the evaluation was asked to stop")
 
 
 # ------------------------------------------------------------------------------ the work
@@ -208,7 +316,7 @@ def _lanes(places: Sequence[torch.device]) -> int:
     return max(1, min(MAX_LANES, torch.get_num_threads() // len(places)))
 
 
-def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[tuple[int, float], None, ConfusionMatrix]:
+def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[Scored, None, Evaluation]:
     """A process of its own: model and data are built where they are used."""
     module = load_model(job.cfg, job.checkpoint)
     data = val_dataset(job.cfg)
@@ -236,19 +344,17 @@ class _Scorer:
         # One forward pass at a time on a GPU, whose memory must hold it.
         self.turn = Lock() if device.type != "cpu" else nullcontext()
 
-    def run(
-        self, lanes: int, tasks: Iterable[Chunk]
-    ) -> Generator[tuple[int, float], None, ConfusionMatrix]:
-        """Score chunks: yields (images, seconds) for each, returns the confusion matrix."""
-        total = ConfusionMatrix(self.cfg.DATASET.num_class)
+    def run(self, lanes: int, tasks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
+        """Score chunks: yields what is to be told of each, returns the sum."""
+        total = Evaluation(ConfusionMatrix(self.cfg.DATASET.num_class))
         threads = torch.get_num_threads()
         try:
             for chunk, scored in in_threads(
                 self.score, tasks, threads=lanes, ahead=lanes, initializer=self._single_threaded
             ):
-                matrix, seconds = scored.result()
-                total += matrix
-                yield len(chunk), seconds
+                part = scored.result()
+                total += part
+                yield len(chunk), part.bad
         finally:
             # torch keeps one number for all threads that have not computed yet.
             torch.set_num_threads(threads)
@@ -258,14 +364,15 @@ class _Scorer:
         if self.device.type == "cpu":
             torch.set_num_threads(1)
 
-    def score(self, chunk: Chunk) -> tuple[ConfusionMatrix, float]:
-        """Confusion matrix of some images, and the seconds the network took."""
+    def score(self, chunk: Chunk) -> Evaluation:
+        """The evaluation of some images; those whose files cannot be used are left out."""
         matrix = ConfusionMatrix(self.cfg.DATASET.num_class)
-        samples = [self.dataset[i] for i in chunk]
-        labels = [sample["seg_label"] for sample in samples]
-        sizes = [(label.shape[1], label.shape[2]) for label in labels]
+        samples, bad = self._read(chunk)
+        labels = {i: sample["seg_label"] for i, sample in samples.items()}
+        numbers = list(samples)
+        sizes = [(labels[i].shape[1], labels[i].shape[2]) for i in numbers]
         seconds = 0.0
-        for positions, images in stacked([sample["img_data"] for sample in samples], sizes):
+        for positions, images in stacked([samples[i]["img_data"] for i in numbers], sizes):
             with self.turn:
                 started = time.perf_counter()
                 predicted = self._predict(images, sizes[positions[0]])
@@ -273,12 +380,24 @@ class _Scorer:
                     torch.cuda.synchronize(self.device)
                 seconds += time.perf_counter() - started
             # Counted where it was computed: only the counts come back from a GPU.
-            truth = torch.cat([labels[i] for i in positions]).to(self.device)
+            indices = [numbers[position] for position in positions]
+            truth = torch.cat([labels[i] for i in indices]).to(self.device)
             matrix.update(predicted, truth)
             if self.gallery is not None:
-                for i, one in zip(positions, predicted.cpu(), strict=True):
-                    self.gallery.add(chunk[i], samples[i], one)
-        return matrix, seconds
+                for i, one in zip(indices, predicted.cpu(), strict=True):
+                    self.gallery.add(i, samples[i], one)
+        return Evaluation(matrix, bad, seconds, processes=0)
+
+    def _read(self, chunk: Chunk) -> tuple[dict[int, dict[str, Any]], dict[int, tuple[str, str]]]:
+        """Samples by their number in the list, and (image, error) of those that cannot be read."""
+        samples, bad = {}, {}
+        for i in chunk:
+            try:
+                samples[i] = self.dataset[i]
+            except (OSError, ValueError) as error:
+                image = str(self.dataset.records[i]["fpath_img"])
+                bad[i] = image, _reason(error, image)
+        return samples, bad
 
     @torch.no_grad()
     def _predict(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -286,6 +405,12 @@ class _Scorer:
         with autocast(self.device, self.cfg.VAL.precision):
             images = [image.to(self.device) for image in images]
             return self.module.predict(images, size, flip=self.cfg.VAL.flip)
+
+
+def _reason(error: BaseException, image: str) -> str:
+    """One line, without the name that stands in front of it anyway."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line.removeprefix(f"{image}: ")
 
 
 class _Gallery:
@@ -372,6 +497,10 @@ def format_report(result: Mapping[str, Any]) -> str:
         f"{result['seconds']:.1f} s in {result['processes']} "
         f"process{'es' if result['processes'] > 1 else ''}",
     ]
+    if result["failed"]:
+        failed = result["failed"]
+        lines.append(f"{len(failed)} of {result['images'] + len(failed)} images failed:")
+        lines += [f"  {one['image']}: {one['error']}" for one in failed]
     if not result["pixels"]:
         lines.append(
             "No pixel is labelled: check DATASET.label_offset and DATASET.ignore_label, or run "

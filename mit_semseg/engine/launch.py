@@ -53,8 +53,9 @@ def resolve_devices(gpus: str | None, option: str = "--gpus") -> list[torch.devi
         raise ValueError(f"{option} {gpus}: name GPUs or cpu, not both")
     indices = [int(name.removeprefix("gpu")) for name in names]
     if max(indices) >= count:
-        has = f"GPUs 0 to {count - 1}" if count else "no GPU that torch can use"
-        raise ValueError(f"{option} {gpus}: this machine has {has}; {option} cpu runs without one")
+        has = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU that torch can use"
+        fix = "the first is 0" if count else f"{option} cpu runs without one"
+        raise ValueError(f"{option} {gpus}, but this machine has {has}; {fix}")
     return [torch.device("cuda", i) for i in indices]
 
 
@@ -121,11 +122,19 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=dtype)
 
 
-def rank_devices(devices: list[torch.device]) -> tuple[int, int, list[torch.device]]:
+# Where the ranks of this process's group say good-bye; None outside a group.
+_farewell: dist.Store | None = None
+
+
+def rank_devices(
+    devices: list[torch.device], timeout_seconds: float = 300
+) -> tuple[int, int, list[torch.device]]:
     """Join torchrun's process group when there is one, and take this rank's device.
 
     Args:
         devices: the devices named on the command line, those of one machine.
+        timeout_seconds: a rank that waits longer than this for the others gives up: with gloo by a
+            RuntimeError, with NCCL by the end of its process.
 
     Returns:
         (rank, world size, devices of this process); (0, 1, devices) outside torchrun.
@@ -133,6 +142,7 @@ def rank_devices(devices: list[torch.device]) -> tuple[int, int, list[torch.devi
     Raises:
         ValueError: more ranks run on this machine than GPUs are named.
     """
+    global _farewell
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1, devices
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -146,14 +156,34 @@ def rank_devices(devices: list[torch.device]) -> tuple[int, int, list[torch.devi
         devices = [devices[local]]
         torch.cuda.set_device(devices[0])
     if not dist.is_initialized():
-        # The other ranks wait while rank 0 validates, which may take hours on a large set.
-        backend = "gloo" if on_cpu else "nccl"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            "gloo" if on_cpu else "nccl",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+        )
+        _farewell = dist.PrefixStore("farewell", store)
     return dist.get_rank(), dist.get_world_size(), devices[:1]
 
 
 def leave_process_group() -> None:
-    """Leave torchrun's process group, together: a backend may abort ranks whose peers go first."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    """Leave torchrun's process group, all together: a backend may abort those left behind.
+
+    The ranks count each other in the store, not by a collective, in which a dead rank would take
+    the living ones with it: without it these wait for the group's time-out at most, and go.
+    """
+    global _farewell
+    if not dist.is_initialized():
+        return
+    store, _farewell = _farewell, None
+    if store is not None:
+        # The store may have gone with the machine it was on.
+        with contextlib.suppress(RuntimeError):
+            if store.add("gone", 1) == dist.get_world_size():
+                store.set("all", "gone")
+            store.wait(["all"])
+    dist.destroy_process_group()

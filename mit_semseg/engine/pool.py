@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -86,8 +89,7 @@ def run_pool(
                 worker.give(pending)
         return _collect(workers, pending, on_result, describe, timeout)
     finally:
-        for worker in workers:
-            worker.stop()
+        _end(workers)
 
 
 def in_threads(
@@ -157,15 +159,19 @@ class _Worker:
             return None
         return None
 
-    def stop(self) -> None:
-        """End the process, by force when it does not go by itself."""
-        if self.final is None:
-            self.process.terminate()
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join(5)
-        self.pipe.close()
+
+def _end(workers: list[_Worker]) -> None:
+    """End the processes, by force those that do not go by themselves; all within seconds."""
+    for worker in workers:
+        if worker.final is None:
+            worker.process.terminate()
+    deadline = time.monotonic() + 3
+    for worker in workers:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join(3)
+        worker.pipe.close()
 
 
 def _collect(
@@ -232,18 +238,21 @@ def _death(worker: _Worker, describe: Callable[[Any], str]) -> WorkerError:
 
 
 def _drain(results: Generator[Any, None, Any], on_result: Callable[[Any], None]) -> Any:
-    while True:
-        try:
-            result = next(results)
-        except StopIteration as end:
-            return end.value
-        on_result(result)
+    # Closed also when `on_result` raises: its threads end now, not with the error's traceback.
+    with contextlib.closing(results):
+        while True:
+            try:
+                result = next(results)
+            except StopIteration as end:
+                return end.value
+            on_result(result)
 
 
 def _serve(work: Work, setup: Any, pipe: Connection) -> None:
     """What a worker process does."""
     # Control-C reaches the whole group; the parent ends its workers, without their tracebacks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def send(kind: str, value: Any) -> None:
         # Plainly pickled: multiprocessing would send tensors as handles of shared memory, which
@@ -257,6 +266,14 @@ def _serve(work: Work, setup: Any, pipe: Connection) -> None:
         with contextlib.suppress(OSError):  # the parent may be gone
             send("error", (type(error).__name__, str(error), traceback.format_exc()))
         raise SystemExit(1) from error
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed takes its workers along, even those deep in an image."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _tasks(pipe: Connection) -> Iterator[Any]:

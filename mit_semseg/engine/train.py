@@ -1,15 +1,14 @@
-"""Training: seeded, resumable, validated as it goes."""
+"""Training: seeded, resumed exactly from any step, validated as it goes, and never hanging."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +16,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import Split, TrainDataset, build_split, check_sample
 from mit_semseg.engine.balance import class_weights
-from mit_semseg.engine.checkpoint import CheckpointFolder, load_whole
-from mit_semseg.engine.evaluate import evaluate_model, val_dataset
+from mit_semseg.engine.checkpoint import CheckpointFolder, atomic_save, load_state, load_whole
+from mit_semseg.engine.evaluate import Interrupted, evaluate_model, merged, val_dataset
+from mit_semseg.engine.feed import Feed
+from mit_semseg.engine.journal import Journal
 from mit_semseg.engine.launch import (
     autocast,
     autocast_dtype,
@@ -38,36 +38,31 @@ from mit_semseg.engine.optim import (
     poly_factor,
     set_learning_rate,
 )
-from mit_semseg.lib.nn import UserScatteredDataParallel, async_copy_to, user_scattered_collate
+from mit_semseg.engine.peers import LostPeers
+from mit_semseg.engine.run_state import (
+    Snapshot,
+    differences,
+    random_state,
+    rank_seed,
+    restore_random_state,
+    seed_everything,
+)
+from mit_semseg.engine.signals import StopRequest
+from mit_semseg.engine.watchdog import Watchdog
+from mit_semseg.lib.nn import UserScatteredDataParallel, async_copy_to
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.compilation import compile_for_training, compiler_errors
 from mit_semseg.models.recompute import recompute
-from mit_semseg.visualize import curves
 
 log = logging.getLogger("mit_semseg")
 
-METRICS = "metrics.jsonl"
-CURVES = "curves.png"
-
-
-class RankSampler(Sampler[int]):
-    """Indices of one rank in the endless stream of batches, from a step on.
-
-    Every micro-step consumes one batch per device and rank; a rank with D devices of R ranks
-    takes D consecutive ones out of each R x D.
-    """
-
-    def __init__(self, start: int, stop: int, devices: int, rank: int, world: int) -> None:
-        self.micro_steps = range(start, stop)
-        self.devices, self.rank, self.world = devices, rank, world
-
-    def __len__(self) -> int:
-        return len(self.micro_steps) * self.devices
-
-    def __iter__(self) -> Iterator[int]:
-        for step in self.micro_steps:
-            first = (step * self.world + self.rank) * self.devices
-            yield from range(first, first + self.devices)
+# Steps in a row without a finite loss after which TRAIN.on_nan skip gives up, too.
+MOST_SKIPPED = 20
+# Batches saved for replay, at most: each holds the weights, too.
+MOST_SAVED = 3
+# Seconds that a step may take on GPUs of several ranks after a request to stop: when a rank has
+# died the others wait for it in vain, which NCCL does not notice.
+STOP_GRACE = 8.0
 
 
 def train(
@@ -76,26 +71,35 @@ def train(
     *,
     rank: int = 0,
     world: int = 1,
-    resume: bool = False,
+    resume: bool | str = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train the configured model and leave its checkpoint folder in `cfg.DIR`.
+
+    SIGTERM and SIGINT make it finish the step, save its state and return. Killed at any moment and
+    resumed it goes on from its newest state; on the CPU its weights are then those, bit by bit, of
+    a run that was never killed.
 
     Args:
         cfg: a checked configuration (`launch.read_config`).
         devices: devices of this process; several are driven by UserScatteredDataParallel.
         rank, world: place in torchrun's process group (`launch.rank_devices`).
-        resume: continue from the newest epoch in `cfg.DIR`, identically where its state is there.
+        resume: "auto" or True continues from the newest state in `cfg.DIR` that is whole, and
+            starts anew where there is none; otherwise a state file, or a folder with one.
         progress: show tqdm bars.
 
     Returns:
         `best_mean_iou` (None when nothing was validated), `checkpoint` (best.pth, or the last
-        epoch) and `history`.
+        epoch), `history`, `step`, `steps`, and `stopped`, the signal that ended the run before its
+        last step ("" when it was completed).
 
     Raises:
         ValueError: unusable data or configuration, before the first step.
         FloatingPointError: the loss is no finite number; the files of the batch are named.
-        RuntimeError: no batch came for TRAIN.stall_seconds seconds, or a loader process died.
+        ChildProcessError: a loading process died.
+        TimeoutError: no batch came for TRAIN.stall_seconds.
+        ConnectionError: another rank was lost.
+        OSError: the checkpoint folder cannot be written to.
     """
     return Trainer(cfg, devices, rank, world, progress and rank == 0).run(resume)
 
@@ -110,11 +114,23 @@ class Trainer:
         self.rank, self.world, self.progress = rank, world, progress
         self.device = self.devices[0]
         self.folder = CheckpointFolder(cfg.DIR)
+        self.journal = Journal(self.folder.path, rank)
         self.history: dict[str, dict[str, list[float]]] = {
             "train": {"epoch": [], "loss": [], "acc": []},
             "val": {"epoch": [], "mean_iou": [], "pixel_accuracy": []},
         }
-        self.seconds = 0.0
+        # Steps done, batches that all ranks have taken for them, and seconds they took.
+        self.step, self.position, self.seconds = 0, 0, 0.0
+        # Of the steps of this epoch.
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+        self.skipped_in_a_row = 0
+        self.bad_files: dict[str, str] = {}
+        self.stop = StopRequest()
+        self.watchdog = Watchdog(cfg.TRAIN.stall_seconds)
+        self.saved_at = time.monotonic()
+        if rank == 0:
+            self.folder.check_writable()
         if cfg.TRAIN.compile and (count := len(self.devices) * world) > 1:
             raise ValueError(
                 f"TRAIN.compile with {count} devices: BatchNorm over all of them cannot be "
@@ -126,7 +142,7 @@ class Trainer:
         seed_everything(cfg.TRAIN.seed)
 
         split = build_split(cfg.DATASET, "train")
-        check_sample(split)
+        check_sample(split, on_error=cfg.DATASET.on_error)
         self.data = TrainDataset(
             cfg.DATASET.root_dataset,
             split.records,
@@ -137,17 +153,22 @@ class Trainer:
             normalized=False,  # bytes travel; the module normalises them where it computes
         )
         self.split = split
-        self.val = val_dataset(cfg) if cfg.TRAIN.eval_epochs and rank == 0 else None
-        if self.val is not None:
+        self.val = val_dataset(cfg) if cfg.TRAIN.eval_epochs else None
+        if self.val is not None and rank == 0:
             # A mask that cannot be used is to be found now, not after the first epoch.
-            check_sample(build_split(cfg.DATASET, "val"), n=8)
-        batches_a_step = len(self.devices) * world * cfg.TRAIN.accumulate
+            check_sample(build_split(cfg.DATASET, "val"), n=8, on_error=cfg.DATASET.on_error)
+        self.batches_a_step = len(self.devices) * world * cfg.TRAIN.accumulate
         self.epoch_iters: int = (
-            math.ceil(self.data.batches_per_pass / batches_a_step)
+            math.ceil(self.data.batches_per_pass / self.batches_a_step)
             if cfg.TRAIN.epoch_iters == "auto"
             else cfg.TRAIN.epoch_iters
         )
         self.max_iters = self.epoch_iters * cfg.TRAIN.num_epoch
+        if cfg.TRAIN.start_epoch > cfg.TRAIN.num_epoch:
+            raise ValueError(
+                f"TRAIN.start_epoch {cfg.TRAIN.start_epoch} lies behind TRAIN.num_epoch "
+                f"{cfg.TRAIN.num_epoch}: raise TRAIN.num_epoch to train on"
+            )
         self._build(split)
 
     def _build(self, split: Split) -> None:
@@ -167,6 +188,7 @@ class Trainer:
             build_optimizer(cfg, self.module.decoder, cfg.TRAIN.lr_decoder),
         ]
         self.average = moving_average(self.module, cfg.TRAIN.ema) if cfg.TRAIN.ema else None
+        self.statistics = Snapshot(self.module)
         if cfg.TRAIN.recompute:
             recompute(self.module.encoder)
         if cfg.TRAIN.compile:
@@ -181,111 +203,182 @@ class Trainer:
                 self.module, device_ids=self.devices, timeout=cfg.TRAIN.stall_seconds
             )
 
-    def run(self, resume: bool) -> dict[str, Any]:
+    def run(self, resume: bool | str) -> dict[str, Any]:
         """All epochs."""
         cfg = self.cfg
-        start = cfg.TRAIN.start_epoch or (self.folder.latest_epoch() if resume else 0)
-        if cfg.TRAIN.start_epoch > cfg.TRAIN.num_epoch:
-            raise ValueError(
-                f"TRAIN.start_epoch {start} lies behind TRAIN.num_epoch {cfg.TRAIN.num_epoch}: "
-                "raise TRAIN.num_epoch to train on"
-            )
-        if self.rank == 0 and not start and (aside := self.folder.set_aside()):
-            log.warning("%s held an earlier run, which is now in %s", self.folder.path, aside)
-        if start:
-            self._restore(start)
         if self.rank == 0:
-            self.folder.prepare(cfg, self.split.classes)
-        if start and self.rank == 0 and self._validates(start):
-            # The run was stopped between saving the epoch and validating it.
-            self._validate(start)
-        log.info(
-            "training %s + %s on %d images: epochs %d, steps each %d, batch %d x %d devices, %s",
-            cfg.MODEL.arch_encoder,
-            cfg.MODEL.arch_decoder,
-            len(self.split.records),
-            cfg.TRAIN.num_epoch,
-            self.epoch_iters,
-            cfg.TRAIN.batch_size_per_gpu * cfg.TRAIN.accumulate,
-            len(self.devices) * self.world,
-            cfg.TRAIN.precision,
-        )
-        batches = self._batches(start * self.epoch_iters)
-        for epoch in range(start + 1, cfg.TRAIN.num_epoch + 1):
-            began = time.monotonic()
-            # Seeding every epoch by its number makes a resumed run draw what an unbroken one does.
-            seed_everything(cfg.TRAIN.seed + rank_seed(self.rank, epoch))
-            self._epoch(epoch, batches)
-            self.seconds += time.monotonic() - began
-            self._finish_epoch(epoch)
+            self.folder.occupy()
+        try:
+            self._begin("auto" if resume is True else resume or "")
+            log.info(
+                "training %s + %s on %d images: epochs %d, steps each %d, batch %d x %d devices, "
+                "%s%s",
+                cfg.MODEL.arch_encoder,
+                cfg.MODEL.arch_decoder,
+                len(self.split.records),
+                cfg.TRAIN.num_epoch,
+                self.epoch_iters,
+                cfg.TRAIN.batch_size_per_gpu * cfg.TRAIN.accumulate,
+                len(self.devices) * self.world,
+                cfg.TRAIN.precision,
+                f", from step {self.step} on" if self.step else "",
+            )
+            feed = Feed(
+                self.data,
+                cfg,
+                self.devices,
+                self.rank,
+                self.world,
+                self.position,
+                self.max_iters - self.step,
+            )
+            hurried = self.world > 1 and self.device.type == "cuda"
+            self.stop = StopRequest(
+                repeated=self.world > 1,
+                on_ask=(lambda: self.watchdog.hurry(STOP_GRACE)) if hurried else None,
+            )
+            self.watchdog = Watchdog(
+                # Behind the loader's own limit, whose message says more.
+                cfg.TRAIN.stall_seconds + 2,
+                name=f"rank {self.rank}" if self.world > 1 else "",
+                files=feed.board.files,
+                advice="look at these files, or raise TRAIN.stall_seconds; --resume auto goes on "
+                "from the newest checkpoint",
+            )
+            try:
+                with self.stop, self.watchdog:
+                    self._epochs(iter(feed))
+            finally:
+                feed.close()
+        finally:
+            self.folder.leave()
         name = "best.pth" if self.best is not None else f"epoch_{cfg.TRAIN.num_epoch}.pth"
-        return {"best_mean_iou": self.best, "checkpoint": name, "history": self.history}
+        done = self.step >= self.max_iters
+        return {
+            "best_mean_iou": self.best,
+            "checkpoint": name if done else f"state_step_{self.step}.pth",
+            "history": self.history,
+            "step": self.step,
+            "steps": self.max_iters,
+            "stopped": "" if done and self._is_validated else self.stop.asked,
+        }
+
+    def _epochs(self, batches: Iterator[list[dict[str, Any]]]) -> None:
+        if self.step and self.step % self.epoch_iters == 0:
+            # The run was stopped after the last step of an epoch, before all was written.
+            self._finish_epoch(self.step // self.epoch_iters)
+        while self.step < self.max_iters and not self._agreed(bool(self.stop.asked)):
+            epoch, inside = divmod(self.step, self.epoch_iters)
+            if not inside:
+                seed_everything(self.cfg.TRAIN.seed + rank_seed(self.rank, epoch + 1))
+                self.losses, self.accuracies = [], []
+            began, seconds = time.monotonic(), self.seconds
+            self._epoch(epoch + 1, batches, seconds)
+            self.seconds = seconds + time.monotonic() - began
+            if self.step % self.epoch_iters:
+                break
+            self._close_history(epoch + 1)
+            self._save_state()
+            self._finish_epoch(epoch + 1)
+        self.journal.draw()
 
     # ------------------------------------------------------------------ one epoch
 
-    def _epoch(self, epoch: int, batches: Iterator[list[dict[str, Any]]]) -> None:
+    def _epoch(
+        self, epoch: int, batches: Iterator[list[dict[str, Any]]], seconds_before: float
+    ) -> None:
+        """Steps up to the end of an epoch, or to a request to stop, which is answered."""
         cfg = self.cfg
         self.parallel.train()
         if cfg.TRAIN.fix_bn:
             freeze_batchnorm(self.module)
-        losses, accuracies, waited, images = [], [], 0.0, 0
         began = time.monotonic()
-        first = (epoch - 1) * self.epoch_iters
+        meter = _Meter()
+        first, last = self.step, epoch * self.epoch_iters
         title = f"epoch {epoch}/{cfg.TRAIN.num_epoch}"
-        bar = tqdm(
-            range(first, first + self.epoch_iters),
+        with tqdm(
+            total=self.epoch_iters,
+            initial=first - (epoch - 1) * self.epoch_iters,
             desc=title,
             disable=not self.progress,
             dynamic_ncols=True,
-        )
-        for step in bar:
-            rates = self._schedule(step)
-            loss, accuracy = 0.0, 0.0
-            for part in range(cfg.TRAIN.accumulate):
-                asked = time.monotonic()
-                batch = next(batches)
-                waited += time.monotonic() - asked
-                images += sum(len(item["img_data"]) for item in batch) * self.world
-                with self._alone(part), compiler_errors():
-                    part_loss, part_accuracy = self._forward_backward(batch)
-                loss += part_loss / cfg.TRAIN.accumulate
-                accuracy += part_accuracy / cfg.TRAIN.accumulate
-            self._step()
-            losses.append(loss)
-            accuracies.append(accuracy)
-            elapsed = time.monotonic() - began
-            figures = (
-                f"loss {np.mean(losses[-20:]):.3f}, "
-                f"accuracy {100 * np.mean(accuracies[-20:]):.1f}%, "
-                f"lr {rates[0]:.2g}/{rates[1]:.2g}, {images / elapsed:.1f} images/s, "
-                f"waiting for data {100 * waited / elapsed:.0f}%, "
-                f"run done in {tqdm.format_interval(self._left(step, first, elapsed))}"
-            )
-            bar.set_postfix_str(figures)
-            if (step + 1) % cfg.TRAIN.disp_iter == 0 or step + 1 == first + self.epoch_iters:
-                # An epoch shorter than disp_iter still leaves a line for the curves.
-                recent = slice(-cfg.TRAIN.disp_iter, None)
-                self._record(
-                    kind="train",
-                    epoch=epoch,
-                    step=step + 1,
-                    loss=float(np.mean(losses[recent])),
-                    accuracy=float(np.mean(accuracies[recent])),
-                    lr_encoder=rates[0],
-                    lr_decoder=rates[1],
-                    images_per_second=images / elapsed,
-                    data_wait=waited / elapsed,
-                    seconds=self.seconds + elapsed,
+        ) as bar:
+            while self.step < last:
+                rates = self._schedule(self.step)
+                stop, save = self._one_step(batches, meter)
+                bar.update()
+                elapsed = time.monotonic() - began
+                self.seconds = seconds_before + elapsed
+                pace = elapsed / (self.step - first)
+                figures = (
+                    f"loss {_mean(self.losses[-20:]):.3f}, "
+                    f"accuracy {100 * _mean(self.accuracies[-20:]):.1f}%, "
+                    f"lr {rates[0]:.2g}/{rates[1]:.2g}, {meter.images / elapsed:.1f} images/s, "
+                    f"waiting for data {100 * meter.waited / elapsed:.0f}%, run done in "
+                    f"{tqdm.format_interval((self.max_iters - self.step) * pace)}"
                 )
-                if not self.progress and self.rank == 0:
-                    log.info("%s, step %d of %d: %s", title, step + 1, self.max_iters, figures)
-        self.history["train"]["epoch"].append(float(epoch))
-        self.history["train"]["loss"].append(float(np.mean(losses)))
-        self.history["train"]["acc"].append(float(np.mean(accuracies)))
+                bar.set_postfix_str(figures)
+                if self.step % cfg.TRAIN.disp_iter == 0 or self.step == last:
+                    # An epoch shorter than disp_iter still leaves a line for the curves.
+                    recent = slice(-cfg.TRAIN.disp_iter, None)
+                    self.journal.record(
+                        kind="train",
+                        epoch=epoch,
+                        step=self.step,
+                        loss=_mean(self.losses[recent]),
+                        accuracy=_mean(self.accuracies[recent]),
+                        lr_encoder=rates[0],
+                        lr_decoder=rates[1],
+                        images_per_second=meter.images / elapsed,
+                        data_wait=meter.waited / elapsed,
+                        seconds=self.seconds,
+                    )
+                    if not self.progress and self.rank == 0:
+                        log.info("%s, step %d of %d: %s", title, self.step, self.max_iters, figures)
+                if self.step < last and (stop or save):
+                    self._save_state()
+                if stop:
+                    return
 
-    def _left(self, step: int, first: int, elapsed: float) -> float:
-        """Seconds until the last step, at this epoch's pace; validations come on top."""
-        return (self.max_iters - step - 1) * elapsed / (step - first + 1)
+    def _one_step(
+        self, batches: Iterator[list[dict[str, Any]]], meter: _Meter
+    ) -> tuple[bool, bool]:
+        """One step of the optimizers; whether all ranks are to stop, and to save, after it."""
+        cfg = self.cfg
+        self.statistics.take()
+        loss = accuracy = 0.0
+        stop = save = finite = True
+        for part in range(cfg.TRAIN.accumulate):
+            self.watchdog.progress(f"a batch of step {self.step + 1}")
+            asked = time.monotonic()
+            batch = next(batches)
+            meter.waited += time.monotonic() - asked
+            meter.images += sum(len(item["img_data"]) for item in batch) * self.world
+            if not finite:  # the step is given up, but the stream goes on
+                continue
+            self.watchdog.progress(
+                f"step {self.step + 1} to be computed" + (" by all ranks" * (self.world > 1))
+            )
+            with self._first_compilation(), self._alone(part), compiler_errors(), self._peers():
+                part_loss, part_accuracy, stop, save = self._forward_backward(batch)
+            finite = math.isfinite(part_loss)
+            loss += part_loss / cfg.TRAIN.accumulate
+            accuracy += part_accuracy / cfg.TRAIN.accumulate
+        if finite:
+            with self._peers():
+                self._update()
+            self.losses.append(loss)
+            self.accuracies.append(accuracy)
+            self.skipped_in_a_row = 0
+        else:
+            self._give_up_step()
+        self.step += 1
+        self.position += self.batches_a_step
+        return stop, save
+
+    def _first_compilation(self) -> AbstractContextManager[None]:
+        """Compiling takes minutes, which is no reason to bark."""
+        return self.watchdog.asleep() if self.cfg.TRAIN.compile else nullcontext()
 
     def _schedule(self, step: int) -> tuple[float, float]:
         cfg = self.cfg.TRAIN
@@ -302,10 +395,11 @@ class Trainer:
             return self.parallel.no_sync()
         return nullcontext()
 
-    def _forward_backward(self, batch: list[dict[str, Any]]) -> tuple[float, float]:
+    def _forward_backward(self, batch: list[dict[str, Any]]) -> tuple[float, float, bool, bool]:
         files = [item.pop("info") for item in batch]
-        if not self.cfg.TRAIN.channels_last:
-            for item in batch:  # which the data set gives channels last
+        for item in batch:
+            self._report(item.pop("skipped", []))
+            if not self.cfg.TRAIN.channels_last:  # which the data set gives channels last
                 item["img_data"] = item["img_data"].contiguous()
         feed: Any = batch
         if not isinstance(self.parallel, UserScatteredDataParallel):
@@ -313,25 +407,36 @@ class Trainer:
         with autocast(self.device, self.cfg.TRAIN.precision):
             loss, accuracy = self.parallel(feed)
         loss = loss.mean()
-        value, right = self._over_ranks(loss.detach(), accuracy.detach().mean())
-        if not math.isfinite(value):
-            names = ", ".join(itertools.chain.from_iterable(files))
-            raise FloatingPointError(
-                f"the loss is {value} on {names}; look at these files, or lower TRAIN.lr_encoder "
-                f"and TRAIN.lr_decoder, or train with TRAIN.precision fp32"
-            )
-        self.scaler.scale(loss / self.cfg.TRAIN.accumulate).backward()
-        return value, right
+        value, right, stop, save = self._over_ranks(loss.detach(), accuracy.detach().mean())
+        if math.isfinite(value):
+            self.scaler.scale(loss / self.cfg.TRAIN.accumulate).backward()
+        else:
+            self._nonfinite(value, batch, list(itertools.chain.from_iterable(files)))
+        return value, right, stop, save
 
-    def _over_ranks(self, *figures: torch.Tensor) -> list[float]:
-        """Means over the ranks: each rank's figures are weighted by its share already."""
-        together = torch.stack([figure.float() for figure in figures])
-        if self.world > 1:
-            dist.all_reduce(together)
-            together /= self.world
-        return together.tolist()
+    def _over_ranks(self, loss: torch.Tensor, accuracy: torch.Tensor) -> tuple[Any, ...]:
+        """Means of loss and accuracy over the ranks, each weighted by its share already; and
+        whether any rank was asked to stop, and the first finds it time to save."""
+        minutes = self.cfg.TRAIN.checkpoint_minutes
+        due = bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
+        flags = bool(self.stop.asked), due and self.rank == 0
+        if self.world == 1:
+            return (*torch.stack([loss.float(), accuracy.float()]).tolist(), *flags)
+        together = torch.stack([loss.float(), accuracy.float(), *map(loss.new_tensor, flags)])
+        dist.all_reduce(together)
+        loss_sum, accuracy_sum, stop, save = together.tolist()
+        return loss_sum / self.world, accuracy_sum / self.world, stop > 0, save > 0
 
-    def _step(self) -> None:
+    def _agreed(self, mine: bool) -> bool:
+        """Whether any rank says yes."""
+        if self.world == 1:
+            return mine
+        with self._peers():
+            anyone = torch.tensor(float(mine), device=self.device)
+            dist.all_reduce(anyone)
+        return anyone.item() > 0
+
+    def _update(self) -> None:
         limit = self.cfg.TRAIN.clip_grad
         for optimizer in self.optimizers:
             if limit:
@@ -345,68 +450,90 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.module)
 
-    # ------------------------------------------------------------------ data
+    def _peers(self) -> AbstractContextManager[object]:
+        """What a collective says when a rank is gone, as one line."""
+        return LostPeers(self.rank, self.step + 1) if self.world > 1 else nullcontext()
 
-    def _batches(self, start: int) -> Iterator[list[dict[str, Any]]]:
-        """One list of batch dicts, one per device, for every micro-step from `start` on."""
-        cfg = self.cfg
-        sampler = RankSampler(
-            start * cfg.TRAIN.accumulate,
-            self.max_iters * cfg.TRAIN.accumulate,
-            len(self.devices),
-            self.rank,
-            self.world,
-        )
-        # On the CPU the loader shares the cores with the network: more processes only get in
-        # each other's way.
-        cores = cpu_count() // 2 if self.device.type == "cpu" else cpu_count()
-        workers = min(cfg.TRAIN.workers * len(self.devices), max(1, cores // self.world))
-        loader = DataLoader(
-            self.data,
-            batch_size=len(self.devices),
-            sampler=sampler,
-            collate_fn=user_scattered_collate,
-            num_workers=workers if cfg.TRAIN.workers else 0,
-            pin_memory=self.device.type == "cuda",
-            timeout=cfg.TRAIN.stall_seconds if cfg.TRAIN.workers else 0,
-            worker_init_fn=_one_thread,
-            # A generator of its own: otherwise starting the loader would draw from the one that
-            # dropout uses, and a resumed run would differ.
-            generator=torch.Generator().manual_seed(cfg.TRAIN.seed),
-        )
-        iterator = iter(loader)
-        for position in range(len(loader)):
-            try:
-                yield next(iterator)
-            except RuntimeError as error:
-                if "timed out" not in str(error):
-                    raise
-                files = self._files(sampler, position)
-                raise RuntimeError(
-                    f"no batch for {cfg.TRAIN.stall_seconds} s; the loader stands at {files}: raise "
-                    f"TRAIN.stall_seconds, lower TRAIN.workers, or look at these files"
-                ) from error
+    # ------------------------------------------------------------------ what goes wrong
 
-    def _files(self, sampler: RankSampler, position: int) -> str:
-        indices = itertools.islice(sampler, position * len(self.devices), None)
-        first = itertools.islice(indices, len(self.devices))
-        return ", ".join(path for index in first for path in self.data.files(index))
+    def _report(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Say once of every bad file that another sample was taken in its place."""
+        for file, reason in skipped:
+            if file not in self.bad_files:
+                log.warning("left out, and another sample taken instead: %s", reason)
+                self.bad_files[file] = reason
+
+    def _nonfinite(self, value: float, batch: list[dict[str, Any]], files: list[str]) -> None:
+        """Save a batch for replay with the weights it met; raise unless TRAIN.on_nan is skip."""
+        self.statistics.put_back()
+        mark = f"_rank_{self.rank}" if self.rank else ""
+        file = self.folder.path / f"nonfinite_step_{self.step + 1}{mark}.pth"
+        where = "not saved, there are enough"
+        if len(list(self.folder.path.glob(f"nonfinite_step_*{mark}.pth"))) < MOST_SAVED:
+            atomic_save(
+                {
+                    file: {
+                        "step": self.step + 1,
+                        "loss": value,
+                        "files": files,
+                        "batch": batch,
+                        "encoder": self.module.encoder.state_dict(),
+                        "decoder": self.module.decoder.state_dict(),
+                    }
+                }
+            )
+            where = f"saved as {file}"
+        text = f"the loss of step {self.step + 1} is {value} on {', '.join(files)} (batch {where})"
+        if self.cfg.TRAIN.on_nan == "skip" and self.skipped_in_a_row < MOST_SKIPPED:
+            log.warning("%s; the step is skipped", text)
+            return
+        again = f", after {self.skipped_in_a_row} skipped steps" if self.skipped_in_a_row else ""
+        raise FloatingPointError(
+            f"{text}{again}; look at these files, or lower TRAIN.lr_encoder and TRAIN.lr_decoder, "
+            "or train with TRAIN.precision fp32"
+        )
+
+    def _give_up_step(self) -> None:
+        """As if the step had not been: no gradients, and the statistics of before."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.statistics.put_back()
+        self.skipped_in_a_row += 1
 
     # ------------------------------------------------------------------ between epochs
 
+    def _close_history(self, epoch: int) -> None:
+        columns = self.history["train"]
+        columns["epoch"].append(float(epoch))
+        columns["loss"].append(_mean(self.losses))
+        columns["acc"].append(_mean(self.accuracies))
+        if self.bad_files and self.rank == 0:
+            log.warning("%d files could not be used so far", len(self.bad_files))
+
     def _finish_epoch(self, epoch: int) -> None:
+        """Write the published files of an epoch and validate it; what is there already stays."""
         if self.rank == 0:
-            self._save(epoch)
-            if self._validates(epoch):
-                self._validate(epoch)
-            self._draw()
-        if self.world > 1:
-            dist.barrier()
+            with self.watchdog.asleep():
+                self._save_weights(epoch)
+                self.journal.draw()
+        if self._validates(epoch):
+            self._validate(epoch)
+            self.journal.draw()
+
+    def _save_weights(self, epoch: int) -> None:
+        net = self.evaluated
+        self.folder.save(f"epoch_{epoch}.pth", net.encoder.state_dict(), net.decoder.state_dict())
+        self.folder.save_history(epoch, self.history)
+        self.folder.drop_epochs(self.cfg.TRAIN.keep)
 
     @property
     def best(self) -> float | None:
         """The highest validated mean IoU so far."""
         return max(self.history["val"]["mean_iou"], default=None)
+
+    @property
+    def _is_validated(self) -> bool:
+        return not self._validates(self.cfg.TRAIN.num_epoch)
 
     def _validates(self, epoch: int) -> bool:
         if self.val is None or epoch in self.history["val"]["epoch"]:
@@ -419,103 +546,217 @@ class Trainer:
         net = self.module if self.average is None else self.average.module
         return cast(SegmentationModule, net)
 
-    def _save(self, epoch: int) -> None:
-        net = self.evaluated
-        self.folder.save(f"epoch_{epoch}.pth", net.encoder.state_dict(), net.decoder.state_dict())
-        state: dict[str, Any] = {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
-            "seconds": self.seconds,
-        }
-        if self.average is not None:
-            state["weights"] = self.module.state_dict()
-            state["average"] = self.average.state_dict()
-        self.folder.save_state(epoch, state)
-        self.folder.save_history(epoch, self.history)
-        self.folder.drop_epochs(self.cfg.TRAIN.keep)
-
-    def _restore(self, epoch: int) -> None:
-        """Continue behind an epoch; without its state the optimizers start afresh, and say so."""
-        encoder, decoder = self.folder.files(f"epoch_{epoch}.pth")
-        load_whole(self.module.encoder, encoder, "encoder")
-        load_whole(self.module.decoder, decoder, "decoder")
-        history, state = self.folder.load_state(epoch)
-        self._forget_after(epoch)
-        for part, columns in self.history.items():
-            columns.update({k: list(v) for k, v in history.get(part, {}).items() if k in columns})
-        if not state:
-            if self.average is not None:
-                self.average.module.load_state_dict(self.module.state_dict())
-            log.warning(
-                "%s has no state_epoch_%d.pth: weights are loaded, momentum starts afresh",
-                self.folder.path,
-                epoch,
-            )
-            return
-        if self.average is not None and "average" in state:
-            self.module.load_state_dict(state["weights"])
-            self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-        self.seconds = state["seconds"]
-
     def _validate(self, epoch: int) -> None:
+        """Score an epoch, every rank a share of the images; a request to stop gives it up, and the
+        resumed run begins it again."""
         assert self.val is not None
+
+        def stop() -> bool:
+            self.watchdog.progress("an image to be validated")
+            return bool(self.stop.asked)
+
         net = self.evaluated
-        matrix = evaluate_model(net, self.val, self.cfg, self.device, progress=self.progress)
-        scores = matrix.compute()
+        evaluation = None
+        try:
+            evaluation = evaluate_model(
+                net,
+                self.val,
+                self.cfg,
+                self.device,
+                progress=self.progress,
+                share=(self.rank, self.world),
+                stop=stop,
+            )
+        except Interrupted:
+            log.info("validation of epoch %d is given up", epoch)
+        if self._agreed(evaluation is None) or evaluation is None:
+            return
+        with self._peers():
+            evaluation = merged(evaluation, self.device)
+        scores = evaluation.matrix.compute()
         mean_iou, accuracy = float(scores["mean_iou"]), float(scores["pixel_accuracy"])
         self.history["val"]["epoch"].append(float(epoch))
         self.history["val"]["mean_iou"].append(mean_iou)
         self.history["val"]["pixel_accuracy"].append(accuracy)
-        self._record(kind="val", epoch=epoch, mean_iou=mean_iou, pixel_accuracy=accuracy)
         log.info("epoch %d: mean IoU %.4f, accuracy %.2f%%", epoch, mean_iou, 100 * accuracy)
-        self.folder.save_history(epoch, self.history)
+        if self.rank:
+            return
+        for file, reason in evaluation.failed:
+            log.warning("not validated: %s: %s", file, reason.removeprefix(f"{file}: "))
+        # The best weights first: a run killed in between validates again, and writes them again.
         if mean_iou == self.best:
             self.folder.save("best.pth", net.encoder.state_dict(), net.decoder.state_dict())
+        self.journal.record(kind="val", epoch=epoch, mean_iou=mean_iou, pixel_accuracy=accuracy)
+        self.folder.save_history(epoch, self.history)
 
-    def _record(self, **figures: Any) -> None:
+    # ------------------------------------------------------------------ the state of the run
+
+    def _save_state(self) -> None:
+        """Everything that a resumed run needs, as it is after this step."""
+        with self.watchdog.asleep():
+            own = random_state(self.devices)
+            everyone: list[Any] = [own]
+            if self.world > 1:
+                everyone = [None] * self.world
+                with self._peers():
+                    dist.all_gather_object(everyone, own)
+            if self.rank == 0:
+                self.folder.save_state(self.step, self._state(everyone))
+        self.saved_at = time.monotonic()
+
+    def _state(self, random_states: list[Any]) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "position": self.position,
+            "epoch_iters": self.epoch_iters,
+            "max_iters": self.max_iters,  # with the step all that the schedule depends on
+            "encoder": self.module.encoder.state_dict(),
+            "decoder": self.module.decoder.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "random": random_states,
+            "history": self.history,
+            "best": self.best,
+            "losses": self.losses,
+            "accuracies": self.accuracies,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "seconds": self.seconds,
+            "config": self.cfg.dump(),
+        }
+
+    def _begin(self, resume: str) -> None:
+        """Take up an earlier run, or start a new one; rank 0 reads, and tells the others."""
+        file, state = self._find_state(resume) if self.rank == 0 else (None, None)
+        if self.world > 1:
+            found = [state]
+            with self._peers():
+                dist.broadcast_object_list(found, src=0)
+            state = found[0]
+        if state is not None:
+            self._restore(state, file)
         if self.rank == 0:
-            with (self.folder.path / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
+            epoch = self.step // self.epoch_iters
+            # A run that goes back in this folder leaves what it goes back behind to `earlier_N`.
+            goes_on = file is not None and file.parent == self.folder.path
+            aside = self.folder.set_aside(*((self.step, epoch) if goes_on else ()))
+            if aside:
+                log.warning("%s held an earlier run, which is now in %s", self.folder.path, aside)
+            self.journal.forget(self.step, epoch - 1 if self._validates(epoch) else epoch)
+            self.folder.prepare(self.cfg, self.split.classes)
 
-    def _forget_after(self, epoch: int) -> None:
-        """Drop figures of steps that a resumed run does again."""
-        file = self.folder.path / METRICS
-        if self.rank == 0 and file.is_file():
-            kept = [x for x in read_metrics(file) if x["epoch"] <= epoch]
-            file.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")
+    def _find_state(self, resume: str) -> tuple[Path | None, dict[str, Any] | None]:
+        """Where the run goes on: the file, and what is in it."""
+        file, state = self._resumed(resume) if resume else (None, None)
+        start = self.cfg.TRAIN.start_epoch
+        if state is None and start:
+            file = self.folder.path / f"state_step_{start * self.epoch_iters}.pth"
+            if file.is_file():
+                state = load_state(file)
+            else:
+                file, state = self._weights_of(self.folder, start)
+        if file is None or state is None:
+            if resume:
+                log.info("%s holds nothing to resume from: starting anew", self.folder.path)
+            return None, None
+        epoch, inside = divmod(state.get("step", 1), state.get("epoch_iters", 2))
+        if not inside:
+            # It may have been validated after the state was written.
+            state["history"] = {
+                **state.get("history", {}),
+                **CheckpointFolder(file.parent).load_history(epoch),
+            }
+        return file, state
 
-    def _draw(self) -> None:
-        file = self.folder.path / METRICS
-        if file.is_file():
-            curves(read_metrics(file), self.folder.path / CURVES)
+    def _resumed(self, resume: str) -> tuple[Path | None, dict[str, Any] | None]:
+        """What `--resume` names; nothing where auto finds nothing."""
+        place = self.folder.path if resume == "auto" else Path(resume)
+        if place.is_file():
+            return place, load_state(place)
+        if not place.is_dir():
+            raise FileNotFoundError(
+                f"--resume {resume}: no such file or folder; give auto, a state_step_N.pth, or a "
+                "folder that holds one"
+            )
+        folder = CheckpointFolder(place)
+        found = folder.newest_state()
+        if found is not None:
+            return found
+        if latest := folder.latest_epoch():
+            return self._weights_of(folder, latest)
+        if resume == "auto":
+            return None, None
+        raise FileNotFoundError(f"--resume {resume}: the folder holds no state_step_N.pth")
 
+    def _weights_of(self, folder: CheckpointFolder, epoch: int) -> tuple[Path, dict[str, Any]]:
+        """What the published files of an epoch hold, in the form of a state."""
+        encoder, decoder = folder.files(f"epoch_{epoch}.pth")
+        load_whole(self.module.encoder, encoder, "encoder")
+        load_whole(self.module.decoder, decoder, "decoder")
+        log.warning(
+            "%s has no state_step_N.pth of epoch %d: weights are loaded, momentum starts afresh",
+            folder.path,
+            epoch,
+        )
+        return encoder, {
+            "step": epoch * self.epoch_iters,
+            "position": epoch * self.epoch_iters * self.batches_a_step,
+            "epoch_iters": self.epoch_iters,
+            "encoder": self.module.encoder.state_dict(),
+            "decoder": self.module.decoder.state_dict(),
+            "history": folder.load_history(epoch),
+        }
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last one that a killed run left half written is dropped."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    figures = []
-    for number, line in enumerate(lines, 1):
+    def _restore(self, state: dict[str, Any], file: Path | None) -> None:
+        """Become the run that wrote a state; `file` is for messages."""
         try:
-            figures.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{file}:{number} is no JSON; mend or remove the file") from error
-    return figures
+            self.module.encoder.load_state_dict(state["encoder"])
+            self.module.decoder.load_state_dict(state["decoder"])
+            if self.average is not None:
+                if state.get("average"):
+                    self.average.load_state_dict(state["average"])
+                else:
+                    self.average.module.load_state_dict(self.module.state_dict())
+            for optimizer, saved in zip(self.optimizers, state.get("optimizers", ())):
+                optimizer.load_state_dict(saved)
+            self.scaler.load_state_dict(state.get("scaler", {}) or self.scaler.state_dict())
+            # An epoch may have another number of steps now: how far the run is counts in epochs.
+            self.step = round(state["step"] * self.epoch_iters / state["epoch_iters"])
+            self.position = state["position"]
+            history = state["history"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{file} does not fit this run ({' '.join(str(error).split())[:200]}): resume "
+                "with the configuration it was written with"
+            ) from error
+        self.losses = list(state.get("losses", ()))
+        self.accuracies = list(state.get("accuracies", ()))
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.seconds = state.get("seconds", 0.0)
+        for part, columns in self.history.items():
+            columns.update({k: list(v) for k, v in history.get(part, {}).items() if k in columns})
+        epoch = self.step // self.epoch_iters
+        states = state.get("random", [])
+        if len(states) == self.world:
+            restore_random_state(states[self.rank], self.devices)
+        else:
+            seed_everything(self.cfg.TRAIN.seed + rank_seed(self.rank, epoch + 1) + self.step)
+        if self.rank == 0 and file is not None:
+            log.info("resuming from %s: step %d of %d", file, self.step, self.max_iters)
+            for line in differences(state.get("config", ""), self.cfg):
+                log.warning("since %s was written: %s", file.name, line)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch, NumPy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+@dataclass
+class _Meter:
+    """What the progress bar and the log say about an epoch's pace."""
+
+    waited: float = 0.0  # seconds
+    images: int = 0
 
 
-def rank_seed(rank: int, epoch: int) -> int:
-    """A different seed offset for every rank and epoch."""
-    return 1009 * epoch + rank
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
 
 
 def freeze_batchnorm(module: nn.Module) -> None:
@@ -523,7 +764,3 @@ def freeze_batchnorm(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             child.eval()
-
-
-def _one_thread(worker: int) -> None:
-    set_threads(1)

@@ -21,9 +21,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mit_semseg.config.node import Config
-from mit_semseg.dataset import ClassTable
+from mit_semseg.dataset import ClassTable, ValDataset
 from mit_semseg.engine.checkpoint import load_model
-from mit_semseg.engine.evaluate import evaluate, evaluate_model, format_report, val_dataset
+from mit_semseg.engine.evaluate import (
+    Interrupted,
+    evaluate,
+    evaluate_model,
+    format_report,
+    merged,
+    val_dataset,
+)
 from mit_semseg.engine.pool import WorkerError, in_threads, run_here, run_pool
 
 CPU = torch.device("cpu")
@@ -116,6 +123,7 @@ def test_class_that_occurs_nowhere_is_not_available() -> None:
             "class_accuracy": 0.5,
             "fw_iou": 0.4,
             "images": 1,
+            "failed": [],
             "pixels": 7,
             "imgSizes": [300],
             "flip": False,
@@ -190,7 +198,7 @@ def test_scales_and_flip_of_the_evaluation_are_its_own(setup: Config, tmp_path: 
 def test_model_in_memory_keeps_its_modes(setup: Config, tmp_path: Path) -> None:
     module = load_model(setup, "best.pth").train()
     frozen = next(m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
-    matrix = evaluate_model(module, val_dataset(setup), setup, CPU, progress=False)
+    matrix = evaluate_model(module, val_dataset(setup), setup, CPU, progress=False).matrix
     np.testing.assert_array_equal(matrix.matrix.numpy(), published(setup))
     assert module.training and module.decoder.training and not frozen.training
     result = evaluate(setup, [CPU], 2, model=module, out_dir=tmp_path, progress=False)
@@ -212,7 +220,7 @@ def test_every_image_is_computed_by_one_thread(setup: Config) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        matrix = evaluate_model(module, data, setup, CPU, progress=False)
+        matrix = evaluate_model(module, data, setup, CPU, progress=False).matrix
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -221,7 +229,7 @@ def test_every_image_is_computed_by_one_thread(setup: Config) -> None:
     assert len({thread for _, thread in lanes}) > 1, "several images are computed side by side"
     torch.set_num_threads(1)
     try:
-        alone = evaluate_model(module, data, setup, CPU, progress=False)
+        alone = evaluate_model(module, data, setup, CPU, progress=False).matrix
     finally:
         torch.set_num_threads(before)
     assert torch.equal(matrix.matrix, alone.matrix)
@@ -243,19 +251,128 @@ def test_empty_list_is_one_clear_line(setup: Config, tmp_path: Path) -> None:
         evaluate(setup, [CPU], 0, out_dir=tmp_path)
 
 
-def test_bad_mask_in_a_worker_is_the_users_error_with_its_traceback(
+def damaged(setup: Config, root: Path, make_images: Callable[..., None]) -> Config:
+    """Five images of which the second's mask and the fourth's image cannot be used."""
+    make_images(root, SIZES)
+    mask = np.full((48, 64), 200, dtype=np.uint8)
+    Image.fromarray(mask).save(root / "ann" / "part1" / "1.png")
+    image = root / "img" / "part1" / "3.png"
+    image.write_bytes(image.read_bytes()[:200])
+    cfg = setup.clone()
+    cfg.DATASET.root_dataset, cfg.DATASET.list_val = str(root), str(root / "val.odgt")
+    return cfg
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(1, 1), (1, 3), (2, 2)])
+def test_bad_files_are_named_counted_and_left_out(
+    workers: int,
+    batch_size: int,
+    setup: Config,
+    tmp_path: Path,
+    make_images: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cfg = damaged(setup, tmp_path, make_images)
+    cfg.VAL.batch_size = batch_size
+    cfg.VAL.visualize = True
+    result = evaluate(cfg, [CPU], workers, out_dir=tmp_path / "out", progress=False)
+    names = [str(tmp_path / "img" / "part1" / name) for name in ("1.png", "3.png")]
+    assert [one["image"] for one in result["failed"]] == names
+    assert "label 200 is outside" in result["failed"][0]["error"]
+    assert all("\n" not in one["error"] for one in result["failed"])
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["failed"] == result["failed"]
+    printed = capsys.readouterr().out
+    assert f"2 of 5 images failed:\n  {names[0]}: " in printed and "3 images, " in printed
+    told = [record.getMessage() for record in caplog.records if "left out" in record.message]
+    assert sorted(line.split(": ")[1] for line in told) == names
+    drawn = {path.name for path in (tmp_path / "out" / "pictures").rglob("*.png")}
+    assert drawn == {"0.png", "2.png", "4.png"}
+
+    # The figures are those of a list that never held the two.
+    lines = Path(cfg.DATASET.list_val).read_text().splitlines()
+    (tmp_path / "rest.odgt").write_text("\n".join(lines[i] for i in (0, 2, 4)))
+    rest = cfg.clone()
+    rest.DATASET.list_val = str(tmp_path / "rest.odgt")
+    rest.VAL.batch_size = 1
+    clean = evaluate(rest, [CPU], out_dir=tmp_path / "rest", progress=False)
+    assert clean["failed"] == [] and result["images"] == clean["images"] == 3
+    assert result["pixels"] == clean["pixels"]
+    rounding = 1e-3 if batch_size > 1 else 0.0
+    expected = pytest.approx(clean["pixel_accuracy"], rel=0, abs=rounding)
+    assert result["pixel_accuracy"] == expected
+
+
+def test_nothing_usable_is_an_error_that_names_the_first(
     setup: Config, tmp_path: Path, make_images: Callable[..., None]
 ) -> None:
-    make_images(tmp_path, SIZES[:3])
-    bad = tmp_path / "ann" / "part1" / "1.png"
-    Image.fromarray(np.full((48, 64), 200, dtype=np.uint8)).save(bad)
+    make_images(tmp_path, SIZES[:2])
+    for file in (tmp_path / "img").rglob("*.png"):
+        file.write_bytes(b"")
     cfg = setup.clone()
     cfg.DATASET.root_dataset, cfg.DATASET.list_val = str(tmp_path), str(tmp_path / "val.odgt")
-    with pytest.raises(ValueError, match=r"1\.png: label 200 is outside") as caught:
-        evaluate(cfg, [CPU], 2, out_dir=tmp_path / "out", progress=False)
-    assert isinstance(caught.value.__cause__, WorkerError)
-    assert "Traceback" in str(caught.value.__cause__) and "load_pair" in str(caught.value.__cause__)
-    assert not multiprocessing.active_children()
+    with pytest.raises(
+        ValueError, match=r"none of the 2 images can be used.*part0/0\.png"
+    ) as error:
+        evaluate(cfg, [CPU], out_dir=tmp_path / "out", progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_other_errors_than_a_files_end_the_evaluation(
+    setup: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, index: int) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(ValDataset, "__getitem__", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        evaluate(setup, [CPU], out_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_shares_have_nothing_in_common_and_together_everything(
+    world: int, batch_size: int, setup: Config, tmp_path: Path, make_images: Callable[..., None]
+) -> None:
+    cfg = damaged(setup, tmp_path, make_images)
+    cfg.VAL.batch_size = batch_size
+    module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
+    whole = evaluate_model(module, data, cfg, CPU, progress=False)
+    seen: list[int] = []
+
+    class Watched(ValDataset):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            seen.append(index)
+            return super().__getitem__(index)
+
+    data.__class__ = Watched
+    parts = [
+        evaluate_model(module, data, cfg, CPU, progress=False, share=(rank, world))
+        for rank in range(world)
+    ]
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    together = sum(parts[1:], parts[0])
+    assert torch.equal(together.matrix.matrix, whole.matrix.matrix)
+    assert together.failed == whole.failed and len(whole.failed) == 2
+    assert merged(whole, CPU) is whole, "outside a process group there is nothing to merge"
+
+
+def test_an_evaluation_stops_when_it_is_asked_to(setup: Config) -> None:
+    module, data = load_model(setup, "best.pth"), val_dataset(setup)
+    asked = [0]
+
+    def stop() -> bool:
+        asked[0] += 1
+        return asked[0] > 2
+
+    threads = threading.active_count()
+    with pytest.raises(Interrupted):
+        evaluate_model(module, data, setup, CPU, progress=False, stop=stop)
+    assert asked[0] == 3, "before the first image and after every one"
+    assert threading.active_count() == threads
+    with pytest.raises(Interrupted):
+        evaluate_model(module, data, setup, CPU, progress=False, stop=lambda: True)
+    assert evaluate_model(module, data, setup, CPU, progress=False, stop=lambda: False).matrix
 
 
 def test_killed_worker_ends_the_evaluation(setup: Config, tmp_path: Path) -> None:

@@ -66,9 +66,9 @@ def test_devices(
 @pytest.mark.parametrize(
     ("count", "text", "message"),
     [
-        (2, "2", "--gpus 2: this machine has GPUs 0 to 1; --gpus cpu runs without one"),
-        (2, "0-3", "--gpus 0-3: this machine has GPUs 0 to 1; --gpus cpu runs without one"),
-        (0, "0", "--gpus 0: this machine has no GPU that torch can use; --gpus cpu runs without"),
+        (2, "2", "--gpus 2, but this machine has 2 GPUs; the first is 0"),
+        (1, "0-3", "--gpus 0-3, but this machine has 1 GPU; the first is 0"),
+        (0, "0", "--gpus 0, but this machine has no GPU that torch can use; --gpus cpu runs"),
         (2, "cpu,0", "--gpus cpu,0: name GPUs or cpu, not both"),
         (2, "", "cannot read the devices ''; write 0-3, 0,2, gpu0-gpu2 or cpu"),
         (2, "all", "cannot read the devices 'all'; write 0-3"),
