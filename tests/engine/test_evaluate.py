@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mit_semseg.engine.evaluate import (
     merged,
     val_dataset,
 )
-from mit_semseg.engine.pool import WorkerError, in_threads, run_here, run_pool
+from mit_semseg.engine.pool import WorkerError
 
 CPU = torch.device("cpu")
 NAMES = ("road", "sky", "car", "tree")  # tree occurs nowhere
@@ -391,64 +391,4 @@ def test_killed_worker_ends_the_evaluation(setup: Config, tmp_path: Path) -> Non
         evaluate(setup, [CPU], 2, out_dir=tmp_path, progress=False)
     assert time.monotonic() - killed[0] < 10
     killer.join()
-    assert not multiprocessing.active_children()
-
-
-# ------------------------------------------------------------------------------ the pool
-def squares(setup: int, tasks: Iterator[int]) -> Iterator[int]:
-    """Yields squares, returns how many; a negative number stands for an accident."""
-    count = 0
-    for task, loaded in in_threads(lambda x: x * x, tasks):
-        if task == -1:
-            os._exit(7)
-        if task == -2:
-            raise ZeroDivisionError("poisoned")
-        if task == -3:
-            time.sleep(600)
-        count += 1
-        yield loaded.result()
-    return (setup, count, torch.tensor([count]))
-
-
-def test_pool_does_every_task_once() -> None:
-    results: list[int] = []
-    finals = run_pool(squares, [10, 20], range(9), results.append)
-    assert sorted(results) == [k * k for k in range(9)]
-    assert [final[0] for final in finals] == [10, 20]
-    assert sum(final[1] for final in finals) == sum(int(final[2]) for final in finals) == 9
-    here: list[int] = []
-    assert run_here(lambda tasks: squares(5, tasks), range(4), here.append)[:2] == (5, 4)
-    assert here == [0, 1, 4, 9]
-
-
-@pytest.mark.parametrize(
-    ("poison", "message"),
-    [(-1, r"died with exit code 7 while it held .*image -1"), (-2, r"(?s)poisoned.*Traceback")],
-)
-def test_pool_ends_with_the_first_accident(poison: int, message: str) -> None:
-    before: list[float] = []
-    with pytest.raises(WorkerError, match=message):
-        run_pool(
-            squares,
-            [0],
-            [1, poison, 2, 3],
-            lambda _: before.append(time.monotonic()),
-            describe=lambda task: f"image {task}",
-        )
-    assert len(before) == 1 and time.monotonic() - before[0] < 10
-    assert not multiprocessing.active_children()
-
-
-def test_pool_gives_up_on_a_hanging_worker() -> None:
-    results: list[int] = []
-    with pytest.raises(WorkerError, match=r"no answer from any worker for 20 s; .*image -3"):
-        run_pool(
-            squares,
-            [0],
-            [1, -3],
-            results.append,
-            describe=lambda task: f"image {task}",
-            timeout=20,  # a new process takes its time to start
-        )
-    assert results == [1]
     assert not multiprocessing.active_children()

@@ -1,0 +1,157 @@
+"""The pool of worker processes: every task once, and no process that outlives a run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pool_work import squares, tensors
+from processes import Command, kill, needs_proc
+
+from mit_semseg.config import dump_config
+from mit_semseg.config.node import Config
+from mit_semseg.engine.pool import WorkerError, run_here, run_pool
+
+
+def test_pool_does_every_task_once() -> None:
+    results: list[int] = []
+    finals = run_pool(squares, [10, 20], range(9), results.append)
+    assert sorted(results) == [k * k for k in range(9)]
+    assert [final[0] for final in finals] == [10, 20]
+    assert sum(final[1] for final in finals) == 9
+    here: list[int] = []
+    assert run_here(lambda tasks: squares(5, tasks), range(4), here.append) == (5, 4)
+    assert here == [0, 1, 4, 9]
+
+
+def test_tensors_come_back_from_processes_that_have_ended() -> None:
+    results: list[torch.Tensor] = []
+    (final,) = run_pool(tensors, [5], [2, 3], results.append)
+    assert [result.tolist() for result in results] == [[0, 1], [0, 1, 2]] and int(final) == 5
+
+
+@pytest.mark.parametrize(
+    ("poison", "message"),
+    [(-1, r"died with exit code 7 while it held .*image -1"), (-2, r"(?s)poisoned.*Traceback")],
+)
+def test_pool_ends_with_the_first_accident(poison: int, message: str) -> None:
+    before: list[float] = []
+    with pytest.raises(WorkerError, match=message):
+        run_pool(
+            squares,
+            [0],
+            [1, poison, 2, 3],
+            lambda _: before.append(time.monotonic()),
+            describe=lambda task: f"image {task}",
+        )
+    assert len(before) == 1 and time.monotonic() - before[0] < 10
+    assert not multiprocessing.active_children()
+
+
+def test_pool_gives_up_on_a_hanging_worker() -> None:
+    results: list[int] = []
+    with pytest.raises(WorkerError, match=r"no answer from any worker for 5 s; .*image -3"):
+        run_pool(
+            squares,
+            [0],
+            [1, -3],
+            results.append,
+            describe=lambda task: f"image {task}",
+            timeout=5,
+        )
+    assert results == [1]
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_of_the_caller_ends_the_threads_too() -> None:
+    before = threading.active_count()
+
+    def refuse(result: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_here(lambda tasks: squares(5, tasks), range(100), refuse)
+    assert threading.active_count() == before
+
+
+# ------------------------------------------------------------------------------ kills
+WORKER = "spawn_main"  # in the command line of every worker process
+
+SLEEPERS = """
+import sys, time
+from mit_semseg.engine.pool import run_pool
+
+def sleep(setup, tasks):
+    for task in tasks:
+        print("asleep", flush=True)
+        time.sleep(600)
+        yield task
+
+if __name__ == "__main__":
+    run_pool(sleep, [0, 1], range(9), print)
+"""
+
+
+@needs_proc
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "sleepers.py"
+    script.write_text(SLEEPERS)
+    command = Command([sys.executable, script], tmp_path / "log.txt")
+    try:
+        command.until(lambda: command.output.count("asleep") == 2)
+        assert len(command.members(WORKER)) == 2
+        kill(command.process.pid)
+        command.code(5)
+        command.assert_nothing_left(5)
+    finally:
+        command.end()
+
+
+@pytest.fixture(scope="module")
+def long_evaluation(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., Config],
+    make_images: Callable[..., None],
+) -> list[str]:
+    """The command line of an evaluation of 4000 images by two processes."""
+    root = tmp_path_factory.mktemp("long")
+    make_images(root, [(48, 64)] * 4)
+    lines = (root / "val.odgt").read_text()
+    (root / "val.odgt").write_text(lines * 1000)
+    names = ("road", "sky", "car", "tree")
+    cfg = make_model(
+        root / "model",
+        names,
+        DATASET__root_dataset=str(root),
+        DATASET__list_val=str(root / "val.odgt"),
+    )
+    dump_config(cfg, root / "job.yaml")
+    words = ["-m", "mit_semseg.cli", "eval", "--gpus", "cpu", "--workers", "2"]
+    return [sys.executable, *words, "--cfg", str(root / "job.yaml")]
+
+
+@needs_proc
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_kill_ends_the_evaluation_and_all_its_processes(
+    victim: str, long_evaluation: list[str], tmp_path: Path
+) -> None:
+    command = Command(long_evaluation, tmp_path / "log.txt")
+    try:
+        command.until_said(r" [1-9]\d*/4000 ")
+        workers = command.members(WORKER)
+        assert len(workers) == 2
+        began = time.monotonic()
+        kill(workers[1] if victim == "worker" else command.process.pid)
+        code = command.code(10)
+        command.assert_nothing_left(10 - (time.monotonic() - began))
+        assert code != 0
+        if victim == "worker":
+            assert f"(process {workers[1]}) died with signal SIGKILL" in command.output
+    finally:
+        command.end()
