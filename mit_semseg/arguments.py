@@ -28,7 +28,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a model")
     _add_gpus(train)
-    train.add_argument("--resume", action="store_true", help="continue from the newest epoch")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        default="",
+        metavar="auto|PATH",
+        help="continue from the newest whole state in DIR, or from a state file or folder",
+    )
     _add_config(train, "TRAIN")
 
     evaluate = commands.add_parser("eval", help="evaluate a model on the validation list")

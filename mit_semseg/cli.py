@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mit_semseg.arguments import build_parser
 
@@ -18,6 +20,10 @@ SECTIONS = ("DIR", "DATASET.", "MODEL.", "TRAIN.", "VAL.", "TEST.")
 
 def run_train(args: argparse.Namespace) -> int:
     """Train, on one process or as one rank of torchrun."""
+    if args.resume.startswith(SECTIONS) and not os.path.exists(args.resume):
+        # `--resume TRAIN.num_epoch 30`: the first override, taken for a path.
+        args.opts.insert(0, args.resume)
+        args.resume = "auto"
     opts = _overrides(args)
     from mit_semseg.engine.launch import (
         leave_process_group,
@@ -30,15 +36,43 @@ def run_train(args: argparse.Namespace) -> int:
 
     cfg = read_config(args.cfg, opts)
     devices = resolve_devices(args.devices)
-    rank, world, devices = rank_devices(devices)
-    setup_logger(distributed_rank=rank, filename=os.path.join(cfg.DIR, "log.txt"))
+    rank, world, devices = rank_devices(devices, cfg.TRAIN.stall_seconds)
+    setup_logger(rank, os.path.join(cfg.DIR, "log.txt"), named=world > 1)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        args.resume = args.resume or "auto"  # torchrun began anew because a rank was lost
     result = train(cfg, devices, rank=rank, world=world, resume=args.resume)
     leave_process_group()
     if rank == 0:
-        best = result["best_mean_iou"]
-        figure = "" if best is None else f", mean IoU {best:.4f}"
-        print(f"Training done: {os.path.join(cfg.DIR, result['checkpoint'])}{figure}")
+        _print_end(cfg.DIR, result)
     return 0
+
+
+def _print_end(folder: str, result: dict[str, Any]) -> None:
+    if result["stopped"]:
+        print(
+            f"Stopped by {result['stopped']} after step {result['step']} of {result['steps']}; "
+            f"nothing is lost. Continue with:\n  {_resume_command()}"
+        )
+        return
+    best = result["best_mean_iou"]
+    figure = "" if best is None else f", mean IoU {best:.4f}"
+    print(f"Training done: {os.path.join(folder, result['checkpoint'])}{figure}")
+
+
+def _resume_command() -> str:
+    """This command, as it is to be typed to go on."""
+    words = list(sys.argv[1:])
+    if "--resume" in words:
+        at = words.index("--resume")
+        named = at + 1 < len(words) and not words[at + 1].startswith(("--", *SECTIONS))
+        del words[at : at + 1 + named]
+    words = [word for word in words if not word.startswith("--resume=")]
+    script = os.path.basename(sys.argv[0])
+    if script.endswith(".py") and script != "__main__.py":
+        start = ["train"] if words[:1] == ["train"] else []
+        run = ["torchrun ..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
+        return " ".join([*run, sys.argv[0], *start, "--resume auto", shlex.join(words)])
+    return " ".join(["mit-semseg train --resume auto", shlex.join(words[1:])])
 
 
 def run_eval(args: argparse.Namespace) -> int:

@@ -38,7 +38,9 @@ class _StdoutHandler(logging.StreamHandler):  # type: ignore[type-arg]
         raise AttributeError("this handler always writes to sys.stdout")
 
 
-def setup_logger(distributed_rank: int = 0, filename: str = "log.txt") -> logging.Logger:
+def setup_logger(
+    distributed_rank: int = 0, filename: str = "log.txt", named: bool = False
+) -> logging.Logger:
     """The package's logger `mit_semseg`, writing to standard output and to a file.
 
     Calling it again replaces the earlier handlers, so no line is written twice.
@@ -46,6 +48,7 @@ def setup_logger(distributed_rank: int = 0, filename: str = "log.txt") -> loggin
     Args:
         distributed_rank: ranks above 0 only pass on warnings and errors.
         filename: log file that is appended to, made with its folder at the first line; "" = none.
+        named: begin every line with the rank.
 
     Returns:
         The logger.
@@ -59,7 +62,8 @@ def setup_logger(distributed_rank: int = 0, filename: str = "log.txt") -> loggin
     if filename and distributed_rank == 0:
         os.makedirs(os.path.dirname(os.path.abspath(filename)), exist_ok=True)
         handlers.append(logging.FileHandler(filename, encoding="utf-8", delay=True))
-    layout = logging.Formatter("[%(asctime)s %(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S")
+    who = f" rank {distributed_rank}" if named else ""
+    layout = logging.Formatter(f"[%(asctime)s{who} %(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S")
     for handler in handlers:
         handler.setFormatter(layout)
         logger.addHandler(handler)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -17,22 +20,36 @@ from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.models import ModelBuilder, SegmentationModule
-from mit_semseg.weights import load_into
+from mit_semseg.weights import check_archive, load_into
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs out of one folder
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger("mit_semseg")
 
 CONFIG = "config.yaml"
 CLASSES = "classes.csv"
+LOCK = ".lock"
 # What a training leaves beside configuration and class table.
 RUN_FILES = (
-    *("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", "state_epoch_*.pth"),
-    *("metrics.jsonl", "curves.png"),
+    *("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", "state_step_*.pth"),
+    *("nonfinite_*.pth", "metrics.jsonl", "curves.png"),
 )
+# A newer one may be cut off by what nothing survives, a failing disk: then the one before counts.
+KEPT_STATES = 2
 
 
 def atomic_save(files: Mapping[Path, Any]) -> None:
     """torch.save each value to its path, all or none of them.
 
-    Everything is written to temporary neighbours first and then renamed, so that a killed run
-    leaves no half file, and no encoder of one step beside a decoder of another.
+    Everything is written to temporary neighbours first, reaches the disk, and is then renamed, so
+    that a killed run or a full disk leaves what was there before. A checksum of every tensor is
+    part of torch's format, see `weights.check_archive`.
+
+    Raises:
+        OSError: a file cannot be written, such as on a full disk; its folder is named.
     """
     written: dict[str, Path] = {}
     try:
@@ -40,28 +57,59 @@ def atomic_save(files: Mapping[Path, Any]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             written[temporary] = path
-            with os.fdopen(handle, "wb") as file:
-                torch.save(obj, file)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(obj, handle, path)
             os.chmod(temporary, 0o644)
         for temporary, path in written.items():
             os.replace(temporary, path)
+        for folder in {path.parent for path in files}:
+            _sync_names(folder)
     except BaseException:
         for temporary in written:
             Path(temporary).unlink(missing_ok=True)
         raise
 
 
+def _write(obj: Any, handle: int, path: Path) -> None:
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = f"{error.strerror}: cannot write"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def _save(obj: Any, file: IO[bytes]) -> None:
+    try:
+        torch.save(obj, file)
+    except RuntimeError as error:
+        # torch may report a failed write as a broken archive; the reason is what it replaced.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _sync_names(folder: Path) -> None:
+    """Let renamed files reach the disk; where folders cannot be opened nothing is done."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 class CheckpointFolder:
     """One model's folder: `config.yaml`, `classes.csv` and `{encoder,decoder}_NAME.pth` pairs.
 
-    NAME is `epoch_N` or `best`; `history_epoch_N.pth` holds the curves and `state_epoch_N.pth`
-    what a resumed run needs beside the weights.
+    NAME is `epoch_N` or `best`; `history_epoch_N.pth` holds the curves, and `state_step_N.pth` the
+    whole run as it stood after N steps.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: IO[str] | None = None
 
     def config(self) -> Config:
         """The configuration the model was trained with, DIR set to this folder."""
@@ -112,10 +160,76 @@ class CheckpointFolder:
         dump_config(cfg, self.path / CONFIG)
         classes.save(self.path / CLASSES)
 
-    def set_aside(self) -> Path | None:
+    def check_writable(self) -> None:
+        """Refuse a folder that cannot be written to, before any work, and without making it.
+
+        Raises:
+            OSError: it, or the folder it is to be made in, cannot be written to.
+        """
+        place = self.path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise OSError(f"DIR {self.path}: {place} is a file; give a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise OSError(f"DIR {self.path}: {place} is not writable; give another DIR")
+
+    def occupy(self) -> None:
+        """Make the folder ready for a run, and keep every other run out while this one lives.
+
+        What an earlier run was writing when it was killed is removed.
+
+        Raises:
+            ValueError: another run is using the folder.
+            OSError: the folder cannot be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise OSError(f"cannot write to {self.path} ({reason}): give another DIR") from error
+        if fcntl is not None:
+            try:
+                # Of this process alone: children that outlive it hold nothing.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                lock.close()
+                raise ValueError(
+                    f"{self.path} is in use by {holder}: wait for it, end it, or give another DIR"
+                ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        self._lock = lock
+        for pattern in RUN_FILES:
+            for unfinished in self.path.glob(f".{pattern}.*"):
+                unfinished.unlink()
+
+    def leave(self) -> None:
+        """Let other runs use the folder again."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def set_aside(self, after: int | None = None, epoch: int = 0) -> Path | None:
         """Move an earlier run's files to `earlier_N` below, so that a new one neither mixes with
-        nor destroys them; None when there are none."""
-        files = [f for pattern in RUN_FILES for f in self.path.glob(pattern)]
+        nor destroys them; None when there are none.
+
+        Args:
+            after: move only what is newer than this step ...
+            epoch: ... and than this epoch, for a run that goes back to it.
+        """
+        if after is None:
+            files = [f for pattern in RUN_FILES for f in self.path.glob(pattern)]
+        else:
+            files = [f for f in self.states() if _step(f) > after]
+            for file in self.path.glob("*_epoch_*.pth"):
+                match = re.search(r"_epoch_(\d+)\.pth$", file.name)
+                if match and int(match[1]) > epoch:
+                    files.append(file)
         if not any(file.suffix == ".pth" for file in files):
             return None
         number = 1
@@ -143,32 +257,57 @@ class CheckpointFolder:
         """Write the curves up to an epoch."""
         atomic_save({self.path / f"history_epoch_{epoch}.pth": dict(history)})
 
-    def save_state(self, epoch: int, state: Mapping[str, Any]) -> None:
-        """Write what a resumed run needs; only the newest is kept, since it is large."""
-        newest = self.path / f"state_epoch_{epoch}.pth"
-        atomic_save({newest: dict(state)})
-        for old in self.path.glob("state_epoch_*.pth"):
-            if old != newest:
-                old.unlink()
+    def load_history(self, epoch: int) -> dict[str, Any]:
+        """The curves up to an epoch; empty where there are none, or they are damaged."""
+        file = self.path / f"history_epoch_{epoch}.pth"
+        try:
+            return load_state(file) if file.is_file() else {}
+        except ValueError as error:
+            log.warning("%s", error)
+            return {}
 
-    def load_state(self, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(history, state) of an epoch; state is empty where only weights were saved."""
-        history, state = (self.path / f"{kind}_epoch_{epoch}.pth" for kind in ("history", "state"))
-        return (
-            torch.load(history, map_location="cpu", weights_only=True) if history.is_file() else {},
-            torch.load(state, map_location="cpu", weights_only=True) if state.is_file() else {},
-        )
+    def save_state(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write the state of a run after `step` steps; the newest two stay."""
+        newest = self.path / f"state_step_{step}.pth"
+        atomic_save({newest: dict(state)})
+        for old in self.states()[KEPT_STATES:]:
+            old.unlink()
+        return newest
+
+    def states(self) -> list[Path]:
+        """Files of states, the newest first."""
+        files = [p for p in self.path.glob("state_step_*.pth") if re.fullmatch(_STATE, p.name)]
+        return sorted(files, key=_step, reverse=True)
+
+    def newest_state(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest state that is whole; None where there is no state at all.
+
+        A damaged one is named, renamed to end in `.damaged`, and passed over.
+
+        Raises:
+            ValueError: there are states, and all of them are damaged.
+        """
+        states = self.states()
+        for file in states:
+            try:
+                return file, load_state(file)
+            except ValueError as error:
+                aside = file.with_name(file.name + ".damaged")
+                file.replace(aside)
+                log.warning("%s; it is now %s, and the one before is taken", error, aside.name)
+        if states:
+            raise ValueError(
+                f"all {len(states)} states in {self.path} are damaged: continue from an epoch's "
+                "weights with TRAIN.start_epoch N, or start anew without --resume"
+            )
+        return None
 
     def latest_epoch(self) -> int:
-        """The newest epoch that can be continued from, 0 when there is none.
-
-        An epoch whose state is there comes first: a newer one without it was cut off halfway.
-        """
+        """The newest epoch whose weights are there, 0 when there is none."""
         epochs = [
             int(m[1]) for name in self.names() if (m := re.fullmatch(r"epoch_(\d+)\.pth", name))
         ]
-        whole = [n for n in epochs if (self.path / f"state_epoch_{n}.pth").is_file()]
-        return max(whole or epochs, default=0)
+        return max(epochs, default=0)
 
     def drop_epochs(self, keep: int) -> None:
         """Remove all but the newest `keep` epoch checkpoints; 0 keeps all."""
@@ -176,6 +315,26 @@ class CheckpointFolder:
         for name in epochs[:-keep] if keep else []:
             for kind in ("encoder", "decoder", "history"):
                 (self.path / f"{kind}_{name}").unlink(missing_ok=True)
+
+
+def load_state(file: Path) -> dict[str, Any]:
+    """What `atomic_save` wrote, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged, or something else.
+        FileNotFoundError: it does not exist.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    check_archive(file)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{file} is damaged, or no file of a run ({reason})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds a {type(state).__name__}, which is no state of a run")
+    return state
 
 
 def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> Path:
@@ -261,6 +420,14 @@ def load_whole(module: nn.Module, file: Path, what: str) -> None:
             f"{file} does not fit this {what}: {len(lacking)} tensors are missing or of another "
             f"shape, such as {lacking[0]}; check MODEL.arch_{what} and DATASET.num_class"
         )
+
+
+_STATE = r"state_step_(\d+)\.pth"
+
+
+def _step(file: Path) -> int:
+    match = re.fullmatch(_STATE, file.name)
+    return int(match[1]) if match else -1
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from mit_semseg.engine.checkpoint import (
     resolve_checkpoint,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("wall", "floor", "tree", "sky")
 
 
@@ -165,7 +169,7 @@ def test_resolve_checkpoint(checkpoint: str, folder: str, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------ epochs
-def test_the_latest_epoch_is_one_that_can_be_continued(tmp_path: Path) -> None:
+def test_the_latest_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     assert folder.latest_epoch() == 0
     pairs(tmp_path, "best.pth")
@@ -173,10 +177,6 @@ def test_the_latest_epoch_is_one_that_can_be_continued(tmp_path: Path) -> None:
     pairs(tmp_path, "epoch_2.pth", "epoch_9.pth", "epoch_10.pth")
     touch(tmp_path, "encoder_epoch_11.pth")
     assert folder.latest_epoch() == 10  # weights alone, as published
-    touch(tmp_path, "state_epoch_9.pth")
-    assert folder.latest_epoch() == 9  # epoch 10 was cut off before its state was written
-    touch(tmp_path, "state_epoch_12.pth")
-    assert folder.latest_epoch() == 9  # a state without weights is no use
 
 
 @pytest.mark.parametrize(
@@ -191,14 +191,99 @@ def test_old_epochs_are_dropped_whole(tmp_path: Path, keep: int, left: list[int]
     assert {p.name for p in tmp_path.glob("history*")} == {f"history_epoch_{n}.pth" for n in left}
 
 
-def test_only_the_newest_state_is_kept(tmp_path: Path) -> None:
+def test_the_newest_two_states_are_kept(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
-    for epoch in (1, 2):
-        folder.save_history(epoch, {"train": {"loss": [0.5] * epoch}})
-        folder.save_state(epoch, {"step": torch.tensor(epoch)})
-    assert folder.load_state(2) == ({"train": {"loss": [0.5, 0.5]}}, {"step": torch.tensor(2)})
-    assert folder.load_state(1) == ({"train": {"loss": [0.5]}}, {})
-    assert folder.load_state(3) == ({}, {})
+    assert folder.newest_state() is None
+    for step in (9, 10, 200):
+        folder.save_state(step, {"step": torch.tensor(step)})
+    assert [file.name for file in folder.states()] == ["state_step_200.pth", "state_step_10.pth"]
+    found = folder.newest_state()
+    assert found == (tmp_path / "state_step_200.pth", {"step": torch.tensor(200)})
+    folder.save_history(2, {"train": {"loss": [0.5, 0.25]}})
+    assert folder.load_history(2) == {"train": {"loss": [0.5, 0.25]}}
+    assert folder.load_history(3) == {}
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "cut short":
+        del content[-len(content) // 3 :]
+    elif how == "emptied":
+        content.clear()
+    else:  # one bit, in the middle of the weights
+        at = content.index(torch.arange(1000.0).numpy().tobytes()[2000:2040])
+        content[at] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["cut short", "emptied", "one bit flipped"])
+def test_a_damaged_state_is_named_and_the_one_before_taken(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (5, 7):
+        folder.save_state(step, {"step": step, "weights": torch.arange(1000.0)})
+    damage(tmp_path / "state_step_7.pth", how)
+    found = folder.newest_state()
+    assert found is not None and found[1]["step"] == 5
+    assert "state_step_7.pth" in caplog.text and "damaged" in caplog.text
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"state_step_5.pth", "state_step_7.pth.damaged"}, "nothing is thrown away"
+    damage(tmp_path / "state_step_5.pth", how)
+    with pytest.raises(ValueError, match=r"all 1 states in .* are damaged.*start_epoch"):
+        folder.newest_state()
+
+
+def test_a_full_disk_leaves_the_earlier_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save_state(1, {"step": 1})
+    # /dev/full is a disk without room: what goes through the file's buffer fails there.
+    real = os.fdopen
+    monkeypatch.setattr(
+        os, "fdopen", lambda handle, mode: real(os.open("/dev/full", os.O_WRONLY), mode)
+    )
+    with pytest.raises(OSError, match=r"No space left on device.*state_step_2\.pth"):
+        folder.save_state(2, {"step": 2, "weights": torch.zeros(1 << 20)})
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["state_step_1.pth"]
+    assert folder.newest_state() == (tmp_path / "state_step_1.pth", {"step": 1})
+
+
+def test_one_run_at_a_time_uses_a_folder(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "model")
+    leftover = tmp_path / "model" / ".state_step_7.pth.abc123"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half of a state")
+    other = (
+        "import sys; from mit_semseg.engine.checkpoint import CheckpointFolder\n"
+        "try: CheckpointFolder(sys.argv[1]).occupy()\n"
+        "except ValueError as error: print(error)"
+    )
+
+    def ask() -> str:
+        command = [sys.executable, "-c", other, str(folder.path)]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=60
+        ).stdout
+
+    folder.occupy()
+    assert not leftover.exists(), "what a killed run was writing is of no use"
+    assert f"model is in use by process {os.getpid()} on " in ask()
+    folder.leave()
+    assert ask() == ""
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    CheckpointFolder(tmp_path / "a" / "b").check_writable()
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(OSError, match=r"a/b: .*/a is a file; give a folder"):
+        CheckpointFolder(tmp_path / "a" / "b").check_writable()
+    with pytest.raises(OSError, match=r"/proc/self/model: .* is not writable|cannot write"):
+        CheckpointFolder("/proc/self/model").check_writable()
+        CheckpointFolder("/proc/self/model").occupy()
 
 
 # ------------------------------------------------------------------------------ models
@@ -347,5 +432,5 @@ def test_a_damaged_file_is_refused_by_name(
     folder.save("best.pth", halves["encoder"], halves["decoder"])
     file = folder.files("best.pth")[1]
     file.write_bytes(file.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=r"decoder_best\.pth cannot be read as weights"):
+    with pytest.raises(ValueError, match=r"decoder_best\.pth is damaged"):
         load_model(cfg, "best.pth")

@@ -20,7 +20,8 @@ from torch import nn
 from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.engine.checkpoint import CheckpointFolder
-from mit_semseg.engine.train import RankSampler, Trainer, train
+from mit_semseg.engine.feed import RankSampler
+from mit_semseg.engine.train import Trainer, train
 from mit_semseg.losses import build_loss
 from mit_semseg.models import Decoder, Encoder, SegmentationModule
 from mit_semseg.models.compilation import compile_for_training, compiler_errors
@@ -98,8 +99,8 @@ def test_learns_and_leaves_a_whole_folder(settings: Callable[..., Config]) -> No
     assert folder.config().TRAIN.optim == "AdamW"
     assert len(folder.classes().names) == 4
     names = {p.name for p in folder.path.iterdir()}
-    assert {"history_epoch_8.pth", "state_epoch_8.pth", "metrics.jsonl", "curves.png"} <= names
-    assert not [name for name in names if name.startswith(".")], "no temporary file stays"
+    assert {"history_epoch_8.pth", "state_step_40.pth", "metrics.jsonl", "curves.png"} <= names
+    assert {name for name in names if name.startswith(".")} == {".lock"}, "no temporary file stays"
     Image.open(folder.path / "curves.png").verify()
     lines = [json.loads(x) for x in (folder.path / "metrics.jsonl").read_text().splitlines()]
     assert [x["epoch"] for x in lines if x["kind"] == "val"] == [4, 8]
@@ -144,7 +145,7 @@ def test_start_epoch_without_state_says_so(
 ) -> None:
     cfg = settings(TRAIN__num_epoch=1)
     train(cfg, [CPU], progress=False)
-    (Path(cfg.DIR) / "state_epoch_1.pth").unlink()
+    (Path(cfg.DIR) / "state_step_2.pth").unlink()
     caplog.set_level("INFO", logger="mit_semseg")
     train(settings(TRAIN__num_epoch=2, TRAIN__start_epoch=1), [CPU], progress=False)
     assert "momentum starts afresh" in caplog.text
@@ -153,9 +154,9 @@ def test_start_epoch_without_state_says_so(
 def test_weights_alone_start_the_average_too(settings: Callable[..., Config]) -> None:
     cfg = settings(TRAIN__num_epoch=1)
     train(cfg, [CPU], progress=False)
-    (Path(cfg.DIR) / "state_epoch_1.pth").unlink()
+    (Path(cfg.DIR) / "state_step_2.pth").unlink()
     trainer = Trainer(settings(TRAIN__num_epoch=2, TRAIN__ema=0.9), [CPU], 0, 1, False)
-    trainer._restore(1)
+    trainer._begin("auto")
     for averaged, own in zip(trainer.evaluated.parameters(), trainer.module.parameters()):
         torch.testing.assert_close(averaged, own)
 
@@ -394,7 +395,7 @@ def test_compiled_equals_plain(again: bool) -> None:
 
 def test_ranks_and_devices_share_one_stream() -> None:
     def taken(devices: int, rank: int, world: int) -> list[int]:
-        return list(RankSampler(1, 3, devices, rank, world))
+        return list(RankSampler(world * devices, 2, devices, rank, world))
 
     assert taken(2, 0, 1) == [2, 3, 4, 5]
     assert taken(1, 0, 2) == [2, 4]

@@ -1,0 +1,169 @@
+"""What a training eats: batches of one rank, in order, from any place of the endless stream."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Sampler, get_worker_info
+
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import TrainDataset
+from mit_semseg.engine.launch import cpu_count, set_threads
+from mit_semseg.engine.signals import leave_to_parent
+from mit_semseg.engine.watchdog import ReadingBoard
+from mit_semseg.lib.nn import user_scattered_collate
+
+
+class RankSampler(Sampler[int]):
+    """Indices of one rank in the endless stream of batches.
+
+    Every micro-step consumes one batch per device and rank; a rank with D devices of R ranks
+    takes D consecutive ones out of each R x D.
+
+    Args:
+        first: number of the first batch that any rank takes.
+        micro_steps: how many micro-steps there are.
+    """
+
+    def __init__(self, first: int, micro_steps: int, devices: int, rank: int, world: int) -> None:
+        self.first, self.micro_steps = first, micro_steps
+        self.devices, self.rank, self.world = devices, rank, world
+
+    def __len__(self) -> int:
+        return self.micro_steps * self.devices
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.micro_steps):
+            mine = self.first + (step * self.world + self.rank) * self.devices
+            yield from range(mine, mine + self.devices)
+
+
+class Feed:
+    """One rank's batches for all the steps of a run; close it to end its processes.
+
+    Args:
+        data: the stream.
+        cfg: the configuration; `TRAIN.workers`, `accumulate`, `stall_seconds` and `seed` apply.
+        devices: of this rank.
+        rank, world: place among the ranks.
+        first: number of the first batch that any rank takes.
+        steps: steps that the run has left.
+
+    Iterating yields, for every micro-step, one batch dict per device; it raises
+    ChildProcessError when a loading process died and TimeoutError when no batch came for
+    `TRAIN.stall_seconds`, naming the files.
+    """
+
+    def __init__(
+        self,
+        data: TrainDataset,
+        cfg: Config,
+        devices: Sequence[torch.device],
+        rank: int,
+        world: int,
+        first: int,
+        steps: int,
+    ) -> None:
+        self.data, self.cfg = data, cfg
+        self.sampler = RankSampler(first, steps * cfg.TRAIN.accumulate, len(devices), rank, world)
+        # On the CPU the loader shares the cores with the network: more processes only get in
+        # each other's way.
+        on_cpu = devices[0].type == "cpu"
+        cores = cpu_count() // 2 if on_cpu else cpu_count()
+        workers = min(cfg.TRAIN.workers * len(devices), max(1, cores // world))
+        self.board = ReadingBoard(max(1, workers))
+        before = set(multiprocessing.active_children())
+        self.loader = DataLoader(
+            data,
+            batch_size=len(devices),
+            sampler=self.sampler,
+            collate_fn=user_scattered_collate,
+            num_workers=workers,
+            pin_memory=devices[0].type == "cuda",
+            timeout=cfg.TRAIN.stall_seconds if workers else 0,
+            worker_init_fn=partial(_start_worker, self.board),
+            # A generator of its own: otherwise starting the loader would draw from the one that
+            # dropout uses, and a resumed run would differ.
+            generator=torch.Generator().manual_seed(cfg.TRAIN.seed),
+        )
+        if not workers:
+            data.reading = self.board.writer(0)
+        self._batches: Iterator[Any] | None = iter(self.loader)
+        self._processes = set(multiprocessing.active_children()) - before
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for position in range(len(self.loader)):
+            if self._batches is None:
+                return
+            try:
+                yield next(self._batches)
+            except RuntimeError as error:
+                raise self._explained(error, position) from error
+
+    def _explained(self, error: RuntimeError, position: int) -> Exception:
+        """What the loader says, with the files in question and what to do."""
+        text = str(error)
+        if "timed out" in text:
+            files = self.board.files() or self._files(position)
+            self._kill_stuck()
+            return TimeoutError(
+                f"no batch for {self.cfg.TRAIN.stall_seconds} s; the loader stands at "
+                f"{', '.join(files)}: raise TRAIN.stall_seconds, lower TRAIN.workers, or look at "
+                "these files"
+            )
+        if "DataLoader worker" in text and ("killed" in text or "exited" in text):
+            how = re.search(r"killed by signal: (\w+)", text)
+            reading = self.board.files()
+            at = f" while reading {', '.join(reading)}" if reading else ""
+            return ChildProcessError(
+                f"a loading process was {'killed (' + how[1] + ')' if how else 'lost'}{at}; the "
+                "system kills so when memory runs out: lower TRAIN.workers, then continue with "
+                "--resume auto"
+            )
+        return error
+
+    def _kill_stuck(self) -> None:
+        """Processes that hang in a file do not go by themselves, and torch waits 5 s for each."""
+        noticed = signal.getsignal(signal.SIGCHLD)
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main:  # where torch raises at the death of a process
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for process in self._processes:
+            process.kill()
+            process.join(1)
+        if in_main:
+            signal.signal(signal.SIGCHLD, noticed)
+
+    def _files(self, position: int) -> list[str]:
+        """Images of a batch list that has not come."""
+        indices = itertools.islice(self.sampler, position * self.sampler.devices, None)
+        first = itertools.islice(indices, self.sampler.devices)
+        return [path for index in first for path in self.data.files(index)]
+
+    def close(self) -> None:
+        """End the loading processes, by force where they do not go by themselves."""
+        # Left to the garbage collector they live as long as any traceback that knows them.
+        shutdown = getattr(self._batches, "_shutdown_workers", None)
+        self._batches = None
+        if shutdown is not None:
+            shutdown()
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+                process.join(1)
+
+
+def _start_worker(board: ReadingBoard, worker: int) -> None:
+    set_threads(1)
+    leave_to_parent()
+    info = get_worker_info()
+    if info is not None:
+        cast(TrainDataset, info.dataset).reading = board.writer(worker)

@@ -1,0 +1,137 @@
+"""A watchdog: a run that makes no progress ends, and says what it was waiting for."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+_PATH_BYTES = 1024
+
+
+class ReadingBoard:
+    """Which file every loading process is reading, where the process that waits can see it.
+
+    Memory without locks, which a process that dies could take with it.
+
+    Args:
+        readers: number of processes.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self.slots = [multiprocessing.RawArray("c", _PATH_BYTES) for _ in range(readers)]
+
+    def writer(self, reader: int) -> Callable[[str], None]:
+        """A function that notes the file which process number `reader` opens now; "" for none."""
+        slot = self.slots[reader]
+
+        def note(path: str) -> None:
+            slot.value = os.fsencode(path)[-_PATH_BYTES + 1 :]
+
+        return note
+
+    def files(self) -> list[str]:
+        """Files that are being read."""
+        return [os.fsdecode(slot.value) for slot in self.slots if slot.value]
+
+
+class Watchdog:
+    """Ends the process when nothing moves for too long.
+
+    What hangs may be a system call or a collective that no exception reaches, so the process is
+    ended from a thread, with exit status 3, after a line that names what was waited for and a
+    traceback of every thread.
+
+    Args:
+        seconds: the limit.
+        name: of this process, in messages.
+        files: what is being read, asked for when the limit is reached.
+        advice: what to do, added to the message.
+        end: ends the process; for tests.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        name: str = "",
+        files: Callable[[], list[str]] = list,
+        advice: str = "",
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
+        self.seconds, self.name, self.files, self.advice = seconds, name, files, advice
+        self._end = end
+        self._what = "the start"
+        self._limit = seconds
+        self._waited = 0.0
+        self._asleep = 0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def progress(self, what: str) -> None:
+        """Something was done; `what` is waited for next."""
+        self._what = what
+        self._waited = 0.0
+
+    def hurry(self, seconds: float) -> None:
+        """From now on wait this long at most."""
+        self._limit = min(self._limit, seconds)
+        self._waited = 0.0
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Look away from what may take any time, such as compilation."""
+        self._asleep += 1
+        try:
+            yield
+        finally:
+            self._asleep -= 1
+            self._waited = 0.0
+
+    def _watch(self) -> None:
+        tick = min(1.0, self.seconds / 10)
+        before = time.monotonic()
+        while not self._closed.wait(tick):
+            now = time.monotonic()
+            if not self._asleep:
+                # A process that was stopped and continued has not waited meanwhile.
+                self._waited += min(now - before, 2 * tick)
+            before = now
+            if self._waited > self._limit:
+                self._bark()
+                return
+
+    def _bark(self) -> None:
+        files = self.files()
+        reading = f"; being read: {', '.join(files)}" if files else ""
+        advice = f"; {self.advice}" if self.advice else ""
+        name = f"{self.name}: " if self.name else ""
+        print(
+            f"error: {name}no progress for {self._limit:g} s, waiting for {self._what}{reading}"
+            f"{advice}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+        self._end(3)
