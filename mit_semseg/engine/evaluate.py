@@ -32,7 +32,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
-from mit_semseg.engine.launch import autocast
+from mit_semseg.engine.launch import autocast, cpu_count, local_ranks
 from mit_semseg.engine.pool import in_threads, run_here, run_pool
 from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
 from mit_semseg.metrics import ConfusionMatrix
@@ -140,6 +140,7 @@ def evaluate(
             fit.
         FileNotFoundError: a list or the checkpoint is missing.
         WorkerError: a worker process died or failed.
+        ConnectionError: another rank was lost.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; give at least 1 process per device")
@@ -163,7 +164,7 @@ def evaluate(
     places = [device for device in devices for _ in range(workers)][: max(1, len(chunks))]
 
     started = time.perf_counter()
-    with _Progress("evaluating", sum(map(len, chunks)), progress and rank == 0) as on_result:
+    with _Progress("evaluating", chunks, progress and rank == 0, tell=True) as on_result:
         lanes = _lanes(places)
         if model is not None:
             data = val_dataset(cfg)
@@ -187,7 +188,16 @@ def evaluate(
                 ahead=lanes,
                 timeout=cfg.VAL.timeout,
             )
-    whole = merged(sum(parts[1:], parts[0]), devices[0])
+    try:
+        whole = merged(sum(parts[1:], parts[0]), devices[0])
+    except RuntimeError as error:
+        if world == 1:
+            raise
+        raise ConnectionError(
+            f"rank {rank} has scored its images, but lost another rank "
+            f"({' '.join(str(error).split())[:120]}); what that one printed says why. Ranks wait "
+            f"for each other for VAL.timeout {cfg.VAL.timeout:g} s"
+        ) from error
     if len(whole.bad) == count:
         image, error = whole.failed[0]
         raise ValueError(f"none of the {count} images can be used; the first: {image}: {error}")
@@ -240,12 +250,15 @@ def evaluate_model(
             have no image in common and together hold every one; `merged` adds their results.
         stop: asked before the first image and after every one.
 
+    Returns:
+        What was counted; the caller reports what `failed`.
+
     Raises:
         Interrupted: `stop` returned true.
     """
     rank, world = share
     chunks = _chunks(len(dataset), cfg.VAL.batch_size)[rank::world]
-    with _Progress("validating", sum(map(len, chunks)), progress, stop, leave=False) as on_result:
+    with _Progress("validating", chunks, progress, stop) as on_result:
         work = partial(_Scorer(module, dataset, cfg, device).run, _lanes([device]))
         result: Evaluation = run_here(work, chunks, on_result)
     return result
@@ -277,13 +290,14 @@ class _Progress:
     def __init__(
         self,
         title: str,
-        total: int,
+        chunks: Sequence[Chunk],
         shown: bool,
         stop: Callable[[], bool] | None = None,
-        leave: bool = True,
+        tell: bool = False,
     ) -> None:
-        self.stop = stop
-        self.bar = tqdm(total=total, desc=title, unit="img", disable=not shown, leave=leave)
+        self.stop, self.tell = stop, tell
+        total = sum(map(len, chunks))
+        self.bar = tqdm(total=total, desc=title, unit="img", disable=not shown, leave=tell)
 
     def __enter__(self) -> Callable[[Scored], None]:
         self._go_on()
@@ -295,7 +309,7 @@ class _Progress:
     def _add(self, scored: Scored) -> None:
         count, bad = scored
         self.bar.update(count)
-        for image, error in bad.values():
+        for image, error in bad.values() if self.tell else ():
             log.warning("left out: %s: %s", image, error)
         self._go_on()
 
@@ -313,7 +327,10 @@ def _lanes(places: Sequence[torch.device]) -> int:
     """Images at work side by side in each process: the cores are divided among the processes."""
     if any(place.type != "cpu" for place in places):
         return GPU_LANES
-    return max(1, min(MAX_LANES, torch.get_num_threads() // len(places)))
+    # torchrun gives every rank one thread, however many cores there are.
+    ranks = local_ranks()
+    cores = torch.get_num_threads() if ranks == 1 else cpu_count() // ranks
+    return max(1, min(MAX_LANES, cores // len(places)))
 
 
 def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[Scored, None, Evaluation]:

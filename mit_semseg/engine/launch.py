@@ -91,6 +91,11 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def local_ranks() -> int:
+    """Ranks of torchrun on this machine, which share its cores; 1 outside torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 runs faster than float32 on a device."""
     if device.type == "cuda":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import json
+import multiprocessing
 import os
-import socket
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import cv2
 import pytest
 import torch
 import torch.distributed as dist
+from processes import free_port
 
 from mit_semseg.engine import launch
 from mit_semseg.engine.launch import (
@@ -21,6 +24,7 @@ from mit_semseg.engine.launch import (
     cpu_count,
     has_fast_bf16,
     keep_freed_memory,
+    leave_process_group,
     rank_devices,
     read_config,
     resolve_devices,
@@ -113,6 +117,13 @@ def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -
     assert cpu_count() == 64
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert cpu_count() == 1
+
+
+def test_ranks_of_a_machine_are_those_torchrun_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert launch.local_ranks() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert launch.local_ranks() == 4
 
 
 def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +231,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_under_torchrun_a_rank_joins_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -236,6 +245,9 @@ def test_under_torchrun_a_rank_joins_the_group(monkeypatch: pytest.MonkeyPatch) 
         assert rank_devices([CPU]) == (0, 1, [CPU])
         assert dist.get_backend() == "gloo"
         assert rank_devices([CPU]) == (0, 1, [CPU])  # joined already
+        leave_process_group()
+        assert not dist.is_initialized()
+        leave_process_group()  # left already
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -252,3 +264,44 @@ def test_a_pair_that_cannot_work_is_refused_when_it_is_read(tmp_path: Path) -> N
     assert read_config(file, ["MODEL.arch_decoder", "c1"]).MODEL.arch_decoder == "c1"
     with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist.*mine\.yaml"):
         read_config(tmp_path / "none.yaml")
+
+
+# ------------------------------------------------------------------------------ ranks that die
+def alive_or_not(rank: int, port: int, folder: str, timeout: float) -> None:
+    """Rank 2 dies in the middle of the run; what the others see is written down."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank_devices([CPU], timeout)
+    dist.all_reduce(torch.ones(1))
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        dist.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        said = str(error)
+    noticed = time.monotonic()
+    leave_process_group()
+    took = (noticed - began, time.monotonic() - noticed)
+    Path(folder, str(rank)).write_text(json.dumps({"said": said, "took": took}))
+
+
+def test_the_living_leave_a_group_in_which_a_rank_has_died(tmp_path: Path) -> None:
+    timeout = 4.0
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    ranks = [
+        context.Process(target=alive_or_not, args=(rank, port, str(tmp_path), timeout))
+        for rank in range(3)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    # 0: neither hanging nor ended by the backend.
+    assert [process.exitcode for process in ranks] == [0, 0, -signal.SIGKILL]
+    for rank in (0, 1):
+        noted = json.loads((tmp_path / str(rank)).read_text())
+        assert noted["said"]
+        assert noted["took"][0] < timeout + 2, "a closed connection, or the time-out"
+        assert noted["took"][1] < timeout + 2, "nobody waits longer for a rank than it was told"
