@@ -8,7 +8,9 @@ import os
 import pickle
 import re
 import struct
+import tarfile
 import urllib.parse
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -41,6 +43,16 @@ _BROKEN_ZIP = (
     RuntimeError,
     ValueError,
     OverflowError,
+)
+# What torch.load raises on damaged or foreign files; old ones, without checksums, take it anywhere.
+_BROKEN_FILE = (
+    *_BROKEN_ZIP,
+    pickle.UnpicklingError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
 )
 # Bookkeeping of the published SyncBN, of no use to any other.
 _BOOKKEEPING = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
@@ -246,8 +258,7 @@ def check_archive(path: str | Path) -> None:
         ValueError: the archive is cut short, its structure is broken, or a record's checksum is
             wrong; the file is named.
     """
-    with open(path, "rb") as file:
-        head = file.read(len(_ZIP))
+    head = _head(path)
     # An old file begins with a pickle, and may hold anything that looks like the end of an archive.
     whole = not head.startswith(b"\x80") and zipfile.is_zipfile(path)
     if not whole and head != _ZIP:
@@ -265,6 +276,11 @@ def check_archive(path: str | Path) -> None:
         )
 
 
+def _head(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(len(_ZIP))
+
+
 def _wrong_record(archive: zipfile.ZipFile) -> str:
     """What is wrong with the first bad record of an archive; "" when none is."""
     for record in archive.infolist():
@@ -273,6 +289,40 @@ def _wrong_record(archive: zipfile.ZipFile) -> str:
             return f"record {record.filename} has two sizes"
     name = archive.testzip()
     return "" if name is None else f"the checksum of record {name} is wrong"
+
+
+def load_checked(path: str | Path) -> Any:
+    """What `torch.save` wrote, on the CPU: the only way files of weights or states are read here.
+
+    Checksums are compared (`check_archive`), and `weights_only=True` lets the file run no code.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another kind, or holds more than tensors and plain values.
+    """
+    check_archive(path)
+    refused = f"{path} cannot be read as weights (damaged, or holding more than tensors): "
+    if _head(path) != _ZIP and tarfile.is_tarfile(path):
+        # torch before 2.6 ran the code of these, whatever it was told: CVE-2025-32434.
+        raise ValueError(f"{refused}a tar archive")
+    try:
+        with warnings.catch_warnings():  # the error says what torch warns of first
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except _BROKEN_FILE as error:
+        raise ValueError(f"{refused}{_why(error)}") from error
+
+
+def _why(error: BaseException) -> str:
+    """The reason in torch's message, without its advice to run the code of the file."""
+    text = str(error)
+    if "TorchScript" in text:
+        return "a TorchScript archive; save the model's state_dict() instead"
+    if named := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {named[1]}, which is no tensor; save a state_dict() instead"
+    if not text or "weights_only" in text:
+        return "no file of torch.save"
+    return f"{type(error).__name__}: {text.strip().splitlines()[0][:100]}"
 
 
 def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> dict[str, Tensor]:
@@ -294,15 +344,7 @@ def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> d
         file = str(path)
         if not path.is_file():
             raise FileNotFoundError(_not_found(path))
-        check_archive(path)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise ValueError(
-                f"{path} cannot be read as weights (damaged, or holding more than tensors): "
-                f"{reason}"
-            ) from e
+        state = load_checked(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -390,6 +432,8 @@ def load_into(
             f"the {what} has{_few(list(own))}"
         )
     for key, value in fitting.items():
+        if value.is_complex() != own[key].is_complex():
+            raise ValueError(f"{name} does not fit the {what}: {key} is of {value.dtype}")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} is damaged: {key} holds values that are not finite")
 

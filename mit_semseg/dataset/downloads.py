@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -16,6 +19,18 @@ from tqdm import tqdm
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
 from mit_semseg.dataset.records import Record, with_sizes, write_odgt
 from mit_semseg.download import DownloadError, fetch
+
+# What Python raises on damaged archives; RuntimeError where a flag claims encryption.
+_DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    OverflowError,
+)
 
 
 def sources() -> dict[str, Source]:
@@ -114,7 +129,8 @@ def unpack(file: Path, dest: Path, member: str = "", *, progress: bool = True) -
         Number of files in `dest` that belong to the archive.
 
     Raises:
-        ValueError: not an archive, `member` is not in it, or a path leads outside `dest`.
+        ValueError: not an archive, damaged, `member` is not in it, or a path leads outside `dest`.
+        OSError: an entry is larger than the space left, or cannot be written.
     """
     count = 0
     bar = tqdm(desc=f"unpacking {file.name}", unit="files", disable=None if progress else True)
@@ -129,15 +145,36 @@ def unpack(file: Path, dest: Path, member: str = "", *, progress: bool = True) -
                 if target.is_file() and target.stat().st_size == size:
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
-                part = target.with_name(target.name + ".part")
-                with content() as reader, open(part, "wb") as writer:
-                    shutil.copyfileobj(reader, writer, 1 << 20)
-                os.replace(part, target)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{file}: a damaged archive ({error}); delete it and try again") from error
+                _write(file, name, size, content, target)
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{file}: a damaged archive ({reason}); delete it and try again"
+        ) from error
     if not count:
         raise ValueError(f"{file}: holds no files{f' in {member}' if member else ''}")
     return count
+
+
+def _write(file: Path, name: str, size: int, content: _Content, target: Path) -> None:
+    """One entry to `target`, which appears when it is complete."""
+    free = shutil.disk_usage(target.parent).free
+    if size > free:
+        raise OSError(
+            f"{file}: {name!r} is to be {size} bytes, but {target.parent} has {free} left; make "
+            "room, or unpack to another disk"
+        )
+    part = target.with_name(target.name + ".part")
+    try:
+        with content() as reader, open(part, "wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+        os.replace(part, target)
+    except OSError as error:
+        if error.errno and not error.filename:  # of a write, which knows no name: a full disk
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class _Content:
@@ -149,7 +186,10 @@ class _Content:
     def __call__(self) -> IO[bytes]:
         if isinstance(self.archive, zipfile.ZipFile):
             assert isinstance(self.entry, zipfile.ZipInfo)
-            return self.archive.open(self.entry)
+            try:
+                return self.archive.open(self.entry)
+            except OSError as error:  # the directory names a place before the file's begin
+                raise zipfile.BadZipFile(str(error)) from error
         assert isinstance(self.entry, tarfile.TarInfo)
         reader = self.archive.extractfile(self.entry)
         assert reader is not None  # it is a regular file
@@ -164,12 +204,28 @@ def _entries(file: Path) -> Iterator[tuple[str, int, _Content]]:
                 if not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16):
                     yield info.filename, info.file_size, _Content(archive, info)
     elif tarfile.is_tarfile(file):
+        _check_tar(file)
         with tarfile.open(file) as tar:
             for entry in tar:
                 if entry.isfile():
                     yield entry.name, entry.size, _Content(tar, entry)
     else:
         raise ValueError(f"{file}: neither a zip nor a tar archive; delete it and try again")
+
+
+def _check_tar(file: Path) -> None:
+    """Refuse a tar that is cut short, or whose compression finds damage once it is read whole."""
+    last = b""
+    with tarfile.open(file) as tar:
+        assert tar.fileobj is not None  # it was opened by name
+        try:
+            tar.fileobj.seek(0)
+            while chunk := tar.fileobj.read(1 << 20):
+                last = chunk
+        except OSError as error:  # so say gzip and bzip2
+            raise tarfile.ReadError(str(error)) from error
+    if not last or any(last[-tarfile.BLOCKSIZE :]):  # a whole one ends in blocks of zeros
+        raise tarfile.ReadError("cut short: its end is missing")
 
 
 def _target(file: Path, dest: Path, name: str, member: str) -> Path | None:

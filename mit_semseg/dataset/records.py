@@ -79,8 +79,9 @@ def write_odgt(path: PathLike, records: Iterable[Record]) -> None:
 def _parse(line: str, where: str) -> Record:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}); a list has one record a line") from error
+    except (ValueError, RecursionError) as error:  # numbers of 5000 digits, 1000 brackets
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: not JSON ({reason}); a list has one record a line") from error
     return check_record(entry, where)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -38,11 +39,16 @@ _UNREADABLE = (
     SyntaxError,
     ValueError,
     EOFError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
+# Pillow refuses pictures of more pixels than twice its limit, which stays an error, and warns of
+# more than once, which large photographs have.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _ORIENTATION = 274  # EXIF tag
+_BAND = 1 << 20  # pixels converted at a time
 _LOSSY = ("JPEG", "MPO", "JPEG2000")
 # The least a JPEG is decoded to, as a multiple of the size it is then resized to. With 1 the result
 # is visibly sharper than a resize of the full picture, by 2.5 grey levels on average.
@@ -53,20 +59,30 @@ PathLike = str | os.PathLike[str]
 
 # ------------------------------------------------------------------------------ reading
 def _open(path: PathLike) -> Image.Image:
+    name = os.fspath(path)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{os.fspath(path)}: no such file; check DATASET.root_dataset")
+        missing = "a link to nothing" if os.path.islink(path) else "no such file"
+        raise FileNotFoundError(f"{name}: {missing}; check DATASET.root_dataset")
     if not os.path.isfile(path):  # opening a pipe would wait for ever
-        raise ValueError(f"{os.fspath(path)}: a folder or a device, not an image file")
+        raise ValueError(f"{name}: a folder, a pipe or a device, not an image file")
     try:
         return Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name}: claims more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, as files made "
+            "to fill the memory do; cut it into pieces, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
     except _UNREADABLE as error:
-        raise ValueError(f"{os.fspath(path)}: not a readable image ({error})") from error
+        reason = "an empty file" if not os.path.getsize(path) else _reason(error, name)
+        raise ValueError(f"{name}: not a readable image ({reason})") from error
 
 
 def _decode(image: Image.Image, path: PathLike) -> Image.Image:
     """All pixels read and turned upright; a truncated file is an error that names it."""
     try:
         image.load()
+        if image.format == "PNG":
+            _check_png(path)
         if exif_orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
     except _UNREADABLE as error:
@@ -74,8 +90,30 @@ def _decode(image: Image.Image, path: PathLike) -> Image.Image:
     return image
 
 
+def _check_png(path: PathLike) -> None:
+    """Refuse a PNG whose pixels do not fit their checksums, which Pillow leaves to others."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind != b"IDAT":
+                file.seek(length + 4, os.SEEK_CUR)
+                continue
+            content = file.read(min(length, size))  # a damaged length may be anything
+            if zlib.crc32(content, zlib.crc32(kind)) != int.from_bytes(file.read(4), "big"):
+                raise ValueError("the checksum of its pixels is wrong")
+
+
 def _damaged(path: PathLike, error: BaseException) -> ValueError:
-    return ValueError(f"{os.fspath(path)}: damaged or truncated image ({error})")
+    name = os.fspath(path)
+    return ValueError(f"{name}: damaged or truncated image ({_reason(error, name)})")
+
+
+def _reason(error: BaseException, name: str) -> str:
+    """What Pillow says, in one line, without the name that stands before it anyway."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "of no known format" if text.startswith("cannot identify") else text.replace(name, "it")
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -199,7 +237,7 @@ def load_image(path: PathLike) -> np.ndarray:
 def to_rgb(image: Image.Image, name: str = "image") -> np.ndarray:
     """A Pillow image of any mode as (H, W, 3) uint8 RGB; see the rules at the top of the module."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image).astype(np.float64)
+        grey = np.asarray(image)
         low, high = float(grey.min()), float(grey.max())
         if image.mode != "F":
             scale, limit = 1 / 257, 65535
@@ -212,8 +250,12 @@ def to_rgb(image: Image.Image, name: str = "image") -> np.ndarray:
                 f"{name}: mode {image.mode} with values {low:g}..{high:g} is no picture; "
                 "save it with 8 or 16 bits a channel"
             )
-        level = np.rint(grey * scale).astype(np.uint8)
-        return np.repeat(level[:, :, None], 3, axis=2)
+        pixels = np.empty((*grey.shape, 3), dtype=np.uint8)
+        rows = max(1, _BAND // grey.shape[1])
+        for y in range(0, len(grey), rows):  # a float64 copy of a large picture would be huge
+            band = np.multiply(grey[y : y + rows], scale, dtype=np.float64)
+            pixels[y : y + rows] = np.rint(band)[:, :, None]
+        return pixels
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow asks for this step; the colours are the same
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
