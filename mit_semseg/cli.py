@@ -125,6 +125,14 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_selftest(args: argparse.Namespace) -> int:
+    """Break jobs; 1 when a promise was not held."""
+    from mit_semseg.selftest.command import selftest
+
+    outcomes = selftest(args.out, quick=args.quick, only=args.only, soak_hours=args.soak)
+    return 0 if all(outcome.held for outcome in outcomes) else 1
+
+
 def run_data(args: argparse.Namespace) -> int:
     """Make, check or download data; 1 when problems were found or met."""
     if args.action == "check" and args.cfg:
@@ -149,6 +157,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "predict": run_predict,
     "pack": run_pack,
     "bench": run_bench,
+    "selftest": run_selftest,
     "data": run_data,
     "demo": run_demo,
 }

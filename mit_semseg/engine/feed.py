@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -98,49 +98,61 @@ class Feed:
             data.reading = self.board.writer(0)
         self._batches: Iterator[Any] | None = iter(self.loader)
         self._processes = set(multiprocessing.active_children()) - before
+        self._waiting = False
+        self._position = 0
+        self._torch_handler: Any = None
+        if workers and threading.current_thread() is threading.main_thread():
+            # torch raises at the death of a worker wherever the main thread is at that moment,
+            # be it in the middle of writing a checkpoint.
+            self._torch_handler = signal.signal(signal.SIGCHLD, self._on_child)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for position in range(len(self.loader)):
+            self._position = position
             if self._batches is None:
                 return
+            self._waiting = True
             try:
-                yield next(self._batches)
+                self._check_processes()
+                batch = next(self._batches)
             except RuntimeError as error:
-                raise self._explained(error, position) from error
+                if "timed out" not in str(error):
+                    raise
+                files = self.files()
+                self._kill_stuck()
+                raise TimeoutError(
+                    f"no batch for {self.cfg.TRAIN.stall_seconds} s; the loader stands at "
+                    f"{', '.join(files)}: raise TRAIN.stall_seconds, lower TRAIN.workers, or look "
+                    "at these files"
+                ) from error
+            finally:
+                self._waiting = False
+            yield batch
 
-    def _explained(self, error: RuntimeError, position: int) -> Exception:
-        """What the loader says, with the files in question and what to do."""
-        text = str(error)
-        if "timed out" in text:
-            files = self.board.files() or self._files(position)
-            self._kill_stuck()
-            return TimeoutError(
-                f"no batch for {self.cfg.TRAIN.stall_seconds} s; the loader stands at "
-                f"{', '.join(files)}: raise TRAIN.stall_seconds, lower TRAIN.workers, or look at "
-                "these files"
-            )
-        if "DataLoader worker" in text and ("killed" in text or "exited" in text):
-            how = re.search(r"killed by signal: (\w+)", text)
-            reading = self.board.files()
-            at = f" while reading {', '.join(reading)}" if reading else ""
-            return ChildProcessError(
-                f"a loading process was {'killed (' + how[1] + ')' if how else 'lost'}{at}; the "
-                "system kills so when memory runs out: lower TRAIN.workers, then continue with "
-                "--resume auto"
-            )
-        return error
+    def _on_child(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            self._check_processes()
+
+    def _check_processes(self) -> None:
+        for process in self._processes:
+            if not process.is_alive():
+                reading = self.board.files()
+                raise ChildProcessError(
+                    f"a loading process (pid {process.pid}) ended with {_how(process.exitcode)}"
+                    f"{' while reading ' + ', '.join(reading) if reading else ''}: when memory ran "
+                    "out lower TRAIN.workers; --resume auto goes on from the newest checkpoint"
+                )
+
+    def files(self) -> list[str]:
+        """What is being read; else the images of the batch that is to come next."""
+        return self.board.files() or self._files(self._position)
 
     def _kill_stuck(self) -> None:
         """Processes that hang in a file do not go by themselves, and torch waits 5 s for each."""
-        noticed = signal.getsignal(signal.SIGCHLD)
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main:  # where torch raises at the death of a process
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._waiting = False
         for process in self._processes:
             process.kill()
             process.join(1)
-        if in_main:
-            signal.signal(signal.SIGCHLD, noticed)
 
     def _files(self, position: int) -> list[str]:
         """Images of a batch list that has not come."""
@@ -159,6 +171,15 @@ class Feed:
             if process.is_alive():
                 process.kill()
                 process.join(1)
+        if self._torch_handler is not None:
+            signal.signal(signal.SIGCHLD, self._torch_handler)
+            self._torch_handler = None
+
+
+def _how(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
 
 
 def _start_worker(board: ReadingBoard, worker: int) -> None:

@@ -241,7 +241,7 @@ class Trainer:
                 # Behind the loader's own limit, whose message says more.
                 cfg.TRAIN.stall_seconds + 2,
                 name=f"rank {self.rank}" if self.world > 1 else "",
-                files=feed.board.files,
+                files=feed.files,
                 advice="look at these files, or raise TRAIN.stall_seconds; --resume auto goes on "
                 "from the newest checkpoint",
             )

@@ -1,0 +1,115 @@
+"""The soak: the same training again and again for hours, while everything happens to it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from mit_semseg.selftest.drills import Outcome, cut_short, flip_bit, no_room
+from mit_semseg.selftest.job import Ground, Job, Running
+
+# What may happen to a run, and how often beside the others.
+FAULTS = {
+    "SIGKILL of the run": 4,
+    "SIGKILL of a loading process": 2,
+    "SIGTERM": 2,
+    "full disk": 2,
+    "newest state cut short": 1,
+    "bit of the newest state flipped": 1,
+}
+
+
+def soak(
+    ground: Ground,
+    hours: float,
+    settings: dict[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Train, break, resume, until the time is over; every completed run must be the unbroken one.
+
+    Args:
+        ground: where to work.
+        hours: how long.
+        settings: of the job, as `Ground.job` takes them; its size is that of the drills otherwise.
+        say: told about every completed run.
+    """
+    outcome = Outcome("soak", "nothing is lost: every run ends bit-identical to the unbroken one")
+    options = settings or {}
+    started = time.monotonic()
+    reference = ground.unbroken(**options)
+    pace = time.monotonic() - started
+    rng = random.Random(306)
+    faults: Counter[str] = Counter()
+    runs = starts = different = 0
+    end = started + 3600 * hours
+    while time.monotonic() < end or not runs:
+        job = ground.job("soak", **options)
+        done = False
+        while not done:
+            starts += 1
+            workers = str(rng.choice((0, 1, 2)))
+            running = job.start("train", "--resume", "auto", "TRAIN.workers", workers)
+            what = rng.choices(list(FAULTS), list(FAULTS.values()))[0]
+            happened = (
+                time.monotonic() < end
+                and _wait(running, rng, pace)
+                and _break(running, job, what, rng)
+            )
+            finished = running.wait(3600)
+            done = finished.code == 0 and "Training done" in finished.output
+            faults[what] += happened
+            expected = done or happened
+            outcome.check(expected, f"a run ended by itself: {finished.output[-800:]}")
+            outcome.check(not finished.left, f"processes left after {what}: {finished.left}")
+            if not expected:
+                return outcome
+        runs += 1
+        here = job.differences(reference)
+        different += here
+        say(
+            f"{(time.monotonic() - started) / 3600:.2f} h: {runs} runs completed, {starts} starts, "
+            f"{sum(faults.values())} faults, {different} differences"
+        )
+        outcome.check(not here, f"run {runs}: {here} tensors or figures differ")
+    outcome.figures = {
+        "hours": round((time.monotonic() - started) / 3600, 2),
+        "runs completed": runs,
+        "starts": starts,
+        "tensors or figures that differ": different,
+        **faults,
+    }
+    return outcome
+
+
+def _wait(running: Running, rng: random.Random, pace: float) -> bool:
+    """Some part of the time that a whole run takes; False when it is done before."""
+    end = time.monotonic() + rng.random() * pace
+    while time.monotonic() < end and running.process.poll() is None:
+        time.sleep(0.05)
+    return running.process.poll() is None
+
+
+def _break(running: Running, job: Job, what: str, rng: random.Random) -> bool:
+    """Do it; False when the run does not offer the occasion."""
+    if what == "SIGKILL of a loading process":
+        workers = running.children()
+        if not workers:
+            return False
+        os.kill(rng.choice(workers), signal.SIGKILL)
+    elif what == "SIGTERM":
+        os.killpg(running.process.pid, signal.SIGTERM)
+    elif what == "full disk":
+        no_room(running)
+    else:
+        running.kill()
+        running.wait()
+        # Of two states one may be damaged: what nobody could repair is not what is tested.
+        states = job.folder.states()
+        if "state" in what and len(states) > 1:
+            (cut_short if "cut" in what else flip_bit)(states[0], rng)
+    return True
