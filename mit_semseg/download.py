@@ -8,6 +8,8 @@ import http.client
 import json
 import logging
 import os
+import re
+import shutil
 import time
 import urllib.error
 import urllib.parse
@@ -27,6 +29,8 @@ logger = logging.getLogger("mit_semseg")
 
 OFFLINE = "MIT_SEMSEG_OFFLINE"
 _CHUNK = 1 << 18
+_LEAST = 1 << 10  # bytes that must come within the time limit: less is a connection that stalls
+_PAUSE = 0.2  # seconds before the second attempt; twice as long before each one more
 _HTML = {".html", ".htm", ""}
 
 
@@ -80,7 +84,7 @@ def fetch(
         resume: continue a part file of an earlier call. Without `sha256` only when it came from
             the same url and the server still has the same version.
         progress: show a bar when standard error is a terminal.
-        timeout: seconds without an answer before an attempt is given up.
+        timeout: seconds without an answer, or with less than 1 kB, before an attempt is given up.
         retries: further attempts per url after a broken connection or a server error.
 
     Returns:
@@ -114,6 +118,7 @@ def fetch(
             if reason is None:
                 done = True
                 break
+            reason = _in_one_line(reason)
             logger.warning("%s: %s", url, reason)
             reasons.append(f"{url}: {reason}")
         empty = _size(file) == 0
@@ -131,11 +136,20 @@ def fetch(
     )
 
 
+def _in_one_line(reason: str) -> str:
+    """Servers may send anything, and errors quote it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in reason).split())[:300]
+
+
 def _check_arguments(urls: list[str], sha256: str | None) -> None:
     if not urls:
         raise ValueError("urls is empty: name at least one place to download from")
     for url in urls:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https", "file"):
+        try:
+            scheme = urllib.parse.urlsplit(url).scheme
+        except ValueError as error:  # such as brackets that do not close
+            raise ValueError(f"cannot download {url!r}: {error}") from error
+        if scheme not in ("http", "https", "file"):
             raise ValueError(f"cannot download {url!r}: use an http, https or file url")
     if sha256 is not None and not (
         8 <= len(sha256) <= 64 and set(sha256.lower()) <= set("0123456789abcdef")
@@ -166,7 +180,11 @@ def _locked_part(dest: Path) -> Iterator[tuple[Path, IO[bytes]]]:
     part = dest.with_name(dest.name + ".part")
     while True:
         file = open(part, "ab")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s: another process is fetching it; waiting", dest)
+            fcntl.flock(file, fcntl.LOCK_EX)
         try:
             # The holder before us may have renamed or removed the file we waited for.
             if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
@@ -199,9 +217,9 @@ def _try_url(
     reason = ""
     for attempt in range(retries + 1):
         if attempt:
-            time.sleep(0.2 * 2 ** (attempt - 1))
+            time.sleep(_PAUSE * 2 ** (attempt - 1))
         try:
-            _transfer(url, part, file, sha256, resume or attempt > 0, progress, timeout)
+            had = _transfer(url, part, file, sha256, resume or attempt > 0, progress, timeout)
         except _Refused as e:
             reason = str(e)
             if not e.again:
@@ -230,7 +248,9 @@ def _try_url(
             return None
         # Whatever is wrong with these bytes, continuing them would keep it.
         file.truncate(0)
-        return f"its sha256 is {found}, expected {sha256}"
+        reason = f"its sha256 is {found}, expected {sha256}"
+        if not had:
+            return reason
     return reason
 
 
@@ -242,7 +262,8 @@ def _transfer(
     resume: bool,
     progress: bool,
     timeout: float,
-) -> None:
+) -> int:
+    """Adds to the part file what it lacks; returns how many bytes were kept of it."""
     headers = {"User-Agent": "mit-semseg", "Accept-Encoding": "identity"}
     have = _size(file)
     note = _read_note(part)
@@ -255,9 +276,9 @@ def _transfer(
         if validator:
             headers["If-Range"] = validator
 
-    with urllib.request.urlopen(  # noqa: S310
-        urllib.request.Request(url, headers=headers), timeout=timeout
-    ) as response:
+    request = urllib.request.Request(url, headers=headers)
+    opener = urllib.request.build_opener(_Redirects)
+    with opener.open(request, timeout=timeout) as response:
         if response.headers.get_content_type() == "text/html" and (
             part.with_suffix("").suffix.lower() not in _HTML
         ):
@@ -265,9 +286,14 @@ def _transfer(
         if have and getattr(response, "status", None) != 206:
             file.truncate(0)  # no Range here: the whole file comes again
             have = 0
+        if have and (wrong := _not_the_rest(response.headers, have, validator)):
+            file.truncate(0)
+            raise _Refused(wrong, again=True)
         _write_note(part, url, _validator(response.headers))
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length is not None else None
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
+        if total is not None and total - have > (free := shutil.disk_usage(part.parent).free):
+            raise _Refused(f"it has {total} bytes, {part.parent} has {free} left", again=False)
         with tqdm(
             total=total,
             initial=have,
@@ -276,9 +302,16 @@ def _transfer(
             desc=part.with_suffix("").name,
             disable=None if progress else True,
         ) as bar:
-            while chunk := response.read(_CHUNK):
+            since, came = time.monotonic(), 0
+            while chunk := response.read1(_CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
+                came += len(chunk)
+                now = time.monotonic()
+                if came >= _LEAST:
+                    since, came = now, 0
+                elif now - since > timeout:
+                    raise _Refused(f"only {came} bytes came in {timeout:g} s", again=True)
         file.flush()
         os.fsync(file.fileno())
     size = _size(file)
@@ -286,6 +319,29 @@ def _transfer(
         raise _Refused(f"the connection ended after {size} of {total} bytes", again=True)
     if size == 0:
         raise _Refused("the file there is empty", again=False)
+    return have
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to the web alone: never to the files of this machine."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            raise _Refused(f"it is redirected to {newurl!r}, which is refused", again=False)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _not_the_rest(headers: Any, have: int, validator: str) -> str:
+    """Why an answer to "from byte `have` on" does not continue the part file; "" when it does."""
+    content = headers.get("Content-Range", "")
+    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content.strip())
+    if not found or int(found[1]) != have or found[3] not in ("*", str(int(found[2]) + 1)):
+        return f"asked for the bytes from {have} on, it sent {content or 'others'!r}"
+    if validator and _validator(headers) not in ("", validator):
+        return "it changed since the part that is here was fetched"
+    return ""
 
 
 def _validator(headers: Any) -> str:

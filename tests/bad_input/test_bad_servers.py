@@ -1,0 +1,352 @@
+"""Downloads from servers that cut, stall, lie and redirect, and by several processes at once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mit_semseg.download import DownloadError, fetch
+
+BODY = bytes(range(251)) * 800  # 200 kB
+SHA = hashlib.sha256(BODY).hexdigest()
+Send = Callable[[bytes], None]
+Answer = Callable[[int | None, Send], None]
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Gives the answers it was told to, then honest ones; remembers where each was to begin."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: list[Answer] = []
+        self.honest: Answer = honest
+        self.starts: list[int | None] = []
+        self.base = f"http://127.0.0.1:{self.server_address[1]}"
+        self.url = f"{self.base}/w.pth"
+
+
+class Handler(socketserver.StreamRequestHandler):
+    """One request a connection."""
+
+    server: Server
+
+    def handle(self) -> None:
+        request = b""
+        while not request.endswith(b"\r\n\r\n"):
+            line = self.rfile.readline()
+            if not line:
+                return
+            request += line
+        found = re.search(rb"Range: bytes=(\d+)-", request)
+        start = int(found[1]) if found else None
+        self.server.starts.append(start)
+        answer = self.server.answers.pop(0) if self.server.answers else self.server.honest
+        with contextlib.suppress(OSError):  # who asked has gone
+            answer(start, self.request.sendall)
+
+
+def head(status: str, *lines: str) -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", *lines, "Connection: close", "", ""]).encode()
+
+
+def whole(body: bytes = BODY, *lines: str, length: Any = None) -> Answer:
+    """All of a body, with a Content-Length that may be a lie."""
+    said = len(body) if length is None else length
+
+    def answer(start: int | None, send: Send) -> None:
+        send(head("200 OK", f"Content-Length: {said}", *lines) + body)
+
+    return answer
+
+
+def rest(body: bytes = BODY, content_range: str = "", etag: str = '"v1"', shift: int = 0) -> Answer:
+    """What a Range asks for, or something else under its name."""
+
+    def answer(start: int | None, send: Send) -> None:
+        begin = (start or 0) + shift
+        said = content_range or f"bytes {begin}-{len(body) - 1}/{len(body)}"
+        lines = [f"Content-Length: {len(body) - begin}", f"ETag: {etag}"]
+        lines += [f"Content-Range: {said}"] if said != "none" else []
+        send(head("206 Partial Content", *lines) + body[begin:])
+
+    return answer
+
+
+def honest(start: int | None, send: Send) -> None:
+    (rest() if start is not None else whole(BODY, 'ETag: "v1"'))(start, send)
+
+
+def cut(after: int, *lines: str) -> Answer:
+    def answer(start: int | None, send: Send) -> None:
+        send(head("200 OK", f"Content-Length: {len(BODY)}", *lines) + BODY[:after])
+
+    return answer
+
+
+def redirect(to: str) -> Answer:
+    return lambda start, send: send(head("302 Found", f"Location: {to}", "Content-Length: 0"))
+
+
+def raw(content: bytes) -> Answer:
+    return lambda start, send: send(content)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("MIT_SEMSEG_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("mit_semseg.download._PAUSE", 0.01)
+    made = Server()
+    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+@pytest.fixture
+def dest(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "w.pth"
+
+
+def complete(dest: Path) -> bool:
+    """The right file, and nothing beside it."""
+    return dest.read_bytes() == BODY and os.listdir(dest.parent) == [dest.name]
+
+
+def refused(dest: Path, *urls: str, **options: Any) -> str:
+    """The one line about a download that failed; no file under its name."""
+    with pytest.raises(DownloadError) as caught:
+        fetch(list(urls), dest, progress=False, **{"retries": 0, "timeout": 2.0, **options})
+    assert not dest.exists() and "\n" not in str(caught.value)
+    assert f"put it at {dest}" in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------ cut, stalled
+@pytest.mark.parametrize("after", [0, 1, 1000, len(BODY) - 1])
+def test_cut_answers_are_continued(server: Server, dest: Path, after: int) -> None:
+    server.answers = [cut(after, 'ETag: "v1"')]
+    fetch(server.url, dest, sha256=SHA, progress=False)
+    assert complete(dest) and server.starts == [None, after or None]
+
+
+def test_a_stalled_server_is_given_up_in_time_and_continued(server: Server, dest: Path) -> None:
+    def stalls(start: int | None, send: Send) -> None:
+        cut(5000, 'ETag: "v1"')(start, send)
+        time.sleep(3)
+
+    server.answers = [stalls]
+    began = time.monotonic()
+    fetch(server.url, dest, sha256=SHA, progress=False, timeout=0.3)
+    assert complete(dest) and server.starts == [None, 5000]
+    assert time.monotonic() - began < 2
+
+
+def test_a_server_that_never_answers(server: Server, dest: Path) -> None:
+    server.answers = [lambda start, send: time.sleep(3)]
+    began = time.monotonic()
+    assert "timed out" in refused(dest, server.url, timeout=0.3)
+    assert time.monotonic() - began < 2
+
+
+def test_a_trickle_is_a_stall(server: Server, dest: Path) -> None:
+    """A byte now and then resets every time limit of a socket."""
+
+    def trickles(start: int | None, send: Send) -> None:
+        cut(0)(start, send)
+        for k in range(100):
+            send(BODY[k : k + 1])
+            time.sleep(0.05)
+
+    server.answers = [trickles]
+    assert re.search(r"only \d+ bytes came in 0\.4 s", refused(dest, server.url, timeout=0.4))
+
+
+# ------------------------------------------------------------------------------ lies
+def test_more_promised_than_sent(server: Server, dest: Path) -> None:
+    server.answers = [whole(length=len(BODY) + 1000)] * 3
+    text = refused(dest, server.url, retries=2)
+    assert f"{len(BODY)} of {len(BODY) + 1000} bytes" in text
+
+
+def test_less_promised_than_sent(server: Server, dest: Path) -> None:
+    """Without a digest nobody can know; with one it is seen."""
+    server.answers = [whole(length=1000)] * 3
+    text = refused(dest, server.url, sha256=SHA, retries=2)
+    assert "its sha256 is" in text and not any(dest.parent.iterdir())
+
+
+@pytest.mark.parametrize("length", ["-5", "many", "1e6", "", "0x10", "9" * 40])
+def test_a_length_that_is_none(server: Server, dest: Path, length: str) -> None:
+    server.answers = [whole(length=length)]
+    try:
+        fetch(server.url, dest, sha256=SHA, progress=False, retries=0)
+    except DownloadError as error:
+        assert "\n" not in str(error) and not dest.exists()
+    else:
+        assert complete(dest)
+
+
+def test_more_than_the_disk_holds(server: Server, dest: Path) -> None:
+    server.answers = [whole(length=10**17)]
+    assert re.search(r"it has 1000+ bytes, .* has \d+ left", refused(dest, server.url))
+
+
+def test_wrong_bytes(server: Server, dest: Path) -> None:
+    server.answers = [whole(BODY[::-1])]
+    assert SHA in refused(dest, server.url, sha256=SHA)
+    assert os.listdir(dest.parent) == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"\r\n\r\n", b"SSH-2.0-OpenSSH_9\r\n", b"\x16\x03\x01" * 50, b"HTTP/1.1 abc\r\n\r\n",
+     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000,
+     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nno chunk\r\n"],
+)  # fmt: skip
+def test_answers_that_are_no_http(server: Server, dest: Path, answer: bytes) -> None:
+    server.answers = [raw(answer)]
+    assert refused(dest, server.url, sha256=SHA).isprintable()
+
+
+# ------------------------------------------------------------------------------ ranges
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (rest(content_range="none"), "asked for the bytes from 5000 on, it sent 'others'"),
+        (rest(content_range="bytes 0-199999/200800"), "it sent 'bytes 0-"),
+        (rest(content_range="bytes 5001-200799/200800"), "it sent 'bytes 5001-"),
+        (rest(content_range="bytes 5000-9000/200800"), "it sent 'bytes 5000-9000"),
+        (rest(content_range="nonsense"), "it sent 'nonsense'"),
+        (rest(etag='"v2"'), "it changed"),
+    ],
+)
+@pytest.mark.parametrize("sha256", [SHA, None])
+def test_a_wrong_continuation_starts_again(
+    server: Server, dest: Path, answer: Answer, reason: str, sha256: str | None
+) -> None:
+    server.answers = [cut(5000, 'ETag: "v1"'), answer]
+    fetch(server.url, dest, sha256=sha256, progress=False, retries=2)
+    assert complete(dest) and server.starts == [None, 5000, None]
+    dest.unlink()
+    server.answers = [cut(5000, 'ETag: "v1"'), answer]
+    assert reason in refused(dest, server.url, sha256=sha256, retries=1)
+    assert os.listdir(dest.parent) == []
+
+
+def test_a_continuation_with_other_bytes_starts_again(server: Server, dest: Path) -> None:
+    """Right by its headers, wrong by its digest: one more attempt, from the beginning."""
+    server.answers = [cut(5000, 'ETag: "v1"'), rest(BODY[::-1])]
+    fetch(server.url, dest, sha256=SHA, progress=False)
+    assert complete(dest) and server.starts == [None, 5000, None]
+
+
+def test_ranges_ignored(server: Server, dest: Path) -> None:
+    server.answers = [cut(5000, 'ETag: "v1"')]
+    server.honest = whole(BODY, 'ETag: "v1"')
+    fetch(server.url, dest, sha256=SHA, progress=False)
+    assert complete(dest) and server.starts == [None, 5000]
+
+
+def test_changed_between_attempts(server: Server, dest: Path) -> None:
+    """No digest: what arrives is one version or the other, never some of each."""
+    server.answers = [cut(5000, 'ETag: "v1"')]
+    server.honest = whole(BODY[::-1], 'ETag: "v2"')  # the answer to an If-Range that fails
+    fetch(server.url, dest, progress=False)
+    assert dest.read_bytes() == BODY[::-1] and os.listdir(dest.parent) == ["w.pth"]
+
+
+def test_a_mirror_continues_or_starts_again(server: Server, dest: Path) -> None:
+    server.answers = [cut(5000, 'ETag: "v1"'), rest(BODY[::-1], etag='"other"')]
+    fetch([server.url, f"{server.base}/mirror"], dest, sha256=SHA, progress=False, retries=1)
+    assert complete(dest)
+
+
+# ------------------------------------------------------------------------------ redirects
+def test_redirects_are_followed_and_loops_end(server: Server, dest: Path) -> None:
+    server.answers = [redirect("/elsewhere"), redirect(f"{server.base}/there")]
+    fetch(server.url, dest, sha256=SHA, progress=False)
+    assert complete(dest) and len(server.starts) == 3
+    dest.unlink()
+    server.honest = redirect("/w.pth")
+    assert "HTTP 302 The HTTP server returned a redirect error" in refused(dest, server.url)
+    assert len(server.starts) < 30
+
+
+@pytest.mark.parametrize(
+    "to", ["file:///etc/hostname", "FILE:///etc/hostname", "ftp://127.0.0.1/x", "data:,x", "jar:x"]
+)
+def test_redirects_to_this_machines_files_are_refused(server: Server, dest: Path, to: str) -> None:
+    server.answers = [redirect(to)] * 3
+    text = refused(dest, server.url, retries=2)
+    assert re.search("redirected to .* refused|Redirection to .* not allowed", text)
+    assert len(server.starts) == 1 and not any(dest.parent.iterdir())
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://host:port/x", "http://a b/x", "http:///x"])
+def test_urls_that_are_none(dest: Path, url: str) -> None:
+    with pytest.raises((ValueError, DownloadError)) as caught:
+        fetch(url, dest, retries=0, timeout=2)
+    assert url in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------ several at once
+def _fetch(url: str, dest: Path, sha256: str | None) -> str:
+    return str(fetch(url, dest, sha256=sha256, progress=False))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("sha256", [SHA, None])
+def test_processes_get_one_good_copy(
+    server: Server, dest: Path, processes: int, sha256: str | None
+) -> None:
+    def slowly(start: int | None, send: Send) -> None:
+        send(head("200 OK", f"Content-Length: {len(BODY)}", 'ETag: "v1"') + BODY[:100_000])
+        time.sleep(0.2)
+        send(BODY[100_000:])
+
+    server.answers = [slowly]
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        got = pool.starmap(_fetch, [(server.url, dest, sha256)] * processes)
+    assert got == [str(dest)] * processes and complete(dest)
+    assert len(server.starts) == 1
+
+
+def test_who_waits_takes_over_from_a_process_that_is_killed(server: Server, dest: Path) -> None:
+    started = threading.Event()
+
+    def stalls(start: int | None, send: Send) -> None:
+        cut(5000, 'ETag: "v1"')(start, send)
+        started.set()
+        time.sleep(3)
+
+    server.answers = [stalls]
+    code = "import sys; from mit_semseg.download import fetch; fetch(*sys.argv[1:3])"
+    process = subprocess.Popen([sys.executable, "-c", code, server.url, str(dest)])
+    assert started.wait(20)
+    while not dest.with_name("w.pth.part").stat().st_size:
+        time.sleep(0.01)
+    timer = threading.Timer(0.3, process.send_signal, [signal.SIGKILL])
+    timer.start()
+    fetch(server.url, dest, sha256=SHA, progress=False)
+    assert process.wait() == -signal.SIGKILL
+    assert complete(dest) and server.starts[0] is None and len(server.starts) == 2
