@@ -1,0 +1,337 @@
+"""Ranks of torchrun: the gradient of one process, one stream of samples, one set of files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from processes import Command, free_port, torchrun
+from torch import Tensor, nn
+
+from mit_semseg.config import dump_config, load_config
+from mit_semseg.engine.launch import leave_process_group, rank_devices
+from mit_semseg.models import ModelBuilder, SegmentationModule
+
+CPU = torch.device("cpu")
+WORLD = 3
+CLASSES = 5
+# Batch, height, width of each rank; and the share of its pixels that are labelled.
+BATCHES = [(1, 48, 64), (2, 64, 40), (1, 40, 40)]
+LABELLED = [0.9, 0.3, 0.0]
+AUXILIARY = 0.4
+
+
+# ------------------------------------------------------------------------------ the gradient
+def network() -> SegmentationModule:
+    """The same network in every process, in float64, without dropout."""
+    torch.manual_seed(5)
+    opts: list[Any] = [
+        *("MODEL.arch_encoder", "resnet18dilated", "MODEL.arch_decoder", "ppm_deepsup"),
+        *("MODEL.fc_dim", 512, "MODEL.weights_encoder", "none"),
+        *("DATASET.num_class", CLASSES, "TRAIN.deep_sup_scale", AUXILIARY),
+    ]
+    module = ModelBuilder.from_config(load_config(None, opts), inference=False).double().train()
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout2d):
+            layer.p = 0.0
+    return module
+
+
+def batch_of(rank: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    n, height, width = BATCHES[rank]
+    images = torch.randn(n, 3, height, width, generator=generator, dtype=torch.float64)
+    size = (n, height // 8, width // 8)
+    label = torch.randint(CLASSES, size, generator=generator)
+    label[torch.rand(size, generator=generator) >= LABELLED[rank]] = -1
+    return {"img_data": images, "seg_label": label}
+
+
+def one_rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank_devices([CPU], 60)
+    module = network()
+    parallel = nn.parallel.DistributedDataParallel(module)
+    loss, accuracy = parallel(batch_of(rank))
+    loss.backward()
+    figures = torch.stack([loss.detach(), accuracy.detach().double()])
+    dist.all_reduce(figures)
+    torch.save(
+        {
+            "figures": figures / WORLD,
+            "grads": {name: p.grad for name, p in module.named_parameters()},
+            "buffers": dict(module.named_buffers()),
+        },
+        f"{folder}/{rank}.pt",
+    )
+    leave_process_group()
+
+
+class RaggedBatchNorm(nn.Module):
+    """torch's batch norm over the batches of several threads, whatever their sizes.
+
+    The threads meet in every layer, where one of them joins the rows of all.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, meeting: threading.Barrier, ranks: dict[int, int]):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(norm.num_features, norm.eps, norm.momentum).double()
+        self.norm.load_state_dict(norm.state_dict())
+        self.meeting, self.ranks = meeting, ranks
+        self.inputs: list[Tensor] = [torch.empty(0)] * WORLD
+        self.outputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        rank = self.ranks[threading.get_ident()]
+        n, c, h, w = x.shape
+        self.inputs[rank] = x.permute(0, 2, 3, 1).reshape(-1, c)
+        if self.meeting.wait() == 0:
+            self.outputs = list(
+                self.norm(torch.cat(self.inputs)).split([len(part) for part in self.inputs])
+            )
+        self.meeting.wait()
+        y = self.outputs[rank]
+        self.meeting.wait()
+        return y.reshape(n, h, w, c).permute(0, 3, 1, 2).clone()  # which ReLU changes in place
+
+
+def union() -> tuple[SegmentationModule, Tensor, Tensor]:
+    """One process with torch's own batch norm and loss: (network, loss, accuracy), after backward.
+
+    The loss is the sum over the labelled pixels of all batches divided by their number.
+    """
+    module = network()
+    meeting, ranks = threading.Barrier(WORLD, timeout=60), {}
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, RaggedBatchNorm(child, meeting, ranks))
+    heads: dict[int, tuple[Tensor, ...]] = {}
+
+    def run(rank: int) -> None:
+        ranks[threading.get_ident()] = rank
+        try:
+            batch = batch_of(rank)
+            features = module.encoder(batch["img_data"], return_feature_maps=True)
+            heads[rank] = module.decoder.logits(features)
+        except BaseException:
+            meeting.abort()
+            raise
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(WORLD)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    labels = [batch_of(rank)["seg_label"] for rank in range(WORLD)]
+    labelled = sum(int((label >= 0).sum()) for label in labels)
+
+    def mean(head: int) -> Tensor:
+        sums = [
+            F.cross_entropy(heads[rank][head], labels[rank], ignore_index=-1, reduction="sum")
+            for rank in range(WORLD)
+        ]
+        return torch.stack(sums).sum() / labelled
+
+    loss = mean(0) + AUXILIARY * mean(1)
+    loss.backward()
+    right = sum(int((heads[r][0].argmax(1) == labels[r]).sum()) for r in range(WORLD))
+    return module, loss.detach(), torch.tensor(right / labelled, dtype=torch.float64)
+
+
+def test_ranks_have_the_gradient_of_one_process_on_all_valid_pixels(tmp_path: Path) -> None:
+    counts = [int((batch_of(rank)["seg_label"] >= 0).sum()) for rank in range(WORLD)]
+    assert counts[2] == 0 and 0 < counts[1] < counts[0] or 0 < counts[0] != counts[1] > 0
+    mp.spawn(one_rank, (free_port(), str(tmp_path)), nprocs=WORLD)
+    got = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    module, loss, accuracy = union()
+
+    expected = {name.replace(".norm.", "."): p.grad for name, p in module.named_parameters()}
+    buffers = {name.replace(".norm.", "."): value for name, value in module.named_buffers()}
+    exact = {"rtol": 1e-8, "atol": 1e-8}
+    for rank in got:
+        torch.testing.assert_close(rank["figures"], torch.stack([loss, accuracy]), **exact)
+        assert rank["grads"].keys() == expected.keys()
+        for name, grad in rank["grads"].items():
+            torch.testing.assert_close(grad, expected[name], **exact, msg=lambda m, n=name: n + m)
+        for name, value in rank["buffers"].items():
+            torch.testing.assert_close(value, buffers[name], **exact, msg=lambda m, n=name: n + m)
+    largest = max(float(grad.abs().max()) for grad in expected.values() if grad is not None)
+    assert largest > 1e-3, "otherwise the tolerance would say nothing"
+
+
+# ------------------------------------------------------------------------------ the commands
+# As train.py, with a note of every sample that is read.
+WATCHED = """
+import os, sys
+from mit_semseg.cli import main
+from mit_semseg.dataset import TrainDataset
+
+read = TrainDataset.__getitem__
+
+def noted(self, index):
+    item = read(self, index)
+    with open(os.environ["SEEN"] + os.environ.get("RANK", "0"), "a") as file:
+        file.writelines(name + "\\n" for name in item["info"])
+    return item
+
+TrainDataset.__getitem__ = noted
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+SIZES = [(48, 64), (64, 48), (48, 48), (40, 64), (64, 40), (56, 64)]
+
+
+class Job:
+    """A small training on six images; `run` it in one process or in several ranks."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.data = root / "data"
+
+    def config(self, name: str, **changes: Any) -> Path:
+        """The configuration of a run in a folder of its own, as a file."""
+        settings: dict[str, Any] = {
+            "DIR": str(self.root / name),
+            "DATASET.root_dataset": str(self.data),
+            "DATASET.list_train": str(self.data / "val.odgt"),
+            "DATASET.list_val": str(self.data / "val.odgt"),
+            "DATASET.num_class": 4,
+            "DATASET.label_offset": 0,
+            "DATASET.imgSizes": [32],
+            "MODEL.arch_encoder": "resnet18dilated",
+            "MODEL.arch_decoder": "c1",
+            "MODEL.fc_dim": 512,
+            "MODEL.weights_encoder": "none",
+            "TRAIN.num_epoch": 1,
+            "TRAIN.epoch_iters": "auto",
+            "TRAIN.batch_size_per_gpu": 1,
+            "TRAIN.workers": 0,
+            "TRAIN.disp_iter": 1,
+            "VAL.checkpoint": "epoch_1.pth",
+            "VAL.timeout": 60,
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
+        cfg = load_config(None, [word for pair in settings.items() for word in pair])
+        file = self.root / f"{name}.yaml"
+        dump_config(cfg, file)
+        return file
+
+    def run(self, *words: str | Path, ranks: int = 1) -> Command:
+        """Start a script, under torchrun for more than one rank, and wait for its end."""
+        start = [sys.executable]
+        if ranks > 1:
+            start = torchrun("--standalone", "--nproc-per-node", str(ranks))
+        log = self.root / f"log{len(list(self.root.glob('log*')))}.txt"
+        command = Command([*start, *words], log, SEEN=str(self.root / f"seen_of_{ranks}_"))
+        try:
+            command.code(120)
+        finally:
+            command.end()
+        return command
+
+
+@pytest.fixture(scope="module")
+def job(
+    tmp_path_factory: pytest.TempPathFactory, make_images: Callable[..., None]
+) -> tuple[Job, Command, Command]:
+    """A training by one process and one by two ranks, both done, with what they said."""
+    job = Job(tmp_path_factory.mktemp("job"))
+    make_images(job.data, SIZES)
+    script = job.root / "watched.py"
+    script.write_text(WATCHED)
+    runs = [
+        job.run(script, "--gpus", "cpu", "--cfg", job.config(f"ranks_{ranks}"), ranks=ranks)
+        for ranks in (1, 2)
+    ]
+    for run in runs:
+        assert run.process.returncode == 0, run.output
+    return job, runs[0], runs[1]
+
+
+def test_ranks_never_see_the_same_sample_in_one_pass(job: tuple[Job, Command, Command]) -> None:
+    root = job[0].root
+    seen = [(root / f"seen_of_2_{rank}").read_text().splitlines() for rank in range(2)]
+    everything = sorted((root / "seen_of_1_0").read_text().splitlines())
+    assert len(set(everything)) == len(everything) == len(SIZES)
+    assert [len(one) for one in seen] == [len(SIZES) // 2] * 2
+    assert sorted(seen[0] + seen[1]) == everything
+
+
+def layout(folder: Path) -> set[str]:
+    """Names of the files, where steps are counted as shares of the run."""
+    return {
+        re.sub(r"state_step_\d+", "state_step", path.relative_to(folder).as_posix())
+        for path in folder.rglob("*")
+    }
+
+
+def phrases(folder: Path) -> list[str]:
+    """The log without times, numbers and the lines of single steps."""
+    lines = (folder / "log.txt").read_text().splitlines()
+    said = [line.split("] ", 1)[1] for line in lines if ", step " not in line]
+    return [re.sub(r"[\d.]+", "#", line) for line in said]
+
+
+def test_ranks_leave_the_files_and_figures_of_one_process(
+    job: tuple[Job, Command, Command],
+) -> None:
+    job_, alone, ranks = job
+    assert layout(job_.root / "ranks_1") == layout(job_.root / "ranks_2")
+    assert "encoder_epoch_1.pth" in layout(job_.root / "ranks_2")
+    for folder, steps in (("ranks_1", 6), ("ranks_2", 3)):
+        lines = (job_.root / folder / "metrics.jsonl").read_text().splitlines()
+        figures = [json.loads(line) for line in lines]
+        trained = [one for one in figures if one["kind"] == "train"]
+        assert [one["step"] for one in trained] == list(range(1, steps + 1)), "one writer"
+        assert [one["epoch"] for one in figures if one["kind"] == "val"] == [1]
+    keys = [
+        {tuple(json.loads(line)) for line in (job_.root / folder / "metrics.jsonl").open()}
+        for folder in ("ranks_1", "ranks_2")
+    ]
+    assert keys[0] == keys[1]
+    assert phrases(job_.root / "ranks_1") == phrases(job_.root / "ranks_2")
+    assert ranks.output.count("Training done: ") == alone.output.count("Training done: ") == 1
+
+
+def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]) -> None:
+    job_, _, _ = job
+    image = job_.data / "img" / "part1" / "3.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:100])
+    try:
+        runs = {
+            ranks: job_.run(
+                *("eval_multipro.py", "--gpus", "cpu", "--cfg", job_.config("ranks_2")),
+                *("--out", job_.root / f"scores_{ranks}"),
+                ranks=ranks,
+            )
+            for ranks in (1, 3)
+        }
+    finally:
+        image.write_bytes(whole)
+    figures = {}
+    for ranks, run in runs.items():
+        assert run.process.returncode == 1, run.output  # an image was left out
+        assert run.output.count("[Eval Summary]:") == 1, "rank 0 alone prints"
+        assert run.output.count("1 of 6 images failed:") == 1
+        stored = json.loads((job_.root / f"scores_{ranks}" / "eval.json").read_text())
+        assert stored.pop("processes") == ranks and stored["images"] == 5
+        figures[ranks] = {k: v for k, v in stored.items() if "seconds" not in k}
+        names = [path.name for path in (job_.root / f"scores_{ranks}").iterdir()]
+        assert sorted(names) == ["class_iou.png", "eval.csv", "eval.json"]
+    assert figures[1] == figures[3], "to the last digit"
+    tables = [(job_.root / f"scores_{ranks}" / "eval.csv").read_bytes() for ranks in (1, 3)]
+    assert tables[0] == tables[1]
