@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+log = logging.getLogger("mit_semseg")
+
 # Elements of one band (all samples and classes): small enough for a processor's cache, large
 # enough to keep an accelerator busy.
 _BAND_CPU = 1 << 20
@@ -107,10 +109,10 @@ def _check(logits: Sequence[Tensor], size: tuple[int, int]) -> tuple[list[Tensor
                 f"logits[{i}] is {x.dtype} of shape {tuple(x.shape)}; "
                 "give a floating-point (N, C, h, w) tensor that is not empty"
             )
-        if x.shape[:2] != scales[0].shape[:2] or x.device != scales[0].device:
+        if x.shape[:2] != scales[0].shape[:2]:
             raise ValueError(
-                f"logits[{i}] has (N, C) = {tuple(x.shape[:2])} on {x.device}, but logits[0] has "
-                f"{tuple(scales[0].shape[:2])} on {scales[0].device}; they must be the same"
+                f"logits[{i}] has (N, C) = {tuple(x.shape[:2])}, but logits[0] has "
+                f"{tuple(scales[0].shape[:2])}; they must be the same"
             )
     try:
         H, W = (operator.index(side) for side in size)
@@ -118,7 +120,8 @@ def _check(logits: Sequence[Tensor], size: tuple[int, int]) -> tuple[list[Tensor
         raise ValueError(f"size is {size!r}; give (height, width), two integers") from None
     if H < 1 or W < 1:
         raise ValueError(f"size is {size!r}; give a height and width of at least 1 pixel")
-    return [x.detach() for x in scales], H, W
+    together = len({x.device for x in scales}) == 1
+    return [x.detach() if together else x.detach().cpu() for x in scales], H, W
 
 
 def _bands(
@@ -149,10 +152,10 @@ def _bands(
         yield y0, mean if softmax else resized, prob
 
 
-def _labels(logits: list[Tensor], H: int, W: int) -> Tensor:
+def _labels(logits: list[Tensor], H: int, W: int, dtype: torch.dtype) -> Tensor:
     """`class_map` in the plain form."""
     N, C, _, _ = logits[0].shape
-    labels = torch.empty(N, H, W, dtype=torch.int64, device=logits[0].device)
+    labels = torch.empty(N, H, W, dtype=dtype, device=logits[0].device)
     rank: Tensor | None = None
     # The softmax keeps the order of the classes: one scale does without it.
     for y0, band, scratch in _bands(logits, H, W, softmax=len(logits) > 1):
@@ -193,7 +196,7 @@ def _why_not_fused(logits: list[Tensor]) -> str | None:
         if key not in _verdicts:
             reason = _try_fused(*key)
             if reason is not None and reason not in _verdicts.values():
-                logging.getLogger("mit_semseg").warning(
+                log.warning(
                     "class maps on %s are computed without the fused kernel: %s", device, reason
                 )
             _verdicts[key] = reason
@@ -232,7 +235,12 @@ def _one_line(error: Exception) -> str:
 
 
 @torch.no_grad()
-def class_map(logits: Sequence[Tensor], size: tuple[int, int], fused: bool | None = None) -> Tensor:
+def class_map(
+    logits: Sequence[Tensor],
+    size: tuple[int, int],
+    fused: bool | None = None,
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
     """Most probable class of every pixel: argmax of the mean of the scales' softmax.
 
     Args:
@@ -241,26 +249,40 @@ def class_map(logits: Sequence[Tensor], size: tuple[int, int], fused: bool | Non
         size: (H, W) of the class map, in pixels.
         fused: None: with the Triton kernels on CUDA where they work, else in bands; False: in
             bands; True: with the kernels, or not at all. Labels differ at most where classes tie.
+        dtype: of the class map; a smaller one (see `label_dtype`) takes an eighth of the memory.
 
     Returns:
-        (N, H, W) int64 on the logits' device; of classes that are equal, the first.
+        (N, H, W) on the logits' device; of classes that are equal, the first. On the CPU if the
+        logits are on several devices, or where theirs runs out of memory, with a warning.
 
     Raises:
-        ValueError: no logits, differing N, C or device, a size that is not two positive integers,
-            or `fused` is True and the kernels cannot be used.
+        ValueError: no logits, differing N or C, a size that is not two positive integers, or
+            `fused` is True and the kernels cannot be used.
 
     Example:
         >>> class_map([torch.tensor([[[[0.0, 2.0]], [[1.0, 1.0]]]])], (1, 4))
         tensor([[[1, 1, 0, 0]]])
     """
     scales, H, W = _check(logits, size)
-    if fused is not False:
-        reason = _why_not_fused(scales)
-        if reason is None:
-            return _fused().class_map(scales, (H, W))
-        if fused:
-            raise ValueError(f"fused=True, but {reason}; leave fused at None for the plain form")
-    return _labels(scales, H, W)
+    try:
+        if fused is not False:
+            reason = _why_not_fused(scales)
+            if reason is None:
+                return _fused().class_map(scales, (H, W)).to(dtype)
+            if fused:
+                fix = "leave fused at None for the plain form"
+                raise ValueError(f"fused=True, but {reason}; {fix}")
+        return _labels(scales, H, W, dtype)
+    except torch.cuda.OutOfMemoryError:
+        pass  # the error holds on to what was computed, until here
+    torch.cuda.empty_cache()
+    log.warning("out of memory for a class map of %dx%d: computing it on the CPU", W, H)
+    return _labels([x.cpu() for x in scales], H, W, dtype)
+
+
+def label_dtype(num_class: int) -> torch.dtype:
+    """The smallest type of class ids 0..num_class-1: uint8 or int16."""
+    return torch.uint8 if num_class <= 256 else torch.int16
 
 
 @torch.no_grad()

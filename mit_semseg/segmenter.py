@@ -130,6 +130,7 @@ class Segmenter:
         precision: str = "fp32",
         flip: bool = False,
         compile: bool = False,
+        tile: str | int = "auto",
     ) -> None:
         """Take a copy of a model that is in memory; the model itself stays as it is.
 
@@ -141,9 +142,13 @@ class Segmenter:
             precision: fp32 | bf16 | fp16 | auto.
             flip: average over mirrored images too.
             compile: compile the network (see `models.inference.inference_copy`).
+            tile: "auto", "off", or a side in pixels: images larger than this at network scale are
+                computed in overlapping tiles; "auto" does so above 4 million pixels.
         """
         self.device = torch.device(device)
-        self.module = inference_copy(module, self.device, Normalize.of(opt), compile)
+        self.module = inference_copy(
+            module, self.device, Normalize.of(opt), compile=compile, tile=tile
+        )
         self.classes = classes
         self.opt = opt
         self.precision = precision
@@ -159,6 +164,7 @@ class Segmenter:
         checkpoint: str | None = None,
         imgSizes: Sequence[int] | None = None,
         compile: bool = False,
+        tile: str | int | None = None,
     ) -> Segmenter:
         """The model of a checkpoint folder, with its class names and colours.
 
@@ -170,6 +176,7 @@ class Segmenter:
             imgSizes: short sides in pixels that are averaged over, instead of the folder's
                 `TEST.imgSizes` or `DATASET.imgSizes`.
             compile: compile the network: pays for many images of few sizes.
+            tile: instead of the folder's `TEST.tile`: "auto", "off", or a side in pixels.
 
         Raises:
             FileNotFoundError: the folder holds no configuration or no such checkpoint.
@@ -187,6 +194,7 @@ class Segmenter:
             precision=precision,
             flip=cfg.TEST.flip,
             compile=compile,
+            tile=cfg.TEST.tile if tile is None else tile,
         )
 
     @overload

@@ -9,7 +9,9 @@ that differ in extension only, or an image that already has the name of the resu
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import math
 import os
 import time
 from collections import Counter
@@ -17,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,7 @@ from mit_semseg import scores
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.dataset.records import image_extensions
-from mit_semseg.dataset.transforms import Normalize, load_image, scaled_inputs
+from mit_semseg.dataset.transforms import Normalize, image_size, load_image, scaled_inputs
 from mit_semseg.engine.checkpoint import CLASSES, load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.pool import in_threads
@@ -39,6 +42,10 @@ from mit_semseg.visualize import color_encode, legend, overlay
 
 # Pillow identifies these by name but holds no decoder for them.
 UNDECODABLE = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg"}
+# Pixels that pictures are drawn by.
+_BAND = 1 << 20
+# Images of more pixels are not read while another is computed: both would be in memory.
+_LARGE = 1 << 24
 KINDS = ("color", "index", "overlay", "prob", "side", "legend")
 PathLike = str | os.PathLike[str]
 
@@ -71,7 +78,8 @@ def scale_logits(
         flip: add the mirrored scales, mirrored back.
 
     Returns:
-        Logits at network resolution, (N, C, h', w') each; seconds per scale.
+        Logits at network resolution, (N, C, h', w') each, on `device` or, where that ran out of
+        memory, on the CPU; seconds per scale.
     """
     logits: list[Tensor] = []
     seconds: list[float] = []
@@ -107,6 +115,25 @@ def stacked(
         yield positions, [torch.cat(x) for x in zip(*(inputs[i] for i in positions), strict=True)]
 
 
+def row_bands(height: int, width: int) -> Iterator[slice]:
+    """Rows of a picture a million pixels at a time.
+
+    NumPy looks up and counts by way of int64 copies; of a band these are small, and in the cache.
+    """
+    rows = max(1, _BAND // width)
+    for y0 in range(0, height, rows):
+        yield slice(y0, min(y0 + rows, height))
+
+
+def class_counts(labels: np.ndarray, num_class: int) -> np.ndarray:
+    """Pixels of each class, (num_class,) int64; other ids, such as -1, are not counted."""
+    counts = np.zeros(num_class, dtype=np.int64)
+    for rows in row_bands(*labels.shape):
+        band = labels[rows]
+        counts += np.bincount(band[(band >= 0) & (band < num_class)], minlength=num_class)
+    return counts
+
+
 def areas(labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Share of the image each class that occurs covers, in [0, 1], the largest first.
 
@@ -114,10 +141,8 @@ def areas(labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
         labels: (H, W) class ids; ids outside the names, such as -1, have no entry.
         names: class names; equal names are added up.
     """
-    valid = labels[(labels >= 0) & (labels < len(names))]
-    counts = np.bincount(valid.reshape(-1), minlength=len(names))
     shares: Counter[str] = Counter()
-    for name, count in zip(names, counts.tolist(), strict=True):
+    for name, count in zip(names, class_counts(labels, len(names)).tolist(), strict=True):
         if count:
             shares[name] += count / labels.size  # type: ignore[assignment]
     return dict(shares.most_common())
@@ -134,9 +159,10 @@ def index_image(labels: np.ndarray, colors: np.ndarray, offset: int = 0) -> Imag
         colors: (K, 3) uint8 RGB.
         offset: what is added to every class id.
     """
-    if len(colors) + offset > 256:
-        return Image.fromarray((labels + offset).astype(np.uint16))
-    picture = Image.fromarray((labels + offset).astype(np.uint8))
+    dtype = np.uint8 if len(colors) + offset <= 256 else np.uint16
+    picture = Image.fromarray(labels.astype(dtype) + dtype(offset))
+    if dtype is np.uint16:
+        return picture
     palette = np.zeros((256, 3), dtype=np.uint8)
     palette[offset : offset + len(colors)] = colors
     picture.putpalette(palette.tobytes())
@@ -160,21 +186,26 @@ def render(
     """
     if kind == "index":
         return index_image(labels, classes.colors, offset)
-    if kind == "color":
-        return Image.fromarray(color_encode(labels, classes.colors))
-    if kind == "overlay":
-        return Image.fromarray(overlay(image, labels, classes.colors, 0.5))
-    if kind == "side":
-        colored = color_encode(labels, classes.colors)
-        return Image.fromarray(np.concatenate([image, colored], axis=1))
     if kind == "legend":
         return Image.fromarray(area_legend(labels, classes))
-    raise ValueError(f"{kind!r} is no kind of picture; choose color, index, overlay, side, legend")
+    if kind not in ("color", "overlay", "side"):
+        choices = "color, index, overlay, side, legend"
+        raise ValueError(f"{kind!r} is no kind of picture; choose {choices}")
+    H, W = labels.shape
+    picture = Image.new("RGB", (2 * W if kind == "side" else W, H))
+    for rows in row_bands(H, W):
+        band = color_encode(labels[rows], classes.colors)
+        if kind == "overlay":
+            band = overlay(image[rows], labels[rows], classes.colors, 0.5)
+        elif kind == "side":
+            band = np.concatenate([image[rows], band], axis=1)
+        picture.paste(Image.fromarray(band), (0, rows.start))
+    return picture
 
 
 def area_legend(labels: np.ndarray, classes: ClassTable) -> np.ndarray:
     """Colour, name and area of the classes that occur, the largest first, as (h, w, 3) uint8."""
-    counts = np.bincount(labels[labels >= 0].reshape(-1), minlength=len(classes))
+    counts = class_counts(labels, len(classes))
     order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
     return legend(
         [classes.names[k] for k in order],
@@ -412,7 +443,11 @@ def predict(
     ]
     classes = model_classes(cfg, checkpoint)
     normalize = Normalize.of(cfg.DATASET)
-    module = inference_copy(load_model(cfg, checkpoint), device, normalize, cfg.TEST.compile)
+    module = inference_copy(
+        *(load_model(cfg, checkpoint), device, normalize),
+        compile=cfg.TEST.compile,
+        tile=cfg.TEST.tile,
+    )
     runner = _Runner(cfg, module, classes, device)
     size = cfg.TEST.batch_size
     batches = [tasks[i : i + size] for i in range(0, len(tasks), size)]
@@ -434,14 +469,17 @@ class _Runner:
     ) -> None:
         self.cfg, self.module, self.classes, self.device = cfg, module, classes, device
         self.options = with_scales(cfg.DATASET, cfg.TEST.imgSizes)
+        self.computing = Lock()
 
     def load(self, batch: Sequence[_Task]) -> _Loaded:
         """Read the images of a batch; runs in a thread, while the one before is computed."""
         loaded = _Loaded()
         for task in batch:
             try:
-                image = load_image(task.path)
-                inputs = scaled_inputs(image, self.options, normalized=False)
+                large = math.prod(image_size(task.path)) > _LARGE
+                with self.computing if large else contextlib.nullcontext():
+                    image = load_image(task.path)
+                    inputs = scaled_inputs(image, self.options, normalized=False)
             except (OSError, ValueError, MemoryError) as error:
                 loaded.images.append(None)
                 loaded.inputs.append([])
@@ -465,8 +503,11 @@ class _Runner:
         for positions, images in stacked(inputs, sizes):
             group = [good[p] for p in positions]
             try:
-                done = self._group([(batch[i], loaded.images[i]) for i in group], images)
-            except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+                with self.computing:
+                    done = self._group([(batch[i], loaded.images[i]) for i in group], images)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 fix = "lower DATASET.imgMaxSize, TEST.imgSizes or TEST.batch_size"
                 done = [
                     {"image": str(batch[i].path), "error": f"out of memory: {fix} ({error})"}
@@ -483,7 +524,10 @@ class _Runner:
         started = time.perf_counter()
         test = self.cfg.TEST
         logits, seconds = scale_logits(self.module, images, self.device, test.precision, test.flip)
-        labels = scores.class_map(logits, size).cpu().numpy()
+        dtype = scores.label_dtype(len(self.classes))
+        labels = scores.class_map(logits, size, dtype=dtype).cpu().numpy()
+        if "prob" not in test.save:
+            logits.clear()
         elapsed = (time.perf_counter() - started) / len(group)
         times = ", ".join(
             f"{x.shape[3]}x{x.shape[2]} {s / len(group):.3f} s"
@@ -535,6 +579,13 @@ def save_probabilities(path: PathLike, logits: Sequence[Tensor], size: tuple[int
     for y0, band in scores.probability_bands(logits, size):
         file[:, y0 : y0 + band.shape[2]] = band[0].cpu().numpy()
     file.flush()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so; torch has no type of its own for the CPU."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+        "allocate memory" in str(error)
+    )
 
 
 def _areas_text(result: Mapping[str, Any]) -> str:

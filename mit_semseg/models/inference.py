@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from mit_semseg.lib.nn.transfer import map_tensors
 from mit_semseg.models.compilation import compiler_errors
 from mit_semseg.models.module import SegmentationModule
+from mit_semseg.models.tiles import TiledLogits
 
 log = logging.getLogger("mit_semseg")
 
@@ -33,6 +34,7 @@ def inference_copy(
     normalize: nn.Module | None = None,
     compile: bool = False,
     replay: bool = True,
+    tile: str | int = "auto",
 ) -> SegmentationModule:
     """A copy of a module for prediction only: faster, with the same results.
 
@@ -50,10 +52,17 @@ def inference_copy(
         replay: with `compile` on a GPU, replay sizes that repeat as CUDA graphs. A graph belongs to
             the thread that recorded it, and every size keeps memory: for few sizes, from one
             thread.
+        tile: "auto": the logits of images above 4 million pixels are computed in overlapping tiles
+            and blended, and memory stays bounded; a number of pixels: those of images with a
+            longer side, in tiles of that side; "off": none. See `models.tiles.TiledLogits`, also
+            for what happens when a GPU runs out of memory.
 
     Returns:
         The copy, on `device`. Its `logits`, `predict` and `forward` with `segSize` are to be used;
         `encoder` and `decoder` have other parameters than the module's.
+
+    Raises:
+        ValueError: another `tile`.
     """
     place = torch.device(device)
     # The loss has no use here, and compiled functions cannot be copied.
@@ -70,8 +79,8 @@ def inference_copy(
         parent, _, leaf = name.rpartition(".")
         layer = fast.encoder.get_submodule(name)
         setattr(fast.encoder.get_submodule(parent), leaf, _Float32(layer))
-    if compile:
-        fast.logits = _compiled(fast.logits, replay and place.type == "cuda")  # type: ignore[method-assign]
+    network = _compiled(fast.logits, replay and place.type == "cuda") if compile else None
+    fast.logits = TiledLogits(fast, tile, network)  # type: ignore[method-assign]
     return fast
 
 

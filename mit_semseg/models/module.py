@@ -108,6 +108,10 @@ class SegmentationModule(nn.Module):
             return loss, accuracy
         return loss * loss_weight.to(loss.dtype), accuracy * acc_weight.to(accuracy.dtype)
 
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The encoder's feature maps, deepest last, of images as for `logits`."""
+        return self.encoder(self._inputs(image), return_feature_maps=True)
+
     def logits(self, image: Tensor) -> Tensor:
         """Main-head scores at the network's resolution.
 
@@ -120,7 +124,7 @@ class SegmentationModule(nn.Module):
         Raises:
             ValueError: bytes, and the module has no `normalize`.
         """
-        return self.decoder.logits(self.encoder(self._inputs(image), return_feature_maps=True))[0]
+        return self.decoder.logits(self.features(image))[0]
 
     @torch.no_grad()
     def predict(
@@ -145,7 +149,8 @@ class SegmentationModule(nn.Module):
         logits = [self.logits(image) for image in scales]
         if flip:
             logits += [self.logits(image.flip(-1)).flip(-1) for image in scales]
-        return scores.class_map(logits, segSize)
+        # Scores may have moved to the CPU, for want of memory.
+        return scores.class_map(logits, segSize).to(scales[0].device)
 
     def prepare_scatter(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Weighs replicas by what they have to learn from.

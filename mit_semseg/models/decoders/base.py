@@ -35,10 +35,14 @@ class Decoder(nn.Module):
     Attributes:
         needs: feature maps it reads, at least; a pair that cannot work is refused by it.
         auxiliary: it has a second head, which trains the feature map before the last.
+        pool_scales: sides of the grids that it averages the deepest map over, taken from
+            `models.pyramid.pooled`: what a tile of an image must know of the whole (see
+            `models.tiles`).
     """
 
     needs: ClassVar[int] = 1
     auxiliary: ClassVar[bool] = False
+    pool_scales: tuple[int, ...] = ()
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from mit_semseg.models.decoders.base import (
     conv_bn_relu,
     init_weights,
 )
-from mit_semseg.models.pyramid import PyramidConv2d
+from mit_semseg.models.pyramid import PyramidConv2d, pooled, window_of
 
 
 class PooledBatchNorm2d(SynchronizedBatchNorm2d):
@@ -53,6 +53,7 @@ class PPM(Decoder):
     ) -> None:
         super().__init__(channels, num_class, **options)
         n_in = channels[-1]
+        self.pool_scales = tuple(pool_scales)
         self.ppm = nn.ModuleList(
             nn.Sequential(
                 nn.AdaptiveAvgPool2d(scale),
@@ -73,9 +74,10 @@ class PPM(Decoder):
         init_weights(self)
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        x = features[-1]
         join, *layers = self.conv_last
-        y = join(x, [pool(x) for pool in self.ppm])
+        # Each branch begins with the same pooling again, which leaves a pooled map as it is.
+        pools = zip(self.ppm, pooled(features, self.pool_scales), strict=True)
+        y = join(features[-1], [branch(x) for branch, x in pools], window_of(features))
         for layer in layers:
             y = layer(y)
         return (y,)

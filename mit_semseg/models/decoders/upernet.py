@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
@@ -17,7 +16,7 @@ from mit_semseg.models.decoders.base import (
     init_weights,
     resize,
 )
-from mit_semseg.models.pyramid import PyramidConv2d
+from mit_semseg.models.pyramid import PyramidConv2d, pooled, spread, window_of
 
 
 @DECODERS.register("upernet")
@@ -59,12 +58,10 @@ class UPerNet(Decoder):
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         *lower, x = features
-        pooled = [
-            # Unlike in PPM the pooled map is resized before its convolution.
-            conv(resize(F.adaptive_avg_pool2d(x, scale), x.shape[-2:]))
-            for scale, conv in zip(self.pool_scales, self.ppm_conv, strict=True)
-        ]
-        top = self.ppm_last_conv(torch.cat([x, *pooled], dim=1))
+        pools = zip(self.ppm_conv, pooled(features, self.pool_scales), strict=True)
+        # Unlike in PPM a pooled map is resized before its convolution.
+        context = [conv(spread(pool, x.shape[-2:], window_of(features))) for conv, pool in pools]
+        top = self.ppm_last_conv(torch.cat([x, *context], dim=1))
 
         levels = [top]
         for lateral, lateral_in, smooth in zip(

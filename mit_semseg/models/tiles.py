@@ -1,0 +1,347 @@
+"""Logits of images of any size: in tiles that overlap, blended, so that memory stays bounded.
+
+What a network holds grows with the image: some hundred bytes for every pixel. Here a large image is
+cut into tiles that overlap. Near its edge a tile knows least, since the network sees padding there
+in place of the image: in the middle of an overlap the scores go over from one tile to the other,
+along a ramp. Tiles begin on the network's coarsest grid, so that their scores lie where those of the
+whole image do.
+
+A decoder that pools over the whole image would see another whole in every tile. Where it declares
+its pools (`Decoder.pool_scales`), the image is gone through twice: for the pools, which are linear
+and so can be summed up tile by tile, then for the scores, with each tile's place in the whole. A
+decoder that reaches as far in another way, such as by attention, is simply tiled: its scores then
+differ from the whole image's by what that reach is worth.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count, pairwise
+
+import torch
+from torch import Tensor
+
+from mit_semseg.models.module import SegmentationModule
+from mit_semseg.models.pyramid import TileFeatures, Window, pool_matrix, without_autocast
+
+log = logging.getLogger("mit_semseg")
+
+# "auto": images above so many pixels are computed in tiles of this side.
+AUTO_PIXELS, AUTO_SIDE = 4_000_000, 1024
+# The least side of tiles when memory runs out.
+LEAST_SIDE = 256
+# Pixels that neighbours share, or half a tile if that is less. In the outer 3/8 of what it shares
+# a tile does not count, and from there its weight rises over a quarter. On CamVid, with dilated
+# MobileNetV2, 12 % of the labels are other than the whole image's at the edge of a tile, 1 % at 96
+# pixels from it, none at 192.
+_OVERLAP, _MARGIN, _RAMP = 256, 3 / 8, 1 / 4
+# Encoders have grids as coarse as this inside, whatever they declare: HRNet emits stride 4 only.
+_GRID = 32
+# Scores of more elements are kept in half precision: 256 MiB in float32.
+_IN_FLOAT32 = 1 << 26
+
+
+class CannotTile(ValueError):
+    """What a network makes of the tiles does not lie on one grid."""
+
+
+# ------------------------------------------------------------------------------ geometry
+def spans(length: int, side: int, overlap: int, grid: int) -> list[tuple[int, int]]:
+    """Where tiles begin and end along one axis of an image.
+
+    Args:
+        length: pixels of the axis.
+        side: the most pixels of a tile, a multiple of `grid`.
+        overlap: pixels that neighbours share, a multiple of `grid` below `side`.
+        grid: every tile begins at a multiple of this.
+
+    Returns:
+        (start, stop) of each tile, in order; nearly equal in length.
+    """
+    if length <= side:
+        return [(0, length)]
+    shared = overlap // grid
+    own = -(-length // grid) - shared  # grid cells that the tiles divide among them
+    number = -(-own // (side // grid - shared))
+    cuts = [i * own // number for i in range(number + 1)]
+    return [(a * grid, min((b + shared) * grid, length)) for a, b in pairwise(cuts)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tile's map lies along one axis of the whole image's map.
+
+    Attributes:
+        start, stop: in pixels of the map.
+        settled: no later tile reaches pixels before this.
+        whole: length of the whole map.
+        weights: (stop - start,) float32, how much the tile counts at its pixels; at every pixel of
+            the whole map 1 in sum over the tiles.
+    """
+
+    start: int
+    stop: int
+    settled: int
+    whole: int
+    weights: Tensor
+
+
+def parts(tiles: Sequence[tuple[int, int]], first: int) -> list[Part]:
+    """The places of all tiles' maps along one axis.
+
+    Args:
+        tiles: (start, stop) in pixels of the image, from `spans`.
+        first: pixels of the first tile's map.
+
+    Raises:
+        CannotTile: the map is no whole fraction of its tile.
+    """
+    if len(tiles) == 1:
+        return [Part(0, first, first, first, torch.ones(first))]
+    factor, rest = divmod(tiles[0][1], first)
+    if rest or tiles[1][0] % factor:
+        raise CannotTile(f"the network makes {first} pixels of {tiles[0][1]}")
+    places = [(a // factor, -(-b // factor)) for a, b in tiles]
+    settled = [a for a, _ in places[1:]] + [places[-1][1]]
+    ramps, total = [], torch.zeros(settled[-1], dtype=torch.float64)
+    for i, (a, b) in enumerate(places):
+        at = torch.arange(a, b, dtype=torch.float64) + 0.5
+        ramp = torch.ones_like(at)
+        if i > 0:
+            ramp = ramp.minimum(_rising(at - a, places[i - 1][1] - a))
+        if i + 1 < len(places):
+            ramp = ramp.minimum(_rising(b - at, b - settled[i]))
+        total[a:b] += ramp
+        ramps.append(ramp)
+    return [
+        Part(a, b, end, settled[-1], (ramp / total[a:b]).float())
+        for (a, b), end, ramp in zip(places, settled, ramps, strict=True)
+    ]
+
+
+def _rising(depth: Tensor, overlap: int) -> Tensor:
+    """Weight of pixels that lie so deep in a tile, from the end that it shares with another."""
+    return ((depth - _MARGIN * overlap) / (_RAMP * overlap)).clamp(0, 1)
+
+
+Placed = tuple[Part, Part, Tensor]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tiles of an image: spans of rows x spans of columns."""
+
+    rows: Sequence[tuple[int, int]]
+    columns: Sequence[tuple[int, int]]
+
+    def maps(self, image: Tensor, run: Callable[[int, Tensor], Tensor]) -> Iterator[Placed]:
+        """What a network makes of each tile, from left to right, from top to bottom.
+
+        Args:
+            image: (B, 3, H, W).
+            run: called with the number of a tile and its pixels; gives a map.
+
+        Yields:
+            Place among the rows and among the columns of the whole map, and the map.
+
+        Raises:
+            CannotTile: a map does not lie where its tile does.
+        """
+        numbers = count()
+        places: tuple[list[Part], list[Part]] | None = None
+        for i, (top, bottom) in enumerate(self.rows):
+            for j, (left, right) in enumerate(self.columns):
+                x = run(next(numbers), image[:, :, top:bottom, left:right])
+                if places is None:
+                    places = parts(self.rows, x.shape[2]), parts(self.columns, x.shape[3])
+                row, column = places[0][i], places[1][j]
+                h, w = row.stop - row.start, column.stop - column.start
+                if tuple(x.shape[2:]) != (h, w):
+                    raise CannotTile(
+                        f"the network makes {x.shape[2]}x{x.shape[3]} pixels of a tile of "
+                        f"{bottom - top}x{right - left}, not {h}x{w}"
+                    )
+                yield row, column, x
+
+
+def blended(maps: Iterable[Placed]) -> Tensor:
+    """The whole map of the maps of all tiles, each counting by its weights.
+
+    Args:
+        maps: (N, K, h, w) each, from `Tiling.maps`.
+
+    Returns:
+        (N, K, H, W), in float32 at least; where that would take more than 256 MiB, in float16 with
+        the maximum over K subtracted (see `TiledLogits`).
+    """
+    result: Tensor | None = None
+    above: Tensor | None = None  # what the tiles above add to the next rows
+    for row, strip in _strips(maps):
+        if above is not None:
+            strip[:, :, : above.shape[2]] += above
+        if result is None:
+            N, K, _, W = strip.shape
+            half = strip.dtype == torch.float32 and N * K * row.whole * W > _IN_FLOAT32
+            result = strip.new_empty(N, K, row.whole, W, dtype=torch.half if half else strip.dtype)
+        settled, open_ = strip.split([row.settled - row.start, row.stop - row.settled], dim=2)
+        result[:, :, row.start : row.settled] = settled if not half else _halved(settled)
+        above = open_.clone()  # a view would keep the strip
+    assert result is not None
+    return result
+
+
+def _strips(maps: Iterable[Placed]) -> Iterator[tuple[Part, Tensor]]:
+    """Rows of tiles, blended from left to right and weighed from top to bottom."""
+    for row, column, x in maps:
+        N, K, h, _ = x.shape
+        if column.start == 0:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            strip = x.new_zeros(N, K, h, column.whole, dtype=dtype)
+        strip[..., column.start : column.stop] += x * column.weights.to(strip)
+        if column.stop == column.whole:
+            yield row, strip.mul_(row.weights.to(strip)[:, None])
+
+
+def _halved(x: Tensor) -> Tensor:
+    """In float16, from which logits may run over: at the low end only, where nothing competes."""
+    low = torch.finfo(torch.half).min
+    return (x - x.amax(dim=1, keepdim=True)).clamp_(min=low).half()
+
+
+# ------------------------------------------------------------------------------ networks
+class TiledLogits:
+    """`module.logits` for images of any size.
+
+    Called with an image it gives what the network gives, or, if the image is large, scores blended
+    from tiles: in float32, in float64 where the network's are, or in float16 where all classes
+    would take more than 256 MiB. From those in float16 their maximum over the classes has been
+    subtracted: neither resizing nor softmax sees that, and numbers are finest around zero, where
+    classes compete.
+
+    When a CUDA device runs out of memory, the image is computed again in smaller tiles, half as
+    long each time, down to 256 pixels, and then on the CPU, where its scores stay. Each step is a
+    warning. With "off" the CPU comes at once.
+    """
+
+    def __init__(
+        self,
+        module: SegmentationModule,
+        tile: str | int = "auto",
+        network: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Wrap a module.
+
+        Args:
+            module: in evaluation mode.
+            tile: "auto": images above 4 million pixels in tiles of 1024; a number of pixels:
+                images with a longer side in tiles of that side; "off": all images whole.
+            network: what computes the logits of an image or a tile, such as `module.logits`
+                compiled; that is the default. Decoders with `pool_scales` have tiles computed
+                without it.
+
+        Raises:
+            ValueError: another `tile`.
+        """
+        number = isinstance(tile, int) and not isinstance(tile, bool)
+        if not (tile in ("auto", "off") or (number and int(tile) >= 64)):
+            raise ValueError(f"tile is {tile!r}; use 'auto', 'off' or a side of 64 pixels or more")
+        self.module = module
+        self.tile = tile
+        self.network = module.logits if network is None else network
+        # Any module may be the encoder or the decoder.
+        self.grid = math.lcm(_GRID, *getattr(module.encoder, "strides", ()))
+        self.pool_scales: tuple[int, ...] = getattr(module.decoder, "pool_scales", ())
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> Tensor:
+        """Scores of (B, 3, H, W) images at the network's resolution, (B, num_class, h, w)."""
+        H, W = image.shape[-2:]
+        sides = self.sides(H, W)
+        for n, side in enumerate(sides, start=1):
+            try:
+                return self.compute(image, side)
+            except torch.cuda.OutOfMemoryError:
+                pass  # the error holds on to what was computed, until here
+            torch.cuda.empty_cache()
+            place = f"in tiles of {sides[n]} pixels" if n < len(sides) else "on the CPU"
+            log.warning("out of memory for an image of %dx%d: computing it %s", W, H, place)
+        return self.on_cpu.compute(image.cpu(), sides[0])
+
+    def sides(self, H: int, W: int) -> list[int | None]:
+        """Sides of tiles to try, one after the other; None stands for the whole image."""
+        if self.tile == "off":
+            return [None]
+        if isinstance(self.tile, int):
+            first = self._on_grid(self.tile) if max(H, W) > self.tile else None
+        else:
+            first = self._on_grid(AUTO_SIDE) if H * W > AUTO_PIXELS else None
+        sides = [first]
+        side = first or max(H, W)
+        while side > max(LEAST_SIDE, 2 * self.grid):
+            side = self._on_grid(max(side // 2, LEAST_SIDE))
+            sides.append(side)
+        return sides
+
+    def _on_grid(self, side: int) -> int:
+        # Two cells at least, of which neighbours can share one.
+        return max(side // self.grid, 2) * self.grid
+
+    @cached_property
+    def on_cpu(self) -> TiledLogits:
+        """The same for a copy of the module on the CPU."""
+        module = SegmentationModule(
+            copy.deepcopy(self.module.encoder),
+            copy.deepcopy(self.module.decoder),
+            None,
+            normalize=copy.deepcopy(self.module.normalize),
+        )
+        return TiledLogits(module.eval().to("cpu"), self.tile)
+
+    def compute(self, image: Tensor, side: int | None) -> Tensor:
+        """Scores of images, in tiles of a side if it is given."""
+        H, W = image.shape[-2:]
+        if side is None or max(H, W) <= side:
+            return self.network(image)
+        overlap = max(min(_OVERLAP, side // 2) // self.grid, 1) * self.grid
+        tiling = Tiling(*(spans(length, side, overlap, self.grid) for length in (H, W)))
+        try:
+            run = self._second_pass(tiling, image) if self.pool_scales else self._plain
+            return blended(tiling.maps(image, run))
+        except CannotTile as error:
+            log.warning("an image of %dx%d is computed whole, not in tiles: %s", W, H, error)
+        return self.network(image)
+
+    def _plain(self, number: int, tile: Tensor) -> Tensor:
+        return self.network(tile)
+
+    def _second_pass(self, tiling: Tiling, image: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """Takes the whole image's pools; returns what computes a tile with them."""
+        pools: dict[int, Tensor] = {}
+        windows = []
+        for row, column, x in tiling.maps(image, lambda _, t: self.module.features(t)[-1]):
+            windows.append(Window(row.start, column.start, row.whole, column.whole))
+            for scale in self.pool_scales:
+                share = _share_of_pool(x, row, column, scale)
+                pools[scale] = pools[scale] + share if scale in pools else share
+
+        def run(number: int, tile: Tensor) -> Tensor:
+            features = TileFeatures(self.module.features(tile), pools, windows[number])
+            return self.module.decoder.logits(features)[0]
+
+        return run
+
+
+def _share_of_pool(x: Tensor, row: Part, column: Part, scale: int) -> Tensor:
+    """What a tile's map adds to the adaptive average pool of the whole: (N, C, scale, scale)."""
+    with without_autocast(x.device):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        down, across = (
+            (pool_matrix(part.whole, scale)[:, part.start : part.stop] * part.weights).to(x)
+            for part in (row, column)
+        )
+        return down @ x @ across.T
