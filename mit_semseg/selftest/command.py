@@ -14,7 +14,7 @@ import torch
 from mit_semseg.engine.launch import cpu_count
 from mit_semseg.selftest import drills, memory
 from mit_semseg.selftest.drills import Drill, Outcome
-from mit_semseg.selftest.job import Ground
+from mit_semseg.selftest.job import Ground, Running
 from mit_semseg.selftest.soak import soak
 
 DRILLS: dict[str, Drill] = {
@@ -47,7 +47,9 @@ def selftest(
         ValueError: no drill has such a name.
     """
     chosen = {name: drill for name, drill in DRILLS.items() if only in name}
-    if not chosen and not (only == "soak" and soak_hours):
+    if only == "soak" and not soak_hours:
+        raise ValueError("the soak needs its time: --soak HOURS")
+    if not chosen and only != "soak":
         raise ValueError(f"no drill is called {only!r}; there are {', '.join(DRILLS)}")
     folder = Path(out)
     ground = Ground(folder.resolve() / "work")
@@ -64,7 +66,11 @@ def selftest(
 
 def _timed(run: Any) -> Outcome:
     began = time.monotonic()
-    outcome: Outcome = run()
+    try:
+        outcome: Outcome = run()
+    finally:
+        for running in list(Running.started):
+            running.destroy()
     outcome.figures["seconds"] = round(time.monotonic() - began, 1)
     print(line(outcome), flush=True)
     return outcome

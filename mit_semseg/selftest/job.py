@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -170,9 +171,10 @@ class Finished:
 
     @property
     def error(self) -> str:
-        """The line that begins with `error:`, with or without a rank; "" when there is none."""
-        lines = self.output.splitlines()
-        return next((line for line in lines if line.startswith(("error:", "rank"))), "")
+        """What follows `error:`, with a rank before it or without; "" when there is none."""
+        # A bar may stand before it on the same line.
+        found = re.search(r"(rank \d+: )?error: .*", self.output)
+        return found[0] if found else ""
 
     @property
     def has_traceback(self) -> bool:
@@ -181,10 +183,17 @@ class Finished:
 
 
 class Running:
-    """A command that is running, in a session of its own."""
+    """A command that is running, in a session of its own.
+
+    Attributes:
+        started: all of them that were not waited for yet.
+    """
+
+    started: ClassVar[list[Running]] = []
 
     def __init__(self, words: Sequence[str], output: Path) -> None:
         self.output = output
+        self.started.append(self)
         # What it starts is known by this, whatever session and parent it takes.
         self.mark_of_all = f"MIT_SEMSEG_SELFTEST={uuid.uuid4()}"
         name, value = self.mark_of_all.split("=")
@@ -253,6 +262,8 @@ class Running:
             except ProcessLookupError:
                 continue
         self.process.wait()
+        if self in self.started:
+            self.started.remove(self)
 
 
 def _pids() -> list[int]:

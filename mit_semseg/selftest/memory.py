@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
@@ -44,26 +45,36 @@ def evaluation(ground: Ground, quick: bool) -> Outcome:
 
 
 def _flat(running: Running, name: str) -> Outcome:
-    outcome = Outcome(name, f"it grows by less than {NOISE_MIB:g} MiB from the second quarter on")
-    samples: list[float] = []
+    outcome = Outcome(name, f"it grows by less than {NOISE_MIB:g} MiB after the first quarter")
+    samples: list[tuple[float, float]] = []  # share of the job that is done, MiB
     while running.process.poll() is None:
-        samples.append(sum(map(proportional_mib, running.members())))
+        done = _done(running)
+        if done:
+            samples.append((done, sum(map(proportional_mib, running.members()))))
         time.sleep(0.1)
     finished = running.wait()
     outcome.check(not finished.code, finished.output[-500:])
-    # The first quarter is the start; the last samples see processes end.
-    working = samples[: int(0.97 * len(samples))]
-    quarter = len(working) // 4
-    early = statistics.median(working[quarter : 2 * quarter])
-    late = statistics.median(working[-quarter:])
+    early = _median(samples, 0.25, 0.5)
+    late = _median(samples, 0.75, 0.98)
     outcome.check(late - early < NOISE_MIB, f"it grew by {late - early:.1f} MiB")
     outcome.figures = {
         "second quarter in MiB": round(early, 1),
         "last quarter in MiB": round(late, 1),
         "growth in MiB": round(late - early, 1),
-        "peak in MiB": round(max(samples), 1),
+        "peak in MiB": round(max((mib for _, mib in samples), default=0.0), 1),
     }
     return outcome
+
+
+def _median(samples: list[tuple[float, float]], start: float, end: float) -> float:
+    chosen = [mib for done, mib in samples if start <= done <= end]
+    return statistics.median(chosen) if chosen else math.nan
+
+
+def _done(running: Running) -> float:
+    """What the last bar says is done, from 0 to 1."""
+    counts = re.findall(r"(\d+)/(\d+) \[", running.text()[-2000:])
+    return int(counts[-1][0]) / int(counts[-1][1]) if counts else 0.0
 
 
 def proportional_mib(pid: int) -> float:

@@ -23,6 +23,26 @@ FAULTS = {
     "bit of the newest state flipped": 1,
 }
 
+# The demo's training, see config/demo.yaml.
+DEMO: dict[str, Any] = {
+    "DATASET__imgSizes": [240],
+    "DATASET__imgMaxSize": 480,
+    "MODEL__arch_decoder": "c1_deepsup",
+    "TRAIN__num_epoch": 11,
+    "TRAIN__epoch_iters": "auto",
+    "TRAIN__lr_encoder": 0.005,
+    "TRAIN__lr_decoder": 0.005,
+    "TRAIN__warmup_iters": 20,
+    "TRAIN__weight_decay": 0.01,
+    "TRAIN__class_weights": "sqrt",
+    "TRAIN__ema": 0.99,
+    "TRAIN__precision": "auto",
+    "TRAIN__eval_epochs": 4,
+    "TRAIN__checkpoint_minutes": 0.25,
+    "VAL__imgSizes": [288],
+}
+SCENES: dict[str, Any] = {"train": 160, "val": 32, "size": (240, 320)}
+
 
 def soak(
     ground: Ground,
@@ -35,11 +55,11 @@ def soak(
     Args:
         ground: where to work.
         hours: how long.
-        settings: of the job, as `Ground.job` takes them; its size is that of the drills otherwise.
+        settings: of the job, as `Ground.job` takes them; otherwise the demo's training.
         say: told about every completed run.
     """
     outcome = Outcome("soak", "nothing is lost: every run ends bit-identical to the unbroken one")
-    options = settings or {}
+    options = settings or {"data": ground.data(**SCENES), **DEMO}
     started = time.monotonic()
     reference = ground.unbroken(**options)
     pace = time.monotonic() - started
