@@ -199,12 +199,12 @@ def evaluate(
             f"for each other for VAL.timeout {cfg.VAL.timeout:g} s"
         ) from error
     if len(whole.bad) == count:
-        image, error = whole.failed[0]
-        raise ValueError(f"none of the {count} images can be used; the first: {image}: {error}")
+        image, reason = whole.failed[0]
+        raise ValueError(f"none of the {count} images can be used; the first: {image}: {reason}")
     result = {
         "checkpoint": checkpoint if model is None else "",
         "images": count - len(whole.bad),
-        "failed": [{"image": image, "error": error} for image, error in whole.failed],
+        "failed": [{"image": image, "error": reason} for image, reason in whole.failed],
         "imgSizes": list(cfg.VAL.imgSizes or cfg.DATASET.imgSizes),
         "flip": bool(cfg.VAL.flip),
         "precision": cfg.VAL.precision,
@@ -354,7 +354,12 @@ class _Scorer:
     ) -> None:
         # Without graphs: images come in all sizes, and from several threads.
         self.module = inference_copy(
-            module, device, Normalize.of(cfg.DATASET), cfg.VAL.compile, replay=False
+            module,
+            device,
+            Normalize.of(cfg.DATASET),
+            cfg.VAL.compile,
+            replay=False,
+            tile=cfg.VAL.tile,
         )
         self.dataset, self.cfg, self.device = dataset, cfg, device
         self.gallery = gallery

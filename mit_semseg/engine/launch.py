@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import json
 import os
+import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -146,6 +149,7 @@ def rank_devices(
 
     Raises:
         ValueError: more ranks run on this machine than GPUs are named.
+        ConnectionError: the other ranks did not start in time.
     """
     global _farewell
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -164,6 +168,7 @@ def rank_devices(
         timeout = datetime.timedelta(seconds=timeout_seconds)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
+        store = _room(store, rank, world, timeout_seconds)
         dist.init_process_group(
             "gloo" if on_cpu else "nccl",
             store=dist.PrefixStore("group", store),
@@ -173,6 +178,39 @@ def rank_devices(
         )
         _farewell = dist.PrefixStore("farewell", store)
     return dist.get_rank(), dist.get_world_size(), devices[:1]
+
+
+def _room(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
+    """A part of the store that no earlier start of these ranks has written to.
+
+    torchrun starts ranks anew with the store they had before, in which one may read where another
+    one listened in its earlier life (github.com/pytorch/pytorch/issues/135712); and every host
+    counts the starts for itself. So rank 0 opens a room of its own and invites whoever asks; the
+    others enter the room whose invitation names their present life.
+    """
+    life = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout
+    asking = [f"asking {other}" for other in range(1, world)]
+    if rank:
+        store.set(f"asking {rank}", life)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            room = dist.PrefixStore(life, store)
+            if all(room.check([key]) for key in asking):
+                return room
+            guests = [store.get(key).decode() for key in asking if store.check([key])]
+            store.set("invitation", json.dumps([life, guests]))
+        elif store.check(["invitation"]):
+            name, guests = json.loads(store.get("invitation"))
+            if life in guests:
+                room = dist.PrefixStore(name, store)
+                room.set(f"asking {rank}", "entered")
+                return room
+        time.sleep(0.05)
+    raise ConnectionError(
+        f"rank {rank} of {world} waited {timeout:g} s for the others to start: look at what they "
+        "printed"
+    )
 
 
 def leave_process_group() -> None:

@@ -357,6 +357,20 @@ def test_shares_have_nothing_in_common_and_together_everything(
     assert merged(whole, CPU) is whole, "outside a process group there is nothing to merge"
 
 
+def test_large_images_are_scored_in_tiles(setup: Config) -> None:
+    cfg = setup.clone()
+    cfg.DATASET.imgSizes, cfg.DATASET.imgMaxSize = [256], 400
+    module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
+    matrices = {}
+    for tile in ("auto", "off", 128):
+        cfg.VAL.tile = tile
+        matrices[tile] = evaluate_model(module, data, cfg, CPU, progress=False).matrix.matrix
+    assert torch.equal(matrices["auto"], matrices["off"]), "these are small"
+    moved = int((matrices[128] - matrices["off"]).abs().sum()) / 2
+    assert 0 < moved < 0.1 * int(matrices["off"].sum())
+    assert torch.equal(matrices[128].sum(1), matrices["off"].sum(1)), "every pixel once"
+
+
 def test_an_evaluation_stops_when_it_is_asked_to(setup: Config) -> None:
     module, data = load_model(setup, "best.pth"), val_dataset(setup)
     asked = [0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -305,3 +307,34 @@ def test_the_living_leave_a_group_in_which_a_rank_has_died(tmp_path: Path) -> No
         assert noted["said"]
         assert noted["took"][0] < timeout + 2, "a closed connection, or the time-out"
         assert noted["took"][1] < timeout + 2, "nobody waits longer for a rank than it was told"
+
+
+# ------------------------------------------------------------------------------ second lives
+def enter(port: int, life: str, world: int, ranks: Sequence[int], timeout: float) -> list[str]:
+    """Ranks start and tell each other their life in the room; what each of them met with."""
+
+    def start(rank: int) -> str:
+        time.sleep(0.05 * ((rank + 1) % world))  # rank 0 is not the first to come
+        client = dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
+        client.set_timeout(datetime.timedelta(seconds=20))
+        try:
+            room = launch._room(client, rank, world, timeout)
+        except ConnectionError as error:
+            return str(error)
+        room.set(f"life of {rank}", life)
+        return "".join(room.get(f"life of {other}").decode() for other in range(world))
+
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        return list(threads.map(start, ranks))
+
+
+def test_ranks_started_anew_do_not_meet_their_earlier_lives() -> None:
+    # One store for all lives, as under torchrun.
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert enter(server.port, "a", 3, [0, 1, 2], 20) == ["aaa"] * 3
+    assert enter(server.port, "b", 3, [0, 1, 2], 20) == ["bbb"] * 3
+    for ranks in ([1, 2], [0]):
+        for said in enter(server.port, "c", 3, ranks, 0.6):
+            assert "of 3 waited 0.6 s for the others to start" in said, "not an earlier life"
+    assert enter(server.port, "d", 2, [0, 1], 20) == ["dd"] * 2
+    assert enter(server.port, "e", 4, [0, 1, 2, 3], 20) == ["eeee"] * 4

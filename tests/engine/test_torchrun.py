@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from processes import Command, free_port, torchrun
+from processes import Command, free_port, kill, needs_proc, torchrun
 from torch import Tensor, nn
 
 from mit_semseg.config import dump_config, load_config
@@ -335,3 +336,76 @@ def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]
     assert figures[1] == figures[3], "to the last digit"
     tables = [(job_.root / f"scores_{ranks}" / "eval.csv").read_bytes() for ranks in (1, 3)]
     assert tables[0] == tables[1]
+
+
+# ------------------------------------------------------------------------------ hosts
+def host(job: Job, name: str, config: Path, port: int, *options: str, **where: Any) -> Command:
+    """One host of a training on several: an agent of torchrun with one rank."""
+    start = torchrun(
+        *("--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", f"job{port}"),
+        *("--rdzv-endpoint", f"{where.get('address', '127.0.0.1')}:{port}"),
+        *options,
+    )
+    words = [*where.get("inside", ()), *start, "train.py", "--gpus", "cpu", "--cfg", config]
+    return Command(words, job.root / f"{name}.txt", **where.get("environment", {}))
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Steps in the figures, in the order in which they were written."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    figures = [json.loads(line) for line in lines if line.endswith("}")]
+    return [one["step"] for one in figures if one["kind"] == "train"]
+
+
+LONG = {"TRAIN__num_epoch": 200, "TRAIN__eval_epochs": 0, "TRAIN__keep": 1}
+LOST = r"error: .*lost the connection to another rank in step \d+ .*--resume auto goes on"
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, make_images: Callable[..., None]) -> Iterator[tuple[Job, list[Command]]]:
+    """A job, and a list of commands that are ended with the test."""
+    job = Job(tmp_path)
+    make_images(job.data, SIZES)
+    commands: list[Command] = []
+    yield job, commands
+    for command in commands:
+        command.end()
+
+
+@needs_proc
+def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Command]]) -> None:
+    job, commands = hosts
+    config, port = job.config("lost", TRAIN__stall_seconds=20, **LONG), free_port()
+    for name in "ab":
+        commands.append(host(job, name, config, port, "--nnodes", "2"))
+    first, second = commands
+    first.until(lambda: len(steps_of(job.root / "lost")) >= 3, 120)
+    for pid in second.members():
+        kill(pid)
+    began = time.monotonic()
+    code = first.code(25)
+    first.assert_nothing_left(2)
+    assert code != 0, first.output
+    assert len(re.findall(LOST, first.output)) == 1, first.output
+    assert time.monotonic() - began < 20, "a closed connection is noticed at once"
+    assert not second.members()
+
+
+@needs_proc
+def test_a_killed_rank_is_replaced_and_the_run_goes_on(hosts: tuple[Job, list[Command]]) -> None:
+    job, commands = hosts
+    config, port = job.config("elastic", **{**LONG, "TRAIN__num_epoch": 8}), free_port()
+    options = ("--nnodes", "1:2", "--max-restarts", "3", "--rdzv-conf", "last_call_timeout=1")
+    commands.append(host(job, "a", config, port, *options, "--nproc-per-node", "2"))
+    (command,) = commands
+    command.until(lambda: max(steps_of(job.root / "elastic"), default=0) >= 8, 120)
+    ranks = [pid for pid in command.members("train.py") if pid != command.process.pid]
+    assert len(ranks) == 2
+    kill(ranks[1])
+    assert command.code(120) == 0, command.output
+    resumed = re.findall(r"resuming from \S+: step (\d+) of 24", command.output)
+    assert len(resumed) == 1 and int(resumed[0]) >= 6, command.output
+    assert steps_of(job.root / "elastic") == list(range(1, 25)), "every step once"
+    assert command.output.count("Training done: ") == 1
+    command.assert_nothing_left(2)
