@@ -76,19 +76,26 @@ def _resume_command() -> str:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """Evaluate, one worker process a device."""
+    """Evaluate, one worker process a device or one rank of torchrun; 1 when some images failed."""
     opts = _overrides(args)
     from mit_semseg.engine.evaluate import evaluate
-    from mit_semseg.engine.launch import read_config, resolve_devices
+    from mit_semseg.engine.launch import (
+        leave_process_group,
+        rank_devices,
+        read_config,
+        resolve_devices,
+    )
     from mit_semseg.utils import setup_logger
 
-    setup_logger(filename="")
     cfg = read_config(args.cfg, opts)
     devices, workers = resolve_devices(args.devices), args.workers
+    rank, world, devices = rank_devices(devices, cfg.VAL.timeout)
+    setup_logger(rank, filename="", named=world > 1)
     if args.single_process:
         devices, workers = devices[:1], 1
-    evaluate(cfg, devices, workers=workers, out_dir=args.out)
-    return 0
+    result = evaluate(cfg, devices, workers=workers, out_dir=args.out, rank=rank, world=world)
+    leave_process_group()
+    return 1 if result["failed"] else 0
 
 
 def run_predict(args: argparse.Namespace) -> int:
@@ -187,11 +194,16 @@ def guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"{_who()}interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"{_who()}error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _who() -> str:
+    """Which rank of torchrun says something; nothing outside it."""
+    return f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset
-from mit_semseg.engine.launch import cpu_count, set_threads
+from mit_semseg.engine.launch import cpu_count, local_ranks, set_threads
 from mit_semseg.engine.signals import leave_to_parent
 from mit_semseg.engine.watchdog import ReadingBoard
 from mit_semseg.lib.nn import user_scattered_collate
@@ -78,7 +78,7 @@ class Feed:
         # each other's way.
         on_cpu = devices[0].type == "cpu"
         cores = cpu_count() // 2 if on_cpu else cpu_count()
-        workers = min(cfg.TRAIN.workers * len(devices), max(1, cores // world))
+        workers = min(cfg.TRAIN.workers * len(devices), max(1, cores // local_ranks()))
         self.board = ReadingBoard(max(1, workers))
         before = set(multiprocessing.active_children())
         self.loader = DataLoader(

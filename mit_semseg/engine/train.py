@@ -30,6 +30,7 @@ from mit_semseg.engine.launch import (
     autocast_dtype,
     cpu_count,
     keep_freed_memory,
+    local_ranks,
     set_threads,
 )
 from mit_semseg.engine.optim import (
@@ -137,7 +138,7 @@ class Trainer:
                 "compiled; set TRAIN.compile False, or train on one device"
             )
         if self.device.type == "cpu":
-            set_threads(max(1, cpu_count() // world))
+            set_threads(max(1, cpu_count() // local_ranks()))
             keep_freed_memory()
         seed_everything(cfg.TRAIN.seed)
 
@@ -306,7 +307,6 @@ class Trainer:
             while self.step < last:
                 rates = self._schedule(self.step)
                 stop, save = self._one_step(batches, meter)
-                bar.update()
                 elapsed = time.monotonic() - began
                 self.seconds = seconds_before + elapsed
                 pace = elapsed / (self.step - first)
@@ -317,7 +317,8 @@ class Trainer:
                     f"waiting for data {100 * meter.waited / elapsed:.0f}%, run done in "
                     f"{tqdm.format_interval((self.max_iters - self.step) * pace)}"
                 )
-                bar.set_postfix_str(figures)
+                bar.set_postfix_str(figures, refresh=False)
+                bar.update()
                 if self.step % cfg.TRAIN.disp_iter == 0 or self.step == last:
                     # An epoch shorter than disp_iter still leaves a line for the curves.
                     recent = slice(-cfg.TRAIN.disp_iter, None)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,12 @@ from torch import nn
 
 from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
+from mit_semseg.dataset import TrainDataset
 from mit_semseg.engine.checkpoint import CheckpointFolder
 from mit_semseg.engine.feed import RankSampler
 from mit_semseg.engine.train import Trainer, train
 from mit_semseg.losses import build_loss
-from mit_semseg.models import Decoder, Encoder, SegmentationModule
+from mit_semseg.models import Decoder, Encoder, ModelBuilder, SegmentationModule
 from mit_semseg.models.compilation import compile_for_training, compiler_errors
 from mit_semseg.models.encoders.resnet import BasicBlock
 from mit_semseg.models.recompute import recompute
@@ -452,3 +456,226 @@ def test_a_half_written_last_line_does_not_stop_a_resumed_run(
     assert len(result["history"]["train"]["loss"]) == 2
     lines = (Path(cfg.DIR) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 1, 2, 2]
+
+
+# ------------------------------------------------------------------------------ survival
+def state_of(cfg: Config) -> dict[str, Any]:
+    found = CheckpointFolder(cfg.DIR).newest_state()
+    assert found is not None
+    return found[1]
+
+
+def assert_same_weights(one: Config, other: Config, checkpoint: str) -> None:
+    expected, got = weights(one, checkpoint), weights(other, checkpoint)
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, got[key]), key
+
+
+def signal_after(steps: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal in the middle of a step."""
+    forward_backward = Trainer._forward_backward
+
+    def and_signal(self: Trainer, batch: list[dict[str, Any]]) -> Any:
+        if self.step == steps and not self.stop.asked:
+            os.kill(os.getpid(), number)
+        return forward_backward(self, batch)
+
+    monkeypatch.setattr(Trainer, "_forward_backward", and_signal)
+
+
+@pytest.mark.parametrize(
+    ("number", "steps", "accumulate"),
+    # In the first step, before the end of an epoch, and at the end of the last one.
+    [(signal.SIGTERM, 0, 2), (signal.SIGINT, 2, 1), (signal.SIGTERM, 3, 1)],
+)
+def test_a_signal_ends_the_step_and_nothing_is_lost(
+    settings: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    steps: int,
+    accumulate: int,
+) -> None:
+    common = {
+        "MODEL__arch_decoder": "ppm_deepsup",
+        "TRAIN__accumulate": accumulate,
+        "TRAIN__eval_epochs": 1,
+    }
+    whole = settings(**common, DIR=settings().DIR + "_whole")
+    train(whole, [CPU], progress=False)
+    cut = settings(**common, DIR=settings().DIR + "_cut")
+    with monkeypatch.context() as patch:
+        signal_after(steps, number, patch)
+        result = train(cut, [CPU], progress=False)
+    assert (result["stopped"], result["step"], result["steps"]) == (number.name, steps + 1, 4)
+    assert state_of(cut)["step"] == steps + 1
+    result = train(cut, [CPU], resume="auto", progress=False)
+    assert result["stopped"] == ""
+    assert_same_weights(whole, cut, "epoch_2.pth")
+    assert_same_weights(whole, cut, "best.pth")
+
+
+def test_states_are_written_by_time(settings: Callable[..., Config]) -> None:
+    cfg = settings(TRAIN__epoch_iters=4, TRAIN__num_epoch=1, TRAIN__checkpoint_minutes=1e-9)
+    train(cfg, [CPU], progress=False)
+    names = [file.name for file in CheckpointFolder(cfg.DIR).states()]
+    assert names == ["state_step_4.pth", "state_step_3.pth"]
+    state = state_of(cfg)
+    expected = {"encoder", "decoder", "optimizers", "scaler", "random", "position", "history"}
+    assert expected | {"step", "best", "config", "max_iters"} <= state.keys()
+    assert set(state["random"][0]) == {"torch", "cuda", "numpy", "python"}
+
+
+def test_resume_takes_a_file_or_a_folder(settings: Callable[..., Config], tmp_path: Path) -> None:
+    source = settings(TRAIN__num_epoch=3, DIR=str(tmp_path / "source"))
+    train(source, [CPU], progress=False)
+    two = tmp_path / "source" / "state_step_4.pth"
+    for name, resume in (("file", str(two)), ("folder", str(two.parent))):
+        cfg = settings(TRAIN__num_epoch=3, DIR=str(tmp_path / name))
+        result = train(cfg, [CPU], resume=resume, progress=False)
+        assert_same_weights(source, cfg, "epoch_3.pth")
+        assert len(result["history"]["train"]["loss"]) == 3
+    for resume in ("nowhere", str(tmp_path)):
+        with pytest.raises(FileNotFoundError, match=r"--resume .*state_step_N\.pth"):
+            train(settings(DIR=str(tmp_path / "other")), [CPU], resume=resume, progress=False)
+    assert train(settings(DIR=str(tmp_path / "new")), [CPU], resume="auto", progress=False)["step"]
+
+
+def test_a_run_that_goes_back_keeps_what_it_leaves(settings: Callable[..., Config]) -> None:
+    cfg = settings(TRAIN__num_epoch=3)
+    train(cfg, [CPU], progress=False)
+    folder = CheckpointFolder(cfg.DIR)
+    before = weights(cfg, "epoch_3.pth")
+    train(settings(TRAIN__num_epoch=2, TRAIN__start_epoch=2), [CPU], progress=False)
+    assert folder.names() == ["epoch_1.pth", "epoch_2.pth"]
+    aside = settings(DIR=str(folder.path / "earlier_1"))
+    assert all(torch.equal(v, before[k]) for k, v in weights(aside, "epoch_3.pth").items())
+    # Told to resume, a run is not thrown back by a start_epoch of its configuration.
+    train(settings(TRAIN__num_epoch=3, TRAIN__start_epoch=2), [CPU], resume=True, progress=False)
+    result = train(
+        settings(TRAIN__num_epoch=3, TRAIN__start_epoch=1), [CPU], resume=True, progress=False
+    )
+    assert result["step"] == 6 and not (folder.path / "earlier_2").exists()
+
+
+def test_other_devices_go_on_at_the_same_place_of_the_data(
+    settings: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = settings(TRAIN__epoch_iters="auto", TRAIN__num_epoch=1)
+    train(cfg, [CPU], progress=False)  # 2 steps, each a batch of 2 of the 4 images
+    more = settings(TRAIN__epoch_iters="auto", TRAIN__num_epoch=2, TRAIN__lr_encoder=0.01)
+    trainer = Trainer(more, [CPU, CPU], 0, 1, False)
+    assert trainer.epoch_iters == 1
+    caplog.set_level("INFO", logger="mit_semseg")
+    trainer._begin("auto")
+    assert (trainer.step, trainer.position) == (1, 2)
+    assert "TRAIN.lr_encoder was 0.02, and is 0.01 now" in caplog.text
+    assert "TRAIN.workers" not in caplog.text
+
+
+def test_a_state_of_another_network_is_refused(settings: Callable[..., Config]) -> None:
+    train(settings(TRAIN__num_epoch=1), [CPU], progress=False)
+    other = settings(MODEL__arch_decoder="ppm_deepsup")
+    with pytest.raises(ValueError, match=r"state_step_2\.pth does not fit this run"):
+        train(other, [CPU], resume="auto", progress=False)
+
+
+def test_a_batch_without_a_finite_loss_is_saved_for_replay(
+    settings: Callable[..., Config],
+) -> None:
+    cfg = settings(TRAIN__lr_encoder=1e30, TRAIN__lr_decoder=1e30, TRAIN__epoch_iters=5)
+    with pytest.raises(FloatingPointError, match=r"step \d .*saved as .*nonfinite_step_\d\.pth"):
+        train(cfg, [CPU], progress=False)
+    (file,) = Path(cfg.DIR).glob("nonfinite_step_*.pth")
+    saved = torch.load(file, weights_only=True)
+    assert len(saved["files"]) == 2 and saved["batch"][0]["img_data"].dtype == torch.uint8
+    module = ModelBuilder.from_config(cfg, inference=False)
+    module.encoder.load_state_dict(saved["encoder"])
+    module.decoder.load_state_dict(saved["decoder"])
+    assert not torch.isfinite(module.train()(saved["batch"][0])[0])
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Let the network see NaN at these steps, which also gets into its running statistics."""
+    forward = SegmentationModule.forward
+    seen = []
+
+    def forward_some(self: SegmentationModule, feed_dict: Any, segSize: Any = None) -> Any:
+        seen.append(1)
+        if len(seen) - 1 in steps:
+            images = torch.full(feed_dict["img_data"].shape, torch.nan)
+            feed_dict = {"img_data": images, "seg_label": feed_dict["seg_label"]}
+        return forward(self, feed_dict, segSize)
+
+    monkeypatch.setattr(SegmentationModule, "forward", forward_some)
+
+
+def test_a_skipped_step_leaves_no_trace(
+    settings: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cfg = settings(TRAIN__on_nan="skip", TRAIN__epoch_iters=3, TRAIN__num_epoch=1)
+    poison(monkeypatch, {2})
+    train(cfg, [CPU], progress=False)
+    assert "the loss of step 3 is nan" in caplog.text and "the step is skipped" in caplog.text
+    monkeypatch.undo()
+    # The first two steps of the same schedule, and nothing else.
+    short = settings(TRAIN__epoch_iters=3, TRAIN__num_epoch=1, DIR=settings().DIR + "_short")
+    with monkeypatch.context() as patch:
+        signal_after(1, signal.SIGTERM, patch)
+        train(short, [CPU], progress=False)
+    for key in ("encoder", "decoder"):
+        for name, tensor in state_of(short)[key].items():
+            assert torch.equal(tensor, state_of(cfg)[key][name]), name
+
+
+def test_skipping_has_an_end(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = settings(TRAIN__on_nan="skip", TRAIN__epoch_iters=30)
+    poison(monkeypatch, set(range(100)))
+    with pytest.raises(FloatingPointError, match=r"step 21 is nan.*after 20 skipped steps"):
+        train(cfg, [CPU], progress=False)
+    assert len(list(Path(cfg.DIR).glob("nonfinite_*.pth"))) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_samples_stop_a_training_or_are_replaced(
+    settings: Callable[..., Config], caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    cfg = settings(TRAIN__workers=workers, DATASET__on_error="skip")
+    bad = next(Path(cfg.DATASET.root_dataset).glob("img/*/2.png"))
+    bad.write_bytes(bad.read_bytes()[:200])
+    result = train(cfg, [CPU], progress=False)
+    assert result["step"] == 4
+    assert "img/part0/2.png" in caplog.text and "another sample taken instead" in caplog.text
+    cfg.DATASET.on_error = "stop"
+    with pytest.raises(ValueError, match=r"2\.png"):
+        train(cfg, [CPU], progress=False)
+
+
+def test_a_loader_that_dies_or_hangs_is_named(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = TrainDataset.__getitem__
+
+    def hurt(how: Callable[[], None]) -> None:
+        def getitem(self: TrainDataset, index: int) -> dict[str, Any]:
+            if index == 2:
+                assert self.reading is not None
+                self.reading("img/part0/7.png")
+                how()
+            return item(self, index)
+
+        monkeypatch.setattr(TrainDataset, "__getitem__", getitem)
+
+    hurt(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ChildProcessError, match=r"SIGKILL while reading img/part0/7\.png.*resume"):
+        train(settings(TRAIN__workers=1), [CPU], progress=False)
+    hurt(lambda: time.sleep(60))
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"no batch for 1 s.*img/part0/7\.png"):
+        train(settings(TRAIN__workers=1, TRAIN__stall_seconds=1), [CPU], progress=False)
+    assert time.monotonic() - began < 20
+    assert not multiprocessing.active_children()

@@ -1,0 +1,82 @@
+"""The watchdog: silent while something moves, and precise about what does not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from mit_semseg.engine.watchdog import ReadingBoard, Watchdog
+
+
+class Ended:
+    """Stands for os._exit: notes the exit status, and lets the test go on."""
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+        self.event = threading.Event()
+
+    def __call__(self, code: int) -> None:
+        self.codes.append(code)
+        self.event.set()
+
+
+def test_a_stall_names_what_is_awaited_and_read(capfd: pytest.CaptureFixture[str]) -> None:
+    end = Ended()
+    files = lambda: ["a.jpg", "b.png"]  # noqa: E731
+    with Watchdog(0.3, "rank 2", files, "raise TRAIN.stall_seconds", end=end) as dog:
+        dog.progress("a batch of step 7")
+        assert end.event.wait(10)
+    assert end.codes == [3]
+    said = capfd.readouterr().err
+    line = next(line for line in said.splitlines() if line.startswith("error:"))
+    assert line == (
+        "error: rank 2: no progress for 0.3 s, waiting for a batch of step 7; being read: "
+        "a.jpg, b.png; raise TRAIN.stall_seconds"
+    )
+    assert "most recent call first" in said, "where every thread stands"
+
+
+def test_progress_sleep_and_the_end_keep_it_quiet() -> None:
+    end = Ended()
+    with Watchdog(0.4, end=end) as dog:
+        for _ in range(8):
+            dog.progress("the next")
+            time.sleep(0.1)
+        with dog.asleep():
+            time.sleep(0.8)
+    time.sleep(0.6)
+    assert not end.codes
+
+
+def test_it_can_be_told_to_hurry() -> None:
+    end = Ended()
+    with Watchdog(60, end=end) as dog:
+        dog.hurry(0.2)
+        assert end.event.wait(10)
+
+
+def _read(note: Callable[[str], None], name: str, ready: threading.Event) -> None:
+    note(name)
+    ready.set()
+    time.sleep(60)
+
+
+def test_what_a_process_was_reading_when_it_died_is_known() -> None:
+    board = ReadingBoard(2)
+    ready = multiprocessing.get_context("fork").Event()
+    name = "/data/" + "x" * 2000 + "/ümlaut.jpg"
+    process = multiprocessing.get_context("fork").Process(
+        target=_read, args=(board.writer(1), name, ready)
+    )
+    process.start()
+    assert ready.wait(10)
+    process.kill()
+    process.join()
+    assert len(board.files()) == 1
+    assert board.files()[0].endswith("x/ümlaut.jpg"), "the end tells more than the beginning"
+    board.writer(1)("")
+    assert board.files() == []
