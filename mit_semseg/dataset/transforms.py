@@ -47,6 +47,8 @@ _UNREADABLE = (
 # Pillow refuses pictures of more pixels than twice its limit, which stays an error, and warns of
 # more than once, which large photographs have.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Its other warnings are of metadata; what it cannot read of the pixels is an error.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 _ORIENTATION = 274  # EXIF tag
 _BAND = 1 << 20  # pixels converted at a time
 _LOSSY = ("JPEG", "MPO", "JPEG2000")

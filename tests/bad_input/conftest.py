@@ -14,7 +14,7 @@ import pytest
 from mit_semseg.cli import main
 from mit_semseg.config.node import Config
 
-SECONDS = 60  # none of these tests takes a tenth of it, unless something hangs
+SECONDS = 240  # none of these tests takes a tenth of it, unless something hangs
 
 
 @pytest.fixture(autouse=True)
