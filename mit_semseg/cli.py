@@ -25,6 +25,7 @@ def run_train(args: argparse.Namespace) -> int:
         args.opts.insert(0, args.resume)
         args.resume = "auto"
     opts = _overrides(args)
+    from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.launch import (
         leave_process_group,
         rank_devices,
@@ -37,6 +38,8 @@ def run_train(args: argparse.Namespace) -> int:
     cfg = read_config(args.cfg, opts)
     devices = resolve_devices(args.devices)
     rank, world, devices = rank_devices(devices, cfg.TRAIN.stall_seconds)
+    if rank == 0:
+        make_writable(cfg.DIR, "DIR")
     setup_logger(rank, os.path.join(cfg.DIR, "log.txt"), named=world > 1)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         args.resume = args.resume or "auto"  # torchrun began anew because a rank was lost
@@ -78,6 +81,7 @@ def _resume_command() -> str:
 def run_eval(args: argparse.Namespace) -> int:
     """Evaluate, one worker process a device or one rank of torchrun; 1 when some images failed."""
     opts = _overrides(args)
+    from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.evaluate import evaluate
     from mit_semseg.engine.launch import (
         leave_process_group,
@@ -91,6 +95,8 @@ def run_eval(args: argparse.Namespace) -> int:
     devices, workers = resolve_devices(args.devices), args.workers
     rank, world, devices = rank_devices(devices, cfg.VAL.timeout)
     setup_logger(rank, filename="", named=world > 1)
+    if rank == 0:
+        make_writable(args.out or cfg.DIR, "--out" if args.out else "DIR")
     if args.single_process:
         devices, workers = devices[:1], 1
     result = evaluate(cfg, devices, workers=workers, out_dir=args.out, rank=rank, world=world)
@@ -102,12 +108,14 @@ def run_predict(args: argparse.Namespace) -> int:
     """Predict; 1 when some images failed."""
     images, more = split_overrides(args.imgs)
     opts = _overrides(args, more)
+    from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.launch import read_config, resolve_devices
     from mit_semseg.engine.predict import predict
     from mit_semseg.utils import setup_logger
 
     setup_logger(filename="")
     cfg = read_config(args.cfg, opts)
+    make_writable(cfg.TEST.result, "TEST.result")
     # One image runs on one device; by default the first there is.
     devices = resolve_devices(args.devices, "--gpu")[:1]
     results = predict(cfg, images, devices[0])

@@ -100,6 +100,25 @@ def _sync_names(folder: Path) -> None:
             os.close(handle)
 
 
+def make_writable(folder: str | Path, what: str) -> None:
+    """Make a folder and try to write in it, before the work whose results it is to hold.
+
+    Args:
+        folder: its path.
+        what: the setting or option that names it.
+
+    Raises:
+        OSError: one line with the setting, the folder and the reason.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"{what} {folder} cannot be written to ({reason}): give another") from error
+
+
 class CheckpointFolder:
     """One model's folder: `config.yaml`, `classes.csv` and `{encoder,decoder}_NAME.pth` pairs.
 
@@ -160,20 +179,6 @@ class CheckpointFolder:
         dump_config(cfg, self.path / CONFIG)
         classes.save(self.path / CLASSES)
 
-    def check_writable(self) -> None:
-        """Refuse a folder that cannot be written to, before any work, and without making it.
-
-        Raises:
-            OSError: it, or the folder it is to be made in, cannot be written to.
-        """
-        place = self.path
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        if not place.is_dir():
-            raise OSError(f"DIR {self.path}: {place} is a file; give a folder")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise OSError(f"DIR {self.path}: {place} is not writable; give another DIR")
-
     def occupy(self) -> None:
         """Make the folder ready for a run, and keep every other run out while this one lives.
 
@@ -183,12 +188,8 @@ class CheckpointFolder:
             ValueError: another run is using the folder.
             OSError: the folder cannot be made or written to.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise OSError(f"cannot write to {self.path} ({reason}): give another DIR") from error
+        make_writable(self.path, "DIR")
+        lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
         if fcntl is not None:
             try:
                 # Of this process alone: children that outlive it hold nothing.

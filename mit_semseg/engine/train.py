@@ -130,8 +130,6 @@ class Trainer:
         self.stop = StopRequest()
         self.watchdog = Watchdog(cfg.TRAIN.stall_seconds)
         self.saved_at = time.monotonic()
-        if rank == 0:
-            self.folder.check_writable()
         if cfg.TRAIN.compile and (count := len(self.devices) * world) > 1:
             raise ValueError(
                 f"TRAIN.compile with {count} devices: BatchNorm over all of them cannot be "

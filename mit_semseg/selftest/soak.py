@@ -59,16 +59,17 @@ def soak(
         say: told about every completed run.
     """
     outcome = Outcome("soak", "nothing is lost: every run ends bit-identical to the unbroken one")
-    options = settings or {"data": ground.data(**SCENES), **DEMO}
+    if settings is None:
+        settings = {"data": ground.data(**SCENES), **DEMO}
     started = time.monotonic()
-    reference = ground.unbroken(**options)
+    reference = ground.unbroken(**settings)
     pace = time.monotonic() - started
     rng = random.Random(306)
     faults: Counter[str] = Counter()
     runs = starts = different = 0
     end = started + 3600 * hours
     while time.monotonic() < end or not runs:
-        job = ground.job("soak", **options)
+        job = ground.job("soak", **settings)
         done = False
         while not done:
             starts += 1

@@ -21,6 +21,7 @@ from mit_semseg.engine.checkpoint import (
     CheckpointFolder,
     atomic_save,
     load_model,
+    make_writable,
     resolve_checkpoint,
 )
 
@@ -276,14 +277,13 @@ def test_one_run_at_a_time_uses_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    CheckpointFolder(tmp_path / "a" / "b").check_writable()
-    assert not (tmp_path / "a").exists()
-    (tmp_path / "a").write_text("a file")
-    with pytest.raises(OSError, match=r"a/b: .*/a is a file; give a folder"):
-        CheckpointFolder(tmp_path / "a" / "b").check_writable()
-    with pytest.raises(OSError, match=r"/proc/self/model: .* is not writable|cannot write"):
-        CheckpointFolder("/proc/self/model").check_writable()
-        CheckpointFolder("/proc/self/model").occupy()
+    make_writable(tmp_path / "a" / "b", "DIR")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "c").write_text("a file")
+    with pytest.raises(OSError, match=r"DIR .*c/d cannot be written to \(.*\): give another"):
+        CheckpointFolder(tmp_path / "c" / "d").occupy()
+    with pytest.raises(OSError, match=r"--out /proc/self/results cannot be written to"):
+        make_writable("/proc/self/results", "--out")
 
 
 # ------------------------------------------------------------------------------ models

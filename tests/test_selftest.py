@@ -1,0 +1,78 @@
+"""The drills of `mit-semseg selftest`, in their quick form: what is promised has to hold."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mit_semseg.selftest.command import DRILLS, line, selftest
+from mit_semseg.selftest.drills import Outcome
+from mit_semseg.selftest.job import Ground, Running
+from mit_semseg.selftest.soak import soak
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the drills look at processes in /proc"
+)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    return Ground(tmp_path_factory.mktemp("selftest"))
+
+
+@pytest.fixture(autouse=True)
+def tidy() -> Iterator[None]:
+    yield
+    for running in list(Running.started):
+        running.destroy()
+
+
+@pytest.mark.parametrize("name", DRILLS)
+def test_what_is_promised_holds(name: str, ground: Ground) -> None:
+    outcome = DRILLS[name](ground, True)
+    assert outcome.held, line(outcome)
+    assert outcome.figures
+
+
+def test_nothing_is_lost_whatever_happens(ground: Ground) -> None:
+    outcome = soak(ground, 0.01, {}, say=lambda text: None)
+    assert outcome.held, line(outcome)
+    assert outcome.figures["runs completed"] >= 1
+    assert outcome.figures["starts"] > outcome.figures["runs completed"]
+
+
+def test_a_difference_is_found(ground: Ground) -> None:
+    job, other = ground.unbroken(), ground.job("other")
+    files = {file.name: file for file in Path(job.cfg.DIR).iterdir() if file.is_file()}
+    Path(other.cfg.DIR).mkdir()
+    for name, file in files.items():
+        (Path(other.cfg.DIR) / name).write_bytes(file.read_bytes())
+    assert other.differences(job) == 0
+    decoder = Path(other.cfg.DIR) / "decoder_best.pth"
+    weights = torch.load(decoder, weights_only=True)
+    next(iter(weights.values())).view(-1)[0] += 1e-6
+    torch.save(weights, decoder)
+    journal = Path(other.cfg.DIR) / "metrics.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-1]))
+    assert other.differences(job) == 2
+
+
+def test_results_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Outcome("a name", "a promise")
+    broken.check(False, "what\nhappened")
+    broken.check(False, "later")
+    monkeypatch.setitem(DRILLS, "fake", lambda ground, quick: broken)
+    (outcome,) = selftest(tmp_path, only="fake")
+    assert not outcome.held and outcome.complaint == "what\nhappened"
+    found = json.loads((tmp_path / "selftest.json").read_text())
+    assert found["drills"][0]["name"] == "a name" and not found["drills"][0]["held"]
+    assert "| a name | a promise | **no** |" in (tmp_path / "selftest.md").read_text()
+    with pytest.raises(ValueError, match="no drill is called 'nothing'; there are killed, "):
+        selftest(tmp_path, only="nothing")
+    with pytest.raises(ValueError, match="--soak HOURS"):
+        selftest(tmp_path, only="soak")
