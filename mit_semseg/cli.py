@@ -6,6 +6,7 @@ Each command imports what it runs, and torch with it; `--help` and argument erro
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -189,6 +190,9 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; user errors print one line and return 2, an interrupt returns 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be of any bytes
+            stream.reconfigure(errors="backslashreplace")
     return guarded(lambda: _dispatch(arguments))
 
 

@@ -61,7 +61,7 @@ def setup_logger(
     handlers: list[logging.Handler] = [_StdoutHandler()]
     if filename and distributed_rank == 0:
         os.makedirs(os.path.dirname(os.path.abspath(filename)), exist_ok=True)
-        handlers.append(logging.FileHandler(filename, encoding="utf-8", delay=True))
+        handlers.append(logging.FileHandler(filename, "a", "utf-8", True, "backslashreplace"))
     who = f" rank {distributed_rank}" if named else ""
     layout = logging.Formatter(f"[%(asctime)s{who} %(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S")
     for handler in handlers:

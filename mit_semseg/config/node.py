@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,8 @@ class Config(CN):
             )
             raise FileNotFoundError(f"configuration file {path} does not exist{hint}")
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a safe one
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no valid yaml: {' '.join(str(error).split())}") from error
         if tree is None:
             return
@@ -134,6 +135,22 @@ class Config(CN):
         node[leaf] = coerce(dotted, default, value, source)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which the last would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def keys(node: CN, prefix: str = "") -> list[str]:
     """All dotted keys of a tree, in order."""
     found: list[str] = []
@@ -156,7 +173,7 @@ def _literal(value: Any) -> Any:
         return value
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return {"true": True, "false": False}.get(value.lower(), value)
 
 
@@ -192,10 +209,10 @@ def _is_number(value: Any) -> bool:
 def _as_type(wanted: type, value: Any) -> Any:
     if wanted is bool:
         return value if isinstance(value, bool) else None
-    if wanted is int:
-        return int(value) if _is_number(value) and value == int(value) else None
-    if wanted is float:
-        return float(value) if _is_number(value) else None
+    if wanted in (int, float):
+        if not _is_number(value) or not abs(value) <= sys.float_info.max:  # NaN fails, too
+            return None
+        return wanted(value) if wanted is float or value == int(value) else None
     if wanted is list:
         if isinstance(value, str):
             # As typed in a shell: [color, index], (color) or color,index.

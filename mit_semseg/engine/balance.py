@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import Split, load_mask
+
+log = logging.getLogger("mit_semseg")
 
 # Frequencies settle long before this many masks; more would only delay the first step.
 SAMPLE = 1000
@@ -61,7 +64,13 @@ def class_weights(cfg: Config, split: Split, *, progress: bool = True) -> Tensor
     pixels, images = np.zeros(num_class), np.zeros(num_class)
     for record in tqdm(chosen, desc="class frequencies", disable=not progress, leave=False):
         path = Path(record["fpath_segm"])
-        label = split.label_map(load_mask(path), path)
+        try:
+            label = split.label_map(load_mask(path), path)
+        except (OSError, ValueError) as error:
+            if cfg.DATASET.on_error != "skip":
+                raise
+            log.warning("not counted for TRAIN.class_weights: %s", error)
+            continue
         counts = np.bincount(label[label >= 0].ravel(), minlength=num_class)
         pixels += counts
         images += np.where(counts > 0, counts.sum(), 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import shutil
 import socket
@@ -20,7 +19,7 @@ from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.models import ModelBuilder, SegmentationModule
-from mit_semseg.weights import check_archive, load_into
+from mit_semseg.weights import load_checked, load_into, read_state_dict
 
 try:
     import fcntl
@@ -327,12 +326,7 @@ def load_state(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
-    check_archive(file)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"{file} is damaged, or no file of a run ({reason})") from error
+    state = load_checked(file)
     if not isinstance(state, dict):
         raise ValueError(f"{file} holds a {type(state).__name__}, which is no state of a run")
     return state
@@ -359,7 +353,7 @@ def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> 
         raise ValueError(f"{out} is the source itself; name another folder to pack into")
     halves = []
     for file in folder.files(checkpoint or folder.best_or_latest()):
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        weights = read_state_dict(file)
         small = {
             k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in weights.items()
         }

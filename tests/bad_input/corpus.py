@@ -528,6 +528,18 @@ CONFIGS = [
     _bytes("binary.yaml", encoded(COLOR, "PNG"), message="yaml"),
     _bytes("zeros.yaml", bytes(100), message="yaml"),
     _bytes("date.yaml", b"TRAIN:\n  seed: 2024-01-01\n", message=r"TRAIN\.seed is"),
+    _bytes("twice.yaml", b"TRAIN:\n  seed: 3\n  seed: 4\n", message="seed.*twice|duplicate"),
+    _bytes("infinite.yaml", b"TRAIN:\n  seed: .inf\n", message=r"TRAIN\.seed is inf"),
+    _bytes("nan.yaml", b"TRAIN:\n  seed: .nan\n", message=r"TRAIN\.seed is nan"),
+    _bytes("nested.yaml", b"DIR: " + b"[" * 5000, message="yaml"),
+    _bytes(
+        "twice_section.yaml",
+        b"TRAIN:\n  seed: 3\nTRAIN:\n  workers: 1\n",
+        message="TRAIN.*twice|duplicate",
+    ),
+    _bytes("long_number.yaml", b"TRAIN:\n  seed: " + b"4" * 5000, message="yaml"),
+    _bytes("month.yaml", b"DIR: 2024-13-45\n", message="yaml"),
+    _bytes("huge_number.yaml", b"TRAIN:\n  lr_encoder: 1" + b"0" * 400, message=r"lr_encoder is 1"),
     Case("folder.yaml", os.mkdir, message="does not exist"),
     Case("pipe.yaml", os.mkfifo, message="does not exist"),
 ]

@@ -6,8 +6,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +128,36 @@ def test_predict_peculiar_names(
         )  # fmt: skip
     assert outcome.code == 0, outcome.out + outcome.err
     assert sorted(os.listdir(out)) == sorted(corpus.NAMES.values())
+
+
+def test_names_of_any_bytes_where_output_takes_text_alone(tmp_path: Path, model: Config) -> None:
+    """A terminal of UTF-8, or of ASCII alone: a name is no reason to stop, nor for a traceback."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for peculiar in ("not UTF-8", "unicode"):
+        Image.fromarray(COLOR).save(folder / corpus.NAMES[peculiar], "PNG")
+    os.link(folder / corpus.NAMES["unicode"], folder / os.fsdecode(b"bad\xff.jpg"))
+    (folder / os.fsdecode(b"bad\xfe.jpg")).write_text("no picture")
+    for encoding in ("utf-8:strict", "ascii:strict"):
+        done = subprocess.run(
+            [sys.executable, "-m", "mit_semseg.cli", "predict", "--cfg", config_of(model),
+             "--gpu", "cpu", "--imgs", str(folder), "TEST.result", str(tmp_path / encoding)],
+            env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
+        assert b"1 of 4 images failed" in done.stdout and b"bad\\udcfe.jpg" in done.stdout
+
+
+def test_a_log_takes_names_of_any_bytes(tmp_path: Path, model: Config, command: Command) -> None:
+    (case,) = by_name(corpus.IMAGES, "page.jpg")
+    bad = replace(case, name=os.fsdecode(b"bad\xff.jpg"))
+    listing = write_samples(tmp_path / "data", {"image 0": bad})
+    folder = tmp_path / "run"
+    outcome = command(
+        *training(model, listing, folder, "DATASET.on_error", "skip", "TRAIN.workers", 0)
+    )
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "bad\\udcff.jpg" in (folder / "log.txt").read_text()
 
 
 def test_predict_names_that_are_too_long_with_an_ending(
@@ -264,7 +297,7 @@ FAULTS = ("empty", "cut in the middle", "a bit flipped", "a web page", "code amo
           "old, with code", "TorchScript", "another architecture", "another width")  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["predict", "eval"])
+@pytest.mark.parametrize("what", ["predict", "eval", "pack"])
 def test_bad_checkpoints(
     tmp_path: Path, model: Config, command: Command, untouched: Untouched, what: str
 ) -> None:

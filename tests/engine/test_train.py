@@ -644,14 +644,16 @@ def test_skipping_has_an_end(
 def test_bad_samples_stop_a_training_or_are_replaced(
     settings: Callable[..., Config], caplog: pytest.LogCaptureFixture, workers: int
 ) -> None:
-    cfg = settings(TRAIN__workers=workers, DATASET__on_error="skip")
-    bad = next(Path(cfg.DATASET.root_dataset).glob("img/*/2.png"))
-    bad.write_bytes(bad.read_bytes()[:200])
+    cfg = settings(TRAIN__workers=workers, DATASET__on_error="skip", TRAIN__class_weights="median")
+    root = Path(cfg.DATASET.root_dataset)
+    for bad in (root / "img" / "part0" / "2.png", root / "ann" / "part1" / "3.png"):
+        bad.write_bytes(bad.read_bytes()[:200])
     result = train(cfg, [CPU], progress=False)
     assert result["step"] == 4
     assert "img/part0/2.png" in caplog.text and "another sample taken instead" in caplog.text
+    assert "not counted for TRAIN.class_weights" in caplog.text
     cfg.DATASET.on_error = "stop"
-    with pytest.raises(ValueError, match=r"2\.png"):
+    with pytest.raises(ValueError, match=r"[23]\.png"):
         train(cfg, [CPU], progress=False)
 
 
