@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -340,13 +342,26 @@ def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]
 
 # ------------------------------------------------------------------------------ hosts
 def host(job: Job, name: str, config: Path, port: int, *options: str, **where: Any) -> Command:
-    """One host of a training on several: an agent of torchrun with one rank."""
+    """One host of a training on several: an agent of torchrun, one rank, one core."""
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[len(list(job.root.glob("*.txt"))) % len(cores)]
     start = torchrun(
         *("--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", f"job{port}"),
         *("--rdzv-endpoint", f"{where.get('address', '127.0.0.1')}:{port}"),
         *options,
     )
-    words = [*where.get("inside", ()), *start, "train.py", "--gpus", "cpu", "--cfg", config]
+    words = [
+        *where.get("inside", ()),
+        "taskset",
+        "-c",
+        str(core),
+        *start,
+        "train.py",
+        "--gpus",
+        "cpu",
+        "--cfg",
+        config,
+    ]
     return Command(words, job.root / f"{name}.txt", **where.get("environment", {}))
 
 
@@ -378,7 +393,8 @@ def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Comman
     job, commands = hosts
     config, port = job.config("lost", TRAIN__stall_seconds=20, **LONG), free_port()
     for name in "ab":
-        commands.append(host(job, name, config, port, "--nnodes", "2"))
+        settings = f"is_host={name == 'a'}".lower()
+        commands.append(host(job, name, config, port, "--nnodes", "2", "--rdzv-conf", settings))
     first, second = commands
     first.until(lambda: len(steps_of(job.root / "lost")) >= 3, 120)
     for pid in second.members():
@@ -409,3 +425,86 @@ def test_a_killed_rank_is_replaced_and_the_run_goes_on(hosts: tuple[Job, list[Co
     assert steps_of(job.root / "elastic") == list(range(1, 25)), "every step once"
     assert command.output.count("Training done: ") == 1
     command.assert_nothing_left(2)
+
+
+def ip(*words: str) -> bool:
+    """Whether `ip` did what was asked."""
+    done = subprocess.run(["ip", *words], capture_output=True, timeout=20)
+    return done.returncode == 0
+
+
+@pytest.fixture
+def two_machines() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, a and b, with 10.77.0.1 and 10.77.0.2 at the ends of a cable."""
+    names = tuple(f"semseg{os.getpid()}{end}" for end in "ab")
+    if not shutil.which("ip") or not ip("netns", "add", names[0]):
+        pytest.skip("network namespaces need root and the kernel's leave")
+    try:
+        assert ip("netns", "add", names[1])
+        cable = ("link", "add", "cable", "netns", names[0], "type", "veth")
+        assert ip(*cable, "peer", "name", "cable", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            assert ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "cable")
+            assert ip("-n", name, "link", "set", "cable", "up")
+            assert ip("-n", name, "link", "set", "lo", "up")
+            assert ip("netns", "exec", name, "sysctl", "-w", "net.ipv4.tcp_retries2=5")
+        yield names[0], names[1]
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_cut_cable_ends_both_hosts_within_the_time_out(
+    two_machines: tuple[str, str], hosts: tuple[Job, list[Command]]
+) -> None:
+    """No connection is closed and nothing answers: only clocks tell that the other is gone.
+
+    The ranks look at theirs. The agent of torchrun on the second host, which speaks to the first
+    one's store without a limit, waits for the kernel to give the connection up: that takes a
+    quarter of an hour, or what docs/scaling.md says to set.
+    """
+    job, commands = hosts
+    config, port = job.config("cut", TRAIN__stall_seconds=10, **LONG), free_port()
+    for number, machine in enumerate(two_machines, 1):
+        where: dict[str, Any] = {
+            "address": "10.77.0.1",
+            "inside": ("ip", "netns", "exec", machine),
+            "environment": {"GLOO_SOCKET_IFNAME": "cable"},
+        }
+        settings = f"is_host={number == 1},read_timeout=10".lower()
+        here = ("--nnodes", "2", "--local-addr", f"10.77.0.{number}", "--rdzv-conf", settings)
+        commands.append(host(job, machine, config, port, *here, **where))
+    first, second = commands
+    first.until(lambda: len(steps_of(job.root / "cut")) >= 3, 120)
+    assert ip("-n", two_machines[0], "link", "set", "cable", "down")
+    began = time.monotonic()
+    for command, seconds in ((first, 30), (second, 60)):
+        code = command.code(seconds - (time.monotonic() - began))
+        print(f"ended {time.monotonic() - began:.1f} s after the cut: {code}")
+        assert code != 0
+        command.assert_nothing_left(2)
+        assert re.search(rf"{LOST}|error: rank \d: no progress for 12 s", command.output)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_the_rest_of_an_elastic_job_goes_on_without_a_lost_host(
+    hosts: tuple[Job, list[Command]],
+) -> None:
+    job, commands = hosts
+    config, port = job.config("shrunk", **{**LONG, "TRAIN__num_epoch": 8}), free_port()
+    quick = "last_call_timeout=15,keep_alive_interval=2,keep_alive_max_attempt=5"
+    for name in "ab":
+        settings = f"is_host={name == 'a'},{quick}".lower()
+        options = ("--nnodes", "1:2", "--max-restarts", "3", "--rdzv-conf", settings)
+        commands.append(host(job, name, config, port, *options))
+    first, second = commands
+    first.until(lambda: max(steps_of(job.root / "shrunk"), default=0) >= 8, 120)
+    for pid in second.members():
+        kill(pid)
+    assert first.code(200) == 0, first.output
+    assert "Training done: " in first.output
+    resumed = re.findall(r"resuming from \S+: step (\d+) of (\d+)", first.output)
+    assert len(resumed) >= 1 and int(resumed[-1][0]) > 0, first.output
