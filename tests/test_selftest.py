@@ -40,7 +40,7 @@ def test_what_is_promised_holds(name: str, ground: Ground) -> None:
 
 
 def test_nothing_is_lost_whatever_happens(ground: Ground) -> None:
-    outcome = soak(ground, 0.01, {}, say=lambda text: None)
+    outcome = soak(ground, 0.007, {}, say=lambda text: None)
     assert outcome.held, line(outcome)
     assert outcome.figures["runs completed"] >= 1
     assert outcome.figures["starts"] > outcome.figures["runs completed"]

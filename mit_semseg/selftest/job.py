@@ -77,7 +77,7 @@ class Ground:
             "MODEL__arch_decoder": "ppm_deepsup",
             "MODEL__fc_dim": 320,
             "MODEL__weights_encoder": "none",
-            "TRAIN__num_epoch": 3,
+            "TRAIN__num_epoch": 2,
             "TRAIN__epoch_iters": 12,
             "TRAIN__optim": "AdamW",
             "TRAIN__lr_encoder": 0.002,

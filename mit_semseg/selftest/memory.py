@@ -17,7 +17,7 @@ NOISE_MIB = 32.0
 
 def training(ground: Ground, quick: bool) -> Outcome:
     """A training of many steps."""
-    steps = 200 if quick else 2000
+    steps = 80 if quick else 2000
     job = ground.job(
         "training_memory",
         TRAIN__epoch_iters=steps,
