@@ -1,6 +1,7 @@
 # make demo  set up an environment and run the whole toolkit on rendered street scenes
 # make test  set up an environment, check the code and run the tests
 # make bench measure against the published procedure and other toolkits
+# make selftest break small jobs on purpose; make soak: for two hours
 # VENV=path  use (or create) another environment than .venv
 # PYTHON=... the interpreter a new environment is made with
 
@@ -8,7 +9,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow bench selftest soak lint format clean
 
 demo: $(VENV)/.mit_semseg
 	PYTHON=$(BIN)/python bash demo_test.sh
@@ -22,6 +23,12 @@ test-slow: $(VENV)/.mit_semseg-dev
 
 bench: $(VENV)/.mit_semseg-bench
 	$(BIN)/mit-semseg bench
+
+selftest: $(VENV)/.mit_semseg
+	$(BIN)/mit-semseg selftest
+
+soak: $(VENV)/.mit_semseg
+	$(BIN)/mit-semseg selftest --only soak --soak 2
 
 lint: $(VENV)/.mit_semseg-dev
 	$(BIN)/ruff check .
@@ -52,4 +59,4 @@ $(VENV)/.mit_semseg-bench: $(VENV)/.mit_semseg
 	touch $@
 
 clean:
-	rm -rf build dist demo bench *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist demo bench selftest *.egg-info .pytest_cache .mypy_cache .ruff_cache
