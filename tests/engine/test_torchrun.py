@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from processes import Command, free_port, kill, needs_proc, torchrun
+from communication import table, traffic_of
+from processes import ROOT, Command, free_port, kill, needs_proc, torchrun
 from torch import Tensor, nn
 
 from mit_semseg.config import dump_config, load_config
@@ -68,8 +70,9 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     rank_devices([CPU], 60)
     module = network()
     parallel = nn.parallel.DistributedDataParallel(module)
-    loss, accuracy = parallel(batch_of(rank))
-    loss.backward()
+    with counted() as numbers:
+        loss, accuracy = parallel(batch_of(rank))
+        loss.backward()
     figures = torch.stack([loss.detach(), accuracy.detach().double()])
     dist.all_reduce(figures)
     torch.save(
@@ -77,10 +80,32 @@ def one_rank(rank: int, port: int, folder: str) -> None:
             "figures": figures / WORLD,
             "grads": {name: p.grad for name, p in module.named_parameters()},
             "buffers": dict(module.named_buffers()),
+            "numbers": numbers,
         },
         f"{folder}/{rank}.pt",
     )
     leave_process_group()
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, list[int]]]:
+    """Bytes of every exchange but for the gradients', by kind, while the context lasts."""
+    numbers: dict[str, list[int]] = {"all_reduce": [], "all_gather": []}
+    before = dist.all_reduce, dist.all_gather
+
+    def reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        numbers["all_reduce"].append(tensor.nbytes)
+        return before[0](tensor, *args, **options)
+
+    def gather(parts: list[Tensor], tensor: Tensor, *args: Any, **options: Any) -> Any:
+        numbers["all_gather"].append(tensor.nbytes)
+        return before[1](parts, tensor, *args, **options)
+
+    dist.all_reduce, dist.all_gather = reduce, gather
+    try:
+        yield numbers
+    finally:
+        dist.all_reduce, dist.all_gather = before
 
 
 class RaggedBatchNorm(nn.Module):
@@ -174,6 +199,23 @@ def test_ranks_have_the_gradient_of_one_process_on_all_valid_pixels(tmp_path: Pa
             torch.testing.assert_close(value, buffers[name], **exact, msg=lambda m, n=name: n + m)
     largest = max(float(grad.abs().max()) for grad in expected.values() if grad is not None)
     assert largest > 1e-3, "otherwise the tolerance would say nothing"
+
+    # What docs/scaling.md reckons with: gradients in float64 here take twice the bytes of float32.
+    traffic = traffic_of(network())
+    for rank in got:
+        reduced, gathered = rank["numbers"]["all_reduce"], rank["numbers"]["all_gather"]
+        assert len(reduced) + len(gathered) + 1 == traffic.exchanges, "the figures are the one more"
+        pixels = 16
+        sent = (WORLD - 1) * sum(gathered) + 2 * (WORLD - 1) / WORLD * (sum(reduced) - pixels) / 2
+        assert sent == pytest.approx(traffic.statistics_sent(WORLD), rel=1e-12)
+
+
+def test_the_page_on_scaling_holds_the_traffic_of_every_recipe() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
+    lines = table()
+    assert len(lines) > 20
+    first = page.index(lines[0])
+    assert page[first : first + len(lines)] == lines, "run python tests/engine/communication.py"
 
 
 # ------------------------------------------------------------------------------ the commands
@@ -406,6 +448,26 @@ def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Comman
     assert len(re.findall(LOST, first.output)) == 1, first.output
     assert time.monotonic() - began < 20, "a closed connection is noticed at once"
     assert not second.members()
+
+
+@needs_proc
+def test_a_job_that_is_terminated_saves_and_goes_on(hosts: tuple[Job, list[Command]]) -> None:
+    job, commands = hosts
+    few = {**LONG, "TRAIN__num_epoch": 3, "TRAIN__epoch_iters": 6}
+    start = torchrun("--standalone", "--nproc-per-node", "2")
+    words = [*start, "train.py", "--gpus", "cpu", "--resume", "auto"]
+    words += ["--cfg", str(job.config("stopped", **few))]
+    commands.append(Command(words, job.root / "a.txt"))
+    commands[0].until(lambda: len(steps_of(job.root / "stopped")) >= 3, 120)
+    commands[0].process.terminate()  # as Slurm does: the agents of torchrun, not the ranks
+    commands[0].code(30)
+    commands[0].assert_nothing_left(2)
+    stopped = re.findall(r"Stopped by SIGTERM after step (\d+) of 18", commands[0].output)
+    assert len(stopped) == 1, commands[0].output
+    commands.append(Command(words, job.root / "b.txt"))
+    assert commands[1].code(120) == 0, commands[1].output
+    assert f"resuming from {job.root / 'stopped'}/state_step_{stopped[0]}.pth" in commands[1].output
+    assert steps_of(job.root / "stopped") == list(range(1, 19))
 
 
 @needs_proc

@@ -1,0 +1,112 @@
+"""What the ranks of a training send each other in one step: the table of docs/scaling.md.
+
+`python tests/engine/communication.py` prints it; a test compares it with the page.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mit_semseg.config import load_config
+from mit_semseg.models import ModelBuilder
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = 8
+# Bytes a second, in each direction, of one rank's share of the wire: 25 and 200 Gbit/s Ethernet
+# or InfiniBand, and the NVLink of an A100.
+WIRES = {"25 Gbit/s": 25e9 / 8, "200 Gbit/s": 200e9 / 8, "NVLink 300 GB/s": 300e9}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one step of one recipe exchanges.
+
+    Attributes:
+        parameters: that are trained; float32 gradients of them are summed over the ranks.
+        layers: of synchronised batch normalisation.
+        channels: of all these layers together.
+    """
+
+    parameters: int
+    layers: int
+    channels: int
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients of one rank."""
+        return 4 * self.parameters
+
+    def gradients_sent(self, ranks: int) -> float:
+        """Bytes each rank sends for their sum, in a ring."""
+        return 2 * (ranks - 1) / ranks * self.gradients
+
+    def statistics_sent(self, ranks: int) -> float:
+        """Bytes each rank sends for batch normalisation, in rings.
+
+        Forward each layer gathers mean, sum of squares and count from all ranks, in float64;
+        backward it sums two gradients a channel over them, in float32.
+        """
+        gathered = (ranks - 1) * 8 * (2 * self.channels + self.layers)
+        summed = 2 * (ranks - 1) / ranks * 4 * 2 * self.channels
+        return gathered + summed
+
+    @property
+    def exchanges(self) -> int:
+        """Times in a step that a rank waits for all others, beside the sum of the gradients.
+
+        Twice for each layer of batch normalisation, once for the number of valid pixels, once for
+        the figures.
+        """
+        return 2 * self.layers + 2
+
+
+def traffic_of(module: nn.Module) -> Traffic:
+    """The traffic of training a module."""
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    return Traffic(
+        sum(p.numel() for p in module.parameters() if p.requires_grad),
+        len(norms),
+        sum(norm.num_features for norm in norms),
+    )
+
+
+def recipes() -> dict[str, Traffic]:
+    """The traffic of every recipe in config/."""
+    found = {}
+    opts = ["MODEL.weights_encoder", "none", "MODEL.weights_decoder", "none"]
+    for file in sorted((ROOT / "config").glob("*.yaml")):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = ModelBuilder.from_config(load_config(file, opts), inference=False)
+        found[file.stem] = traffic_of(module)
+    return found
+
+
+def table() -> list[str]:
+    """The lines of the table."""
+    titles = ["recipe", "parameters", "gradients", f"sent, {RANKS} ranks", *WIRES]
+    titles += ["SyncBN layers", "SyncBN sent", "exchanges"]
+    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    for name, traffic in recipes().items():
+        sent = traffic.gradients_sent(RANKS)
+        cells = [
+            name,
+            f"{traffic.parameters / 1e6:.2f} M",
+            f"{traffic.gradients / 1e6:.1f} MB",
+            f"{sent / 1e6:.1f} MB",
+            *(f"{1e3 * sent / wire:.1f} ms" for wire in WIRES.values()),
+            str(traffic.layers),
+            f"{traffic.statistics_sent(RANKS) / 1e6:.2f} MB",
+            str(traffic.exchanges),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
