@@ -137,7 +137,7 @@ def long_evaluation(
 
 
 @needs_proc
-@pytest.mark.parametrize("victim", ["worker", "parent"])
+@pytest.mark.parametrize("victim", ["worker", pytest.param("parent", marks=pytest.mark.slow)])
 def test_a_kill_ends_the_evaluation_and_all_its_processes(
     victim: str, long_evaluation: list[str], tmp_path: Path
 ) -> None:

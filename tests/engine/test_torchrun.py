@@ -363,7 +363,7 @@ def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]
                 *("--out", job_.root / f"scores_{ranks}"),
                 ranks=ranks,
             )
-            for ranks in (1, 3)
+            for ranks in (1, 2)
         }
     finally:
         image.write_bytes(whole)
@@ -377,8 +377,8 @@ def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]
         figures[ranks] = {k: v for k, v in stored.items() if "seconds" not in k}
         names = [path.name for path in (job_.root / f"scores_{ranks}").iterdir()]
         assert sorted(names) == ["class_iou.png", "eval.csv", "eval.json"]
-    assert figures[1] == figures[3], "to the last digit"
-    tables = [(job_.root / f"scores_{ranks}" / "eval.csv").read_bytes() for ranks in (1, 3)]
+    assert figures[1] == figures[2], "to the last digit"
+    tables = [(job_.root / f"scores_{ranks}" / "eval.csv").read_bytes() for ranks in (1, 2)]
     assert tables[0] == tables[1]
 
 
@@ -451,6 +451,7 @@ def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Comman
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_job_that_is_terminated_saves_and_goes_on(hosts: tuple[Job, list[Command]]) -> None:
     job, commands = hosts
     few = {**LONG, "TRAIN__num_epoch": 3, "TRAIN__epoch_iters": 6}
@@ -473,18 +474,18 @@ def test_a_job_that_is_terminated_saves_and_goes_on(hosts: tuple[Job, list[Comma
 @needs_proc
 def test_a_killed_rank_is_replaced_and_the_run_goes_on(hosts: tuple[Job, list[Command]]) -> None:
     job, commands = hosts
-    config, port = job.config("elastic", **{**LONG, "TRAIN__num_epoch": 8}), free_port()
+    config, port = job.config("elastic", **{**LONG, "TRAIN__num_epoch": 4}), free_port()
     options = ("--nnodes", "1:2", "--max-restarts", "3", "--rdzv-conf", "last_call_timeout=1")
     commands.append(host(job, "a", config, port, *options, "--nproc-per-node", "2"))
     (command,) = commands
-    command.until(lambda: max(steps_of(job.root / "elastic"), default=0) >= 8, 120)
+    command.until(lambda: max(steps_of(job.root / "elastic"), default=0) >= 5, 120)
     ranks = [pid for pid in command.members("train.py") if pid != command.process.pid]
     assert len(ranks) == 2
     kill(ranks[1])
     assert command.code(120) == 0, command.output
-    resumed = re.findall(r"resuming from \S+: step (\d+) of 24", command.output)
-    assert len(resumed) == 1 and int(resumed[0]) >= 6, command.output
-    assert steps_of(job.root / "elastic") == list(range(1, 25)), "every step once"
+    resumed = re.findall(r"resuming from \S+: step (\d+) of 12", command.output)
+    assert len(resumed) == 1 and int(resumed[0]) >= 3, command.output
+    assert steps_of(job.root / "elastic") == list(range(1, 13)), "every step once"
     assert command.output.count("Training done: ") == 1
     command.assert_nothing_left(2)
 
