@@ -6,6 +6,7 @@ import doctest
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -255,3 +256,40 @@ def test_examples_run() -> None:
     result = doctest.testmod(scores)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+# ------------------------------------------------------------------------------ memory
+@pytest.mark.parametrize(("classes", "dtype"), [(5, torch.uint8), (256, torch.uint8)])
+def test_small_types_hold_the_same_labels(classes: int, dtype: torch.dtype) -> None:
+    logits = [torch.randn(1, classes, 6, 7, generator=torch.Generator().manual_seed(0))]
+    assert scores.label_dtype(classes) == dtype and scores.label_dtype(257) == torch.int16
+    labels = scores.class_map(logits, (20, 30), dtype=dtype)
+    assert labels.dtype == dtype
+    assert torch.equal(labels.long(), scores.class_map(logits, (20, 30)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_without_memory_the_class_map_is_made_on_the_cpu(
+    fused: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logits = [torch.randn(1, 5, 6, 7)]
+    expected = scores.class_map(logits, (20, 30))
+    failures = []
+
+    def fails(*args: Any) -> Tensor:
+        if not failures:
+            failures.append(args)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return plain(*args)
+
+    plain = scores._labels
+    if fused:  # what its own trial meets, and so does the class map
+        monkeypatch.setattr(scores, "_why_not_fused", fails)
+    else:
+        monkeypatch.setattr(scores, "_labels", fails)
+    with caplog.at_level("WARNING", logger="mit_semseg"):
+        assert torch.equal(scores.class_map(logits, (20, 30)), expected)
+    assert failures
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory for a class map of 30x20: computing it on the CPU"
+    ]

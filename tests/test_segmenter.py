@@ -202,6 +202,21 @@ def test_folder_carries_all_that_is_needed(
         Segmenter.from_checkpoint(tmp_path)
 
 
+def test_tiles_are_the_folders_or_ones_own(cfg: Config, array: np.ndarray) -> None:
+    wide = np.tile(array, (1, 3, 1))
+    whole, tiled, plain = (
+        Segmenter.from_checkpoint(cfg.DIR, device="cpu", imgSizes=[48], tile=tile)
+        for tile in ("off", 64, None)
+    )
+    assert whole.module.logits.tile == "off" and tiled.module.logits.tile == 64
+    assert plain.module.logits.tile == cfg.TEST.tile == "auto"
+    np.testing.assert_array_equal(plain(wide).labels, whole(wide).labels)
+    # imgMaxSize is 80: more than one tile.
+    assert (tiled(wide).labels != whole(wide).labels).any()
+    with pytest.raises(ValueError, match="tile is 'none'"):
+        Segmenter.from_checkpoint(cfg.DIR, device="cpu", tile="none")
+
+
 def test_best_else_latest_checkpoint(
     cfg: Config, tmp_path: Path, array: np.ndarray, make_model: Callable[..., Config]
 ) -> None:

@@ -3,8 +3,9 @@
 What a network holds grows with the image: some hundred bytes for every pixel. Here a large image is
 cut into tiles that overlap. Near its edge a tile knows least, since the network sees padding there
 in place of the image: in the middle of an overlap the scores go over from one tile to the other,
-along a ramp. Tiles begin on the network's coarsest grid, so that their scores lie where those of the
-whole image do.
+along a ramp. Tiles begin on the network's coarsest grid, so that their scores lie where those of
+the whole image do. (Decoders that resize one level to another need sides that are multiples of the
+coarsest stride for that, as `DATASET.padding_constant` makes them.)
 
 A decoder that pools over the whole image would see another whole in every tile. Where it declares
 its pools (`Decoder.pool_scales`), the image is gone through twice: for the pools, which are linear
@@ -24,7 +25,7 @@ from functools import cached_property
 from itertools import count, pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mit_semseg.models.module import SegmentationModule
 from mit_semseg.models.pyramid import TileFeatures, Window, pool_matrix, without_autocast
@@ -255,7 +256,7 @@ class TiledLogits:
         self.network = module.logits if network is None else network
         # Any module may be the encoder or the decoder.
         self.grid = math.lcm(_GRID, *getattr(module.encoder, "strides", ()))
-        self.pool_scales: tuple[int, ...] = getattr(module.decoder, "pool_scales", ())
+        self.pool_scales = _declared_pools(module.decoder)
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
@@ -334,6 +335,10 @@ class TiledLogits:
             return self.module.decoder.logits(features)[0]
 
         return run
+
+
+def _declared_pools(decoder: nn.Module) -> tuple[int, ...]:
+    return tuple(getattr(decoder, "pool_scales", ()))
 
 
 def _share_of_pool(x: Tensor, row: Part, column: Part, scale: int) -> Tensor:

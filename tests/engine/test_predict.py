@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,6 +177,83 @@ def test_bad_image_is_reported_and_does_not_stop_the_others(
     assert (tmp_path / "out" / "d.png").is_file()
 
 
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, MemoryError, RuntimeError])
+def test_what_no_memory_is_enough_for_is_reported(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Last of all, after tiles and the CPU; torch's error on the CPU has no type of its own."""
+    from mit_semseg.engine import predict as engine
+
+    plain, calls = engine.scale_logits, []
+
+    def scarce(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "scale_logits", scarce)
+    for name in "ab":
+        photo(tmp_path / f"{name}.png")
+    results = predict(cfg, tmp_path, CPU, result=tmp_path / "out", progress=False)
+    assert results[0]["error"].startswith("out of memory: lower DATASET.imgMaxSize")
+    assert "error" not in results[1]
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mit_semseg.engine import predict as engine
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(engine, "scale_logits", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        predict(cfg, photo(tmp_path / "a.png"), CPU, result=tmp_path / "out", progress=False)
+
+
+def test_images_may_be_computed_in_tiles(cfg: Config, tmp_path: Path) -> None:
+    path = photo(tmp_path / "a.png", (160, 120))
+    changed = with_save(cfg, "index")
+    changed.TEST.imgSizes, changed.DATASET.imgMaxSize = [240], 320
+    labels = {}
+    for tile in ("off", "auto", 64, 320):
+        changed.TEST.tile = tile
+        (one,) = predict(changed, path, CPU, result=tmp_path / str(tile), progress=False)
+        labels[tile] = np.asarray(Image.open(one["outputs"]["index"]))
+    np.testing.assert_array_equal(labels["auto"], labels["off"])
+    np.testing.assert_array_equal(labels[320], labels["off"])
+    assert (labels[64] != labels["off"]).any()  # a random network, and tiles that see little
+
+
+def test_large_images_are_not_read_while_others_are_computed(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mit_semseg.engine import predict as engine
+
+    monkeypatch.setattr(engine, "_LARGE", 64 * 48 - 1)
+    plain, busy, seen = engine.scale_logits, [], []
+
+    def computing(*args: Any, **kwargs: Any) -> Any:
+        busy.append(1)
+        time.sleep(0.05)
+        done = plain(*args, **kwargs)
+        busy.clear()
+        return done
+
+    def reading(path: Path) -> np.ndarray:
+        seen.append(bool(busy))
+        return load_image(path)
+
+    monkeypatch.setattr(engine, "scale_logits", computing)
+    monkeypatch.setattr(engine, "load_image", reading)
+    for k in range(4):
+        photo(tmp_path / "in" / f"{k}.png", seed=k)
+    predict(cfg, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
+    assert seen == [False] * 4
+
+
 # ------------------------------------------------------------------------------ names
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -279,6 +358,28 @@ def test_bad_settings_are_refused(cfg: Config, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------ pieces
+@pytest.mark.parametrize("kind", ["color", "overlay", "side"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_pictures_in_bands_are_the_same(
+    kind: str, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mit_semseg.engine import predict as engine
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (37, 20, 3)).astype(np.uint8)
+    labels = rng.integers(0, 4, (37, 20)).astype(dtype)
+    table = ClassTable.of(NAMES)
+    whole = render(kind, image, labels, table)
+    shares = areas(labels, NAMES)
+    monkeypatch.setattr(engine, "_BAND", 100)
+    np.testing.assert_array_equal(np.asarray(render(kind, image, labels, table)), np.asarray(whole))
+    assert (
+        areas(labels, NAMES)
+        == shares
+        == {NAMES[k]: pytest.approx((labels == k).mean()) for k in range(4)}
+    )
+
+
 def test_areas_by_hand() -> None:
     labels = np.array([[0, 0, 2, 2], [2, 2, 2, 2], [1, 3, -1, 2]])
     found = areas(labels, ["wall", "lamp", "floor", "lamp"])

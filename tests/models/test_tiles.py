@@ -1,0 +1,419 @@
+"""Images in tiles: weights, places, pools of the whole image, and what is done without memory."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mit_semseg import scores
+from mit_semseg.dataset.transforms import Normalize, as_batch, load_image, load_mask, resize_image
+from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
+from mit_semseg.models import DECODERS, Decoder, Encoder, SegmentationModule, tiles
+from mit_semseg.models.decoders.upernet import UPerNet
+from mit_semseg.models.inference import inference_copy
+from mit_semseg.models.pyramid import pool_matrix
+from mit_semseg.models.tiles import TiledLogits, parts, spans
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("SEMSEG_DATA", ROOT.parent / "shared" / "data"))
+few = settings(max_examples=40)
+lengths = st.integers(1, 3000)
+
+
+class Pointwise(Encoder):
+    """Every pixel by itself, at a stride."""
+
+    channels: ClassVar[tuple[int, ...]] = (6,)
+    strides: ClassVar[tuple[int, ...]] = (8,)
+
+    def __init__(self, stride: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 1, stride)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        return [self.conv(images).relu()]
+
+
+class Local(Encoder):
+    """Sees 15 pixels around each; three maps."""
+
+    channels: ClassVar[tuple[int, ...]] = (6, 8, 10)
+    strides: ClassVar[tuple[int, ...]] = (2, 4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride, 1) for a, b, stride in ((3, 6, 2), (6, 8, 2), (8, 10, 1))
+        )
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        maps = [images]
+        for conv in self.convs:
+            maps.append(conv(maps[-1]).relu())
+        return maps[1:]
+
+
+class Small(UPerNet):
+    """A narrow pyramid."""
+
+    fpn_dim = 32
+
+
+def module_of(encoder: Encoder, decoder: str = "c1", **options: Any) -> SegmentationModule:
+    torch.manual_seed(0)
+    kind = Small if decoder == "upernet" else DECODERS.get(decoder)
+    head = kind(encoder.channels, **{"num_class": 5, **options})
+    return SegmentationModule(encoder, head, None).eval()
+
+
+class Linear1x1(Decoder):
+    """A classifier and nothing around it."""
+
+    def __init__(self, channels: int, num_class: int = 5) -> None:
+        super().__init__((channels,), num_class)
+        self.head = nn.Conv2d(channels, num_class, 1)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        return (self.head(features[-1]),)
+
+
+def pointwise(stride: int = 8) -> SegmentationModule:
+    torch.manual_seed(0)
+    return SegmentationModule(Pointwise(stride), Linear1x1(6), None).double().eval()
+
+
+# ------------------------------------------------------------------------------ geometry
+@few
+@given(lengths, st.integers(2, 12), st.data())
+def test_tiles_cover_an_axis(length: int, cells: int, data: st.DataObject) -> None:
+    grid = data.draw(st.sampled_from([8, 32, 224]))
+    shared = data.draw(st.integers(0, cells - 1))
+    found = spans(length, cells * grid, shared * grid, grid)
+    assert found[0][0] == 0 and found[-1][1] == length
+    for start, stop in found:
+        assert start % grid == 0 and 0 < stop - start <= cells * grid
+    for (_, stop), (start, _) in zip(found, found[1:]):
+        assert min(stop, length) - start in (shared * grid, length - start)
+    sides = [stop - start for start, stop in found[:-1]]
+    assert not sides or max(sides) - min(sides) <= grid
+
+
+@few
+@given(lengths, st.integers(2, 12), st.data())
+def test_weights_are_one_in_sum(length: int, cells: int, data: st.DataObject) -> None:
+    grid, factor = 32, data.draw(st.sampled_from([1, 4, 8, 32]))
+    shared = data.draw(st.integers(0, cells - 1))
+    found = spans(length, cells * grid, shared * grid, grid)
+    first = math.ceil(found[0][1] / factor)
+    placed = parts(found, first)
+    total = torch.zeros(math.ceil(length / factor))
+    for (start, _), part in zip(found, placed):
+        assert part.start * factor == start and part.whole == len(total)
+        assert (part.weights >= 0).all()
+        total[part.start : part.stop] += part.weights
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
+    for part, after in zip(placed, placed[1:]):
+        assert part.settled == after.start
+    assert placed[-1].settled == len(total)
+
+
+def test_a_tile_counts_least_where_it_ends() -> None:
+    first, second = parts([(0, 512), (256, 700)], 64)
+    # Of 32 shared pixels of the map the outer 12 do not count, and 8 are the ramp.
+    assert first.weights[: 32 + 12].eq(1).all() and second.weights[:12].eq(0).all()
+    ramp = (torch.arange(8) + 0.5) / 8
+    torch.testing.assert_close(second.weights[12:20], ramp)
+    torch.testing.assert_close(first.weights[44:52], 1 - ramp)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(1, 1), (1, 6), (5, 6), (7, 3), (13, 6), (60, 2)])
+def test_pooling_as_a_matrix(n_in: int, n_out: int) -> None:
+    x = torch.randn(4, n_in)
+    torch.testing.assert_close(x @ pool_matrix(n_in, n_out).T, F.adaptive_avg_pool1d(x, n_out))
+
+
+# ------------------------------------------------------------------------------ the same scores
+@settings(max_examples=30)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([64, 96, 128, 200]))
+def test_a_network_without_surroundings_is_computed_exactly(H: int, W: int, tile: int) -> None:
+    """Of any size, 1 pixel wide, and no multiple of the stride."""
+    module = pointwise()
+    image = torch.randn(2, 3, H, W, dtype=torch.float64, generator=torch.Generator().manual_seed(H))
+    given_, whole = TiledLogits(module, tile)(image), module.logits(image)
+    assert given_.dtype == torch.float64
+    torch.testing.assert_close(given_, whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "size"),
+    [
+        *(("c1", size) for size in ((512, 700), (301, 1), (330, 1027))),
+        *(("ppm", size) for size in ((512, 700), (301, 1), (330, 1027))),
+        # The levels of its pyramid only fit each other in multiples of the coarsest stride.
+        *(("upernet", size) for size in ((512, 700), (304, 4), (332, 1028))),
+    ],
+)
+@torch.no_grad()
+def test_what_is_far_from_the_edges_of_tiles_is_the_same(
+    decoder: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a network that sees no farther than the margin tiles do not count in."""
+    options = {"width": 8} if decoder != "c1" else {}
+    module = module_of(Local(), decoder, **options).double()
+    image = torch.rand(1, 3, *size, dtype=torch.float64)
+    image[..., size[1] // 2 :] += 2  # pools of tiles would differ from those of the image
+    whole = module.logits(image)
+    atol = 2e-5 * float(whole.std())
+    torch.testing.assert_close(TiledLogits(module, 256)(image), whole, rtol=0, atol=atol)
+    if decoder != "c1" and max(size) > 500:
+        monkeypatch.setattr(tiles, "_declared_pools", lambda decoder: ())
+        assert (TiledLogits(module, 256)(image) - whole).abs().max() > 100 * atol
+
+
+@torch.no_grad()
+def test_reduced_precision_and_batches() -> None:
+    module = module_of(Local(), "ppm", width=8)
+    image = torch.rand(2, 3, 300, 520)
+    whole = module.logits(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reduced = TiledLogits(module, 256)(image)
+    assert reduced.dtype == torch.float32
+    assert (reduced - whole).abs().mean() < 0.02 * whole.std()
+
+
+@torch.no_grad()
+def test_scores_of_many_classes_are_kept_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = pointwise().float()
+    module.decoder.head.weight.mul_(1e5)  # beyond what float16 holds
+    image = torch.randn(1, 3, 200, 333)
+    whole = module.logits(image)
+    assert whole.abs().max() > 65504
+    monkeypatch.setattr(tiles, "_IN_FLOAT32", 100)
+    half = TiledLogits(module, 96)(image)
+    assert half.dtype == torch.float16 and half.isfinite().all()
+    for scale in (1.0, 1e-5):  # between two classes that compete it is as fine as float32
+        module.decoder.head.weight.mul_(scale)
+        given_ = scores.class_map([TiledLogits(module, 96)(image)], (400, 500))
+        wanted = scores.class_map([module.logits(image)], (400, 500))
+        assert (given_ == wanted).float().mean() > 0.9999
+
+
+# ------------------------------------------------------------------------------ real images
+def photographs(size: tuple[int, int]) -> list[Tensor]:
+    """Streets and rooms, (1, 3, *size) uint8."""
+    files = [*sorted(DATA.glob("CamVid/val/*.png"))[::50], *sorted(DATA.glob("ade20k*/*/*/*.jpg"))]
+    if not files:
+        pytest.skip(f"no photographs in {DATA}: set SEMSEG_DATA")
+    return [as_batch(resize_image(load_image(file), size[::-1])) for file in files[:4]]
+
+
+def agreement(module: SegmentationModule, tile: int, image: Tensor) -> float:
+    """Share of pixels that get the class they get without tiles."""
+    size = (image.shape[2], image.shape[3])
+    fast = inference_copy(module, "cpu", Normalize(), tile=tile)
+    whole = inference_copy(module, "cpu", Normalize(), tile="off")
+    labels = [one.predict(image, size) for one in (fast, whole)]
+    assert len(labels[1].unique()) >= 3
+    return float((labels[0] == labels[1]).float().mean())
+
+
+def trained() -> SegmentationModule:
+    folder = ROOT / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
+    return load_model(CheckpointFolder(folder).config(), f"{folder}/best.pth")
+
+
+def test_labels_of_photographs_agree() -> None:
+    shares = [agreement(trained(), 512, image) for image in photographs((720, 960))[:3]]
+    assert min(shares) >= 0.995
+
+
+@torch.no_grad()
+def fitted(decoder: str) -> SegmentationModule:
+    """The trained encoder with a decoder of random layers and a classifier fitted to labels."""
+    module = trained()
+    module.decoder = module_of(module.encoder, decoder, width=32, num_class=11).decoder
+    files = sorted((DATA / "CamVid" / "train").glob("*.png"))[::60]
+    images = [as_batch(load_image(file)) for file in files]
+    labels = torch.stack(
+        [torch.from_numpy(load_mask(f"{file.parent}annot/{file.name}")) for file in files]
+    )
+    for layer in module.decoder.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    pixels = Normalize()(torch.cat(images))
+    module.decoder.train().logits(module.features(pixels))
+    last = [layer for layer in module.decoder.modules() if isinstance(layer, nn.Conv2d)][-1]
+    seen: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    module.eval().logits(pixels)
+    hook.remove()
+    # Ridge regression of one-hot labels.
+    x = seen[0].permute(0, 2, 3, 1)
+    small = F.interpolate(labels[:, None].float(), x.shape[1:3], mode="nearest")[:, 0].long()
+    valid = small < 11
+    inputs = F.pad(x[valid], (0, 1), value=1.0).double()
+    wanted = F.one_hot(small[valid], 11).double()
+    gram = inputs.T @ inputs + 1e-3 * len(inputs) * torch.eye(inputs.shape[1]).double()
+    weights = torch.linalg.solve(gram, inputs.T @ wanted).float().T  # (11, K + 1)
+    last.weight.copy_(10 * weights[:, :-1, None, None])
+    last.bias.copy_(10 * weights[:, -1])
+    return module
+
+
+@pytest.mark.parametrize("decoder", ["ppm", "upernet"])
+def test_labels_of_decoders_that_pool_agree(decoder: str) -> None:
+    image = photographs((720, 960))[0]
+    module = fitted(decoder)
+    assert agreement(module, 512, image) >= 0.995
+    # A tile's own pools are others.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "_declared_pools", lambda decoder: ())
+        assert agreement(module, 512, image) < 0.97
+
+
+# ------------------------------------------------------------------------------ settings
+def test_only_large_images_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = pointwise().float(), []
+
+    def network(image: Tensor) -> Tensor:
+        seen.append(tuple(image.shape[2:]))
+        return module.logits(image)
+
+    monkeypatch.setattr(tiles, "AUTO_PIXELS", 300 * 200)
+    monkeypatch.setattr(tiles, "AUTO_SIDE", 128)
+    expected = {
+        "auto": [(200, 300), None],
+        "off": [(200, 300), (201, 301)],
+        300: [(200, 300), None],
+        128: [None, None],
+    }
+    for tile, sizes in expected.items():
+        for image, size in zip((torch.zeros(1, 3, 200, 300), torch.zeros(1, 3, 201, 301)), sizes):
+            seen.clear()
+            TiledLogits(module, tile, network)(image)
+            if size is None:
+                assert len(seen) > 1 and max(max(one) for one in seen) <= (300, 128)[tile != 300]
+            else:
+                assert seen == [size]
+
+
+@pytest.mark.parametrize("tile", ["on", "", 0, 63, -1, 512.0, True, None])
+def test_other_settings_are_refused(tile: Any) -> None:
+    with pytest.raises(ValueError, match=r"tile is .*; use 'auto', 'off' or a side of 64"):
+        inference_copy(pointwise().float(), "cpu", tile=tile)
+
+
+def test_the_copy_for_inference_takes_tiles() -> None:
+    module = module_of(Local(), "ppm", width=8)
+    image = torch.rand(1, 3, 300, 520)
+    tiled, whole = (inference_copy(module, "cpu", tile=x) for x in (256, "off"))
+    expected = whole.logits(image)
+    given_ = tiled.logits(image)
+    assert not torch.equal(given_, expected)
+    torch.testing.assert_close(given_, expected, rtol=0, atol=float(1e-4 * expected.std()))
+    assert torch.equal(whole.logits(image), TiledLogits(whole, "off")(image))
+    assert tiled.predict([image], (300, 520), flip=True).shape == (1, 300, 520)
+
+
+class Valid(Encoder):
+    """Loses a pixel at every side."""
+
+    channels: ClassVar[tuple[int, ...]] = (6,)
+    strides: ClassVar[tuple[int, ...]] = (1,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        return [self.conv(images)]
+
+
+def test_what_cannot_be_tiled_is_computed_whole(caplog: pytest.LogCaptureFixture) -> None:
+    module = SegmentationModule(Valid(), Linear1x1(6), None).eval()
+    image = torch.rand(1, 3, 100, 130)
+    with caplog.at_level(logging.WARNING, logger="mit_semseg"):
+        assert torch.equal(TiledLogits(module, 64)(image), module.logits(image))
+    assert "130x100 is computed whole, not in tiles: the network makes" in caplog.text
+
+
+# ------------------------------------------------------------------------------ out of memory
+class Scarce(Local):
+    """Has memory for some pixels only, until it has failed so often that it must be elsewhere."""
+
+    failures: ClassVar[list[tuple[int, int]]] = []
+    room: ClassVar[int] = 0
+    patience: ClassVar[int] = 100
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        H, W = images.shape[2:]
+        if self.room < H * W and len(self.failures) < self.patience:
+            self.failures.append((H, W))
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().feature_maps(images)
+
+
+@pytest.fixture
+def scarce() -> Callable[..., SegmentationModule]:
+    def build(room: int, patience: int = 100) -> SegmentationModule:
+        Scarce.failures.clear()
+        Scarce.room, Scarce.patience = room, patience
+        return module_of(Scarce(), "ppm", width=8)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("tile", "room", "patience", "steps"),
+    [
+        ("auto", 1100 * 700, 100, []),
+        ("auto", 560 * 560, 100, ["in tiles of 544 pixels"]),
+        ("auto", 300 * 300, 100, ["in tiles of 544 pixels", "in tiles of 256 pixels"]),
+        (512, 300 * 300, 100, ["in tiles of 256 pixels"]),
+        ("auto", 0, 3, ["in tiles of 544 pixels", "in tiles of 256 pixels", "on the CPU"]),
+        ("off", 0, 1, ["on the CPU"]),
+        (128, 0, 1, ["on the CPU"]),
+    ],
+)
+@torch.no_grad()
+def test_smaller_tiles_then_the_cpu(
+    scarce: Callable[..., SegmentationModule],
+    caplog: pytest.LogCaptureFixture,
+    tile: Any,
+    room: int,
+    patience: int,
+    steps: list[str],
+) -> None:
+    module = scarce(room, patience)
+    image = torch.rand(1, 3, 700, 1100)
+    with caplog.at_level(logging.WARNING, logger="mit_semseg"):
+        given_ = TiledLogits(module, tile)(image)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"out of memory for an image of 1100x700: computing it {x}" for x in steps]
+    Scarce.room = 10**9
+    whole = module.logits(image)
+    torch.testing.assert_close(given_, whole, rtol=0, atol=float(1e-4 * whole.std()))
+
+
+def test_without_memory_anywhere_it_is_an_error(
+    scarce: Callable[..., SegmentationModule],
+) -> None:
+    module = scarce(room=0)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        TiledLogits(module)(torch.rand(1, 3, 300, 300))
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
