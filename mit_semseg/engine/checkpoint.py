@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -38,6 +39,8 @@ RUN_FILES = (
 )
 # A newer one may be cut off by what nothing survives, a failing disk: then the one before counts.
 KEPT_STATES = 2
+# Folders that runs of this process use: its locks keep out other processes only.
+_OCCUPIED: set[Path] = set()
 
 
 def atomic_save(files: Mapping[Path, Any]) -> None:
@@ -188,22 +191,28 @@ class CheckpointFolder:
             OSError: the folder cannot be made or written to.
         """
         make_writable(self.path, "DIR")
+        place = self.path.resolve()
+        if place in _OCCUPIED:
+            raise ValueError(f"{self.path} is in use by another run of this process: end it first")
         lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
         if fcntl is not None:
             try:
                 # Of this process alone: children that outlive it hold nothing.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except (BlockingIOError, PermissionError) as error:
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
                 lock.close()
                 raise ValueError(
                     f"{self.path} is in use by {holder}: wait for it, end it, or give another DIR"
                 ) from error
+            except OSError as error:
+                log.warning("nothing keeps other runs out of %s (%s)", self.path, error.strerror)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         self._lock = lock
+        _OCCUPIED.add(place)
         for pattern in RUN_FILES:
             for unfinished in self.path.glob(f".{pattern}.*"):
                 unfinished.unlink()
@@ -213,23 +222,34 @@ class CheckpointFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+            _OCCUPIED.discard(self.path.resolve())
 
-    def set_aside(self, after: int | None = None, epoch: int = 0) -> Path | None:
+    def set_aside(self) -> Path | None:
         """Move an earlier run's files to `earlier_N` below, so that a new one neither mixes with
-        nor destroys them; None when there are none.
+        nor destroys them; None when there are none."""
+        return self._move_aside([f for pattern in RUN_FILES for f in self.path.glob(pattern)])
+
+    def set_aside_after(self, step: int, epoch: int, best: bool) -> Path | None:
+        """Move what is newer than a place in the run that it goes back to, and copy its figures.
 
         Args:
-            after: move only what is newer than this step ...
-            epoch: ... and than this epoch, for a run that goes back to it.
+            step: the newest state that stays.
+            epoch: the newest epoch that stays.
+            best: whether the best weights are newer, too.
         """
-        if after is None:
-            files = [f for pattern in RUN_FILES for f in self.path.glob(pattern)]
-        else:
-            files = [f for f in self.states() if _step(f) > after]
-            for file in self.path.glob("*_epoch_*.pth"):
-                match = re.search(r"_epoch_(\d+)\.pth$", file.name)
-                if match and int(match[1]) > epoch:
-                    files.append(file)
+        files = [file for file in self.states() if _step(file) > step]
+        for file in self.path.glob("*_epoch_*.pth"):
+            match = re.search(r"_epoch_(\d+)\.pth$", file.name)
+            if match and int(match[1]) > epoch:
+                files.append(file)
+        if best:
+            files += self.path.glob("??coder_best.pth")
+        aside = self._move_aside(files)
+        if aside is not None and (self.path / "metrics.jsonl").is_file():
+            shutil.copyfile(self.path / "metrics.jsonl", aside / "metrics.jsonl")
+        return aside
+
+    def _move_aside(self, files: list[Path]) -> Path | None:
         if not any(file.suffix == ".pth" for file in files):
             return None
         number = 1
@@ -292,6 +312,8 @@ class CheckpointFolder:
             try:
                 return file, load_state(file)
             except ValueError as error:
+                if _may_pass(error.__cause__):
+                    raise
                 aside = file.with_name(file.name + ".damaged")
                 file.replace(aside)
                 log.warning("%s; it is now %s, and the one before is taken", error, aside.name)
@@ -428,6 +450,13 @@ def _step(file: Path) -> int:
 def _order(name: str) -> tuple[int, str]:
     match = re.fullmatch(r"epoch_(\d+)\.pth", name)
     return (int(match[1]), name) if match else (10**9 if name == "best.pth" else -1, name)
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    """Whether a file that cannot be read now may be whole."""
+    passing = (errno.ENOMEM, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT)
+    no_answer = isinstance(cause, OSError) and cause.errno in passing
+    return no_answer or isinstance(cause, MemoryError)
 
 
 def _listing(path: Path) -> str:

@@ -116,6 +116,7 @@ class Feed:
                 self._check_processes()
                 batch = next(self._batches)
             except RuntimeError as error:
+                self._check_processes()
                 if "timed out" not in str(error):
                     raise
                 files = self.files()

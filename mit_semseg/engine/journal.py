@@ -23,8 +23,19 @@ class Journal:
     def record(self, **figures: Any) -> None:
         """Append one line."""
         if self.writes:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
+            try:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(figures) + "\n")
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"{error.strerror}: cannot write", str(self.file)
+                ) from error
+
+    def best_epoch(self) -> int:
+        """The epoch with the highest validated mean IoU, the first of equals; 0 without any."""
+        lines = read_metrics(self.file) if self.file.is_file() else []
+        scores = {int(x["epoch"]): float(x["mean_iou"]) for x in lines if x.get("kind") == "val"}
+        return max(scores, key=scores.__getitem__, default=0)
 
     def forget(self, step: int, epoch: int) -> None:
         """Drop figures of what a resumed run does again: steps after `step`, validations after

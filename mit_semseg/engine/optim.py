@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,21 @@ def build_optimizer(cfg: Config, module: nn.Module, lr: float) -> torch.optim.Op
         return torch.optim.SGD(groups, lr=lr, momentum=cfg.TRAIN.beta1, fused=True)
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[cfg.TRAIN.optim]
     return kind(groups, lr=lr, betas=(cfg.TRAIN.beta1, 0.999), fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer the momentum of a saved one; its own settings stay.
+
+    Raises:
+        ValueError, KeyError: the state is that of other parameters.
+    """
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
 
 
 def poly_factor(step: int, total: int, power: float, warmup: int = 0) -> float:

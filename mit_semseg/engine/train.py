@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,7 @@ from mit_semseg.engine.launch import (
 )
 from mit_semseg.engine.optim import (
     build_optimizer,
+    load_optimizer,
     moving_average,
     poly_factor,
     set_learning_rate,
@@ -102,15 +104,22 @@ def train(
         ConnectionError: another rank was lost.
         OSError: the checkpoint folder cannot be written to.
     """
-    return Trainer(cfg, devices, rank, world, progress and rank == 0).run(resume)
+    return Trainer(cfg, devices, rank, world, progress and rank == 0, resume).run()
 
 
 class Trainer:
     """One run; `run` is the whole of it, the other methods its parts in order."""
 
     def __init__(
-        self, cfg: Config, devices: Sequence[torch.device], rank: int, world: int, progress: bool
+        self,
+        cfg: Config,
+        devices: Sequence[torch.device],
+        rank: int,
+        world: int,
+        progress: bool,
+        resume: bool | str = False,
     ) -> None:
+        self.resume = "auto" if resume is True else resume or ""
         self.cfg, self.devices = cfg, list(devices)
         self.rank, self.world, self.progress = rank, world, progress
         self.device = self.devices[0]
@@ -173,8 +182,13 @@ class Trainer:
     def _build(self, split: Split) -> None:
         cfg = self.cfg
         weights = class_weights(cfg, split, progress=self.progress)
+        initial = cfg
+        if self._will_be_restored():
+            # The weights that training began with may be gone, or behind a net that is down.
+            initial = cfg.clone()
+            initial.MODEL.weights_encoder = initial.MODEL.weights_decoder = "none"
         self.module: SegmentationModule = ModelBuilder.from_config(
-            cfg, inference=False, class_weights=weights
+            initial, inference=False, class_weights=weights
         )
         self.module.to(self.device)
         if cfg.TRAIN.channels_last:
@@ -202,13 +216,19 @@ class Trainer:
                 self.module, device_ids=self.devices, timeout=cfg.TRAIN.stall_seconds
             )
 
-    def run(self, resume: bool | str) -> dict[str, Any]:
+    def _will_be_restored(self) -> bool:
+        if self.resume not in ("", "auto"):
+            return True
+        begun = bool(self.folder.states()) or self.folder.latest_epoch() > 0
+        return begun and bool(self.resume or self.cfg.TRAIN.start_epoch)
+
+    def run(self) -> dict[str, Any]:
         """All epochs."""
         cfg = self.cfg
         if self.rank == 0:
             self.folder.occupy()
         try:
-            self._begin("auto" if resume is True else resume or "")
+            self._begin()
             log.info(
                 "training %s + %s on %d images: epochs %d, steps each %d, batch %d x %d devices, "
                 "%s%s",
@@ -251,7 +271,8 @@ class Trainer:
                 feed.close()
         finally:
             self.folder.leave()
-        name = "best.pth" if self.best is not None else f"epoch_{cfg.TRAIN.num_epoch}.pth"
+        has_best = "best.pth" in self.folder.names()
+        name = "best.pth" if has_best else f"epoch_{cfg.TRAIN.num_epoch}.pth"
         done = self.step >= self.max_iters
         return {
             "best_mean_iou": self.best,
@@ -259,7 +280,7 @@ class Trainer:
             "history": self.history,
             "step": self.step,
             "steps": self.max_iters,
-            "stopped": "" if done and self._is_validated else self.stop.asked,
+            "stopped": "" if done and self._is_validated else self.stop.asked or "another rank",
         }
 
     def _epochs(self, batches: Iterator[list[dict[str, Any]]]) -> None:
@@ -363,9 +384,7 @@ class Trainer:
             finite = math.isfinite(part_loss)
             loss += part_loss / cfg.TRAIN.accumulate
             accuracy += part_accuracy / cfg.TRAIN.accumulate
-        if finite:
-            with self._peers():
-                self._update()
+        if finite and self._update():
             self.losses.append(loss)
             self.accuracies.append(accuracy)
             self.skipped_in_a_row = 0
@@ -435,19 +454,40 @@ class Trainer:
             dist.all_reduce(anyone)
         return anyone.item() > 0
 
-    def _update(self) -> None:
-        limit = self.cfg.TRAIN.clip_grad
-        for optimizer in self.optimizers:
-            if limit:
-                self.scaler.unscale_(optimizer)
-        if limit:
-            nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+    def _update(self) -> bool:
+        """One step of the optimizers; False when the gradients are no finite numbers.
+
+        Raises:
+            FloatingPointError: they are not, and TRAIN.on_nan is stop.
+        """
+        if self.cfg.TRAIN.clip_grad and not self._clip():
+            return False
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         if self.average is not None:
             self.average.update_parameters(self.module)
+        return True
+
+    def _clip(self) -> bool:
+        """Bound the norm of the gradients; one that is infinite would spoil all of them."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.cfg.TRAIN.clip_grad)
+        if bool(torch.isfinite(norm)):
+            return True
+        if self.scaler.is_enabled():  # what fp16 does now and then; the scale is lowered
+            self.scaler.update()
+            return False
+        text = f"the gradients of step {self.step + 1} are no finite numbers"
+        if self.cfg.TRAIN.on_nan == "stop" or self.skipped_in_a_row >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{text}; lower TRAIN.lr_encoder and TRAIN.lr_decoder, or train with "
+                "TRAIN.precision fp32"
+            )
+        log.warning("%s; the step is skipped", text)
+        return False
 
     def _peers(self) -> AbstractContextManager[object]:
         """What a collective says when a rank is gone, as one line."""
@@ -583,7 +623,7 @@ class Trainer:
         for file, reason in evaluation.failed:
             log.warning("not validated: %s: %s", file, reason.removeprefix(f"{file}: "))
         # The best weights first: a run killed in between validates again, and writes them again.
-        if mean_iou == self.best:
+        if mean_iou == self.best or "best.pth" not in self.folder.names():
             self.folder.save("best.pth", net.encoder.state_dict(), net.decoder.state_dict())
         self.journal.record(kind="val", epoch=epoch, mean_iou=mean_iou, pixel_accuracy=accuracy)
         self.folder.save_history(epoch, self.history)
@@ -591,7 +631,17 @@ class Trainer:
     # ------------------------------------------------------------------ the state of the run
 
     def _save_state(self) -> None:
-        """Everything that a resumed run needs, as it is after this step."""
+        """Everything that a resumed run needs, as it is after this step.
+
+        Raises:
+            FloatingPointError: there is no use in it: what was saved before is kept instead.
+        """
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.module.parameters()):
+            raise FloatingPointError(
+                f"after step {self.step} the weights are no finite numbers; nothing was saved "
+                "since they were: lower TRAIN.lr_encoder and TRAIN.lr_decoder, set "
+                "TRAIN.clip_grad, or train with TRAIN.precision fp32"
+            )
         with self.watchdog.asleep():
             own = random_state(self.devices)
             everyone: list[Any] = [own]
@@ -612,6 +662,7 @@ class Trainer:
             "encoder": self.module.encoder.state_dict(),
             "decoder": self.module.decoder.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "optim": self.cfg.TRAIN.optim,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "random": random_states,
@@ -624,29 +675,57 @@ class Trainer:
             "config": self.cfg.dump(),
         }
 
-    def _begin(self, resume: str) -> None:
+    def _begin(self) -> None:
         """Take up an earlier run, or start a new one; rank 0 reads, and tells the others."""
-        file, state = self._find_state(resume) if self.rank == 0 else (None, None)
+        file, state = self._find_state() if self.rank == 0 else (None, None)
+        here = file is not None and file.parent.resolve() == self.folder.path.resolve()
         if self.world > 1:
-            found = [state]
+            found: list[Any] = [state, here]
             with self._peers():
                 dist.broadcast_object_list(found, src=0)
-            state = found[0]
+            state, here = found
         if state is not None:
             self._restore(state, file)
+        epoch = self.step // self.epoch_iters
         if self.rank == 0:
-            epoch = self.step // self.epoch_iters
-            # A run that goes back in this folder leaves what it goes back behind to `earlier_N`.
-            goes_on = file is not None and file.parent == self.folder.path
-            aside = self.folder.set_aside(*((self.step, epoch) if goes_on else ()))
-            if aside:
-                log.warning("%s held an earlier run, which is now in %s", self.folder.path, aside)
-            self.journal.forget(self.step, epoch - 1 if self._validates(epoch) else epoch)
+            if state is None or not here:
+                self._tell(self.folder.set_aside())
+            else:
+                newer = self.journal.best_epoch() > epoch
+                self._tell(self.folder.set_aside_after(state["step"], epoch, newer))
+                if newer:
+                    self._best_again()
+                self.journal.forget(self.step, epoch - 1 if self._validates(epoch) else epoch)
             self.folder.prepare(self.cfg, self.split.classes)
+        if state is None or (here and state["step"] == self.step):
+            return
+        # The place has another number or folder now: from here on it is found by that.
+        if not here:
+            self.history["val"] = {key: [] for key in self.history["val"]}  # best.pth is elsewhere
+        elif self.rank == 0:
+            for other in self.folder.states():
+                if other != file:
+                    other.unlink()
+        self._save_state()
+        if self.rank == 0:
+            self._tell(self.folder.set_aside_after(self.step, epoch, best=False))
 
-    def _find_state(self, resume: str) -> tuple[Path | None, dict[str, Any] | None]:
+    def _best_again(self) -> None:
+        """Take the best of the epochs that are left for the best weights."""
+        val = self.history["val"]
+        scores = dict(zip(val["mean_iou"], val["epoch"]))
+        name = f"epoch_{int(scores[max(scores)])}.pth" if scores else ""
+        if name in self.folder.names():
+            for file, half in zip(self.folder.files(name), ("encoder", "decoder")):
+                shutil.copyfile(file, self.folder.path / f"{half}_best.pth")
+
+    def _tell(self, aside: Path | None) -> None:
+        if aside is not None:
+            log.warning("%s held an earlier run, which is now in %s", self.folder.path, aside)
+
+    def _find_state(self) -> tuple[Path | None, dict[str, Any] | None]:
         """Where the run goes on: the file, and what is in it."""
-        file, state = self._resumed(resume) if resume else (None, None)
+        file, state = self._resumed(self.resume) if self.resume else (None, None)
         start = self.cfg.TRAIN.start_epoch
         if state is None and start:
             file = self.folder.path / f"state_step_{start * self.epoch_iters}.pth"
@@ -655,7 +734,7 @@ class Trainer:
             else:
                 file, state = self._weights_of(self.folder, start)
         if file is None or state is None:
-            if resume:
+            if self.resume:
                 log.info("%s holds nothing to resume from: starting anew", self.folder.path)
             return None, None
         epoch, inside = divmod(state.get("step", 1), state.get("epoch_iters", 2))
@@ -716,11 +795,12 @@ class Trainer:
                     self.average.load_state_dict(state["average"])
                 else:
                     self.average.module.load_state_dict(self.module.state_dict())
-            for optimizer, saved in zip(self.optimizers, state.get("optimizers", ())):
-                optimizer.load_state_dict(saved)
+            if state.get("optim") == self.cfg.TRAIN.optim:
+                for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                    load_optimizer(optimizer, saved)
             self.scaler.load_state_dict(state.get("scaler", {}) or self.scaler.state_dict())
             # An epoch may have another number of steps now: how far the run is counts in epochs.
-            self.step = round(state["step"] * self.epoch_iters / state["epoch_iters"])
+            self.step = state["step"] * self.epoch_iters // state["epoch_iters"]
             self.position = state["position"]
             history = state["history"]
         except (KeyError, RuntimeError, ValueError) as error:
@@ -740,8 +820,15 @@ class Trainer:
             restore_random_state(states[self.rank], self.devices)
         else:
             seed_everything(self.cfg.TRAIN.seed + rank_seed(self.rank, epoch + 1) + self.step)
+        if self.step > self.max_iters:
+            raise ValueError(
+                f"{file} is in epoch {self.step / self.epoch_iters:.3g}, and TRAIN.num_epoch is "
+                f"{self.cfg.TRAIN.num_epoch}: raise TRAIN.num_epoch to train on"
+            )
         if self.rank == 0 and file is not None:
             log.info("resuming from %s: step %d of %d", file, self.step, self.max_iters)
+            if state.get("optim", self.cfg.TRAIN.optim) != self.cfg.TRAIN.optim:
+                log.warning("the state is of another optimizer: momentum starts afresh")
             for line in differences(state.get("config", ""), self.cfg):
                 log.warning("since %s was written: %s", file.name, line)
 

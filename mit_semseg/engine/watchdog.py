@@ -120,18 +120,24 @@ class Watchdog:
                 return
 
     def _bark(self) -> None:
+        # Whoever reads standard error may hang as well: speak for some seconds at most.
+        speech = threading.Thread(target=self._speak, daemon=True)
+        speech.start()
+        speech.join(5)
+        for child in multiprocessing.active_children():
+            child.kill()
+        self._end(3)
+
+    def _speak(self) -> None:
         files = self.files()
         reading = f"; being read: {', '.join(files)}" if files else ""
         advice = f"; {self.advice}" if self.advice else ""
         name = f"{self.name}: " if self.name else ""
         print(
-            f"error: {name}no progress for {self._limit:g} s, waiting for {self._what}{reading}"
+            f"{name}error: no progress for {self._limit:g} s, waiting for {self._what}{reading}"
             f"{advice}",
             file=sys.stderr,
             flush=True,
         )
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-        for child in multiprocessing.active_children():
-            child.kill()
-        self._end(3)

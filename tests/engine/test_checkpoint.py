@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import pickle
 import stat
@@ -272,8 +274,38 @@ def test_one_run_at_a_time_uses_a_folder(tmp_path: Path) -> None:
     folder.occupy()
     assert not leftover.exists(), "what a killed run was writing is of no use"
     assert f"model is in use by process {os.getpid()} on " in ask()
+    with pytest.raises(ValueError, match="in use by another run of this process"):
+        CheckpointFolder(folder.path).occupy()
     folder.leave()
     assert ask() == ""
+
+
+def test_a_state_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save_state(1, {"step": 1})
+
+    def no_memory(*args: Any, **options: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(ValueError, match=r"state_step_1\.pth cannot be read"):
+        folder.newest_state()
+    assert [file.name for file in folder.states()] == ["state_step_1.pth"]
+
+
+def test_without_locks_a_run_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    folder = CheckpointFolder(tmp_path)
+    folder.occupy()
+    folder.leave()
+    assert "No locks available" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_resumed_run_is_identical(settings: Callable[..., Config], ema: float)
 
     trainer._finish_epoch = stop_after_two  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        trainer.run(resume=False)
+        trainer.run()
     train(cut, [CPU], resume=True, progress=False)
 
     expected, got = weights(whole, "epoch_3.pth"), weights(cut, "epoch_3.pth")
@@ -159,8 +159,8 @@ def test_weights_alone_start_the_average_too(settings: Callable[..., Config]) ->
     cfg = settings(TRAIN__num_epoch=1)
     train(cfg, [CPU], progress=False)
     (Path(cfg.DIR) / "state_step_2.pth").unlink()
-    trainer = Trainer(settings(TRAIN__num_epoch=2, TRAIN__ema=0.9), [CPU], 0, 1, False)
-    trainer._begin("auto")
+    trainer = Trainer(settings(TRAIN__num_epoch=2, TRAIN__ema=0.9), [CPU], 0, 1, False, "auto")
+    trainer._begin()
     for averaged, own in zip(trainer.evaluated.parameters(), trainer.module.parameters()):
         torch.testing.assert_close(averaged, own)
 
@@ -564,13 +564,125 @@ def test_other_devices_go_on_at_the_same_place_of_the_data(
     cfg = settings(TRAIN__epoch_iters="auto", TRAIN__num_epoch=1)
     train(cfg, [CPU], progress=False)  # 2 steps, each a batch of 2 of the 4 images
     more = settings(TRAIN__epoch_iters="auto", TRAIN__num_epoch=2, TRAIN__lr_encoder=0.01)
-    trainer = Trainer(more, [CPU, CPU], 0, 1, False)
+    trainer = Trainer(more, [CPU, CPU], 0, 1, False, "auto")
     assert trainer.epoch_iters == 1
     caplog.set_level("INFO", logger="mit_semseg")
-    trainer._begin("auto")
+    trainer._begin()
     assert (trainer.step, trainer.position) == (1, 2)
     assert "TRAIN.lr_encoder was 0.02, and is 0.01 now" in caplog.text
     assert "TRAIN.workers" not in caplog.text
+
+
+def test_an_epoch_of_another_length_keeps_the_place(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = settings(TRAIN__epoch_iters=8, TRAIN__checkpoint_minutes=1e-9)
+    with monkeypatch.context() as patch:
+        signal_after(6, signal.SIGTERM, patch)
+        train(long, [CPU], progress=False)
+    folder = CheckpointFolder(long.DIR)
+    short = settings(TRAIN__epoch_iters=2)
+    for _ in range(2):  # also when it is killed before it writes a state of its own
+        trainer = Trainer(short, [CPU], 0, 1, False, "auto")
+        trainer._begin()
+        # 7 of 8 steps; what is left of the epoch is 1 of 2, not none.
+        assert (trainer.step, trainer.position) == (1, 7)
+        assert [file.name for file in folder.states()] == ["state_step_1.pth"]
+    result = train(short, [CPU], resume="auto", progress=False)
+    assert result["history"]["train"]["epoch"] == [1, 2]
+    with pytest.raises(ValueError, match=r"in epoch 2, and TRAIN\.num_epoch is 1"):
+        train(settings(TRAIN__epoch_iters=2, TRAIN__num_epoch=1), [CPU], resume="auto")
+
+
+def test_resumed_optimizers_follow_the_configuration(
+    settings: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    train(settings(), [CPU], progress=False)
+    cfg = settings(TRAIN__num_epoch=3, TRAIN__weight_decay=0.5, TRAIN__beta1=0.5)
+    trainer = Trainer(cfg, [CPU], 0, 1, False, "auto")
+    trainer._begin()
+    decayed, plain = trainer.optimizers[0].param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"], decayed["momentum"]) == (0.5, 0.0, 0.5)
+    assert all("momentum_buffer" in state for state in trainer.optimizers[0].state.values())
+    result = train(settings(TRAIN__num_epoch=3, TRAIN__optim="AdamW"), [CPU], resume="auto")
+    assert result["step"] == 6 and "momentum starts afresh" in caplog.text
+
+
+def test_best_weights_stay_those_of_the_history(settings: Callable[..., Config]) -> None:
+    cfg = settings(TRAIN__num_epoch=4, TRAIN__eval_epochs=1)
+    scores = train(cfg, [CPU], progress=False)["history"]["val"]["mean_iou"]
+    folder = CheckpointFolder(cfg.DIR)
+    best = 1 + scores.index(max(scores))
+    back = settings(TRAIN__num_epoch=4, TRAIN__eval_epochs=1, TRAIN__start_epoch=best - 1 or 1)
+    trainer = Trainer(back, [CPU], 0, 1, False)
+    trainer._begin()
+    aside = folder.path / "earlier_1"
+    assert (aside / "metrics.jsonl").is_file()
+    if best > 1:
+        assert (aside / "encoder_best.pth").is_file()
+        earlier = 1 + scores.index(max(scores[: best - 1]))
+        assert_same_weights(settings(DIR=str(folder.path)), cfg, f"epoch_{earlier}.pth")
+        old = torch.load(folder.path / "encoder_best.pth", weights_only=True)
+        new = torch.load(folder.path / f"encoder_epoch_{earlier}.pth", weights_only=True)
+        assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_a_resumed_run_needs_no_initial_weights(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    train(settings(TRAIN__num_epoch=1), [CPU], progress=False)
+    source = tmp_path / "backbone.pth"
+    shutil.copyfile(Path(settings().DIR) / "encoder_epoch_1.pth", source)
+    begun = settings(TRAIN__num_epoch=1, MODEL__weights_encoder=str(source))
+    train(begun, [CPU], progress=False)
+    source.unlink()
+    more = settings(TRAIN__num_epoch=2, MODEL__weights_encoder=str(source))
+    assert train(more, [CPU], resume="auto", progress=False)["step"] == 4
+    with pytest.raises(FileNotFoundError, match=r"backbone\.pth"):
+        train(more, [CPU], progress=False)
+
+
+def test_weights_that_are_not_finite_replace_no_state(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Trainer._update
+
+    def spoil(self: Trainer) -> bool:
+        done = update(self)
+        if self.step == 3:
+            with torch.no_grad():
+                next(self.module.parameters()).fill_(torch.nan)
+        return done
+
+    monkeypatch.setattr(Trainer, "_update", spoil)
+    cfg = settings()
+    with pytest.raises(FloatingPointError, match="after step 4 the weights are no finite numbers"):
+        train(cfg, [CPU], progress=False)
+    assert [file.name for file in CheckpointFolder(cfg.DIR).states()] == ["state_step_2.pth"]
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_gradients_that_are_not_finite_spoil_nothing(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, on_nan: str
+) -> None:
+    clip = nn.utils.clip_grad_norm_
+    calls = []
+
+    def overflow(parameters: Any, limit: float) -> torch.Tensor:
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) == 2:
+            parameters[0].grad.fill_(torch.inf)
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", overflow)
+    cfg = settings(TRAIN__clip_grad=1.0, TRAIN__on_nan=on_nan)
+    if on_nan == "stop":
+        with pytest.raises(FloatingPointError, match="the gradients of step 2 are no finite"):
+            train(cfg, [CPU], progress=False)
+        return
+    train(cfg, [CPU], progress=False)
+    assert all(torch.isfinite(x).all() for x in weights(cfg, "epoch_2.pth").values())
 
 
 def test_a_state_of_another_network_is_refused(settings: Callable[..., Config]) -> None:

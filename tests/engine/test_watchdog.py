@@ -32,9 +32,9 @@ def test_a_stall_names_what_is_awaited_and_read(capfd: pytest.CaptureFixture[str
         assert end.event.wait(10)
     assert end.codes == [3]
     said = capfd.readouterr().err
-    line = next(line for line in said.splitlines() if line.startswith("error:"))
+    line = next(line for line in said.splitlines() if "error:" in line)
     assert line == (
-        "error: rank 2: no progress for 0.3 s, waiting for a batch of step 7; being read: "
+        "rank 2: error: no progress for 0.3 s, waiting for a batch of step 7; being read: "
         "a.jpg, b.png; raise TRAIN.stall_seconds"
     )
     assert "most recent call first" in said, "where every thread stands"
