@@ -28,6 +28,7 @@ def run_train(args: argparse.Namespace) -> int:
     opts = _overrides(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.launch import (
+        job_name,
         leave_process_group,
         rank_devices,
         read_config,
@@ -44,7 +45,7 @@ def run_train(args: argparse.Namespace) -> int:
     setup_logger(rank, os.path.join(cfg.DIR, "log.txt"), named=world > 1)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         args.resume = args.resume or "auto"  # torchrun began anew because a rank was lost
-    result = train(cfg, devices, rank=rank, world=world, resume=args.resume)
+    result = train(cfg, devices, rank=rank, world=world, resume=args.resume, job=job_name())
     leave_process_group()
     if rank == 0:
         _print_end(cfg.DIR, result)
@@ -208,7 +209,7 @@ def guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{_who()}interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"{_who()}error: {_one_line(error)}", file=sys.stderr)
         return 2
 

@@ -38,6 +38,19 @@ class _StdoutHandler(logging.StreamHandler):  # type: ignore[type-arg]
         raise AttributeError("this handler always writes to sys.stdout")
 
 
+class _LogFile(logging.FileHandler):
+    """Opened at the first line; a disk that takes no more lines is told of once."""
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename, encoding="utf-8", delay=True, errors="backslashreplace")
+        self._told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._told:
+            self._told = True
+            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+
 def setup_logger(
     distributed_rank: int = 0, filename: str = "log.txt", named: bool = False
 ) -> logging.Logger:
@@ -61,7 +74,7 @@ def setup_logger(
     handlers: list[logging.Handler] = [_StdoutHandler()]
     if filename and distributed_rank == 0:
         os.makedirs(os.path.dirname(os.path.abspath(filename)), exist_ok=True)
-        handlers.append(logging.FileHandler(filename, "a", "utf-8", True, "backslashreplace"))
+        handlers.append(_LogFile(filename))
     who = f" rank {distributed_rank}" if named else ""
     layout = logging.Formatter(f"[%(asctime)s{who} %(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S")
     for handler in handlers:

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -32,6 +33,7 @@ log = logging.getLogger("mit_semseg")
 CONFIG = "config.yaml"
 CLASSES = "classes.csv"
 LOCK = ".lock"
+JOB = ".job"
 # What a training leaves beside configuration and class table.
 RUN_FILES = (
     *("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", "state_step_*.pth"),
@@ -44,10 +46,12 @@ _OCCUPIED: set[Path] = set()
 
 
 def atomic_save(files: Mapping[Path, Any]) -> None:
-    """torch.save each value to its path, all or none of them.
+    """torch.save each value to its path.
 
     Everything is written to temporary neighbours first, reaches the disk, and is then renamed, so
-    that a killed run or a full disk leaves what was there before. A checksum of every tensor is
+    that a killed run or a full disk leaves whole files: those that were there before, or the new
+    ones. (Between two renames a kill may leave one of each; a resumed run writes both again.) A
+    checksum of every tensor is
     part of torch's format, see `weights.check_archive`.
 
     Raises:
@@ -57,10 +61,10 @@ def atomic_save(files: Mapping[Path, Any]) -> None:
     try:
         for path, obj in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             written[temporary] = path
             _write(obj, handle, path)
-            os.chmod(temporary, 0o644)
         for temporary, path in written.items():
             os.replace(temporary, path)
         for folder in {path.parent for path in files}:
@@ -224,6 +228,18 @@ class CheckpointFolder:
             self._lock = None
             _OCCUPIED.discard(self.path.resolve())
 
+    def job(self) -> str:
+        """Which job of torchrun has a run here that is not completed; "" for none."""
+        file = self.path / JOB
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+    def note_job(self, job: str) -> None:
+        """Write down whose run this is; "" when it is completed."""
+        if job:
+            (self.path / JOB).write_text(job, encoding="utf-8")
+        else:
+            (self.path / JOB).unlink(missing_ok=True)
+
     def set_aside(self) -> Path | None:
         """Move an earlier run's files to `earlier_N` below, so that a new one neither mixes with
         nor destroys them; None when there are none."""
@@ -299,10 +315,11 @@ class CheckpointFolder:
         files = [p for p in self.path.glob("state_step_*.pth") if re.fullmatch(_STATE, p.name)]
         return sorted(files, key=_step, reverse=True)
 
-    def newest_state(self) -> tuple[Path, dict[str, Any]] | None:
+    def newest_state(self, mend: bool = True) -> tuple[Path, dict[str, Any]] | None:
         """The newest state that is whole; None where there is no state at all.
 
-        A damaged one is named, renamed to end in `.damaged`, and passed over.
+        A damaged one is named, passed over, and renamed to end in `.damaged`, unless `mend` is
+        False, for folders that are not one's own.
 
         Raises:
             ValueError: there are states, and all of them are damaged.
@@ -314,9 +331,9 @@ class CheckpointFolder:
             except ValueError as error:
                 if _may_pass(error.__cause__):
                     raise
-                aside = file.with_name(file.name + ".damaged")
-                file.replace(aside)
-                log.warning("%s; it is now %s, and the one before is taken", error, aside.name)
+                log.warning("%s; the one before is taken", error)
+                if mend:
+                    file.replace(f"{file}.damaged")
         if states:
             raise ValueError(
                 f"all {len(states)} states in {self.path} are damaged: continue from an epoch's "

@@ -139,7 +139,9 @@ def evaluate(
         ValueError: nothing to evaluate, no image that could be, or a configuration that does not
             fit.
         FileNotFoundError: a list or the checkpoint is missing.
-        WorkerError: a worker process died or failed.
+        ChildProcessError: a worker process died.
+        TimeoutError: no worker process answered for VAL.timeout.
+        WorkerError: a worker process failed.
         ConnectionError: another rank was lost.
     """
     if workers < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -80,7 +79,6 @@ class Feed:
         cores = cpu_count() // 2 if on_cpu else cpu_count()
         workers = min(cfg.TRAIN.workers * len(devices), max(1, cores // local_ranks()))
         self.board = ReadingBoard(max(1, workers))
-        before = set(multiprocessing.active_children())
         self.loader = DataLoader(
             data,
             batch_size=len(devices),
@@ -97,14 +95,14 @@ class Feed:
         if not workers:
             data.reading = self.board.writer(0)
         self._batches: Iterator[Any] | None = iter(self.loader)
-        self._processes = set(multiprocessing.active_children()) - before
+        self._processes: list[Any] = list(getattr(self._batches, "_workers", ()))
         self._waiting = False
         self._position = 0
-        self._torch_handler: Any = None
+        self._earlier_handler: Any = None
         if workers and threading.current_thread() is threading.main_thread():
             # torch raises at the death of a worker wherever the main thread is at that moment,
             # be it in the middle of writing a checkpoint.
-            self._torch_handler = signal.signal(signal.SIGCHLD, self._on_child)
+            self._earlier_handler = signal.signal(signal.SIGCHLD, self._on_child)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for position in range(len(self.loader)):
@@ -117,10 +115,12 @@ class Feed:
                 batch = next(self._batches)
             except RuntimeError as error:
                 self._check_processes()
+                if "exited unexpectedly" in str(error):
+                    raise ChildProcessError(str(error)) from error
                 if "timed out" not in str(error):
                     raise
                 files = self.files()
-                self._kill_stuck()
+                self.kill()  # those that hang do not go by themselves
                 raise TimeoutError(
                     f"no batch for {self.cfg.TRAIN.stall_seconds} s; the loader stands at "
                     f"{', '.join(files)}: raise TRAIN.stall_seconds, lower TRAIN.workers, or look "
@@ -148,8 +148,8 @@ class Feed:
         """What is being read; else the images of the batch that is to come next."""
         return self.board.files() or self._files(self._position)
 
-    def _kill_stuck(self) -> None:
-        """Processes that hang in a file do not go by themselves, and torch waits 5 s for each."""
+    def kill(self) -> None:
+        """End the loading processes by force."""
         self._waiting = False
         for process in self._processes:
             process.kill()
@@ -168,13 +168,10 @@ class Feed:
         self._batches = None
         if shutdown is not None:
             shutdown()
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
-                process.join(1)
-        if self._torch_handler is not None:
-            signal.signal(signal.SIGCHLD, self._torch_handler)
-            self._torch_handler = None
+        self.kill()
+        if self._earlier_handler is not None:
+            signal.signal(signal.SIGCHLD, self._earlier_handler)
+            self._earlier_handler = None
 
 
 def _how(code: int | None) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from mit_semseg.visualize import curves
+
+log = logging.getLogger("mit_semseg")
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -33,7 +36,10 @@ class Journal:
 
     def best_epoch(self) -> int:
         """The epoch with the highest validated mean IoU, the first of equals; 0 without any."""
-        lines = read_metrics(self.file) if self.file.is_file() else []
+        try:
+            lines = read_metrics(self.file)
+        except (FileNotFoundError, ValueError):
+            return 0
         scores = {int(x["epoch"]): float(x["mean_iou"]) for x in lines if x.get("kind") == "val"}
         return max(scores, key=scores.__getitem__, default=0)
 
@@ -42,9 +48,17 @@ class Journal:
         `epoch`, and what a kill left half written."""
         if not self.writes or not self.file.is_file():
             return
-        kept = [x for x in read_metrics(self.file) if _is_before(x, step, epoch)]
+        try:
+            kept = [x for x in read_metrics(self.file) if _is_before(x, step, epoch)]
+        except ValueError as error:  # figures are no reason not to go on
+            os.replace(self.file, f"{self.file}.damaged")
+            log.warning("%s; it is now %s.damaged", error, self.file.name)
+            return
         part = self.file.with_name(f".{self.file.name}.part")
-        part.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(x) + "\n" for x in kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, self.file)
 
     def draw(self) -> None:
@@ -61,7 +75,7 @@ def _is_before(figures: dict[str, Any], step: int, epoch: int) -> bool:
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`; a last one that a killed run left half written is dropped."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     figures = []
     for number, line in enumerate(lines, 1):
         try:

@@ -99,6 +99,13 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def job_name() -> str:
+    """What torchrun calls this job (`--rdzv-id`), the same for all its restarts; "" outside it, and
+    where it gives every job the same name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 runs faster than float32 on a device."""
     if device.type == "cuda":

@@ -24,9 +24,9 @@ class LostPeers:
     ) -> None:
         if isinstance(error, RuntimeError) and _is_lost_peer(error):
             raise ConnectionError(
-                f"lost the connection to another rank in step {self.step} "
-                f"({' '.join(str(error).split())[:120]}); the first cause is in the output of the "
-                "rank or host that failed; --resume auto goes on from the newest checkpoint"
+                f"lost the connection to another rank in step {self.step}, or the collective "
+                f"failed ({' '.join(str(error).split())[:120]}); the first cause is in the output "
+                "of the rank or host that failed; --resume auto goes on from the newest checkpoint"
             ) from error
 
 

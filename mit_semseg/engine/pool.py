@@ -34,7 +34,7 @@ USER_ERRORS: dict[str, type[Exception]] = {
 
 
 class WorkerError(RuntimeError):
-    """A worker process failed or died; the message holds its traceback or exit code."""
+    """A worker process failed in a way that is not the user's; the message holds its traceback."""
 
 
 def run_here(
@@ -75,7 +75,9 @@ def run_pool(
     Raises:
         ValueError: raised by a worker, with the worker's traceback as its cause.
         FileNotFoundError: likewise.
-        WorkerError: a worker raised anything else, died, or all of them hang.
+        ChildProcessError: a worker died.
+        TimeoutError: all of them hang.
+        WorkerError: a worker raised anything else.
     """
     context = multiprocessing.get_context("spawn")
     pending = deque(tasks)
@@ -189,7 +191,7 @@ def _collect(
         awake = wait(list(wakers), timeout)
         if not awake:
             held = [describe(task) for worker in running.values() for task in worker.tasks]
-            raise WorkerError(
+            raise TimeoutError(
                 f"no answer from any worker for {timeout:g} s; they hold {', '.join(held)}: look "
                 "at these files, or raise VAL.timeout where an image may take that long"
             )
@@ -220,7 +222,7 @@ def _error(worker: _Worker, kind: str, message: str, trace: str) -> Exception:
     return error
 
 
-def _death(worker: _Worker, describe: Callable[[Any], str]) -> WorkerError:
+def _death(worker: _Worker, describe: Callable[[Any], str]) -> ChildProcessError:
     worker.process.join(5)
     code = worker.process.exitcode
     how = f"exit code {code}"
@@ -231,7 +233,7 @@ def _death(worker: _Worker, describe: Callable[[Any], str]) -> WorkerError:
     at = "after its last task"
     if worker.tasks:
         at = f"while it held {', '.join(describe(task) for task in worker.tasks)}"
-    return WorkerError(
+    return ChildProcessError(
         f"worker {worker.index} (process {worker.process.pid}) died with {how} {at}; what it "
         'printed is above. A script that starts workers needs `if __name__ == "__main__":`'
     )

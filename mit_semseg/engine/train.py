@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -63,8 +64,7 @@ log = logging.getLogger("mit_semseg")
 MOST_SKIPPED = 20
 # Batches saved for replay, at most: each holds the weights, too.
 MOST_SAVED = 3
-# Seconds that a step may take on GPUs of several ranks after a request to stop: when a rank has
-# died the others wait for it in vain, which NCCL does not notice.
+# Seconds that a step may at least take on GPUs of several ranks after a request to stop.
 STOP_GRACE = 8.0
 
 
@@ -75,6 +75,7 @@ def train(
     rank: int = 0,
     world: int = 1,
     resume: bool | str = False,
+    job: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train the configured model and leave its checkpoint folder in `cfg.DIR`.
@@ -89,6 +90,8 @@ def train(
         rank, world: place in torchrun's process group (`launch.rank_devices`).
         resume: "auto" or True continues from the newest state in `cfg.DIR` that is whole, and
             starts anew where there is none; otherwise a state file, or a folder with one.
+        job: name of the job that this run is part of (`launch.job_name`): one that comes back
+            after it has lost a rank goes on from its own states, whatever `resume` says.
         progress: show tqdm bars.
 
     Returns:
@@ -102,9 +105,21 @@ def train(
         ChildProcessError: a loading process died.
         TimeoutError: no batch came for TRAIN.stall_seconds.
         ConnectionError: another rank was lost.
+        MemoryError: a GPU is out of memory.
         OSError: the checkpoint folder cannot be written to.
+
+    When nothing moves for TRAIN.stall_seconds and no exception reaches what hangs, the whole
+    process is ended, with exit status 3 and a line that says what it waited for.
     """
-    return Trainer(cfg, devices, rank, world, progress and rank == 0, resume).run()
+    try:
+        trainer = Trainer(cfg, devices, rank, world, progress and rank == 0, resume, job)
+        return trainer.run()
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryError(
+            f"{' '.join(str(error).split())[:200]}: lower TRAIN.batch_size_per_gpu (and raise "
+            "TRAIN.accumulate), set TRAIN.precision bf16 or TRAIN.recompute True, or lower "
+            "DATASET.imgMaxSize"
+        ) from error
 
 
 class Trainer:
@@ -118,8 +133,10 @@ class Trainer:
         world: int,
         progress: bool,
         resume: bool | str = False,
+        job: str = "",
     ) -> None:
         self.resume = "auto" if resume is True else resume or ""
+        self.job = job
         self.cfg, self.devices = cfg, list(devices)
         self.rank, self.world, self.progress = rank, world, progress
         self.device = self.devices[0]
@@ -131,10 +148,12 @@ class Trainer:
         }
         # Steps done, batches that all ranks have taken for them, and seconds they took.
         self.step, self.position, self.seconds = 0, 0, 0.0
+        self.steps_here = 0  # in this process
         # Of the steps of this epoch.
         self.losses: list[float] = []
         self.accuracies: list[float] = []
         self.skipped_in_a_row = 0
+        self.slowest_step = 0.0  # in seconds, but for the first
         self.bad_files: dict[str, str] = {}
         self.stop = StopRequest()
         self.watchdog = Watchdog(cfg.TRAIN.stall_seconds)
@@ -210,7 +229,8 @@ class Trainer:
         self.parallel: nn.Module = self.module
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.parallel = nn.parallel.DistributedDataParallel(self.module, device_ids=ids)
+            with self._peers():
+                self.parallel = nn.parallel.DistributedDataParallel(self.module, device_ids=ids)
         elif len(self.devices) > 1:
             self.parallel = UserScatteredDataParallel(
                 self.module, device_ids=self.devices, timeout=cfg.TRAIN.stall_seconds
@@ -220,7 +240,8 @@ class Trainer:
         if self.resume not in ("", "auto"):
             return True
         begun = bool(self.folder.states()) or self.folder.latest_epoch() > 0
-        return begun and bool(self.resume or self.cfg.TRAIN.start_epoch)
+        comes_back = bool(self.job) and self.folder.job() == self.job
+        return begun and bool(self.resume or comes_back or self.cfg.TRAIN.start_epoch)
 
     def run(self) -> dict[str, Any]:
         """All epochs."""
@@ -251,11 +272,7 @@ class Trainer:
                 self.position,
                 self.max_iters - self.step,
             )
-            hurried = self.world > 1 and self.device.type == "cuda"
-            self.stop = StopRequest(
-                repeated=self.world > 1,
-                on_ask=(lambda: self.watchdog.hurry(STOP_GRACE)) if hurried else None,
-            )
+            self.stop = StopRequest(repeated=self.world > 1, on_ask=self._hurry)
             self.watchdog = Watchdog(
                 # Behind the loader's own limit, whose message says more.
                 cfg.TRAIN.stall_seconds + 2,
@@ -263,31 +280,40 @@ class Trainer:
                 files=feed.files,
                 advice="look at these files, or raise TRAIN.stall_seconds; --resume auto goes on "
                 "from the newest checkpoint",
+                at_the_end=feed.kill,
             )
-            try:
-                with self.stop, self.watchdog:
+            with self.stop, self.watchdog:
+                try:
                     self._epochs(iter(feed))
-            finally:
-                feed.close()
+                finally:
+                    self.watchdog.progress("the loading processes to end")
+                    feed.close()
         finally:
             self.folder.leave()
         has_best = "best.pth" in self.folder.names()
         name = "best.pth" if has_best else f"epoch_{cfg.TRAIN.num_epoch}.pth"
         done = self.step >= self.max_iters
+        if done and self._is_validated and self.rank == 0:
+            self.folder.note_job("")
         return {
             "best_mean_iou": self.best,
             "checkpoint": name if done else f"state_step_{self.step}.pth",
             "history": self.history,
             "step": self.step,
             "steps": self.max_iters,
-            "stopped": "" if done and self._is_validated else self.stop.asked or "another rank",
+            "stopped": "" if done and self._is_validated else self.stop.asked,
         }
+
+    def _hurry(self) -> None:
+        """When a rank has died, those on GPUs wait for it in vain: NCCL does not notice."""
+        if self.world > 1 and self.device.type == "cuda" and self.slowest_step:
+            self.watchdog.hurry(max(STOP_GRACE, 3 * self.slowest_step))
 
     def _epochs(self, batches: Iterator[list[dict[str, Any]]]) -> None:
         if self.step and self.step % self.epoch_iters == 0:
             # The run was stopped after the last step of an epoch, before all was written.
             self._finish_epoch(self.step // self.epoch_iters)
-        while self.step < self.max_iters and not self._agreed(bool(self.stop.asked)):
+        while self.step < self.max_iters and not self._stops():
             epoch, inside = divmod(self.step, self.epoch_iters)
             if not inside:
                 seed_everything(self.cfg.TRAIN.seed + rank_seed(self.rank, epoch + 1))
@@ -358,6 +384,7 @@ class Trainer:
                 if self.step < last and (stop or save):
                     self._save_state()
                 if stop:
+                    self.stop.asked = self.stop.asked or "a signal to another rank"
                     return
 
     def _one_step(
@@ -365,6 +392,7 @@ class Trainer:
     ) -> tuple[bool, bool]:
         """One step of the optimizers; whether all ranks are to stop, and to save, after it."""
         cfg = self.cfg
+        began = time.monotonic()
         self.statistics.take()
         loss = accuracy = 0.0
         stop = save = finite = True
@@ -379,7 +407,7 @@ class Trainer:
             self.watchdog.progress(
                 f"step {self.step + 1} to be computed" + (" by all ranks" * (self.world > 1))
             )
-            with self._first_compilation(), self._alone(part), compiler_errors(), self._peers():
+            with self._compilation(), self._unsynchronised(part), compiler_errors(), self._peers():
                 part_loss, part_accuracy, stop, save = self._forward_backward(batch)
             finite = math.isfinite(part_loss)
             loss += part_loss / cfg.TRAIN.accumulate
@@ -390,13 +418,17 @@ class Trainer:
             self.skipped_in_a_row = 0
         else:
             self._give_up_step()
+        if self.steps_here:
+            self.slowest_step = max(self.slowest_step, time.monotonic() - began)
+        self.steps_here += 1
         self.step += 1
         self.position += self.batches_a_step
         return stop, save
 
-    def _first_compilation(self) -> AbstractContextManager[None]:
-        """Compiling takes minutes, which is no reason to bark."""
-        return self.watchdog.asleep() if self.cfg.TRAIN.compile else nullcontext()
+    def _compilation(self) -> AbstractContextManager[None]:
+        """Compiling, in the first steps, takes minutes, which is no reason to bark."""
+        compiles = self.cfg.TRAIN.compile and self.steps_here < 10
+        return self.watchdog.patient() if compiles else nullcontext()
 
     def _schedule(self, step: int) -> tuple[float, float]:
         cfg = self.cfg.TRAIN
@@ -406,7 +438,7 @@ class Trainer:
             set_learning_rate(optimizer, rate)
         return rates
 
-    def _alone(self, part: int) -> AbstractContextManager[None]:
+    def _unsynchronised(self, part: int) -> AbstractContextManager[None]:
         """Gradients are added up within each rank, until those of the last part are in."""
         ddp = nn.parallel.DistributedDataParallel
         if isinstance(self.parallel, ddp) and part + 1 < self.cfg.TRAIN.accumulate:
@@ -429,7 +461,7 @@ class Trainer:
         if math.isfinite(value):
             self.scaler.scale(loss / self.cfg.TRAIN.accumulate).backward()
         else:
-            self._nonfinite(value, batch, list(itertools.chain.from_iterable(files)))
+            self._nonfinite(loss.item(), batch, list(itertools.chain.from_iterable(files)))
         return value, right, stop, save
 
     def _over_ranks(self, loss: torch.Tensor, accuracy: torch.Tensor) -> tuple[Any, ...]:
@@ -445,14 +477,15 @@ class Trainer:
         loss_sum, accuracy_sum, stop, save = together.tolist()
         return loss_sum / self.world, accuracy_sum / self.world, stop > 0, save > 0
 
-    def _agreed(self, mine: bool) -> bool:
-        """Whether any rank says yes."""
-        if self.world == 1:
-            return mine
-        with self._peers():
-            anyone = torch.tensor(float(mine), device=self.device)
-            dist.all_reduce(anyone)
-        return anyone.item() > 0
+    def _stops(self) -> bool:
+        """Whether any rank was asked to stop."""
+        if self.world > 1:
+            with self._peers():
+                asked = torch.tensor(float(bool(self.stop.asked)), device=self.device)
+                dist.all_reduce(asked)
+            if asked.item() and not self.stop.asked:
+                self.stop.asked = "a signal to another rank"
+        return bool(self.stop.asked)
 
     def _update(self) -> bool:
         """One step of the optimizers; False when the gradients are no finite numbers.
@@ -503,26 +536,20 @@ class Trainer:
                 self.bad_files[file] = reason
 
     def _nonfinite(self, value: float, batch: list[dict[str, Any]], files: list[str]) -> None:
-        """Save a batch for replay with the weights it met; raise unless TRAIN.on_nan is skip."""
+        """Save a batch for replay with the weights it met; raise unless TRAIN.on_nan is skip.
+
+        Args:
+            value: this rank's own loss: it may be finite, and another rank's not.
+            batch: one dict per device.
+            files: the images in it.
+        """
         self.statistics.put_back()
-        mark = f"_rank_{self.rank}" if self.rank else ""
-        file = self.folder.path / f"nonfinite_step_{self.step + 1}{mark}.pth"
-        where = "not saved, there are enough"
-        if len(list(self.folder.path.glob(f"nonfinite_step_*{mark}.pth"))) < MOST_SAVED:
-            atomic_save(
-                {
-                    file: {
-                        "step": self.step + 1,
-                        "loss": value,
-                        "files": files,
-                        "batch": batch,
-                        "encoder": self.module.encoder.state_dict(),
-                        "decoder": self.module.decoder.state_dict(),
-                    }
-                }
-            )
-            where = f"saved as {file}"
-        text = f"the loss of step {self.step + 1} is {value} on {', '.join(files)} (batch {where})"
+        step = f"step {self.step + 1}"
+        if math.isfinite(value):
+            text = f"the loss of {step} is no finite number on another rank, which names the files"
+        else:
+            where = self._save_batch(value, batch, files)
+            text = f"the loss of {step} is {value} on {', '.join(files)} (batch {where})"
         if self.cfg.TRAIN.on_nan == "skip" and self.skipped_in_a_row < MOST_SKIPPED:
             log.warning("%s; the step is skipped", text)
             return
@@ -531,6 +558,24 @@ class Trainer:
             f"{text}{again}; look at these files, or lower TRAIN.lr_encoder and TRAIN.lr_decoder, "
             "or train with TRAIN.precision fp32"
         )
+
+    def _save_batch(self, value: float, batch: list[dict[str, Any]], files: list[str]) -> str:
+        """Where it was saved, in words; a run saves a few at most."""
+        mark = f"_rank_{self.rank}" if self.world > 1 else ""
+        file = self.folder.path / f"nonfinite_step_{self.step + 1}{mark}.pth"
+        mine = re.compile(rf"nonfinite_step_\d+{mark}\.pth")
+        if sum(bool(mine.fullmatch(x.name)) for x in self.folder.path.iterdir()) >= MOST_SAVED:
+            return "not saved, there are enough"
+        replay = {
+            "step": self.step + 1,
+            "loss": value,
+            "files": files,
+            "batch": batch,
+            "encoder": self.module.encoder.state_dict(),
+            "decoder": self.module.decoder.state_dict(),
+        }
+        atomic_save({file: replay})
+        return f"saved as {file}"
 
     def _give_up_step(self) -> None:
         """As if the step had not been: no gradients, and the statistics of before."""
@@ -550,9 +595,9 @@ class Trainer:
             log.warning("%d files could not be used so far", len(self.bad_files))
 
     def _finish_epoch(self, epoch: int) -> None:
-        """Write the published files of an epoch and validate it; what is there already stays."""
+        """Write the published files of an epoch, and validate it if that has not been done."""
         if self.rank == 0:
-            with self.watchdog.asleep():
+            with self.watchdog.patient():
                 self._save_weights(epoch)
                 self.journal.draw()
         if self._validates(epoch):
@@ -568,7 +613,7 @@ class Trainer:
     @property
     def best(self) -> float | None:
         """The highest validated mean IoU so far."""
-        return max(self.history["val"]["mean_iou"], default=None)
+        return max(filter(math.isfinite, self.history["val"]["mean_iou"]), default=None)
 
     @property
     def _is_validated(self) -> bool:
@@ -592,10 +637,10 @@ class Trainer:
 
         def stop() -> bool:
             self.watchdog.progress("an image to be validated")
-            return bool(self.stop.asked)
+            # Several ranks score their shares to the end: whoever left would wait for the others.
+            return bool(self.stop.asked) and self.world == 1
 
         net = self.evaluated
-        evaluation = None
         try:
             evaluation = evaluate_model(
                 net,
@@ -608,7 +653,6 @@ class Trainer:
             )
         except Interrupted:
             log.info("validation of epoch %d is given up", epoch)
-        if self._agreed(evaluation is None) or evaluation is None:
             return
         with self._peers():
             evaluation = merged(evaluation, self.device)
@@ -642,7 +686,7 @@ class Trainer:
                 "since they were: lower TRAIN.lr_encoder and TRAIN.lr_decoder, set "
                 "TRAIN.clip_grad, or train with TRAIN.precision fp32"
             )
-        with self.watchdog.asleep():
+        with self.watchdog.patient():
             own = random_state(self.devices)
             everyone: list[Any] = [own]
             if self.world > 1:
@@ -697,6 +741,7 @@ class Trainer:
                     self._best_again()
                 self.journal.forget(self.step, epoch - 1 if self._validates(epoch) else epoch)
             self.folder.prepare(self.cfg, self.split.classes)
+            self.folder.note_job(self.job)
         if state is None or (here and state["step"] == self.step):
             return
         # The place has another number or folder now: from here on it is found by that.
@@ -725,7 +770,11 @@ class Trainer:
 
     def _find_state(self) -> tuple[Path | None, dict[str, Any] | None]:
         """Where the run goes on: the file, and what is in it."""
-        file, state = self._resumed(self.resume) if self.resume else (None, None)
+        file, state = None, None
+        if self.job and self.folder.job() == self.job:
+            file, state = self._resumed("auto")
+        if state is None and self.resume:
+            file, state = self._resumed(self.resume)
         start = self.cfg.TRAIN.start_epoch
         if state is None and start:
             file = self.folder.path / f"state_step_{start * self.epoch_iters}.pth"
@@ -757,7 +806,7 @@ class Trainer:
                 "folder that holds one"
             )
         folder = CheckpointFolder(place)
-        found = folder.newest_state()
+        found = folder.newest_state(mend=resume == "auto")
         if found is not None:
             return found
         if latest := folder.latest_epoch():

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 _PATH_BYTES = 1024
+_PATIENCE = 10.0
 
 
 class ReadingBoard:
@@ -53,6 +54,7 @@ class Watchdog:
         name: of this process, in messages.
         files: what is being read, asked for when the limit is reached.
         advice: what to do, added to the message.
+        at_the_end: called before the process ends, to take others along.
         end: ends the process; for tests.
     """
 
@@ -62,14 +64,15 @@ class Watchdog:
         name: str = "",
         files: Callable[[], list[str]] = list,
         advice: str = "",
+        at_the_end: Callable[[], None] = lambda: None,
         end: Callable[[int], None] = os._exit,
     ) -> None:
         self.seconds, self.name, self.files, self.advice = seconds, name, files, advice
-        self._end = end
+        self._at_the_end, self._end = at_the_end, end
         self._what = "the start"
         self._limit = seconds
         self._waited = 0.0
-        self._asleep = 0
+        self._patience = 1.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -97,13 +100,13 @@ class Watchdog:
         self._waited = 0.0
 
     @contextmanager
-    def asleep(self) -> Iterator[None]:
-        """Look away from what may take any time, such as compilation."""
-        self._asleep += 1
+    def patient(self) -> Iterator[None]:
+        """Wait ten times as long for what may take its time, such as a large file."""
+        self._patience = _PATIENCE
         try:
             yield
         finally:
-            self._asleep -= 1
+            self._patience = 1.0
             self._waited = 0.0
 
     def _watch(self) -> None:
@@ -111,11 +114,10 @@ class Watchdog:
         before = time.monotonic()
         while not self._closed.wait(tick):
             now = time.monotonic()
-            if not self._asleep:
-                # A process that was stopped and continued has not waited meanwhile.
-                self._waited += min(now - before, 2 * tick)
+            # A process that was stopped and continued has not waited meanwhile.
+            self._waited += min(now - before, 2 * tick)
             before = now
-            if self._waited > self._limit:
+            if self._waited > self._limit * self._patience:
                 self._bark()
                 return
 
@@ -124,9 +126,10 @@ class Watchdog:
         speech = threading.Thread(target=self._speak, daemon=True)
         speech.start()
         speech.join(5)
-        for child in multiprocessing.active_children():
-            child.kill()
-        self._end(3)
+        try:
+            self._at_the_end()
+        finally:
+            self._end(3)
 
     def _speak(self) -> None:
         files = self.files()
@@ -134,7 +137,7 @@ class Watchdog:
         advice = f"; {self.advice}" if self.advice else ""
         name = f"{self.name}: " if self.name else ""
         print(
-            f"{name}error: no progress for {self._limit:g} s, waiting for {self._what}{reading}"
+            f"{name}error: no progress for {self._waited:.0f} s, waiting for {self._what}{reading}"
             f"{advice}",
             file=sys.stderr,
             flush=True,

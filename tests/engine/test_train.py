@@ -685,6 +685,27 @@ def test_gradients_that_are_not_finite_spoil_nothing(
     assert all(torch.isfinite(x).all() for x in weights(cfg, "epoch_2.pth").values())
 
 
+def test_a_job_that_comes_back_goes_on(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = settings()
+    start = settings(DIR=settings().DIR + "_start", TRAIN__num_epoch=1)
+    train(start, [CPU], progress=False)
+    first = str(Path(start.DIR) / "state_step_2.pth")
+    with monkeypatch.context() as patch:
+        signal_after(2, signal.SIGTERM, patch)
+        train(cfg, [CPU], resume=first, job="job 7", progress=False)
+    assert state_of(cfg)["step"] == 3
+    # Restarted with the same command it is not thrown back to where the command says.
+    trainer = Trainer(cfg, [CPU], 0, 1, False, first, "job 7")
+    trainer._begin()
+    assert trainer.step == 3
+    trainer.run()
+    other = Trainer(cfg, [CPU], 0, 1, False, "", "job 7")  # completed: a new one starts anew
+    other._begin()
+    assert other.step == 0 and (Path(cfg.DIR) / "earlier_1").is_dir()
+
+
 def test_a_state_of_another_network_is_refused(settings: Callable[..., Config]) -> None:
     train(settings(TRAIN__num_epoch=1), [CPU], progress=False)
     other = settings(MODEL__arch_decoder="ppm_deepsup")

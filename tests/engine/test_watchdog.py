@@ -27,14 +27,14 @@ class Ended:
 def test_a_stall_names_what_is_awaited_and_read(capfd: pytest.CaptureFixture[str]) -> None:
     end = Ended()
     files = lambda: ["a.jpg", "b.png"]  # noqa: E731
-    with Watchdog(0.3, "rank 2", files, "raise TRAIN.stall_seconds", end=end) as dog:
+    with Watchdog(0.8, "rank 2", files, "raise TRAIN.stall_seconds", end=end) as dog:
         dog.progress("a batch of step 7")
         assert end.event.wait(10)
     assert end.codes == [3]
     said = capfd.readouterr().err
     line = next(line for line in said.splitlines() if "error:" in line)
     assert line == (
-        "rank 2: error: no progress for 0.3 s, waiting for a batch of step 7; being read: "
+        "rank 2: error: no progress for 1 s, waiting for a batch of step 7; being read: "
         "a.jpg, b.png; raise TRAIN.stall_seconds"
     )
     assert "most recent call first" in said, "where every thread stands"
@@ -46,7 +46,7 @@ def test_progress_sleep_and_the_end_keep_it_quiet() -> None:
         for _ in range(8):
             dog.progress("the next")
             time.sleep(0.1)
-        with dog.asleep():
+        with dog.patient():
             time.sleep(0.8)
     time.sleep(0.6)
     assert not end.codes
