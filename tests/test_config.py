@@ -158,3 +158,10 @@ def test_every_key_has_a_comment() -> None:
     assert len(keys(get_defaults())) > 50
     for key in keys(get_defaults()):
         assert f"_C.{key} = " in text
+
+
+def test_earlier_names_of_keys_are_understood(tmp_path: Path) -> None:
+    file = tmp_path / "dump.yaml"
+    file.write_text("TRAIN:\n  timeout: 77\n  keep_checkpoints: 3\n")
+    cfg = load_config(file)
+    assert (cfg.TRAIN.stall_seconds, cfg.TRAIN.keep) == (77, 3)

@@ -21,6 +21,9 @@ OBSOLETE = {
     "TRAIN.log_fmt",
 }
 
+# What keys were called in earlier dumps of this version.
+RENAMED = {"TRAIN.timeout": "TRAIN.stall_seconds", "TRAIN.keep_checkpoints": "TRAIN.keep"}
+
 # Keys that take a second form beside the type of their default.
 ALTERNATIVES: dict[str, tuple[type, ...]] = {
     "TRAIN.epoch_iters": (str,),
@@ -125,6 +128,7 @@ class Config(CN):
     def _set(self, dotted: str, value: Any, *, source: str) -> None:
         if dotted in OBSOLETE:
             return
+        dotted = RENAMED.get(dotted, dotted)
         default = self._node(dotted)
         if default is None:
             raise ValueError(_unknown(self, dotted, source))

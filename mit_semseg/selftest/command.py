@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -56,18 +56,21 @@ def selftest(
     ground.folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for drill in chosen.values():
-        outcomes.append(_timed(lambda drill=drill: drill(ground, quick)))  # type: ignore[misc]
+        outcomes.append(_timed(partial(drill, ground, quick)))
         _write(outcomes, folder)
     if soak_hours:
-        outcomes.append(_timed(lambda: soak(ground, soak_hours)))
+        outcomes.append(_timed(partial(soak, ground, soak_hours)))
         _write(outcomes, folder)
     return outcomes
 
 
-def _timed(run: Any) -> Outcome:
+def _timed(run: Callable[[], Outcome]) -> Outcome:
+    """Run a drill to its end, and end what it leaves behind."""
     began = time.monotonic()
     try:
-        outcome: Outcome = run()
+        outcome = run()
+    except (ChildProcessError, TimeoutError) as error:
+        outcome = Outcome("a drill that could not be done", "", False, {}, str(error))
     finally:
         for running in list(Running.started):
             running.destroy()

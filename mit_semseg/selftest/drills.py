@@ -64,27 +64,32 @@ def killed(ground: Ground, quick: bool) -> Outcome:
     reference = ground.unbroken()
     rng = random.Random(304)
     wanted = 3 if quick else 50
-    kills = rounds = different = unfinished = 0
+    kills = rounds = different = unfinished = resumed = 0
     while kills < wanted:
         rounds += 1
         job = ground.job("killed")
         done = False
         while not done:
-            workers = str(rng.choice((0, 1, 2)))
-            running = job.start("train", "--resume", "auto", "TRAIN.workers", workers)
+            begun = bool(job.folder.states())
+            running = job.resume("TRAIN.workers", str(rng.choice((0, 1, 2))))
             if kills < wanted and _killed_in_time(running, job, rng):
                 kills += 1
                 unfinished += len(list(job.folder.path.glob(".state_step_*")))
-                continue
-            finished = running.wait()
-            outcome.check(not finished.code, f"a resumed run failed: {finished.output[-500:]}")
-            done = True
+            else:
+                finished = running.wait()
+                outcome.check(not finished.code, f"a resumed run failed: {finished.output[-500:]}")
+                done = True
+            outcome.check(running.resumed(), f"it did not go on: {running.text()[:1000]}")
+            resumed += begun and running.expected in running.text()
+        outcome.check(not job.was_set_aside, "a run was taken for an earlier one")
         different += job.differences(reference)
     outcome.check(not different, f"{different} tensors or figures differ")
+    outcome.check(resumed > 0, "no start had a state to go on from")
     outcome.figures = {
         "kills": kills,
-        "runs completed": rounds,
+        "starts that went on from a state": resumed,
         "kills during a write": unfinished,
+        "runs completed": rounds,
         "tensors or figures that differ": different,
     }
     return outcome
@@ -115,10 +120,15 @@ def signalled(ground: Ground, quick: bool) -> Outcome:
     reference = ground.unbroken()
     job = ground.job("signalled", TRAIN__checkpoint_minutes=0)
     seconds = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # The last one while an epoch is being validated.
+    for number, moment in (
+        (signal.SIGTERM, _until_stepping),
+        (signal.SIGINT, _until_stepping),
+        (signal.SIGTERM, _until_validating),
+    ):
         before = job.folder.states()[:1]
-        running = job.start("train", "--resume", "auto")
-        _until_stepping(running)
+        running = job.resume()
+        moment(running)
         running.mark()
         os.killpg(running.process.pid, number)
         finished = running.wait()
@@ -128,9 +138,12 @@ def signalled(ground: Ground, quick: bool) -> Outcome:
         outcome.check(not finished.has_traceback, finished.output[-500:])
         outcome.check(not finished.left, f"processes left: {finished.left}")
         outcome.check(job.folder.states()[:1] != before, "no state was saved")
+        outcome.check(running.resumed(), f"it did not go on: {running.text()[:1000]}")
     outcome.check(not job.train("--resume", "auto").code, "the resumed run failed")
+    outcome.check(not job.was_set_aside, "a run was taken for an earlier one")
     different = job.differences(reference)
     outcome.check(not different, f"{different} tensors or figures differ")
+    outcome.check(max(seconds) < SOON, f"it took {max(seconds):.1f} s")
     outcome.figures = {
         "seconds from signal to exit": round(max(seconds), 2),
         "tensors or figures that differ": different,
@@ -145,6 +158,14 @@ def _until_stepping(running: Running) -> None:
         if running.process.poll() is not None or time.monotonic() > end:
             raise ChildProcessError(f"the job takes no step:\n{running.text()[-2000:]}")
         time.sleep(0.02)
+
+
+def _until_validating(running: Running) -> None:
+    end = time.monotonic() + 120
+    while "validating" not in running.text():
+        if running.process.poll() is not None or time.monotonic() > end:
+            raise ChildProcessError(f"the job validates nothing:\n{running.text()[-2000:]}")
+        time.sleep(0.002)
 
 
 # ------------------------------------------------------------------------------ files
@@ -163,11 +184,13 @@ def damaged(ground: Ground, quick: bool) -> Outcome:
         running.wait()
         file = job.folder.states()[0]
         hurt(file, rng)
-        named = f"{file} is damaged"
+        before = job.folder.states()[1]
         running = job.start("train", "--resume", "auto")
-        while running.process.poll() is None and "training mobilenet" not in running.text():
+        while running.process.poll() is None and "INFO] training " not in running.text():
             time.sleep(0.02)
-        outcome.check(named in running.text(), f"{file.name} was not found damaged")
+        said = running.text()
+        outcome.check(f"{file} is damaged" in said, f"{file.name} was not found damaged")
+        outcome.check(f"resuming from {before}:" in said, f"{before.name} was not taken")
         running.kill()
         running.wait()
     outcome.check(not job.train("--resume", "auto").code, "the resumed run failed")
@@ -210,9 +233,10 @@ def full(ground: Ground, quick: bool) -> Outcome:
     outcome.check(finished.code == 2, f"exit status {finished.code}: {finished.output[-500:]}")
     outcome.check("cannot write" in finished.error, f"no clear line: {finished.output[-500:]}")
     outcome.check(not finished.has_traceback, finished.output[-500:])
-    found = job.folder.newest_state()
-    outcome.check(found is not None, "no valid state is left")
-    outcome.check(not job.train("--resume", "auto").code, "the resumed run failed")
+    outcome.check(bool(job.folder.states()), "no state is left")
+    running = job.resume()
+    outcome.check(not running.wait().code, "the resumed run failed")
+    outcome.check(running.resumed(), f"it did not go on: {running.text()[:1000]}")
     different = job.differences(reference)
     outcome.check(not different, f"{different} tensors or figures differ")
     outcome.figures = {
@@ -258,9 +282,14 @@ def _lost_worker(job: Job, command: str, name: str, said: str, *options: str) ->
         if command == "train" and running.children() and "loss" in running.text():
             break
         time.sleep(0.05)
-    os.kill(running.children()[-1], signal.SIGKILL)
+    workers = running.children()
+    if not workers:
+        raise ChildProcessError(f"the job has no workers:\n{running.text()[-2000:]}")
+    os.kill(workers[-1], signal.SIGKILL)
     running.mark()
-    _ended(outcome, running.wait(60), said)
+    finished = running.wait(60)
+    _ended(outcome, finished, said)
+    outcome.check(not finished.has_traceback, finished.output[-800:])
     return outcome
 
 
@@ -273,7 +302,7 @@ def _bar(running: Running) -> str:
 def _ended(outcome: Outcome, finished: Finished, said: str) -> None:
     outcome.check(finished.code > 0, f"exit status {finished.code}")
     outcome.check(finished.seconds < SOON, f"it took {finished.seconds:.1f} s")
-    outcome.check(said in finished.output, f"no cause in: {finished.output[-800:]}")
+    outcome.check(said in finished.error, f"no cause in: {finished.output[-800:]}")
     outcome.check(not finished.left, f"processes left: {finished.left}")
     outcome.figures = {"seconds to the end": round(finished.seconds, 2), "exit": finished.code}
 
@@ -290,7 +319,10 @@ def lost_rank(ground: Ground, quick: bool) -> Outcome:
     ranks = [pid for pid in running.members() if "LOCAL_RANK=1" in environment(pid)]
     os.kill(min(ranks), signal.SIGKILL)
     running.mark()
-    _ended(outcome, running.wait(60), "Signal 9 (SIGKILL)")
+    finished = running.wait(60)
+    # What the other rank says; that the first died of SIGKILL is in torchrun's own table.
+    _ended(outcome, finished, "lost the connection to another rank")
+    outcome.check("Signal 9 (SIGKILL)" in finished.output, "torchrun does not name the cause")
     return outcome
 
 

@@ -20,8 +20,9 @@ import torch
 
 from mit_semseg.config import dump_config, load_config
 from mit_semseg.dataset import streets
-from mit_semseg.engine.checkpoint import CheckpointFolder
+from mit_semseg.engine.checkpoint import CheckpointFolder, load_state
 from mit_semseg.engine.journal import METRICS, read_metrics
+from mit_semseg.weights import check_archive
 
 # What differs between two runs that are otherwise the same.
 TIMES = ("images_per_second", "data_wait", "seconds")
@@ -126,6 +127,20 @@ class Job:
         """Train to the end."""
         return self.start("train", *options).wait(limit)
 
+    def resume(self, *options: str) -> Running:
+        """Go on; `Running.resumed` tells later whether it did from the newest whole state."""
+        whole = next(filter(_is_whole, self.folder.states()), None)
+        running = self.start("train", "--resume", "auto", *options)
+        running.expected = f"resuming from {whole}:" if whole else "starting anew"
+        return running
+
+    @property
+    def was_set_aside(self) -> bool:
+        """Whether any start took what was there for an earlier run, and nothing was damaged:
+        what is newer than a state that has to do in place of a damaged one is set aside."""
+        damaged = any(self.folder.path.glob("*.damaged"))
+        return any(self.folder.path.glob("earlier_*")) and not damaged
+
     def weights(self) -> dict[str, torch.Tensor]:
         """All tensors of all checkpoints that evaluation may load."""
         return {
@@ -143,6 +158,8 @@ class Job:
     def differences(self, other: Job) -> int:
         """Tensors and lines of the journal that are not bit by bit those of another job."""
         mine, theirs = self.weights(), other.weights()
+        mine.update(_tensors(load_state(self.folder.states()[0])))
+        theirs.update(_tensors(load_state(other.folder.states()[0])))
         names = mine.keys() | theirs.keys()
         tensors = sum(
             name not in mine or name not in theirs or not torch.equal(mine[name], theirs[name])
@@ -151,6 +168,30 @@ class Job:
         ours, others = ([json.dumps(line) for line in job.figures()] for job in (self, other))
         lines = sum(a != b for a, b in zip(ours, others)) + abs(len(ours) - len(others))
         return tensors + lines
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        check_archive(file)
+    except ValueError:
+        return False
+    return True
+
+
+def _tensors(tree: Any, name: str = "state") -> dict[str, torch.Tensor]:
+    """All tensors and numbers of a state but times and settings, by where they are."""
+    if isinstance(tree, torch.Tensor):
+        return {name: tree}
+    if isinstance(tree, (int, float)):
+        return {name: torch.tensor(tree, dtype=torch.float64)}
+    if isinstance(tree, (list, tuple)):
+        tree = dict(enumerate(tree))
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key not in ("seconds", "config"):
+                found.update(_tensors(value, f"{name}.{key}"))
+    return found
 
 
 @dataclass
@@ -193,6 +234,7 @@ class Running:
 
     def __init__(self, words: Sequence[str], output: Path) -> None:
         self.output = output
+        self.expected = ""
         self.started.append(self)
         # What it starts is known by this, whatever session and parent it takes.
         self.mark_of_all = f"MIT_SEMSEG_SELFTEST={uuid.uuid4()}"
@@ -214,6 +256,11 @@ class Running:
     def text(self) -> str:
         """What it has printed so far."""
         return self.output.read_text(encoding="utf-8", errors="replace")
+
+    def resumed(self) -> bool:
+        """Whether it has said that it goes on from where it should, or is not that far yet."""
+        text = self.text()
+        return self.expected in text or "INFO] training " not in text
 
     def wait_for(self, file: Path, pattern: str, limit: float = 120) -> None:
         """Until a file matches in a folder; TimeoutError, or ChildProcessError at its end."""

@@ -23,6 +23,15 @@ FAULTS = {
     "bit of the newest state flipped": 1,
 }
 
+# What a run has to say when it ends of it; those that are killed have no last words.
+EXPECTED = {
+    "SIGKILL of the run": "",
+    "SIGKILL of a loading process": "ended with signal SIGKILL",
+    "SIGTERM": "Stopped by SIGTERM",
+    "full disk": "cannot write",
+    "newest state cut short": "",
+    "bit of the newest state flipped": "",
+}
 # The demo's training, see config/demo.yaml.
 DEMO: dict[str, Any] = {
     "DATASET__imgSizes": [240],
@@ -73,22 +82,23 @@ def soak(
         done = False
         while not done:
             starts += 1
-            workers = str(rng.choice((0, 1, 2)))
-            running = job.start("train", "--resume", "auto", "TRAIN.workers", workers)
+            running = job.resume("TRAIN.workers", str(rng.choice((0, 1, 2))))
             what = rng.choices(list(FAULTS), list(FAULTS.values()))[0]
-            happened = (
-                time.monotonic() < end
-                and _wait(running, rng, pace)
-                and _break(running, job, what, rng)
-            )
+            happened = time.monotonic() < end and _wait(running, rng, pace)
+            happened = happened and _break(running, job, what, rng)
             finished = running.wait(3600)
             done = finished.code == 0 and "Training done" in finished.output
             faults[what] += happened
-            expected = done or happened
-            outcome.check(expected, f"a run ended by itself: {finished.output[-800:]}")
+            # Until it trains, a signal ends it like any other command.
+            early = "INFO] training " not in finished.output
+            expected = done or (happened and (early or EXPECTED[what] in finished.output))
+            outcome.check(expected, f"{what}: {finished.output[-800:]}")
+            outcome.check(not finished.has_traceback, f"{what}: {finished.output[-800:]}")
+            outcome.check(running.resumed(), f"it did not go on: {finished.output[:1000]}")
             outcome.check(not finished.left, f"processes left after {what}: {finished.left}")
-            if not expected:
+            if not outcome.held:
                 return outcome
+        outcome.check(not job.was_set_aside, "a run was taken for an earlier one")
         runs += 1
         here = job.differences(reference)
         different += here
@@ -117,6 +127,8 @@ def _wait(running: Running, rng: random.Random, pace: float) -> bool:
 
 def _break(running: Running, job: Job, what: str, rng: random.Random) -> bool:
     """Do it; False when the run does not offer the occasion."""
+    if running.process.poll() is not None:
+        return False
     if what == "SIGKILL of a loading process":
         workers = running.children()
         if not workers:
@@ -128,7 +140,8 @@ def _break(running: Running, job: Job, what: str, rng: random.Random) -> bool:
         no_room(running)
     else:
         running.kill()
-        running.wait()
+        if running.wait().code == 0:  # it was faster
+            return False
         # Of two states one may be damaged: what nobody could repair is not what is tested.
         states = job.folder.states()
         if "state" in what and len(states) > 1:
