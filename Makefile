@@ -15,7 +15,7 @@ demo: $(VENV)/.mit_semseg
 	PYTHON=$(BIN)/python bash demo_test.sh
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What takes longer than a minute apiece.
 test-slow: $(VENV)/.mit_semseg-dev

@@ -25,7 +25,7 @@ from mit_semseg.models.pyramid import PyramidConv2d
 class _JoinedConv2d(nn.Conv2d):
     """Coarser maps are resized to the finest and joined with it before they are convolved."""
 
-    def forward(self, x: Tensor, coarser: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, x: Tensor, coarser: Sequence[Tensor] = (), window: None = None) -> Tensor:
         size = tuple(x.shape[-2:])
         resized = [F.interpolate(c, size, mode="bilinear", align_corners=False) for c in coarser]
         return super().forward(torch.cat([x, *resized], dim=1))

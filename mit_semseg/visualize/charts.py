@@ -45,7 +45,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten) that enclose low..high."""
     span = high - low
     if span <= 1e-9 * abs(low) or span < 1e-30:
-        span = abs(low) or 1.0
+        span = abs(low) if abs(low) > 1e-30 else 1.0
         high = low + span
     magnitude = 10.0 ** math.floor(math.log10(span / count))
     step = next(magnitude * m for m in (1, 2, 5, 10) if magnitude * m * count >= span * 0.999)

@@ -416,7 +416,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 LONG = {"TRAIN__num_epoch": 200, "TRAIN__eval_epochs": 0, "TRAIN__keep": 1}
-LOST = r"error: .*lost the connection to another rank in step \d+ .*--resume auto goes on"
+LOST = r"error: .*lost the connection to another rank in step \d+.*--resume auto goes on"
 
 
 @pytest.fixture
