@@ -32,7 +32,13 @@ def tidy() -> Iterator[None]:
         running.destroy()
 
 
-@pytest.mark.parametrize("name", DRILLS)
+# The quick soak does these, too, or other tests do: of checkpoints, of the pool, of torchrun.
+SLOW = ("damaged", "lost_evaluator", "lost_rank")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in DRILLS]
+)
 def test_what_is_promised_holds(name: str, ground: Ground) -> None:
     outcome = DRILLS[name](ground, True)
     assert outcome.held, line(outcome)
