@@ -15,7 +15,7 @@ demo: $(VENV)/.mit_semseg
 	PYTHON=$(BIN)/python bash demo_test.sh
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 # What takes longer than a minute apiece.
 test-slow: $(VENV)/.mit_semseg-dev

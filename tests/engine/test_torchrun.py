@@ -472,6 +472,7 @@ def test_a_job_that_is_terminated_saves_and_goes_on(hosts: tuple[Job, list[Comma
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_killed_rank_is_replaced_and_the_run_goes_on(hosts: tuple[Job, list[Command]]) -> None:
     job, commands = hosts
     config, port = job.config("elastic", **{**LONG, "TRAIN__num_epoch": 4}), free_port()

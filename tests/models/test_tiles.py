@@ -274,6 +274,7 @@ def fitted(decoder: str) -> SegmentationModule:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["ppm", "upernet"])
 def test_labels_of_decoders_that_pool_agree(decoder: str) -> None:
     image = photographs((720, 960))[0]
