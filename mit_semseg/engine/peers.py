@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
 
-class LostPeers:
-    """Turns what collectives raise when a rank is gone into a ConnectionError of one line."""
+@contextmanager
+def lost_peers(step: int) -> Iterator[None]:
+    """Turns what collectives raise when a rank is gone into a ConnectionError of one line.
 
-    def __init__(self, rank: int, step: int) -> None:
-        self.rank, self.step = rank, step
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, RuntimeError) and _is_lost_peer(error):
-            raise ConnectionError(
-                f"lost the connection to another rank in step {self.step}, or the collective "
-                f"failed ({' '.join(str(error).split())[:120]}); the first cause is in the output "
-                "of the rank or host that failed; --resume auto goes on from the newest checkpoint"
-            ) from error
+    Args:
+        step: of the run, named in the error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        raise ConnectionError(
+            f"lost the connection to another rank in step {step}, or the collective "
+            f"failed ({' '.join(str(error).split())[:120]}); the first cause is in the output "
+            "of the rank or host that failed; --resume auto goes on from the newest checkpoint"
+        ) from error
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

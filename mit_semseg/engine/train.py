@@ -42,7 +42,7 @@ from mit_semseg.engine.optim import (
     poly_factor,
     set_learning_rate,
 )
-from mit_semseg.engine.peers import LostPeers
+from mit_semseg.engine.peers import lost_peers
 from mit_semseg.engine.run_state import (
     Snapshot,
     differences,
@@ -524,7 +524,7 @@ class Trainer:
 
     def _peers(self) -> AbstractContextManager[object]:
         """What a collective says when a rank is gone, as one line."""
-        return LostPeers(self.rank, self.step + 1) if self.world > 1 else nullcontext()
+        return lost_peers(self.step + 1) if self.world > 1 else nullcontext()
 
     # ------------------------------------------------------------------ what goes wrong
 
