@@ -240,12 +240,12 @@ class CheckpointFolder:
         else:
             (self.path / JOB).unlink(missing_ok=True)
 
-    def set_aside(self) -> Path | None:
+    def set_aside(self) -> None:
         """Move an earlier run's files to `earlier_N` below, so that a new one neither mixes with
-        nor destroys them; None when there are none."""
-        return self._move_aside([f for pattern in RUN_FILES for f in self.path.glob(pattern)])
+        nor destroys them."""
+        self._move_aside([f for pattern in RUN_FILES for f in self.path.glob(pattern)])
 
-    def set_aside_after(self, step: int, epoch: int, best: bool) -> Path | None:
+    def set_aside_after(self, step: int, epoch: int, best: bool) -> None:
         """Move what is newer than a place in the run that it goes back to, and copy its figures.
 
         Args:
@@ -263,7 +263,14 @@ class CheckpointFolder:
         aside = self._move_aside(files)
         if aside is not None and (self.path / "metrics.jsonl").is_file():
             shutil.copyfile(self.path / "metrics.jsonl", aside / "metrics.jsonl")
-        return aside
+
+    def make_best(self, epoch: int) -> None:
+        """Take the weights of an epoch for the best; where they are gone nothing is done."""
+        if f"epoch_{epoch}.pth" in self.names():
+            for kind in ("encoder", "decoder"):
+                shutil.copyfile(
+                    self.path / f"{kind}_epoch_{epoch}.pth", self.path / f"{kind}_best.pth"
+                )
 
     def _move_aside(self, files: list[Path]) -> Path | None:
         if not any(file.suffix == ".pth" for file in files):
@@ -278,6 +285,7 @@ class CheckpointFolder:
         for name in (CONFIG, CLASSES):
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, aside / name)
+        log.warning("%s held an earlier run, which is now in %s", self.path, aside)
         return aside
 
     def save(self, name: str, encoder: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ class Journal:
                 ) from error
 
     def best_epoch(self) -> int:
-        """The epoch with the highest validated mean IoU, the first of equals; 0 without any."""
+        """The epoch with the highest validated mean IoU, the last of equals; 0 without any."""
         try:
             lines = read_metrics(self.file)
         except (FileNotFoundError, ValueError):
             return 0
-        scores = {int(x["epoch"]): float(x["mean_iou"]) for x in lines if x.get("kind") == "val"}
-        return max(scores, key=scores.__getitem__, default=0)
+        scores = [(x["mean_iou"], x["epoch"]) for x in lines if x.get("kind") == "val"]
+        return int(max((s for s in scores if math.isfinite(s[0])), default=(0.0, 0))[1])
 
     def forget(self, step: int, epoch: int) -> None:
         """Drop figures of what a resumed run does again: steps after `step`, validations after

@@ -6,7 +6,6 @@ import itertools
 import logging
 import math
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import Split, TrainDataset, build_split, check_sample
 from mit_semseg.engine.balance import class_weights
-from mit_semseg.engine.checkpoint import CheckpointFolder, atomic_save, load_state, load_whole
+from mit_semseg.engine.checkpoint import CheckpointFolder, atomic_save
 from mit_semseg.engine.evaluate import Interrupted, evaluate_model, merged, val_dataset
 from mit_semseg.engine.feed import Feed
 from mit_semseg.engine.journal import Journal
@@ -43,6 +42,7 @@ from mit_semseg.engine.optim import (
     set_learning_rate,
 )
 from mit_semseg.engine.peers import lost_peers
+from mit_semseg.engine.resume import Search
 from mit_semseg.engine.run_state import (
     Snapshot,
     differences,
@@ -135,8 +135,6 @@ class Trainer:
         resume: bool | str = False,
         job: str = "",
     ) -> None:
-        self.resume = "auto" if resume is True else resume or ""
-        self.job = job
         self.cfg, self.devices = cfg, list(devices)
         self.rank, self.world, self.progress = rank, world, progress
         self.device = self.devices[0]
@@ -196,13 +194,21 @@ class Trainer:
                 f"TRAIN.start_epoch {cfg.TRAIN.start_epoch} lies behind TRAIN.num_epoch "
                 f"{cfg.TRAIN.num_epoch}: raise TRAIN.num_epoch to train on"
             )
+        self.search = Search(
+            self.folder,
+            resume="auto" if resume is True else resume or "",
+            job=job,
+            start_epoch=cfg.TRAIN.start_epoch,
+            epoch_iters=self.epoch_iters,
+            batches_a_step=self.batches_a_step,
+        )
         self._build(split)
 
     def _build(self, split: Split) -> None:
         cfg = self.cfg
         weights = class_weights(cfg, split, progress=self.progress)
         initial = cfg
-        if self._will_be_restored():
+        if self.search.may_find():
             # The weights that training began with may be gone, or behind a net that is down.
             initial = cfg.clone()
             initial.MODEL.weights_encoder = initial.MODEL.weights_decoder = "none"
@@ -235,13 +241,6 @@ class Trainer:
             self.parallel = UserScatteredDataParallel(
                 self.module, device_ids=self.devices, timeout=cfg.TRAIN.stall_seconds
             )
-
-    def _will_be_restored(self) -> bool:
-        if self.resume not in ("", "auto"):
-            return True
-        begun = bool(self.folder.states()) or self.folder.latest_epoch() > 0
-        comes_back = bool(self.job) and self.folder.job() == self.job
-        return begun and bool(self.resume or comes_back or self.cfg.TRAIN.start_epoch)
 
     def run(self) -> dict[str, Any]:
         """All epochs."""
@@ -616,6 +615,13 @@ class Trainer:
         return max(filter(math.isfinite, self.history["val"]["mean_iou"]), default=None)
 
     @property
+    def best_epoch(self) -> int:
+        """The last epoch with that mean IoU; 0 when nothing was validated."""
+        val = self.history["val"]
+        scores = dict(zip(val["mean_iou"], val["epoch"]))
+        return 0 if self.best is None else int(scores[self.best])
+
+    @property
     def _is_validated(self) -> bool:
         return not self._validates(self.cfg.TRAIN.num_epoch)
 
@@ -721,7 +727,8 @@ class Trainer:
 
     def _begin(self) -> None:
         """Take up an earlier run, or start a new one; rank 0 reads, and tells the others."""
-        file, state = self._find_state() if self.rank == 0 else (None, None)
+        earlier = self.search.find(self.module) if self.rank == 0 else None
+        file, state = earlier or (None, None)
         here = file is not None and file.parent.resolve() == self.folder.path.resolve()
         if self.world > 1:
             found: list[Any] = [state, here]
@@ -733,15 +740,15 @@ class Trainer:
         epoch = self.step // self.epoch_iters
         if self.rank == 0:
             if state is None or not here:
-                self._tell(self.folder.set_aside())
+                self.folder.set_aside()
             else:
                 newer = self.journal.best_epoch() > epoch
-                self._tell(self.folder.set_aside_after(state["step"], epoch, newer))
+                self.folder.set_aside_after(state["step"], epoch, newer)
                 if newer:
-                    self._best_again()
+                    self.folder.make_best(self.best_epoch)
                 self.journal.forget(self.step, epoch - 1 if self._validates(epoch) else epoch)
             self.folder.prepare(self.cfg, self.split.classes)
-            self.folder.note_job(self.job)
+            self.folder.note_job(self.search.job)
         if state is None or (here and state["step"] == self.step):
             return
         # The place has another number or folder now: from here on it is found by that.
@@ -753,86 +760,7 @@ class Trainer:
                     other.unlink()
         self._save_state()
         if self.rank == 0:
-            self._tell(self.folder.set_aside_after(self.step, epoch, best=False))
-
-    def _best_again(self) -> None:
-        """Take the best of the epochs that are left for the best weights."""
-        val = self.history["val"]
-        scores = dict(zip(val["mean_iou"], val["epoch"]))
-        name = f"epoch_{int(scores[max(scores)])}.pth" if scores else ""
-        if name in self.folder.names():
-            for file, half in zip(self.folder.files(name), ("encoder", "decoder")):
-                shutil.copyfile(file, self.folder.path / f"{half}_best.pth")
-
-    def _tell(self, aside: Path | None) -> None:
-        if aside is not None:
-            log.warning("%s held an earlier run, which is now in %s", self.folder.path, aside)
-
-    def _find_state(self) -> tuple[Path | None, dict[str, Any] | None]:
-        """Where the run goes on: the file, and what is in it."""
-        file, state = None, None
-        if self.job and self.folder.job() == self.job:
-            file, state = self._resumed("auto")
-        if state is None and self.resume:
-            file, state = self._resumed(self.resume)
-        start = self.cfg.TRAIN.start_epoch
-        if state is None and start:
-            file = self.folder.path / f"state_step_{start * self.epoch_iters}.pth"
-            if file.is_file():
-                state = load_state(file)
-            else:
-                file, state = self._weights_of(self.folder, start)
-        if file is None or state is None:
-            if self.resume:
-                log.info("%s holds nothing to resume from: starting anew", self.folder.path)
-            return None, None
-        epoch, inside = divmod(state.get("step", 1), state.get("epoch_iters", 2))
-        if not inside:
-            # It may have been validated after the state was written.
-            state["history"] = {
-                **state.get("history", {}),
-                **CheckpointFolder(file.parent).load_history(epoch),
-            }
-        return file, state
-
-    def _resumed(self, resume: str) -> tuple[Path | None, dict[str, Any] | None]:
-        """What `--resume` names; nothing where auto finds nothing."""
-        place = self.folder.path if resume == "auto" else Path(resume)
-        if place.is_file():
-            return place, load_state(place)
-        if not place.is_dir():
-            raise FileNotFoundError(
-                f"--resume {resume}: no such file or folder; give auto, a state_step_N.pth, or a "
-                "folder that holds one"
-            )
-        folder = CheckpointFolder(place)
-        found = folder.newest_state(mend=resume == "auto")
-        if found is not None:
-            return found
-        if latest := folder.latest_epoch():
-            return self._weights_of(folder, latest)
-        if resume == "auto":
-            return None, None
-        raise FileNotFoundError(f"--resume {resume}: the folder holds no state_step_N.pth")
-
-    def _weights_of(self, folder: CheckpointFolder, epoch: int) -> tuple[Path, dict[str, Any]]:
-        """What the published files of an epoch hold, in the form of a state."""
-        encoder, decoder = folder.files(f"epoch_{epoch}.pth")
-        load_whole(self.module.encoder, encoder, "encoder")
-        load_whole(self.module.decoder, decoder, "decoder")
-        log.warning(
-            "%s has no state_step_N.pth of epoch %d: weights are loaded, momentum starts afresh",
-            folder.path,
-            epoch,
-        )
-        return encoder, {
-            "step": epoch * self.epoch_iters,
-            "position": epoch * self.epoch_iters * self.batches_a_step,
-            "epoch_iters": self.epoch_iters,
-            "encoder": self.module.encoder.state_dict(),
-            "decoder": self.module.decoder.state_dict(),
-            "history": folder.load_history(epoch),
-        }
+            self.folder.set_aside_after(self.step, epoch, best=False)
 
     def _restore(self, state: dict[str, Any], file: Path | None) -> None:
         """Become the run that wrote a state; `file` is for messages."""

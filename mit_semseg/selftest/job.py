@@ -226,13 +226,21 @@ class Finished:
 class Running:
     """A command that is running, in a session of its own.
 
+    Args:
+        words: the command.
+        output: file that standard output and standard error go to.
+        cwd: the folder it runs in; None for this one.
+        environment: variables beside the inherited ones.
+
     Attributes:
         started: all of them that were not waited for yet.
     """
 
     started: ClassVar[list[Running]] = []
 
-    def __init__(self, words: Sequence[str], output: Path) -> None:
+    def __init__(
+        self, words: Sequence[str], output: Path, *, cwd: Path | None = None, **environment: str
+    ) -> None:
         self.output = output
         self.expected = ""
         self.started.append(self)
@@ -242,10 +250,12 @@ class Running:
         with output.open("w") as file:
             self.process = subprocess.Popen(
                 words,
+                stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, name: value},
+                cwd=cwd,
+                env={**os.environ, **environment, name: value},
             )
         self.began = time.monotonic()
 

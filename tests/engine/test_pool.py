@@ -109,13 +109,13 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     script.write_text(SLEEPERS)
     command = Command([sys.executable, script], tmp_path / "log.txt")
     try:
-        command.until(lambda: command.output.count("asleep") == 2)
+        command.until(lambda: command.text().count("asleep") == 2)
         assert len(command.members(WORKER)) == 2
         kill(command.process.pid)
         command.code(5)
         command.assert_nothing_left(5)
     finally:
-        command.end()
+        command.destroy()
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,6 @@ def test_a_kill_ends_the_evaluation_and_all_its_processes(
         command.assert_nothing_left(10 - (time.monotonic() - began))
         assert code != 0
         if victim == "worker":
-            assert f"(process {workers[1]}) died with signal SIGKILL" in command.output
+            assert f"(process {workers[1]}) died with signal SIGKILL" in command.text()
     finally:
-        command.end()
+        command.destroy()

@@ -284,7 +284,7 @@ class Job:
         try:
             command.code(120)
         finally:
-            command.end()
+            command.destroy()
         return command
 
 
@@ -302,7 +302,7 @@ def job(
         for ranks in (1, 2)
     ]
     for run in runs:
-        assert run.process.returncode == 0, run.output
+        assert run.process.returncode == 0, run.text()
     return job, runs[0], runs[1]
 
 
@@ -348,7 +348,7 @@ def test_ranks_leave_the_files_and_figures_of_one_process(
     ]
     assert keys[0] == keys[1]
     assert phrases(job_.root / "ranks_1") == phrases(job_.root / "ranks_2")
-    assert ranks.output.count("Training done: ") == alone.output.count("Training done: ") == 1
+    assert ranks.text().count("Training done: ") == alone.text().count("Training done: ") == 1
 
 
 def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]) -> None:
@@ -369,9 +369,9 @@ def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]
         image.write_bytes(whole)
     figures = {}
     for ranks, run in runs.items():
-        assert run.process.returncode == 1, run.output  # an image was left out
-        assert run.output.count("[Eval Summary]:") == 1, "rank 0 alone prints"
-        assert run.output.count("1 of 6 images failed:") == 1
+        assert run.process.returncode == 1, run.text()  # an image was left out
+        assert run.text().count("[Eval Summary]:") == 1, "rank 0 alone prints"
+        assert run.text().count("1 of 6 images failed:") == 1
         stored = json.loads((job_.root / f"scores_{ranks}" / "eval.json").read_text())
         assert stored.pop("processes") == ranks and stored["images"] == 5
         figures[ranks] = {k: v for k, v in stored.items() if "seconds" not in k}
@@ -427,7 +427,7 @@ def hosts(tmp_path: Path, make_images: Callable[..., None]) -> Iterator[tuple[Jo
     commands: list[Command] = []
     yield job, commands
     for command in commands:
-        command.end()
+        command.destroy()
 
 
 @needs_proc
@@ -444,8 +444,8 @@ def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Comman
     began = time.monotonic()
     code = first.code(25)
     first.assert_nothing_left(2)
-    assert code != 0, first.output
-    assert len(re.findall(LOST, first.output)) == 1, first.output
+    assert code != 0, first.text()
+    assert len(re.findall(LOST, first.text())) == 1, first.text()
     assert time.monotonic() - began < 20, "a closed connection is noticed at once"
     assert not second.members()
 
@@ -463,11 +463,11 @@ def test_a_job_that_is_terminated_saves_and_goes_on(hosts: tuple[Job, list[Comma
     commands[0].process.terminate()  # as Slurm does: the agents of torchrun, not the ranks
     commands[0].code(30)
     commands[0].assert_nothing_left(2)
-    stopped = re.findall(r"Stopped by SIGTERM after step (\d+) of 18", commands[0].output)
-    assert len(stopped) == 1, commands[0].output
+    stopped = re.findall(r"Stopped by SIGTERM after step (\d+) of 18", commands[0].text())
+    assert len(stopped) == 1, commands[0].text()
     commands.append(Command(words, job.root / "b.txt"))
-    assert commands[1].code(120) == 0, commands[1].output
-    assert f"resuming from {job.root / 'stopped'}/state_step_{stopped[0]}.pth" in commands[1].output
+    assert commands[1].code(120) == 0, commands[1].text()
+    assert f"resuming from {job.root / 'stopped'}/state_step_{stopped[0]}.pth" in commands[1].text()
     assert steps_of(job.root / "stopped") == list(range(1, 19))
 
 
@@ -483,11 +483,11 @@ def test_a_killed_rank_is_replaced_and_the_run_goes_on(hosts: tuple[Job, list[Co
     ranks = [pid for pid in command.members("train.py") if pid != command.process.pid]
     assert len(ranks) == 2
     kill(ranks[1])
-    assert command.code(120) == 0, command.output
-    resumed = re.findall(r"resuming from \S+: step (\d+) of 12", command.output)
-    assert len(resumed) == 1 and int(resumed[0]) >= 3, command.output
+    assert command.code(120) == 0, command.text()
+    resumed = re.findall(r"resuming from \S+: step (\d+) of 12", command.text())
+    assert len(resumed) == 1 and int(resumed[0]) >= 3, command.text()
     assert steps_of(job.root / "elastic") == list(range(1, 13)), "every step once"
-    assert command.output.count("Training done: ") == 1
+    assert command.text().count("Training done: ") == 1
     command.assert_nothing_left(2)
 
 
@@ -549,7 +549,7 @@ def test_a_cut_cable_ends_both_hosts_within_the_time_out(
         print(f"ended {time.monotonic() - began:.1f} s after the cut: {code}")
         assert code != 0
         command.assert_nothing_left(2)
-        assert re.search(rf"{LOST}|error: rank \d: no progress for 12 s", command.output)
+        assert re.search(rf"{LOST}|error: rank \d: no progress for 12 s", command.text())
 
 
 @needs_proc
@@ -568,7 +568,7 @@ def test_the_rest_of_an_elastic_job_goes_on_without_a_lost_host(
     first.until(lambda: max(steps_of(job.root / "shrunk"), default=0) >= 8, 120)
     for pid in second.members():
         kill(pid)
-    assert first.code(200) == 0, first.output
-    assert "Training done: " in first.output
-    resumed = re.findall(r"resuming from \S+: step (\d+) of (\d+)", first.output)
-    assert len(resumed) >= 1 and int(resumed[-1][0]) > 0, first.output
+    assert first.code(200) == 0, first.text()
+    assert "Training done: " in first.text()
+    resumed = re.findall(r"resuming from \S+: step (\d+) of (\d+)", first.text())
+    assert len(resumed) >= 1 and int(resumed[-1][0]) > 0, first.text()
