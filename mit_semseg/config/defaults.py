@@ -62,6 +62,8 @@ _C.MODEL.arch_decoder = "ppm_deepsup"
 _C.MODEL.weights_encoder = ""
 # "" or "none" = random; else a path or url.
 _C.MODEL.weights_decoder = ""
+# Channels of the images: 3, or 4 for data sets with depth (DATASET.format sunrgbd).
+_C.MODEL.in_channels = 3
 # Channels of the encoder's last feature map.
 _C.MODEL.fc_dim = 2048
 

@@ -11,6 +11,7 @@ from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.losses import build_loss
 from mit_semseg.models.decoders import DECODERS, Decoder
 from mit_semseg.models.encoders import ENCODERS, Encoder
+from mit_semseg.models.encoders.base import widen_input
 from mit_semseg.models.module import SegmentationModule
 from mit_semseg.weights import load_decoder, load_encoder
 
@@ -72,7 +73,11 @@ class ModelBuilder:
 
     @staticmethod
     def build_encoder(
-        arch: str = "resnet50dilated", fc_dim: int = 512, weights: str = "", **options: Any
+        arch: str = "resnet50dilated",
+        fc_dim: int = 512,
+        weights: str = "",
+        in_channels: int = 3,
+        **options: Any,
     ) -> Encoder:
         """An encoder by name.
 
@@ -81,6 +86,8 @@ class ModelBuilder:
             fc_dim: taken for the published signature; an encoder's width follows from its name.
             weights: "" = ImageNet weights by name; "none" = random; else a path, a url, or
                 "torchvision:NAME" or "tfslim:PATH" (see `weights.load_encoder`).
+            in_channels: channels of the images: red, green and blue first, others, such as depth,
+                after them (see `encoders.base.widen_input`).
             options: passed on to `weights.load_encoder`: mean and std of the input.
 
         Raises:
@@ -89,6 +96,7 @@ class ModelBuilder:
         """
         encoder = _encoder(arch)()
         load_encoder(encoder, arch.lower(), weights, **options)
+        widen_input(encoder, in_channels)
         return encoder
 
     @staticmethod
@@ -147,6 +155,7 @@ class ModelBuilder:
             model.arch_encoder,
             fc_dim=model.fc_dim,
             weights=model.weights_encoder,
+            in_channels=model.in_channels,
             mean=[m / data.value_range for m in data.mean],
             std=[s / data.value_range for s in data.std],
         )
@@ -163,6 +172,8 @@ class ModelBuilder:
             encoder,
             decoder,
             build_loss(cfg.TRAIN.loss, data.num_class, class_weights),
-            deep_sup_scale=cfg.TRAIN.deep_sup_scale if decoder.auxiliary else None,
+            deep_sup_scale=cfg.TRAIN.deep_sup_scale
+            if any(head.weight is None for head in decoder.auxiliary)
+            else None,
             normalize=Normalize.of(data),
         )

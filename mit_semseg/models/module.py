@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mit_semseg import scores
 from mit_semseg.losses import functional
-from mit_semseg.models.decoders import Decoder
+from mit_semseg.models.decoders import Auxiliary, Decoder
 from mit_semseg.models.encoders import Encoder
 
 
@@ -40,7 +40,7 @@ class SegmentationModule(nn.Module):
             crit: `crit(log_probs (B, C, h, w), label (B, h, w))` -> scalar mean over the pixels
                 not labelled -1. With a method `denominator(label)` it says what that mean divides
                 by; otherwise the number of those pixels is assumed. None: inference only.
-            deep_sup_scale: weight of the auxiliary head's loss, for decoders that have one.
+            deep_sup_scale: weight of the losses of auxiliary heads that have none of their own.
             normalize: `normalize(uint8 images, sizes)` -> float images as the encoder expects
                 them, for batches that come as bytes (see `dataset.transforms.Normalize`).
         """
@@ -50,10 +50,11 @@ class SegmentationModule(nn.Module):
         self.crit = crit
         self.deep_sup_scale = deep_sup_scale
         self.normalize = normalize
-        if deep_sup_scale is not None and not net_dec.auxiliary:
+        asks = any(head.weight is None for head in net_dec.auxiliary)
+        if deep_sup_scale is not None and not asks:
             warnings.warn(
                 f"deep_sup_scale {deep_sup_scale} is ignored: {type(net_dec).__name__} has no "
-                "auxiliary head",
+                "auxiliary head that it could weigh",
                 stacklevel=2,
             )
 
@@ -91,13 +92,9 @@ class SegmentationModule(nn.Module):
         size = (label.shape[-2], label.shape[-1])
         main, *auxiliary = self.decoder.log_probabilities(features, size)
         loss = self._loss(main, label)
-        if auxiliary:
-            if self.deep_sup_scale is None:
-                raise ValueError(
-                    f"{type(self.decoder).__name__} has an auxiliary head to train: give "
-                    "SegmentationModule a deep_sup_scale (0.4 as published)"
-                )
-            loss = loss + self.deep_sup_scale * self._loss(auxiliary[0], label)
+        for head, output in zip(self.decoder.auxiliary, auxiliary):
+            own = head.loss(output, label) if head.loss else self._loss(output, label)
+            loss = loss + self._weight(head) * own
         accuracy = _pixel_accuracy(main, label)
 
         if "loss_weight" in batch:
@@ -170,6 +167,15 @@ class SegmentationModule(nn.Module):
             {**batch, "loss_weight": loss_weight, "acc_weight": acc_weight}
             for batch, (loss_weight, acc_weight) in zip(batches, weights, strict=True)
         ]
+
+    def _weight(self, head: Auxiliary) -> float:
+        weight = self.deep_sup_scale if head.weight is None else head.weight
+        if weight is None:
+            raise ValueError(
+                f"{type(self.decoder).__name__} has an auxiliary head to train: give "
+                "SegmentationModule a deep_sup_scale (0.4 as published)"
+            )
+        return weight
 
     def _inputs(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         if images.is_floating_point():

@@ -64,7 +64,7 @@ class DecoderTester:
     def test_training_gives_log_probabilities_of_every_head(self) -> None:
         decoder = self.build().train()
         out = decoder(self.features())
-        assert isinstance(out, tuple) == self.auxiliary == DECODERS.get(self.arch).auxiliary
+        assert isinstance(out, tuple) == self.auxiliary == bool(DECODERS.get(self.arch).auxiliary)
         for head in out if self.auxiliary else (out,):
             assert head.shape[:2] == (2, 5)
             assert torch.allclose(head.exp().sum(1), torch.ones(()), atol=1e-5)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mit_semseg.lib.nn import UserScatteredDataParallel
 from mit_semseg.losses import build_loss
 from mit_semseg.models import Decoder, Encoder, ModelBuilder, SegmentationModule
+from mit_semseg.models.decoders import Auxiliary
 
 CLASSES = 4
 
@@ -39,7 +40,7 @@ class TinyEncoder(Encoder):
 
 class TinyDecoder(Decoder):
     needs = 2
-    auxiliary = True
+    auxiliary = (Auxiliary(),)
 
     def __init__(self) -> None:
         super().__init__(TinyEncoder.channels, CLASSES)

@@ -31,7 +31,7 @@ def test_every_pair_works_or_is_refused(arch_encoder: str) -> None:
                 arch_decoder, num_class=7, channels=encoder.channels, strides=encoder.strides
             )
         heads = decoder.train().logits(maps)
-        assert len(heads) == 1 + decoder.auxiliary
+        assert len(heads) == 1 + len(decoder.auxiliary)
         assert all(head.shape[:2] == (2, 7) for head in heads)
         finest = 4 if arch_decoder.startswith("upernet") else encoder.strides[-1]
         assert heads[0].shape[2:] == (64 // finest, 96 // finest)

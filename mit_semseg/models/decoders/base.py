@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -26,6 +27,20 @@ def conv_bn_relu(n_in: int, n_out: int, kernel: int = 3) -> nn.Sequential:
     return nn.Sequential(conv, BatchNorm2d(n_out), nn.ReLU(inplace=True))
 
 
+@dataclass(frozen=True)
+class Auxiliary:
+    """A head beside the main one, which exists to be trained.
+
+    Attributes:
+        weight: of its loss; None takes TRAIN.deep_sup_scale.
+        loss: `loss(logits, label (B, h, w) int64, -1 ignored)` -> scalar, for a head that does not
+            score pixels; None resizes its scores to the label and takes the configured loss.
+    """
+
+    weight: float | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
 class Decoder(nn.Module):
     """Turns an encoder's feature maps into class scores.
 
@@ -34,14 +49,14 @@ class Decoder(nn.Module):
 
     Attributes:
         needs: feature maps it reads, at least; a pair that cannot work is refused by it.
-        auxiliary: it has a second head, which trains the feature map before the last.
+        auxiliary: its heads beside the main one, in the order of `logits`.
         pool_scales: sides of the grids that it averages the deepest map over, taken from
             `models.pyramid.pooled`: what a tile of an image must know of the whole (see
             `models.tiles`).
     """
 
     needs: ClassVar[int] = 1
-    auxiliary: ClassVar[bool] = False
+    auxiliary: ClassVar[tuple[Auxiliary, ...]] = ()
     pool_scales: tuple[int, ...] = ()
 
     def __init__(
@@ -67,13 +82,13 @@ class Decoder(nn.Module):
         self.use_softmax = use_softmax
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        """Scores of the main head first; those of the auxiliary head after it, in training only.
+        """Scores of the main head first; those of `auxiliary` after it, in training only.
 
         Args:
             features: (B, channels[i], h_i, w_i), deepest last.
 
         Returns:
-            Tuple of (B, num_class, h, w).
+            Tuple of (B, num_class, h, w); of heads with a loss of their own, what that takes.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement logits")
 
@@ -87,8 +102,16 @@ class Decoder(nn.Module):
     def log_probabilities(
         self, features: list[Tensor], size: tuple[int, int] | None = None
     ) -> tuple[Tensor, ...]:
-        """Log-probabilities of every head, (B, num_class, *size) each, at least float32."""
-        return tuple(self._scores(x, size).log_softmax(dim=1) for x in self.logits(features))
+        """Log-probabilities of every head, (B, num_class, *size) each, at least float32.
+
+        Of heads with a loss of their own, the scores as they are.
+        """
+        main, *others = self.logits(features)
+        heads = [self._scores(main, size).log_softmax(dim=1)]
+        for head, scores in zip(self.auxiliary, others):
+            scores = self._scores(scores, None if head.loss else size)
+            heads.append(scores if head.loss else scores.log_softmax(dim=1))
+        return tuple(heads)
 
     def forward(
         self, conv_out: list[Tensor], segSize: tuple[int, int] | None = None
@@ -101,7 +124,7 @@ class Decoder(nn.Module):
 
         Returns:
             With `use_softmax`: probabilities (B, num_class, H, W). Otherwise log-probabilities,
-            a tensor, or the tuple (main, auxiliary) when there is an auxiliary head in training.
+            a tensor, or in training the tuple (main, *auxiliary) when there are such heads.
         """
         if self.use_softmax:
             return self.probabilities(conv_out, segSize)

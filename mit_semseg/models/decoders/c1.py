@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, conv_bn_relu, init_weights
 
 
 @DECODERS.register("c1", "c1_bilinear")
@@ -33,7 +33,7 @@ class C1DeepSup(C1):
     """
 
     needs = 2
-    auxiliary = True
+    auxiliary = (Auxiliary(),)
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
         super().__init__(channels, num_class, **options)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.decoders.base import (
     DECODERS,
+    Auxiliary,
     Decoder,
     conv_bn_relu,
     init_weights,
@@ -91,7 +92,7 @@ class PPMDeepSup(PPM):
     """
 
     needs = 2
-    auxiliary = True
+    auxiliary = (Auxiliary(),)
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
         super().__init__(channels, num_class, **options)

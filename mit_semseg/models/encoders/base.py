@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mit_semseg.registry import Registry
@@ -67,6 +68,23 @@ def dilate(stage: nn.Module, dilation: int) -> None:
         if conv.kernel_size == (3, 3):
             d = dilation // 2 if strided else dilation
             conv.dilation = conv.padding = (d, d)
+
+
+def widen_input(encoder: nn.Module, in_channels: int) -> None:
+    """Let every convolution that reads the image read further channels after red, green and blue.
+
+    What they know of colour stays; a further channel, such as depth, begins with the mean of the
+    three filters.
+
+    Args:
+        encoder: changed in place.
+        in_channels: channels of the image, 3 or more; 3 changes nothing.
+    """
+    for conv in encoder.modules():
+        if isinstance(conv, nn.Conv2d) and conv.in_channels == 3 and in_channels > 3:
+            further = conv.weight.data.mean(1, keepdim=True).expand(-1, in_channels - 3, -1, -1)
+            conv.weight = nn.Parameter(torch.cat([conv.weight.data, further], dim=1))
+            conv.in_channels = in_channels
 
 
 def init_weights(encoder: nn.Module) -> None:
