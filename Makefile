@@ -14,8 +14,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.mit_semseg
 	PYTHON=$(BIN)/python bash demo_test.sh
 
+# In two processes: more are not quicker on two cores, and need more memory.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What takes longer than a minute apiece.
 test-slow: $(VENV)/.mit_semseg-dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ from mit_semseg.models import ModelBuilder
 # The same examples in every run, however slow the machine: a red run must mean a change.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    """Where several processes share the tests, each keeps itself and what it starts to one core:
+    threads that wait for each other's core make all of them slower than one process."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -52,7 +52,7 @@ def selftest(
     if not chosen and only != "soak":
         raise ValueError(f"no drill is called {only!r}; there are {', '.join(DRILLS)}")
     folder = Path(out)
-    ground = Ground(folder.resolve() / "work")
+    ground = Ground(folder.resolve() / "work", "c1_deepsup" if quick else "ppm_deepsup")
     ground.folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for drill in chosen.values():

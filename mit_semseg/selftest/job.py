@@ -34,9 +34,12 @@ class Ground:
 
     Attributes:
         folder: what everything is written below.
+        decoder: of the jobs. `ppm_deepsup` has dropout, whose random numbers have to line up too;
+            `c1_deepsup` is a sixth of its size, and so quicker to save.
     """
 
     folder: Path
+    decoder: str = "ppm_deepsup"
     _unbroken: dict[str, Job] = field(default_factory=dict)
 
     def unbroken(self, data: Path | None = None, **settings: Any) -> Job:
@@ -74,8 +77,7 @@ class Ground:
             "DATASET__imgSizes": [48, 64],
             "DATASET__segm_downsampling_rate": 2,
             "MODEL__arch_encoder": "mobilenetv2dilated",
-            # Dropout draws random numbers, which have to line up too.
-            "MODEL__arch_decoder": "ppm_deepsup",
+            "MODEL__arch_decoder": self.decoder,
             "MODEL__fc_dim": 320,
             "MODEL__weights_encoder": "none",
             "TRAIN__num_epoch": 2,
