@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageOps
 
 from mit_semseg.dataset import ClassTable
+from mit_semseg.dataset.base import load_depth_beside
+from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.transforms import (
     Normalize,
     exif_orientation,
@@ -198,11 +200,13 @@ class Segmenter:
         )
 
     @overload
-    def __call__(self, x: Source) -> Result: ...
+    def __call__(self, x: Source, depth: np.ndarray | None = None) -> Result: ...
     @overload
     def __call__(self, x: list[Source] | list[str] | tuple[Source, ...]) -> list[Result]: ...
     def __call__(
-        self, x: Source | list[Source] | list[str] | tuple[Source, ...]
+        self,
+        x: Source | list[Source] | list[str] | tuple[Source, ...],
+        depth: np.ndarray | None = None,
     ) -> Result | list[Result]:
         """Parse one image, or several one after the other.
 
@@ -210,21 +214,26 @@ class Segmenter:
             x: a path; a Pillow image of any mode; an array (H, W), (H, W, 1), (H, W, 3) RGB or
                 (H, W, 4) RGBA, uint8 or float in [0, 1]; or a list of these. Files and Pillow
                 images are turned upright by their EXIF orientation; alpha is dropped.
+            depth: for a model of `DATASET.depth`, and one image: (H, W) metres, 0 where there is
+                none. By default that of the file which `dataset.records.find_depth` finds.
 
         Returns:
             A Result, or a list of them for a list.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, or no depth image beside it.
             ValueError: the file is no image, or an array of another shape, type or range.
         """
         if isinstance(x, (list, tuple)):
+            if depth is not None:
+                raise ValueError("depth is for one image; give the images one by one")
             return [self._parse(one) for one in x]
-        return self._parse(x)
+        return self._parse(x, depth)
 
-    def _parse(self, source: Source) -> Result:
+    def _parse(self, source: Source, depth: np.ndarray | None = None) -> Result:
         image = as_image(source)
-        scales = scaled_inputs(image, self.opt, normalized=False)
+        depth = self._depth(source, image, depth)
+        scales = scaled_inputs(image, self.opt, normalized=False, depth=depth)
         inputs = [scale.to(self.device) for scale in scales]
         with autocast(self.device, self.precision):
             labels = self.module.predict(inputs, image.shape[:2], flip=self.flip)
@@ -235,6 +244,25 @@ class Segmenter:
             source=Path(source) if isinstance(source, (str, os.PathLike)) else None,
             label_offset=int(getattr(self.opt, "label_offset", 0)),
         )
+
+    def _depth(
+        self, source: Source, image: np.ndarray, given: np.ndarray | None
+    ) -> np.ndarray | None:
+        """(H, W) float32 metres, None for a model that takes none."""
+        options = DataOptions.read(self.opt)
+        if not options.depth:
+            if given is not None:
+                raise ValueError("this model takes no depth (DATASET.depth is False)")
+            return None
+        if given is not None:
+            if given.shape != image.shape[:2]:
+                raise ValueError(
+                    f"depth is {given.shape}, the image {image.shape[:2]}; make them equal"
+                )
+            return np.where(given > 0, given, 0).astype(np.float32)
+        if isinstance(source, (str, os.PathLike)):
+            return load_depth_beside(source, options, (image.shape[1], image.shape[0]))
+        raise ValueError("this model takes depth (DATASET.depth): give the argument depth, too")
 
 
 def as_image(source: Source) -> np.ndarray:

@@ -11,7 +11,8 @@ _C.DIR = "ckpt/ade20k-resnet50dilated-ppm_deepsup"
 
 # --------------------------------------------------------------------------- data
 _C.DATASET = CN()
-# How the lists below are read: odgt | folder | ade20k | camvid | cityscapes | voc2012 | cocostuff.
+# How the lists below are read: odgt | folder, or a public data set: ade20k | camvid | cityscapes |
+# voc2012 | vocaug | coco | coco_panoptic | cocostuff | lip | sbu | sunrgbd.
 _C.DATASET.format = "odgt"
 # Folder that relative paths in lists (and list paths themselves) may be relative to.
 _C.DATASET.root_dataset = "./data/"
@@ -53,6 +54,17 @@ _C.DATASET.mean = [0.485, 0.456, 0.406]
 _C.DATASET.std = [0.229, 0.224, 0.225]
 _C.DATASET.color_order = "RGB"
 _C.DATASET.value_range = 1.0
+# A depth image beside each colour image, as a fourth channel (MODEL.in_channels 4): of sunrgbd, of
+# lists with "fpath_depth", and in prediction x_depth.png beside x.jpg, or depth/x.png beside its
+# folder.
+_C.DATASET.depth = False
+# Stored units of depth in a metre (1000: millimetres), or sunrgbd: millimetres with their bits
+# rotated by three; auto takes the data set's own, 1000 for lists. Stored 0 is no depth.
+_C.DATASET.depth_scale = "auto"
+# In metres: channel = (depth - depth_mean) / depth_std, and 0 where there is no depth. These are
+# SUN RGB-D's.
+_C.DATASET.depth_mean = 2.378
+_C.DATASET.depth_std = 1.235
 
 # --------------------------------------------------------------------------- model
 _C.MODEL = CN()
@@ -62,7 +74,7 @@ _C.MODEL.arch_decoder = "ppm_deepsup"
 _C.MODEL.weights_encoder = ""
 # "" or "none" = random; else a path or url.
 _C.MODEL.weights_decoder = ""
-# Channels of the images: 3, or 4 for data sets with depth (DATASET.format sunrgbd).
+# Channels of the images: 3, or 4 with DATASET.depth.
 _C.MODEL.in_channels = 3
 # Channels of the encoder's last feature map.
 _C.MODEL.fc_dim = 2048
@@ -91,10 +103,13 @@ _C.TRAIN.weight_decay = 1e-4
 _C.TRAIN.deep_sup_scale = 0.4
 # Keep every BatchNorm in evaluation mode: running statistics are used and stay as they are.
 _C.TRAIN.fix_bn = False
-# nll | focal | dice | ohem | lovasz, or a sum such as "nll+dice".
+# nll | smooth | focal | dice | focal_dice | ohem | lovasz, or a sum such as "nll+0.5*dice".
 _C.TRAIN.loss = "nll"
-# "none"; "sqrt" or "median": from class frequencies of the training labels (square root of, or
-# plain, median-frequency balancing); or a list with one weight per class.
+# Share of each label that the loss `smooth` spreads over all classes.
+_C.TRAIN.label_smoothing = 0.1
+# "none"; "sqrt", "median" or "enet": from class frequencies of the training labels (square root of,
+# or plain, median-frequency balancing; ENet's 1 / ln(1.02 + share)), which are kept in DIR; or a
+# list with one weight per class.
 _C.TRAIN.class_weights = "none"
 # Decay of the exponential moving average of the weights, which is what is validated and saved
 # as the best checkpoint; 0 = off.

@@ -195,6 +195,12 @@ def coerce(key: str, default: Any, value: Any, source: str) -> Any:
         if value in ("auto", "off") or (_is_number(value) and value >= 64):
             return value if isinstance(value, str) else int(value)
         raise ValueError(f"{source}: {key} is {value!r}; give auto, off or a side of 64 or more")
+    if key == "DATASET.depth_scale":
+        if value in ("auto", "sunrgbd") or (_is_number(value) and 0 < value <= sys.float_info.max):
+            return value if isinstance(value, str) else float(value)
+        raise ValueError(
+            f"{source}: {key} is {value!r}; give stored units in a metre (1000), sunrgbd or auto"
+        )
     if isinstance(value, list) and list in ALTERNATIVES.get(key, ()):
         return value
     if wanted is str and isinstance(text, str) and not isinstance(value, str):
@@ -246,6 +252,12 @@ def _check_value(key: str, value: Any, source: str) -> None:
         raise ValueError(f"{source}: {key} is {value}; it must be at least 1")
     if key in NOT_NEGATIVE and value < 0:
         raise ValueError(f"{source}: {key} is {value}; it must not be negative")
+    if key == "DATASET.depth_std" and value <= 0:
+        raise ValueError(f"{source}: {key} is {value}; metres above 0, such as 1.235")
+    if key == "MODEL.in_channels" and value not in (3, 4):
+        raise ValueError(f"{source}: {key} is {value}; it is 3, or 4 with DATASET.depth")
+    if key == "TRAIN.label_smoothing" and not 0 <= value <= 1:
+        raise ValueError(f"{source}: {key} is {value}; it is a share within [0, 1]")
     if key == "TRAIN.ema" and value >= 1:
         raise ValueError(f"{source}: {key} is {value}; a decay lies below 1, such as 0.999")
     if key.endswith("imgSizes") and not all(_is_number(v) and v >= 1 for v in value):

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, locate, read_odgt
-from mit_semseg.dataset.transforms import ImageFile, stored_values
+from mit_semseg.dataset.records import Record, find_depth, locate, read_odgt
+from mit_semseg.dataset.transforms import ImageFile, load_depth, stored_values
 from mit_semseg.registry import Registry
 
 PathLike = str | os.PathLike[str]
@@ -278,6 +278,8 @@ class DataFormat(ABC):
 
     source: Source | None = None
     num_class: int | None = None  # of a public data set
+    # How its depth images are stored, as DATASET.depth_scale; None: it has none.
+    depth_scale: float | str | None = None
     # Entries of list_train / list_val are split names; the published default lists mean these.
     default_splits: Mapping[str, str] = {
         "./data/training.odgt": "train",
@@ -287,6 +289,10 @@ class DataFormat(ABC):
     @abstractmethod
     def records(self, root: Path, split: str) -> list[Record]:
         """Records of one split, paths relative to `root` or absolute."""
+
+    def records_for(self, root: Path, split: str, options: DataOptions) -> list[Record]:
+        """As `records`, for data sets whose masks are made as the options ask for them."""
+        return self.records(root, split)
 
     @abstractmethod
     def classes(self, options: DataOptions) -> ClassTable:
@@ -384,9 +390,19 @@ def build_split(dataset_cfg: Any, which: str) -> Split:
         if entry.endswith(".odgt"):  # any data set can be narrowed by a list of one's own
             records += read_odgt(locate(entry, root))
         else:
-            records += data_format.records(Path(root), entry)
+            records += data_format.records_for(Path(root), entry, options)
     if not records:
         raise ValueError(f"DATASET.list_{which} is {lists!r}: it names no records")
+    if options.depth:
+        flat = [record["fpath_img"] for record in records if "fpath_depth" not in record]
+        if flat:
+            raise ValueError(
+                f"DATASET.depth is True, but DATASET.list_{which} gives no depth for {len(flat)} "
+                f"of {len(records)} images, the first is {flat[0]}; add 'fpath_depth' to the list"
+            )
+    else:
+        for record in records:
+            record.pop("fpath_depth", None)
     label_map = data_format.label_map(records, options).ignoring(options.ignore_label)
     return Split([absolute(record, root) for record in records], classes, label_map)
 
@@ -394,10 +410,35 @@ def build_split(dataset_cfg: Any, which: str) -> Split:
 def absolute(record: Record, root: PathLike) -> Record:
     """The record with its paths made absolute, from `root`."""
     full = record.copy()
-    full["fpath_img"] = os.path.abspath(os.path.join(root, record["fpath_img"]))
-    if "fpath_segm" in record:
-        full["fpath_segm"] = os.path.abspath(os.path.join(root, record["fpath_segm"]))
+    for key in ("fpath_img", "fpath_segm", "fpath_depth"):
+        if key in record:
+            path = os.path.abspath(os.path.join(root, record[key]))  # type: ignore[literal-required]
+            full[key] = path  # type: ignore[literal-required]
     return full
+
+
+def check_channels(in_channels: int, dataset_cfg: Any) -> None:
+    """Refuse a number of input channels that the data set does not have.
+
+    Args:
+        in_channels: `MODEL.in_channels`.
+        dataset_cfg: `cfg.DATASET`.
+
+    Raises:
+        ValueError: `MODEL.in_channels` and `DATASET.depth` disagree, or the format has no depth.
+    """
+    options = DataOptions.read(dataset_cfg)
+    if options.depth and FORMATS.get(options.format)().depth_scale is None:
+        with_depth = [n for n in FORMATS.names() if FORMATS.get(n)().depth_scale is not None]
+        raise ValueError(
+            f"DATASET.depth is True, but DATASET.format {options.format} has no depth; it is in "
+            f"{' and '.join(with_depth)} (lists with 'fpath_depth')"
+        )
+    if in_channels != 3 + options.depth:
+        raise ValueError(
+            f"MODEL.in_channels is {in_channels} and DATASET.depth {options.depth}: set "
+            f"MODEL.in_channels {3 + options.depth}, or DATASET.depth {not options.depth}"
+        )
 
 
 # ------------------------------------------------------------------------------ samples
@@ -459,6 +500,66 @@ def load_raw(record: Record, root: PathLike = "") -> tuple[np.ndarray, np.ndarra
         return file.pixels(), raw
 
 
+def depth_scale(options: DataOptions) -> float | str:
+    """`options.depth_scale`, or where it is "auto" that of `options.format`."""
+    if options.depth_scale != "auto":
+        return options.depth_scale
+    own: float | str | None = FORMATS.get(options.format)().depth_scale
+    return 1000.0 if own is None else own
+
+
+def load_depth_of(
+    record: Record, root: PathLike, options: DataOptions, size: tuple[int, int]
+) -> np.ndarray | None:
+    """Depth of a record, checked to be of the size it should be.
+
+    Args:
+        record: with `fpath_depth`.
+        root: folder that relative paths are relative to.
+        options: whether there is to be depth, and how it is stored.
+        size: (width, height) of the image file, upright by EXIF.
+
+    Returns:
+        (H, W) float32 in metres, 0 where there is none; None unless `options.depth`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the record names none, it is unreadable, or sizes disagree.
+    """
+    if not options.depth:
+        return None
+    if "fpath_depth" not in record:
+        raise ValueError(
+            f"{record['fpath_img']}: the list gives no depth; add 'fpath_depth', or set "
+            "DATASET.depth False"
+        )
+    path = os.path.join(root, record["fpath_depth"])
+    depth = load_depth(path, depth_scale(options))
+    if depth.shape != size[::-1]:
+        raise ValueError(
+            f"{path}: {depth.shape[1]}x{depth.shape[0]} pixels, but its image "
+            f"{record['fpath_img']} has {size[0]}x{size[1]}; depth must be as large as its image"
+        )
+    return depth
+
+
+def load_depth_beside(
+    image: PathLike, options: DataOptions, size: tuple[int, int]
+) -> np.ndarray | None:
+    """As `load_depth_of`, of the depth image that `find_depth` finds for an image file."""
+    if not options.depth:
+        return None
+    depth = find_depth(image)
+    if depth is None:
+        stem = Path(image).stem
+        raise FileNotFoundError(
+            f"{os.fspath(image)}: no depth image; put {stem}_depth.png beside it, or "
+            f"depth/{stem}.png beside its folder"
+        )
+    record = Record(fpath_img=os.fspath(image), fpath_depth=os.fspath(depth))
+    return load_depth_of(record, "", options, size)
+
+
 def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.ndarray, np.ndarray]:
     """Image and class ids of a record.
 
@@ -498,6 +599,9 @@ def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "s
         try:
             _, raw = load_raw(record)
             ids = split.label_map(raw, paths_of(record)[1])
+            if "fpath_depth" in record:  # how it is stored does not matter here
+                as_read = DataOptions(depth=True, depth_scale=1)
+                load_depth_of(record, "", as_read, (ids.shape[1], ids.shape[0]))
         except (OSError, ValueError) as error:
             warnings.append(str(error))
             if on_error != "skip" or len(warnings) == count:
@@ -521,7 +625,7 @@ def label_warnings(stored: Iterable[int], ignored: int, pixels: int, where: str)
             f"{100 * ignored / pixels:.0f} % of pixels are ignored in {where}; "
             "check DATASET.label_offset and DATASET.ignore_label"
         )
-    if set(stored) == {0, 255}:
+    if set(stored) == {0, 255} and ignored:
         warnings.append(
             f"{where} hold only {{0, 255}}: binary? Store the classes as 0 and 1, "
             "lest one of them is ignored"

@@ -21,6 +21,7 @@ class OdgtFormat(DataFormat):
     """List files of one JSON record a line; stored values are shifted by `label_offset`."""
 
     default_splits = {}
+    depth_scale: float | str | None = 1000.0
 
     def records(self, root: Path, split: str) -> list[Record]:
         return read_odgt(locate(split, root))
@@ -37,6 +38,8 @@ class OdgtFormat(DataFormat):
 @FORMATS.register("folder")
 class FolderFormat(OdgtFormat):
     """`images_dir:labels_dir`, matched by name without extension."""
+
+    depth_scale = None
 
     def records(self, root: Path, split: str) -> list[Record]:
         # A Windows drive ("C:\\x") has a colon of its own, so split at one that leaves two folders.

@@ -21,8 +21,11 @@ class DataOptions:
     Sizes are in pixels. `mean` and `std` are per channel in `color_order`, in units of
     `value_range` (1: pixels are scaled to [0, 1]; 255: they stay in [0, 255]). `on_error` is what
     training does about a sample that cannot be used: "stop", or "skip" to take another one.
+    `depth_mean` and `depth_std` are in metres; `depth_scale` is stored units in a metre, "sunrgbd",
+    or "auto" for that of `format`.
     """
 
+    format: str = "odgt"
     num_class: int = 150
     label_offset: int = 1
     ignore_label: tuple[int, ...] = ()
@@ -38,6 +41,10 @@ class DataOptions:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     color_order: str = "RGB"
     value_range: float = 1.0
+    depth: bool = False
+    depth_scale: float | str = "auto"
+    depth_mean: float = 2.378
+    depth_std: float = 1.235
     on_error: str = "stop"
 
     @classmethod
@@ -87,6 +94,13 @@ class DataOptions:
             raise ValueError(f"DATASET.value_range is {self.value_range}; use 1 or 255")
         if self.on_error not in ("stop", "skip"):
             raise ValueError(f"DATASET.on_error is {self.on_error!r}; use 'stop' or 'skip'")
+        scale = self.depth_scale
+        if scale not in ("auto", "sunrgbd") and not (isinstance(scale, (int, float)) and scale > 0):
+            raise ValueError(
+                f"DATASET.depth_scale is {scale!r}; give stored units in a metre, sunrgbd or auto"
+            )
+        if self.depth_std <= 0:
+            raise ValueError(f"DATASET.depth_std is {self.depth_std}; it must be above 0")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
                 f"DATASET.mean {list(self.mean)} and DATASET.std {list(self.std)} need three "

@@ -24,6 +24,7 @@ class Record(TypedDict, total=False):
 
     fpath_img: str
     fpath_segm: str
+    fpath_depth: str
     width: int
     height: int
 
@@ -90,10 +91,11 @@ def check_record(entry: Any, where: str) -> Record:
     if not isinstance(entry, dict) or not isinstance(entry.get("fpath_img"), str):
         raise ValueError(f"{where}: a record needs the key 'fpath_img', an image path")
     record = Record(fpath_img=entry["fpath_img"])
-    if "fpath_segm" in entry:
-        if not isinstance(entry["fpath_segm"], str):
-            raise ValueError(f"{where}: 'fpath_segm' is {entry['fpath_segm']!r}, not a path")
-        record["fpath_segm"] = entry["fpath_segm"]
+    for key in ("fpath_segm", "fpath_depth"):
+        if key in entry:
+            if not isinstance(entry[key], str):
+                raise ValueError(f"{where}: {key!r} is {entry[key]!r}, not a path")
+            record[key] = entry[key]  # type: ignore[literal-required]
     if "width" in entry or "height" in entry:
         for key in ("width", "height"):
             value = entry.get(key)
@@ -254,3 +256,48 @@ def pair_folders(
         Record(fpath_img=f"{images}/{image}", fpath_segm=f"{labels}/{label}")
         for image, label in pairs
     ]
+
+
+# ------------------------------------------------------------------------------ depth
+# Folders of depth images, as SUN RGB-D calls them: with holes filled, and as measured.
+DEPTH_FOLDERS = ("depth_bfx", "depth")
+_DEPTH_END = "_depth"
+_DEPTH_SUFFIXES = (".png", ".tif", ".tiff")
+
+
+def find_depth(image: PathLike) -> Path | None:
+    """The depth image that belongs to a colour image, None where there is none.
+
+    For `a/image/x.jpg` it is the first of: `a/image/x_depth.png` (or `.tif`), beside it;
+    `a/depth_bfx/x.png`, then `a/depth/x.png`, in a folder beside its folder; and the only image in
+    one of these folders if `x.jpg` is the only one in its own, as in a frame of SUN RGB-D.
+    """
+    image = Path(image)
+    beside = [image.with_name(f"{image.stem}{_DEPTH_END}{end}") for end in _DEPTH_SUFFIXES]
+    folders = [image.parent.parent / name for name in DEPTH_FOLDERS]
+    named = [folder / f"{image.stem}{end}" for folder in folders for end in _DEPTH_SUFFIXES]
+    for candidate in (*beside, *named):
+        if candidate.is_file():
+            return candidate
+    for folder in folders:
+        only = only_image(folder)
+        if only is not None and only_image(image.parent) == image:
+            return only
+    return None
+
+
+def is_depth(file: PathLike) -> bool:
+    """Whether a file is, by its name or its folder's, a depth image that `find_depth` may find."""
+    file = Path(file)
+    return file.suffix.lower() in _DEPTH_SUFFIXES and (
+        file.stem.endswith(_DEPTH_END) or file.parent.name in DEPTH_FOLDERS
+    )
+
+
+def only_image(folder: PathLike) -> Path | None:
+    """The one image that lies in a folder, None where there is another number of them."""
+    if not os.path.isdir(folder):
+        return None
+    known = image_extensions()
+    names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in known]
+    return Path(folder, names[0]) if len(names) == 1 else None

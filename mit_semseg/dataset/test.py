@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from mit_semseg.dataset.base import load_depth_of
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, read_records
 from mit_semseg.dataset.transforms import load_image, scaled_inputs
@@ -35,8 +36,9 @@ class TestDataset(Dataset[dict[str, Any]]):
         """Sample number `index`: `img_ori`, `img_data` and `info` as in `ValDataset`."""
         record = self.records[index]
         image = load_image(record["fpath_img"])
+        depth = load_depth_of(record, "", self.options, (image.shape[1], image.shape[0]))
         return {
             "img_ori": image,
-            "img_data": scaled_inputs(image, self.options, self.normalized),
+            "img_data": scaled_inputs(image, self.options, self.normalized, depth),
             "info": record["fpath_img"],
         }

@@ -200,7 +200,8 @@ def check(
         FileNotFoundError, ValueError: the list itself cannot be read.
     """
     formats: DataFormat = FORMATS.get(data_format)()
-    records, base = _resolve(source, root, formats)
+    wanted = DataOptions(num_class=num_class or formats.num_class or DataOptions.num_class)
+    records, base = _resolve(source, root, formats, wanted)
     findings = list(_inspect(records, progress))
     usable = [f for f in findings if not f.error]
 
@@ -266,7 +267,10 @@ def _ranked(values: Iterable[str]) -> dict[str, int]:
 
 
 def _resolve(
-    source: str | Sequence[Record], root: PathLike | None, formats: DataFormat
+    source: str | Sequence[Record],
+    root: PathLike | None,
+    formats: DataFormat,
+    options: DataOptions,
 ) -> tuple[list[Record], str]:
     """Records with absolute paths, and the folder they were found from."""
     if not isinstance(source, str):
@@ -274,7 +278,8 @@ def _resolve(
         return [absolute(record, base) for record in source], base
     if not source.endswith(".odgt"):
         base = os.fspath(root or "")
-        return [absolute(r, base) for r in formats.records(Path(base), source)], base
+        found = formats.records_for(Path(base), source, options)
+        return [absolute(r, base) for r in found], base
     path = locate(source, root or "")
     records = read_odgt(path)
     first = records[0]["fpath_img"]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mit_semseg.dataset.base import LabelMap, load_values, paths_of
+from mit_semseg.dataset.base import LabelMap, load_depth_of, load_values, paths_of
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, read_records, with_sizes
 from mit_semseg.dataset.transforms import (
@@ -20,6 +20,8 @@ from mit_semseg.dataset.transforms import (
     color_jitter,
     fitted_size,
     nearest_index,
+    normalize_depth,
+    resize_depth,
     round_up,
 )
 
@@ -28,7 +30,8 @@ from mit_semseg.dataset.transforms import (
 _ORDER, _BATCH, _INSTEAD = 0, 1, 2
 _TRIES = 8  # other samples tried before a bad one is an error after all
 
-Sample = tuple[np.ndarray, np.ndarray]
+# Image (h, w, 3) uint8, labels, and, with DATASET.depth, normalised depth (h, w) float32.
+Sample = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 class TrainDataset(Dataset[dict[str, Any]]):
@@ -156,7 +159,8 @@ class TrainDataset(Dataset[dict[str, Any]]):
             `segm_downsampling_rate`; `info`, the B image paths as listed. Not normalised:
             `img_data` is uint8 RGB in channels_last, and `img_size` (B, 2) int64 holds height and
             width of each image in it, for `Normalize`. With `on_error` "skip" also `skipped`: a
-            list of (image path as listed, reason in one line), one for each that proved bad.
+            list of (image path as listed, reason in one line), one for each that proved bad. With
+            `depth` `img_data` is (B, 4, H, W) float32, always normalised.
         """
         rng = np.random.default_rng([self.seed, _BATCH, index])
         batch_short = int(rng.choice(self.options.imgSizes))
@@ -215,7 +219,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
             self.reading(file)
 
     def _sample(self, record: Record, short: int, rng: np.random.Generator) -> Sample:
-        """One image (h, w, 3) uint8, resized and augmented, and its labels at 1/r of that."""
+        """One image, resized and augmented, its labels at 1/r of that, and its depth."""
         options = self.options
         image_path, mask_path = paths_of(record, self.root)
         flip = options.random_flip and rng.random() < 0.5
@@ -230,29 +234,34 @@ class TrainDataset(Dataset[dict[str, Any]]):
             size = fitted_size(width, height, short, options.imgMaxSize)
             self._tell(image_path)  # of which only the header has been read so far
             image = file.pixels(size)
+            depth = load_depth_of(record, self.root, options, file.size)
+        if depth is not None:
+            depth = normalize_depth(resize_depth(depth, size), options)
         # Where in the stored mask the label of each pixel of the image is.
         rows, columns = nearest_index(height, size[1]), nearest_index(width, size[0])
         if flip:
             image, columns = _mirrored(image), width - 1 - columns
+            depth = None if depth is None else _mirrored(depth)
         if options.crop_size:
             down, right = (
                 _random_window(side, crop, rng)
                 for side, crop in zip(image.shape, options.crop_size)
             )
             image, rows, columns = image[down, right], rows[down], columns[right]
+            depth = None if depth is None else depth[down, right]
         if options.color_jitter > 0:
             image = color_jitter(image, options.color_jitter, rng)
         # Nearest resize by 1/r of the labels padded to a multiple of r takes the pixel in the
         # middle of each r x r block: only those are ever looked up.
         rate = options.segm_downsampling_rate
         small = raw[rows[rate // 2 :: rate]][:, columns[rate // 2 :: rate]]
-        return image, self.label_map(small, mask_path)
+        return image, self.label_map(small, mask_path), depth
 
     def _stack(self, samples: list[Sample]) -> dict[str, Any]:
         """Samples of different sizes as one padded batch."""
         options = self.options
         rate = options.segm_downsampling_rate
-        sizes = [image.shape[:2] for image, _ in samples]
+        sizes = [image.shape[:2] for image, _, _ in samples]
         H, W = (
             round_up(max(side), options.padding_constant)
             for side in zip(*sizes, options.crop_size or (1, 1))
@@ -260,15 +269,19 @@ class TrainDataset(Dataset[dict[str, Any]]):
         B = len(samples)
         images = torch.zeros(B, H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         targets = torch.full((B, H // rate, W // rate), -1, dtype=torch.int64)
-        for k, (image, labels) in enumerate(samples):
+        depths = torch.zeros(B, 1, H, W) if options.depth else None
+        for k, (image, labels, depth) in enumerate(samples):
             h, w = sizes[k]
             images[k, :, :h, :w] = torch.from_numpy(image).permute(2, 0, 1)
+            if depths is not None and depth is not None:
+                depths[k, 0, :h, :w] = torch.from_numpy(depth)
             h, w = labels.shape
             targets[k, :h, :w] = torch.from_numpy(labels)
         img_size = torch.tensor(sizes)
-        if self.normalized:
-            values = Normalize.of(options)(images, img_size).contiguous()
-            return {"img_data": values, "seg_label": targets}
+        if self.normalized or depths is not None:  # depth is no byte
+            values = Normalize.of(options)(images, img_size)
+            values = values if depths is None else torch.cat([values, depths], dim=1)
+            return {"img_data": values.contiguous(), "seg_label": targets}
         return {"img_data": images, "img_size": img_size, "seg_label": targets}
 
 
@@ -277,7 +290,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _mirrored(image: np.ndarray) -> np.ndarray:
-    """An (H, W, 3) uint8 image with left and right swapped; by torch, which is 20 times as fast."""
+    """An image or depth with left and right swapped; by torch, which is 20 times as fast."""
     return torch.from_numpy(image).flip(1).numpy()
 
 

@@ -305,6 +305,47 @@ def stored_values(path: PathLike) -> np.ndarray:
         )
 
 
+def load_depth(path: PathLike, scale: float | str) -> np.ndarray:
+    """A depth image in metres.
+
+    Args:
+        path: a file of one channel of integers or floats, 0 (or NaN) where there is no depth.
+        scale: stored units in a metre (1000: millimetres); or "sunrgbd": 16-bit millimetres whose
+            lowest three bits are put first, as `read3dPoints.m` in the toolbox of SUN RGB-D (Song
+            et al. 2015) reads them, and, as there, at most 8 metres.
+
+    Returns:
+        (H, W) float32, 0 where there is no depth.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable, lossy, or of several channels.
+    """
+    name = os.fspath(path)
+    with _open(path) as opened:
+        if opened.format in _LOSSY:
+            raise ValueError(
+                f"{name}: a {opened.format} has altered depths; save depth as 16-bit PNG"
+            )
+        image = _decode(opened, path)
+        if image.mode not in ("L", "F") and not image.mode.startswith("I"):
+            raise ValueError(
+                f"{name}: an image of mode {image.mode} is no depth; save depth as 16-bit PNG"
+            )
+        stored = np.asarray(image)
+    if scale != "sunrgbd":
+        depth = stored.astype(np.float32) / np.float32(scale)
+        return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
+    if image.mode in ("L", "F") or stored.min() < 0 or stored.max() > 65535:
+        raise ValueError(
+            f"{name}: DATASET.depth_scale sunrgbd is for images of 16 bits; set it to the number "
+            "of stored units in a metre"
+        )
+    stored = stored.astype(np.uint16)
+    millimetres = (stored >> 3) | (stored << 13)
+    return np.minimum(millimetres.astype(np.float32) / 1000, np.float32(8))
+
+
 # ------------------------------------------------------------------------------ geometry
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `value`."""
@@ -333,6 +374,29 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     pixels = as_batch(image)
     resized = F.interpolate(pixels, size=(size[1], size[0]), mode="bilinear", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def resize_depth(depth: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Antialiased bilinear resize, as of the image, of the depths that are there.
+
+    Pixels without depth have no part in the mean of their neighbours; where they are more than
+    half of what a pixel is made of, it has none either.
+
+    Args:
+        depth: (H, W) float32, 0 where there is none.
+        size: (width, height) wanted.
+
+    Returns:
+        (height, width) float32; `depth` itself where the size is its own.
+    """
+    if depth.shape[::-1] == tuple(size):
+        return depth
+    there = depth > 0
+    planes = torch.from_numpy(np.stack([depth, there]).astype(np.float32))[None]
+    total, share = F.interpolate(
+        planes, size=(size[1], size[0]), mode="bilinear", antialias=True
+    ).numpy()[0]
+    return np.where(share >= 0.5, total / np.maximum(share, np.float32(0.5)), np.float32(0))
 
 
 def as_batch(image: np.ndarray) -> Tensor:
@@ -442,7 +506,21 @@ class Normalize(nn.Module):
         return values
 
 
-def scaled_inputs(image: np.ndarray, opt: Any, normalized: bool = True) -> list[Tensor]:
+def normalize_depth(depth: np.ndarray, opt: Any) -> np.ndarray:
+    """Depth in metres as a channel of the network's input; where there is none it stays 0.
+
+    Args:
+        depth: (H, W) float32, 0 where there is none.
+        opt: `cfg.DATASET`, or any object with some of its attributes.
+    """
+    options = DataOptions.read(opt)
+    values = (depth - np.float32(options.depth_mean)) / np.float32(options.depth_std)
+    return np.where(depth > 0, values, np.float32(0))
+
+
+def scaled_inputs(
+    image: np.ndarray, opt: Any, normalized: bool = True, depth: np.ndarray | None = None
+) -> list[Tensor]:
     """Network inputs at every evaluation scale, as published.
 
     The image is *resized*, not padded, to the next multiple of `padding_constant`.
@@ -451,10 +529,11 @@ def scaled_inputs(image: np.ndarray, opt: Any, normalized: bool = True) -> list[
         image: (H, W, 3) uint8 RGB.
         opt: `cfg.DATASET`, or any object with some of its attributes.
         normalized: False leaves the pixels to `Normalize`.
+        depth: (H, W) float32 in metres, 0 where there is none, as a fourth channel.
 
     Returns:
         One (1, 3, h, w) tensor for each entry of `imgSizes`: float32, or, not normalised, uint8 RGB
-        in channels_last.
+        in channels_last. With depth (1, 4, h, w) float32, always normalised.
     """
     options = DataOptions.read(opt)
     normalize = Normalize.of(options)
@@ -462,8 +541,15 @@ def scaled_inputs(image: np.ndarray, opt: Any, normalized: bool = True) -> list[
     inputs = []
     for short in options.imgSizes:
         fitted = fitted_size(width, height, short, options.imgMaxSize)
-        size = tuple(round_up(side, options.padding_constant) for side in fitted)
-        pixels = as_batch(resize_image(image, (size[0], size[1])))
+        size = (
+            round_up(fitted[0], options.padding_constant),
+            round_up(fitted[1], options.padding_constant),
+        )
+        pixels = as_batch(resize_image(image, size))
+        if depth is not None:
+            channel = torch.from_numpy(normalize_depth(resize_depth(depth, size), options))
+            inputs.append(torch.cat([normalize(pixels), channel[None, None]], dim=1).contiguous())
+            continue
         inputs.append(normalize(pixels).contiguous() if normalized else pixels)
     return inputs
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from mit_semseg.dataset.base import LabelMap, load_pair
+from mit_semseg.dataset.base import LabelMap, load_depth_of, load_pair
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, read_records
 from mit_semseg.dataset.transforms import scaled_inputs
@@ -52,13 +52,15 @@ class ValDataset(Dataset[dict[str, Any]]):
         Returns:
             `img_ori` (H, W, 3) uint8 RGB array; `img_data`, a list with one (1, 3, h, w) tensor a
             scale, float32 or, not normalised, uint8 RGB in channels_last; `seg_label` (1, H, W)
-            int64 with -1 ignored; `info`, the image path as listed.
+            int64 with -1 ignored; `info`, the image path as listed. With `depth` the tensors are
+            (1, 4, h, w) float32.
         """
         record = self.records[index]
         image, labels = load_pair(record, self.root, self.label_map)
+        depth = load_depth_of(record, self.root, self.options, (image.shape[1], image.shape[0]))
         return {
             "img_ori": image,
-            "img_data": scaled_inputs(image, self.options, self.normalized),
+            "img_data": scaled_inputs(image, self.options, self.normalized, depth),
             "seg_label": torch.from_numpy(labels)[None],
             "info": record["fpath_img"],
         }

@@ -5,6 +5,9 @@ at the same relative path as the image below the given folder. With several kind
 each file says which it is: `street_color.png`, `street_index.png`, `street_prob.npy`. Two images
 that differ in extension only, or an image that already has the name of the result, give
 `street_jpg.png`, so that results never collide and no input is ever overwritten.
+
+With `DATASET.depth` each image needs its depth: `street_depth.png` beside `street.jpg`, or
+`depth/street.png` beside its folder (see `dataset.records.find_depth`). Depth files are no images.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ from tqdm import tqdm
 from mit_semseg import scores
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
-from mit_semseg.dataset.records import image_extensions
+from mit_semseg.dataset.base import check_channels, load_depth_beside
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import find_depth, image_extensions, is_depth
 from mit_semseg.dataset.transforms import Normalize, image_size, load_image, scaled_inputs
 from mit_semseg.engine.checkpoint import CLASSES, load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast
@@ -244,6 +249,21 @@ def find_images(
     return list(found.values()), common_base(bases)
 
 
+def without_depths(files: Sequence[Path]) -> list[Path]:
+    """The colour images among some files, when depth images may lie beside them.
+
+    Raises:
+        FileNotFoundError: none of them has a depth image.
+    """
+    images = [file for file in files if not is_depth(file)]
+    if not any(find_depth(file) for file in images):
+        raise FileNotFoundError(
+            f"none of {len(images)} images has depth, which DATASET.depth asks for: put "
+            "x_depth.png beside x.jpg, or depth/x.png beside the folder of x.jpg"
+        )
+    return images
+
+
 def _expand(entry: str, skip: Path | None) -> tuple[Path, list[Path]]:
     """The folder an entry stands for, and its images in order."""
     path = Path(entry).expanduser()
@@ -434,7 +454,10 @@ def predict(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"TEST.save is {list(cfg.TEST.save)}; choose from {', '.join(KINDS)}")
+    check_channels(cfg.MODEL.in_channels, cfg.DATASET)
     files, base = find_images(imgs, skip=out)
+    if cfg.DATASET.depth:
+        files = without_depths(files)
     endings = result_endings(kinds)
     stems = output_stems(files, base, out, list(endings.values()))
     tasks = [
@@ -479,7 +502,9 @@ class _Runner:
                 large = math.prod(image_size(task.path)) > _LARGE
                 with self.computing if large else contextlib.nullcontext():
                     image = load_image(task.path)
-                    inputs = scaled_inputs(image, self.options, normalized=False)
+                    size = (image.shape[1], image.shape[0])
+                    depth = load_depth_beside(task.path, DataOptions.read(self.options), size)
+                    inputs = scaled_inputs(image, self.options, normalized=False, depth=depth)
             except (OSError, ValueError, MemoryError) as error:
                 loaded.images.append(None)
                 loaded.inputs.append([])
