@@ -72,6 +72,37 @@ def nll(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Tenso
     return _divide(total, denominator(label, weight).to(total.dtype))
 
 
+def smooth(
+    log_probs: Tensor, label: Tensor, weight: Tensor | None = None, eps: float = 0.1
+) -> Tensor:
+    """Cross entropy with smoothed labels: 1 - eps goes to the label, eps to all classes alike.
+
+    Paper: Szegedy et al. 2016, arXiv:1512.00567, sec. 7, with a uniform prior. With class weights
+    every class's share is weighed by its own weight, as `torch.nn.CrossEntropyLoss` does it.
+
+    Args:
+        log_probs: (B, C, h, w) log-probabilities.
+        label: (B, h, w) int64, -1 ignored.
+        weight: (C,) class weights; the mean is then divided by those of the labels.
+        eps: in [0, 1]; 0 is `nll`.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: the shapes do not belong together, or eps is outside [0, 1].
+    """
+    _check(log_probs, label)
+    if not 0 <= eps <= 1:
+        raise ValueError(f"eps is {eps}; it must be within [0, 1]")
+    weighted = log_probs if weight is None else log_probs * weight.to(log_probs)[:, None, None]
+    spread = -weighted.sum(1) * (label != IGNORED)
+    total = spread.sum() / log_probs.shape[1]
+    return (1 - eps) * nll(log_probs, label, weight) + eps * _divide(
+        total, denominator(label, weight).to(total.dtype)
+    )
+
+
 def focal(
     log_probs: Tensor, label: Tensor, weight: Tensor | None = None, gamma: float = 2.0
 ) -> Tensor:
@@ -217,3 +248,33 @@ def lovasz(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Te
     jaccard = 1 - intersection / union
     steps = torch.diff(jaccard, dim=1, prepend=torch.zeros_like(count))
     return _class_mean((errors * steps).sum(1), count.squeeze(1) > 0, weight)
+
+
+def presence(scores: Tensor, label: Tensor) -> Tensor:
+    """Binary cross entropy of which classes occur in each image, mean over images and classes.
+
+    Unlike the other losses it takes logits of whole images. Images without a valid pixel take no
+    part.
+
+    Paper: Zhang et al. 2018, "EncNet", arXiv:1803.08904, sec. 3.1 (the semantic encoding loss).
+
+    Args:
+        scores: (B, C) float logits.
+        label: (B, h, w) int64, -1 ignored.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    if scores.ndim != 2 or label.ndim != 3 or len(label) != len(scores):
+        raise ValueError(
+            f"scores is {tuple(scores.shape)} and label {tuple(label.shape)}; expected "
+            "(B, C) and (B, h, w)"
+        )
+    B, C = scores.shape
+    occurs = scores.new_zeros(B, C + 1).scatter(1, label.flatten(1) + 1, 1.0)[:, 1:]
+    per_image = F.binary_cross_entropy_with_logits(scores, occurs, reduction="none").mean(1)
+    counts = (label != IGNORED).flatten(1).any(1).to(scores.dtype)
+    return _divide((per_image * counts).sum(), counts.sum())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ class Loss(nn.Module):
 
     weight: Tensor | None
     function: Callable[..., Tensor]
+    # Whether it is a mean over pixels, weighed by their classes' weights.
+    over_pixels: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor | None = None) -> None:
         """Keep the class weights.
@@ -50,6 +53,22 @@ class NLL(Loss):
     function = staticmethod(functional.nll)
 
 
+@LOSSES.register("smooth")
+class Smooth(Loss):
+    """See `functional.smooth`."""
+
+    def __init__(self, weight: Tensor | None = None, eps: float = 0.1) -> None:
+        """Keep the class weights, and the share of all classes in a label."""
+        super().__init__(weight)
+        if not 0 <= eps <= 1:
+            raise ValueError(f"TRAIN.label_smoothing is {eps}; it must be within [0, 1]")
+        self.eps = eps
+
+    def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
+        """See `Loss.forward`."""
+        return functional.smooth(log_probs, label, self.weight, self.eps)
+
+
 @LOSSES.register("focal")
 class Focal(Loss):
     """See `functional.focal`."""
@@ -59,6 +78,8 @@ class Focal(Loss):
 
 class _ClassMean(Loss):
     """Mean over classes: class weights act there, so batches count by their valid pixels."""
+
+    over_pixels = False
 
     def denominator(self, label: Tensor) -> Tensor:
         return functional.denominator(label)
@@ -86,39 +107,72 @@ class Lovasz(_ClassMean):
 
 
 class Sum(nn.Module):
-    """Several losses added up; the first one says how a batch weighs against others."""
+    """Several losses added up, each times a factor of its own.
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    Attributes:
+        factors: of the parts.
+        over_pixels: whether one of the parts is a mean over pixels.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], factors: Sequence[float] = ()) -> None:
+        """Put the parts together.
+
+        Args:
+            parts: losses with `denominator(label)`.
+            factors: one number each; by default 1.
+        """
         super().__init__()
         self.parts = nn.ModuleList(parts)
+        self.factors = tuple(factors) or (1.0,) * len(parts)
+        # Only means over pixels add up exactly, so theirs is what a batch is weighed by.
+        over_pixels = [i for i, part in enumerate(parts) if getattr(part, "over_pixels", True)]
+        self.over_pixels = bool(over_pixels)
+        self._weighing = over_pixels[0] if over_pixels else 0
 
     def denominator(self, label: Tensor) -> Tensor:
-        """That of the first loss."""
-        return cast(Loss, self.parts[0]).denominator(label)
+        """That of the first mean over pixels; of the first loss where there is none."""
+        return cast(Loss, self.parts[self._weighing]).denominator(label)
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
         """Sum of the losses."""
-        return torch.stack([part(log_probs, label) for part in self.parts]).sum()
+        terms = zip(self.factors, self.parts, strict=True)
+        return torch.stack([factor * part(log_probs, label) for factor, part in terms]).sum()
+
+
+@LOSSES.register("focal_dice")
+def focal_dice(weight: Tensor | None = None) -> Sum:
+    """Another name of "focal+dice".
+
+    Paper: after Zhu et al. 2019 (AnatomyNet), arXiv:1808.05238, with the two losses as they are
+    here and a trade-off lambda of 1; another is "focal+2*dice".
+    """
+    return Sum([Focal(weight), Dice(weight)])
 
 
 def build_loss(
-    name: str = "nll", num_class: int = 150, class_weights: Tensor | None = None
+    name: str = "nll",
+    num_class: int = 150,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.1,
 ) -> nn.Module:
     """A loss by name.
 
     Args:
-        name: nll, focal, dice, ohem or lovasz, or a sum such as "nll+dice".
+        name: nll, smooth, focal, dice, focal_dice, ohem or lovasz, or a sum of them, in which each
+            may have a factor, such as "nll+0.5*dice".
         num_class: classes told apart.
         class_weights: (num_class,) float, or None.
+        label_smoothing: eps of `smooth`, in [0, 1].
 
     Returns:
         `crit(log_probs (B, C, h, w), label (B, h, w))` -> scalar, with `denominator(label)`.
 
     Raises:
-        ValueError: an unknown name, or class weights of another length.
+        ValueError: an unknown name, a factor that is no number above 0, or class weights of
+            another length.
 
     Example:
-        >>> crit = build_loss("nll+dice", num_class=2)
+        >>> crit = build_loss("nll+0.5*dice", num_class=2)
         >>> label = torch.full((1, 3, 3), -1)
         >>> crit(torch.zeros(1, 2, 3, 3).log_softmax(1), label).item()
         0.0
@@ -130,5 +184,25 @@ def build_loss(
                 f"class_weights has shape {tuple(class_weights.shape)}; TRAIN.class_weights needs "
                 f"one weight for each of the {num_class} classes"
             )
-    parts = [LOSSES.get(part.strip())(class_weights) for part in name.split("+")]
-    return parts[0] if len(parts) == 1 else Sum(parts)
+    terms = [_factor_and_name(term) for term in name.split("+")]
+    options = {"smooth": {"eps": label_smoothing}}
+    parts = [LOSSES.get(part)(class_weights, **options.get(part, {})) for _, part in terms]
+    factors = [factor for factor, _ in terms]
+    return parts[0] if factors == [1.0] else Sum(parts, factors)
+
+
+def _factor_and_name(term: str) -> tuple[float, str]:
+    """ "0.5*dice" -> (0.5, "dice")."""
+    factor, star, name = term.rpartition("*")
+    if not star:
+        return 1.0, name.strip()
+    try:
+        number = float(factor)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(
+            f"TRAIN.loss has {term.strip()!r}: before the * comes a number above 0, as in "
+            "nll+0.5*dice"
+        )
+    return number, name.strip()

@@ -171,7 +171,7 @@ class ModelBuilder:
         return SegmentationModule(
             encoder,
             decoder,
-            build_loss(cfg.TRAIN.loss, data.num_class, class_weights),
+            build_loss(cfg.TRAIN.loss, data.num_class, class_weights, cfg.TRAIN.label_smoothing),
             deep_sup_scale=cfg.TRAIN.deep_sup_scale
             if any(head.weight is None for head in decoder.auxiliary)
             else None,

@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mit_semseg.config import load_config
 from mit_semseg.losses import LOSSES, build_loss, functional
 
-NAMES = ["nll", "focal", "dice", "ohem", "lovasz"]
+NAMES = ["nll", "smooth", "focal", "dice", "focal_dice", "ohem", "lovasz"]
+# What adds up: a product, and a mean over classes before one over pixels.
+SUM = "0.25*dice+nll"
 
 
 def sample(
@@ -37,7 +40,7 @@ def test_the_names_are_registered() -> None:
     assert LOSSES.names() == sorted(NAMES)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "nll+dice"])
+@pytest.mark.parametrize("name", [*NAMES, SUM])
 def test_nothing_to_learn_from_is_zero_with_a_graph(name: str) -> None:
     scores = torch.randn(2, 4, 3, 3, requires_grad=True)
     loss = build_loss(name, 4)(scores.log_softmax(1), torch.full((2, 3, 3), -1))
@@ -61,14 +64,14 @@ def test_ignored_pixels_take_no_part(name: str, weighted: bool) -> None:
     assert loss.item() == pytest.approx(cut.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "smooth"])
 def test_a_perfect_prediction_costs_nothing(name: str) -> None:
     _, label = sample()
     scores = 50.0 * F.one_hot(label.clamp(min=0), 5).permute(0, 3, 1, 2).double()
     assert build_loss(name, 5)(scores.log_softmax(1), label).item() == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "nll+dice"])
+@pytest.mark.parametrize("name", [*NAMES, SUM])
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     log_probs, label = sample(size=(1, 3, 3), classes=3)
     crit = build_loss(name, 3, torch.tensor([0.5, 1.0, 2.0]))
@@ -76,7 +79,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(lambda x: crit(x.log_softmax(1), label), scores)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "nll+dice"])
+@pytest.mark.parametrize("name", [*NAMES, SUM])
 def test_compiles_without_a_break(name: str) -> None:
     log_probs, label = sample()
     crit = build_loss(name, 5)
@@ -118,6 +121,35 @@ def test_denominator_by_hand() -> None:
     weighted = build_loss("nll", 3, torch.tensor([0.5, 9.0, 2.0]))
     assert weighted.denominator(label).item() == 4.5
     assert build_loss("dice", 3, torch.tensor([0.5, 9.0, 2.0])).denominator(label).item() == 3
+
+
+# ---------------------------------------------------------------------------------------- smooth
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 0.25, 3.0, 1.5]])
+@pytest.mark.parametrize("eps", [0.0, 0.1, 1.0])
+def test_smoothing_is_torchs(eps: float, weights: list[float] | None) -> None:
+    log_probs, label = sample()
+    weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    theirs = torch.nn.CrossEntropyLoss(weight, ignore_index=-1, label_smoothing=eps)
+    wanted = theirs(log_probs, label).item()
+    assert functional.smooth(log_probs, label, weight, eps).item() == pytest.approx(wanted)
+    crit = build_loss("smooth", 5, weight, label_smoothing=eps)
+    assert crit(log_probs, label).item() == pytest.approx(wanted)
+
+
+def test_smoothing_by_hand() -> None:
+    # One pixel of class 1 with p = 0.8, smoothed to 0.05 and 0.95.
+    loss = build_loss("smooth", 2)(two_pixels(0.8), torch.tensor([[[1]]]))
+    assert loss.item() == pytest.approx(-0.95 * math.log(0.8) - 0.05 * math.log(0.2))
+
+
+@pytest.mark.parametrize("eps", [-0.1, 1.5, math.nan])
+def test_smoothing_outside_its_range_is_refused(eps: float) -> None:
+    with pytest.raises(ValueError, match=r"eps is .*within \[0, 1\]"):
+        functional.smooth(*sample(), eps=eps)
+    with pytest.raises(ValueError, match=r"TRAIN\.label_smoothing is"):
+        build_loss("nll+smooth", 5, label_smoothing=eps)
+    with pytest.raises(ValueError, match=r"TRAIN\.label_smoothing is"):
+        load_config(None, ["TRAIN.label_smoothing", str(eps)])
 
 
 # ----------------------------------------------------------------------------------------- focal
@@ -215,6 +247,46 @@ def test_a_sum_adds_up() -> None:
     assert crit.denominator(label).item() == (label >= 0).sum().item()
 
 
+def test_factors_multiply() -> None:
+    log_probs, label = sample()
+    nll, dice = (build_loss(name, 5)(log_probs, label).item() for name in ("nll", "dice"))
+    for name, wanted in (
+        ("nll+0.5*dice", nll + 0.5 * dice),
+        (" 2 * nll + 1e-1*dice", 2 * nll + 0.1 * dice),
+        ("3*dice", 3 * dice),
+        ("1*nll", nll),
+    ):
+        assert build_loss(name, 5)(log_probs, label).item() == pytest.approx(wanted)
+
+
+def test_focal_dice_is_the_sum_of_both() -> None:
+    log_probs, label = sample()
+    weight = torch.tensor([0.5, 1.0, 0.25, 3.0, 1.5])
+    for one, other in (("focal_dice", "focal+dice"), ("2*focal_dice", "2*focal+2*dice")):
+        ours, theirs = (build_loss(name, 5, weight) for name in (one, other))
+        assert ours(log_probs, label).item() == pytest.approx(theirs(log_probs, label).item())
+        assert ours.denominator(label) == theirs.denominator(label)
+
+
+@pytest.mark.parametrize("name", ["nll", "smooth", "focal", "0.5*nll+2*smooth"])
+def test_means_over_devices_are_those_of_all_pixels(name: str) -> None:
+    """Each device's loss weighed by its share of the denominators, as the module does it."""
+    crit = build_loss(name, 5, torch.tensor([0.5, 1.0, 0.25, 3.0, 1.5]))
+    log_probs, label = sample(size=(5, 6, 7))
+    label[0], label[1, :3] = -1, -1
+    parts = list(zip(log_probs.split([1, 2, 2]), label.split([1, 2, 2]), strict=True))
+    total = sum(crit.denominator(y) for _, y in parts)
+    mean = sum((crit(x, y) * crit.denominator(y) / total).item() for x, y in parts)
+    assert mean == pytest.approx(crit(log_probs, label).item())
+
+
+@pytest.mark.parametrize("name", ["nll+dice", "dice+nll", "lovasz+focal_dice", "dice+0.1*ohem"])
+def test_a_mean_over_pixels_says_what_a_batch_weighs(name: str) -> None:
+    label, weight = torch.tensor([[[0, 2, -1, 2]]]), torch.tensor([0.5, 9.0, 2.0])
+    assert build_loss(name, 3, weight).denominator(label).item() == 4.5
+    assert build_loss("dice+lovasz", 3, weight).denominator(label).item() == 3
+
+
 def test_class_weights_follow_the_device_and_stay_out_of_checkpoints() -> None:
     crit = build_loss("nll", 2, torch.tensor([1.0, 2.0]))
     assert dict(crit.state_dict()) == {}
@@ -226,6 +298,10 @@ def test_class_weights_follow_the_device_and_stay_out_of_checkpoints() -> None:
     [
         ("nl", None, "did you mean 'nll'"),
         ("nll+", None, "unknown loss ''"),
+        ("x*nll", None, r"'x\*nll': before the \* comes a number above 0"),
+        ("nll+0*dice", None, r"'0\*dice': before"),
+        ("nll+inf*dice", None, "number above 0"),
+        ("2*3*dice", None, r"'2\*3\*dice': before"),
         ("nll", torch.ones(3), r"shape \(3,\).*5 classes"),
     ],
 )
