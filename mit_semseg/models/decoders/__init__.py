@@ -1,6 +1,18 @@
 """Decoders by name: one file a model, registered in `DECODERS`."""
 
-from mit_semseg.models.decoders import c1, ppm, upernet  # noqa: F401  (importing registers)
+# Importing registers.
+from mit_semseg.models.decoders import (  # noqa: F401
+    bisenet,
+    c1,
+    danet,
+    denseaspp,
+    dunet,
+    encnet,
+    icnet,
+    ocnet,
+    ppm,
+    upernet,
+)
 from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder
 
 __all__ = ["DECODERS", "Auxiliary", "Decoder"]

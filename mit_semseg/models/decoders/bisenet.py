@@ -1,0 +1,117 @@
+"""BiSeNet: refined context, fused with spatial detail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import (
+    DECODERS,
+    Auxiliary,
+    Decoder,
+    conv_bn_relu,
+    init_weights,
+    resize,
+)
+from mit_semseg.models.decoders.ppm import PooledBatchNorm2d
+from mit_semseg.models.pyramid import pooled
+
+
+class AttentionRefinement(nn.Module):
+    """3x3 convolution whose channels are weighed by their means.
+
+    Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.2, fig. 2 (b).
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.conv = conv_bn_relu(n_in, n_out)
+        self.weigh = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(n_out, n_out, 1, bias=False),
+            PooledBatchNorm2d(n_out),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x * self.weigh(x)
+
+
+class FeatureFusion(nn.Module):
+    """Two maps joined, then their channels weighed by their means and added to themselves.
+
+    Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.3, fig. 2 (c).
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.join = conv_bn_relu(n_in, n_out, 1)
+        self.weigh = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(n_out, n_out, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(n_out, n_out, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, spatial: Tensor, context: Tensor) -> Tensor:
+        x = self.join(torch.cat([spatial, context], dim=1))
+        return x + x * self.weigh(x)
+
+
+def head(n_in: int, width: int, num_class: int) -> nn.Sequential:
+    return nn.Sequential(conv_bn_relu(n_in, width), nn.Conv2d(width, num_class, 1))
+
+
+@DECODERS.register("bisenet")
+class BiSeNet(Decoder):
+    """Context of stride 32 and 16, refined from the image's mean down, fused with the spatial path.
+
+    Scores are at stride 8. Auxiliary heads: on the context after each refinement, with weight 1 as
+    published.
+
+    Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.2 to 3.4; widths as in the authors' code. A tile
+    of an image (see `models.tiles`) knows the mean of the whole one; the attentions that weigh
+    channels see the tile.
+    """
+
+    needs = 3
+    only = ("bisenet_resnet18",)
+    auxiliary = (Auxiliary(weight=1.0), Auxiliary(weight=1.0))
+
+    def __init__(
+        self, channels: Sequence[int], num_class: int = 150, width: int = 128, **options: Any
+    ) -> None:
+        super().__init__(channels, num_class, **options)
+        spatial, middle, deepest = channels[-3:]
+        self.pool_scales = (1,)
+        self.tail = nn.Sequential(
+            nn.Conv2d(deepest, width, 1, bias=False),
+            PooledBatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
+        self.refine_deepest = AttentionRefinement(deepest, width)
+        self.smooth_deepest = conv_bn_relu(width, width)
+        self.refine_middle = AttentionRefinement(middle, width)
+        self.smooth_middle = conv_bn_relu(width, width)
+        self.fuse = FeatureFusion(spatial + width, 2 * width)
+        self.conv_last = head(2 * width, 64, num_class)
+        self.conv_last_middle = head(width, 2 * width, num_class)
+        self.conv_last_deepest = head(width, 2 * width, num_class)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        spatial, middle, deepest = features[-3:]
+        (mean,) = pooled(features, self.pool_scales)
+        context = self.refine_deepest(deepest) + self.tail(mean)
+        upper = self.smooth_deepest(resize(context, middle.shape[2:]))
+        context = self.refine_middle(middle) + upper
+        lower = self.smooth_middle(resize(context, spatial.shape[2:]))
+        main = self.conv_last(self.fuse(spatial, lower))
+        if not self.training:
+            return (main,)
+        return main, self.conv_last_middle(lower), self.conv_last_deepest(upper)

@@ -1,0 +1,91 @@
+"""DANet: attention among pixels and attention among channels, added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.models.attention import attend_maps
+from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.pyramid import without_autocast
+
+
+class PositionAttention(nn.Module):
+    """Every pixel gets a mean over all pixels, weighed by how they match; it begins with none.
+
+    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.2, eq. 1 and 2; scores are not scaled. The
+    projection to keys has no bias: the softmax would not see it.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        narrow = max(width // 8, 1)
+        self.query = nn.Conv2d(width, narrow, 1)
+        self.key = nn.Conv2d(width, narrow, 1, bias=False)
+        self.value = nn.Conv2d(width, width, 1)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * attend_maps(self.query(x), self.key(x), self.value(x))
+
+
+class ChannelAttention(nn.Module):
+    """Every channel gets a mean over all channels, weighed by how they differ; begins with none.
+
+    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.3, eq. 3 and 4, with the scores subtracted from
+    their maximum as in the authors' code: channels that are unlike weigh more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.flatten(2)  # (B, C, N)
+        # Sums over all pixels run over in float16.
+        with without_autocast(x.device):
+            wide = channels.to(torch.promote_types(x.dtype, torch.float32))
+            mixed = (-(wide @ wide.transpose(1, 2))).softmax(dim=2) @ wide
+        return x + self.gamma * mixed.to(x.dtype).unflatten(2, x.shape[2:])
+
+
+@DECODERS.register("danet")
+class DANet(Decoder):
+    """Position attention and channel attention on a quarter of the channels, and their sum.
+
+    Auxiliary heads: one on what each attention gives, with weight 1, as in the authors' code.
+
+    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.1 and 3.4. Memory is linear in the pixels (see
+    `models.attention`). A tile of an image (see `models.tiles`) attends to itself only.
+    """
+
+    auxiliary = (Auxiliary(weight=1.0), Auxiliary(weight=1.0))
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        width = max(channels[-1] // 4, 1)
+        self.position = nn.Sequential(
+            conv_bn_relu(channels[-1], width), PositionAttention(width), conv_bn_relu(width, width)
+        )
+        self.channel = nn.Sequential(
+            conv_bn_relu(channels[-1], width), ChannelAttention(), conv_bn_relu(width, width)
+        )
+        self.dropout = nn.Dropout2d(0.1)
+        self.conv_last = nn.Conv2d(width, num_class, 1)
+        self.conv_last_position = nn.Conv2d(width, num_class, 1)
+        self.conv_last_channel = nn.Conv2d(width, num_class, 1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        position, channel = self.position(features[-1]), self.channel(features[-1])
+        main = self.conv_last(self.dropout(position + channel))
+        if not self.training:
+            return (main,)
+        return (
+            main,
+            self.conv_last_position(self.dropout(position)),
+            self.conv_last_channel(self.dropout(channel)),
+        )

@@ -1,0 +1,60 @@
+"""DenseASPP: dilated convolutions that each read the outputs of all before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights
+
+DILATIONS = (3, 6, 12, 18, 24)
+
+
+def atrous_layer(n_in: int, width: int, n_out: int, dilation: int) -> nn.Sequential:
+    """BN-ReLU-1x1 to `width`, BN-ReLU-3x3, dilated, to `n_out`."""
+    return nn.Sequential(
+        BatchNorm2d(n_in),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(n_in, width, 1, bias=False),
+        BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, n_out, 3, padding=dilation, dilation=dilation),
+        nn.Dropout2d(0.1),
+    )
+
+
+@DECODERS.register("denseaspp")
+class DenseASPP(Decoder):
+    """Five dilated 3x3 convolutions, densely connected, and a classifier on all their outputs.
+
+    A 1x1 convolution first halves the channels of the deepest map, to c. Every layer reduces what
+    it reads to c/2 and adds c/8: for DenseNet121 512, 256 and 64.
+
+    Paper: Yang et al. 2018, "DenseASPP for Semantic Segmentation in Street Scenes", CVPR, sec. 3.2
+    and 3.4. Differs from the authors' code: the halving is here, with a BatchNorm and ReLU after it
+    as for any encoder, rather than in it; the first layer begins with BatchNorm and ReLU like the
+    others; BatchNorms have the usual momentum.
+    """
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        halved = max(channels[-1] // 2, 1)
+        width, growth = max(halved // 2, 1), max(halved // 8, 1)
+        self.reduce = conv_bn_relu(channels[-1], halved, 1)
+        self.layers = nn.ModuleList(
+            atrous_layer(halved + i * growth, width, growth, dilation)
+            for i, dilation in enumerate(DILATIONS)
+        )
+        self.dropout = nn.Dropout2d(0.1)
+        self.conv_last = nn.Conv2d(halved + len(DILATIONS) * growth, num_class, 1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        x = self.reduce(features[-1])
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], dim=1)
+        return (self.conv_last(self.dropout(x)),)

@@ -1,0 +1,107 @@
+"""EncNet: what the scene as a whole holds weighs the channels of its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm1d
+from mit_semseg.losses import functional
+from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.pyramid import without_autocast
+
+
+class Encoding(nn.Module):
+    """Residuals of all pixels to learned codewords, softly assigned and added up.
+
+    Paper: Zhang et al. 2018, arXiv:1803.08904, eq. 1; Zhang et al. 2017, arXiv:1612.02844, sec. 3.
+
+    Args:
+        n_in: channels D.
+        codewords: K.
+    """
+
+    def __init__(self, n_in: int, codewords: int) -> None:
+        super().__init__()
+        bound = (codewords * n_in) ** -0.5
+        self.codewords = nn.Parameter(torch.empty(codewords, n_in).uniform_(-bound, bound))
+        self.scale = nn.Parameter(torch.empty(codewords).uniform_(-1, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W) -> (B, K, D), in float32 at least; (N, K, D) residuals are never held."""
+        with without_autocast(x.device):
+            pixels = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)  # (B, D, N)
+            codewords = self.codewords.to(pixels.dtype)
+            distance = (
+                pixels.square().sum(1, keepdim=True)
+                - 2 * (codewords @ pixels)
+                + codewords.square().sum(1)[:, None]
+            )  # (B, K, N)
+            share = (self.scale.to(pixels.dtype)[:, None] * distance).softmax(dim=1)
+            return share @ pixels.transpose(1, 2) - share.sum(2, keepdim=True) * codewords
+
+
+class ContextEncoding(nn.Module):
+    """One vector for each image: its encoding, mean over the codewords."""
+
+    def __init__(self, width: int, codewords: int) -> None:
+        super().__init__()
+        self.project = conv_bn_relu(width, width, 1)
+        self.encoding = Encoding(width, codewords)
+        self.norm = SynchronizedBatchNorm1d(codewords)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W) -> (B, D, 1, 1)."""
+        encoded = self.relu(self.norm(self.encoding(self.project(x))))
+        return encoded.mean(1)[:, :, None, None]
+
+
+@DECODERS.register("encnet")
+class EncNet(Decoder):
+    """Channel attention from an encoding of the whole image, which also tells its classes.
+
+    Auxiliary heads: a convolutional one on the map before the last, as in PSPNet, and the semantic
+    encoding loss: logits (B, num_class) of the classes that occur, weight 0.2 as published.
+
+    Paper: Zhang et al. 2018, arXiv:1803.08904, sec. 3; with 32 codewords. The form without the
+    laterals of the authors' later code. The encoding adds up over all pixels, so a tile of an
+    image (see `models.tiles`) is weighed by its own content only.
+    """
+
+    needs = 2
+    auxiliary = (Auxiliary(), Auxiliary(weight=0.2, loss=functional.presence))
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_class: int = 150,
+        width: int = 512,
+        codewords: int = 32,
+        **options: Any,
+    ) -> None:
+        super().__init__(channels, num_class, **options)
+        self.reduce = conv_bn_relu(channels[-1], width)
+        self.context = ContextEncoding(width, codewords)
+        self.attention = nn.Conv2d(width, width, 1)
+        self.dropout = nn.Dropout2d(0.1)
+        self.conv_last = nn.Conv2d(width, num_class, 1)
+        self.conv_last_presence = nn.Conv2d(width, num_class, 1)
+        narrow = max(channels[-2] // 4, 1)
+        self.cbr_deepsup = conv_bn_relu(channels[-2], narrow)
+        self.dropout_deepsup = nn.Dropout2d(0.1)
+        self.conv_last_deepsup = nn.Conv2d(narrow, num_class, 1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        x = self.reduce(features[-1])
+        context = self.context(x)
+        weighed = (x + x * self.attention(context).sigmoid()).relu()
+        main = self.conv_last(self.dropout(weighed))
+        if not self.training:
+            return (main,)
+        pixels = self.conv_last_deepsup(self.dropout_deepsup(self.cbr_deepsup(features[-2])))
+        return main, pixels, self.conv_last_presence(context).flatten(1)

@@ -1,0 +1,82 @@
+"""ICNet: a cascade that refines coarse scores with the features of finer branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.decoders.base import (
+    DECODERS,
+    Auxiliary,
+    Decoder,
+    conv_bn_relu,
+    init_weights,
+    resize,
+)
+from mit_semseg.models.pyramid import pooled, spread, window_of
+
+
+class CascadeFusion(nn.Module):
+    """A coarse map, resized to a finer one and convolved, plus that one, projected.
+
+    Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.3 and fig. 3.
+    """
+
+    def __init__(self, coarse: int, fine: int, width: int) -> None:
+        super().__init__()
+        self.coarse = nn.Sequential(
+            nn.Conv2d(coarse, width, 3, padding=2, dilation=2, bias=False), BatchNorm2d(width)
+        )
+        self.fine = nn.Sequential(nn.Conv2d(fine, width, 1, bias=False), BatchNorm2d(width))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+        """The coarse map as large as the fine one, for its auxiliary head, and the fused map."""
+        coarse = resize(coarse, fine.shape[2:])
+        return coarse, self.relu(self.coarse(coarse) + self.fine(fine))
+
+
+@DECODERS.register("icnet")
+class ICNet(Decoder):
+    """Pyramid pooling on the quarter-size branch, then two fusions with the finer branches.
+
+    Scores are at stride 4. Auxiliary heads: on what enters the second fusion and on what enters the
+    first, with the published weights 0.4 and 0.16.
+
+    Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.2 to 3.4 (loss: eq. 1). As in the published
+    model, pools are added to the map that they were taken from rather than joined with it.
+    """
+
+    needs = 3
+    only = ("icnet_resnet50",)
+    auxiliary = (Auxiliary(weight=0.4), Auxiliary(weight=0.16))
+
+    def __init__(
+        self, channels: Sequence[int], num_class: int = 150, width: int = 128, **options: Any
+    ) -> None:
+        super().__init__(channels, num_class, **options)
+        full, half, quarter = channels[-3:]
+        self.pool_scales = (1, 2, 3, 6)
+        self.reduce = conv_bn_relu(quarter, 2 * width, 1)
+        self.fuse_half = CascadeFusion(2 * width, half, width)
+        self.fuse_full = CascadeFusion(width, full, width)
+        self.conv_last = nn.Conv2d(width, num_class, 1)
+        self.conv_last_half = nn.Conv2d(width, num_class, 1)
+        self.conv_last_quarter = nn.Conv2d(2 * width, num_class, 1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        full, half, quarter = features[-3:]
+        whole, size = window_of(features), quarter.shape[2:]
+        for pool in pooled(features, self.pool_scales):
+            quarter = quarter + spread(pool, size, whole)
+        coarse, fused_half = self.fuse_half(self.reduce(quarter), half)
+        middle, fused_full = self.fuse_full(fused_half, full)
+        H, W = full.shape[2:]
+        main = self.conv_last(resize(fused_full, (2 * H, 2 * W)))
+        if not self.training:
+            return (main,)
+        return main, self.conv_last_half(middle), self.conv_last_quarter(coarse)

@@ -1,0 +1,182 @@
+"""OCNet: object context by attention among pixels; base, pyramid and atrous-pyramid form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.attention import attend_maps
+from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, conv_bn_relu, init_weights
+
+
+class ObjectContext(nn.Module):
+    """Every pixel gets a mean over the pixels of its block, weighed by how they match.
+
+    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.2, eq. 1 and 2: queries and keys share one
+    projection, scores are scaled by the root of its width. Differs from the authors' code: the last
+    projection begins with He's weights, not with zeros.
+
+    Args:
+        n_in: channels of the map.
+        n_out: channels of its context.
+        width: channels of keys and values.
+        grid: blocks along each side of the map; pixels attend to their own block.
+    """
+
+    def __init__(self, n_in: int, n_out: int, width: int, grid: int = 1) -> None:
+        super().__init__()
+        self.grid = grid
+        self.key = conv_bn_relu(n_in, width, 1)
+        self.value = nn.Conv2d(n_in, width, 1)
+        self.project = nn.Conv2d(width, n_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = self.key(x), self.value(x)
+        rows = [
+            torch.cat([self._attend(k, v) for k, v in self._blocks(key_row, value_row, 3)], dim=3)
+            for key_row, value_row in self._blocks(key, value, 2)
+        ]
+        return self.project(torch.cat(rows, dim=2))
+
+    @staticmethod
+    def _attend(key: Tensor, value: Tensor) -> Tensor:
+        return attend_maps(key, key, value, scale=key.shape[1] ** -0.5)
+
+    def _blocks(self, key: Tensor, value: Tensor, dim: int) -> list[tuple[Tensor, Tensor]]:
+        """Both maps cut along one axis, into pieces as equal as they can be."""
+        length = key.shape[dim]
+        # A set: a map with fewer pixels than blocks has that many blocks.
+        cuts = sorted({i * length // self.grid for i in range(self.grid + 1)})
+        return [(key.narrow(dim, a, b - a), value.narrow(dim, a, b - a)) for a, b in pairwise(cuts)]
+
+
+class _OCNet(Decoder):
+    """An object context module of a subclass, and a classifier on what it gives.
+
+    Auxiliary head: a convolutional one on the map before the last, as in PSPNet.
+
+    Memory is linear in the pixels (see `models.attention`). A tile of an image (see
+    `models.tiles`) attends to itself only.
+    """
+
+    needs = 2
+    auxiliary = (Auxiliary(),)
+
+    def __init__(
+        self, channels: Sequence[int], num_class: int = 150, width: int = 512, **options: Any
+    ) -> None:
+        super().__init__(channels, num_class, **options)
+        self.context = self._context(channels[-1], width)
+        self.conv_last = nn.Conv2d(width, num_class, 1)
+        self.cbr_deepsup = conv_bn_relu(channels[-2], width)
+        self.dropout_deepsup = nn.Dropout2d(0.05)
+        self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
+        init_weights(self)
+
+    def _context(self, n_in: int, width: int) -> nn.Module:
+        raise NotImplementedError(f"{type(self).__name__} must implement _context")
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        main = self.conv_last(self.context(features[-1]))
+        if not self.training:
+            return (main,)
+        x = self.dropout_deepsup(self.cbr_deepsup(features[-2]))
+        return main, self.conv_last_deepsup(x)
+
+
+class BaseContext(nn.Module):
+    """A map and the context of its pixels, joined."""
+
+    def __init__(self, n_in: int, width: int) -> None:
+        super().__init__()
+        self.reduce = conv_bn_relu(n_in, width)
+        self.attention = ObjectContext(width, width, width // 2)
+        self.join = nn.Sequential(conv_bn_relu(2 * width, width, 1), nn.Dropout2d(0.05))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.reduce(x)
+        return self.join(torch.cat([self.attention(x), x], dim=1))
+
+
+@DECODERS.register("ocnet_base", "ocnet")
+class OCNetBase(_OCNet):
+    """Attention among all pixels, joined with the map.
+
+    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (Base-OC).
+    """
+
+    def _context(self, n_in: int, width: int) -> nn.Module:
+        return BaseContext(n_in, width)
+
+
+class PyramidContext(nn.Module):
+    """A map, widened, and the contexts within blocks of several sizes, joined."""
+
+    def __init__(self, n_in: int, width: int, grids: Sequence[int] = (1, 2, 3, 6)) -> None:
+        super().__init__()
+        self.reduce = conv_bn_relu(n_in, width)
+        self.attention = nn.ModuleList(
+            ObjectContext(width, width, width // 2, grid) for grid in grids
+        )
+        joined = len(grids) * width
+        self.widen = conv_bn_relu(width, joined, 1)
+        self.join = nn.Sequential(conv_bn_relu(2 * joined, width, 1), nn.Dropout2d(0.05))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.reduce(x)
+        contexts = [attention(x) for attention in self.attention]
+        return self.join(torch.cat([*contexts, self.widen(x)], dim=1))
+
+
+@DECODERS.register("ocnet_pyramid")
+class OCNetPyramid(_OCNet):
+    """Attention within 1x1, 2x2, 3x3 and 6x6 blocks of the map, joined with it.
+
+    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (Pyramid-OC).
+    """
+
+    def _context(self, n_in: int, width: int) -> nn.Module:
+        return PyramidContext(n_in, width)
+
+
+class AtrousContext(nn.Module):
+    """Object context, a 1x1 and three dilated convolutions side by side, joined."""
+
+    def __init__(self, n_in: int, width: int, dilations: Sequence[int] = (12, 24, 36)) -> None:
+        super().__init__()
+        self.reduce = conv_bn_relu(n_in, width)
+        self.attention = ObjectContext(width, width, width // 2)
+        self.project = conv_bn_relu(width, width, 1)
+        self.local = conv_bn_relu(n_in, width, 1)
+        self.atrous = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(n_in, width, 3, padding=dilation, dilation=dilation, bias=False),
+                BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            )
+            for dilation in dilations
+        )
+        joined = (2 + len(dilations)) * width
+        self.join = nn.Sequential(conv_bn_relu(joined, width, 1), nn.Dropout2d(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = self.project(self.attention(self.reduce(x)))
+        branches = [context, self.local(x), *(branch(x) for branch in self.atrous)]
+        return self.join(torch.cat(branches, dim=1))
+
+
+@DECODERS.register("ocnet_asp")
+class OCNetASP(_OCNet):
+    """Atrous spatial pyramid pooling, with object context in the place of the image's mean.
+
+    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (ASP-OC). Differs from the authors' code:
+    keys and values are those of all pixels, not of 2x2 pools.
+    """
+
+    def _context(self, n_in: int, width: int) -> nn.Module:
+        return AtrousContext(n_in, width)

@@ -1,0 +1,43 @@
+"""BiSeNet's two paths: ResNet18 for context, three strided convolutions for detail."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
+from mit_semseg.models.encoders.resnet import ResNet18
+
+
+def conv_bn_relu(n_in: int, n_out: int, kernel: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, BatchNorm2d(n_out), nn.ReLU(inplace=True))
+
+
+@ENCODERS.register("bisenet_resnet18")
+class BiSeNetResNet18(Encoder):
+    """Map of the spatial path, then the last two of the context path.
+
+    `context` is a plain `resnet18`, whose ImageNet weights fit.
+
+    Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.1 and 3.2. The paper gives no widths: these, and
+    the 1x1 convolution that ends the spatial path, are those of the authors' code. Differs from the
+    paper: the ResNet has this toolkit's deep stem.
+    """
+
+    channels = (128, 256, 512)
+    strides = (8, 16, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spatial = nn.Sequential(
+            conv_bn_relu(3, 64, 7, 2),
+            conv_bn_relu(64, 64, 3, 2),
+            conv_bn_relu(64, 64, 3, 2),
+            conv_bn_relu(64, 128, 1, 1),
+        )
+        self.context = ResNet18()
+        init_weights(self)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        return [self.spatial(images), *self.context.feature_maps(images)[-2:]]

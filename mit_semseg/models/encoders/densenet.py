@@ -1,0 +1,194 @@
+"""DenseNet121, 161, 169 and 201: plain, and dilated to output stride 16 or 8."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, dilate, init_weights
+
+
+class DenseLayer(nn.Module):
+    """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth; joined with its input."""
+
+    def __init__(self, n_in: int, growth: int) -> None:
+        super().__init__()
+        self.norm1 = BatchNorm2d(n_in)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(n_in, 4 * growth, 1, bias=False)
+        self.norm2 = BatchNorm2d(4 * growth)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(self.relu1(self.norm1(x)))
+        return torch.cat([x, self.conv2(self.relu2(self.norm2(y)))], dim=1)
+
+
+class DenseBlock(nn.Sequential):
+    """Layers that each read the outputs of all before them."""
+
+    def __init__(self, n_in: int, depth: int, growth: int) -> None:
+        super().__init__()
+        for i in range(depth):
+            self.add_module(f"denselayer{i + 1}", DenseLayer(n_in + i * growth, growth))
+
+
+class Transition(nn.Module):
+    """BN-ReLU, which is what the encoder emits, then 1x1 to half the channels and a 2x2 pool."""
+
+    def __init__(self, n_in: int, pools: bool) -> None:
+        super().__init__()
+        self.norm = BatchNorm2d(n_in)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(n_in, n_in // 2, 1, bias=False)
+        self.pool = nn.AvgPool2d(2, ceil_mode=True) if pools else nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.relu(self.norm(x))
+        return x, self.pool(self.conv(x))
+
+
+class DenseNet(Encoder):
+    """DenseNet; `strides` says how far it is dilated.
+
+    Emits what each block gave, after the BatchNorm and ReLU that follow it.
+
+    Paper: Huang et al. 2017, arXiv:1608.06993, sec. 3, table 1 (the B and C form); dilation of
+    Yang et al. 2018, "DenseASPP", CVPR, sec. 3.4: transitions no longer pool, and the 3x3
+    convolutions of the blocks after them are dilated by 2 and 4. Names in the state dict are
+    torchvision's. Differs from the paper: pools of the transitions keep the last row and column of
+    maps with odd sides; no dropout.
+    """
+
+    strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
+    stem: ClassVar[int] = 64
+    growth: ClassVar[int] = 32
+    depths: ClassVar[tuple[int, ...]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential()
+        add = self.features.add_module
+        add("conv0", nn.Conv2d(3, self.stem, 7, stride=2, padding=3, bias=False))
+        add("norm0", BatchNorm2d(self.stem))
+        add("relu0", nn.ReLU(inplace=True))
+        add("pool0", nn.MaxPool2d(3, stride=2, padding=1))
+        n_in, natural = self.stem, 4
+        for i, (depth, n_out, stride) in enumerate(
+            zip(self.depths, self.channels, self.strides, strict=True), start=1
+        ):
+            block = DenseBlock(n_in, depth, self.growth)
+            dilate(block, natural // stride)
+            add(f"denseblock{i}", block)
+            if i < len(self.depths):
+                add(f"transition{i}", Transition(n_out, pools=self.strides[i] > stride))
+                n_in, natural = n_out // 2, natural * 2
+        add("norm5", BatchNorm2d(n_out))
+        add("relu5", nn.ReLU(inplace=True))
+        init_weights(self)
+
+    def recompute_units(self) -> list[nn.Module]:
+        """The dense blocks: one layer inside them keeps more than it spares."""
+        return [block for block in self.features if isinstance(block, DenseBlock)]
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        x, maps = images, []
+        for layer in self.features:
+            if isinstance(layer, Transition):
+                emitted, x = layer(x)
+                maps.append(emitted)
+            else:
+                x = layer(x)
+        return [*maps, x]
+
+
+@ENCODERS.register("densenet121")
+class DenseNet121(DenseNet):
+    """DenseNet121 at output stride 32."""
+
+    depths = (6, 12, 24, 16)
+    channels = (256, 512, 1024, 1024)
+
+
+@ENCODERS.register("densenet121dilated", "densenet121_dilated8")
+class DenseNet121Dilated8(DenseNet121):
+    """DenseNet121 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("densenet121_dilated16")
+class DenseNet121Dilated16(DenseNet121):
+    """DenseNet121 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("densenet161")
+class DenseNet161(DenseNet):
+    """DenseNet161 at output stride 32."""
+
+    stem, growth, depths = 96, 48, (6, 12, 36, 24)
+    channels = (384, 768, 2112, 2208)
+
+
+@ENCODERS.register("densenet161dilated", "densenet161_dilated8")
+class DenseNet161Dilated8(DenseNet161):
+    """DenseNet161 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("densenet161_dilated16")
+class DenseNet161Dilated16(DenseNet161):
+    """DenseNet161 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("densenet169")
+class DenseNet169(DenseNet):
+    """DenseNet169 at output stride 32."""
+
+    depths = (6, 12, 32, 32)
+    channels = (256, 512, 1280, 1664)
+
+
+@ENCODERS.register("densenet169dilated", "densenet169_dilated8")
+class DenseNet169Dilated8(DenseNet169):
+    """DenseNet169 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("densenet169_dilated16")
+class DenseNet169Dilated16(DenseNet169):
+    """DenseNet169 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("densenet201")
+class DenseNet201(DenseNet):
+    """DenseNet201 at output stride 32."""
+
+    depths = (6, 12, 48, 32)
+    channels = (256, 512, 1792, 1920)
+
+
+@ENCODERS.register("densenet201dilated", "densenet201_dilated8")
+class DenseNet201Dilated8(DenseNet201):
+    """DenseNet201 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("densenet201_dilated16")
+class DenseNet201Dilated16(DenseNet201):
+    """DenseNet201 at output stride 16."""
+
+    strides = (4, 8, 16, 16)

@@ -1,0 +1,59 @@
+"""ICNet's cascade: a ResNet50 that sees the image at half and quarter size, and a light branch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
+from mit_semseg.models.encoders.resnet import ResNet50Dilated8
+
+
+def halved(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> half as large, sides rounded up; bilinear."""
+    size = [-(-side // 2) for side in x.shape[2:]]
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def halving_conv(n_in: int, n_out: int) -> nn.Sequential:
+    conv = nn.Conv2d(n_in, n_out, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(conv, BatchNorm2d(n_out), nn.ReLU(inplace=True))
+
+
+@ENCODERS.register("icnet_resnet50")
+class ICNetResNet50(Encoder):
+    """Three maps: of the image as it is, at half and at quarter size.
+
+    The whole image goes through three convolutions. At half size it goes through ResNet50 up to the
+    first block of its second stage; halved there once more, which stands for the image at quarter
+    size, it goes through the rest, dilated as in PSPNet. `backbone` is a plain
+    `resnet50dilated`, whose ImageNet weights fit.
+
+    Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.2 and fig. 2; the branches share weights and
+    computation where the published model has them do so (its layer conv3_1_sub4). Differs from the
+    paper: the backbone keeps all its filters (the published model is compressed to half of them
+    after training, sec. 3.4); the halved sides are rounded up.
+    """
+
+    channels = (64, 512, 2048)
+    strides = (8, 16, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = nn.Sequential(halving_conv(3, 32), halving_conv(32, 32), halving_conv(32, 64))
+        self.backbone = ResNet50Dilated8()
+        init_weights(self)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        net = self.backbone
+        x = halved(images)
+        x = net.relu1(net.bn1(net.conv1(x)))
+        x = net.relu2(net.bn2(net.conv2(x)))
+        x = net.relu3(net.bn3(net.conv3(x)))
+        shared, *rest = net.layer2
+        half = shared(net.layer1(net.maxpool(x)))
+        quarter = halved(half)
+        for block in rest:
+            quarter = block(quarter)
+        return [self.full(images), half, net.layer4(net.layer3(quarter))]
