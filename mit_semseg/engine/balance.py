@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +17,17 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import Split, load_mask
+from mit_semseg.dataset.base import paths_of
+from mit_semseg.dataset.records import Record
 
 log = logging.getLogger("mit_semseg")
 
 # Frequencies settle long before this many masks; more would only delay the first step.
 SAMPLE = 1000
+# Where in DIR the counts are kept: a run that is resumed, or begun again, does not read the masks
+# once more.
+CACHE = "class_frequencies.json"
+SCHEMES = ("sqrt", "median", "enet")
 
 
 def frequency_weights(pixels: np.ndarray, images: np.ndarray, power: float) -> Tensor:
@@ -39,11 +50,32 @@ def frequency_weights(pixels: np.ndarray, images: np.ndarray, power: float) -> T
     return torch.from_numpy(weights.astype(np.float32))
 
 
+def enet_weights(pixels: np.ndarray, c: float = 1.02) -> Tensor:
+    """ENet's weights, 1 / ln(c + share of the class among all valid pixels).
+
+    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 5.2, with the c that keeps the weights within
+    1.4 and 50.5.
+
+    Args:
+        pixels: (K,) pixels of each class.
+        c: above 1.
+
+    Returns:
+        (K,) float32; the largest weight, as the formula has it, for classes that never occur.
+    """
+    share = pixels / max(pixels.sum(), 1)
+    return torch.from_numpy((1 / np.log(c + share)).astype(np.float32))
+
+
 def class_weights(cfg: Config, split: Split, *, progress: bool = True) -> Tensor | None:
     """The weights TRAIN.class_weights asks for, (num_class,) float32, or None.
 
+    The counts that they follow from are kept in `cfg.DIR`, and counted again when the list, a mask
+    in it or what its values mean has changed.
+
     Raises:
         ValueError: an unknown scheme, or a list whose length is not num_class.
+        FileNotFoundError, ValueError: a mask cannot be used, unless `DATASET.on_error` is skip.
     """
     wanted, num_class = cfg.TRAIN.class_weights, cfg.DATASET.num_class
     if isinstance(wanted, list):
@@ -54,24 +86,81 @@ def class_weights(cfg: Config, split: Split, *, progress: bool = True) -> Tensor
         return torch.tensor([float(w) for w in wanted])
     if wanted == "none":
         return None
-    powers = {"median": 1.0, "sqrt": 0.5}
-    if wanted not in powers:
+    if wanted not in SCHEMES:
         raise ValueError(
-            f"TRAIN.class_weights is {wanted!r}; it takes none, sqrt, median or a list"
+            f"TRAIN.class_weights is {wanted!r}; it takes none, {', '.join(SCHEMES)} or a list"
         )
-    records = split.records
-    chosen = records[:: max(1, len(records) // SAMPLE)][:SAMPLE]
-    pixels, images = np.zeros(num_class), np.zeros(num_class)
-    for record in tqdm(chosen, desc="class frequencies", disable=not progress, leave=False):
-        path = Path(record["fpath_segm"])
+    pixels, images = _frequencies(cfg, split, progress)
+    if wanted == "enet":
+        return enet_weights(pixels)
+    return frequency_weights(pixels, images, 1.0 if wanted == "median" else 0.5)
+
+
+def _frequencies(cfg: Config, split: Split, progress: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of each class, and of the images it occurs in: from the cache, or counted."""
+    chosen = split.records[:: max(1, len(split.records) // SAMPLE)][:SAMPLE]
+    key = _fingerprint(chosen, split, cfg.DATASET.num_class)
+    file = Path(cfg.DIR) / CACHE
+    known = _read(file, key)
+    if known is None:
+        known = _count(chosen, split, cfg.DATASET, progress)
+        _write(file, key, *known)
+    return known
+
+
+def _count(
+    records: Sequence[Record], split: Split, dataset_cfg: Config, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    num_class = dataset_cfg.num_class
+    pixels, images = np.zeros(num_class, dtype=np.int64), np.zeros(num_class, dtype=np.int64)
+    for record in tqdm(records, desc="class frequencies", disable=not progress, leave=False):
+        path = paths_of(record)[1]
         try:
             label = split.label_map(load_mask(path), path)
         except (OSError, ValueError) as error:
-            if cfg.DATASET.on_error != "skip":
+            if dataset_cfg.on_error != "skip":
                 raise
             log.warning("not counted for TRAIN.class_weights: %s", error)
             continue
         counts = np.bincount(label[label >= 0].ravel(), minlength=num_class)
         pixels += counts
         images += np.where(counts > 0, counts.sum(), 0)
-    return frequency_weights(pixels, images, powers[wanted])
+    return pixels, images
+
+
+# ------------------------------------------------------------------------------ the cache
+def _fingerprint(records: Sequence[Record], split: Split, num_class: int) -> str:
+    """Changes with the list, with what a mask file holds, and with what its values mean."""
+    files: list[Any] = []
+    for record in records:
+        path = paths_of(record)[1]
+        try:
+            stat = os.stat(path)
+        except OSError:
+            files.append([path])
+        else:
+            files.append([path, stat.st_size, stat.st_mtime_ns])
+    text = json.dumps([num_class, sorted(split.label_map.values.items()), files])
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _read(file: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """The counts in a file, if they are those of `key`."""
+    try:
+        stored = json.loads(file.read_text("utf-8"))
+        if stored["key"] != key:
+            return None
+        return np.array(stored["pixels"], np.int64), np.array(stored["images"], np.int64)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # none, or not ours: it is written anew
+
+
+def _write(file: Path, key: str, pixels: np.ndarray, images: np.ndarray) -> None:
+    stored = {"key": key, "pixels": pixels.tolist(), "images": images.tolist()}
+    whole = file.with_name(f"{file.name}.{os.getpid()}")  # every rank counts, and writes the same
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_text(json.dumps(stored) + "\n", "utf-8")
+        whole.replace(file)
+    except OSError as error:  # only costs time, the next time
+        log.debug("class frequencies are not kept: %s", error)

@@ -1,0 +1,129 @@
+"""Class weights: formulas by hand, counts of real masks, and a cache that notices changes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mit_semseg.config import load_config
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import build_split
+from mit_semseg.engine import balance
+from mit_semseg.engine.balance import class_weights, enet_weights
+from mit_semseg.losses import build_loss
+
+SIZES = [(48, 64), (64, 48), (40, 72)]
+LISTED = list(range(3))
+
+
+@pytest.fixture
+def cfg(tmp_path: Path, make_images: Callable[..., None]) -> Config:
+    make_images(tmp_path, SIZES)
+    return load_config(
+        None,
+        [
+            *("DIR", str(tmp_path / "run"), "DATASET.root_dataset", str(tmp_path)),
+            *("DATASET.list_train", str(tmp_path / "val.odgt"), "DATASET.num_class", "4"),
+        ],
+    )
+
+
+def weights(cfg: Config, scheme: Any) -> torch.Tensor:
+    cfg.TRAIN.class_weights = scheme
+    found = class_weights(cfg, build_split(cfg.DATASET, "train"), progress=False)
+    assert found is not None
+    return found
+
+
+def masks(cfg: Config, numbers: list[int]) -> list[np.ndarray]:
+    """Class ids: stored values minus one."""
+    root = Path(cfg.DATASET.root_dataset)
+    files = [root / "ann" / f"part{k % 2}" / f"{k}.png" for k in numbers]
+    return [np.asarray(Image.open(file)).astype(int) - 1 for file in files]
+
+
+def test_enet_weights_by_hand() -> None:
+    found = enet_weights(np.array([75, 25, 0]))
+    expected = [1 / math.log(1.77), 1 / math.log(1.27), 1 / math.log(1.02)]
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(expected)
+    assert enet_weights(np.zeros(2)).tolist() == pytest.approx([1 / math.log(1.02)] * 2)
+
+
+def test_schemes_follow_from_the_masks(cfg: Config) -> None:
+    found = masks(cfg, LISTED)
+    pixels = np.array([sum((mask == k).sum() for mask in found) for k in range(4)])
+    images = [sum((mask >= 0).sum() for mask in found if (mask == k).any()) for k in range(4)]
+    assert pixels[3] == 0 and (pixels[:3] > 0).all()
+    enet = [1 / math.log(1.02 + share) for share in pixels / pixels.sum()]
+    assert weights(cfg, "enet").tolist() == pytest.approx(enet)
+    frequency = [pixels[k] / images[k] for k in range(3)]
+    median = [sorted(frequency)[1] / f for f in frequency] + [1.0]
+    assert weights(cfg, "median").tolist() == pytest.approx(median)
+    assert weights(cfg, "sqrt").tolist() == pytest.approx([math.sqrt(w) for w in median])
+    build_loss("smooth", 4, weights(cfg, "enet"))
+
+
+def test_counts_are_kept_until_something_changes(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    load = balance.load_mask
+    monkeypatch.setattr(balance, "load_mask", lambda path: read.append(path) or load(path))
+
+    def reads(scheme: str = "enet") -> int:
+        read.clear()
+        weights(cfg, scheme)
+        return len(read)
+
+    assert reads() == 3
+    first = weights(cfg, "enet")
+    assert (reads("median"), reads("sqrt"), reads("enet")) == (0, 0, 0)
+    assert torch.equal(weights(cfg, "enet"), first)
+    # A mask that is drawn anew, in a file of the same name.
+    file = tmp_path / "ann" / "part1" / "1.png"
+    Image.new("L", (48, 64), 4).save(file)
+    assert reads() == 3
+    changed = weights(cfg, "enet")
+    pixels = sum((mask == 3).sum() for mask in masks(cfg, LISTED))
+    valid = sum((mask >= 0).sum() for mask in masks(cfg, LISTED))
+    assert changed[3].item() == pytest.approx(1 / math.log(1.02 + pixels / valid))
+    # A list that is shorter, and one in another order.
+    listing = Path(cfg.DATASET.list_train)
+    lines = listing.read_text().splitlines()
+    listing.write_text("\n".join(lines[:2]))
+    assert (reads(), reads()) == (2, 0)
+    # What stored values mean.
+    cfg.DATASET.ignore_label = [1]
+    assert (reads(), reads()) == (2, 0)
+    assert weights(cfg, "enet")[0].item() == pytest.approx(1 / math.log(1.02))
+
+
+def test_a_cache_that_cannot_be_used_is_no_error(cfg: Config, tmp_path: Path) -> None:
+    expected = weights(cfg, "median")
+    file = tmp_path / "run" / balance.CACHE
+    assert len(json.loads(file.read_text())["pixels"]) == 4
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    for content in ("", "[1, 2]", '{"key": 3}', "\0"):
+        file.write_text(content)
+        assert torch.equal(weights(cfg, "median"), expected)
+    cfg.DIR = str(file)  # a file, where a folder would be
+    assert torch.equal(weights(cfg, "median"), expected)
+
+
+def test_mistakes_are_named(cfg: Config) -> None:
+    with pytest.raises(ValueError, match=r"'mean'; it takes none, sqrt, median, enet or a list"):
+        weights(cfg, "mean")
+    with pytest.raises(ValueError, match=r"has 2 numbers; DATASET\.num_class is 4"):
+        weights(cfg, [1, 2])
+    (Path(cfg.DATASET.root_dataset) / "ann" / "part0" / "2.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2\.png"):
+        weights(cfg, "enet")
