@@ -36,6 +36,7 @@ def check_pair(arch_encoder: str, arch_decoder: str, fc_dim: int | None = None) 
         ValueError: an unknown name, or a pair or fc_dim that cannot work, with the reason.
     """
     encoder = _encoder(arch_encoder)
+    _check_partners(arch_encoder, arch_decoder)
     _check_maps(arch_decoder, arch_encoder, len(encoder.channels))
     if fc_dim is not None and fc_dim != encoder.channels[-1]:
         emitted = encoder.channels[-1]
@@ -45,26 +46,46 @@ def check_pair(arch_encoder: str, arch_decoder: str, fc_dim: int | None = None) 
         )
 
 
+def _check_partners(arch_encoder: str, arch_decoder: str) -> None:
+    """Refuses an encoder or a decoder that was made for others (`only`)."""
+    encoders, decoders = _decoder(arch_decoder).only, _encoder(arch_encoder).only
+    if encoders and arch_encoder.lower() not in encoders:
+        raise ValueError(
+            f"decoder {arch_decoder} does not work with encoder {arch_encoder}: set "
+            f"MODEL.arch_encoder to {' or '.join(encoders)}, or take another decoder"
+        )
+    if decoders and arch_decoder.lower() not in decoders:
+        raise ValueError(
+            f"encoder {arch_encoder} does not work with decoder {arch_decoder}: set "
+            f"MODEL.arch_decoder to {' or '.join(decoders)}, or take another encoder"
+        )
+
+
 def _check_maps(arch_decoder: str, source: str, count: int) -> None:
     needs = _decoder(arch_decoder).needs
     if count < needs:
-        fitting = [name for name in DECODERS.names() if _decoder(name).needs <= count]
+        others = {name: _decoder(name) for name in DECODERS.names()}
+        fitting = [name for name, kind in others.items() if kind.needs <= count and not kind.only]
         raise ValueError(
             f"decoder {arch_decoder} reads at least {needs} feature maps and {source} emits "
             f"{count}: set MODEL.arch_decoder to one of {', '.join(fitting)}"
         )
 
 
-def _channels(fc_dim: int) -> tuple[int, ...]:
+# One encoder for each fc_dim of the published toolkit, which built decoders from that alone.
+_PUBLISHED = ("resnet18", "resnet50", "mobilenetv2dilated", "hrnetv2")
+
+
+def _channels(arch_decoder: str, fc_dim: int) -> tuple[int, ...]:
     """Widths of the feature maps when all that is known is the last one.
 
-    Every encoder that ends in so many channels is asked; where they disagree, or there is none,
-    each map is half as wide as the next.
+    Those of an encoder that the decoder was made for, or else of a published one, if it ends in so
+    many channels; where none does, each map is half as wide as the next.
     """
-    declared = {_encoder(name).channels for name in ENCODERS.names()}
-    matching = [channels for channels in declared if channels[-1] == fc_dim]
-    if len(matching) == 1:
-        return matching[0]
+    for name in _decoder(arch_decoder).only or _PUBLISHED:
+        channels = _encoder(name).channels
+        if channels[-1] == fc_dim:
+            return channels
     return (fc_dim // 8, fc_dim // 4, fc_dim // 2, fc_dim)
 
 
@@ -117,8 +138,8 @@ class ModelBuilder:
             num_class: classes told apart.
             weights: "" or "none" = random; else a path or url.
             use_softmax: probabilities (inference) rather than log-probabilities (training).
-            channels: what the encoder declares; None takes the widths of the encoders that end
-                in `fc_dim` channels.
+            channels: what the encoder declares; None takes the widths of the published
+                encoder, or of the decoder's own one, that ends in `fc_dim` channels.
             strides: likewise.
 
         Raises:
@@ -126,7 +147,7 @@ class ModelBuilder:
                 that do not fit.
             FileNotFoundError: no such weights.
         """
-        channels = _channels(fc_dim) if channels is None else tuple(channels)
+        channels = _channels(arch, fc_dim) if channels is None else tuple(channels)
         _check_maps(arch, f"the encoder (channels {channels})", len(channels))
         decoder = _decoder(arch)(
             channels, num_class=num_class, strides=strides, use_softmax=use_softmax

@@ -49,6 +49,7 @@ class Decoder(nn.Module):
 
     Attributes:
         needs: feature maps it reads, at least; a pair that cannot work is refused by it.
+        only: encoders it was made for, by name; empty: all that emit enough feature maps.
         auxiliary: its heads beside the main one, in the order of `logits`.
         pool_scales: sides of the grids that it averages the deepest map over, taken from
             `models.pyramid.pooled`: what a tile of an image must know of the whole (see
@@ -56,6 +57,7 @@ class Decoder(nn.Module):
     """
 
     needs: ClassVar[int] = 1
+    only: ClassVar[tuple[str, ...]] = ()
     auxiliary: ClassVar[tuple[Auxiliary, ...]] = ()
     pool_scales: tuple[int, ...] = ()
 

@@ -23,11 +23,14 @@ class Encoder(nn.Module):
         strides: image pixels per feature map pixel, of each feature map.
         delicate: submodules that prediction in reduced precision leaves in float32, because their
             rounding shows in the labels.
+        only: decoders that can read what it emits, by name; empty: all of them. An encoder whose
+            maps are not all features, such as pooling indices, names those here.
     """
 
     channels: ClassVar[tuple[int, ...]]
     strides: ClassVar[tuple[int, ...]]
     delicate: ClassVar[tuple[str, ...]] = ()
+    only: ClassVar[tuple[str, ...]] = ()
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """All feature maps of (B, 3, H, W) images: (B, channels[i], H/strides[i], W/strides[i])."""
