@@ -4,11 +4,14 @@
 from mit_semseg.models.encoders import (  # noqa: F401
     bisenet,
     densenet,
+    drn,
     hrnet,
     icnet,
     mobilenet,
+    mobilenetv3,
     resnet,
     resnext,
+    xception,
 )
 from mit_semseg.models.encoders.base import ENCODERS, Encoder
 

@@ -1,9 +1,9 @@
-"""HRNetV2-W48: parallel branches at strides 4 to 32 that keep exchanging, joined into one map."""
+"""HRNetV2: parallel branches at strides 4 to 32 that keep exchanging, joined into one map."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
 from mit_semseg.models.encoders.resnet import BasicBlock, Bottleneck
-
-WIDTHS = (48, 96, 192, 384)
 
 
 def conv_bn(n_in: int, n_out: int, kernel: int, stride: int, relu: bool) -> nn.Sequential:
@@ -70,28 +68,30 @@ class Exchange(nn.Module):
 
 @ENCODERS.register("hrnetv2")
 class HRNetV2(Encoder):
-    """HRNetV2-W48.
+    """HRNetV2-W48: the finest branch has 48 channels, each coarser one twice as many.
 
     Paper: Sun et al. 2019, arXiv:1904.04514; Wang et al. 2020, arXiv:1908.07919, sec. 3.
     """
 
-    channels = (sum(WIDTHS),)
+    widths: ClassVar[tuple[int, ...]] = (48, 96, 192, 384)
+    channels: ClassVar[tuple[int, ...]] = (sum(widths),)
     strides = (4,)
 
     def __init__(self) -> None:
         super().__init__()
+        widths = self.widths
         self.conv1 = nn.Conv2d(3, 64, 3, 2, padding=1, bias=False)
         self.bn1 = BatchNorm2d(64)
         self.conv2 = nn.Conv2d(64, 64, 3, 2, padding=1, bias=False)
         self.bn2 = BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = nn.Sequential(Bottleneck(64, 64), *(Bottleneck(256, 64) for _ in range(3)))
-        self.transition1 = self._transition((256,), WIDTHS[:2])
-        self.stage2 = nn.Sequential(Exchange(WIDTHS[:2]))
-        self.transition2 = self._transition(WIDTHS[:2], WIDTHS[:3])
-        self.stage3 = nn.Sequential(*(Exchange(WIDTHS[:3]) for _ in range(4)))
-        self.transition3 = self._transition(WIDTHS[:3], WIDTHS)
-        self.stage4 = nn.Sequential(*(Exchange(WIDTHS) for _ in range(3)))
+        self.transition1 = self._transition((256,), widths[:2])
+        self.stage2 = nn.Sequential(Exchange(widths[:2]))
+        self.transition2 = self._transition(widths[:2], widths[:3])
+        self.stage3 = nn.Sequential(*(Exchange(widths[:3]) for _ in range(4)))
+        self.transition3 = self._transition(widths[:3], widths)
+        self.stage4 = nn.Sequential(*(Exchange(widths) for _ in range(3)))
         init_weights(self)
 
     @staticmethod
@@ -121,3 +121,19 @@ class HRNetV2(Encoder):
             branches = stage([path(x) for path, x in zip(transition, sources, strict=True)])
         finest, *coarser = branches
         return [torch.cat([finest, *(resize_like(x, finest) for x in coarser)], dim=1)]
+
+
+@ENCODERS.register("hrnetv2_w32")
+class HRNetV2W32(HRNetV2):
+    """HRNetV2-W32: the finest branch has 32 channels."""
+
+    widths = (32, 64, 128, 256)
+    channels = (sum(widths),)
+
+
+@ENCODERS.register("hrnetv2_w18")
+class HRNetV2W18(HRNetV2):
+    """HRNetV2-W18: the finest branch has 18 channels."""
+
+    widths = (18, 36, 72, 144)
+    channels = (sum(widths),)

@@ -1,4 +1,4 @@
-"""MobileNetV2 (width 1.0) without its last 1x1 convolution, dilated to output stride 8 or 16."""
+"""MobileNetV2 (width 1.0) without its last 1x1 convolution: at output stride 32, 16 or 8."""
 
 from __future__ import annotations
 
@@ -49,15 +49,16 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.residual else self.conv(x)
 
 
-@ENCODERS.register("mobilenetv2dilated", "mobilenetv2_dilated8")
-class MobileNetV2Dilated8(Encoder):
-    """MobileNetV2 at output stride 8.
+@ENCODERS.register("mobilenetv2")
+class MobileNetV2(Encoder):
+    """MobileNetV2 at output stride 32; `strides` says how far it is dilated.
 
-    Paper: Sandler et al. 2018, arXiv:1801.04381; strides 16 and 32 are traded for dilation.
+    Paper: Sandler et al. 2018, arXiv:1801.04381, table 2; the last 1x1 convolution, to 1280
+    channels, belongs to the classifier and is left out.
     """
 
     channels = (24, 32, 64, 160, 320)
-    strides: ClassVar[tuple[int, ...]] = (4, 8, 8, 8, 8)
+    strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32, 32)
     taps = (2, 4, 7, 14, 17)  # indices into `features` of what is emitted
     # The first depthwise filters take differences of nearly equal values: three quarters of the
     # labels that bfloat16 changes, it changes here.
@@ -89,8 +90,15 @@ class MobileNetV2Dilated8(Encoder):
         return maps
 
 
+@ENCODERS.register("mobilenetv2dilated", "mobilenetv2_dilated8")
+class MobileNetV2Dilated8(MobileNetV2):
+    """MobileNetV2 at output stride 8."""
+
+    strides = (4, 8, 8, 8, 8)
+
+
 @ENCODERS.register("mobilenetv2_dilated16")
-class MobileNetV2Dilated16(MobileNetV2Dilated8):
+class MobileNetV2Dilated16(MobileNetV2):
     """MobileNetV2 at output stride 16."""
 
     strides = (4, 8, 16, 16, 16)

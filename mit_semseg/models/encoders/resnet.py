@@ -1,4 +1,9 @@
-"""ResNet18, 50 and 101 with a deep stem: plain, and dilated to output stride 16 or 8."""
+"""ResNets, plain and dilated to output stride 16 or 8, with a deep stem or with the paper's.
+
+ResNet18, 50 and 101 have the stem of three 3x3 convolutions that their published weights were
+trained with. Of ResNet34 and 152 only torchvision publishes weights, and they have its stem, the
+paper's one 7x7 convolution; so have `torchvision_resnet50` and `torchvision_resnet101`.
+"""
 
 from __future__ import annotations
 
@@ -85,17 +90,7 @@ class ResNet(Encoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = conv3x3(3, 64, stride=2)
-        self.bn1 = BatchNorm2d(64)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = conv3x3(64, 64)
-        self.bn2 = BatchNorm2d(64)
-        self.relu2 = nn.ReLU(inplace=True)
-        self.conv3 = conv3x3(64, 128)
-        self.bn3 = BatchNorm2d(128)
-        self.relu3 = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        inputs = (128, *self.channels[:-1])
+        inputs = (self._make_stem(), *self.channels[:-1])
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             self._stage(n_in, n_out, depth, stride)
             for n_in, n_out, depth, stride in zip(
@@ -106,21 +101,55 @@ class ResNet(Encoder):
         dilate(self.layer4, 32 // self.strides[3])
         init_weights(self)
 
+    def _make_stem(self) -> int:
+        """Adds the layers before the stages; returns the channels that they give."""
+        self.conv1 = conv3x3(3, 64, stride=2)
+        self.bn1 = BatchNorm2d(64)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(64, 64)
+        self.bn2 = BatchNorm2d(64)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv3 = conv3x3(64, 128)
+        self.bn3 = BatchNorm2d(128)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        return 128
+
+    def _stem(self, images: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(images)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        x = self.relu3(self.bn3(self.conv3(x)))
+        return self.maxpool(x)
+
     def _stage(self, n_in: int, n_out: int, depth: int, stride: int) -> nn.Sequential:
         width = n_out // self.block.expansion
         first = self.block(n_in, width, stride)
         return nn.Sequential(first, *(self.block(n_out, width) for _ in range(depth - 1)))
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
-        x = self.relu1(self.bn1(self.conv1(images)))
-        x = self.relu2(self.bn2(self.conv2(x)))
-        x = self.relu3(self.bn3(self.conv3(x)))
-        x = self.maxpool(x)
-        maps = []
+        x, maps = self._stem(images), []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
             maps.append(x)
         return maps
+
+
+class PlainStemResNet(ResNet):
+    """ResNet that begins with one 7x7 convolution, under torchvision's names.
+
+    Paper: He et al. 2016, arXiv:1512.03385, table 1. The stride of a bottleneck is in its 3x3
+    convolution, as in torchvision, not in the first 1x1.
+    """
+
+    def _make_stem(self) -> int:
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        return 64
+
+    def _stem(self, images: Tensor) -> Tensor:
+        return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 
 
 @ENCODERS.register("resnet18")
@@ -185,5 +214,93 @@ class ResNet101Dilated8(ResNet101):
 @ENCODERS.register("resnet101_dilated16")
 class ResNet101Dilated16(ResNet101):
     """ResNet101 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("resnet34")
+class ResNet34(PlainStemResNet):
+    """ResNet34 at output stride 32, with the stem of the paper."""
+
+    block, depths = BasicBlock, (3, 4, 6, 3)
+    channels = (64, 128, 256, 512)
+
+
+@ENCODERS.register("resnet34dilated", "resnet34_dilated8")
+class ResNet34Dilated8(ResNet34):
+    """ResNet34 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("resnet34_dilated16")
+class ResNet34Dilated16(ResNet34):
+    """ResNet34 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("resnet152")
+class ResNet152(PlainStemResNet):
+    """ResNet152 at output stride 32, with the stem of the paper."""
+
+    block, depths = Bottleneck, (3, 8, 36, 3)
+    channels = (256, 512, 1024, 2048)
+
+
+@ENCODERS.register("resnet152dilated", "resnet152_dilated8")
+class ResNet152Dilated8(ResNet152):
+    """ResNet152 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("resnet152_dilated16")
+class ResNet152Dilated16(ResNet152):
+    """ResNet152 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("torchvision_resnet50")
+class TorchvisionResNet50(PlainStemResNet):
+    """Torchvision's ResNet50 at output stride 32."""
+
+    block, depths = Bottleneck, (3, 4, 6, 3)
+    channels = (256, 512, 1024, 2048)
+
+
+@ENCODERS.register("torchvision_resnet50dilated", "torchvision_resnet50_dilated8")
+class TorchvisionResNet50Dilated8(TorchvisionResNet50):
+    """Torchvision's ResNet50 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("torchvision_resnet50_dilated16")
+class TorchvisionResNet50Dilated16(TorchvisionResNet50):
+    """Torchvision's ResNet50 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("torchvision_resnet101")
+class TorchvisionResNet101(PlainStemResNet):
+    """Torchvision's ResNet101 at output stride 32."""
+
+    block, depths = Bottleneck, (3, 4, 23, 3)
+    channels = (256, 512, 1024, 2048)
+
+
+@ENCODERS.register("torchvision_resnet101dilated", "torchvision_resnet101_dilated8")
+class TorchvisionResNet101Dilated8(TorchvisionResNet101):
+    """Torchvision's ResNet101 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("torchvision_resnet101_dilated16")
+class TorchvisionResNet101Dilated16(TorchvisionResNet101):
+    """Torchvision's ResNet101 at output stride 16."""
 
     strides = (4, 8, 16, 16)

@@ -1,9 +1,9 @@
-"""ResNeXt101 (32 groups): plain, and dilated to output stride 16 or 8."""
+"""ResNeXt50 and 101 (32 groups): plain, and dilated to output stride 16 or 8."""
 
 from __future__ import annotations
 
 from mit_semseg.models.encoders.base import ENCODERS
-from mit_semseg.models.encoders.resnet import Bottleneck, ResNet
+from mit_semseg.models.encoders.resnet import Bottleneck, PlainStemResNet, ResNet
 
 
 class GroupedBottleneck(Bottleneck):
@@ -34,5 +34,31 @@ class ResNeXt101Dilated8(ResNeXt101):
 @ENCODERS.register("resnext101_dilated16")
 class ResNeXt101Dilated16(ResNeXt101):
     """ResNeXt101 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("resnext50")
+class ResNeXt50(PlainStemResNet):
+    """ResNeXt50 32x4d at output stride 32.
+
+    Paper: Xie et al. 2017, arXiv:1611.05431, table 1; the stem, too, is the paper's, since only
+    torchvision publishes weights of it.
+    """
+
+    block, depths = GroupedBottleneck, (3, 4, 6, 3)
+    channels = (256, 512, 1024, 2048)
+
+
+@ENCODERS.register("resnext50dilated", "resnext50_dilated8")
+class ResNeXt50Dilated8(ResNeXt50):
+    """ResNeXt50 32x4d at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("resnext50_dilated16")
+class ResNeXt50Dilated16(ResNeXt50):
+    """ResNeXt50 32x4d at output stride 16."""
 
     strides = (4, 8, 16, 16)

@@ -1,0 +1,121 @@
+"""DeepLabv3: atrous spatial pyramid pooling on the deepest feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import (
+    DECODERS,
+    Decoder,
+    conv_bn_relu,
+    init_weights,
+)
+from mit_semseg.models.decoders.fcn_head import FCNAuxiliary
+from mit_semseg.models.decoders.ppm import PooledBatchNorm2d
+from mit_semseg.models.pyramid import pooled
+
+# Dilations at output stride 16.
+RATES = (6, 12, 18)
+
+
+class ASPP(nn.Module):
+    """1x1 and dilated 3x3 convolutions and the mean over the image, joined by a 1x1.
+
+    Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3 and fig. 5. Names and the dropout are
+    torchvision's.
+    """
+
+    def __init__(self, n_in: int, rates: Sequence[int], width: int = 256) -> None:
+        """Build the branches.
+
+        Args:
+            n_in: channels of the input.
+            rates: dilation of each 3x3 convolution.
+            width: channels of each branch and of the output.
+        """
+        super().__init__()
+        dilated = [conv_bn_relu(n_in, width) for _ in rates]
+        for (conv, *_), rate in zip(dilated, rates, strict=True):
+            conv.dilation = conv.padding = (rate, rate)
+        image = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(n_in, width, 1, bias=False),
+            PooledBatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
+        self.convs = nn.ModuleList([conv_bn_relu(n_in, width, 1), *dilated, image])
+        self.project = nn.Sequential(
+            *conv_bn_relu(len(self.convs) * width, width, 1), nn.Dropout(0.5)
+        )
+
+    def forward(self, x: Tensor, mean: Tensor) -> Tensor:
+        """Features that know several surroundings of every pixel.
+
+        Args:
+            x: (N, n_in, H, W).
+            mean: (N, n_in, 1, 1), that of the whole image of which x may be a part.
+
+        Returns:
+            (N, width, H, W).
+        """
+        *local, image = self.convs
+        # The last branch begins with the same pooling again, which leaves a mean as it is; resizing
+        # a single value is repeating it.
+        maps = [branch(x) for branch in local]
+        maps.append(image(mean).expand(-1, -1, *x.shape[-2:]))
+        return self.project(torch.cat(maps, dim=1))
+
+
+def aspp_rates(strides: Sequence[int] | None) -> tuple[int, ...]:
+    """Dilations that reach as far in the image whatever the output stride: 6, 12, 18 at 16."""
+    stride = 16 if strides is None else strides[-1]
+    return tuple(max(rate * 16 // stride, 1) for rate in RATES)
+
+
+@DECODERS.register("deeplabv3")
+class DeepLabV3(Decoder):
+    """ASPP, a 3x3 convolution and a classifier.
+
+    Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3: dilations 6, 12 and 18 at output stride 16,
+    twice as much at 8 (half at 32), by the stride that the encoder declares. Deviations: the
+    3x3 convolution before the classifier and the dropout of ASPP are torchvision's, whose weights
+    this takes; no multi-grid: an encoder's last stage has one dilation (table 5 of the paper:
+    0.7 % mIoU or less).
+    """
+
+    pool_scales = (1,)
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        self.aspp = ASPP(channels[-1], self.rates())
+        self.cbr = conv_bn_relu(256, 256)
+        self.conv_last = nn.Conv2d(256, num_class, 1)
+        init_weights(self)
+
+    def rates(self) -> tuple[int, ...]:
+        """Dilations of ASPP."""
+        return aspp_rates(self.strides)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        (mean,) = pooled(features, self.pool_scales)
+        return (self.conv_last(self.cbr(self.aspp(features[-1], mean))),)
+
+
+@DECODERS.register("deeplabv3_deepsup")
+class DeepLabV3DeepSup(FCNAuxiliary, DeepLabV3):
+    """DeepLabv3 with an auxiliary head, which torchvision's published weights have."""
+
+
+@DECODERS.register("deeplabv3_wide_deepsup")
+class DeepLabV3WideDeepSup(DeepLabV3DeepSup):
+    """DeepLabv3 with dilations 12, 24 and 36 whatever the output stride.
+
+    Those are the dilations of torchvision's `deeplabv3_mobilenet_v3_large`, at stride 16.
+    """
+
+    def rates(self) -> tuple[int, ...]:
+        return 12, 24, 36

@@ -1,0 +1,57 @@
+"""DeepLabv3+: DeepLabv3 with a decoder that returns to stride 4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import (
+    DECODERS,
+    Decoder,
+    conv_bn_relu,
+    init_weights,
+    resize,
+)
+from mit_semseg.models.decoders.deeplabv3 import ASPP, aspp_rates
+from mit_semseg.models.pyramid import pooled
+
+
+def low_level(strides: Sequence[int] | None) -> int:
+    """Index of the map that gives the detail: the deepest of stride 4 or less, else the finest."""
+    if strides is None:
+        return 0
+    fine = [i for i, stride in enumerate(strides[:-1]) if stride <= 4]
+    return fine[-1] if fine else 0
+
+
+@DECODERS.register("deeplabv3plus")
+class DeepLabV3Plus(Decoder):
+    """ASPP, joined with 48 channels of a map of stride 4, two 3x3 convolutions, a classifier.
+
+    Scores have the stride of that map: the encoder's deepest of stride 4 or less, or else its
+    finest.
+
+    Paper: Chen et al. 2018, arXiv:1802.02611, sec. 3.1 and 4.1. Deviation: convolutions are plain
+    ones, as in the paper's own ResNet variant, not separable (sec. 3.2), also with Xception.
+    """
+
+    needs = 2
+    pool_scales = (1,)
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        self.low_level = low_level(self.strides)
+        self.aspp = ASPP(channels[-1], aspp_rates(self.strides))
+        self.low = conv_bn_relu(channels[self.low_level], 48, 1)
+        self.fuse = nn.Sequential(conv_bn_relu(48 + 256, 256), conv_bn_relu(256, 256))
+        self.conv_last = nn.Conv2d(256, num_class, 1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        (mean,) = pooled(features, self.pool_scales)
+        low = self.low(features[self.low_level])
+        deep = resize(self.aspp(features[-1], mean), low.shape[-2:])
+        return (self.conv_last(self.fuse(torch.cat([low, deep], dim=1))),)

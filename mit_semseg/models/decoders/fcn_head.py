@@ -1,0 +1,58 @@
+"""FCN head: C1 with dropout before the classifier, which torchvision's FCN has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.c1 import C1
+
+
+class FCNAuxiliary(Decoder):
+    """Adds an FCN head on the feature map before the last, in training, to a decoder.
+
+    It stands in front of the decoder: `class X(FCNAuxiliary, Y)`.
+    """
+
+    needs = 2
+    auxiliary = (Auxiliary(),)
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        width = channels[-2] // 4
+        self.cbr_deepsup = conv_bn_relu(channels[-2], width)
+        self.dropout_deepsup = nn.Dropout(0.1)
+        self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        heads = super().logits(features)
+        if self.training:
+            x = self.dropout_deepsup(self.cbr_deepsup(features[-2]))
+            heads += (self.conv_last_deepsup(x),)
+        return heads
+
+
+@DECODERS.register("fcn_head")
+class FCNHead(C1):
+    """3x3 conv-BN-ReLU to a quarter of the channels, dropout, then 1x1 to the classes.
+
+    Torchvision's `fcn_resnet50` and `fcn_resnet101`. It has little of Long et al. 2015,
+    arXiv:1411.4038 but that it is fully convolutional: no map but the deepest is read, and the
+    dilated encoder takes the place of the learned upsampling.
+    """
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        self.dropout = nn.Dropout(0.1)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        return (self.conv_last(self.dropout(self.cbr(features[-1]))),)
+
+
+@DECODERS.register("fcn_head_deepsup")
+class FCNHeadDeepSup(FCNAuxiliary, FCNHead):
+    """The same with an auxiliary head, which torchvision's published weights have."""

@@ -1,0 +1,77 @@
+"""DRN-C-26: a dilated residual network that undoes the gridding of its own dilation."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
+from mit_semseg.models.encoders.resnet import BasicBlock
+
+# Channels, blocks, stride of the first block, dilation, residual: figure 5, DRN-C-26.
+LEVELS = (
+    (16, 1, 1, 1, True),
+    (32, 1, 2, 1, True),
+    (64, 2, 2, 1, True),
+    (128, 2, 2, 1, True),
+    (256, 2, 1, 2, True),
+    (512, 2, 1, 4, True),
+    (512, 1, 1, 2, False),
+    (512, 1, 1, 1, False),
+)
+
+
+class DilatedBlock(BasicBlock):
+    """Two 3x3 convolutions of one dilation, with or without the input added."""
+
+    def __init__(
+        self, n_in: int, width: int, stride: int = 1, dilation: int = 1, residual: bool = True
+    ) -> None:
+        super().__init__(n_in, width, stride)
+        self.residual = residual
+        for conv in (self.conv1, self.conv2):
+            conv.dilation = conv.padding = (dilation, dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.residual:
+            return super().forward(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)))
+
+
+@ENCODERS.register("drn_c_26")
+class DRNC26(Encoder):
+    """DRN-C-26 at output stride 8.
+
+    The last two levels have less dilation and no residual connections: they smooth the grids that
+    dilated convolutions leave. There is no pooling layer before them.
+
+    Paper: Yu et al. 2017, arXiv:1705.09914, sec. 4 and fig. 5. Deviations: where a level trades its
+    stride for dilation, both convolutions of its first block have the new dilation, as in the
+    published weights, whose names these are. Emitted are levels 3, 4, 5 and the last one.
+    """
+
+    channels = (64, 128, 256, 512)
+    strides = (4, 8, 8, 8)
+    taps = (3, 4, 5, 8)  # levels that are emitted
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 7, padding=3, bias=False)
+        self.bn1 = BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        n_in = 16
+        for level, (width, depth, stride, dilation, residual) in enumerate(LEVELS, start=1):
+            blocks = [DilatedBlock(n_in, width, stride, dilation, residual)]
+            blocks += [DilatedBlock(width, width, 1, dilation, residual) for _ in range(depth - 1)]
+            self.add_module(f"layer{level}", nn.Sequential(*blocks))
+            n_in = width
+        init_weights(self)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        x, maps = self.relu(self.bn1(self.conv1(images))), []
+        for level in range(1, len(LEVELS) + 1):
+            x = self.get_submodule(f"layer{level}")(x)
+            if level in self.taps:
+                maps.append(x)
+        return maps

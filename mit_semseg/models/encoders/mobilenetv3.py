@@ -1,0 +1,129 @@
+"""MobileNetV3-Large with its last 1x1 convolution, at output stride 16: torchvision's backbone."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d
+from mit_semseg.models.depthwise import DepthwiseConv2d
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
+
+# Kernel, hidden channels, output channels, squeeze-and-excitation, hard swish, stride, dilation:
+# table 1 of the paper, where the last three blocks have stride 32.
+BLOCKS = (
+    (3, 16, 16, False, False, 1, 1),
+    (3, 64, 24, False, False, 2, 1),
+    (3, 72, 24, False, False, 1, 1),
+    (5, 72, 40, True, False, 2, 1),
+    (5, 120, 40, True, False, 1, 1),
+    (5, 120, 40, True, False, 1, 1),
+    (3, 240, 80, False, True, 2, 1),
+    (3, 200, 80, False, True, 1, 1),
+    (3, 184, 80, False, True, 1, 1),
+    (3, 184, 80, False, True, 1, 1),
+    (3, 480, 112, True, True, 1, 1),
+    (3, 672, 112, True, True, 1, 1),
+    (5, 672, 160, True, True, 1, 2),
+    (5, 960, 160, True, True, 1, 2),
+    (5, 960, 160, True, True, 1, 2),
+)
+
+
+def conv_bn(
+    n_in: int,
+    n_out: int,
+    kernel: int,
+    *activation: nn.Module,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+) -> nn.Sequential:
+    kind = DepthwiseConv2d if groups == n_in == n_out else nn.Conv2d
+    padding = kernel // 2 * dilation
+    conv = kind(n_in, n_out, kernel, stride, padding, dilation, groups, bias=False)
+    return nn.Sequential(conv, SynchronizedBatchNorm2d(n_out, eps=1e-3, momentum=0.01), *activation)
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales every channel by a number in [0, 1] that depends on the means of all of them."""
+
+    def __init__(self, n_in: int) -> None:
+        super().__init__()
+        # A quarter, to the nearest multiple of 8, but never less than 9 tenths of a quarter.
+        width = max(8, (n_in // 4 + 4) // 8 * 8)
+        width += 8 if width < 0.9 * (n_in // 4) else 0
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = nn.Conv2d(n_in, width, 1)
+        self.activation = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(width, n_in, 1)
+        self.scale_activation = nn.Hardsigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.fc2(self.activation(self.fc1(self.avgpool(x))))
+        return x * self.scale_activation(scale)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise, squeeze-and-excitation, 1x1 projection; added where it fits."""
+
+    def __init__(
+        self,
+        n_in: int,
+        kernel: int,
+        hidden: int,
+        n_out: int,
+        excite: bool,
+        swish: bool,
+        stride: int,
+        dilation: int,
+    ) -> None:
+        super().__init__()
+        relu = nn.Hardswish() if swish else nn.ReLU(inplace=True)
+        expand = [conv_bn(n_in, hidden, 1, relu)] if hidden != n_in else []
+        self.block = nn.Sequential(
+            *expand,
+            conv_bn(hidden, hidden, kernel, relu, stride=stride, dilation=dilation, groups=hidden),
+            *([SqueezeExcitation(hidden)] if excite else []),
+            conv_bn(hidden, n_out, 1),
+        )
+        self.residual = stride == 1 and n_in == n_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x) if self.residual else self.block(x)
+
+
+@ENCODERS.register("mobilenetv3_large_dilated16")
+class MobileNetV3LargeDilated16(Encoder):
+    """MobileNetV3-Large (width 1.0) at output stride 16, under torchvision's names.
+
+    Paper: Howard et al. 2019, arXiv:1905.02244, table 1 and sec. 6.4, without what follows the last
+    1x1 convolution. Deviations, all torchvision's: dilated by 2 in place of the last stride, also
+    in the block that had it; no layer is halved in width.
+
+    Emitted are the last map of stride 4, the first of stride 8, which torchvision's auxiliary head
+    reads, and the deepest. Squeeze-and-excitation sees the tile only when an image is computed in
+    tiles.
+    """
+
+    channels = (24, 40, 960)
+    strides = (4, 8, 16)
+    taps = (3, 4, 16)  # indices into `features` of what is emitted
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [conv_bn(3, 16, 3, nn.Hardswish(), stride=2)]
+        n_in = 16
+        for block in BLOCKS:
+            layers.append(InvertedResidual(n_in, *block))
+            n_in = block[2]
+        layers.append(conv_bn(n_in, self.channels[-1], 1, nn.Hardswish()))
+        self.features = nn.Sequential(*layers)
+        init_weights(self)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        x, maps = images, []
+        for i, block in enumerate(self.features):
+            x = block(x)
+            if i in self.taps:
+                maps.append(x)
+        return maps
