@@ -1,5 +1,6 @@
-"""Quality figures: functions of a confusion matrix, and the class that accumulates one."""
+"""Quality figures: functions of a confusion matrix or of outlines, and what accumulates them."""
 
+from mit_semseg.metrics.boundary import BoundaryScore, boundary_f
 from mit_semseg.metrics.confusion import ConfusionMatrix
 from mit_semseg.metrics.functional import (
     class_accuracy,
@@ -15,7 +16,9 @@ from mit_semseg.metrics.functional import (
 )
 
 __all__ = [
+    "BoundaryScore",
     "ConfusionMatrix",
+    "boundary_f",
     "class_accuracy",
     "class_dice",
     "class_iou",

@@ -1,0 +1,157 @@
+"""How well the outlines of the classes are met: the boundary F-score."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Scores are added up in whole numbers of this unit: a sum of floats would depend on its order, and
+# so on how many processes the images were divided among.
+_UNIT = 1 << 40
+
+
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """Pixels of a mask that have a neighbour above, below, left or right outside of it.
+
+    Args:
+        mask: (H, W) bool. What lies beyond the image is no neighbour.
+
+    Returns:
+        (H, W) bool.
+    """
+    wide = np.pad(mask, 1, mode="edge")
+    inner = wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
+    return mask & ~inner
+
+
+def boundary_f(
+    pred: Tensor | Any, label: Tensor | Any, num_class: int, tolerance: float = 0.0075
+) -> np.ndarray:
+    """Boundary F-score of every class in one image, in [0, 1]; NaN where the class is absent.
+
+    Precision is the share of the predicted boundary that lies within a distance of the labelled
+    one, recall the share of the labelled boundary within that distance of the predicted one, and
+    the score 2 P R / (P + R). It is 0 where only one of the two has a boundary, and 1 where a class
+    that occurs has none in either, since it fills the image.
+
+    Paper: Csurka et al. 2013, "What is a good evaluation measure for semantic segmentation?",
+    BMVC, sec. 3; the same measure, with pixels matched one to one, is F in Perazzi et al. 2016,
+    "A benchmark dataset and evaluation methodology for video object segmentation", CVPR, sec. 4.
+    The boundary of a class is its outermost pixels. Where the label is ignored the prediction is
+    ignored too; outlines against such pixels count, lest nothing be left of objects that are
+    surrounded by them, as in PASCAL VOC.
+
+    Args:
+        pred: (H, W) class ids in 0..num_class-1, tensor or array of integers.
+        label: (H, W) class ids, -1 where a pixel is ignored.
+        num_class: number of classes K.
+        tolerance: the distance, as a share of the image's diagonal.
+
+    Returns:
+        (K,) float64.
+
+    Raises:
+        ValueError: the shapes differ or are not (H, W), or the tolerance is negative.
+    """
+    predicted, labelled = _array(pred, "pred"), _array(label, "label")
+    if predicted.shape != labelled.shape:
+        raise ValueError(
+            f"pred has shape {predicted.shape} but label {labelled.shape}; predict at the size of "
+            "the label"
+        )
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; it is a share of the diagonal, 0 or more")
+    distance = tolerance * math.hypot(*labelled.shape)
+    valid = labelled >= 0
+    scores = np.full(num_class, np.nan)
+    for k in np.union1d(labelled[valid], predicted[valid]):
+        scores[k] = _f_score((predicted == k) & valid, labelled == k, distance)
+    return scores
+
+
+def _array(values: Any, name: str) -> np.ndarray:
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.ndim != 2 or array.dtype.kind not in "iub":
+        raise ValueError(
+            f"{name} is {array.dtype} of shape {array.shape}; give integer class ids of one image, "
+            "(H, W)"
+        )
+    return array
+
+
+def _f_score(predicted: np.ndarray, labelled: np.ndarray, distance: float) -> float:
+    """Of two (H, W) masks of one class."""
+    ours, theirs = (np.argwhere(boundary(mask)) for mask in (predicted, labelled))
+    if not len(ours) or not len(theirs):
+        # A class that is absent from one of the two may fill the image in the other.
+        return float(len(ours) == len(theirs) and predicted.any() and labelled.any())
+    precision, recall = _share_near(ours, theirs, distance), _share_near(theirs, ours, distance)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _share_near(points: np.ndarray, others: np.ndarray, distance: float) -> float:
+    """Share of the points that have one of the others within the distance."""
+    from scipy.spatial import KDTree  # slow to import; few evaluations ask for it
+
+    # What is farther away than the bound is not looked for; the bound itself would not be found.
+    nearest, _ = KDTree(others).query(points, distance_upper_bound=1.001 * distance + 1e-6)
+    return float(np.mean(nearest <= distance))
+
+
+class BoundaryScore:
+    """Sums of boundary F-scores, over the images each class occurs in.
+
+    Processes fill one each; adding them gives exactly what a single process would have counted.
+
+    Args:
+        num_class: number of classes K.
+        tolerance: see `boundary_f`.
+
+    Attributes:
+        sums: (K,) int64, scores added up in units of 2^-40.
+        images: (K,) int64, how many images that were.
+
+    Raises:
+        ValueError: num_class is below 1.
+    """
+
+    def __init__(self, num_class: int, tolerance: float = 0.0075) -> None:
+        if num_class < 1:
+            raise ValueError(f"num_class is {num_class}; give at least 1")
+        self.num_class, self.tolerance = num_class, tolerance
+        self.sums = torch.zeros(num_class, dtype=torch.int64)
+        self.images = torch.zeros(num_class, dtype=torch.int64)
+
+    def update(self, pred: Tensor | Any, label: Tensor | Any) -> None:
+        """Count one image; see `boundary_f`."""
+        scores = torch.from_numpy(boundary_f(pred, label, self.num_class, self.tolerance))
+        self.sums += (scores.nan_to_num(0.0) * _UNIT).round().long()
+        self.images += ~scores.isnan()
+
+    def __add__(self, other: BoundaryScore) -> BoundaryScore:
+        if not isinstance(other, BoundaryScore):
+            return NotImplemented
+        if (other.num_class, other.tolerance) != (self.num_class, self.tolerance):
+            raise ValueError(
+                f"cannot add boundary scores of {self.num_class} and {other.num_class} classes, "
+                f"tolerances {self.tolerance:g} and {other.tolerance:g}"
+            )
+        result = BoundaryScore(self.num_class, self.tolerance)
+        result.sums, result.images = self.sums + other.sums, self.images + other.images
+        return result
+
+    def compute(self) -> dict[str, Any]:
+        """The figures, in [0, 1].
+
+        Returns:
+            `boundary_f`, (K,) float64: mean over the images in which the class is labelled or
+            predicted, NaN where there is none; `mean_boundary_f`, its mean over the classes that
+            occur, a float. (Csurka et al. take the mean over an image's classes first, which
+            counts a class as often as it occurs.)
+        """
+        scores = self.sums.double() / _UNIT / self.images
+        return {"boundary_f": scores, "mean_boundary_f": scores.nanmean().item()}
