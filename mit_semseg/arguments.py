@@ -15,8 +15,11 @@ DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 # Data sets as the help shows them: those to download, and all formats. What is accepted is for
 # the registry to say, once the command runs; a test holds these beside it.
-SOURCES = ("ade20k", "camvid", "cityscapes", "cocostuff", "voc2012")
-FORMATS = ("ade20k", "camvid", "cityscapes", "cocostuff", "folder", "odgt", "voc2012")
+SOURCES = (
+    *("ade20k", "camvid", "cityscapes", "coco", "coco_panoptic", "cocostuff", "lip", "sbu"),
+    *("sunrgbd", "voc2012", "vocaug"),
+)
+FORMATS = ("folder", "odgt", *SOURCES)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--out", default="bench", metavar="DIR", help="folder of the results")
 
+    _add_tools(commands)
+
     drill = commands.add_parser(
         "selftest", help="break small jobs on purpose, measure what is lost"
     )
@@ -86,6 +91,39 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the rendered demo data and its result page")
     _add_demo(demo.add_subparsers(dest="action", required=True))
     return parser
+
+
+def _add_tools(commands: Subparsers) -> None:
+    overfit = commands.add_parser("overfit", help="let a model learn one image by heart")
+    _add_gpus(overfit)
+    overfit.add_argument(
+        "--every", action="store_true", help="every registered model, on a rendered scene"
+    )
+    overfit.add_argument(
+        "--only", default="", metavar="TEXT", help="with --every: those with TEXT in their names"
+    )
+    overfit.add_argument("--steps", type=int, default=400, metavar="N", help="at most (400)")
+    overfit.add_argument("--side", type=int, default=96, metavar="PIXELS", help="short side (96)")
+    overfit.add_argument("--out", default="overfit", metavar="DIR", help="folder of the results")
+    _add_config(overfit, "TRAIN")
+
+    profile = commands.add_parser(
+        "profile", help="parameters, operations, memory, speed of recipes"
+    )
+    profile.add_argument("recipes", nargs="+", metavar="CONFIG", help="files, then KEY value")
+    _add_gpus(profile)
+    profile.add_argument(
+        "--size", type=int, nargs=2, default=[512, 512], metavar=("H", "W"), help="pixels (512 512)"
+    )
+    profile.add_argument("--out", default="", metavar="DIR", help="write table and chart here, too")
+
+    sweep = commands.add_parser("sweep", help="train and evaluate recipes one after the other")
+    sweep.add_argument("recipes", nargs="+", metavar="CONFIG", help="files, then KEY value")
+    _add_gpus(sweep)
+    sweep.add_argument(
+        "--minutes", type=float, default=0.0, help="of training for each (as the recipe says)"
+    )
+    sweep.add_argument("--out", default="sweep", metavar="DIR", help="folder of the results")
 
 
 def _add_data(subparsers: Subparsers) -> None:

@@ -142,6 +142,51 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_overfit(args: argparse.Namespace) -> int:
+    """Learn one image by heart; 1 when a model does not."""
+    opts = _overrides(args)
+    from mit_semseg.engine.checkpoint import make_writable
+    from mit_semseg.engine.launch import read_config, resolve_devices
+    from mit_semseg.tools.overfit import TARGET, run
+    from mit_semseg.utils import setup_logger
+
+    setup_logger(filename="")
+    cfg = read_config(args.cfg, opts)
+    make_writable(args.out, "--out")
+    device = resolve_devices(args.devices)[0]
+    name = os.path.splitext(os.path.basename(args.cfg))[0]
+    size = {"steps": args.steps, "side": args.side}
+    found = run(cfg, device, args.out, every=args.every, only=args.only, name=name, **size)
+    return 0 if all(one.accuracy >= TARGET for one in found) else 1
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    """What recipes cost."""
+    files, opts = split_overrides(args.recipes)
+    for file in files:
+        _look_at(file, opts)
+    from mit_semseg.engine.checkpoint import make_writable
+    from mit_semseg.engine.launch import read_config, resolve_devices
+    from mit_semseg.tools.profile import run
+
+    recipes = {os.path.splitext(os.path.basename(f))[0]: read_config(f, opts) for f in files}
+    if args.out:
+        make_writable(args.out, "--out")
+    run(recipes, resolve_devices(args.devices)[0], tuple(args.size), args.out)
+    return 0
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    """Train and evaluate recipes; 1 when one failed."""
+    files, opts = split_overrides(args.recipes)
+    for file in files:
+        _look_at(file, opts)
+    from mit_semseg.tools.sweep import run
+
+    entries = run(files, args.out, gpus=args.devices, minutes=args.minutes, opts=opts)
+    return 0 if all(entry.state == "done" for entry in entries) else 1
+
+
 def run_selftest(args: argparse.Namespace) -> int:
     """Break jobs; 1 when a promise was not held."""
     from mit_semseg.selftest.command import selftest
@@ -174,6 +219,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "predict": run_predict,
     "pack": run_pack,
     "bench": run_bench,
+    "overfit": run_overfit,
+    "profile": run_profile,
+    "sweep": run_sweep,
     "selftest": run_selftest,
     "data": run_data,
     "demo": run_demo,

@@ -55,5 +55,10 @@ class Registry:
         """All names, sorted."""
         return sorted(self._entries)
 
+    def first_names(self) -> list[str]:
+        """Of every factory the name that it was registered under first, sorted."""
+        first = {factory: name for name, factory in reversed(self._entries.items())}
+        return sorted(first.values())
+
     def __contains__(self, name: str) -> bool:
         return name in self._entries

@@ -1,0 +1,1 @@
+"""Commands about recipes: can it learn (overfit), what does it cost (profile), many (sweep)."""

@@ -1,0 +1,330 @@
+"""`mit-semseg overfit`: a model that cannot learn one image by heart will not learn many."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import TrainDataset, build_split, streets
+from mit_semseg.engine.launch import autocast
+from mit_semseg.engine.optim import build_optimizer, poly_factor, set_learning_rate
+from mit_semseg.engine.run_state import seed_everything
+from mit_semseg.models import (
+    DECODERS,
+    ENCODERS,
+    Encoder,
+    ModelBuilder,
+    SegmentationModule,
+    check_pair,
+)
+from mit_semseg.visualize.report import Sample, contact_sheet
+
+# Steps between two looks at the result, and those in which the rate rises from 0.
+LOOK, WARMUP = 10, 10
+# The accuracy that a model has to reach.
+TARGET = 0.98
+# One after the other, until one of them succeeds: networks without BatchNorm want a low rate.
+RATES = (1e-3, 2e-4)
+
+
+@dataclass
+class Overfit:
+    """How a model learned one image.
+
+    Attributes:
+        name: of the recipe, or encoder + decoder.
+        accuracy: share of the labelled pixels that are right, at the resolution of the labels.
+        steps: that it took, those of rates that failed left out.
+        rate: the learning rate.
+        loss: of the last step.
+        seconds: of everything.
+        sample: image, truth and prediction.
+    """
+
+    name: str
+    accuracy: float
+    steps: int
+    rate: float
+    loss: float
+    seconds: float
+    sample: Sample
+
+
+def overfit(
+    cfg: Config,
+    device: torch.device,
+    *,
+    name: str = "",
+    steps: int = 400,
+    target: float = TARGET,
+    side: int = 96,
+    progress: bool = True,
+) -> Overfit:
+    """Train a configured model on its first training image, until it knows it.
+
+    The image is taken as training would take it, but for chance: no flips, no crops, no jitter.
+    Labels have the resolution of the network's scores, as the published recipes have them.
+
+    Args:
+        cfg: a checked configuration; its data set must be there.
+        device: where to compute.
+        name: in the result.
+        steps: at most, for each learning rate that is tried.
+        target: accuracy to stop at.
+        side: short side of the image in pixels.
+        progress: show a bar.
+
+    Raises:
+        ValueError: the data or the model cannot be used.
+        FileNotFoundError: there is no such data.
+    """
+    began = time.monotonic()
+    best: Overfit | None = None
+    for rate in RATES:
+        seed_everything(cfg.TRAIN.seed)
+        module = ModelBuilder.from_config(cfg, inference=False).to(device)
+        batch = one_image(cfg, side, label_stride(module, cfg, side))
+        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+        taken, loss = _train(module, tensors, cfg, rate, steps, target, name, progress)
+        prediction = classes(module, tensors)
+        truth = batch["seg_label"][0].numpy()
+        found = Overfit(
+            name or f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}",
+            _accuracy(prediction, truth),
+            taken,
+            rate,
+            loss,
+            time.monotonic() - began,
+            _sample(name, batch, prediction),
+        )
+        if best is None or found.accuracy > best.accuracy:
+            best = found
+        if best.accuracy >= target:
+            break
+    assert best is not None
+    best.seconds = time.monotonic() - began
+    return best
+
+
+def one_image(cfg: Config, side: int, stride: int) -> dict[str, Any]:
+    """The batch of the first training image, without chance.
+
+    Args:
+        cfg: the configuration.
+        side: short side in pixels.
+        stride: image pixels per label pixel.
+    """
+    plain = cfg.clone()
+    plain.DATASET.imgSizes, plain.DATASET.crop_size = [side], []
+    plain.DATASET.random_flip, plain.DATASET.color_jitter = False, 0.0
+    plain.DATASET.padding_constant = math.lcm(plain.DATASET.padding_constant, stride)
+    plain.DATASET.segm_downsampling_rate = stride
+    split = build_split(plain.DATASET, "train")
+    data = TrainDataset(
+        plain.DATASET.root_dataset,
+        split.records[:1],
+        plain.DATASET,
+        seed=cfg.TRAIN.seed,
+        label_map=split.label_map,
+        normalized=False,
+    )
+    return data[0]
+
+
+@torch.no_grad()
+def label_stride(module: SegmentationModule, cfg: Config, side: int) -> int:
+    """Image pixels per pixel of the network's scores, 1 for those that give more."""
+    side = -(-side // 32) * 32
+    image = next(module.parameters()).new_zeros(1, cfg.MODEL.in_channels, side, side)
+    training = module.training
+    stride = side // module.eval().logits(image).shape[-1]
+    module.train(training)
+    return max(stride, 1)
+
+
+def _train(
+    module: SegmentationModule,
+    batch: dict[str, Tensor],
+    cfg: Config,
+    rate: float,
+    steps: int,
+    target: float,
+    name: str,
+    progress: bool,
+) -> tuple[int, float]:
+    """Steps taken, and the loss of the last."""
+    plain = cfg.clone()
+    plain.TRAIN.optim, plain.TRAIN.weight_decay, plain.TRAIN.beta1 = "AdamW", 0.0, 0.9
+    optimizer = build_optimizer(plain, module, rate)
+    truth = batch["seg_label"][0].cpu().numpy()
+    device = next(module.parameters()).device
+    with tqdm(range(1, steps + 1), desc=name, disable=not progress, leave=False) as bar:
+        for step in bar:
+            set_learning_rate(optimizer, rate * poly_factor(step, 2 * steps, 0.9, WARMUP))
+            module.train()
+            with autocast(device, cfg.TRAIN.precision):
+                loss, _ = module(dict(batch))
+            if not torch.isfinite(loss):
+                return step, loss.item()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 10.0)
+            optimizer.step()
+            if step % LOOK == 0:
+                accuracy = _accuracy(classes(module, batch), truth)
+                bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {100 * accuracy:.1f} %")
+                if accuracy >= target:
+                    break
+    return step, loss.item()
+
+
+@torch.no_grad()
+def classes(module: SegmentationModule, batch: dict[str, Tensor]) -> np.ndarray:
+    """What the model predicts of the image, (h, w) as the labels, in evaluation mode."""
+    size = (batch["seg_label"].shape[-2], batch["seg_label"].shape[-1])
+    inputs = {k: v for k, v in batch.items() if k != "seg_label"}
+    return module.eval()(inputs, segSize=size)[0].argmax(0).cpu().numpy()
+
+
+def _accuracy(prediction: np.ndarray, truth: np.ndarray) -> float:
+    return float((prediction == truth)[truth >= 0].mean())
+
+
+def _sample(name: str, batch: dict[str, Any], prediction: np.ndarray) -> Sample:
+    """Image, labels and prediction at the resolution of the image."""
+    image = batch["img_data"][0, :3].permute(1, 2, 0).numpy().astype(np.uint8)
+    truth = batch["seg_label"][0].numpy()
+    stride = image.shape[0] // truth.shape[0]
+    large = [x.repeat(stride, 0).repeat(stride, 1) for x in (truth, prediction)]
+    return Sample(name, image, *large)
+
+
+# ------------------------------------------------------------------------------ all models
+def every_model() -> list[tuple[str, str]]:
+    """Pairs in which every registered encoder and every registered decoder occurs."""
+    encoders, decoders = ENCODERS.first_names(), DECODERS.first_names()
+    light = ("resnet18dilated", "resnet18", "mobilenetv2dilated")
+    pairs = {_first_fit((name, d) for d in ("c1", *decoders)) for name in encoders}
+    pairs |= {_first_fit((e, name) for e in (*light, *encoders)) for name in decoders}
+    return sorted(pairs)
+
+
+def _first_fit(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    for pair in pairs:
+        try:
+            check_pair(*pair)
+            encoder = cast(type[Encoder], ENCODERS.get(pair[0]))
+            with torch.device("meta"):
+                ModelBuilder.build_decoder(
+                    pair[1], channels=encoder.channels, strides=encoder.strides, num_class=2
+                )
+        except ValueError:
+            continue
+        return pair
+    raise ValueError("a registered model fits no other")
+
+
+def scene_config(cfg: Config, encoder: str, decoder: str, data: Path) -> Config:
+    """A model on rendered scenes, with random weights."""
+    cfg = cfg.clone()
+    cfg.merge_from_list(
+        [
+            *("MODEL.arch_encoder", encoder, "MODEL.arch_decoder", decoder),
+            *("MODEL.fc_dim", str(cast(type[Encoder], ENCODERS.get(encoder)).channels[-1])),
+            *("MODEL.weights_encoder", "none", "MODEL.weights_decoder", "none"),
+            *("DATASET.root_dataset", str(data), "DATASET.num_class", str(len(streets.CLASSES))),
+            *("DATASET.list_train", str(data / "training.odgt")),
+            *("DATASET.classes", str(data / "classes.csv")),
+        ]
+    )
+    return cfg
+
+
+def run(
+    cfg: Config,
+    device: torch.device,
+    out: str | Path,
+    *,
+    every: bool = False,
+    only: str = "",
+    name: str = "",
+    steps: int = 400,
+    side: int = 96,
+) -> list[Overfit]:
+    """The command: one recipe, or every registered model on a rendered scene.
+
+    Writes `overfit.md`, `overfit.json` and `overfit.png` (image, truth, prediction, errors of each
+    model) to a folder.
+
+    Args:
+        cfg: the recipe; with `every`, what the models have in common.
+        device: where to compute.
+        out: the folder.
+        every: all registered models.
+        only: of them, those with this text in "encoder + decoder".
+        name: of the recipe.
+        steps, side: see `overfit`.
+
+    Raises:
+        ValueError: no model has such a name.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[Overfit] = []
+    if not every:
+        table = build_split(cfg.DATASET, "train").classes
+        found.append(overfit(cfg, device, name=name, steps=steps, side=side))
+        _write(found, table.names, table.colors, folder)
+        return found
+    pairs = [pair for pair in every_model() if only in " + ".join(pair)]
+    if not pairs:
+        raise ValueError(f"--only {only}: no encoder + decoder has this in its name")
+    with tempfile.TemporaryDirectory() as scenes:
+        data = streets.write(scenes, 1, 1, size=(96, 128))
+        names = [name for name, _ in streets.CLASSES]
+        colors = np.array([color for _, color in streets.CLASSES])
+        for encoder, decoder in pairs:
+            one = scene_config(cfg, encoder, decoder, data)
+            found.append(
+                overfit(one, device, name=f"{encoder} + {decoder}", steps=steps, side=side)
+            )
+            _write(found, names, colors, folder)
+            print(line(found[-1]), flush=True)
+    return found
+
+
+def line(one: Overfit) -> str:
+    """One model in one line."""
+    return (
+        f"{one.name}: {100 * one.accuracy:.2f} % after {one.steps} steps of rate {one.rate:g}, "
+        f"loss {one.loss:.3f}, {one.seconds:.0f} s"
+    )
+
+
+def _write(
+    found: Sequence[Overfit], names: Sequence[str], colors: np.ndarray, folder: Path
+) -> None:
+    rows = ["| model | accuracy | steps | learning rate | seconds |", "|---|---|---|---|---|"]
+    for one in found:
+        rows.append(
+            f"| {one.name} | {100 * one.accuracy:.2f} % | {one.steps} | {one.rate:g} | "
+            f"{one.seconds:.0f} |"
+        )
+    (folder / "overfit.md").write_text("\n".join(rows) + "\n", "utf-8")
+    keys = ("name", "accuracy", "steps", "rate", "loss", "seconds")
+    plain = [{key: getattr(one, key) for key in keys} for one in found]
+    (folder / "overfit.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
+    samples = [one.sample for one in found]
+    contact_sheet(samples, names, colors, folder / "overfit.png", title="One image each")
