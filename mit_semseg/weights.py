@@ -95,6 +95,100 @@ def _csail(file: str, paper: str) -> WeightSource:
     )
 
 
+@dataclass(frozen=True)
+class TorchvisionSource(WeightSource):
+    """Weights of torchvision, under its names (see `torchvision_encoder`, `torchvision_decoder`).
+
+    Attributes:
+        encoder: the backbone that takes them.
+        decoders: those that take the head; empty for ImageNet weights, whose head is not used.
+    """
+
+    encoder: str = ""
+    decoders: tuple[str, ...] = ()
+
+
+def _torchvision(
+    file: str, encoder: str, paper: str, decoders: tuple[str, ...] = ()
+) -> TorchvisionSource:
+    coco = "COCO train2017, images with the 20 classes of Pascal VOC; 21 classes with background"
+    return TorchvisionSource(
+        file=file,
+        urls=(f"https://download.pytorch.org/models/{file}",),
+        sha256=_digest_in_name(file),
+        licence="BSD-3-Clause (torchvision's; none is stated for the file itself)",
+        paper=paper,
+        data=coco if decoders else WeightSource.data,
+        encoder=encoder,
+        decoders=decoders,
+    )
+
+
+def _digest_in_name(name: str) -> str | None:
+    """`mobilenet_v2-b0353104.pth` -> `b0353104`, torch hub's convention."""
+    match = re.search(r"-([0-9a-f]{8,64})\.(pth|pt|bin)$", name)
+    return match[1] if match else None
+
+
+_RESNET = "He et al. 2016, arXiv:1512.03385"
+_VGG = "Simonyan & Zisserman 2015, arXiv:1409.1556"
+_DENSENET = "Huang et al. 2017, arXiv:1608.06993"
+_FCN = "Long et al. 2015, arXiv:1411.4038"
+_DEEPLAB = "Chen et al. 2017, arXiv:1706.05587"
+_FCN_HEADS = ("fcn_head", "fcn_head_deepsup")
+_DEEPLAB_HEADS = ("deeplabv3", "deeplabv3_deepsup")
+
+TORCHVISION: dict[str, TorchvisionSource] = {
+    "vgg16": _torchvision("vgg16-397923af.pth", "vgg16", _VGG),
+    "vgg16_bn": _torchvision("vgg16_bn-6c64b313.pth", "vgg16_bn", _VGG),
+    "resnet18": _torchvision("resnet18-f37072fd.pth", "torchvision_resnet18", _RESNET),
+    "resnet34": _torchvision("resnet34-b627a593.pth", "resnet34", _RESNET),
+    "resnet50": _torchvision("resnet50-0676ba61.pth", "torchvision_resnet50", _RESNET),
+    "resnet101": _torchvision("resnet101-63fe2227.pth", "torchvision_resnet101", _RESNET),
+    "resnet152": _torchvision("resnet152-394f9c45.pth", "resnet152", _RESNET),
+    "resnext50_32x4d": _torchvision(
+        "resnext50_32x4d-7cdf4587.pth", "resnext50", "Xie et al. 2017, arXiv:1611.05431"
+    ),
+    "densenet121": _torchvision("densenet121-a639ec97.pth", "densenet121", _DENSENET),
+    "densenet161": _torchvision("densenet161-8d451a50.pth", "densenet161", _DENSENET),
+    "densenet169": _torchvision("densenet169-b2777c0a.pth", "densenet169", _DENSENET),
+    "densenet201": _torchvision("densenet201-c1103571.pth", "densenet201", _DENSENET),
+    "mobilenet_v2": _torchvision(
+        "mobilenet_v2-b0353104.pth", "mobilenetv2", "Sandler et al. 2018, arXiv:1801.04381"
+    ),
+    "mobilenet_v3_large": _torchvision(
+        "mobilenet_v3_large-8738ca79.pth",
+        "mobilenetv3_large",
+        "Howard et al. 2019, arXiv:1905.02244",
+    ),
+    "fcn_resnet50": _torchvision(
+        "fcn_resnet50_coco-1167a1af.pth", "torchvision_resnet50", _FCN, _FCN_HEADS
+    ),
+    "fcn_resnet101": _torchvision(
+        "fcn_resnet101_coco-7ecb50ca.pth", "torchvision_resnet101", _FCN, _FCN_HEADS
+    ),
+    "deeplabv3_resnet50": _torchvision(
+        "deeplabv3_resnet50_coco-cd0a2569.pth", "torchvision_resnet50", _DEEPLAB, _DEEPLAB_HEADS
+    ),
+    "deeplabv3_resnet101": _torchvision(
+        "deeplabv3_resnet101_coco-586e9e4e.pth", "torchvision_resnet101", _DEEPLAB, _DEEPLAB_HEADS
+    ),
+    "deeplabv3_mobilenet_v3_large": _torchvision(
+        "deeplabv3_mobilenet_v3_large-fc3c493d.pth",
+        "mobilenetv3_large",
+        _DEEPLAB,
+        ("deeplabv3_wide_deepsup",),
+    ),
+}
+"""Torchvision's weights by its names, the first of each: `MODEL.weights_encoder torchvision:NAME`.
+
+Those of a segmentation model are for encoder and decoder both, and the encoder has output stride 8
+(`torchvision_resnet50dilated`) or, for MobileNetV3, 16 (`mobilenetv3_large_dilated16`). Its 21
+classes are those of Pascal VOC in their order, as in the class table of data format voc2012: 0 is
+background, then come aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow,
+diningtable, dog, horse, motorbike, person, pottedplant, sheep, sofa, train and, 20, tvmonitor.
+"""
+
 WEIGHTS: dict[str, WeightSource] = {
     "resnet18": _csail("resnet18-imagenet.pth", "He et al. 2016, arXiv:1512.03385"),
     "resnet50": _csail("resnet50-imagenet.pth", "He et al. 2016, arXiv:1512.03385"),
@@ -102,8 +196,21 @@ WEIGHTS: dict[str, WeightSource] = {
     "resnext101": _csail("resnext101-imagenet.pth", "Xie et al. 2017, arXiv:1611.05431"),
     "mobilenetv2": _csail("mobilenet_v2.pth.tar", "Sandler et al. 2018, arXiv:1801.04381"),
     "hrnetv2": _csail("hrnetv2_w48-imagenet.pth", "Wang et al. 2020, arXiv:1908.07919"),
+    "drn_c_26": WeightSource(
+        file="drn_c_26-ddedf421.pth",
+        urls=("http://dl.yf.io/drn/drn_c_26-ddedf421.pth",),
+        sha256="ddedf421",
+        licence="BSD-3-Clause (the published code's; none is stated for the file itself)",
+        paper="Yu et al. 2017, arXiv:1705.09914",
+    ),
 }
-"""Published ImageNet weights by backbone; dilation does not change the weights."""
+"""Published ImageNet weights by backbone; dilation does not change the weights.
+
+Where the published toolkit has none, they are torchvision's.
+"""
+for _source in TORCHVISION.values():
+    if not _source.decoders:
+        WEIGHTS.setdefault(_source.encoder, _source)
 
 
 def _backbone(arch: str) -> str:
@@ -170,12 +277,6 @@ def resolve(source: str | Path) -> Path:
     if isinstance(source, str) and _backbone(text) in WEIGHTS:
         return _fetch_imagenet(text)
     raise FileNotFoundError(_not_found(path))
-
-
-def _digest_in_name(name: str) -> str | None:
-    """`mobilenet_v2-b0353104.pth` -> `b0353104`, torch hub's convention."""
-    match = re.search(r"-([0-9a-f]{8,64})\.(pth|pt|bin)$", name)
-    return match[1] if match else None
 
 
 def _not_found(path: Path) -> str:
@@ -465,8 +566,9 @@ def load_encoder(
         encoder: takes the weights.
         arch: its name, e.g. "resnet50dilated".
         weights: "" for the published ImageNet weights of `arch` (downloaded once), "none" for
-            random ones, "torchvision:mobilenet_v2", "tfslim:PATH" (MobileNetV2 trained by
-            TF-slim, under torchvision's names), else a path or url.
+            random ones, "torchvision:NAME" (see `TORCHVISION`), "torchvision:PATH" or
+            "torchvision:URL" for a file under torchvision's names, "tfslim:PATH" (MobileNetV2
+            trained by TF-slim, likewise), else a path or url.
         mean: what the input is shifted by, RGB in [0, 1]; only "tfslim:" depends on it.
         std: what the input is divided by; only "tfslim:" depends on it.
 
@@ -481,31 +583,56 @@ def load_encoder(
     text = str(weights)
     if text.lower() == "none":
         return None
-    if text == "":
-        return load_into(encoder, _fetch_imagenet(arch), what="encoder")
     kind, _, rest = text.partition(":")
     if kind == "torchvision":
-        path = _torchvision_file(arch, rest)
-        state = rename_torchvision_mobilenet(read_state_dict(path))
-        return load_into(encoder, state, what="encoder", file=f"{path} (torchvision)")
+        return _load_torchvision(encoder, _torchvision_file(rest, encoder=arch))
     if kind == "tfslim":
         _only_mobilenet(arch, text)
         path = resolve(rest)
         state = convert_tfslim_mobilenet(read_state_dict(path), mean=mean, std=std)
         return load_into(encoder, state, what="encoder", file=f"{path} (TF-slim)")
-    return load_into(encoder, resolve(text), what="encoder")
+    path = resolve(text) if text else _fetch_imagenet(arch)
+    source = WEIGHTS.get(_backbone(text or arch))
+    if isinstance(source, TorchvisionSource) and path.name == source.file:
+        return _load_torchvision(encoder, path)
+    return load_into(encoder, path, what="encoder")
+
+
+def _load_torchvision(encoder: nn.Module, path: Path) -> LoadReport:
+    state = torchvision_encoder(read_state_dict(path))
+    return load_into(encoder, state, what="encoder", file=f"{path} (torchvision)")
 
 
 def load_decoder(decoder: nn.Module, arch: str, weights: str | Path) -> LoadReport | None:
-    """Initialises a decoder: "" or "none" leaves it random, else a path or url.
+    """Initialises a decoder.
+
+    Args:
+        decoder: takes the weights.
+        arch: its name, e.g. "ppm_deepsup".
+        weights: "" or "none" leaves it random; "torchvision:NAME" takes the head of a segmentation
+            model in `TORCHVISION`, "torchvision:PATH" or "torchvision:URL" that in a file of one;
+            else a path or url.
 
     Returns:
         The report, or None for random weights.
+
+    Raises:
+        ValueError: the weights do not belong to this decoder.
+        FileNotFoundError: the path does not exist.
+        DownloadError: the file could not be downloaded.
     """
     text = str(weights)
     if text.lower() in ("", "none"):
         return None
-    return load_into(decoder, resolve(text), what=f"decoder {arch}")
+    what = f"decoder {arch}"
+    kind, _, rest = text.partition(":")
+    if kind == "torchvision":
+        path = _torchvision_file(rest, decoder=arch)
+        file = f"{path} (torchvision)"
+        return load_into(
+            decoder, torchvision_decoder(read_state_dict(path), file), what=what, file=file
+        )
+    return load_into(decoder, resolve(text), what=what)
 
 
 def _fetch_imagenet(arch: str) -> Path:
@@ -521,6 +648,91 @@ def _fetch_imagenet(arch: str) -> Path:
         ) from e
 
 
+# ---------------------------------------------------------------------------- torchvision's names
+def _torchvision_file(name: str, *, encoder: str = "", decoder: str = "") -> Path:
+    """The file behind "torchvision:NAME", which must hold weights of this encoder or decoder."""
+    if _is_url(name) or Path(name).expanduser().exists():
+        return resolve(name)
+    if name not in TORCHVISION:
+        raise ValueError(
+            f"unknown weights 'torchvision:{name}' (known: {', '.join(sorted(TORCHVISION))}; "
+            f"a file of them as 'torchvision:PATH'){closest(name, list(TORCHVISION))}"
+        )
+    source = TORCHVISION[name]
+    if encoder and _backbone(encoder) != source.encoder:
+        raise ValueError(
+            f"'torchvision:{name}' cannot initialise encoder {encoder!r}: "
+            f"{_other_stem(name, encoder)}set MODEL.arch_encoder to {source.encoder} or a dilated "
+            f"form of it"
+        )
+    if decoder and decoder not in source.decoders:
+        fix = "MODEL.weights_decoder to 'none': it holds ImageNet weights"
+        if source.decoders:
+            fix = f"MODEL.arch_decoder to {' or '.join(source.decoders)}"
+        raise ValueError(f"'torchvision:{name}' cannot initialise decoder {decoder!r}: set {fix}")
+    return fetch(
+        _mirrored(source.file, source.urls), cache_dir() / source.file, sha256=source.sha256
+    )
+
+
+def _other_stem(name: str, encoder: str) -> str:
+    """Why two ResNets that have nearly the same name are not the same."""
+    deep = ("resnet18", "resnet50", "resnet101", "resnext101")
+    if not name.startswith("res") or _backbone(encoder) not in deep:
+        return ""
+    return "torchvision's ResNets begin with one 7x7 convolution, this one with three 3x3; "
+
+
+def torchvision_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a torchvision model, under the names that the encoders here have.
+
+    Args:
+        state: of a classification model, or of a segmentation model with a backbone.
+
+    Returns:
+        New mapping, without classifiers; a model under other names comes back as it is.
+    """
+    if any(key.startswith("backbone.") for key in state):
+        state = {k.removeprefix("backbone."): v for k, v in state.items() if "classifier" not in k}
+        if "0.0.weight" in state:  # MobileNetV3, whose blocks are numbered in `features`
+            state = {f"features.{k}": v for k, v in state.items()}
+    if "features.1.conv.0.0.weight" in state:
+        return rename_torchvision_mobilenet(state)
+    # The published DenseNets are older than their module names: denselayer1.norm.1 is norm1 now.
+    dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+    heads = ("classifier.", "fc.")
+    return {dotted.sub(r"\1\2.", k): v for k, v in state.items() if not k.startswith(heads)}
+
+
+def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") -> dict[str, Tensor]:
+    """The heads of torchvision's FCN or DeepLabv3, under the names of `fcn_head*`, `deeplabv3*`.
+
+    Args:
+        state: of the whole segmentation model.
+        file: to name in the error.
+
+    Raises:
+        ValueError: there is no such head.
+    """
+    names = {"classifier.0": "cbr.0", "classifier.1": "cbr.1"}
+    if "classifier.0.project.0.weight" in state:
+        names = {"classifier.0": "aspp", "classifier.1": "cbr.0", "classifier.2": "cbr.1"}
+    names |= {
+        "classifier.4": "conv_last",
+        "aux_classifier.0": "cbr_deepsup.0",
+        "aux_classifier.1": "cbr_deepsup.1",
+        "aux_classifier.4": "conv_last_deepsup",
+    }
+    renamed = {}
+    for key, value in state.items():
+        head, layer, *rest = key.split(".")
+        if (old := f"{head}.{layer}") in names:
+            renamed[".".join([names[old], *rest])] = value
+    if "conv_last.weight" not in renamed:
+        raise ValueError(f"{file} holds no head of torchvision's FCN or DeepLabv3")
+    return renamed
+
+
 # ------------------------------------------------------------------- MobileNetV2 from elsewhere
 def _only_mobilenet(arch: str, weights: str) -> None:
     if _backbone(arch) != "mobilenetv2":
@@ -528,28 +740,6 @@ def _only_mobilenet(arch: str, weights: str) -> None:
             f"{weights!r} holds a MobileNetV2 and cannot initialise encoder {arch!r}; use it "
             f"with mobilenetv2dilated"
         )
-
-
-def _torchvision_file(arch: str, name: str) -> Path:
-    if name.startswith(("resnet", "resnext", "wide_resnet")):
-        raise ValueError(
-            f"'torchvision:{name}' cannot initialise encoder {arch!r}: torchvision's ResNets "
-            f"begin with one 7x7 convolution, these with three 3x3; use '' for ImageNet weights"
-        )
-    _only_mobilenet(arch, f"torchvision:{name}")
-    if name != "mobilenet_v2":
-        if _is_url(name) or Path(name).expanduser().exists():
-            return resolve(name)
-        raise ValueError(
-            f"unknown weights 'torchvision:{name}': use 'torchvision:mobilenet_v2', or a file of "
-            f"it as 'torchvision:PATH'"
-        )
-    # Only here: torchvision's model zoo takes a while to import.
-    from torchvision.models import MobileNet_V2_Weights
-
-    url = MobileNet_V2_Weights.IMAGENET1K_V1.url
-    file = url.rsplit("/", 1)[-1]
-    return fetch(_mirrored(file, [url]), cache_dir() / file, sha256=_digest_in_name(file))
 
 
 def rename_torchvision_mobilenet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -460,10 +460,11 @@ def _mirror() -> str:
 @pytest.mark.parametrize(
     ("arch", "name", "reason"),
     [
-        ("resnet50dilated", "torchvision:resnet50", "7x7"),
-        ("resnet50dilated", "torchvision:mobilenet_v2", "mobilenetv2dilated"),
+        ("resnet50dilated", "torchvision:resnet50", "7x7.*set .*_encoder to torchvision_resnet50"),
+        ("resnet50dilated", "torchvision:mobilenet_v2", "'resnet50dilated': set .* to mobilenetv2"),
+        ("torchvision_resnet50", "torchvision:resnet34", "set MODEL.arch_encoder to resnet34"),
         ("resnet18", "tfslim:x.pth", "mobilenetv2dilated"),
-        ("mobilenetv2dilated", "torchvision:mobilenet_v3", "torchvision:mobilenet_v2"),
+        ("mobilenetv2dilated", "torchvision:mobilenet_v3", "did you mean 'mobilenet_v2'"),
     ],
 )
 def test_weights_of_another_architecture_are_refused(arch: str, name: str, reason: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ class ASPP(nn.Module):
         """
         super().__init__()
         dilated = [conv_bn_relu(n_in, width) for _ in rates]
-        for (conv, *_), rate in zip(dilated, rates, strict=True):
+        for branch, rate in zip(dilated, rates, strict=True):
+            conv = cast(nn.Conv2d, branch[0])
             conv.dilation = conv.padding = (rate, rate)
         image = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),

@@ -1,6 +1,8 @@
-"""MobileNetV3-Large with its last 1x1 convolution, at output stride 16: torchvision's backbone."""
+"""MobileNetV3-Large with its last 1x1 convolution, at output stride 32 or 16."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -8,24 +10,24 @@ from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.depthwise import DepthwiseConv2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
 
-# Kernel, hidden channels, output channels, squeeze-and-excitation, hard swish, stride, dilation:
-# table 1 of the paper, where the last three blocks have stride 32.
+# Kernel, hidden channels, output channels, squeeze-and-excitation, hard swish, stride: table 1 of
+# the paper. From block 12 on the stride is 32.
 BLOCKS = (
-    (3, 16, 16, False, False, 1, 1),
-    (3, 64, 24, False, False, 2, 1),
-    (3, 72, 24, False, False, 1, 1),
-    (5, 72, 40, True, False, 2, 1),
-    (5, 120, 40, True, False, 1, 1),
-    (5, 120, 40, True, False, 1, 1),
-    (3, 240, 80, False, True, 2, 1),
-    (3, 200, 80, False, True, 1, 1),
-    (3, 184, 80, False, True, 1, 1),
-    (3, 184, 80, False, True, 1, 1),
-    (3, 480, 112, True, True, 1, 1),
-    (3, 672, 112, True, True, 1, 1),
-    (5, 672, 160, True, True, 1, 2),
-    (5, 960, 160, True, True, 1, 2),
-    (5, 960, 160, True, True, 1, 2),
+    (3, 16, 16, False, False, 1),
+    (3, 64, 24, False, False, 2),
+    (3, 72, 24, False, False, 1),
+    (5, 72, 40, True, False, 2),
+    (5, 120, 40, True, False, 1),
+    (5, 120, 40, True, False, 1),
+    (3, 240, 80, False, True, 2),
+    (3, 200, 80, False, True, 1),
+    (3, 184, 80, False, True, 1),
+    (3, 184, 80, False, True, 1),
+    (3, 480, 112, True, True, 1),
+    (3, 672, 112, True, True, 1),
+    (5, 672, 160, True, True, 2),
+    (5, 960, 160, True, True, 1),
+    (5, 960, 160, True, True, 1),
 )
 
 
@@ -75,7 +77,7 @@ class InvertedResidual(nn.Module):
         excite: bool,
         swish: bool,
         stride: int,
-        dilation: int,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         relu = nn.Hardswish() if swish else nn.ReLU(inplace=True)
@@ -92,30 +94,33 @@ class InvertedResidual(nn.Module):
         return x + self.block(x) if self.residual else self.block(x)
 
 
-@ENCODERS.register("mobilenetv3_large_dilated16")
-class MobileNetV3LargeDilated16(Encoder):
-    """MobileNetV3-Large (width 1.0) at output stride 16, under torchvision's names.
+@ENCODERS.register("mobilenetv3_large")
+class MobileNetV3Large(Encoder):
+    """MobileNetV3-Large (width 1.0) at output stride 32, under torchvision's names.
 
-    Paper: Howard et al. 2019, arXiv:1905.02244, table 1 and sec. 6.4, without what follows the last
-    1x1 convolution. Deviations, all torchvision's: dilated by 2 in place of the last stride, also
-    in the block that had it; no layer is halved in width.
+    Paper: Howard et al. 2019, arXiv:1905.02244, table 1, without what follows the last 1x1
+    convolution. BatchNorm adds 1e-3 to the variance, and its statistics have momentum 0.01.
 
     Emitted are the last map of stride 4, the first of stride 8, which torchvision's auxiliary head
-    reads, and the deepest. Squeeze-and-excitation sees the tile only when an image is computed in
-    tiles.
+    reads, and the deepest. Squeeze-and-excitation averages over what it sees: where an image is
+    computed in tiles, over the tile.
     """
 
     channels = (24, 40, 960)
-    strides = (4, 8, 16)
+    strides: ClassVar[tuple[int, ...]] = (4, 8, 32)
     taps = (3, 4, 16)  # indices into `features` of what is emitted
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = [conv_bn(3, 16, 3, nn.Hardswish(), stride=2)]
         n_in = 16
-        for block in BLOCKS:
-            layers.append(InvertedResidual(n_in, *block))
-            n_in = block[2]
+        for i, (kernel, hidden, n_out, excite, swish, stride) in enumerate(BLOCKS):
+            dilation = 32 // self.strides[-1] if i >= 12 else 1
+            stride = stride if dilation == 1 else 1
+            layers.append(
+                InvertedResidual(n_in, kernel, hidden, n_out, excite, swish, stride, dilation)
+            )
+            n_in = n_out
         layers.append(conv_bn(n_in, self.channels[-1], 1, nn.Hardswish()))
         self.features = nn.Sequential(*layers)
         init_weights(self)
@@ -127,3 +132,14 @@ class MobileNetV3LargeDilated16(Encoder):
             if i in self.taps:
                 maps.append(x)
         return maps
+
+
+@ENCODERS.register("mobilenetv3_large_dilated16")
+class MobileNetV3LargeDilated16(MobileNetV3Large):
+    """MobileNetV3-Large at output stride 16.
+
+    The block that had the stride is dilated by 2, as those after it, in torchvision's way. Unlike
+    in sec. 6.4 of the paper no layer is halved in width.
+    """
+
+    strides = (4, 8, 16)

@@ -2,7 +2,7 @@
 
 ResNet18, 50 and 101 have the stem of three 3x3 convolutions that their published weights were
 trained with. Of ResNet34 and 152 only torchvision publishes weights, and they have its stem, the
-paper's one 7x7 convolution; so have `torchvision_resnet50` and `torchvision_resnet101`.
+paper's one 7x7 convolution; so have `torchvision_resnet18`, `_resnet50` and `_resnet101`.
 """
 
 from __future__ import annotations
@@ -258,6 +258,28 @@ class ResNet152Dilated8(ResNet152):
 @ENCODERS.register("resnet152_dilated16")
 class ResNet152Dilated16(ResNet152):
     """ResNet152 at output stride 16."""
+
+    strides = (4, 8, 16, 16)
+
+
+@ENCODERS.register("torchvision_resnet18")
+class TorchvisionResNet18(PlainStemResNet):
+    """Torchvision's ResNet18 at output stride 32."""
+
+    block, depths = BasicBlock, (2, 2, 2, 2)
+    channels = (64, 128, 256, 512)
+
+
+@ENCODERS.register("torchvision_resnet18dilated", "torchvision_resnet18_dilated8")
+class TorchvisionResNet18Dilated8(TorchvisionResNet18):
+    """Torchvision's ResNet18 at output stride 8."""
+
+    strides = (4, 8, 8, 8)
+
+
+@ENCODERS.register("torchvision_resnet18_dilated16")
+class TorchvisionResNet18Dilated16(TorchvisionResNet18):
+    """Torchvision's ResNet18 at output stride 16."""
 
     strides = (4, 8, 16, 16)
 
