@@ -157,6 +157,9 @@ _C.VAL.precision = "fp32"
 _C.VAL.compile = False
 # Add horizontally flipped copies to every scale.
 _C.VAL.flip = False
+# Count the boundary F-score too: how well the outlines of the classes are met, within 0.75 % of the
+# image's diagonal. It takes time.
+_C.VAL.boundary = False
 # auto | off | side in pixels: images larger than this at network scale are computed in overlapping
 # tiles, whose scores are blended; auto does so above 4 million pixels.
 _C.VAL.tile = "auto"

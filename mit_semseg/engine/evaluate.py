@@ -1,5 +1,7 @@
 """Evaluation: one confusion matrix per process, merged by addition; bad files are left out.
 
+With `VAL.boundary` there is a sum of boundary F-scores beside it, merged in the same way.
+
 On the CPU every image is computed by a single thread, several images side by side: convolutions
 round differently with every number of threads, and the figures must depend on neither the number
 of processes nor the cores they have.
@@ -15,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -35,7 +37,7 @@ from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast, cpu_count, local_ranks
 from mit_semseg.engine.pool import in_threads, run_here, run_pool
 from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
-from mit_semseg.metrics import ConfusionMatrix
+from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.inference import inference_copy
 from mit_semseg.visualize import class_bars, color_encode
@@ -66,17 +68,30 @@ class Evaluation:
         bad: number in the list -> (image, error) of those that could not.
         seconds: that the network took.
         processes: that took part.
+        boundary: boundary F-scores of the same images, where they were asked for.
     """
 
     matrix: ConfusionMatrix
     bad: dict[int, tuple[str, str]] = field(default_factory=dict)
     seconds: float = 0.0
     processes: int = 1
+    boundary: BoundaryScore | None = None
 
     @property
     def failed(self) -> list[tuple[str, str]]:
         """(image, error) of the images that were left out, in the order of the list."""
         return [self.bad[index] for index in sorted(self.bad)]
+
+    def counts(self) -> list[Tensor]:
+        """All that is merged by addition, as int64 tensors; writing to them changes the counts."""
+        sums = [self.boundary.sums, self.boundary.images] if self.boundary else []
+        return [self.matrix.matrix, *sums]
+
+    def empty(self) -> Evaluation:
+        """One of no images, that counts what this one does."""
+        num_class = self.matrix.num_class
+        boundary = BoundaryScore(num_class, self.boundary.tolerance) if self.boundary else None
+        return Evaluation(ConfusionMatrix(num_class), processes=0, boundary=boundary)
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(
@@ -84,6 +99,7 @@ class Evaluation:
             {**self.bad, **other.bad},
             self.seconds + other.seconds,
             self.processes + other.processes,
+            self.boundary + other.boundary if self.boundary and other.boundary else None,
         )
 
 
@@ -125,8 +141,9 @@ def evaluate(
         checkpoint: instead of `VAL.checkpoint`.
         model: evaluate this one, in this process on the first device, instead of a checkpoint.
         progress: show a bar.
-        out_dir: folder of `eval.json`, `eval.csv`, `class_iou.png` and, with `VAL.visualize`,
-            `pictures/`; default `result_eval` in `cfg.DIR`.
+        out_dir: folder of `eval.json`, `eval.csv`, `class_iou.png`, `class_dice.png`,
+            `class_boundary_f.png` with `VAL.boundary`, and, with `VAL.visualize`, `pictures/`;
+            default `result_eval` in `cfg.DIR`.
         rank, world: place in torchrun's process group (`launch.rank_devices`). Each rank scores its
             share of the images on its devices; rank 0 alone prints and writes.
 
@@ -171,7 +188,7 @@ def evaluate(
         if model is not None:
             data = val_dataset(cfg)
             gallery = _Gallery(data, pictures, classes.colors) if pictures else None
-            scorer = _Scorer(model, data, cfg, devices[0], gallery)
+            scorer = _Scorer(model, data, cfg, devices[0], gallery, cfg.VAL.boundary)
             work = partial(scorer.run, _lanes(devices[:1]))
             parts = [run_here(work, chunks, on_result)]
         elif len(places) == 1:
@@ -213,7 +230,7 @@ def evaluate(
         "processes": whole.processes,
         "seconds": time.perf_counter() - started,
         "seconds_per_image": whole.seconds / (count - len(whole.bad)),
-        **summarize(whole.matrix, classes),
+        **summarize(whole.matrix, classes, whole.boundary),
     }
     if rank == 0:
         print(format_report(result))
@@ -275,15 +292,17 @@ def merged(evaluation: Evaluation, device: torch.device) -> Evaluation:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return evaluation
-    total = ConfusionMatrix(evaluation.matrix.num_class)
-    counts = evaluation.matrix.matrix.to(device)
+    total = evaluation.empty()
+    counts = torch.cat([own.flatten() for own in evaluation.counts()]).to(device)
     dist.all_reduce(counts)
-    total.matrix = counts.cpu()
+    sizes = [sums.numel() for sums in total.counts()]
+    for sums, own in zip(total.counts(), counts.cpu().split(sizes), strict=True):
+        sums.copy_(own.view_as(sums))
     others: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(others, (evaluation.bad, evaluation.seconds, evaluation.processes))
     bad, seconds, processes = zip(*others)
     everyone = {index: failure for part in bad for index, failure in part.items()}
-    return Evaluation(total, everyone, sum(seconds), sum(processes))
+    return replace(total, bad=everyone, seconds=sum(seconds), processes=sum(processes))
 
 
 class _Progress:
@@ -340,7 +359,8 @@ def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[Scored, None, Evaluatio
     module = load_model(job.cfg, job.checkpoint)
     data = val_dataset(job.cfg)
     gallery = _Gallery(data, job.pictures, job.colors) if job.pictures else None
-    return (yield from _Scorer(module, data, job.cfg, job.device, gallery).run(job.lanes, tasks))
+    scorer = _Scorer(module, data, job.cfg, job.device, gallery, job.cfg.VAL.boundary)
+    return (yield from scorer.run(job.lanes, tasks))
 
 
 class _Scorer:
@@ -353,6 +373,7 @@ class _Scorer:
         cfg: Config,
         device: torch.device,
         gallery: _Gallery | None = None,
+        boundary: bool = False,
     ) -> None:
         # Without graphs: images come in all sizes, and from several threads.
         self.module = inference_copy(
@@ -365,12 +386,15 @@ class _Scorer:
         )
         self.dataset, self.cfg, self.device = dataset, cfg, device
         self.gallery = gallery
+        num_class = cfg.DATASET.num_class
+        scores = BoundaryScore(num_class) if boundary else None
+        self.nothing = Evaluation(ConfusionMatrix(num_class), processes=0, boundary=scores)
         # One forward pass at a time on a GPU, whose memory must hold it.
         self.turn = Lock() if device.type != "cpu" else nullcontext()
 
     def run(self, lanes: int, tasks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
         """Score chunks: yields what is to be told of each, returns the sum."""
-        total = Evaluation(ConfusionMatrix(self.cfg.DATASET.num_class))
+        total = replace(self.nothing.empty(), processes=1)
         threads = torch.get_num_threads()
         try:
             for chunk, scored in in_threads(
@@ -390,27 +414,30 @@ class _Scorer:
 
     def score(self, chunk: Chunk) -> Evaluation:
         """The evaluation of some images; those whose files cannot be used are left out."""
-        matrix = ConfusionMatrix(self.cfg.DATASET.num_class)
-        samples, bad = self._read(chunk)
+        part = self.nothing.empty()
+        samples, part.bad = self._read(chunk)
         labels = {i: sample["seg_label"] for i, sample in samples.items()}
         numbers = list(samples)
         sizes = [(labels[i].shape[1], labels[i].shape[2]) for i in numbers]
-        seconds = 0.0
         for positions, images in stacked([samples[i]["img_data"] for i in numbers], sizes):
             with self.turn:
                 started = time.perf_counter()
                 predicted = self._predict(images, sizes[positions[0]])
                 if self.device.type == "cuda":  # the call returns before the GPU is done
                     torch.cuda.synchronize(self.device)
-                seconds += time.perf_counter() - started
+                part.seconds += time.perf_counter() - started
             # Counted where it was computed: only the counts come back from a GPU.
             indices = [numbers[position] for position in positions]
             truth = torch.cat([labels[i] for i in indices]).to(self.device)
-            matrix.update(predicted, truth)
-            if self.gallery is not None:
-                for i, one in zip(indices, predicted.cpu(), strict=True):
+            part.matrix.update(predicted, truth)
+            if part.boundary is None and self.gallery is None:
+                continue
+            for i, one in zip(indices, predicted.cpu(), strict=True):
+                if part.boundary is not None:
+                    part.boundary.update(one, labels[i][0])
+                if self.gallery is not None:
                     self.gallery.add(i, samples[i], one)
-        return Evaluation(matrix, bad, seconds, processes=0)
+        return part
 
     def _read(self, chunk: Chunk) -> tuple[dict[int, dict[str, Any]], dict[int, tuple[str, str]]]:
         """Samples by their number in the list, and (image, error) of those that cannot be read."""
@@ -464,16 +491,20 @@ FIGURES = (
     "pixel_accuracy",
     "class_accuracy",
     "fw_iou",
+    "mean_dice",
 )
 
 
-def summarize(matrix: ConfusionMatrix, classes: ClassTable) -> dict[str, Any]:
+def summarize(
+    matrix: ConfusionMatrix, classes: ClassTable, boundary: BoundaryScore | None = None
+) -> dict[str, Any]:
     """The figures of a confusion matrix as plain numbers, and one dict per class.
 
     Returns:
-        `mean_iou`, `mean_iou_all_classes`, `pixel_accuracy`, `class_accuracy`, `fw_iou`; `pixels`,
-        the number of labelled ones; and `classes`, a list of `index`, `name`, `iou`, `accuracy`
-        (NaN where the class does not occur), `pixel_share` and `predicted_share`.
+        `mean_iou`, `mean_iou_all_classes`, `pixel_accuracy`, `class_accuracy`, `fw_iou`,
+        `mean_dice`; `pixels`, the number of labelled ones; and `classes`, a list of `index`,
+        `name`, `iou`, `dice`, `accuracy` (NaN where the class does not occur), `pixel_share` and
+        `predicted_share`. With `boundary` also `mean_boundary_f`, and `boundary_f` of each class.
     """
     figures = matrix.compute()
     labelled, predicted = matrix.matrix.sum(1), matrix.matrix.sum(0)
@@ -483,30 +514,48 @@ def summarize(matrix: ConfusionMatrix, classes: ClassTable) -> dict[str, Any]:
             "index": k,
             "name": name,
             "iou": float(figures["iou"][k]),
+            "dice": float(figures["dice"][k]),
             "accuracy": float(figures["recall"][k]),
             "pixel_share": int(labelled[k]) / total if total else math.nan,
             "predicted_share": int(predicted[k]) / total if total else math.nan,
         }
         for k, name in enumerate(classes.names)
     ]
+    outlines = {} if boundary is None else boundary.compute()
+    for row, score in zip(rows, outlines.pop("boundary_f", ())):
+        row["boundary_f"] = float(score)
     return {
         **{key: float(figures[key]) for key in FIGURES},
+        **outlines,
         "pixels": total,
         "classes": rows,
     }
+
+
+# Of the table of classes: key -> title, as wide as its column, and how a figure is written.
+COLUMNS = {
+    "iou": ("    IoU", ".4f"),
+    "dice": ("   Dice", ".4f"),
+    "boundary_f": ("boundary F", ".4f"),
+    "accuracy": ("accuracy", ".2%"),
+    "pixel_share": (" pixels", ".2%"),
+}
 
 
 def format_report(result: Mapping[str, Any]) -> str:
     """The per-class table and the summary, as text; figures without meaning read `n/a`."""
     rows = result["classes"]
     width = max(len("class"), *(len(row["name"]) for row in rows))
-    lines = [f"{'#':>4}  {'class':<{width}}  {'IoU':>7}  {'accuracy':>8}  {'pixels':>7}"]
+    columns = [key for key in COLUMNS if key in rows[0]]
+    titles = "".join(f"  {COLUMNS[key][0]}" for key in columns)
+    lines = [f"{'#':>4}  {'class':<{width}}{titles}"]
     for row in rows:
-        lines.append(
-            f"{row['index']:>4}  {row['name']:<{width}}  {_figure(row['iou'], '.4f'):>7}  "
-            f"{_figure(row['accuracy'], '.2%'):>8}  {_figure(row['pixel_share'], '.2%'):>7}"
-        )
+        cells = "".join(f"  {_cell(row[key], *COLUMNS[key])}" for key in columns)
+        lines.append(f"{row['index']:>4}  {row['name']:<{width}}{cells}")
     absent = sum(math.isnan(row["iou"]) for row in rows)
+    outlines = ""
+    if "mean_boundary_f" in result:
+        outlines = f", mean boundary F-score: {_figure(result['mean_boundary_f'], '.4f')}"
     lines += [
         "",
         "[Eval Summary]:",
@@ -516,6 +565,7 @@ def format_report(result: Mapping[str, Any]) -> str:
         f"(as published: the {absent} absent ones count as 0)",
         f"Class accuracy: {100 * result['class_accuracy']:.2f}%, "
         f"frequency-weighted IoU: {result['fw_iou']:.4f}",
+        f"Mean Dice: {result['mean_dice']:.4f}{outlines}",
         f"{result['images']} images, {result['pixels']} labelled pixels, scales "
         f"{', '.join(map(str, result['imgSizes']))}{', flipped too' if result['flip'] else ''}, "
         f"{result['seconds']:.1f} s in {result['processes']} "
@@ -533,8 +583,16 @@ def format_report(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _cell(value: float, title: str, spec: str) -> str:
+    return f"{_figure(value, spec):>{len(title)}}"
+
+
 def _figure(value: float, spec: str) -> str:
     return "n/a" if math.isnan(value) else format(value, spec)
+
+
+# Pictures: key -> what it is called.
+BARS = {"iou": "IoU", "dice": "Dice", "boundary_f": "Boundary F-score"}
 
 
 def _write(result: Mapping[str, Any], classes: ClassTable, out: Path) -> None:
@@ -544,8 +602,11 @@ def _write(result: Mapping[str, Any], classes: ClassTable, out: Path) -> None:
         writer.writeheader()
         # An empty cell is what spreadsheets and pandas read as "no value".
         writer.writerows(_without_nan(row, none="") for row in result["classes"])
-    ious = [row["iou"] for row in result["classes"]]
-    class_bars(classes.names, ious, classes.colors, out / "class_iou.png")
+    for key, title in BARS.items():
+        values = [row[key] for row in result["classes"] if key in row]
+        if values:
+            picture = out / f"class_{key}.png"
+            class_bars(classes.names, values, classes.colors, picture, title=f"{title} per class")
 
 
 def _without_nan(value: Any, none: Any = None) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
@@ -24,6 +25,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset
 from mit_semseg.engine.checkpoint import load_model
 from mit_semseg.engine.evaluate import (
+    Evaluation,
     Interrupted,
     evaluate,
     evaluate_model,
@@ -31,6 +33,7 @@ from mit_semseg.engine.evaluate import (
     merged,
     val_dataset,
 )
+from mit_semseg.metrics import BoundaryScore, ConfusionMatrix, boundary_f
 
 CPU = torch.device("cpu")
 NAMES = ("road", "sky", "car", "tree")  # tree occurs nowhere
@@ -109,10 +112,79 @@ def test_figures_are_those_of_a_plain_loop(
     assert float(rows[0]["iou"]) == pytest.approx(iou[0])
     assert Image.open(tmp_path / "out" / "class_iou.png").size[0] > 50
 
+    dice = [
+        2 * h / n if (n := labelled[k] + predicted[k]) else math.nan for k, h in enumerate(hits)
+    ]
+    assert [row["dice"] for row in result["classes"]] == pytest.approx(dice, nan_ok=True)
+    assert result["mean_dice"] == stored["mean_dice"] == pytest.approx(np.nanmean(dice))
+    assert float(rows[0]["dice"]) == pytest.approx(dice[0])
+    assert f"Mean Dice: {np.nanmean(dice):.4f}\n" in printed
+    assert Image.open(tmp_path / "out" / "class_dice.png").size[0] > 50
+    assert "boundary" not in printed and "mean_boundary_f" not in stored
+
+
+def test_outlines_are_scored_when_asked_for(
+    setup: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = setup.clone()
+    cfg.VAL.boundary = True
+    module, dataset = load_model(cfg, "best.pth"), val_dataset(cfg)
+    scores = []
+    for k in range(len(dataset)):
+        sample = dataset[k]
+        label = sample["seg_label"][0]
+        pred = module.predict(sample["img_data"], (label.shape[0], label.shape[1]))[0]
+        scores.append(boundary_f(pred, label, 4))
+    expected = np.nanmean(scores, axis=0)
+
+    results = []
+    for workers, batch_size in ((1, 1), (2, 1), (1, 2)):
+        cfg.VAL.batch_size = batch_size
+        out = tmp_path / f"{workers}{batch_size}"
+        results.append(evaluate(cfg, [CPU], workers, out_dir=out, progress=False))
+        stored = json.loads((out / "eval.json").read_text())
+        assert stored["mean_boundary_f"] == results[-1]["mean_boundary_f"]
+    first = results[0]
+    assert [row["boundary_f"] for row in first["classes"]] == pytest.approx(
+        expected.tolist(), nan_ok=True, abs=1e-9
+    )
+    assert first["mean_boundary_f"] == pytest.approx(np.nanmean(expected))
+    assert results[1]["mean_boundary_f"] == first["mean_boundary_f"], "whoever counts what"
+    assert results[2]["mean_boundary_f"] == pytest.approx(first["mean_boundary_f"], abs=0.02)
+    assert f", mean boundary F-score: {first['mean_boundary_f']:.4f}" in capsys.readouterr().out
+    assert (tmp_path / "11" / "class_boundary_f.png").is_file()
+    # Training validates without them: nobody would read them.
+    assert evaluate_model(module, dataset, cfg, CPU, progress=False).boundary is None
+
+
+def test_counts_of_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`merged` in a process group whose other rank has the same counts."""
+    part = Evaluation(ConfusionMatrix(2), {3: ("x", "y")}, 2.0, boundary=BoundaryScore(2))
+    part.matrix.update([0, 1, 1], [0, 0, 1])
+    assert part.boundary is not None
+    part.boundary.update(np.eye(8, dtype=int), np.eye(8, dtype=int))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda counts: counts.mul_(2))
+
+    def gather(into: list[Any], own: Any) -> None:
+        into[:] = [own, ({1: ("z", "y")}, 1.0, 1)]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    whole = merged(part, CPU)
+    assert whole.boundary is not None
+    assert whole.matrix.matrix.tolist() == [[2, 2], [0, 2]]
+    assert whole.boundary.images.tolist() == [2, 2] and whole.processes == 2
+    assert torch.equal(whole.boundary.sums, 2 * part.boundary.sums)
+    assert whole.failed == [("z", "y"), ("x", "y")] and whole.seconds == 3.0
+    assert part.matrix.matrix.tolist() == [[1, 1], [0, 1]]
+
 
 def test_class_that_occurs_nowhere_is_not_available() -> None:
     row = {"index": 0, "name": "road", "iou": 0.5, "accuracy": 0.25, "pixel_share": 1.0}
+    row["dice"] = 2 / 3
     none = {"index": 1, "name": "tree", "iou": math.nan, "accuracy": math.nan, "pixel_share": 0.0}
+    none["dice"] = math.nan
     text = format_report(
         {
             "mean_iou": 0.4126,
@@ -121,6 +193,7 @@ def test_class_that_occurs_nowhere_is_not_available() -> None:
             "mean_iou_all_classes": 0.2,
             "class_accuracy": 0.5,
             "fw_iou": 0.4,
+            "mean_dice": 0.6,
             "images": 1,
             "failed": [],
             "pixels": 7,
@@ -132,8 +205,9 @@ def test_class_that_occurs_nowhere_is_not_available() -> None:
         }
     )
     lines = text.splitlines()
-    assert lines[1].split() == ["0", "road", "0.5000", "25.00%", "100.00%"]
-    assert lines[2].split() == ["1", "tree", "n/a", "n/a", "0.00%"]
+    assert lines[1].split() == ["0", "road", "0.5000", "0.6667", "25.00%", "100.00%"]
+    assert lines[2].split() == ["1", "tree", "n/a", "n/a", "n/a", "0.00%"]
+    assert len({len(line) for line in lines[:3]}) == 1
     assert "Mean IoU: 0.4126, Accuracy: 79.73%, Inference Time: 0.0421s" in lines
 
 

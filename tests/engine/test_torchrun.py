@@ -360,7 +360,7 @@ def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]
         runs = {
             ranks: job_.run(
                 *("eval_multipro.py", "--gpus", "cpu", "--cfg", job_.config("ranks_2")),
-                *("--out", job_.root / f"scores_{ranks}"),
+                *("--out", job_.root / f"scores_{ranks}", "VAL.boundary", "True"),
                 ranks=ranks,
             )
             for ranks in (1, 2)
@@ -376,7 +376,9 @@ def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]
         assert stored.pop("processes") == ranks and stored["images"] == 5
         figures[ranks] = {k: v for k, v in stored.items() if "seconds" not in k}
         names = [path.name for path in (job_.root / f"scores_{ranks}").iterdir()]
-        assert sorted(names) == ["class_iou.png", "eval.csv", "eval.json"]
+        bars = [f"class_{figure}.png" for figure in ("boundary_f", "dice", "iou")]
+        assert sorted(names) == [*bars, "eval.csv", "eval.json"]
+        assert 0 <= stored["mean_boundary_f"] <= 1
     assert figures[1] == figures[2], "to the last digit"
     tables = [(job_.root / f"scores_{ranks}" / "eval.csv").read_bytes() for ranks in (1, 2)]
     assert tables[0] == tables[1]
