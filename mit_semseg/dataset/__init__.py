@@ -1,6 +1,19 @@
 """Data: from files to batches. Importing this package registers every format by its name."""
 
-from mit_semseg.dataset import ade20k, camvid, cityscapes, cocostuff, folder, voc2012
+from mit_semseg.dataset import (
+    ade20k,
+    camvid,
+    cityscapes,
+    coco,
+    coco_panoptic,
+    cocostuff,
+    folder,
+    lip,
+    sbu,
+    sunrgbd,
+    voc2012,
+    voc_aug,
+)
 from mit_semseg.dataset.base import (
     FORMATS,
     ClassTable,
@@ -33,11 +46,17 @@ __all__ = [
     "check_sample",
     "cityscapes",
     "class_table",
+    "coco",
+    "coco_panoptic",
     "cocostuff",
     "folder",
+    "lip",
     "load_image",
     "load_mask",
     "read_odgt",
+    "sbu",
     "scaled_inputs",
+    "sunrgbd",
     "voc2012",
+    "voc_aug",
 ]

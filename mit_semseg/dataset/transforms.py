@@ -6,7 +6,8 @@ Rules for files:
   looked up, CMYK is converted, alpha is dropped (as Pillow's `convert("RGB")` does, and as the
   published checkpoints were trained); 16-bit grey is divided by 257. EXIF orientation is applied.
 - **Masks** become (H, W) int32 stored values: grey levels, palette *indices*, 16- and 32-bit
-  integers, bits. A colour mask is refused unless its three channels are equal. A mask is turned
+  integers, bits; or, of a MATLAB file of the Semantic Boundaries Dataset (`.mat`), the classes in
+  it. A colour mask is refused unless its three channels are equal. A mask is turned
   only by its own EXIF orientation, never by its image's: if an image carries an orientation its
   mask was not drawn in, their sizes differ and the error says so.
 
@@ -279,6 +280,8 @@ def load_mask(path: PathLike) -> np.ndarray:
 def stored_values(path: PathLike) -> np.ndarray:
     """As `load_mask`, in the integer type the file has; it may be read-only."""
     name = os.fspath(path)
+    if name.endswith(".mat"):
+        return _boundaries_classes(path)
     with _open(path) as opened:
         if opened.format in _LOSSY:
             raise ValueError(
@@ -303,6 +306,24 @@ def stored_values(path: PathLike) -> np.ndarray:
             f"{name}: a mask of mode {image.mode} does not hold one class number a pixel; "
             "save it with one channel (mode L, P or 16-bit), translating its colours to classes"
         )
+
+
+def _boundaries_classes(path: PathLike) -> np.ndarray:
+    """The classes in a file of the Semantic Boundaries Dataset, (H, W) uint8."""
+    from scipy.io import loadmat  # slow to import, and hardly ever needed
+    from scipy.io.matlab import MatReadError
+
+    name = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{name}: no such file; check DATASET.root_dataset")
+    try:
+        values = loadmat(name)["GTcls"]["Segmentation"][0, 0]
+    except (*_UNREADABLE, MatReadError, LookupError, TypeError) as error:
+        reason = _reason(error, name)
+        raise ValueError(f"{name}: no mask of GTcls.Segmentation ({reason})") from error
+    if values.ndim != 2 or values.dtype != np.uint8:
+        raise ValueError(f"{name}: GTcls.Segmentation is {values.dtype} {values.shape}, no mask")
+    return np.ascontiguousarray(values)
 
 
 def load_depth(path: PathLike, scale: float | str) -> np.ndarray:

@@ -21,6 +21,14 @@ from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record
 
 BORDER = 255
+ARCHIVE = Archive(
+    (
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+    ),
+    sha256="e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
+    member="VOCdevkit/VOC2012",
+)
 
 
 @FORMATS.register("voc2012")
@@ -37,16 +45,7 @@ class Voc2012(DataFormat):
         home="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
         layout="ImageSets/Segmentation/*.txt JPEGImages/ SegmentationClass/",
         folder="VOC2012",
-        archives=(
-            Archive(
-                (
-                    "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-                    "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-                ),
-                sha256="e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
-                member="VOCdevkit/VOC2012",
-            ),
-        ),
+        archives=(ARCHIVE,),
     )
     num_class = 21
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mit_semseg.dataset import camvid, downloads, read_odgt
+from mit_semseg.dataset import camvid, downloads, read_odgt, voc_aug
 from mit_semseg.dataset.base import Archive, Source
 from mit_semseg.dataset.downloads import download, sources, unpack
 
@@ -149,10 +150,30 @@ def test_registration_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_every_source_is_complete() -> None:
-    assert sorted(sources()) == ["ade20k", "camvid", "cityscapes", "cocostuff", "voc2012"]
-    names = [
-        downloads._file_name(archive)
-        for source in sources().values()
-        for archive in source.archives
+    expected = ["ade20k", "camvid", "cityscapes", "coco", "coco_panoptic", "cocostuff", "lip"]
+    assert sorted(sources()) == [*expected, "sbu", "sunrgbd", "voc2012", "vocaug"]
+    for source in sources().values():
+        names = [downloads._file_name(archive) for archive in source.archives]
+        assert len(names) == len(set(names))  # they lie in one folder
+        assert all(name.endswith((".zip", ".tar", ".tgz", ".tar.gz")) for name in names)
+
+
+def test_vocaug_arrives_where_it_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voc = {f"VOCdevkit/VOC2012/ImageSets/Segmentation/{k}.txt": b"" for k in ("train", "val")}
+    sbd = {
+        f"benchmark_RELEASE/dataset/{k}": b"" for k in ("train.txt", "val.txt", "img/x", "cls/x")
+    }
+    urls = [
+        make_tar(tmp_path / f"{name}.tgz", files).as_uri()
+        for name, files in (("voc", voc), ("benchmark", sbd))
     ]
-    assert len(names) == len(set(names)) and all(n.endswith((".zip", ".tar")) for n in names)
+    source = voc_aug.VocAug.source
+    archives = [
+        replace(archive, urls=(url,), sha256=None) for archive, url in zip(source.archives, urls)
+    ]
+    monkeypatch.setattr(voc_aug.VocAug, "source", replace(source, archives=tuple(archives)))
+    monkeypatch.delenv("MIT_SEMSEG_OFFLINE", raising=False)
+    assert download("vocaug", tmp_path / "data", progress=False)
+    assert voc_aug.VocAug().records(tmp_path / "data", "train") == []

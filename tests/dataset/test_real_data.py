@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from mit_semseg.dataset import TrainDataset, ValDataset, build_split, check_sample, load_mask
+from mit_semseg.dataset import (
+    TrainDataset,
+    ValDataset,
+    build_split,
+    check_sample,
+    coco,
+    load_image,
+    load_mask,
+)
 from mit_semseg.dataset.base import load_pair
+from mit_semseg.dataset.coco_panoptic import CLASSES
+from mit_semseg.dataset.records import find_depth, is_depth
 from mit_semseg.dataset.tools import check
+from mit_semseg.dataset.transforms import load_depth
 
 
 def config(name: str, root: Path, num_class: int, **changes: Any) -> SimpleNamespace:
@@ -85,13 +99,67 @@ def test_cocostuff(real_data: Path) -> None:
     assert report["ok"] and report["records"] == 13 and report["num_class"] == 171
 
 
-def test_lip_as_folders_with_a_grey_image(real_data: Path) -> None:
-    folders = "val_images:val_segmentations"
-    cfg = config("folder", real_data / "lip_sample", 20, list_val=folders, label_offset=0)
-    split = build_split(cfg, "val")
+def test_lip_with_a_grey_image(real_data: Path) -> None:
+    split = build_split(config("lip", real_data / "lip_sample", 20), "val")
     image, ids = load_pair(split.records[0], "", split.label_map)
     assert image.shape == (377, 130, 3) and (image[..., 0] == image[..., 2]).all()
     assert set(np.unique(ids).tolist()) == {0, 1, 5, 9, 13, 15}
+
+
+def test_coco_panoptic(real_data: Path, tmp_path: Path) -> None:
+    sample = real_data / "coco_panoptic_sample"
+    root = tmp_path / "sample"
+    shutil.copytree(sample, root, copy_function=shutil.copyfile)
+    for folder in (root, *root.iterdir()):
+        if folder.is_dir():
+            folder.chmod(0o755)
+    split = build_split(config("coco_panoptic", root, 133, list_val="examples"), "val")
+    assert len(split.records) == 2 and check_sample(split) == []
+    content = json.loads((sample / "panoptic_examples.json").read_text())
+    names = {one["id"]: one["name"] for one in content["categories"]}
+    assert [names[category] for category in CLASSES] == list(split.classes.names)
+    colors = {one["name"]: one["color"] for one in content["categories"]}
+    assert [colors[name] for name in split.classes.names] == split.classes.colors.tolist()
+    for index, annotation in enumerate(content["annotations"]):
+        _, ids = load_pair(split.records[index], "", split.label_map)
+        areas: Counter[str] = Counter()
+        for one in annotation["segments_info"]:
+            areas[names[one["category_id"]]] += one["area"]
+        found = np.bincount(ids[ids >= 0], minlength=133)
+        assert {split.classes.names[k]: found[k] for k in np.flatnonzero(found)} == areas
+
+
+def test_coco_draws_what_the_panoptic_pictures_show(real_data: Path, tmp_path: Path) -> None:
+    """The same segments, as compressed run lengths and as colours: nothing overlaps."""
+    pytest.importorskip("pycocotools", reason="pip install pycocotools")
+    sample = real_data / "coco_panoptic_sample"
+    content = json.loads((sample / "panoptic_coco_detection_format.json").read_text())
+    picture = np.asarray(Image.open(sample / "panoptic_examples" / "000000142238.png"))
+    segments = json.loads((sample / "panoptic_examples.json").read_text())["annotations"][0]
+    numbers = picture.astype(int) @ [1, 256, 65536]
+    expected = np.zeros(numbers.shape, dtype=np.uint8)
+    for one in segments["segments_info"]:
+        stored = coco.IGNORED if one["iscrowd"] else CLASSES[one["category_id"]] + 1
+        expected[numbers == one["id"]] = stored
+    image = next(one for one in content["images"] if one["id"] == 142238)
+    objects = [one for one in content["annotations"] if one["image_id"] == 142238]
+    categories = {category: k + 1 for category, k in CLASSES.items()}
+    assert np.array_equal(coco.draw(image, objects, categories), expected)
+
+
+def test_sunrgbd_depth(real_data: Path) -> None:
+    """An office: all depth is between 1.4 and 2.6 m, and holes are filled with the like."""
+    frame = real_data / "sunrgbd_sample" / "img_0063"
+    depth = find_depth(frame / "image" / "img_0063.jpg")
+    assert depth == frame / "depth_bfx" / "img_0063_abs.png"
+    filled = load_depth(depth, "sunrgbd")
+    raw = load_depth(frame / "depth" / "img_0063_abs.png", "sunrgbd")
+    assert filled.shape == load_image(frame / "image" / "img_0063.jpg").shape[:2] == raw.shape
+    assert filled.min() > 1.4 and filled.max() < 2.6
+    assert 0.3 < np.mean(raw == 0) < 0.35 and raw.max() < 2.6
+    there = raw > 0
+    assert np.mean(np.abs(filled - raw)[there] < 0.02) > 0.95
+    assert is_depth(depth) and not is_depth(frame / "image" / "img_0063.jpg")
 
 
 def test_color_coded_masks_are_refused(real_data: Path) -> None:

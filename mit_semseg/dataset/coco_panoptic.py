@@ -1,0 +1,164 @@
+"""COCO 2017 panoptic: 80 things and 53 kinds of stuff, from its coloured PNGs and their json.
+
+Paper: Kirillov et al. 2019, arXiv:1801.00868. Licence: annotations CC BY 4.0; images from flickr,
+subject to its terms of use.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mit_semseg.dataset import coco
+from mit_semseg.dataset.base import (
+    FORMATS,
+    Archive,
+    ClassTable,
+    DataFormat,
+    LabelMap,
+    Source,
+    table_of,
+)
+from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record
+
+# Category ids in class order: the things, then stuff; similar kinds of stuff have been merged.
+STUFF = (
+    92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148,
+    149, 151, 154, 155, 156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181, 184, 185, 186,
+    187, 188, 189, 190, 191, 192, 193, 194, 195, 196, 197, 198, 199, 200,
+)  # fmt: skip
+CLASSES = {category: k for k, category in enumerate((*coco.ALL, *STUFF))}
+VOID = 255
+
+
+@FORMATS.register("coco_panoptic")
+class CocoPanoptic(DataFormat):
+    """`images/train2017`, `annotations/panoptic_train2017.json` and a folder or zip of that name.
+
+    The PNGs hold the number of a segment, red + 256 green + 65536 blue, and the json its category.
+    Crowds keep their class, which is known; 0 is void. Masks are drawn once, to
+    `semantic_masks/coco_panoptic` beside the data.
+    """
+
+    source = Source(
+        title="COCO 2017 panoptic (21 GB)",
+        licence="annotations: CC BY 4.0; images: flickr terms of use",
+        home="https://cocodataset.org/#download",
+        layout="images/{train,val}2017/*.jpg, annotations/panoptic_{train,val}2017.json and "
+        "annotations/panoptic_{train,val}2017/*.png (or that folder as .zip)",
+        folder="coco",
+        archives=(
+            *coco.IMAGES,
+            Archive(
+                (
+                    "http://images.cocodataset.org/annotations/"
+                    "panoptic_annotations_trainval2017.zip",
+                ),
+            ),
+        ),
+    )
+    num_class = len(CLASSES)
+
+    def records(self, root: Path, split: str) -> list[Record]:
+        year = coco.year_of(split)
+        images = coco.first_folder(root, [*coco.image_places(year), "input_images"], "COCO images")
+        masks = f"{FOLDER}/coco_panoptic/{year}"
+
+        def drawings() -> list[Drawing]:
+            beside = "" if (root / f"panoptic_{year}.json").is_file() else "annotations/"
+            content = coco.read_json(root, f"{beside}panoptic_{year}.json", "COCO panoptic")
+            pictures = _Pictures(root / f"{beside}panoptic_{year}")
+            segments = {one["image_id"]: one for one in content["annotations"]}
+            return [
+                Drawing(
+                    coco.coco_record(image, images, masks),
+                    partial(draw, pictures, segments[image["id"]]),
+                )
+                for image in content["images"]
+                if image["id"] in segments
+            ]
+
+        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO panoptic {year}")
+
+    def classes(self, options: DataOptions) -> ClassTable:
+        return table_of("coco_panoptic", options.num_class, "COCO panoptic")
+
+    def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
+        values = {k: k for k in range(options.num_class)} | {VOID: -1}
+        return LabelMap(values, options.num_class, " (COCO panoptic: 255 is void)")
+
+
+class _Pictures:
+    """Coloured PNGs, from a folder or from the zip that is shipped in its place.
+
+    Args:
+        folder: the folder; the zip has its name.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.archive: zipfile.ZipFile | None = None  # several threads may read of one
+        if folder.is_dir():
+            return
+        file = folder.with_name(f"{folder.name}.zip")
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{folder}: no such folder, nor {file.name}; check DATASET.root_dataset"
+            )
+        try:
+            self.archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{file}: a damaged archive ({error}); download it again") from error
+
+    def read(self, name: str) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        where: Path | io.BytesIO = self.folder / name
+        try:
+            if self.archive is not None:
+                where = io.BytesIO(self.archive.read(f"{self.folder.name}/{name}"))
+            with Image.open(where) as picture:
+                return np.asarray(picture.convert("RGB"))
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.folder / name}: cannot be read ({reason})") from error
+
+
+def draw(pictures: _Pictures, annotation: dict[str, Any]) -> np.ndarray:
+    """Class ids of one picture, (H, W) uint8, 255 where nothing is annotated.
+
+    Args:
+        pictures: where its colours are.
+        annotation: its entry in the json: `file_name`, and `segments_info` with `id` and
+            `category_id` of each segment.
+
+    Raises:
+        ValueError: it cannot be read, or holds a segment or category that is not known.
+    """
+    name = annotation["file_name"]
+    parts = pictures.read(name).astype(np.int64)
+    numbers, places = np.unique(parts @ np.array([1, 256, 65536]), return_inverse=True)
+    known = {one["id"]: one["category_id"] for one in annotation["segments_info"]}
+    values = np.full(len(numbers), VOID, dtype=np.uint8)
+    for k, number in enumerate(numbers.tolist()):
+        if number == 0:
+            continue
+        if known.get(number) not in CLASSES:
+            raise ValueError(
+                f"{pictures.folder / name}: segment {number} has "
+                f"{f'category {known[number]}' if number in known else 'no entry in the json'}; "
+                "picture and json do not belong together"
+            )
+        values[k] = CLASSES[known[number]]
+    return values[places.reshape(parts.shape[:2])]

@@ -1,0 +1,83 @@
+"""Masks that a data set does not ship as such: drawn once, and kept beside the data."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mit_semseg.dataset.records import Record, read_odgt, write_odgt
+
+# Folder below the data set's that masks are kept in.
+FOLDER = "semantic_masks"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A mask that is to be.
+
+    Attributes:
+        record: with `fpath_segm`, relative to the data set's folder.
+        draw: makes its stored values, (H, W) uint8.
+    """
+
+    record: Record
+    draw: Callable[[], np.ndarray]
+
+
+def drawn_once(
+    root: Path, listing: str, drawings: Callable[[], Sequence[Drawing]], title: str
+) -> list[Record]:
+    """Records whose masks are drawn by the first call, and found by later ones.
+
+    Every mask appears under its name when it is complete, and the list after all of them: an
+    interrupted call is continued by the next one, and several processes may call at once.
+
+    Args:
+        root: folder of the data set.
+        listing: list file below `root` that says that all masks are there.
+        drawings: what to draw; only asked when there is no such list.
+        title: of the progress bar.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = root / listing
+    if path.is_file():
+        return read_odgt(path)
+    todo = drawings()
+    try:
+        for folder in {(root / drawing.record["fpath_segm"]).parent for drawing in todo}:
+            folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            done = pool.map(lambda drawing: _draw(root, drawing), todo)
+            bar = tqdm(done, desc=f"{title} masks", total=len(todo), unit="img", disable=None)
+            records: Iterable[Record] = list(bar)
+        part = path.with_name(f"{uuid.uuid4().hex}.odgt")
+        write_odgt(part, records)
+        os.replace(part, path)
+    except PermissionError as error:
+        raise OSError(
+            f"{root}: its masks are drawn once and kept in {FOLDER}, but it cannot be written to "
+            f"({error.strerror}); call mit-semseg data check where it can, or use a copy"
+        ) from error
+    return read_odgt(path)
+
+
+def _draw(root: Path, drawing: Drawing) -> Record:
+    target = root / drawing.record["fpath_segm"]
+    if not target.is_file():
+        part = target.with_name(f"{uuid.uuid4().hex}.part")
+        try:
+            Image.fromarray(drawing.draw()).save(part, format="PNG")
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    return drawing.record

@@ -1,0 +1,61 @@
+"""LIP (Look into Person), single person: 19 parts of people and clothes, and background.
+
+Paper: Gong et al. 2017, arXiv:1703.05446. Licence: for non-commercial research and education; the
+data set's page asks to accept that before it shows the links, so there is nothing to download here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mit_semseg.dataset.base import (
+    FORMATS,
+    ClassTable,
+    DataFormat,
+    LabelMap,
+    Source,
+    first_layout,
+    table_of,
+)
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record, pair_folders
+
+UNLABELLED = 255
+
+
+@FORMATS.register("lip")
+class Lip(DataFormat):
+    """`train_images` beside `train_segmentations`; stored 0..19 are the classes.
+
+    Also inside the folders that the archives are named after, `TrainVal_images` and
+    `TrainVal_parsing_annotations`.
+    """
+
+    source = Source(
+        title="LIP, Look into Person (single person)",
+        licence="non-commercial research and education only",
+        home="http://sysu-hcp.net/lip/overview.php",
+        layout="{train,val}_images/*.jpg and {train,val}_segmentations/*.png "
+        "(TrainVal_images.zip and TrainVal_parsing_annotations.zip)",
+        folder="LIP",
+    )
+    num_class = 20
+
+    def records(self, root: Path, split: str) -> list[Record]:
+        images, labels = f"{split}_images", f"{split}_segmentations"
+        archive = "TrainVal_parsing_annotations"
+        candidates = [
+            (images, labels),
+            (f"TrainVal_images/{images}", f"{archive}/{labels}"),
+            (f"TrainVal_images/{images}", f"{archive}/{archive}/{labels}"),
+            (f"TrainVal_images/TrainVal_images/{images}", f"{archive}/{archive}/{labels}"),
+        ]
+        return pair_folders(root, *first_layout(root, candidates, "LIP"))
+
+    def classes(self, options: DataOptions) -> ClassTable:
+        return table_of("lip", options.num_class, "LIP")
+
+    def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
+        values = {k: k for k in range(options.num_class)} | {UNLABELLED: -1}
+        return LabelMap(values, options.num_class, " (LIP: 0..19 are classes)")

@@ -1,0 +1,61 @@
+"""SBU-shadow: where shadows are, in 4085 images to train on and 638 to test.
+
+Paper: Vicente et al. 2016, "Large-scale training of shadow detectors with noisily-annotated shadow
+examples". Licence: for non-commercial research, says the README in the archive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mit_semseg.dataset.base import (
+    FORMATS,
+    Archive,
+    ClassTable,
+    DataFormat,
+    LabelMap,
+    Source,
+    first_layout,
+    table_of,
+)
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record, pair_folders
+
+SHADOW = 255
+_FOLDERS = {"train": "SBUTrain4KRecoveredSmall", "val": "SBU-Test", "test": "SBU-Test"}
+
+
+@FORMATS.register("sbu")
+class Sbu(DataFormat):
+    """`<split>/ShadowImages` beside `<split>/ShadowMasks`; stored 0 is lit, 255 shadow."""
+
+    source = Source(
+        title="SBU-shadow (2.2 GB)",
+        licence="non-commercial research only",
+        home="https://www3.cs.stonybrook.edu/~cvl/projects/shadow_noisy_label/index.html",
+        layout="SBUTrain4KRecoveredSmall/{ShadowImages,ShadowMasks}/ and "
+        "SBU-Test/{ShadowImages,ShadowMasks}/",
+        folder="SBU-shadow",
+        archives=(
+            Archive(
+                ("https://www3.cs.stonybrook.edu/~cvl/content/datasets/shadow_db/SBU-shadow.zip",),
+                member="SBU-shadow",
+            ),
+        ),
+    )
+    num_class = 2
+
+    def records(self, root: Path, split: str) -> list[Record]:
+        folder = _FOLDERS.get(split, split)
+        candidates = [
+            (f"{base}{folder}/ShadowImages", f"{base}{folder}/ShadowMasks")
+            for base in ("", "SBU-shadow/")
+        ]
+        return pair_folders(root, *first_layout(root, candidates, "SBU-shadow"))
+
+    def classes(self, options: DataOptions) -> ClassTable:
+        return table_of("sbu", options.num_class, "SBU-shadow")
+
+    def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
+        return LabelMap({0: 0, SHADOW: 1}, options.num_class, " (SBU-shadow: 0 lit, 255 shadow)")

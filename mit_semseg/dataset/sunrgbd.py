@@ -1,0 +1,124 @@
+"""SUN RGB-D: 37 classes of rooms, from four kinds of depth cameras.
+
+Paper: Song et al. 2015, "SUN RGB-D: A RGB-D Scene Understanding Benchmark Suite". Licence: its page
+states none but asks to cite the paper; some images are of NYU Depth v2, Berkeley B3DO and SUN3D,
+whose terms hold for them.
+
+Its own labels are in one MATLAB file of HDF5 (`SUNRGBDtoolbox/Metadata/SUNRGBD2Dseg.mat`), which
+takes much memory to read. Read here are the same labels as a PNG each, with the official split as
+two lists: github.com/ankurhanda/sunrgbd-meta-data (Handa et al. 2016, arXiv:1511.07041).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mit_semseg.dataset.base import (
+    FORMATS,
+    Archive,
+    ClassTable,
+    DataFormat,
+    LabelMap,
+    Source,
+    table_of,
+)
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import DEPTH_FOLDERS, Record, only_image
+
+_META = "https://github.com/ankurhanda/sunrgbd-meta-data/raw/master"
+# List of each split, and the number of its first label file: those of the test images come first.
+_SPLITS = {
+    "train": ("sunrgbd_training_images.txt", 5051),
+    "val": ("sunrgbd_testing_images.txt", 1),
+    "test": ("sunrgbd_testing_images.txt", 1),
+}
+_PLACES = ("", "sunrgbd-meta-data/", "sunrgbd-meta-data-master/")
+_LABELS = "sunrgbd_train_test_labels"
+
+
+@FORMATS.register("sunrgbd")
+class SunRgbd(DataFormat):
+    """Frames in `SUNRGBD/{kv1,kv2,realsense,xtion}`, lists and labels beside; stored 0 is void.
+
+    A frame is a folder with an `image`, a `depth`, and a `depth_bfx`, whose holes are filled and
+    which is preferred. Depth is stored as 16-bit millimetres with the bits rotated (see
+    `transforms.load_depth`); whether it is used is `DATASET.depth`'s to say.
+    """
+
+    source = Source(
+        title="SUN RGB-D (6.4 GB)",
+        licence="see the pages of the data set, and of NYU Depth v2, B3DO, SUN3D for theirs",
+        home="http://rgbd.cs.princeton.edu/",
+        layout="SUNRGBD/{kv1,kv2,realsense,xtion}/, sunrgbd_{training,testing}_images.txt, "
+        f"{_LABELS}/img-000001.png ...",
+        folder="sunrgbd",
+        archives=(
+            Archive(("http://rgbd.cs.princeton.edu/data/SUNRGBD.zip",)),
+            Archive((f"{_META}/{_LABELS}.tar.gz",), into=_LABELS),
+            Archive(
+                ("https://github.com/ankurhanda/sunrgbd-meta-data/archive/refs/heads/master.zip",),
+                member="sunrgbd-meta-data-master",
+            ),
+        ),
+    )
+    num_class = 37
+    depth_scale = "sunrgbd"
+
+    def records(self, root: Path, split: str) -> list[Record]:
+        if split not in _SPLITS:
+            raise ValueError(f"SUN RGB-D has the splits {', '.join(_SPLITS)}, not {split!r}")
+        listing, first = _SPLITS[split]
+        base = _first(root, _PLACES, listing)
+        labels = _labels(root, base)
+        # The lists begin every path with SUNRGBD/, which may be the root itself.
+        inside = (root / "SUNRGBD").is_dir()
+        records = []
+        lines = (root / base / listing).read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, first):
+            image = line.strip() if inside else line.strip().removeprefix("SUNRGBD/")
+            record = Record(fpath_img=image, fpath_segm=f"{labels}/img-{number:06d}.png")
+            depth = _depth(root, image)
+            if depth:
+                record["fpath_depth"] = depth
+            records.append(record)
+        return records
+
+    def classes(self, options: DataOptions) -> ClassTable:
+        return table_of("sunrgbd", options.num_class, "SUN RGB-D")
+
+    def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
+        return LabelMap.shifted(options.num_class, label_offset=1)
+
+
+def _first(root: Path, places: Sequence[str], name: str) -> str:
+    """The first of some places below `root` that has a file or folder of this name."""
+    for place in places:
+        if (root / place / name).exists():
+            return place
+    raise FileNotFoundError(
+        f"{root}: no SUN RGB-D here, expected {places[0]}{name}; check DATASET.root_dataset, or "
+        "run mit-semseg data download sunrgbd"
+    )
+
+
+def _labels(root: Path, base: str) -> str:
+    """The folder of `img-000001.png` ..., below `root`."""
+    places = [f"{base}{_LABELS}/", f"{base}{_LABELS}/{_LABELS}/", f"{_LABELS}/", base]
+    for place in places:
+        if (root / place).is_dir() and next((root / place).glob("img-*.png"), None):
+            return (place or ".").rstrip("/")
+    raise FileNotFoundError(
+        f"{root}: SUN RGB-D without labels, expected {places[0]}img-000001.png; unpack "
+        f"{_META}/{_LABELS}.tar.gz there"
+    )
+
+
+def _depth(root: Path, image: str) -> str:
+    """Depth file of a frame relative to `root`, "" where there is none."""
+    frame = Path(image).parent.parent
+    for folder in DEPTH_FOLDERS:
+        only = only_image(root / frame / folder)
+        if only is not None:
+            return (frame / folder / only.name).as_posix()
+    return ""

@@ -1,0 +1,412 @@
+"""Public data sets of several kinds of files, each on a tree made here in its native layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+from mit_semseg.dataset import FORMATS, build_split, check_sample, class_table, coco, load_mask
+from mit_semseg.dataset.base import LabelMap, Split, load_pair
+from mit_semseg.dataset.coco_panoptic import CLASSES
+from mit_semseg.dataset.tools import check
+
+
+def config(name: str, root: Path, num_class: int, **changes: Any) -> SimpleNamespace:
+    values: dict[str, Any] = {
+        "format": name,
+        "root_dataset": str(root),
+        "list_train": "./data/training.odgt",
+        "list_val": "./data/validation.odgt",
+        "num_class": num_class,
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def put(path: Path, pixels: Any) -> None:
+    """A picture of these pixels, (H, W) or (H, W, 3), in the type of its suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.array(pixels)).save(path)
+
+
+def put_image(path: Path, width: int, height: int = 1) -> None:
+    put(path, np.zeros((height, width, 3), np.uint8))
+
+
+def row(*stored: int) -> np.ndarray:
+    return np.array([stored], np.uint8)
+
+
+def named(split: Split, index: int = 0) -> list[str]:
+    """Class names of the first row of one sample, `-` where ignored."""
+    _, ids = load_pair(split.records[index], "", split.label_map)
+    return [split.classes.names[k] if k >= 0 else "-" for k in ids[0].tolist()]
+
+
+def stems(split: Split) -> list[str]:
+    return [Path(record["fpath_img"]).stem for record in split.records]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("vocaug", 21),
+        ("coco", 81),
+        ("coco_panoptic", 133),
+        ("lip", 20),
+        ("sbu", 2),
+        ("sunrgbd", 37),
+    ],
+)
+def test_tables(name: str, count: int) -> None:
+    table = class_table(config(name, Path(), count))
+    assert len(table) == len(set(table.names)) == count
+    assert len({tuple(color) for color in table.colors.tolist()}) == count
+    with pytest.raises(ValueError, match=r"num_class is 7, .* set DATASET.num_class \d+"):
+        class_table(config(name, Path(), 7))
+    assert FORMATS.get(name)().num_class == count
+
+
+# ------------------------------------------------------------------------------ VOC with SBD
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    """VOC train a, b and val c, d; SBD train b, c, e and val d, f."""
+    for base in ("VOC2012", "benchmark_RELEASE/dataset"):
+        (tmp_path / base).mkdir(parents=True)
+    lists = tmp_path / "VOC2012/ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\nb\n")
+    (lists / "val.txt").write_text("c\nd\n")
+    for name in "abcd":
+        put_image(tmp_path / f"VOC2012/JPEGImages/{name}.jpg", 4)
+        put(tmp_path / f"VOC2012/SegmentationClass/{name}.png", row(0, 1, 20, 255))
+    sbd = tmp_path / "benchmark_RELEASE/dataset"
+    (sbd / "train.txt").write_text("b\nc\ne\n")
+    (sbd / "val.txt").write_text("d\nf\n")
+    (sbd / "cls").mkdir()
+    for name in "bcdef":
+        put_image(sbd / f"img/{name}.jpg", 4)
+        classes = {"Segmentation": row(0, 15, 20, 20), "CategoriesPresent": row(15, 20)}
+        scipy.io.savemat(sbd / f"cls/{name}.mat", {"GTcls": classes}, do_compression=True)
+    return tmp_path
+
+
+def test_voc_with_sbd(voc: Path) -> None:
+    cfg = config("vocaug", voc, 21)
+    train = build_split(cfg, "train")
+    assert stems(train) == ["a", "b", "e", "f"]  # nothing of VOC's val
+    border = ["background", "aeroplane", "tvmonitor", "-"]
+    assert named(train, 1) == border  # VOC's own mask, where there is one
+    assert named(train, 2) == ["background", "person", "tvmonitor", "tvmonitor"]
+    val = build_split(cfg, "val")
+    assert stems(val) == ["c", "d"] and named(val) == border
+    assert check_sample(train) == []
+    report = check(train.records, label_map=train.label_map, classes=train.classes, progress=False)
+    assert report["ok"] and report["mask_modes"] == {"L": 2, "MATLAB": 2}
+
+
+@pytest.mark.parametrize("part", ["img", "cls", "train.txt", "val.txt"])
+def test_sbd_names_what_is_missing(voc: Path, part: str) -> None:
+    gone = voc / "benchmark_RELEASE/dataset" / part
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    with pytest.raises(FileNotFoundError, match=f"expected benchmark_RELEASE/dataset/{part}"):
+        build_split(config("vocaug", voc, 21), "train")
+    (voc / "VOC2012/ImageSets/Segmentation/val.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ImageSets/Segmentation/val\.txt"):
+        build_split(config("vocaug", voc, 21), "train")
+
+
+def test_bad_matlab_files_are_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.mat"
+    with pytest.raises(FileNotFoundError, match=r"x\.mat: no such file"):
+        load_mask(file)
+    for content in (b"", b"MATLAB 5.0 MAT-file", bytes(200)):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.mat: no mask of GTcls\.Segmentation"):
+            load_mask(file)
+    for wrong in ({"GTinst": 1}, {"GTcls": {"Boundaries": 1}}, {"GTcls": 3}):
+        scipy.io.savemat(file, wrong)
+        with pytest.raises(ValueError, match=r"x\.mat: no mask of GTcls\.Segmentation") as caught:
+            load_mask(file)
+        assert "\n" not in str(caught.value)
+    scipy.io.savemat(file, {"GTcls": {"Segmentation": np.zeros((2, 3))}})
+    with pytest.raises(ValueError, match=r"x\.mat: GTcls\.Segmentation is float64 \(2, 3\)"):
+        load_mask(file)
+
+
+# ------------------------------------------------------------------------------ COCO
+def coco_tree(root: Path) -> dict[str, Any]:
+    """One image of 6 x 8 pixels with a table, a book on it, a crowd, and a person in the crowd."""
+
+    def box(x0: int, y0: int, x1: int, y1: int) -> list[list[int]]:
+        return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+    def one(category: int, shape: Any, crowd: int = 0, image: int = 7) -> dict[str, Any]:
+        return {
+            "image_id": image,
+            "category_id": category,
+            "segmentation": shape,
+            "iscrowd": crowd,
+        }
+
+    crowd_runs = [30, 18]  # down the columns: the last three of eight
+    content = {
+        "images": [
+            {"id": 7, "file_name": "000007.jpg", "width": 8, "height": 6},
+            {"id": 8, "file_name": "000008.jpg", "width": 8, "height": 6},
+        ],
+        "annotations": [
+            one(84, box(1, 1, 3, 3)),  # a book, listed before the table below it
+            one(67, box(0, 0, 4, 4)),
+            one(1, {"counts": crowd_runs, "size": [6, 8]}, crowd=1),
+            one(1, box(6, 0, 7, 6)),
+        ],
+    }
+    for name in ("000007", "000008"):
+        put_image(root / f"images/train2017/{name}.jpg", 8, 6)
+    (root / "annotations").mkdir()
+    (root / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    return content
+
+
+def test_coco_draws_every_class_or_those_of_voc(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools", reason="pip install pycocotools")
+    coco_tree(tmp_path)
+    split = build_split(config("coco", tmp_path, 81), "train")
+    assert stems(split) == ["000007", "000008"]
+    assert [split.records[0][key] for key in ("width", "height")] == [8, 6]
+    table, book, person, void = 61, 74, 1, 255
+    assert split.classes.names[table] == "dining table" and split.classes.names[book] == "book"
+    expected = np.zeros((6, 8), np.uint8)
+    expected[0:4, 0:4] = table
+    expected[1:3, 1:3] = book
+    expected[:, 5:] = void
+    expected[:, 6] = person
+    assert np.array_equal(load_mask(split.records[0]["fpath_segm"]), expected)
+    assert not load_mask(split.records[1]["fpath_segm"]).any()  # an image without objects
+    of_voc = build_split(config("coco", tmp_path, 21), "train")
+    assert named(of_voc)[:5] == ["diningtable"] * 4 + ["background"]
+    inside = load_mask(of_voc.records[0]["fpath_segm"])
+    assert set(np.unique(inside).tolist()) == {0, 11, 15, 255} and inside[1, 1] == 11  # no book
+    assert check_sample(of_voc) == []
+
+
+def test_coco_draws_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pycocotools", reason="pip install pycocotools")
+    coco_tree(tmp_path)
+    first = build_split(config("coco", tmp_path, 81), "train")
+    (tmp_path / "annotations/instances_train2017.json").unlink()
+    again = build_split(config("coco", tmp_path, 81), "train")
+    assert again.records == first.records
+    left = [path.name for path in (tmp_path / "semantic_masks").rglob("*") if path.is_file()]
+    assert sorted(left) == ["000007.png", "000008.png", "train2017.odgt"]
+
+
+def test_coco_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pycocotools", reason="pip install pycocotools")
+    coco_tree(tmp_path)
+    drawn: list[str] = []
+    real = coco.draw
+
+    def draw(image: dict[str, Any], *args: Any) -> np.ndarray:
+        drawn.append(image["file_name"])
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return real(image, *args)
+
+    monkeypatch.setattr(coco, "draw", draw)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        build_split(config("coco", tmp_path, 81), "train")
+    assert not list((tmp_path / "semantic_masks").rglob("*.part"))
+    assert len(build_split(config("coco", tmp_path, 81), "train").records) == 2
+    assert drawn == ["000007.jpg", "000008.jpg", "000008.jpg"]
+
+
+def test_coco_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config("coco", tmp_path, 81)
+    with pytest.raises(FileNotFoundError, match="expected the folder images/train2017"):
+        build_split(cfg, "train")
+    coco_tree(tmp_path)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    with pytest.raises(ValueError, match="not installed: pip install pycocotools"):
+        build_split(cfg, "train")
+    file = tmp_path / "annotations/instances_train2017.json"
+    file.write_text("[")
+    with pytest.raises(ValueError, match=r"instances_train2017\.json: damaged"):
+        build_split(cfg, "train")
+    file.write_text('{"images": []}')
+    with pytest.raises(ValueError, match=r"has no 'annotations'; it is no annotation file"):
+        build_split(cfg, "train")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected annotations/instances_train2017\.json"):
+        build_split(cfg, "train")
+    assert not (tmp_path / "semantic_masks").exists()
+
+
+def test_cocos_classes_in_vocs_order() -> None:
+    """The two data sets name some of them in other words."""
+    of_coco = class_table(config("coco", Path(), 81)).names
+    of_voc = class_table(config("voc2012", Path(), 21)).names
+    words = {
+        "airplane": "aeroplane", "motorcycle": "motorbike", "dining table": "diningtable",
+        "potted plant": "pottedplant", "couch": "sofa", "tv": "tvmonitor",
+    }  # fmt: skip
+    as_voc = [of_coco[coco.ALL.index(category) + 1] for category in coco.VOC]
+    assert tuple(words.get(name, name) for name in as_voc) == of_voc[1:]
+
+
+def panoptic_tree(root: Path, zipped: bool = False) -> None:
+    number = 3 + 256 * 2 + 65536 * 1
+    place = root / "annotations"
+    picture = [[[3, 2, 1], [3, 2, 1], [5, 0, 0], [0, 0, 0]]]
+    put(place / "panoptic_val2017/000009.png", np.array(picture, np.uint8))
+    put_image(root / "val2017/000009.jpg", 4)
+    segments = [{"id": number, "category_id": 200}, {"id": 5, "category_id": 1, "iscrowd": 1}]
+    annotation = {"image_id": 9, "file_name": "000009.png", "segments_info": segments}
+    images = [{"id": 9, "file_name": "000009.jpg", "width": 4, "height": 1}]
+    content = {"images": images, "annotations": [annotation]}
+    (place / "panoptic_val2017.json").write_text(json.dumps(content))
+    if zipped:
+        with zipfile.ZipFile(place / "panoptic_val2017.zip", "w") as archive:
+            archive.write(place / "panoptic_val2017/000009.png", "panoptic_val2017/000009.png")
+        shutil.rmtree(place / "panoptic_val2017")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_coco_panoptic(tmp_path: Path, zipped: bool) -> None:
+    panoptic_tree(tmp_path, zipped)
+    split = build_split(config("coco_panoptic", tmp_path, 133), "val")
+    assert named(split) == ["rug-merged", "rug-merged", "person", "-"]
+    assert len(CLASSES) == 133 and list(CLASSES) == sorted(CLASSES)
+
+
+def test_coco_panoptic_says_what_is_wrong(tmp_path: Path) -> None:
+    cfg = config("coco_panoptic", tmp_path, 133)
+    with pytest.raises(FileNotFoundError, match="expected the folder images/val2017"):
+        build_split(cfg, "val")
+    (tmp_path / "val2017").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"expected annotations/panoptic_val2017\.json"):
+        build_split(cfg, "val")
+    panoptic_tree(tmp_path)
+    picture = tmp_path / "annotations/panoptic_val2017/000009.png"
+    put(picture, np.array([[[3, 2, 1], [6, 0, 0]]], np.uint8))
+    with pytest.raises(ValueError, match=r"000009\.png: segment 6 has no entry in the json"):
+        build_split(cfg, "val")
+    picture.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"000009\.png: cannot be read"):
+        build_split(cfg, "val")
+    shutil.rmtree(picture.parent)
+    with pytest.raises(FileNotFoundError, match=r"no such folder, nor panoptic_val2017\.zip"):
+        build_split(cfg, "val")
+    (tmp_path / "annotations/panoptic_val2017.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"panoptic_val2017\.zip: a damaged archive"):
+        build_split(cfg, "val")
+
+
+def test_masks_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    panoptic_tree(tmp_path)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match="semantic_masks, but it cannot be written to"):
+        build_split(config("coco_panoptic", tmp_path, 133), "val")
+
+
+# ------------------------------------------------------------------------------ LIP, SBU, SUN
+@pytest.mark.parametrize(
+    "places",
+    [("", ""), ("TrainVal_images/", "TrainVal_parsing_annotations/")],
+)
+def test_lip(tmp_path: Path, places: tuple[str, str]) -> None:
+    images, labels = places
+    put_image(tmp_path / f"{images}train_images/1_2.jpg", 4)
+    put(tmp_path / f"{labels}train_segmentations/1_2.png", row(0, 1, 19, 255))
+    split = build_split(config("lip", tmp_path, 20), "train")
+    assert named(split) == ["background", "hat", "right-shoe", "-"]
+    with pytest.raises(FileNotFoundError, match="val_images and val_segmentations"):
+        build_split(config("lip", tmp_path, 20), "val")
+
+
+@pytest.mark.parametrize("base", ["", "SBU-shadow/"])
+def test_sbu(tmp_path: Path, base: str) -> None:
+    folder = tmp_path / f"{base}SBU-Test"
+    put_image(folder / "ShadowImages/a.jpg", 3)
+    put(folder / "ShadowMasks/a.png", row(0, 255, 255))
+    split = build_split(config("sbu", tmp_path, 2), "val")
+    assert named(split) == ["lit", "shadow", "shadow"]
+    assert check_sample(split) == []  # of 0 and 255, as it should be
+    put(folder / "ShadowMasks/a.png", row(0, 255, 128))
+    with pytest.raises(ValueError, match=r"a\.png: label 128 is outside 0, 255"):
+        named(split)
+    with pytest.raises(FileNotFoundError, match="SBUTrain4KRecoveredSmall/ShadowImages"):
+        build_split(config("sbu", tmp_path, 2), "train")
+
+
+def sun_tree(root: Path) -> None:
+    """Two frames to train on, the second of them without depth, and one to test."""
+    for number, name in ((1, "c"), (5051, "a"), (5052, "b")):
+        put_image(root / f"SUNRGBD/kv1/{name}/image/{name}.jpg", 3)
+        put(root / f"sunrgbd_train_test_labels/img-{number:06d}.png", row(0, 1, 37))
+    for folder in ("depth", "depth_bfx"):
+        put(root / f"SUNRGBD/kv1/a/{folder}/a_abs.png", np.array([[0, 8000, 16008]], np.uint16))
+    (root / "sunrgbd_training_images.txt").write_text(
+        "SUNRGBD/kv1/a/image/a.jpg\nSUNRGBD/kv1/b/image/b.jpg\n"
+    )
+    (root / "sunrgbd_testing_images.txt").write_text("SUNRGBD/kv1/c/image/c.jpg\n")
+
+
+def test_sunrgbd(tmp_path: Path) -> None:
+    sun_tree(tmp_path)
+    cfg = config("sunrgbd", tmp_path, 37)
+    train, val = build_split(cfg, "train"), build_split(cfg, "val")
+    assert stems(train) == ["a", "b"] and stems(val) == ["c"]
+    masks = [Path(r["fpath_segm"]).stem for r in (*train.records, *val.records)]
+    assert masks == ["img-005051", "img-005052", "img-000001"]
+    assert named(train) == ["-", "wall", "bag"]
+    assert all("fpath_depth" not in record for record in train.records)  # not asked for
+    cfg.depth = True
+    with pytest.raises(ValueError, match=r"list_train gives no depth for 1 of 2 images.*b\.jpg"):
+        build_split(cfg, "train")
+    put(tmp_path / "SUNRGBD/kv1/b/depth/x.png", np.array([[0, 8, 8]], np.uint16))
+    depths = [Path(r["fpath_depth"]) for r in build_split(cfg, "train").records]
+    # Where holes are filled comes first.
+    assert [(path.parent.name, path.name) for path in depths] == [
+        ("depth_bfx", "a_abs.png"), ("depth", "x.png"),
+    ]  # fmt: skip
+
+
+def test_sunrgbd_says_what_is_missing(tmp_path: Path) -> None:
+    cfg = config("sunrgbd", tmp_path, 37)
+    with pytest.raises(FileNotFoundError, match=r"expected sunrgbd_training_images\.txt"):
+        build_split(cfg, "train")
+    sun_tree(tmp_path)
+    with pytest.raises(ValueError, match="has the splits train, val, test, not 'nyu'"):
+        build_split(config("sunrgbd", tmp_path, 37, list_train="nyu"), "train")
+    shutil.rmtree(tmp_path / "sunrgbd_train_test_labels")
+    with pytest.raises(FileNotFoundError, match=r"expected sunrgbd_train_test_labels/img-000001"):
+        build_split(cfg, "train")
+
+
+def test_label_maps_are_whole() -> None:
+    """Every class is stored as one value."""
+    for name in ("vocaug", "coco", "coco_panoptic", "lip", "sbu", "sunrgbd"):
+        data = FORMATS.get(name)()
+        options = SimpleNamespace(num_class=data.num_class)
+        mapping: LabelMap = data.label_map([], options)
+        classes = [k for k in mapping.values.values() if k >= 0]
+        assert sorted(classes) == list(range(data.num_class))
