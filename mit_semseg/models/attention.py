@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from mit_semseg.models.pyramid import without_autocast
 
-# Weights (queries x keys) held at a time: 16 MiB in float32.
-_BAND = 1 << 22
+# Weights (queries x keys) held at a time: 4 MiB in float32, for a CPU's cache; 64 MiB elsewhere.
+_BAND_CPU, _BAND = 1 << 20, 1 << 24
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
     """softmax(scale * query key^T) value, without ever holding all weights.
 
-    Queries are gone through in bands; the backward pass computes the weights of a band again. So
-    it holds 4 million weights at a time, on any device, with any widths: torch's own
-    `scaled_dot_product_attention` falls back to all of them where query and value differ in width,
+    Queries are gone through in bands, and the backward pass computes the weights of a band again.
+    So memory is linear in queries and keys on any device, with any widths; torch's own
+    `scaled_dot_product_attention` falls back to all weights where query and value differ in width,
     as they do in DANet. Scores are computed in float32 at least, also under autocast: unscaled ones
     run over in float16.
+
+    Paper: Rabe and Staats 2021, arXiv:2112.05682, sec. 3, with bands of queries only.
 
     Args:
         query: (B, N, D) float.
@@ -30,16 +34,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     Returns:
         (B, N, E), in the type of `value`.
     """
-    rows = max(_BAND // (query.shape[0] * key.shape[1]), 1)
     with without_autocast(query.device):
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
-        if rows >= query.shape[1]:
-            return _weighted(q * scale, k, v).to(value.dtype)
-        bands = [
-            checkpoint(_weighted, band, k, v, use_reentrant=False, preserve_rng_state=False)
-            for band in (q * scale).split(rows, dim=1)
-        ]
-        return torch.cat(bands, dim=1).to(value.dtype)
+        result: Tensor = _Attention.apply(q * scale, k, v)  # type: ignore[no-untyped-call]
+        return result.to(value.dtype)
 
 
 def attend_maps(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
@@ -58,5 +56,43 @@ def attend_maps(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -
     return attend(q, k, v, scale).transpose(1, 2).unflatten(2, query.shape[2:])
 
 
-def _weighted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return (query @ key.transpose(1, 2)).softmax(dim=2) @ value
+class _Attention(torch.autograd.Function):
+    """softmax(query key^T) value, and its gradients, which add up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        result = value.new_empty(*query.shape[:2], value.shape[2])
+        bands = (x.split(_rows(query, key), dim=1) for x in (query, result))
+        for band, part in zip(*bands, strict=True):
+            # Parts kept in a list would lie between the weights, and split the free memory.
+            part.copy_(_weights(band, key) @ value)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = ctx.saved_tensors
+        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
+        grad_value = torch.zeros_like(value)
+        bands = (x.split(_rows(query, key), dim=1) for x in (query, grad, grad_query))
+        with without_autocast(query.device):
+            for band, band_grad, result in zip(*bands, strict=True):
+                weights = _weights(band, key)
+                grad_value.baddbmm_(weights.transpose(1, 2), band_grad)
+                # That of the weights, then through the softmax that of the scores.
+                scores = (band_grad @ value.transpose(1, 2)).mul_(weights)
+                scores.addcmul_(weights, scores.sum(dim=2, keepdim=True), value=-1)
+                result.copy_(scores @ key)
+                grad_key.baddbmm_(scores.transpose(1, 2), band)
+        return grad_query, grad_key, grad_value
+
+
+def _rows(query: Tensor, key: Tensor) -> int:
+    """Queries of a band."""
+    limit = _BAND_CPU if query.device.type == "cpu" else _BAND
+    return max(limit // (query.shape[0] * key.shape[1]), 1)
+
+
+def _weights(query: Tensor, key: Tensor) -> Tensor:
+    return (query @ key.transpose(1, 2)).softmax(dim=2)

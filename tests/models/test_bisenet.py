@@ -1,0 +1,75 @@
+"""BiSeNet: its encoder and decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decoder_tester import DecoderTester
+from encoder_tester import EncoderTester
+from pair_tester import PairTester
+
+from mit_semseg.models import DECODERS, ENCODERS, check_pair
+from mit_semseg.models.decoders.bisenet import AttentionRefinement, FeatureFusion
+
+
+class TestBiSeNetEncoder(EncoderTester):
+    arch = "bisenet_resnet18"
+
+    def test_every_parameter_learns(self) -> None:
+        """Larger than in the tester: with one value a channel, ReLUs of stride 32 may all be 0."""
+        torch.manual_seed(0)
+        encoder = ENCODERS.get(self.arch)().train()
+        maps = encoder(torch.randn(2, 3, 64, 64), return_feature_maps=True)
+        sum((x * torch.randn_like(x)).mean() for x in maps).backward()
+        still = [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.any()]
+        assert still == []
+
+
+class TestBiSeNet(DecoderTester):
+    arch = "bisenet"
+    needs = 3
+    auxiliary = True
+
+
+class TestPair(PairTester):
+    encoder, decoder = "bisenet_resnet18", "bisenet"
+
+
+@torch.no_grad()
+def test_the_context_path_is_resnet18() -> None:
+    torch.manual_seed(0)
+    encoder = ENCODERS.get("bisenet_resnet18")().eval()
+    resnet = ENCODERS.get("resnet18")().eval()
+    resnet.load_state_dict(encoder.context.state_dict())
+    image = torch.randn(1, 3, 64, 96)
+    spatial, *context = encoder(image, return_feature_maps=True)
+    assert spatial.shape == (1, 128, 8, 12)
+    for given, wanted in zip(context, resnet(image, return_feature_maps=True)[2:], strict=True):
+        assert torch.equal(given, wanted)
+
+
+@torch.no_grad()
+def test_channels_are_weighed_by_their_means() -> None:
+    torch.manual_seed(0)
+    refine, fuse = AttentionRefinement(6, 4).eval(), FeatureFusion(8, 4).eval()
+    x, y = torch.randn(2, 6, 3, 5), torch.randn(2, 2, 3, 5)
+    z = refine.conv(x)
+    mean = torch.einsum("bchw->bc", z) / 15
+    norm = refine.weigh[2]
+    scaled = mean @ refine.weigh[1].weight[:, :, 0, 0].T / (norm.running_var + norm.eps).sqrt()
+    torch.testing.assert_close(refine(x), z * scaled.sigmoid()[:, :, None, None])
+    z = fuse.join(torch.cat([x, y], 1))
+    first, second = (fuse.weigh[i] for i in (1, 3))
+    hidden = (z.mean((2, 3)) @ first.weight[:, :, 0, 0].T + first.bias).relu()
+    weight = (hidden @ second.weight[:, :, 0, 0].T + second.bias).sigmoid()
+    torch.testing.assert_close(fuse(x, y), z + z * weight[:, :, None, None])
+
+
+def test_loss_weights_are_the_published_ones() -> None:
+    assert [head.weight for head in DECODERS.get("bisenet").auxiliary] == [1, 1]
+
+
+def test_it_works_with_its_own_encoder_only() -> None:
+    check_pair("bisenet_resnet18", "bisenet")
+    with pytest.raises(ValueError, match="bisenet_resnet18"):
+        check_pair("resnet18", "bisenet")

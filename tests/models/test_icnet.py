@@ -1,0 +1,72 @@
+"""ICNet: its encoder and decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from decoder_tester import DecoderTester
+from encoder_tester import EncoderTester
+from pair_tester import PairTester
+
+from mit_semseg.models import DECODERS, ENCODERS, check_pair
+
+
+class TestICNetEncoder(EncoderTester):
+    arch = "icnet_resnet50"
+
+
+class TestICNet(DecoderTester):
+    arch = "icnet"
+    needs = 3
+    auxiliary = True
+
+
+class TestPair(PairTester):
+    encoder, decoder = "icnet_resnet50", "icnet"
+
+
+def test_the_backbone_takes_the_weights_of_resnet50dilated() -> None:
+    with torch.device("meta"):
+        cascade, resnet = ENCODERS.get("icnet_resnet50")(), ENCODERS.get("resnet50dilated")()
+    names = cascade.state_dict()
+    assert {k[9:]: v.shape for k, v in names.items() if k.startswith("backbone.")} == {
+        k: v.shape for k, v in resnet.state_dict().items()
+    }
+    assert all(k.startswith(("backbone.", "full.")) for k in names)
+
+
+@torch.no_grad()
+def test_the_branches_see_the_image_at_three_sizes() -> None:
+    """At half size up to the first block of the second stage, halved again for all the others."""
+    torch.manual_seed(0)
+    encoder = ENCODERS.get("icnet_resnet50")().eval()
+    image = torch.randn(1, 3, 64, 96)
+    full, half, quarter = encoder(image, return_feature_maps=True)
+    net = encoder.backbone
+    stages = net.layer2
+    net.layer2 = stages[:1]
+    small = F.avg_pool2d(image, 2)  # what bilinear halving is
+    wanted = net(small, return_feature_maps=True)[1]
+    torch.testing.assert_close(half, wanted, rtol=1e-4, atol=1e-4)
+    rest = torch.nn.Sequential(*stages[1:], net.layer3, net.layer4)
+    torch.testing.assert_close(quarter, rest(F.avg_pool2d(wanted, 2)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(full, encoder.full(image))
+
+
+def test_loss_weights_are_the_published_ones() -> None:
+    assert [head.weight for head in DECODERS.get("icnet").auxiliary] == [0.4, 0.16]
+
+
+def test_scores_and_heads_have_the_published_strides() -> None:
+    with torch.device("meta"):
+        decoder = DECODERS.get("icnet")((64, 512, 2048), 19).train()
+        maps = [torch.zeros(2, c, 128 // s, 256 // s) for c, s in ((64, 8), (512, 16), (2048, 32))]
+        heads = decoder.logits(maps)
+    assert [tuple(x.shape[2:]) for x in heads] == [(32, 64), (16, 32), (8, 16)]
+
+
+def test_it_works_with_its_own_encoder_only() -> None:
+    check_pair("icnet_resnet50", "icnet")
+    with pytest.raises(ValueError, match="icnet_resnet50"):
+        check_pair("resnet50dilated", "icnet")
