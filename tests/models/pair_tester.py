@@ -47,19 +47,20 @@ class PairTester:
         crit = build_loss("nll", CLASSES)
         return SegmentationModule(enc, dec, crit, deep_sup_scale=0.4 if asks else None)
 
+    @torch.no_grad()
     def trained(self) -> SegmentationModule:
-        """In evaluation, with BatchNorms that do something and attention that has begun."""
-        module = self.module().eval()
+        """In evaluation, with BatchNorms that know what they normalise, and attention begun."""
+        module = self.module().train()
         for name, parameter in module.named_parameters():
             if name.endswith("gamma"):
                 nn.init.constant_(parameter, 0.5)
-        for layer in module.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                nn.init.uniform_(layer.weight, 0.5, 1.5)
-                nn.init.normal_(layer.bias, std=0.1)
-                layer.running_mean.normal_(0, 0.1)
-                layer.running_var.uniform_(0.5, 2)
-        return module
+        norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+        for layer in norms:
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.1)
+            layer.momentum = 1.0
+        module.logits(torch.randn(2, 3, 64, 96))
+        return module.eval()
 
     @torch.no_grad()
     def test_the_copy_for_prediction_gives_the_same_logits(self) -> None:
@@ -78,7 +79,7 @@ class PairTester:
         with torch.autocast("cpu", dtype=dtype):
             given = module.logits(image).float()
         apart = (given - expected).abs().mean() / expected.std()
-        assert apart < (0.2 if dtype == torch.bfloat16 else 0.03)
+        assert apart < (0.15 if dtype == torch.bfloat16 else 0.03)
 
     def test_one_image_of_odd_sides_trains(self) -> None:
         label = torch.randint(-1, CLASSES, (1, 33, 49), generator=torch.Generator().manual_seed(0))
