@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from mit_semseg.dataset.base import check_channels
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.losses import build_loss
 from mit_semseg.models.decoders import DECODERS, Decoder
@@ -118,6 +119,7 @@ class ModelBuilder:
         encoder = _encoder(arch)()
         load_encoder(encoder, arch.lower(), weights, **options)
         widen_input(encoder, in_channels)
+        encoder.in_channels = in_channels
         return encoder
 
     @staticmethod
@@ -172,6 +174,7 @@ class ModelBuilder:
         """
         model, data = cfg.MODEL, cfg.DATASET
         check_pair(model.arch_encoder, model.arch_decoder, model.fc_dim)
+        check_channels(model.in_channels, data)
         encoder = ModelBuilder.build_encoder(
             model.arch_encoder,
             fc_dim=model.fc_dim,

@@ -31,6 +31,7 @@ class Encoder(nn.Module):
     strides: ClassVar[tuple[int, ...]]
     delicate: ClassVar[tuple[str, ...]] = ()
     only: ClassVar[tuple[str, ...]] = ()
+    in_channels: int = 3  # of the images
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """All feature maps of (B, 3, H, W) images: (B, channels[i], H/strides[i], W/strides[i])."""
