@@ -1,116 +1,132 @@
-"""What an encoder with a decoder must do as a whole; a test class names the two."""
+"""What an encoder and a decoder must do together; a test class subclasses this and names them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mit_semseg.losses import build_loss
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.inference import inference_copy
+from mit_semseg.models.recompute import recompute
 
-CLASSES = 4
-COLOURS = ((-1.5, -1.0, 0.5), (1.0, 0.8, -1.2), (-0.3, 1.5, 1.2), (1.4, -1.2, 0.1))
+CLASSES = 5
 
 
-def scene() -> tuple[torch.Tensor, torch.Tensor]:
-    """A 64x96 image (1, 3, 64, 96) of four coloured regions, and its label (1, 64, 96)."""
-    y, x = torch.meshgrid(torch.arange(64), torch.arange(96), indexing="ij")
-    label = (y > 24 + x // 8).long()
-    label[(y > 16) & (y < 56) & (x > 56) & (x < 88)] = 2
-    label[((y - 36) ** 2 + (x - 28) ** 2) < 256] = 3
-    generator = torch.Generator().manual_seed(0)
-    image = torch.tensor(COLOURS)[label].permute(2, 0, 1)
-    image = image + 0.2 * torch.randn(image.shape, generator=generator)
-    return image[None], label[None]
+def regions() -> tuple[Tensor, Tensor]:
+    """An image of 64x96 in six squares of four colours with a little noise, and its label."""
+    label = torch.tensor([[0, 1, 2], [3, 0, 1]]).repeat_interleave(32, 0).repeat_interleave(32, 1)
+    colours = torch.tensor([[1.0, -1, 0], [-1, 1, 0.5], [0, 0.5, -1], [1, 1, 1]])
+    image = colours[label].permute(2, 0, 1)
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    return (image + 0.1 * noise)[None], label[None]
 
 
 class PairTester:
-    """Set `encoder` and `decoder`; `rate` and `steps` of Adam, if the usual ones do not do."""
+    """Set `encoder` and `decoder`, `stride` of the scores, `quanta` that sides are filled up to.
+
+    `steps` and `rate` are of Adam, with which the pair learns one image by heart.
+    """
 
     encoder: str
     decoder: str
+    stride: int = 1
+    quanta: int = 1
+    steps: int = 60
     rate: float = 1e-3
-    steps: int = 150
-    image = (64, 96)  # of the quick tests
 
-    def module(self) -> SegmentationModule:
+    def build(self, classes: int = CLASSES) -> SegmentationModule:
         torch.manual_seed(0)
-        enc = ModelBuilder.build_encoder(self.encoder, weights="none")
-        dec = ModelBuilder.build_decoder(
-            self.decoder, num_class=CLASSES, channels=enc.channels, strides=enc.strides
+        encoder = ModelBuilder.build_encoder(self.encoder, weights="none")
+        decoder = ModelBuilder.build_decoder(
+            self.decoder, num_class=classes, channels=encoder.channels, strides=encoder.strides
         )
-        asks = any(head.weight is None for head in dec.auxiliary)
-        crit = build_loss("nll", CLASSES)
-        return SegmentationModule(enc, dec, crit, deep_sup_scale=0.4 if asks else None)
+        return SegmentationModule(encoder, decoder, build_loss("nll", classes))
+
+    def on_meta(self, classes: int = CLASSES) -> SegmentationModule:
+        with torch.device("meta"):
+            return self.build(classes)
+
+    def mebibytes(self, classes: int) -> float:
+        return sum(p.numel() * p.element_size() for p in self.on_meta(classes).parameters()) / 2**20
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("size", [(64, 96), (67, 97), (96, 40)])
+    def test_scores_any_size(self, batch: int, size: tuple[int, int]) -> None:
+        images = torch.zeros(batch, 3, *size, device="meta")
+        sides = [math.ceil(math.ceil(n / self.quanta) * self.quanta / self.stride) for n in size]
+        for mode in (True, False):
+            assert self.on_meta().train(mode).logits(images).shape == (batch, CLASSES, *sides)
+
+    def test_one_odd_image_trains_every_parameter(self) -> None:
+        module = self.build().train()
+        label = torch.randint(-1, CLASSES, (1, 66, 97))
+        loss, accuracy = module({"img_data": torch.randn(1, 3, 66, 97), "seg_label": label})
+        loss.backward()
+        assert 0 <= accuracy <= 1
+        still = [
+            n
+            for n, p in module.named_parameters()
+            if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()
+        ]
+        assert still == []
 
     @torch.no_grad()
-    def trained(self) -> SegmentationModule:
-        """In evaluation, with BatchNorms that know what they normalise, and attention begun."""
-        module = self.module().train()
-        for name, parameter in module.named_parameters():
-            if name.endswith("gamma"):
-                nn.init.constant_(parameter, 0.5)
-        norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-        for layer in norms:
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.normal_(layer.bias, std=0.1)
-            layer.momentum = 1.0
-        module.logits(torch.randn(2, 3, 64, 96))
-        return module.eval()
-
-    @torch.no_grad()
-    def test_the_copy_for_prediction_gives_the_same_logits(self) -> None:
-        module = self.trained()
-        image = torch.randn(1, 3, *self.image)
+    def test_the_copy_for_prediction_gives_the_same(self) -> None:
+        module = self.build()
+        for layer in module.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_mean.normal_(0, 0.1)
+                layer.running_var.uniform_(0.5, 2)
+        module.eval()
+        image = torch.randn(1, 3, 64, 96)
         expected = module.logits(image)
-        given = inference_copy(module, "cpu").logits(image)
-        torch.testing.assert_close(given, expected, rtol=0, atol=1e-4 * expected.std())
+        fast = inference_copy(module, "cpu").logits(image)
+        # Where two maxima were as good as equal, folding may move one: pooling indices jump.
+        apart = (fast - expected).abs() / expected.std()
+        assert (apart < 1e-4).float().mean() > 0.999
+        assert (fast.argmax(1) == expected.argmax(1)).float().mean() > 0.999
+        assert torch.equal(module.logits(image), expected)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @torch.no_grad()
-    def test_autocast_rounds_and_does_not_overflow(self, dtype: torch.dtype) -> None:
-        module = self.trained()
-        image = torch.randn(1, 3, 32, 32)  # convolutions in float16 are slow on a CPU
-        expected = module.logits(image)
-        with torch.autocast("cpu", dtype=dtype):
-            given = module.logits(image).float()
-        apart = (given - expected).abs().mean() / expected.std()
-        assert apart < (0.15 if dtype == torch.bfloat16 else 0.03)
+    def test_half_precision(self) -> None:
+        module = self.build().eval()
+        image = torch.randn(1, 3, 64, 64)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            p = module({"img_data": image}, segSize=(50, 70))
+        assert p.dtype == torch.float32 and p.shape == (1, CLASSES, 50, 70)
+        torch.testing.assert_close(p.sum(1), torch.ones(1, 50, 70))
 
-    def test_one_image_of_odd_sides_trains(self) -> None:
-        label = torch.randint(-1, CLASSES, (1, 33, 49), generator=torch.Generator().manual_seed(0))
-        batch = {"img_data": torch.randn(1, 3, 65, 97), "seg_label": label}
-        losses = []
-        for _ in range(2):
-            module = self.module().train()
-            torch.manual_seed(1)
-            loss, _ = module(batch)
+    def test_recomputation_gives_the_same(self) -> None:
+        module = self.build()
+        other = copy.deepcopy(module)
+        assert recompute(other.encoder)
+        image, label = regions()
+        results = []
+        for net in (module, other):
+            torch.manual_seed(1)  # of dropout
+            loss, _ = net.train()({"img_data": image, "seg_label": label})
             loss.backward()
-            losses.append(loss)
-        assert torch.isfinite(losses[0])
-        assert torch.equal(losses[0], losses[1])
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+            results.append([loss.detach(), *(p.grad for p in net.encoder.parameters())])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+        assert list(other.state_dict()) == list(module.state_dict())
 
-    def training(self) -> Iterator[tuple[int, float]]:
-        """Steps taken and pixel accuracy in evaluation, after every ten of them."""
-        module = self.module()
-        image, label = scene()
+    @pytest.mark.slow
+    def test_learns_one_image_by_heart(self) -> None:
+        module = self.build()
+        image, label = regions()
         optimizer = torch.optim.Adam(module.parameters(), lr=self.rate)
-        for step in range(1, self.steps + 1):
-            module.train()
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, self.steps)
+        module.train()
+        for _ in range(self.steps):
             optimizer.zero_grad()
             loss, _ = module({"img_data": image, "seg_label": label})
             loss.backward()
             optimizer.step()
-            if step % 10 == 0:
-                module.eval()
-                predicted = module.predict(image, (64, 96))
-                yield step, (predicted == label).double().mean().item()
-
-    @pytest.mark.slow
-    def test_learns_an_image_by_heart(self) -> None:
-        assert any(accuracy >= 0.98 for _, accuracy in self.training())
+            schedule.step()
+        module.eval()
+        right = module.predict(image, (64, 96)) == label
+        assert right.float().mean() >= 0.98

@@ -10,10 +10,16 @@ from mit_semseg.models.decoders import (  # noqa: F401
     denseaspp,
     dunet,
     encnet,
+    enet,
+    fcdensenet,
+    fcn,
     fcn_head,
     icnet,
+    linknet,
     ocnet,
     ppm,
+    segnet,
+    unet,
     upernet,
 )
 from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder

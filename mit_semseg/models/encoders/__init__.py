@@ -5,12 +5,16 @@ from mit_semseg.models.encoders import (  # noqa: F401
     bisenet,
     densenet,
     drn,
+    enet,
+    fcdensenet,
     hrnet,
     icnet,
     mobilenet,
     mobilenetv3,
     resnet,
     resnext,
+    unet,
+    vgg,
     xception,
 )
 from mit_semseg.models.encoders.base import ENCODERS, Encoder

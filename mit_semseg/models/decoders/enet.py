@@ -1,0 +1,64 @@
+"""ENet's decoder: small, unpooling by the encoder's indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
+from mit_semseg.models.decoders.upsampling import full_convolution, unpool
+from mit_semseg.models.encoders.enet import Bottleneck, extension
+
+DROP = 0.1
+
+
+class Upsampling(nn.Module):
+    """A bottleneck that doubles the sides, beside a 1x1 convolution that is unpooled."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        width = n_in // 4
+        self.main = nn.Sequential(nn.Conv2d(n_in, n_out, 1, bias=False), BatchNorm2d(n_out))
+        project = nn.Conv2d(n_in, width, 1, bias=False)
+        double = full_convolution(width, width, 2)
+        self.extension = extension([project, double], n_out, DROP)
+        self.prelu = nn.PReLU(n_out)
+
+    def forward(self, x: Tensor, indices: Tensor, size: Sequence[int]) -> Tensor:
+        H, W = size
+        # Of a plane with an odd side the last row or column was pooled alone.
+        return self.prelu(unpool(self.main(x), indices, size) + self.extension(x)[..., :H, :W])
+
+
+@DECODERS.register("enet")
+class ENet(Decoder):
+    """Stages 4 and 5 and the full convolution, up to the resolution of the image.
+
+    Reads the maps of the encoder `enet`, which says how indices travel. Where sides are not
+    multiples of 4, scores reach up to 3 pixels beyond the image.
+
+    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1.
+    """
+
+    needs = 3
+    only = ("enet",)
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        fine, coarse, deepest = tuple(channels)[-3:]
+        self.up4 = Upsampling(deepest, coarse)
+        self.stage4 = nn.Sequential(Bottleneck(coarse, DROP), Bottleneck(coarse, DROP))
+        self.up5 = Upsampling(coarse, fine)
+        self.stage5 = nn.Sequential(Bottleneck(fine, DROP))
+        self.conv_last = nn.ConvTranspose2d(fine, num_class, 2, 2)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        first, second, x = features
+        h, w = first.shape[-2:]
+        x = self.stage4(self.up4(x, second, (h, w)))
+        x = self.stage5(self.up5(x, first, (2 * h, 2 * w)))
+        return (self.conv_last(x),)

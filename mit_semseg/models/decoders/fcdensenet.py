@@ -1,0 +1,78 @@
+"""FC-DenseNet's upsampling path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
+from mit_semseg.models.decoders.upsampling import fit, full_convolution
+from mit_semseg.models.encoders.fcdensenet import (
+    DenseBlock,
+    FCDenseNet56Encoder,
+    FCDenseNet67Encoder,
+    FCDenseNet103Encoder,
+    FCDenseNetEncoder,
+)
+
+
+class FCDenseNet(Decoder):
+    """Transitions up and dense blocks, with the encoder's maps as skip connections.
+
+    A transition only takes up what the block before added, so that maps do not grow without end.
+    Scores have the resolution of the image.
+
+    Paper: Jégou et al. 2017, arXiv:1611.09326, sec. 3.2, tables 1 and 2. Deviation: a transition
+    up that is a pixel larger than its skip connection, as after sides that are no multiples of 32,
+    is resized, not cropped.
+
+    Attributes:
+        own: the encoder, whose depths are mirrored.
+    """
+
+    needs = 6
+    own: ClassVar[type[FCDenseNetEncoder]]
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        *skips, added = channels
+        *depths, _ = self.own.depths
+        growth = self.own.growth
+        self.ups, self.blocks = nn.ModuleList(), nn.ModuleList()
+        for skip, depth in zip(reversed(skips), reversed(depths), strict=True):
+            self.ups.append(full_convolution(added, added, 2, bias=True))
+            self.blocks.append(DenseBlock(added + skip, depth, growth))
+            whole, added = added + skip + depth * growth, depth * growth
+        self.conv_last = nn.Conv2d(whole, num_class, 1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        *skips, added = features
+        for up, block, skip in zip(self.ups, self.blocks, reversed(skips), strict=True):
+            x = torch.cat([skip, fit(up(added), skip)], dim=1)
+            added = block(x)
+        return (self.conv_last(torch.cat([x, added], dim=1)),)
+
+
+@DECODERS.register("fcdensenet56")
+class FCDenseNet56(FCDenseNet):
+    """For the encoder of the same name."""
+
+    only, own = ("fcdensenet56",), FCDenseNet56Encoder
+
+
+@DECODERS.register("fcdensenet67")
+class FCDenseNet67(FCDenseNet):
+    """For the encoder of the same name."""
+
+    only, own = ("fcdensenet67",), FCDenseNet67Encoder
+
+
+@DECODERS.register("fcdensenet103")
+class FCDenseNet103(FCDenseNet):
+    """For the encoder of the same name."""
+
+    only, own = ("fcdensenet103",), FCDenseNet103Encoder

@@ -1,0 +1,87 @@
+"""FCN-32s, 16s and 8s: a classifier made convolutional, refined by scores of finer maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
+from mit_semseg.models.decoders.upsampling import factors, fit
+
+
+def bilinear_upsampling(channels: int, factor: int) -> nn.Module:
+    """Transposed convolution that learns, and begins as bilinear interpolation of each channel."""
+    if factor == 1:
+        return nn.Identity()
+    up = nn.ConvTranspose2d(channels, channels, 2 * factor, factor, padding=factor // 2, bias=False)
+    side = (torch.arange(2 * factor) - factor + 0.5).abs()
+    ramp = 1 - side / factor
+    with torch.no_grad():
+        up.weight.zero_()
+        for c in range(channels):
+            up.weight[c, c] = ramp[:, None] * ramp
+    return up
+
+
+class FCN(Decoder):
+    """VGG's first two fully connected layers as convolutions, and scores of `needs` maps.
+
+    On vgg16 these are pool5, pool4 and pool3, as published; it works on any encoder. Scores have
+    the resolution of the finest map that is used, and are upsampled from there by the interpolation
+    that every decoder's scores are, which is what the paper's last layer is fixed to.
+
+    Paper: Long et al. 2015, arXiv:1411.4038, sec. 4; Shelhamer et al. 2016, arXiv:1605.06211,
+    sec. 4. Deviations: fc6 pads its input by 3 pixels, where the paper pads the image by 100 and
+    crops the scores; trained at once, not one stream after the other, and streams are not scaled
+    by constants for that, which fit the range of the published VGG16's inputs; layers that score
+    start from He et al. 2015, not from zero. Between maps of equal stride nothing is upsampled.
+    """
+
+    width: ClassVar[int] = 4096
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        finer = tuple(channels)[-self.needs : -1]
+        self.fc6 = nn.Conv2d(channels[-1], self.width, 7, padding=3)
+        self.fc7 = nn.Conv2d(self.width, self.width, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout(0.5)
+        self.conv_last = nn.Conv2d(self.width, num_class, 1)
+        self.scores = nn.ModuleList(nn.Conv2d(n_in, num_class, 1) for n_in in reversed(finer))
+        self.ups = nn.ModuleList(
+            bilinear_upsampling(num_class, factor)
+            for factor in reversed(factors(self.strides, self.needs))
+        )
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        *finer, x = features[-self.needs :]
+        for layer in (self.fc6, self.fc7):
+            x = self.dropout(self.relu(layer(x)))
+        x = self.conv_last(x)
+        for up, score, feature in zip(self.ups, self.scores, reversed(finer), strict=True):
+            y = score(feature)
+            x = y + fit(up(x), y)
+        return (x,)
+
+
+@DECODERS.register("fcn32s")
+class FCN32s(FCN):
+    """Scores of the deepest map alone."""
+
+
+@DECODERS.register("fcn16s")
+class FCN16s(FCN):
+    """Scores of the two deepest maps, added up."""
+
+    needs = 2
+
+
+@DECODERS.register("fcn8s")
+class FCN8s(FCN):
+    """Scores of the three deepest maps, added up."""
+
+    needs = 3

@@ -1,0 +1,64 @@
+"""LinkNet: light decoder blocks, each linked to the encoder's map by addition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.upsampling import factors, fit, full_convolution
+
+
+def full_conv_bn_relu(n_in: int, n_out: int, factor: int) -> nn.Sequential:
+    conv = full_convolution(n_in, n_out, factor)
+    return nn.Sequential(conv, BatchNorm2d(n_out), nn.ReLU(inplace=True))
+
+
+def block(n_in: int, n_out: int, factor: int) -> nn.Sequential:
+    """1x1 to a quarter of the channels, full convolution, 1x1."""
+    width = max(n_in // 4, 1)
+    return nn.Sequential(
+        conv_bn_relu(n_in, width, 1),
+        full_conv_bn_relu(width, width, factor),
+        conv_bn_relu(width, n_out, 1),
+    )
+
+
+@DECODERS.register("linknet")
+class LinkNet(Decoder):
+    """Every map the encoder declares is linked; two full convolutions lead back to the image.
+
+    Paper: Chaurasia and Culurciello 2017, arXiv:1707.03718, sec. 3. On resnet18 these are its
+    levels and widths. Deviation there: the encoder is this house's, with three 3x3 convolutions at
+    its stem in place of one of 7x7 (11.7 million parameters in place of 11.5). Elsewhere a block
+    goes up by as much as the strides say, and the last two go up only as far as the image.
+    """
+
+    needs = 2
+    width = 32  # channels between the last two full convolutions
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        steps = list(zip(pairwise(channels), factors(self.strides, len(channels)), strict=True))
+        self.blocks = nn.ModuleList(
+            block(n_in, n_out, factor) for (n_out, n_in), factor in reversed(steps)
+        )
+        self.blocks.append(block(channels[0], channels[0], 1))
+        left = self.strides[0] if self.strides else 4
+        first = 2 if left % 2 == 0 else 1
+        second = 2 if left % 4 == 0 else 1
+        self.up = full_conv_bn_relu(channels[0], self.width, first)
+        self.conv = conv_bn_relu(self.width, self.width)
+        self.conv_last = nn.ConvTranspose2d(self.width, num_class, second, second)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        *links, x = features
+        *blocks, last = self.blocks
+        for step, link in zip(blocks, reversed(links), strict=True):
+            x = link + fit(step(x), link)
+        return (self.conv_last(self.conv(self.up(last(x)))),)

@@ -1,0 +1,54 @@
+"""SegNet: VGG16 walked backwards, unpooling where the encoder's maxima were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.upsampling import unpool
+
+# Convolutions after each unpooling, coarsest first: VGG16's, mirrored.
+DEPTHS = (3, 3, 3, 2, 2)
+
+
+@DECODERS.register("segnet")
+class SegNet(Decoder):
+    """Five times: unpooling by the encoder's indices, then as many 3x3 convolutions as there.
+
+    Reads the maps of `vgg16_bn_indices`, which says how indices travel. The last convolution gives
+    the scores, at the resolution of the image (with an odd side: one pixel more).
+
+    Paper: Badrinarayanan et al. 2017, arXiv:1511.00561, sec. 3. Deviation: convolutions that a
+    BatchNorm follows have no bias here, since it would take it away.
+    """
+
+    needs = 6
+    only = ("vgg16_bn_indices",)
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        *widths, deepest = channels
+        if widths[-1] != deepest or len(widths) != len(DEPTHS):
+            raise ValueError(
+                f"segnet cannot work with channels {tuple(channels)}: it unpools by the indices of "
+                "five pools; set MODEL.arch_encoder vgg16_bn_indices"
+            )
+        outputs = [*reversed(widths[:-1]), None]
+        self.blocks = nn.ModuleList()
+        for n_in, n_out, depth in zip(reversed(widths), outputs, DEPTHS, strict=True):
+            layers: list[nn.Module] = [conv_bn_relu(n_in, n_in) for _ in range(depth - 1)]
+            layers += [] if n_out is None else [conv_bn_relu(n_in, n_out)]
+            self.blocks.append(nn.Sequential(*layers))
+        self.conv_last = nn.Conv2d(widths[0], num_class, 3, padding=1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        *indices, x = features
+        h, w = indices[0].shape[-2:]
+        planes = [(2 * h, 2 * w), *(i.shape[-2:] for i in indices[:-1])]
+        for block, index, plane in zip(self.blocks, indices[::-1], planes[::-1], strict=True):
+            x = block(unpool(x, index, plane))
+        return (self.conv_last(x),)

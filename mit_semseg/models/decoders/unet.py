@@ -1,0 +1,63 @@
+"""U-Net's expanding path, for any encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.upsampling import factors, fit, up_convolution
+
+
+@DECODERS.register("unet")
+class UNet(Decoder):
+    """Level by level: an up-convolution, the encoder's map beside it, two 3x3 convolutions.
+
+    Every map the encoder declares is a level; each has as many channels here as there. Scores have
+    the resolution of the finest one.
+
+    Paper: Ronneberger et al. 2015, arXiv:1505.04597, sec. 2. Deviations: convolutions pad and have
+    BatchNorm. Between levels of equal stride, which dilated encoders have, the up-convolution is a
+    1x1 convolution, between levels k times as fine one of k x k.
+    """
+
+    needs = 2
+    bilinear: ClassVar[bool] = False
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        ups: list[nn.Module] = []
+        blocks: list[nn.Module] = []
+        n_in = channels[-1]
+        steps = list(zip(pairwise(channels), factors(self.strides, len(channels)), strict=True))
+        for i, ((skip, _), factor) in reversed(list(enumerate(steps))):
+            ups.append(nn.Identity() if self.bilinear else up_convolution(n_in, skip, factor))
+            up = n_in if self.bilinear else skip
+            # Without up-convolutions it is the block that narrows to the next level's width.
+            width = channels[max(i - 1, 0)] if self.bilinear else skip
+            blocks.append(nn.Sequential(conv_bn_relu(up + skip, width), conv_bn_relu(width, width)))
+            n_in = width
+        self.ups = nn.ModuleList(ups)
+        self.blocks = nn.ModuleList(blocks)
+        self.conv_last = nn.Conv2d(n_in, num_class, 1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        *skips, x = features
+        for up, block, skip in zip(self.ups, self.blocks, reversed(skips), strict=True):
+            x = block(torch.cat([skip, fit(up(x), skip)], dim=1))
+        return (self.conv_last(x),)
+
+
+@DECODERS.register("unet_bilinear")
+class UNetBilinear(UNet):
+    """U-Net that resizes bilinearly in place of its up-convolutions.
+
+    With the encoder `unet_bilinear` this is the half-width form of 13.4 million parameters.
+    """
+
+    bilinear = True

@@ -1,0 +1,129 @@
+"""ENet's encoder: early downsampling, bottlenecks, and the indices of two pools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
+
+
+def bn_prelu(channels: int) -> list[nn.Module]:
+    return [BatchNorm2d(channels), nn.PReLU(channels)]
+
+
+Convolution = nn.Conv2d | nn.ConvTranspose2d
+
+
+def extension(convs: Sequence[Convolution], n_out: int, drop: float) -> nn.Sequential:
+    """The branch beside the main one: BatchNorm and PReLU after each convolution but the last."""
+    layers: list[nn.Module] = []
+    for conv in convs:
+        layers += [conv, *bn_prelu(conv.out_channels)]
+    expand = nn.Conv2d(convs[-1].out_channels, n_out, 1, bias=False)
+    return nn.Sequential(*layers, expand, BatchNorm2d(n_out), nn.Dropout2d(drop))
+
+
+class Bottleneck(nn.Module):
+    """1x1 to a quarter of the channels, a convolution, 1x1 back; added to the input."""
+
+    def __init__(
+        self, channels: int, drop: float, dilation: int = 1, asymmetric: bool = False
+    ) -> None:
+        super().__init__()
+        width = channels // 4
+        kernels = [(5, 1), (1, 5)] if asymmetric else [(3, 3)]
+        convs = [
+            nn.Conv2d(
+                width,
+                width,
+                (h, w),
+                padding=(h // 2 * dilation, w // 2 * dilation),
+                dilation=dilation,
+                bias=False,
+            )
+            for h, w in kernels
+        ]
+        project = nn.Conv2d(channels, width, 1, bias=False)
+        self.extension = extension([project, *convs], channels, drop)
+        self.prelu = nn.PReLU(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.prelu(x + self.extension(x))
+
+
+class Downsampling(nn.Module):
+    """A bottleneck that halves the sides, beside max pooling with zeros for further channels."""
+
+    def __init__(self, n_in: int, n_out: int, drop: float) -> None:
+        super().__init__()
+        width = n_in // 4
+        conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        project = nn.Conv2d(n_in, width, 2, stride=2, bias=False)
+        self.extension = extension([project, conv], n_out, drop)
+        self.prelu = nn.PReLU(n_out)
+        self.added = n_out - n_in
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What follows, and the indices of the maxima in the flattened plane of `x`."""
+        H, W = x.shape[-2:]
+        main, indices = F.max_pool2d(x, 2, ceil_mode=True, return_indices=True)
+        main = F.pad(main, (0, 0, 0, 0, 0, self.added))
+        return self.prelu(main + self.extension(F.pad(x, (0, W % 2, 0, H % 2)))), indices
+
+
+def stage() -> nn.Sequential:
+    """Bottlenecks 1 to 8 of the second and third stage."""
+    return nn.Sequential(
+        Bottleneck(128, 0.1),
+        Bottleneck(128, 0.1, dilation=2),
+        Bottleneck(128, 0.1, asymmetric=True),
+        Bottleneck(128, 0.1, dilation=4),
+        Bottleneck(128, 0.1),
+        Bottleneck(128, 0.1, dilation=8),
+        Bottleneck(128, 0.1, asymmetric=True),
+        Bottleneck(128, 0.1, dilation=16),
+    )
+
+
+@ENCODERS.register("enet")
+class ENetEncoder(Encoder):
+    """The initial block and stages 1 to 3.
+
+    Feature maps: the indices of the pools at the beginning of stages 1 and 2 (int64, in the
+    flattened plane that was pooled, of the shape of what was pooled), then stage 3. An image whose
+    sides are not multiples of 4 gets rows or columns of zeros, so that the first of these planes
+    is twice as large as its indices; the second has the shape of the first indices.
+
+    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1.
+    """
+
+    channels = (16, 64, 128)
+    strides = (4, 8, 8)
+    only = ("enet",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initial = nn.Conv2d(3, 13, 3, stride=2, padding=1, bias=False)
+        self.pool = nn.MaxPool2d(2)
+        self.initial_act = nn.Sequential(*bn_prelu(16))
+        self.down1 = Downsampling(16, 64, 0.01)
+        self.stage1 = nn.Sequential(*(Bottleneck(64, 0.01) for _ in range(4)))
+        self.down2 = Downsampling(64, 128, 0.1)
+        self.stage2 = stage()
+        self.stage3 = stage()
+        init_weights(self)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        H, W = images.shape[-2:]
+        images = F.pad(images, (0, -W % 4, 0, -H % 4))
+        # The first three channels only: depth and the like are left to the convolution.
+        pooled = self.pool(images[:, :3])
+        x = self.initial_act(torch.cat([self.initial(images), pooled], dim=1))
+        x, first = self.down1(x)
+        x, second = self.down2(self.stage1(x))
+        return [first, second, self.stage3(self.stage2(x))]

@@ -1,0 +1,58 @@
+"""U-Net's contracting path."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
+
+
+def double_conv(n_in: int, n_out: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for n in (n_in, n_out):
+        conv = nn.Conv2d(n, n_out, 3, padding=1, bias=False)
+        layers += [conv, BatchNorm2d(n_out), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+@ENCODERS.register("unet")
+class UNetEncoder(Encoder):
+    """Five levels of two 3x3 convolutions, with 2x2 max pooling between them.
+
+    Paper: Ronneberger et al. 2015, arXiv:1505.04597, sec. 2. Deviations: convolutions pad, so that
+    maps keep their size and skip connections need no cropping; BatchNorm after each of them; no
+    dropout at the end; pooling rounds sides up.
+    """
+
+    channels: ClassVar[tuple[int, ...]] = (64, 128, 256, 512, 1024)
+    strides = (1, 2, 4, 8, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        inputs = (3, *self.channels[:-1])
+        self.levels = nn.ModuleList(
+            double_conv(n_in, n_out) for n_in, n_out in zip(inputs, self.channels, strict=True)
+        )
+        init_weights(self)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        first, *deeper = self.levels
+        maps = [first(images)]
+        for level in deeper:
+            maps.append(level(F.max_pool2d(maps[-1], 2, ceil_mode=True)))
+        return maps
+
+
+@ENCODERS.register("unet_bilinear")
+class UNetBilinearEncoder(UNetEncoder):
+    """The same with a deepest level half as wide, for a decoder that upsamples bilinearly.
+
+    A bilinear step does not halve the channels as an up-convolution does, so the level below has
+    as many as the skip connection that it meets.
+    """
+
+    channels = (64, 128, 256, 512, 512)
