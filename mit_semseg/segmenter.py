@@ -28,6 +28,7 @@ from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.predict import area_legend, areas, render, with_scales
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.inference import inference_copy
+from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize import color_encode, overlay
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -133,6 +134,7 @@ class Segmenter:
         flip: bool = False,
         compile: bool = False,
         tile: str | int = "auto",
+        window: Sliding | None = None,
     ) -> None:
         """Take a copy of a model that is in memory; the model itself stays as it is.
 
@@ -146,10 +148,11 @@ class Segmenter:
             compile: compile the network (see `models.inference.inference_copy`).
             tile: "auto", "off", or a side in pixels: images larger than this at network scale are
                 computed in overlapping tiles; "auto" does so above 4 million pixels.
+            window: slide this over images of every size, instead of tiles.
         """
         self.device = torch.device(device)
         self.module = inference_copy(
-            module, self.device, Normalize.of(opt), compile=compile, tile=tile
+            module, self.device, Normalize.of(opt), compile=compile, tile=tile, window=window
         )
         self.classes = classes
         self.opt = opt
@@ -178,7 +181,8 @@ class Segmenter:
             imgSizes: short sides in pixels that are averaged over, instead of the folder's
                 `TEST.imgSizes` or `DATASET.imgSizes`.
             compile: compile the network: pays for many images of few sizes.
-            tile: instead of the folder's `TEST.tile`: "auto", "off", or a side in pixels.
+            tile: instead of the folder's `TEST.tile` and `TEST.window`: "auto", "off", or a side in
+                pixels.
 
         Raises:
             FileNotFoundError: the folder holds no configuration or no such checkpoint.
@@ -197,6 +201,7 @@ class Segmenter:
             flip=cfg.TEST.flip,
             compile=compile,
             tile=cfg.TEST.tile if tile is None else tile,
+            window=Sliding.of(cfg.TEST) if tile is None else None,
         )
 
     @overload

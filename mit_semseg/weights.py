@@ -213,9 +213,16 @@ for _source in TORCHVISION.values():
         WEIGHTS.setdefault(_source.encoder, _source)
 
 
+# Encoders of several branches, one of which is a published backbone: that, and its name in them.
+_INSIDE = {
+    "bisenet_resnet18": ("resnet18", "context"),
+    "icnet_resnet50": ("resnet50", "backbone"),
+}
+
+
 def _backbone(arch: str) -> str:
-    """`resnet50dilated`, `resnet50_dilated8`, ... -> `resnet50`."""
-    return re.sub(r"_?dilated(8|16)?$", "", arch.lower())
+    """`resnet50dilated`, ... -> `resnet50`; `vgg16_bn_indices` -> `vgg16_bn`."""
+    return re.sub(r"(_?dilated(8|16)?|_indices)$", "", arch.lower())
 
 
 def imagenet_weights(arch: str) -> WeightSource:
@@ -591,6 +598,9 @@ def load_encoder(
         path = resolve(rest)
         state = convert_tfslim_mobilenet(read_state_dict(path), mean=mean, std=std)
         return load_into(encoder, state, what="encoder", file=f"{path} (TF-slim)")
+    if text == "" and arch.lower() in _INSIDE:
+        inner, part = _INSIDE[arch.lower()]
+        return load_encoder(encoder.get_submodule(part), inner, "")
     path = resolve(text) if text else _fetch_imagenet(arch)
     source = WEIGHTS.get(_backbone(text or arch))
     if isinstance(source, TorchvisionSource) and path.name == source.file:

@@ -163,6 +163,12 @@ _C.VAL.boundary = False
 # auto | off | side in pixels: images larger than this at network scale are computed in overlapping
 # tiles, whose scores are blended; auto does so above 4 million pixels.
 _C.VAL.tile = "auto"
+# (height, width) of a window that slides over every scale of an image: the network sees nothing of
+# another size, as where crops of that size were trained on. [] computes whole images (or tiles).
+# Sides are multiples of 32, or at least of the network's stride.
+_C.VAL.window = []
+# Windows begin this share of their size apart, rounded down to multiples of 32 pixels.
+_C.VAL.stride = 0.667
 # Seconds without an answer from any worker process before the evaluation stops with an error.
 _C.VAL.timeout = 600
 # Short sides in pixels that are averaged over; [] takes DATASET.imgSizes, as published.
@@ -185,3 +191,9 @@ _C.TEST.imgSizes = []
 # auto | off | side in pixels: images larger than this at network scale are computed in overlapping
 # tiles, whose scores are blended; auto does so above 4 million pixels.
 _C.TEST.tile = "auto"
+# (height, width) of a window that slides over every scale of an image: the network sees nothing of
+# another size, as where crops of that size were trained on. [] computes whole images (or tiles).
+# Sides are multiples of 32, or at least of the network's stride.
+_C.TEST.window = []
+# Windows begin this share of their size apart, rounded down to multiples of 32 pixels.
+_C.TEST.stride = 0.667

@@ -270,6 +270,14 @@ def _check_value(key: str, value: Any, source: str) -> None:
                 raise ValueError(
                     f"{source}: {key} has {kind!r}; it takes any of {', '.join(SAVE_KINDS)}"
                 )
+    if key in ("VAL.window", "TEST.window") and not (
+        len(value) in (0, 2) and all(_is_number(v) and v >= 64 and v == int(v) for v in value)
+    ):
+        raise ValueError(
+            f"{source}: {key} is {value}; give (height, width) of 64 pixels or more, or () for none"
+        )
+    if key in ("VAL.stride", "TEST.stride") and not 0 < value <= 1:
+        raise ValueError(f"{source}: {key} is {value}; a share of the window, such as 0.667")
     if key == "DATASET.crop_size" and len(value) not in (0, 2):
         raise ValueError(
             f"{source}: {key} is {value}; give (height, width), or () for whole images"

@@ -40,6 +40,7 @@ from mit_semseg.engine.predict import common_base, model_classes, output_stems, 
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.inference import inference_copy
+from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize import class_bars, color_encode
 
 log = logging.getLogger("mit_semseg")
@@ -226,6 +227,7 @@ def evaluate(
         "failed": [{"image": image, "error": reason} for image, reason in whole.failed],
         "imgSizes": list(cfg.VAL.imgSizes or cfg.DATASET.imgSizes),
         "flip": bool(cfg.VAL.flip),
+        "window": list(cfg.VAL.window),
         "precision": cfg.VAL.precision,
         "processes": whole.processes,
         "seconds": time.perf_counter() - started,
@@ -262,7 +264,8 @@ def evaluate_model(
     Args:
         module: on any device, in any mode.
         dataset: samples with labels, such as `val_dataset(cfg)`.
-        cfg: its `VAL` keys batch_size, precision, compile, flip and tile apply.
+        cfg: its `VAL` keys batch_size, precision, compile, flip, tile, window and stride
+            apply.
         device: where to compute.
         progress: show a bar.
         share: (rank, ranks): the images that are this process's to score. The shares of all ranks
@@ -383,6 +386,7 @@ class _Scorer:
             cfg.VAL.compile,
             replay=False,
             tile=cfg.VAL.tile,
+            window=Sliding.of(cfg.VAL),
         )
         self.dataset, self.cfg, self.device = dataset, cfg, device
         self.gallery = gallery
@@ -553,6 +557,9 @@ def format_report(result: Mapping[str, Any]) -> str:
         cells = "".join(f"  {_cell(row[key], *COLUMNS[key])}" for key in columns)
         lines.append(f"{row['index']:>4}  {row['name']:<{width}}{cells}")
     absent = sum(math.isnan(row["iou"]) for row in rows)
+    window = ""
+    if result.get("window"):
+        window = ", in windows of {}x{}".format(*result["window"])
     outlines = ""
     if "mean_boundary_f" in result:
         outlines = f", mean boundary F-score: {_figure(result['mean_boundary_f'], '.4f')}"
@@ -567,7 +574,8 @@ def format_report(result: Mapping[str, Any]) -> str:
         f"frequency-weighted IoU: {result['fw_iou']:.4f}",
         f"Mean Dice: {result['mean_dice']:.4f}{outlines}",
         f"{result['images']} images, {result['pixels']} labelled pixels, scales "
-        f"{', '.join(map(str, result['imgSizes']))}{', flipped too' if result['flip'] else ''}, "
+        f"{', '.join(map(str, result['imgSizes']))}{', flipped too' if result['flip'] else ''}"
+        f"{window}, "
         f"{result['seconds']:.1f} s in {result['processes']} "
         f"process{'es' if result['processes'] > 1 else ''}",
     ]

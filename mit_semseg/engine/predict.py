@@ -43,6 +43,7 @@ from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.pool import in_threads
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.inference import inference_copy
+from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize import color_encode, legend, overlay
 
 # Pillow identifies these by name but holds no decoder for them.
@@ -470,6 +471,7 @@ def predict(
         *(load_model(cfg, checkpoint), device, normalize),
         compile=cfg.TEST.compile,
         tile=cfg.TEST.tile,
+        window=Sliding.of(cfg.TEST),
     )
     runner = _Runner(cfg, module, classes, device)
     size = cfg.TEST.batch_size

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from mit_semseg.lib.nn.transfer import map_tensors
 from mit_semseg.models.compilation import compiler_errors
 from mit_semseg.models.module import SegmentationModule
-from mit_semseg.models.tiles import TiledLogits
+from mit_semseg.models.tiles import Sliding, TiledLogits
 
 log = logging.getLogger("mit_semseg")
 
@@ -35,6 +35,7 @@ def inference_copy(
     compile: bool = False,
     replay: bool = True,
     tile: str | int = "auto",
+    window: Sliding | None = None,
 ) -> SegmentationModule:
     """A copy of a module for prediction only: faster, with the same results.
 
@@ -56,6 +57,7 @@ def inference_copy(
             and blended, and memory stays bounded; a number of pixels: those of images with a
             longer side, in tiles of that side; "off": none. See `models.tiles.TiledLogits`, also
             for what happens when a GPU runs out of memory.
+        window: slide this over images of every size, instead of tiles.
 
     Returns:
         The copy, on `device`. Its `logits`, `predict` and `forward` with `segSize` are to be used;
@@ -80,7 +82,7 @@ def inference_copy(
         layer = fast.encoder.get_submodule(name)
         setattr(fast.encoder.get_submodule(parent), leaf, _Float32(layer))
     network = _compiled(fast.logits, replay and place.type == "cuda") if compile else None
-    fast.logits = TiledLogits(fast, tile, network)  # type: ignore[method-assign]
+    fast.logits = TiledLogits(fast, tile, network, window)  # type: ignore[method-assign]
     return fast
 
 

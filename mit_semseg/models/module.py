@@ -83,7 +83,7 @@ class SegmentationModule(nn.Module):
             ValueError: an entry is missing, or several batches came at once.
         """
         batch = _one_batch(feed_dict)
-        images = self._inputs(_entry(batch, "img_data"), batch.get("img_size"))
+        images = self.inputs(_entry(batch, "img_data"), batch.get("img_size"))
         features = self.encoder(images, return_feature_maps=True)
         if segSize is not None:
             return self.decoder.probabilities(features, (int(segSize[0]), int(segSize[1])))
@@ -107,7 +107,7 @@ class SegmentationModule(nn.Module):
 
     def features(self, image: Tensor) -> list[Tensor]:
         """The encoder's feature maps, deepest last, of images as for `logits`."""
-        return self.encoder(self._inputs(image), return_feature_maps=True)
+        return self.encoder(self.inputs(image), return_feature_maps=True)
 
     def logits(self, image: Tensor) -> Tensor:
         """Main-head scores at the network's resolution.
@@ -177,7 +177,8 @@ class SegmentationModule(nn.Module):
             )
         return weight
 
-    def _inputs(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+    def inputs(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """What the encoder takes: images as for `logits`, normalised if they are bytes."""
         if images.is_floating_point():
             return images
         if self.normalize is None:

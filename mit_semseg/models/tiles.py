@@ -12,6 +12,13 @@ its pools (`Decoder.pool_scales`), the image is gone through twice: for the pool
 and so can be summed up tile by tile, then for the scores, with each tile's place in the whole. A
 decoder that reaches as far in another way, such as by attention, is simply tiled: its scores then
 differ from the whole image's by what that reach is worth.
+
+A sliding window is another matter, though it is cut and put together in the same way: there the
+network is meant to see windows of one size only, that of the crops it was trained on. Every window
+is an image of its own, pools and all, and where windows overlap the plain mean is taken. It is the
+mean of logits, at the network's resolution, as mmsegmentation takes it: that is a fraction of what
+probabilities at the image's size would take, and all that follows, resizing, softmax, mirror images
+and other scales, is the same as without windows.
 """
 
 from __future__ import annotations
@@ -23,8 +30,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, pairwise
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.models.module import SegmentationModule
@@ -34,8 +43,8 @@ log = logging.getLogger("mit_semseg")
 
 # "auto": images above so many pixels are computed in tiles of this side.
 AUTO_PIXELS, AUTO_SIDE = 4_000_000, 1024
-# The least side of tiles when memory runs out.
-LEAST_SIDE = 256
+# The least side of tiles when memory runs out, and of a sliding window.
+LEAST_SIDE, LEAST_WINDOW = 256, 64
 # Pixels that neighbours share, or half a tile if that is less. In the outer 7/16 of what it shares
 # a tile does not count, and from there its weight rises over an eighth. On CamVid, with dilated
 # MobileNetV2, 12 % of the labels are other than the whole image's at the edge of a tile, 1 % at 96
@@ -92,12 +101,33 @@ class Part:
     weights: Tensor
 
 
-def parts(tiles: Sequence[tuple[int, int]], first: int) -> list[Part]:
+def window_spans(length: int, side: int, stride: float, grid: int) -> list[tuple[int, int]]:
+    """Where sliding windows begin and end along one axis of an image.
+
+    Args:
+        length: pixels of the axis.
+        side: pixels of a window.
+        stride: share of it by which the next one lies farther on, in (0, 1].
+        grid: every window begins at a multiple of this; so its step is a multiple, rounded down.
+
+    Returns:
+        (start, stop) of what each window sees of the image, in order. The last one ends at the
+        image's end, or, on the grid, at most `grid` - 1 pixels beyond it: there, and where the
+        image is smaller than a window, `stop` is the image's end.
+    """
+    step = max(int(side * stride) // grid, 1) * grid
+    last = -(-max(length - side, 0) // grid) * grid
+    starts = [*range(0, last, step), last]
+    return [(start, min(start + side, length)) for start in starts]
+
+
+def parts(tiles: Sequence[tuple[int, int]], first: int, flat: bool = False) -> list[Part]:
     """The places of all tiles' maps along one axis.
 
     Args:
-        tiles: (start, stop) in pixels of the image, from `spans`.
+        tiles: (start, stop) in pixels of the image, from `spans` or `window_spans`.
         first: pixels of the first tile's map.
+        flat: all tiles count alike at every pixel they share, instead of along a ramp.
 
     Raises:
         CannotTile: the map is no whole fraction of its tile.
@@ -113,9 +143,9 @@ def parts(tiles: Sequence[tuple[int, int]], first: int) -> list[Part]:
     for i, (a, b) in enumerate(places):
         at = torch.arange(a, b, dtype=torch.float64) + 0.5
         ramp = torch.ones_like(at)
-        if i > 0:
+        if i > 0 and not flat:
             ramp = ramp.minimum(_rising(at - a, places[i - 1][1] - a))
-        if i + 1 < len(places):
+        if i + 1 < len(places) and not flat:
             ramp = ramp.minimum(_rising(b - at, b - settled[i]))
         total[a:b] += ramp
         ramps.append(ramp)
@@ -135,10 +165,11 @@ Placed = tuple[Part, Part, Tensor]
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of an image: spans of rows x spans of columns."""
+    """The tiles of an image: spans of rows x spans of columns; `flat` as in `parts`."""
 
     rows: Sequence[tuple[int, int]]
     columns: Sequence[tuple[int, int]]
+    flat: bool = False
 
     def maps(self, image: Tensor, run: Callable[[int, Tensor], Tensor]) -> Iterator[Placed]:
         """What a network makes of each tile, from left to right, from top to bottom.
@@ -159,7 +190,10 @@ class Tiling:
             for j, (left, right) in enumerate(self.columns):
                 x = run(next(numbers), image[:, :, top:bottom, left:right])
                 if places is None:
-                    places = parts(self.rows, x.shape[2]), parts(self.columns, x.shape[3])
+                    places = (
+                        parts(self.rows, x.shape[2], self.flat),
+                        parts(self.columns, x.shape[3], self.flat),
+                    )
                 row, column = places[0][i], places[1][j]
                 h, w = row.stop - row.start, column.stop - column.start
                 if tuple(x.shape[2:]) != (h, w):
@@ -215,6 +249,38 @@ def _halved(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------ networks
+@dataclass(frozen=True)
+class Sliding:
+    """A sliding window.
+
+    Attributes:
+        height, width: in pixels at the network's scale.
+        stride: share of them by which windows lie apart, in (0, 1].
+
+    Raises:
+        ValueError: a side below 64, or another stride.
+    """
+
+    height: int
+    width: int
+    stride: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < LEAST_WINDOW:
+            raise ValueError(
+                f"window is {[self.height, self.width]}; use sides of {LEAST_WINDOW} pixels or more"
+            )
+        if not 0 < self.stride <= 1:
+            raise ValueError(
+                f"stride is {self.stride}; it is a share of the window, above 0 and at most 1"
+            )
+
+    @classmethod
+    def of(cls, settings: Any) -> Sliding | None:
+        """What `cfg.VAL` or `cfg.TEST` asks for: `window` and `stride`; None without a window."""
+        return cls(*map(int, settings.window), settings.stride) if settings.window else None
+
+
 class TiledLogits:
     """`module.logits` for images of any size.
 
@@ -227,6 +293,9 @@ class TiledLogits:
     When a CUDA device runs out of memory, the image is computed again in smaller tiles, half as
     long each time, down to 256 pixels, and then on the CPU, where its scores stay. Each step is a
     warning. With "off" the CPU comes at once.
+
+    With a sliding window images of every size are computed window by window, and blended from
+    windows as they are from tiles; when a CUDA device has no memory for one, the CPU comes at once.
     """
 
     def __init__(
@@ -234,6 +303,7 @@ class TiledLogits:
         module: SegmentationModule,
         tile: str | int = "auto",
         network: Callable[[Tensor], Tensor] | None = None,
+        window: Sliding | None = None,
     ) -> None:
         """Wrap a module.
 
@@ -244,6 +314,7 @@ class TiledLogits:
             network: what computes the logits of an image or a tile, such as `module.logits`
                 compiled; that is the default. Decoders with `pool_scales` have tiles computed
                 without it.
+            window: slide this over all images, whatever `tile` is.
 
         Raises:
             ValueError: another `tile`.
@@ -252,7 +323,7 @@ class TiledLogits:
         if not (tile in ("auto", "off") or (number and int(tile) >= 64)):
             raise ValueError(f"tile is {tile!r}; use 'auto', 'off' or a side of 64 pixels or more")
         self.module = module
-        self.tile = tile
+        self.tile, self.window = tile, window
         self.network = module.logits if network is None else network
         # Any module may be the encoder or the decoder.
         self.grid = math.lcm(_GRID, *getattr(module.encoder, "strides", ()))
@@ -275,7 +346,7 @@ class TiledLogits:
 
     def sides(self, H: int, W: int) -> list[int | None]:
         """Sides of tiles to try, one after the other; None stands for the whole image."""
-        if self.tile == "off":
+        if self.tile == "off" or self.window:
             return [None]
         if isinstance(self.tile, int):
             first = self._on_grid(self.tile) if max(H, W) > self.tile else None
@@ -301,10 +372,12 @@ class TiledLogits:
             None,
             normalize=copy.deepcopy(self.module.normalize),
         )
-        return TiledLogits(module.eval().to("cpu"), self.tile)
+        return TiledLogits(module.eval().to("cpu"), self.tile, window=self.window)
 
     def compute(self, image: Tensor, side: int | None) -> Tensor:
         """Scores of images, in tiles of a side if it is given."""
+        if self.window is not None:
+            return self._slide(image, self.window)
         H, W = image.shape[-2:]
         if side is None or max(H, W) <= side:
             return self.network(image)
@@ -316,6 +389,30 @@ class TiledLogits:
         except CannotTile as error:
             log.warning("an image of %dx%d is computed whole, not in tiles: %s", W, H, error)
         return self.network(image)
+
+    def _slide(self, image: Tensor, window: Sliding) -> Tensor:
+        """Scores of images, the mean over all windows that see a pixel."""
+        H, W = image.shape[-2:]
+        sides = window.height, window.width
+
+        def run(number: int, seen: Tensor) -> Tensor:
+            # Normalised first: beyond the image is the mean colour, which is then 0.
+            pixels = self.module.inputs(seen)
+            h, w = pixels.shape[-2:]
+            scores = self.network(F.pad(pixels, (0, sides[1] - w, 0, sides[0] - h)))
+            made = tuple(scores.shape[2:])
+            if sides[0] % made[0] or sides[1] % made[1]:
+                raise ValueError(
+                    f"the network makes {made} pixels of a window of {sides}, whose sides are no "
+                    f"multiples of its stride: take multiples of {self.grid}"
+                )
+            return scores[:, :, : -(-h * made[0] // sides[0]), : -(-w * made[1] // sides[1])]
+
+        rows, columns = (
+            window_spans(length, side, window.stride, self.grid)
+            for length, side in zip((H, W), sides, strict=True)
+        )
+        return blended(Tiling(rows, columns, flat=True).maps(image, run))
 
     def _plain(self, number: int, tile: Tensor) -> Tensor:
         return self.network(tile)

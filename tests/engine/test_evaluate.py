@@ -34,6 +34,7 @@ from mit_semseg.engine.evaluate import (
     val_dataset,
 )
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix, boundary_f
+from mit_semseg.models.tiles import Sliding, TiledLogits
 
 CPU = torch.device("cpu")
 NAMES = ("road", "sky", "car", "tree")  # tree occurs nowhere
@@ -138,9 +139,8 @@ def test_outlines_are_scored_when_asked_for(
     expected = np.nanmean(scores, axis=0)
 
     results = []
-    for workers, batch_size in ((1, 1), (2, 1), (1, 2)):
-        cfg.VAL.batch_size = batch_size
-        out = tmp_path / f"{workers}{batch_size}"
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
         results.append(evaluate(cfg, [CPU], workers, out_dir=out, progress=False))
         stored = json.loads((out / "eval.json").read_text())
         assert stored["mean_boundary_f"] == results[-1]["mean_boundary_f"]
@@ -150,9 +150,8 @@ def test_outlines_are_scored_when_asked_for(
     )
     assert first["mean_boundary_f"] == pytest.approx(np.nanmean(expected))
     assert results[1]["mean_boundary_f"] == first["mean_boundary_f"], "whoever counts what"
-    assert results[2]["mean_boundary_f"] == pytest.approx(first["mean_boundary_f"], abs=0.02)
     assert f", mean boundary F-score: {first['mean_boundary_f']:.4f}" in capsys.readouterr().out
-    assert (tmp_path / "11" / "class_boundary_f.png").is_file()
+    assert (tmp_path / "1" / "class_boundary_f.png").is_file()
     # Training validates without them: nobody would read them.
     assert evaluate_model(module, dataset, cfg, CPU, progress=False).boundary is None
 
@@ -442,6 +441,41 @@ def test_large_images_are_scored_in_tiles(setup: Config) -> None:
     moved = int((matrices[128] - matrices["off"]).abs().sum()) / 2
     assert 0 < moved < 0.1 * int(matrices["off"].sum())
     assert torch.equal(matrices[128].sum(1), matrices["off"].sum(1)), "every pixel once"
+
+
+def test_windows_slide_over_every_scale(
+    setup: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = setup.clone()
+    cfg.DATASET.imgSizes, cfg.DATASET.imgMaxSize = [72, 96], 200
+    matrices = []
+    for window in ([], [64, 96]):
+        cfg.VAL.window = window
+        result = evaluate(cfg, [CPU], out_dir=tmp_path, progress=False)
+        assert result["window"] == window
+        printed = capsys.readouterr().out
+        assert (
+            (f", in windows of {window[0]}x{window[1]}, " in printed)
+            if window
+            else ("in windows of" not in printed)
+        )
+        matrices.append(result["classes"])
+    assert matrices[0] != matrices[1]
+    assert len({tuple(row["pixel_share"] for row in rows) for rows in matrices}) == 1
+    # By hand, at two scales.
+    cfg.VAL.window, cfg.VAL.stride, cfg.VAL.flip = [64, 96], 0.5, True
+    module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
+    found = evaluate_model(module, data, cfg, CPU, progress=False).matrix.matrix
+    counts = np.zeros((4, 4), dtype=np.int64)
+    slide = TiledLogits(module, window=Sliding(64, 96, 0.5))
+    for sample in (data[k] for k in range(len(data))):
+        label = sample["seg_label"][0].numpy()
+        images = list(sample["img_data"])
+        logits = [slide(x) for x in images] + [slide(x.flip(-1)).flip(-1) for x in images]
+        wide = [F.interpolate(x, label.shape, mode="bilinear").softmax(1) for x in logits]
+        pred = sum(wide)[0].argmax(0).numpy()  # type: ignore[index]
+        np.add.at(counts, (label[label >= 0], pred[label >= 0]), 1)
+    assert np.abs(found.numpy() - counts).sum() <= 2e-3 * counts.sum()
 
 
 def test_an_evaluation_stops_when_it_is_asked_to(setup: Config) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from decoder_tester import DecoderTester
 from encoder_tester import EncoderTester
-from pair_tester import PairTester
+from whole_tester import WholeTester
 
 from mit_semseg.models import DECODERS, ENCODERS, check_pair
 from mit_semseg.models.decoders.bisenet import AttentionRefinement, FeatureFusion
@@ -31,7 +31,7 @@ class TestBiSeNet(DecoderTester):
     auxiliary = True
 
 
-class TestPair(PairTester):
+class TestPair(WholeTester):
     encoder, decoder = "bisenet_resnet18", "bisenet"
 
 

@@ -2,8 +2,8 @@
 
 import torch
 from decoder_tester import DecoderTester
-from pair_tester import PairTester
 from torch import nn
+from whole_tester import WholeTester
 
 from mit_semseg.models import DECODERS
 
@@ -12,7 +12,7 @@ class TestDenseASPP(DecoderTester):
     arch = "denseaspp"
 
 
-class TestPair(PairTester):
+class TestPair(WholeTester):
     encoder, decoder = "densenet121dilated", "denseaspp"
     image = (64, 64)
 

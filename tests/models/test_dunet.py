@@ -2,7 +2,7 @@
 
 import torch
 from decoder_tester import DecoderTester
-from pair_tester import PairTester
+from whole_tester import WholeTester
 
 from mit_semseg.models import DECODERS
 
@@ -11,7 +11,7 @@ class TestDUNet(DecoderTester):
     arch = "dunet"
 
 
-class TestPair(PairTester):
+class TestPair(WholeTester):
     encoder, decoder = "resnet18", "dunet"
 
 

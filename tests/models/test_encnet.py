@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decoder_tester import DecoderTester
-from pair_tester import PairTester
+from whole_tester import WholeTester
 
 from mit_semseg.losses import functional
 from mit_semseg.models import SegmentationModule
@@ -30,7 +30,7 @@ class TestEncNet(DecoderTester):
         assert not torch.allclose(presence.exp().sum(1), torch.ones(()), atol=1e-2)
 
 
-class TestPair(PairTester):
+class TestPair(WholeTester):
     encoder, decoder = "resnet18dilated", "encnet"
 
 

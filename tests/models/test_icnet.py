@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from decoder_tester import DecoderTester
 from encoder_tester import EncoderTester
-from pair_tester import PairTester
+from whole_tester import WholeTester
 
 from mit_semseg.models import DECODERS, ENCODERS, check_pair
 
@@ -22,7 +22,7 @@ class TestICNet(DecoderTester):
     auxiliary = True
 
 
-class TestPair(PairTester):
+class TestPair(WholeTester):
     encoder, decoder = "icnet_resnet50", "icnet"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from decoder_tester import DecoderTester
-from pair_tester import PairTester
+from whole_tester import WholeTester
 
 from mit_semseg.models import DECODERS
 from mit_semseg.models.decoders.ocnet import BaseContext, ObjectContext
@@ -30,15 +30,15 @@ class TestOCNetASP(TestOCNetBase):
     arch = "ocnet_asp"
 
 
-class TestBasePair(PairTester):
+class TestBasePair(WholeTester):
     encoder, decoder = "resnet18dilated", "ocnet_base"
 
 
-class TestPyramidPair(PairTester):
+class TestPyramidPair(WholeTester):
     encoder, decoder = "resnet18dilated", "ocnet_pyramid"
 
 
-class TestASPPair(PairTester):
+class TestASPPair(WholeTester):
     encoder, decoder = "resnet18dilated", "ocnet_asp"
 
 

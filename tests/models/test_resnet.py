@@ -42,12 +42,37 @@ class TestResNet101Dilated(EncoderTester):
     published = "encoder/resnet101dilated"
 
 
+class TestResNet34(EncoderTester):
+    arch = "resnet34"
+
+
+# Parameters of table 1 of the paper, as torchvision counts them, without the 1000 classes.
+@pytest.mark.parametrize(
+    ("arch", "parameters"),
+    [
+        ("torchvision_resnet18", 11_689_512 - 513_000),
+        ("resnet34", 21_797_672 - 513_000),
+        ("torchvision_resnet50", 25_557_032 - 2_049_000),
+        ("torchvision_resnet101", 44_549_160 - 2_049_000),
+        ("resnet152", 60_192_808 - 2_049_000),
+        ("resnext50", 25_028_904 - 2_049_000),
+    ],
+)
+def test_the_papers_stem_gives_the_papers_size(arch: str, parameters: int) -> None:
+    for name in (arch, f"{arch}dilated", f"{arch}_dilated8", f"{arch}_dilated16"):
+        with torch.device("meta"):
+            encoder = ENCODERS.get(name)()
+        assert sum(p.numel() for p in encoder.parameters()) == parameters
+    assert ENCODERS.get(arch).strides == (4, 8, 16, 32)
+
+
 @pytest.mark.parametrize(
     ("arch", "layer3", "layer4"),
     [
         ("resnet50", [(2, 1), (1, 1), (1, 1)], [(2, 1), (1, 1), (1, 1)]),
         ("resnet50_dilated16", [(2, 1), (1, 1), (1, 1)], [(1, 1), (1, 2), (1, 2)]),
         ("resnet50_dilated8", [(1, 1), (1, 2), (1, 2)], [(1, 2), (1, 4), (1, 4)]),
+        ("resnet152_dilated8", [(1, 1), (1, 2), (1, 2)], [(1, 2), (1, 4), (1, 4)]),
     ],
 )
 def test_strides_become_dilations(
@@ -62,7 +87,13 @@ def test_strides_become_dilations(
         assert stage[0].downsample[0].stride == convs[0].stride
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101", "resnext101", "mobilenetv2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenetv2"),
+        *("resnext50", "resnext101", "torchvision_resnet50", "torchvision_resnet101"),
+    ],
+)
 def test_older_names_mean_the_same(name: str) -> None:
     assert ENCODERS.get(f"{name}dilated") is ENCODERS.get(f"{name}_dilated8")
     assert ENCODERS.get(f"{name}_dilated16").strides[-1] == 16

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,13 +19,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mit_semseg import scores
+from mit_semseg.config import load_config
 from mit_semseg.dataset.transforms import Normalize, as_batch, load_image, load_mask, resize_image
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
 from mit_semseg.models import DECODERS, Decoder, Encoder, SegmentationModule, tiles
 from mit_semseg.models.decoders.upernet import UPerNet
 from mit_semseg.models.inference import inference_copy
 from mit_semseg.models.pyramid import pool_matrix
-from mit_semseg.models.tiles import TiledLogits, parts, spans
+from mit_semseg.models.tiles import Sliding, TiledLogits, parts, spans, window_spans
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("SEMSEG_DATA", ROOT.parent / "shared" / "data"))
@@ -350,6 +352,163 @@ def test_what_cannot_be_tiled_is_computed_whole(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING, logger="mit_semseg"):
         assert torch.equal(TiledLogits(module, 64)(image), module.logits(image))
     assert "130x100 is computed whole, not in tiles: the network makes" in caplog.text
+
+
+# ------------------------------------------------------------------------------ sliding windows
+@few
+@given(lengths, st.integers(64, 700), st.floats(0.01, 1), st.sampled_from([8, 32]))
+def test_windows_cover_an_axis(length: int, side: int, stride: float, grid: int) -> None:
+    found = window_spans(length, side, stride, grid)
+    assert found[0][0] == 0 and found[-1][1] == length
+    assert all(stop == min(start + side, length) for start, stop in found)
+    assert all(start % grid == 0 for start, _ in found)
+    steps = [b[0] - a[0] for a, b in pairwise(found)]
+    assert all(0 < step <= max(side * stride, grid) for step in steps)
+    assert len(set(steps[:-1])) <= 1, "only the last one is shorter"
+    assert found[-1][0] + side < length + grid or len(found) == 1
+
+
+def test_windows_by_hand() -> None:
+    # 1/2 of 100 is 50, and 48 on a grid of 8; the last one sees 96 pixels and 4 beyond the image.
+    assert window_spans(200, 100, 0.5, 8) == [(0, 100), (48, 148), (96, 196), (104, 200)]
+    assert window_spans(100, 100, 0.5, 8) == [(0, 100)]
+    assert window_spans(60, 100, 1.0, 8) == [(0, 60)]
+    assert window_spans(101, 100, 1.0, 8) == [(0, 100), (8, 101)]
+
+
+def naive_windows(
+    module: SegmentationModule, image: Tensor, sides: tuple[int, int], steps: tuple[int, int]
+) -> Tensor:
+    """Sum and number of the windows' scores at every pixel; on a grid of 32."""
+    H, W = image.shape[2:]
+    stride = module.encoder.strides[-1]
+    total = torch.zeros(len(image), 5, -(-H // stride) + 99, -(-W // stride) + 99).to(image)
+    number = torch.zeros_like(total)
+
+    def starts(length: int, side: int, step: int) -> list[int]:
+        start, found = 0, [0]
+        while start + side < length:
+            last = math.ceil((length - side) / 32) * 32
+            start = min(start + step, last)
+            found.append(start)
+        return found
+
+    for y in starts(H, sides[0], steps[0]):
+        for x in starts(W, sides[1], steps[1]):
+            window = torch.zeros(len(image), 3, *sides).to(image)
+            seen = image[:, :, y : y + sides[0], x : x + sides[1]]
+            window[:, :, : seen.shape[2], : seen.shape[3]] = seen
+            scores = module.logits(window)
+            where = (
+                slice(y // stride, y // stride + scores.shape[2]),
+                slice(x // stride, x // stride + scores.shape[3]),
+            )
+            total[:, :, where[0], where[1]] += scores
+            number[:, :, where[0], where[1]] += 1
+    return (total / number)[:, :, : -(-H // stride), : -(-W // stride)]
+
+
+@pytest.mark.parametrize("decoder", ["c1", "ppm"])
+@pytest.mark.parametrize(
+    ("size", "sides", "stride", "steps"),
+    [
+        ((200, 333), (96, 160), 2 / 3, (64, 96)),  # 106.7 -> 96
+        ((200, 333), (96, 160), 0.34, (32, 32)),  # up to 3 x 5 windows at a pixel
+        ((161, 320), (160, 160), 1.0, (160, 160)),
+        ((50, 333), (96, 128), 0.5, (32, 64)),  # smaller than a window in one direction
+        ((50, 40), (64, 72), 0.5, (32, 32)),
+    ],
+)
+@torch.no_grad()
+def test_windows_are_those_of_a_naive_loop(
+    decoder: str,
+    size: tuple[int, int],
+    sides: tuple[int, int],
+    stride: float,
+    steps: tuple[int, int],
+) -> None:
+    """Decoders that pool do it in every window: it is an image of its own."""
+    module = module_of(Local(), decoder, **({"width": 8} if decoder == "ppm" else {})).double()
+    image = torch.rand(2, 3, *size, dtype=torch.float64)
+    given_ = TiledLogits(module, window=Sliding(*sides, stride))(image)
+    expected = naive_windows(module, image, sides, steps)
+    torch.testing.assert_close(given_, expected, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(given_, module.logits(image), rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_windows_are_of_exactly_that_size_and_beyond_the_image_is_the_mean_colour() -> None:
+    module, seen = module_of(Local()), []
+    module.normalize = Normalize()
+
+    def network(image: Tensor) -> Tensor:
+        seen.append(image)
+        return module.logits(image)
+
+    image = torch.randint(0, 256, (2, 3, 120, 200), dtype=torch.uint8)
+    given_ = TiledLogits(module, 64, network, Sliding(96, 128))(image)
+    assert {tuple(x.shape) for x in seen} == {(2, 3, 96, 128)} and len(seen) == 2 * 3
+    assert given_.shape == (2, 5, 30, 50)
+    beyond = seen[-1][:, :, 120 - 32 :]
+    assert not beyond.any() and seen[-1][:, :, : 120 - 32, : 200 - 96].all()
+    floats = TiledLogits(module, window=Sliding(96, 128))(Normalize()(image))
+    torch.testing.assert_close(floats, given_)
+
+
+@torch.no_grad()
+def test_windows_in_the_copy_for_inference() -> None:
+    """With mirror images and several scales, labels are those of the plain procedure."""
+    module = module_of(Local(), "ppm", width=8)
+    fast = inference_copy(module, "cpu", window=Sliding(96, 96, 0.5))
+    scales = [torch.rand(1, 3, 120, 160), torch.rand(1, 3, 200, 264)]
+    labels = fast.predict(scales, (150, 200), flip=True)
+    total = torch.zeros(1, 5, 150, 200)
+    for x in scales:
+        for image, back in ((x, False), (x.flip(-1), True)):
+            y = naive_windows(module, image, (96, 96), (32, 32))
+            y = F.interpolate(y.flip(-1) if back else y, (150, 200), mode="bilinear")
+            total += y.softmax(1)
+    assert (labels == total.argmax(1)).float().mean() > 0.999
+
+
+def test_windows_that_cannot_work_are_refused() -> None:
+    module = pointwise().float()
+    with pytest.raises(ValueError, match=r"\(13, 12\) pixels of a window of \(100, 96\).* 32"):
+        TiledLogits(module, window=Sliding(100, 96))(torch.rand(1, 3, 200, 200))
+    with pytest.raises(ValueError, match=r"window is \[32, 96\]; use sides of 64 pixels"):
+        Sliding(32, 96)
+    for stride in (0.0, 1.5):
+        with pytest.raises(ValueError, match="stride is .* share of the window"):
+            Sliding(96, 96, stride)
+
+
+@pytest.mark.parametrize("section", ["VAL", "TEST"])
+def test_windows_in_the_configuration(section: str) -> None:
+    def asked(*options: str) -> Sliding | None:
+        return Sliding.of(getattr(load_config(None, list(options)), section))
+
+    assert asked() is None
+    assert asked(f"{section}.window", "(96, 128)") == Sliding(96, 128, 0.667)
+    assert asked(f"{section}.window", "[96, 128]", f"{section}.stride", "0.5") == Sliding(
+        96, 128, 0.5
+    )
+    for key, value in (("window", "512"), ("window", "(32, 96)"), ("stride", "0"), ("stride", "2")):
+        with pytest.raises(ValueError, match=rf"{section}\.{key} is"):
+            asked(f"{section}.{key}", value)
+
+
+@torch.no_grad()
+def test_a_window_without_memory_is_computed_on_the_cpu(
+    scarce: Callable[..., SegmentationModule], caplog: pytest.LogCaptureFixture
+) -> None:
+    module, image = scarce(room=0, patience=1), torch.rand(1, 3, 200, 200)
+    with caplog.at_level(logging.WARNING, logger="mit_semseg"):
+        given_ = TiledLogits(module, window=Sliding(96, 96, 0.5))(image)
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory for an image of 200x200: computing it on the CPU"
+    ]
+    Scarce.room = 10**9
+    torch.testing.assert_close(given_, naive_windows(module, image, (96, 96), (32, 32)))
 
 
 # ------------------------------------------------------------------------------ out of memory

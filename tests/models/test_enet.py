@@ -1,0 +1,93 @@
+"""ENet."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from decoder_tester import DecoderTester
+from encoder_tester import EncoderTester
+from pair_tester import PairTester
+from torch import nn
+
+from mit_semseg.models import ENCODERS, check_pair
+from mit_semseg.models.encoders.base import widen_input
+from mit_semseg.models.encoders.enet import Bottleneck, Downsampling
+
+
+class TestENetEncoder(EncoderTester):
+    arch = "enet"
+
+
+class TestENetDecoder(DecoderTester):
+    arch = "enet"
+    needs = 3
+    channels = (16, 64, 128)
+
+    def features(self, batch: int = 2) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        planes = [torch.randn(batch, 16, 32, 48), torch.randn(batch, 64, 16, 24)]
+        indices = [F.max_pool2d(plane, 2, return_indices=True)[1] for plane in planes]
+        return [*indices, torch.randn(batch, 128, 8, 12)]
+
+    @pytest.mark.parametrize("channels", [(20,), (8, 12)])
+    def test_works_with_any_widths_and_levels(self, channels: tuple[int, ...]) -> None:
+        """Its own encoder's are the only ones."""
+        with pytest.raises(ValueError, match="enet reads at least 3"):
+            self.build(channels=channels)
+        assert self.build().eval().logits(self.features())[0].shape == (2, 5, 64, 96)
+
+
+class TestENet(PairTester):
+    encoder, decoder = "enet", "enet"
+    quanta = 4
+    steps, rate = 80, 5e-3
+
+    @pytest.mark.parametrize("classes", [12, 20])
+    def test_size(self, classes: int) -> None:
+        assert self.mebibytes(classes) == pytest.approx(1.34, rel=0.03)
+        assert self.mebibytes(classes) * 2**20 / 4e6 == pytest.approx(0.37, rel=0.03)  # table 3
+
+
+def test_stages_are_those_of_table_1() -> None:
+    with torch.device("meta"):
+        encoder = ENCODERS.get("enet")()
+    for stage in (encoder.stage2, encoder.stage3):
+        convs = [[m for m in block.modules() if isinstance(m, nn.Conv2d)][1:-1] for block in stage]
+        kernels = [tuple(conv.kernel_size for conv in found) for found in convs]
+        asymmetric = ((5, 1), (1, 5))
+        assert kernels == [((3, 3),), ((3, 3),), asymmetric, ((3, 3),)] * 2
+        assert [found[0].dilation[0] for found in convs] == [1, 2, 1, 4, 1, 8, 1, 16]
+    drops = {m.p for m in encoder.stage1.modules() if isinstance(m, nn.Dropout2d)}
+    later = {m.p for m in encoder.stage3.modules() if isinstance(m, nn.Dropout2d)}
+    assert (drops, later) == ({0.01}, {0.1})
+
+
+@pytest.mark.parametrize("options", [{}, {"dilation": 8}, {"asymmetric": True}])
+def test_bottlenecks_keep_the_size(options: dict[str, int]) -> None:
+    block = Bottleneck(16, 0.1, **options).eval()
+    assert block(torch.randn(2, 16, 9, 11)).shape == (2, 16, 9, 11)
+
+
+def test_the_main_branch_is_pooled_and_filled_up() -> None:
+    block = Downsampling(16, 24, 0.0).eval()
+    nn.init.zeros_(block.extension[-2].weight)  # of the BatchNorm: nothing is added
+    x = torch.rand(1, 16, 7, 9)
+    y, indices = block(x)
+    torch.testing.assert_close(y[:, :16], F.max_pool2d(x, 2, ceil_mode=True))
+    assert not y[:, 16:].any()
+    assert torch.equal(x.flatten(2).gather(2, indices.flatten(2)), y[:, :16].flatten(2))
+
+
+def test_depth_is_read_by_the_convolution_and_not_pooled() -> None:
+    torch.manual_seed(0)
+    encoder = ENCODERS.get("enet")()
+    widen_input(encoder, 4)
+    first, _, last = encoder.eval()(torch.randn(1, 4, 32, 32), return_feature_maps=True)
+    assert first.shape == (1, 16, 8, 8) and last.shape == (1, 128, 4, 4)
+
+
+def test_only_its_own_encoder_is_taken() -> None:
+    check_pair("enet", "enet", 128)
+    with pytest.raises(ValueError, match="set MODEL.arch_encoder to enet"):
+        check_pair("resnet18", "enet")
+    with pytest.raises(ValueError, match="set MODEL.arch_decoder to enet"):
+        check_pair("enet", "upernet")

@@ -1,0 +1,105 @@
+"""FC-DenseNet."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from decoder_tester import DecoderTester
+from encoder_tester import EncoderTester
+from pair_tester import PairTester
+from torch import nn
+
+from mit_semseg.models import DECODERS, ENCODERS, check_pair
+from mit_semseg.models.encoders.fcdensenet import DenseBlock
+
+
+class TestFCDenseNet56Encoder(EncoderTester):
+    arch = "fcdensenet56"
+
+
+class TestFCDenseNet56Decoder(DecoderTester):
+    arch = "fcdensenet56"
+    needs = 6
+    channels = (12, 20, 28, 36, 20, 24)
+
+    def features(self, batch: int = 2) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        sides = [(64 >> i, 96 >> i) for i in range(6)]
+        return [torch.randn(batch, c, *side) for c, side in zip(self.channels, sides)]
+
+    @pytest.mark.parametrize("channels", [(20,), (6, 8, 12, 20, 8)])
+    def test_works_with_any_widths_and_levels(self, channels: tuple[int, ...]) -> None:
+        """With any widths of six levels."""
+        with pytest.raises(ValueError, match="fcdensenet56 reads at least 6"):
+            self.build(channels=channels)
+        assert self.build().eval().logits(self.features())[0].shape == (2, 5, 64, 96)
+
+
+class TestFCDenseNet56(PairTester):
+    encoder = decoder = "fcdensenet56"
+
+
+# Table 3's millions; the issue's size.
+@pytest.mark.parametrize(
+    ("name", "millions", "slack"),
+    [("fcdensenet56", 1.5, 0.09), ("fcdensenet67", 3.5, 0.02), ("fcdensenet103", 9.4, 0.01)],
+)
+def test_size(name: str, millions: float, slack: float) -> None:
+    with torch.device("meta"):
+        encoder = ENCODERS.get(name)()
+        decoder = DECODERS.get(name)(encoder.channels, num_class=11, strides=encoder.strides)
+    both = nn.ModuleList([encoder, decoder])
+    count = sum(p.numel() for p in both.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=slack)
+    if name == "fcdensenet103":
+        assert count * 4 / 2**20 == pytest.approx(35.6, rel=0.01)
+    # The name counts the convolutions and transposed convolutions, transitions included.
+    layers = [m for m in both.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    assert len(layers) == int(name.removeprefix("fcdensenet"))
+
+
+def test_widths_are_those_of_table_2() -> None:
+    encoder = ENCODERS.get("fcdensenet103")
+    assert encoder.channels == (112, 192, 304, 464, 656, 240)
+    with torch.device("meta"):
+        decoder = DECODERS.get("fcdensenet103")(encoder.channels)
+    read = [block.layers[0][0].num_features for block in decoder.blocks]
+    written = [n + 16 * depth for n, depth in zip(read, (12, 10, 7, 5, 4))]
+    assert written == [1088, 816, 576, 384, 256]  # the paper prints 578 for 576
+    assert decoder.conv_last.in_channels == 256
+
+
+def test_a_dense_block_reads_everything_before() -> None:
+    torch.manual_seed(0)
+    block = DenseBlock(5, 3, 2).eval()
+    x = torch.randn(1, 5, 4, 6)
+    known = x
+    for norm, _, conv, _ in block.layers:
+        new = F.conv2d(norm(known).relu(), conv.weight, conv.bias, padding=1)
+        known = torch.cat([known, new], dim=1)
+    torch.testing.assert_close(block(x), known[:, 5:])
+
+
+@pytest.mark.parametrize("name", ["fcdensenet56", "fcdensenet67", "fcdensenet103"])
+def test_only_its_own_encoder_is_taken(name: str) -> None:
+    encoder = ENCODERS.get(name)
+    check_pair(name, name, encoder.channels[-1])
+    with pytest.raises(ValueError, match=f"set MODEL.arch_encoder to {name}"):
+        check_pair("resnet18", name)
+    check_pair(name, "c1")  # its maps are features: others read them
+
+
+@pytest.mark.parametrize("name", ["fcdensenet67", "fcdensenet103"])
+def test_larger_ones_score_any_size(name: str) -> None:
+    with torch.device("meta"):
+        encoder = ENCODERS.get(name)()
+        decoder = DECODERS.get(name)(encoder.channels, num_class=11)
+        maps = encoder(torch.zeros(1, 3, 67, 97), return_feature_maps=True)
+    assert decoder.logits(maps)[0].shape == (1, 11, 67, 97)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fcdensenet67", "fcdensenet103"])
+def test_larger_ones_learn_one_image_by_heart(name: str) -> None:
+    tester = PairTester()
+    tester.encoder = tester.decoder = name
+    tester.test_learns_one_image_by_heart()

@@ -1,0 +1,85 @@
+"""SegNet."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from decoder_tester import DecoderTester
+from pair_tester import PairTester
+
+from mit_semseg.models import ModelBuilder, check_pair
+from mit_semseg.models.decoders.upsampling import unpool
+
+
+def pooling_indices(batch: int, channels: int, height: int, width: int) -> torch.Tensor:
+    """Indices as pooling a random plane gives."""
+    plane = torch.randn(batch, channels, 2 * height, 2 * width)
+    return F.max_pool2d(plane, 2, return_indices=True)[1]
+
+
+class TestSegNetDecoder(DecoderTester):
+    arch = "segnet"
+    needs = 6
+    channels = (4, 8, 12, 16, 16, 16)
+
+    def features(self, batch: int = 2) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        indices = [
+            pooling_indices(batch, c, 32 >> i, 48 >> i) for i, c in enumerate(self.channels[:-1])
+        ]
+        return [*indices, torch.randn(batch, self.channels[-1], 2, 3)]
+
+    @pytest.mark.parametrize("channels", [(20,), (8, 12, 24), (4, 8, 12, 16, 16, 12)])
+    def test_works_with_any_widths_and_levels(self, channels: tuple[int, ...]) -> None:
+        """With any widths of five pools: the others are refused."""
+        with pytest.raises(ValueError, match="segnet"):
+            self.build(channels=channels)
+        assert self.build().eval().logits(self.features())[0].shape == (2, 5, 64, 96)
+
+
+class TestSegNet(PairTester):
+    encoder, decoder = "vgg16_bn_indices", "segnet"
+    quanta = 2
+
+    def test_size(self) -> None:
+        assert 112 <= self.mebibytes(11) <= 117
+        assert 112 <= self.mebibytes(21) <= 117
+
+
+def test_unpooling_by_hand() -> None:
+    plane = torch.tensor([[1.0, 5, 2, 0], [3, 4, 9, 8], [7, 0, 1, 1], [6, 2, 1, 3]])[None, None]
+    pooled, indices = F.max_pool2d(plane, 2, return_indices=True)
+    assert pooled.tolist() == [[[[5, 9], [7, 3]]]]
+    assert indices.tolist() == [[[[1, 6], [8, 15]]]]
+    back = unpool(torch.tensor([[[[10.0, 20], [30, 40]]]]), indices, (4, 4))
+    assert back.tolist() == [[[[0, 10, 0, 0], [0, 0, 20, 0], [30, 0, 0, 0], [0, 0, 0, 40]]]]
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 8), (7, 9)])
+def test_unpooling_is_torchs(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    plane = torch.randn(2, 3, *size)
+    x, indices = F.max_pool2d(plane, 2, ceil_mode=True, return_indices=True)
+    given, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ours = unpool(given, indices, size)
+    theirs = F.max_unpool2d(wanted, indices, 2, 2, output_size=size)
+    assert torch.equal(ours, theirs)
+    weights = torch.randn_like(ours)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    assert torch.equal(given.grad, wanted.grad)
+    # Maxima come back to where they were, and nothing else does.
+    assert torch.equal(ours[ours != 0], plane[ours != 0]) and ours.count_nonzero() == x.numel()
+
+
+def test_only_its_own_encoder_is_taken() -> None:
+    check_pair("vgg16_bn_indices", "segnet", 512)
+    with pytest.raises(ValueError, match="set MODEL.arch_encoder to vgg16_bn_indices"):
+        check_pair("vgg16_bn", "segnet", 512)
+    with pytest.raises(ValueError, match="set MODEL.arch_decoder to segnet"):
+        check_pair("vgg16_bn_indices", "c1", 512)
+
+
+def test_fc_dim_alone_says_enough() -> None:
+    with torch.device("meta"):
+        decoder = ModelBuilder.build_decoder("segnet", fc_dim=512)
+    assert decoder.channels == (64, 128, 256, 512, 512, 512)

@@ -1,0 +1,267 @@
+"""Torchvision's models: the encoders and decoders here give the same with the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from mit_semseg import weights
+from mit_semseg.dataset.base import table_of
+from mit_semseg.models import ENCODERS, Decoder, Encoder, ModelBuilder, SegmentationModule
+from mit_semseg.models.inference import inference_copy
+from mit_semseg.weights import (
+    TORCHVISION,
+    load_decoder,
+    load_encoder,
+    load_into,
+    torchvision_decoder,
+    torchvision_encoder,
+)
+
+SEGMENTATION = {
+    "fcn_resnet50": ("torchvision_resnet50dilated", "fcn_head_deepsup"),
+    "fcn_resnet101": ("torchvision_resnet101dilated", "fcn_head_deepsup"),
+    "deeplabv3_resnet50": ("torchvision_resnet50dilated", "deeplabv3_deepsup"),
+    "deeplabv3_resnet101": ("torchvision_resnet101dilated", "deeplabv3_deepsup"),
+    "deeplabv3_mobilenet_v3_large": ("mobilenetv3_large_dilated16", "deeplabv3_wide_deepsup"),
+}
+
+
+def published(name: str) -> nn.Module:
+    """Torchvision's module with random weights and random statistics of every BatchNorm."""
+    torch.manual_seed(0)
+    if name in SEGMENTATION:
+        build = getattr(torchvision.models.segmentation, name)
+        theirs = build(weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
+    else:
+        theirs = getattr(torchvision.models, name)(weights=None)
+    for layer in theirs.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.1)
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.5, 2)
+    return theirs.eval()
+
+
+def built(name: str) -> tuple[Encoder, Decoder]:
+    arch_encoder, arch_decoder = SEGMENTATION[name]
+    encoder = ModelBuilder.build_encoder(arch_encoder, weights="none").eval()
+    decoder = ModelBuilder.build_decoder(
+        arch_decoder, num_class=21, channels=encoder.channels, strides=encoder.strides
+    ).eval()
+    return encoder, decoder
+
+
+@pytest.mark.parametrize("name", list(SEGMENTATION))
+@torch.no_grad()
+def test_segmentation_models_give_the_same_logits(name: str) -> None:
+    theirs, (encoder, decoder) = published(name), built(name)
+    state = theirs.state_dict()
+    reports = [
+        load_into(encoder, torchvision_encoder(state), what="encoder", strict=True),
+        load_into(decoder, torchvision_decoder(state), what="decoder", strict=True),
+    ]
+    assert [report.unexpected for report in reports] == [[], []]
+    assert sum(len(report.matched) for report in reports) == len(state)
+    for height, width in ((64, 96), (65, 97)):
+        image = torch.randn(1, 3, height, width)
+        wanted = theirs(image)
+        features = encoder(image, return_feature_maps=True)
+        main = decoder.logits(features)[0]
+        auxiliary = decoder.conv_last_deepsup(decoder.cbr_deepsup(features[-2]))
+        for ours, key in ((main, "out"), (auxiliary, "aux")):
+            scores = F.interpolate(ours, (height, width), mode="bilinear", align_corners=False)
+            torch.testing.assert_close(scores, wanted[key], rtol=0, atol=1e-4)
+            assert wanted[key].std() > 0.1
+
+
+def test_the_copy_for_prediction_gives_them_too() -> None:
+    name = "deeplabv3_mobilenet_v3_large"
+    theirs, (encoder, decoder) = published(name), built(name)
+    state = theirs.state_dict()
+    load_into(encoder, torchvision_encoder(state), what="encoder", strict=True)
+    load_into(decoder, torchvision_decoder(state), what="decoder", strict=True)
+    fast = inference_copy(SegmentationModule(encoder, decoder, None), "cpu")
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        scores = F.interpolate(fast.logits(image), (64, 96), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(scores, theirs(image)["out"], rtol=0, atol=1e-4)
+
+
+def test_by_name_and_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "deeplabv3_mobilenet_v3_large"
+    state = published(name).state_dict()
+    path = tmp_path / "mine.pth"
+    torch.save(state, path)
+    asked: list[list[str]] = []
+
+    def fetch(urls: list[str], dest: Path, sha256: str | None = None) -> Path:
+        asked.append([*urls, dest.name, str(sha256)])
+        return path
+
+    monkeypatch.setattr(weights, "fetch", fetch)
+    monkeypatch.delenv("MIT_SEMSEG_MIRROR", raising=False)
+    file = "deeplabv3_mobilenet_v3_large-fc3c493d.pth"
+    for source in (f"torchvision:{name}", f"torchvision:{path}"):
+        encoder, decoder = built(name)
+        report = load_encoder(encoder, SEGMENTATION[name][0], source)
+        assert report is not None and report.ok
+        report = load_decoder(decoder, SEGMENTATION[name][1], source)
+        assert report is not None and report.ok
+        assert torch.equal(encoder.features[0][0].weight, state["backbone.0.0.weight"])
+        assert torch.equal(decoder.conv_last.bias, state["classifier.4.bias"])
+    url = f"https://download.pytorch.org/models/{file}"
+    assert asked == [[url, file, "fc3c493d"]] * 2
+
+
+def test_another_number_of_classes_keeps_all_but_the_classifiers() -> None:
+    theirs = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
+    )
+    decoder = ModelBuilder.build_decoder(
+        "deeplabv3_wide_deepsup", num_class=5, channels=(24, 40, 960)
+    )
+    report = load_into(decoder, torchvision_decoder(theirs.state_dict()), what="decoder")
+    names = [f"{c}.{p}" for c in ("conv_last", "conv_last_deepsup") for p in ("weight", "bias")]
+    assert sorted(report.mismatched) == sorted(names)
+    assert report.missing == []
+
+
+def test_a_head_without_an_auxiliary_one_leaves_that_over() -> None:
+    theirs = torchvision.models.segmentation.fcn_resnet50(
+        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
+    )
+    decoder = ModelBuilder.build_decoder("fcn_head", num_class=21, channels=(256, 512, 1024, 2048))
+    report = load_into(decoder, torchvision_decoder(theirs.state_dict()), what="decoder")
+    assert report.ok
+    assert {name.split(".")[0] for name in report.unexpected} == {
+        "cbr_deepsup",
+        "conv_last_deepsup",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arch", "source", "reason"),
+    [
+        ("deeplabv3_deepsup", "fcn_resnet50", "MODEL.arch_decoder to fcn_head or fcn_head_deepsup"),
+        ("deeplabv3", "deeplabv3_mobilenet_v3_large", "deeplabv3_wide_deepsup"),
+        ("fcn_head", "resnet34", "'none': it holds ImageNet weights"),
+        ("fcn_head", "fcn_resnet5", "did you mean 'fcn_resnet50'"),
+    ],
+)
+def test_heads_of_another_decoder_are_refused(arch: str, source: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_decoder(nn.Conv2d(3, 3, 1), arch, f"torchvision:{source}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_a_head_is_refused(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth.* holds no head of torchvision"):
+        load_decoder(nn.Conv2d(3, 3, 1), "fcn_head", f"torchvision:{tmp_path / 'x.pth'}")
+
+
+# ------------------------------------------------------------------------------------- ImageNet
+IMAGENET = [name for name, source in TORCHVISION.items() if not source.decoders]
+
+
+def forms(backbone: str) -> list[str]:
+    return [name for name in ENCODERS.names() if weights._backbone(name) == backbone]
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_weights_are_those_of_the_encoder_and_nothing_else(name: str) -> None:
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)(weights=None).state_dict()
+    names = forms(TORCHVISION[name].encoder)
+    assert names
+    for arch in names:
+        with torch.device("meta"):
+            ours = ENCODERS.get(arch)().state_dict()
+        given = {k: tuple(v.shape) for k, v in torchvision_encoder(theirs).items()}
+        assert given == {k: tuple(v.shape) for k, v in ours.items()}
+
+
+# What torchvision computes before its classifiers, of architectures not compared elsewhere.
+@pytest.mark.parametrize(
+    ("name", "arch", "last"),
+    [
+        ("resnet34", "resnet34", "layer4"),
+        ("resnext50_32x4d", "resnext50", "layer4"),
+        ("mobilenet_v2", "mobilenetv2", "features.17"),
+        ("mobilenet_v3_large", "mobilenetv3_large", "features"),
+        ("vgg16_bn", "vgg16_bn", "features"),
+    ],
+)
+@torch.no_grad()
+def test_imagenet_encoders_compute_what_torchvision_does(name: str, arch: str, last: str) -> None:
+    theirs = published(name)
+    emitted: list[torch.Tensor] = []
+    theirs.get_submodule(last).register_forward_hook(lambda m, args, out: emitted.append(out))
+    encoder = ModelBuilder.build_encoder(arch, weights="none").eval()
+    load_into(encoder, torchvision_encoder(theirs.state_dict()), what="encoder", strict=True)
+    image = torch.randn(1, 3, 64, 96)
+    theirs(image)
+    (ours,) = encoder(image)
+    assert ours.shape == emitted[0].shape
+    assert (ours - emitted[0]).abs().max() <= 1e-5 * emitted[0].abs().max()
+
+
+def test_the_names_in_published_densenets_are_older() -> None:
+    state = {
+        "features.denseblock1.denselayer10.norm.1.weight": torch.ones(1),
+        "features.denseblock1.denselayer10.conv.2.weight": torch.ones(1),
+        "features.transition1.norm.weight": torch.ones(1),
+        "classifier.weight": torch.ones(1),
+    }
+    assert list(torchvision_encoder(state)) == [
+        "features.denseblock1.denselayer10.norm1.weight",
+        "features.denseblock1.denselayer10.conv2.weight",
+        "features.transition1.norm.weight",
+    ]
+
+
+@pytest.mark.parametrize("name", list(TORCHVISION))
+def test_urls_are_torchvisions(name: str) -> None:
+    enum = torchvision.models.get_model_weights(name)
+    assert TORCHVISION[name].urls == (next(iter(enum)).url,)
+    assert TORCHVISION[name].sha256 == TORCHVISION[name].file.rsplit("-", 1)[1][:8]
+
+
+def test_imagenet_weights_without_a_name_are_torchvisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = published("resnet34").state_dict()
+    path = tmp_path / "resnet34-b627a593.pth"
+    torch.save(state, path)
+    monkeypatch.setattr(weights, "fetch", lambda urls, dest, sha256=None: path)
+    report = load_encoder(ENCODERS.get("resnet34dilated")(), "resnet34dilated", "")
+    assert report is not None
+    assert (report.ok, report.unexpected) == (True, [])
+    assert report.file.endswith("resnet34-b627a593.pth (torchvision)")
+
+
+def test_a_backbone_among_branches_takes_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ENCODERS.get("resnet18")()
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    monkeypatch.setattr(weights, "fetch", lambda urls, dest, sha256=None: tmp_path / "w.pth")
+    target = ENCODERS.get("bisenet_resnet18")()
+    report = load_encoder(target, "bisenet_resnet18", "")
+    assert report is not None and report.ok
+    assert torch.equal(target.context.conv1.weight, source.conv1.weight)
+
+
+def test_labels_are_in_the_order_of_voc() -> None:
+    enum = torchvision.models.get_model_weights("fcn_resnet50")
+    background, *others = next(iter(enum)).meta["categories"]
+    table = table_of("voc2012", 21, "Pascal VOC 2012")
+    assert background == "__background__"
+    assert list(table.names) == ["background", *others]

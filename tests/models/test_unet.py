@@ -1,0 +1,103 @@
+"""U-Net: its own encoder, and its decoder on others."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from decoder_tester import DecoderTester
+from encoder_tester import EncoderTester
+from pair_tester import PairTester
+from torch import Tensor, nn
+
+from mit_semseg.models import ENCODERS, ModelBuilder
+
+
+class TestUNetEncoder(EncoderTester):
+    arch = "unet"
+
+
+class TestUNetBilinearEncoder(EncoderTester):
+    arch = "unet_bilinear"
+
+
+class TestUNetDecoder(DecoderTester):
+    arch = "unet"
+    needs = 2
+
+
+class TestUNetBilinearDecoder(DecoderTester):
+    arch = "unet_bilinear"
+    needs = 2
+
+
+class TestUNet(PairTester):
+    encoder, decoder = "unet", "unet"
+
+    def test_size(self) -> None:
+        # 2 x 9 (n_in n + n n) a level and its mirror, and 2 x 2 up-convolutions: 31.0 million.
+        assert self.mebibytes(21) == pytest.approx(118.4, rel=0.01)
+
+
+class TestUNetBilinear(PairTester):
+    encoder, decoder = "unet_bilinear", "unet_bilinear"
+
+    def test_size(self) -> None:
+        assert self.mebibytes(11) == pytest.approx(51, rel=0.01)
+        assert self.mebibytes(21) == pytest.approx(51, rel=0.01)
+
+
+class TestUNetOnDilatedResNet(PairTester):
+    encoder, decoder = "resnet18dilated", "unet"
+    stride = 4
+
+
+@torch.no_grad()
+def test_the_whole_is_what_the_paper_draws() -> None:
+    """A naive walk through figure 1, with the weights of ours."""
+    torch.manual_seed(0)
+    enc = ENCODERS.get("unet")().eval()
+    dec = ModelBuilder.build_decoder("unet", num_class=3, channels=enc.channels).eval()
+    x = torch.randn(1, 3, 32, 48)
+
+    def convs(block: nn.Module, x: Tensor) -> Tensor:
+        found = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+        norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(found) == len(norms) == 2
+        for conv, norm in zip(found, norms):
+            x = F.relu(norm(F.conv2d(x, conv.weight, padding=1)))
+        return x
+
+    down = [convs(enc.levels[0], x)]
+    for level in enc.levels[1:]:
+        down.append(convs(level, F.max_pool2d(down[-1], 2)))
+    y = down.pop()
+    for up, block in zip(dec.ups, dec.blocks):
+        y = F.conv_transpose2d(y, up.weight, up.bias, stride=2)
+        y = convs(block, torch.cat([down.pop(), y], dim=1))
+    y = F.conv2d(y, dec.conv_last.weight, dec.conv_last.bias)
+    torch.testing.assert_close(dec.logits(enc(x, return_feature_maps=True))[0], y)
+
+
+@pytest.mark.parametrize("arch", ["unet", "unet_bilinear"])
+@pytest.mark.parametrize(
+    "encoder", ["resnet101dilated", "resnet50_dilated16", "mobilenetv2dilated"]
+)
+def test_works_on_dilated_encoders(arch: str, encoder: str) -> None:
+    declared = ENCODERS.get(encoder)
+    maps = [
+        torch.zeros(1, c, 96 // s, 64 // s, device="meta")
+        for c, s in zip(declared.channels, declared.strides)
+    ]
+    with torch.device("meta"):
+        decoder = ModelBuilder.build_decoder(
+            arch, num_class=7, channels=declared.channels, strides=declared.strides
+        )
+    assert decoder.logits(maps)[0].shape == (1, 7, 24, 16)
+    # Where strides are equal nothing goes up, so no transposed convolution is trained in vain.
+    halvings = sum(b == 2 * a for a, b in zip(declared.strides, declared.strides[1:]))
+    transposed = [m for m in decoder.modules() if isinstance(m, nn.ConvTranspose2d)]
+    assert len(transposed) == (halvings if arch == "unet" else 0)
+
+
+def test_strides_that_are_no_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"strides \(4, 6\) cannot be gone up step by step"):
+        ModelBuilder.build_decoder("unet", channels=(8, 8), strides=(4, 6))

@@ -1,0 +1,92 @@
+"""The Xception65 encoder."""
+
+import torch
+from encoder_tester import EncoderTester
+from torch import nn
+
+from mit_semseg.models import ENCODERS, ModelBuilder, SegmentationModule
+from mit_semseg.models.inference import inference_copy
+from mit_semseg.models.recompute import recompute
+
+
+class TestXception65(EncoderTester):
+    arch = "xception65"
+
+
+def separable(n_in: int, *widths: int) -> int:
+    """Parameters of separable convolutions, each followed by two BatchNorms."""
+    total = 0
+    for n_out in widths:
+        total += 9 * n_in + 2 * n_in + n_in * n_out + 2 * n_out
+        n_in = n_out
+    return total
+
+
+def shortcut(n_in: int, n_out: int) -> int:
+    return n_in * n_out + 2 * n_out
+
+
+def test_size_by_the_table_of_the_paper() -> None:
+    with torch.device("meta"):
+        encoder = ENCODERS.get("xception65")()
+    entry = 27 * 32 + 64 + 9 * 32 * 64 + 128
+    entry += separable(64, 128, 128, 128) + shortcut(64, 128)
+    entry += separable(128, 256, 256, 256) + shortcut(128, 256)
+    entry += separable(256, 728, 728, 728) + shortcut(256, 728)
+    leave = separable(728, 728, 1024, 1024) + shortcut(728, 1024)
+    leave += separable(1024, 1536, 1536, 2048)
+    wanted = entry + 16 * separable(728, 728, 728, 728) + leave
+    # timm 1.0 has as many in xception65 without its head.
+    assert sum(p.numel() for p in encoder.parameters()) == wanted == 37_867_312
+
+
+def test_layers_and_dilation() -> None:
+    with torch.device("meta"):
+        encoder = ENCODERS.get("xception65")()
+    convs = {k: m for k, m in encoder.named_modules() if isinstance(m, nn.Conv2d)}
+    layers = [k for k in convs if not k.endswith("depthwise") and "shortcut" not in k]
+    assert len(layers) + 1 == 66 - 1  # 65 with the classifier: a separable convolution is one
+    dilated = {k for k, conv in convs.items() if conv.dilation == (2, 2)}
+    assert dilated == {f"last.{i}.depthwise" for i in range(3)}
+    strided = [k for k, conv in convs.items() if conv.stride == (2, 2) and "shortcut" not in k]
+    assert strided == ["conv1", *(f"entry{i}.convs.2.depthwise" for i in (1, 2, 3))]
+
+
+def test_a_block_does_not_change_its_input() -> None:
+    torch.manual_seed(0)
+    block = ENCODERS.get("xception65")().middle[0]
+    x = torch.randn(1, 728, 3, 4)
+    before = x.clone()
+    with torch.no_grad():
+        y = block.eval()(x)
+        residual = block.convs(before.clone())
+    assert torch.equal(x, before)
+    torch.testing.assert_close(y, before + residual)
+
+
+def test_it_can_be_computed_again() -> None:
+    torch.manual_seed(0)
+    encoder = ENCODERS.get("xception65")().train()
+    image = torch.randn(1, 3, 32, 32)
+    encoder(image)[0].square().mean().backward()
+    wanted = encoder.entry1.convs[0].pointwise.weight.grad.clone()
+    encoder.zero_grad()
+    assert len(recompute(encoder)) == 22
+    encoder(image)[0].square().mean().backward()
+    torch.testing.assert_close(encoder.entry1.convs[0].pointwise.weight.grad, wanted)
+
+
+@torch.no_grad()
+def test_the_copy_for_prediction_gives_the_same_logits() -> None:
+    torch.manual_seed(0)
+    encoder = ENCODERS.get("xception65")().eval()
+    decoder = ModelBuilder.build_decoder("c1", num_class=4, channels=encoder.channels).eval()
+    module = SegmentationModule(encoder, decoder, None)
+    fast = inference_copy(module, "cpu")
+    kept = [m for m in fast.encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert kept == []  # every one is part of a convolution
+    image = torch.randn(1, 3, 64, 64)
+    expected = module.logits(image)
+    torch.testing.assert_close(
+        fast.logits(image), expected, rtol=0, atol=1e-4 * float(expected.std())
+    )
