@@ -10,6 +10,7 @@ from whole_tester import WholeTester
 
 from mit_semseg.models import DECODERS, ENCODERS, check_pair
 from mit_semseg.models.decoders.bisenet import AttentionRefinement, FeatureFusion
+from mit_semseg.models.pyramid import TileFeatures, Window
 
 
 class TestBiSeNetEncoder(EncoderTester):
@@ -67,6 +68,19 @@ def test_channels_are_weighed_by_their_means() -> None:
 
 def test_loss_weights_are_the_published_ones() -> None:
     assert [head.weight for head in DECODERS.get("bisenet").auxiliary] == [1, 1]
+
+
+@torch.no_grad()
+def test_a_tile_knows_the_mean_of_the_whole_image() -> None:
+    decoder = DECODERS.get("bisenet")((4, 6, 8), 3).eval()
+    maps = [torch.randn(1, c, n, n) for c, n in ((4, 16), (6, 8), (8, 4))]
+    seen = []
+    decoder.tail.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    mean = torch.randn(1, 8, 1, 1)
+    decoder.logits(TileFeatures(maps, {1: mean}, Window(0, 0, 8, 8)))
+    decoder.logits(maps)
+    assert torch.equal(seen[0], mean)
+    torch.testing.assert_close(seen[1], maps[-1].mean((2, 3), keepdim=True))
 
 
 def test_it_works_with_its_own_encoder_only() -> None:

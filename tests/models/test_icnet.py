@@ -10,6 +10,7 @@ from encoder_tester import EncoderTester
 from whole_tester import WholeTester
 
 from mit_semseg.models import DECODERS, ENCODERS, check_pair
+from mit_semseg.models.pyramid import TileFeatures, Window
 
 
 class TestICNetEncoder(EncoderTester):
@@ -64,6 +65,23 @@ def test_scores_and_heads_have_the_published_strides() -> None:
         maps = [torch.zeros(2, c, 128 // s, 256 // s) for c, s in ((64, 8), (512, 16), (2048, 32))]
         heads = decoder.logits(maps)
     assert [tuple(x.shape[2:]) for x in heads] == [(32, 64), (16, 32), (8, 16)]
+
+
+@torch.no_grad()
+def test_a_tile_knows_the_pools_of_the_whole_image() -> None:
+    torch.manual_seed(0)
+    decoder = DECODERS.get("icnet")((8, 12, 16), 3).eval()
+    maps = [torch.randn(1, c, 16 * n, 32 * n) for c, n in ((8, 4), (12, 2), (16, 1))]
+    left = [x[..., : x.shape[-1] // 2] for x in maps]
+    pools = {scale: F.adaptive_avg_pool2d(maps[-1], scale) for scale in decoder.pool_scales}
+    (whole,) = decoder.logits(maps)
+    (tile,) = decoder.logits(TileFeatures(left, pools, Window(0, 0, 16, 32)))
+    (blind,) = decoder.logits(left)
+    # Away from the cut, where convolutions see the other half.
+    far = (..., slice(0, 96))
+    assert tile.shape[-1] == 128
+    torch.testing.assert_close(tile[far], whole[far], rtol=0, atol=1e-5)
+    assert (blind[far] - whole[far]).abs().max() > 0.01
 
 
 def test_it_works_with_its_own_encoder_only() -> None:
