@@ -735,9 +735,9 @@ def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") ->
     }
     renamed = {}
     for key, value in state.items():
-        head, layer, *rest = key.split(".")
-        if (old := f"{head}.{layer}") in names:
-            renamed[".".join([names[old], *rest])] = value
+        layer = ".".join(key.split(".")[:2])
+        if layer in names:
+            renamed[names[layer] + key.removeprefix(layer)] = value
     if "conv_last.weight" not in renamed:
         raise ValueError(f"{file} holds no head of torchvision's FCN or DeepLabv3")
     return renamed
