@@ -77,7 +77,7 @@ def _resume_command() -> str:
     words = [word for word in words if not word.startswith("--resume=")]
     script = os.path.basename(sys.argv[0])
     if script.endswith(".py") and script != "__main__.py":
-        start = ["train"] if words[:1] == ["train"] else []
+        start, words = (["train"], words[1:]) if words[:1] == ["train"] else ([], words)
         run = ["torchrun ..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
         return " ".join([*run, sys.argv[0], *start, "--resume auto", shlex.join(words)])
     return " ".join(["mit-semseg train --resume auto", shlex.join(words[1:])])
