@@ -6,6 +6,7 @@ Each command imports what it runs, and torch with it; `--help` and argument erro
 from __future__ import annotations
 
 import argparse
+import atexit
 import io
 import os
 import shlex
@@ -34,6 +35,7 @@ def run_train(args: argparse.Namespace) -> int:
         read_config,
         resolve_devices,
     )
+    from mit_semseg.engine.signals import ignore_stops
     from mit_semseg.engine.train import train
     from mit_semseg.utils import setup_logger
 
@@ -45,6 +47,7 @@ def run_train(args: argparse.Namespace) -> int:
     setup_logger(rank, os.path.join(cfg.DIR, "log.txt"), named=world > 1)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         args.resume = args.resume or "auto"  # torchrun began anew because a rank was lost
+    atexit.register(ignore_stops)
     result = train(cfg, devices, rank=rank, world=world, resume=args.resume, job=job_name())
     leave_process_group()
     if rank == 0:
@@ -74,7 +77,7 @@ def _resume_command() -> str:
     words = [word for word in words if not word.startswith("--resume=")]
     script = os.path.basename(sys.argv[0])
     if script.endswith(".py") and script != "__main__.py":
-        start = ["train"] if words[:1] == ["train"] else []
+        start, words = (["train"], words[1:]) if words[:1] == ["train"] else ([], words)
         run = ["torchrun ..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
         return " ".join([*run, sys.argv[0], *start, "--resume auto", shlex.join(words)])
     return " ".join(["mit-semseg train --resume auto", shlex.join(words[1:])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from mit_semseg import arguments as shown
+from mit_semseg import cli
 from mit_semseg.cli import main, split_overrides
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import FORMATS
@@ -203,3 +205,19 @@ def test_module_form() -> None:
     assert done.returncode == 0
     for command in ("train", "eval", "predict", "pack", "data", "demo"):
         assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "printed"),
+    [
+        ("train.py --cfg a.yaml", "python train.py --resume auto --cfg a.yaml"),
+        ("train.py --resume x --cfg a.yaml", "python train.py --resume auto --cfg a.yaml"),
+        ("x/cli.py train --cfg 'a b.yaml'", "python x/cli.py train --resume auto --cfg 'a b.yaml'"),
+        ("bin/mit-semseg train --gpus cpu", "mit-semseg train --resume auto --gpus cpu"),
+    ],
+)
+def test_the_command_to_go_on_is_the_one_typed(
+    typed: str, printed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", shlex.split(typed))
+    assert cli._resume_command() == printed

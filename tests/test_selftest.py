@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,3 +84,23 @@ def test_results_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         selftest(tmp_path, only="nothing")
     with pytest.raises(ValueError, match="--soak HOURS"):
         selftest(tmp_path, only="soak")
+
+
+def test_a_collection_copies_no_page_shared_with_loading_processes(ground: Ground) -> None:
+    """What the drill of memory would find after some thousand steps, at once."""
+    code = (
+        "import gc, sys; from mit_semseg.selftest.job import Ground\n"
+        "from mit_semseg.engine.feed import Feed; from mit_semseg.engine.train import Trainer\n"
+        "from mit_semseg.selftest.memory import proportional_mib\n"
+        "import os, torch; from mit_semseg.config import load_config\n"
+        "t = Trainer(load_config(sys.argv[1]), [torch.device('cpu')], 0, 1, False)\n"
+        "feed = Feed(t.data, t.cfg, t.devices, 0, 1, 0, 100)\n"
+        "next(iter(feed))\n"
+        "before = proportional_mib(os.getpid()); gc.collect()\n"
+        "print(proportional_mib(os.getpid()) - before); feed.close()"
+    )
+    job = ground.job("collection", TRAIN__workers=1)
+    grown = subprocess.run(
+        [sys.executable, "-c", code, str(job.file)], capture_output=True, text=True, check=True
+    )
+    assert float(grown.stdout) < 10

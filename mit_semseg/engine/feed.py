@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import signal
 import threading
@@ -94,6 +95,9 @@ class Feed:
         )
         if not workers:
             data.reading = self.board.writer(0)
+        # The collector writes to every object it looks at, and the page that it lies on, shared
+        # with the loading processes until then, is copied: 40 MiB for each of them.
+        gc.freeze()
         self._batches: Iterator[Any] | None = iter(self.loader)
         self._processes: list[Any] = list(getattr(self._batches, "_workers", ()))
         self._waiting = False
@@ -169,6 +173,7 @@ class Feed:
         if shutdown is not None:
             shutdown()
         self.kill()
+        gc.unfreeze()
         if self._earlier_handler is not None:
             signal.signal(signal.SIGCHLD, self._earlier_handler)
             self._earlier_handler = None

@@ -63,11 +63,16 @@ def _said(name: str) -> bytes:
     return f"\n{name}: finishing this step, then saving\n".encode()
 
 
+def ignore_stops() -> None:
+    """From now on: of a process that is done, a signal would only spoil the exit status."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def leave_to_parent() -> None:
     """For worker processes: signals to the whole group are the parent's business, whose end is
     theirs too."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_stops()
     die_with_parent(signal.SIGKILL)
 
 

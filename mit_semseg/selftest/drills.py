@@ -120,11 +120,11 @@ def signalled(ground: Ground, quick: bool) -> Outcome:
     reference = ground.unbroken()
     job = ground.job("signalled", TRAIN__checkpoint_minutes=0)
     seconds = []
-    # The last one while an epoch is being validated.
+    # In the first epoch, while it is being validated, and in the second.
     for number, moment in (
         (signal.SIGTERM, _until_stepping),
-        (signal.SIGINT, _until_stepping),
         (signal.SIGTERM, _until_validating),
+        (signal.SIGINT, _until_stepping),
     ):
         before = job.folder.states()[:1]
         running = job.resume()

@@ -256,6 +256,8 @@ class Running:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell tells what it starts in the background to ignore Control-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 cwd=cwd,
                 env={**os.environ, **environment, name: value},
             )

@@ -78,10 +78,13 @@ def _done(running: Running) -> float:
 
 
 def proportional_mib(pid: int) -> float:
-    """Memory of a process, shared pages divided among those who share them; 0 when it is gone."""
+    """Memory that a process has filled, shared pages divided among those who share them; 0 when
+    it is gone. Pages of files, such as torch's libraries, are left out: their shares change
+    whenever any other process that uses torch comes or goes."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0.0
-    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) / 1024 if found else 0.0
+    filled = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", text, re.MULTILINE)
+    # Kernels before 5.3 know the sum alone.
+    return sum(map(int, filled or re.findall(r"^Pss:\s+(\d+) kB", text, re.MULTILINE))) / 1024

@@ -85,6 +85,22 @@ def test_a_worker_ignores_the_group_and_dies_with_its_parent(tmp_path: Path) -> 
     assert not _lives(pid)
 
 
+def test_a_signal_to_a_process_that_is_done_changes_nothing() -> None:
+    done = (
+        "import atexit, time; from mit_semseg.engine.signals import ignore_stops\n"
+        "atexit.register(lambda: (print('ending', flush=True), time.sleep(1)))\n"
+        "atexit.register(ignore_stops)"
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-c", done], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert running.stdout is not None
+    running.stdout.readline()
+    running.send_signal(signal.SIGTERM)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(30) == 0
+
+
 def _lives(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
