@@ -278,7 +278,10 @@ class Sliding:
     @classmethod
     def of(cls, settings: Any) -> Sliding | None:
         """What `cfg.VAL` or `cfg.TEST` asks for: `window` and `stride`; None without a window."""
-        return cls(*map(int, settings.window), settings.stride) if settings.window else None
+        if not settings.window:
+            return None
+        height, width = map(int, settings.window)
+        return cls(height, width, settings.stride)
 
 
 class TiledLogits:
@@ -382,7 +385,8 @@ class TiledLogits:
         if side is None or max(H, W) <= side:
             return self.network(image)
         overlap = max(min(_OVERLAP, side // 2) // self.grid, 1) * self.grid
-        tiling = Tiling(*(spans(length, side, overlap, self.grid) for length in (H, W)))
+        rows, columns = (spans(length, side, overlap, self.grid) for length in (H, W))
+        tiling = Tiling(rows, columns)
         try:
             run = self._second_pass(tiling, image) if self.pool_scales else self._plain
             return blended(tiling.maps(image, run))
