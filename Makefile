@@ -1,6 +1,7 @@
 # make demo  set up an environment and run the whole toolkit on rendered street scenes
 # make test  set up an environment, check the code and run the tests
 # make bench measure against the published procedure and other toolkits
+# make overfit let every registered model learn one image by heart
 # make selftest break small jobs on purpose; make soak: for two hours
 # VENV=path  use (or create) another environment than .venv
 # PYTHON=... the interpreter a new environment is made with
@@ -9,7 +10,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench selftest soak lint format clean
+.PHONY: demo test test-slow bench overfit selftest soak lint format clean
 
 demo: $(VENV)/.mit_semseg
 	PYTHON=$(BIN)/python bash demo_test.sh
@@ -24,6 +25,9 @@ test-slow: $(VENV)/.mit_semseg-dev
 
 bench: $(VENV)/.mit_semseg-bench
 	$(BIN)/mit-semseg bench
+
+overfit: $(VENV)/.mit_semseg
+	$(BIN)/mit-semseg overfit --every --out overfit
 
 selftest: $(VENV)/.mit_semseg
 	$(BIN)/mit-semseg selftest
