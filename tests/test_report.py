@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mit_semseg.visualize.report import Sample, contact_sheet, error_map, paint, write_page
+from mit_semseg.visualize.report import (
+    Sample,
+    contact_sheet,
+    error_map,
+    paint,
+    picture_grid,
+    write_page,
+)
 
 NAMES = ("sky", "road <b>", "car & van")
 COLORS = np.array([(10, 20, 30), (200, 100, 0), (0, 250, 90)], np.uint8)
@@ -146,6 +153,19 @@ def test_contact_sheet_holds_the_pictures(tmp_path: Path) -> None:
         if np.array_equal(picture[y : y + 30, 72:112], truth)
     ]  # fmt: skip
     assert len(rows) == 2
+
+
+def test_grid_holds_every_picture_under_its_name(tmp_path: Path) -> None:
+    tiles = [(f"model {n}\nsecond line", np.full((6, 8, 3), 20 * n, np.uint8)) for n in range(1, 6)]
+    file = picture_grid(tiles, tmp_path / "x" / "a.png", title="T", columns=2, width=16)
+    sheet = np.asarray(Image.open(file))
+    assert sheet.shape == (2 * 24 + 36 + 3 * (36 + 12 + 12) - 12, 2 * 24 + 2 * 16 + 12, 3)
+    for n in range(1, 6):
+        assert (sheet == 20 * n).all(2).sum() >= 16 * 12
+    one = np.asarray(Image.open(picture_grid(tiles[:1], tmp_path / "b.png", width=16)))
+    assert one.shape[1] == 2 * 24 + 16
+    with pytest.raises(ValueError, match="at least one picture"):
+        picture_grid([], tmp_path / "c.png")
 
 
 def test_contact_sheet_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from mit_semseg.models import (
     SegmentationModule,
     check_pair,
 )
-from mit_semseg.visualize.report import Sample, contact_sheet
+from mit_semseg.visualize.report import Sample, contact_sheet, paint, picture_grid
 
 # Steps between two looks at the result, and those in which the rate rises from 0.
 LOOK, WARMUP = 10, 10
@@ -265,8 +265,8 @@ def run(
 ) -> list[Overfit]:
     """The command: one recipe, or every registered model on a rendered scene.
 
-    Writes `overfit.md`, `overfit.json` and `overfit.png` (image, truth, prediction, errors of each
-    model) to a folder.
+    Writes `overfit.md`, `overfit.json` and `overfit.png` (image, truth, prediction and errors of
+    one model, or the predictions of all) to a folder.
 
     Args:
         cfg: the recipe; with `every`, what the models have in common.
@@ -326,5 +326,13 @@ def _write(
     keys = ("name", "accuracy", "steps", "rate", "loss", "seconds")
     plain = [{key: getattr(one, key) for key in keys} for one in found]
     (folder / "overfit.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
-    samples = [one.sample for one in found]
-    contact_sheet(samples, names, colors, folder / "overfit.png", title="One image each")
+    picture = folder / "overfit.png"
+    if len(found) == 1:
+        contact_sheet([found[0].sample], names, colors, picture, title=found[0].name)
+        return
+    first = found[0].sample
+    tiles = [("image\n", first.image), ("truth\n", paint(first.truth, colors))]
+    for one in found:
+        label = one.name.replace(" + ", "\n+ ") + f", {100 * one.accuracy:.1f} %"
+        tiles.append((label, paint(one.sample.prediction, colors)))
+    picture_grid(tiles, picture, title="One image, learned by heart", columns=8, width=168)

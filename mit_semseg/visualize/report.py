@@ -132,6 +132,60 @@ def contact_sheet(
     return path
 
 
+def picture_grid(
+    pictures: Sequence[tuple[str, Picture]],
+    path: str | Path,
+    *,
+    title: str = "",
+    columns: int = 6,
+    width: int = 200,
+) -> Path:
+    """Write pictures side by side, each under its name, as one PNG.
+
+    Args:
+        pictures: (name, (H, W, 3) uint8 RGB); a name may have two lines.
+        path: file to write.
+        title: a line at the top.
+        columns: pictures in a row, at most.
+        width: pixels of a column; pictures keep their aspect.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: there are no pictures.
+    """
+    if not pictures:
+        raise ValueError("a grid needs at least one picture")
+    gap, margin = 12, 24
+    head = 36 if title else 0
+    columns = min(columns, len(pictures))
+    font, small = ImageFont.load_default(21), ImageFont.load_default(13)
+    text = 18 * max(name.count("\n") + 1 for name, _ in pictures)
+    tall = max(round(p.shape[0] * width / p.shape[1]) for _, p in pictures)
+    pitch = text + tall + gap
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new(
+        "RGB",
+        (2 * margin + columns * (width + gap) - gap, 2 * margin + head + rows * pitch - gap),
+        "white",
+    )
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((margin, margin), title, fill=(28, 32, 44), font=font)
+    for n, (name, picture) in enumerate(pictures):
+        x = margin + n % columns * (width + gap)
+        y = margin + head + n // columns * pitch
+        draw.multiline_text((x, y), name, fill=(60, 66, 80), font=small, spacing=3)
+        size = (width, round(picture.shape[0] * width / picture.shape[1]))
+        # Colours of classes must not be mixed, and photographs are rarely enlarged.
+        sheet.paste(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST), (x, y + text))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+    return path
+
+
 def write_page(
     path: str | Path,
     samples: Sequence[Sample],
