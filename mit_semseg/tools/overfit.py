@@ -33,6 +33,8 @@ from mit_semseg.visualize.report import Sample, contact_sheet, paint, picture_gr
 
 # Steps between two looks at the result, and those in which the rate rises from 0.
 LOOK, WARMUP = 10, 10
+# Scores along the short side, at least: coarse networks get a larger image.
+LEAST_SCORES = 10
 # The accuracy that a model has to reach.
 TARGET = 0.98
 # One after the other, until one of them succeeds: networks without BatchNorm want a low rate.
@@ -83,7 +85,8 @@ def overfit(
         name: in the result.
         steps: at most, for each learning rate that is tried.
         target: accuracy to stop at.
-        side: short side of the image in pixels.
+        side: short side of the image in pixels; more for networks that would give less than 10
+            scores along it.
         progress: show a bar.
 
     Raises:
@@ -95,7 +98,8 @@ def overfit(
     for rate in RATES:
         seed_everything(cfg.TRAIN.seed)
         module = ModelBuilder.from_config(cfg, inference=False).to(device)
-        batch = one_image(cfg, side, label_stride(module, cfg, side))
+        stride = label_stride(module, cfg, side)
+        batch = one_image(cfg, max(side, LEAST_SCORES * stride), stride)
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
         taken, loss = _train(module, tensors, cfg, rate, steps, target, name, progress)
         prediction = classes(module, tensors)
@@ -292,7 +296,7 @@ def run(
     if not pairs:
         raise ValueError(f"--only {only}: no encoder + decoder has this in its name")
     with tempfile.TemporaryDirectory() as scenes:
-        data = streets.write(scenes, 1, 1, size=(96, 128))
+        data = streets.write(scenes, 1, 1, size=(240, 320))
         names = [name for name, _ in streets.CLASSES]
         colors = np.array([color for _, color in streets.CLASSES])
         for encoder, decoder in pairs:
