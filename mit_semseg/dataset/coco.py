@@ -1,4 +1,4 @@
-"""COCO 2017: masks of its objects, drawn from `instances_*.json` with pycocotools.
+"""COCO 2017: masks of its objects, drawn from `instances_*.json`.
 
 Paper: Lin et al. 2014, arXiv:1405.0312. Licence: annotations CC BY 4.0; images from flickr, subject
 to its terms of use.
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mit_semseg.dataset import coco_shapes
 from mit_semseg.dataset.base import (
     FORMATS,
     Archive,
@@ -75,7 +76,6 @@ class Coco(DataFormat):
 
         def drawings() -> list[Drawing]:
             content = read_json(root, f"annotations/instances_{year}.json", "COCO")
-            _require_pycocotools()
             objects: dict[int, list[dict[str, Any]]] = {}
             for one in content["annotations"]:
                 if one["category_id"] in categories:
@@ -124,39 +124,20 @@ def draw(
 
     Returns:
         (height, width) uint8: stored values, 0 where nothing is, 255 in crowds.
+
+    Raises:
+        ValueError: an object's shape cannot be drawn; the image is named.
     """
     mask = np.zeros((image["height"], image["width"]), dtype=np.uint8)
-    shapes = [(one, _shape(one["segmentation"], *mask.shape)) for one in objects]
+    try:
+        shapes = [(one, coco_shapes.decode(one["segmentation"], *mask.shape)) for one in objects]
+    except ValueError as error:
+        raise ValueError(f"{image['file_name']}: damaged annotation: {error}") from error
     # Crowds first, then the largest: what comes later is on top.
     shapes.sort(key=lambda pair: (not pair[0]["iscrowd"], -int(pair[1].sum())))
     for one, shape in shapes:
         mask[shape] = IGNORED if one["iscrowd"] else categories[one["category_id"]]
     return mask
-
-
-def _shape(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """(height, width) bool of polygons, or of plain or compressed run lengths."""
-    from pycocotools import mask as coco_mask
-
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return np.asarray(coco_mask.decode(segmentation), dtype=bool)
-    runs = coco_mask.frPyObjects(segmentation, height, width)
-    if isinstance(segmentation, list):
-        if not runs:
-            return np.zeros((height, width), dtype=bool)
-        runs = coco_mask.merge(runs)
-    return np.asarray(coco_mask.decode(runs), dtype=bool)
-
-
-def _require_pycocotools() -> None:
-    """Said before the work, instead of by each of the threads that do it."""
-    try:
-        import pycocotools.mask  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "DATASET.format coco draws its masks with pycocotools, which is not installed: "
-            "pip install pycocotools"
-        ) from error
 
 
 # ------------------------------------------------------------------------------ shared

@@ -98,7 +98,8 @@ def class_weights(cfg: Config, split: Split, *, progress: bool = True) -> Tensor
 
 def _frequencies(cfg: Config, split: Split, progress: bool) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of each class, and of the images it occurs in: from the cache, or counted."""
-    chosen = split.records[:: max(1, len(split.records) // SAMPLE)][:SAMPLE]
+    kept = min(len(split.records), SAMPLE)  # from end to end: lists are sorted by city, by film
+    chosen = [split.records[k * len(split.records) // kept] for k in range(kept)]
     key = _fingerprint(chosen, split, cfg.DATASET.num_class)
     file = Path(cfg.DIR) / CACHE
     known = _read(file, key)

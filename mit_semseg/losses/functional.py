@@ -2,7 +2,8 @@
 
 Every function takes `log_probs` (B, C, h, w), float, and `label` (B, h, w), int64 in [0, C) or
 -1 for ignored pixels, and returns a scalar. When every pixel is ignored it is zero, with a graph,
-so that a step can be taken. None of them branches on values: they compile.
+so that a step can be taken. None of them branches on values: they compile. Half precision is
+computed, and returned, in float32: sums over an image do not fit in float16.
 """
 
 from __future__ import annotations
@@ -31,17 +32,21 @@ def denominator(label: Tensor, weight: Tensor | None = None) -> Tensor:
     return torch.where(valid, per_pixel, per_pixel.new_zeros(())).sum()
 
 
-def _check(log_probs: Tensor, label: Tensor) -> None:
+def _checked(log_probs: Tensor, label: Tensor) -> Tensor:
+    """The log-probabilities in float32 or wider; ValueError where shapes do not fit."""
     if log_probs.ndim != 4 or label.shape != (log_probs.shape[0], *log_probs.shape[2:]):
         raise ValueError(
             f"log_probs is {tuple(log_probs.shape)} and label {tuple(label.shape)}; expected "
             "(B, C, h, w) and (B, h, w)"
         )
+    half = log_probs.dtype in (torch.float16, torch.bfloat16)
+    return log_probs.float() if half else log_probs
 
 
 def _divide(total: Tensor, count: Tensor) -> Tensor:
-    """total / count; 0 where the count is 0, since the total is a sum of nothing then."""
-    return total / torch.where(count > 0, count, torch.ones_like(count))
+    """total / count; 0, with a gradient of 0, where the count is 0."""
+    some = count > 0
+    return torch.where(some, total / torch.where(some, count, torch.ones_like(count)), 0 * total)
 
 
 def _pixel_nll(log_probs: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
@@ -65,7 +70,7 @@ def nll(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Tenso
     Raises:
         ValueError: the shapes do not belong together.
     """
-    _check(log_probs, label)
+    log_probs = _checked(log_probs, label)
     if weight is not None:
         weight = weight.to(log_probs)
     total = F.nll_loss(log_probs, label, weight, ignore_index=IGNORED, reduction="sum")
@@ -92,11 +97,11 @@ def smooth(
     Raises:
         ValueError: the shapes do not belong together, or eps is outside [0, 1].
     """
-    _check(log_probs, label)
+    log_probs = _checked(log_probs, label)
     if not 0 <= eps <= 1:
         raise ValueError(f"eps is {eps}; it must be within [0, 1]")
     weighted = log_probs if weight is None else log_probs * weight.to(log_probs)[:, None, None]
-    spread = -weighted.sum(1) * (label != IGNORED)
+    spread = -weighted.sum(1).masked_fill(label == IGNORED, 0)
     total = spread.sum() / log_probs.shape[1]
     return (1 - eps) * nll(log_probs, label, weight) + eps * _divide(
         total, denominator(label, weight).to(total.dtype)
@@ -122,11 +127,13 @@ def focal(
     Raises:
         ValueError: the shapes do not belong together, or gamma is negative.
     """
-    _check(log_probs, label)
+    log_probs = _checked(log_probs, label)
     if gamma < 0:
         raise ValueError(f"gamma is {gamma}; it must be 0 or more")
-    p = _label_log_probs(log_probs, label).exp()
-    total = ((1 - p).clamp(min=0) ** gamma * _pixel_nll(log_probs, label, weight)).sum()
+    # 1 - p, exact where p is nearly 1; at 0 the slope of a root (gamma < 1) would be infinite.
+    doubt = -torch.expm1(_label_log_probs(log_probs, label))
+    doubt = doubt.clamp(min=torch.finfo(doubt.dtype).tiny)
+    total = (doubt**gamma * _pixel_nll(log_probs, label, weight)).sum()
     return _divide(total, denominator(label, weight).to(total.dtype))
 
 
@@ -170,7 +177,7 @@ def dice(
     Raises:
         ValueError: the shapes do not belong together.
     """
-    _check(log_probs, label)
+    log_probs = _checked(log_probs, label)
     y, valid = _one_hot(log_probs, label)
     p = log_probs.transpose(0, 1).flatten(1).exp() * valid
     count = y.sum(1)
@@ -206,7 +213,7 @@ def ohem(
     Raises:
         ValueError: the shapes do not belong together, or a setting is outside [0, 1].
     """
-    _check(log_probs, label)
+    log_probs = _checked(log_probs, label)
     for name, value in (("threshold", threshold), ("min_share", min_share)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; it must be within [0, 1]")
@@ -236,7 +243,7 @@ def lovasz(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Te
     Raises:
         ValueError: the shapes do not belong together.
     """
-    _check(log_probs, label)
+    log_probs = _checked(log_probs, label)
     y, valid = _one_hot(log_probs, label)
     p = log_probs.transpose(0, 1).flatten(1).exp()
     # An ignored pixel has no error, sorts last and adds nothing: no need to cut it out.

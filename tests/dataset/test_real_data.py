@@ -131,7 +131,6 @@ def test_coco_panoptic(real_data: Path, tmp_path: Path) -> None:
 
 def test_coco_draws_what_the_panoptic_pictures_show(real_data: Path, tmp_path: Path) -> None:
     """The same segments, as compressed run lengths and as colours: nothing overlaps."""
-    pytest.importorskip("pycocotools", reason="pip install pycocotools")
     sample = real_data / "coco_panoptic_sample"
     content = json.loads((sample / "panoptic_coco_detection_format.json").read_text())
     picture = np.asarray(Image.open(sample / "panoptic_examples" / "000000142238.png"))

@@ -80,6 +80,65 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*NAMES, SUM])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+    """300 x 400 pixels cost more together than float16 can hold."""
+    log_probs, label = sample(size=(1, 300, 400))
+    half = log_probs.to(dtype).requires_grad_()
+    loss = build_loss(name, 5)(half, label)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    wide = build_loss(name, 5)(half.detach().double(), label)
+    assert loss.item() == pytest.approx(wide.item(), rel=1e-5)
+    assert half.grad.dtype == dtype and half.grad.isfinite().all() and half.grad.any()
+
+
+EXTREMES = {
+    "huge": lambda: 1e30 * sample(size=(2, 5, 5))[0],
+    "one class": lambda: torch.zeros(2, 1, 5, 5, dtype=torch.float64),
+    "one pixel": lambda: sample(size=(1, 1, 1))[0],
+    "an impossible class": lambda: sample(size=(2, 5, 5))[0].index_fill(1, torch.tensor(4), -1e300),
+}
+
+
+@pytest.mark.parametrize("name", [*NAMES, SUM])
+@pytest.mark.parametrize("case", list(EXTREMES))
+@pytest.mark.parametrize("weights", [None, 0.0, 1e-30])
+def test_extremes_stay_finite(name: str, case: str, weights: float | None) -> None:
+    scores = EXTREMES[case]().requires_grad_()
+    B, C, h, w = scores.shape
+    label = torch.randint(-1, C, (B, h, w), generator=torch.Generator().manual_seed(1))
+    label[0, 0, 0] = 0
+    weight = None if weights is None else torch.full((C,), weights)
+    loss = build_loss(name, C, weight)(scores.log_softmax(1), label)
+    loss.backward()
+    assert loss.isfinite() and scores.grad.isfinite().all()
+    assert not scores.grad[(label < 0).unsqueeze(1).expand_as(scores)].any()
+    if weights == 0:  # what nobody counts teaches nothing
+        assert loss.item() == 0 and not scores.grad.any()
+
+
+@pytest.mark.parametrize("name", [*NAMES, SUM])
+def test_labels_whose_classes_all_weigh_nothing_cost_nothing(name: str) -> None:
+    """Other classes have weights, but none of them is in this batch."""
+    log_probs, label = sample()
+    log_probs.requires_grad_()
+    loss = build_loss(name, 5, torch.tensor([0.0, 1, 1, 1, 1]))(log_probs, label.clamp(max=0))
+    loss.backward()
+    assert loss.item() == 0 and not log_probs.grad.any()
+
+
+@pytest.mark.parametrize("name", [*NAMES, SUM])
+def test_a_class_ruled_out_costs_nothing_where_it_is_ignored(name: str) -> None:
+    """log p is -inf where a network cannot tell a class; only ignored pixels ask for it."""
+    log_probs, label = sample()
+    log_probs = log_probs.masked_fill((label < 0).unsqueeze(1), -math.inf).requires_grad_()
+    loss = build_loss(name, 5)(log_probs, label)
+    loss.backward()
+    assert loss.isfinite() and log_probs.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*NAMES, SUM])
 def test_compiles_without_a_break(name: str) -> None:
     log_probs, label = sample()
     crit = build_loss(name, 5)
@@ -166,6 +225,13 @@ def test_focal_without_focus_is_nll() -> None:
     assert loss.item() == pytest.approx(functional.nll(log_probs, label, weight).item())
     with pytest.raises(ValueError, match="gamma is -1"):
         functional.focal(log_probs, label, gamma=-1)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 1.0, 2.0])
+def test_focal_has_a_slope_where_nothing_is_in_doubt(gamma: float) -> None:
+    scores = torch.tensor([[[[400.0, 0.0]], [[0.0, 0.0]]]], requires_grad=True)
+    functional.focal(scores.log_softmax(1), torch.zeros(1, 1, 2).long(), gamma=gamma).backward()
+    assert scores.grad.isfinite().all() and scores.grad[..., 1].abs().min() > 0
 
 
 # ------------------------------------------------------------------------------------------ dice
