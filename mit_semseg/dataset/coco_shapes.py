@@ -54,7 +54,7 @@ def _of_runs(runs: Sequence[int] | np.ndarray, height: int, width: int) -> np.nd
 
 
 def _numbers(text: str | bytes) -> list[int]:
-    """Run lengths from text: 5 bits a character, and from the fourth on added to the last but one."""
+    """Run lengths from text: 5 bits a character; from the fourth on, added to the last but one."""
     codes = text.encode("ascii") if isinstance(text, str) else text
     runs: list[int] = []
     value = shift = 0
