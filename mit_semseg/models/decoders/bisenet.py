@@ -74,9 +74,12 @@ class BiSeNet(Decoder):
     Scores are at stride 8. Auxiliary heads: on the context after each refinement, with weight 1 as
     published.
 
-    Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.2 to 3.4; widths as in the authors' code. A tile
-    of an image (see `models.tiles`) knows the mean of the whole one; the attentions that weigh
-    channels see the tile.
+    Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.2 to 3.4. Of what the paper leaves open, widths
+    and the convolution after each upsampling are as in the authors' code. Deviation from that: the
+    two convolutions that weigh the fused channels have biases.
+
+    A tile of an image (see `models.tiles`) knows the mean of the whole one; the attentions that
+    weigh channels see the tile.
     """
 
     needs = 3

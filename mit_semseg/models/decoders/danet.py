@@ -58,7 +58,8 @@ class DANet(Decoder):
 
     Auxiliary heads: one on what each attention gives, with weight 1, as in the authors' code.
 
-    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.1 and 3.4. Memory is linear in the pixels (see
+    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.1 and 3.4. Deviation: the encoders have no
+    multi-grid, which the paper adds to the last stage. Memory is linear in the pixels (see
     `models.attention`). A tile of an image (see `models.tiles`) attends to itself only.
     """
 

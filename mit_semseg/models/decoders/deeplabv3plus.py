@@ -34,8 +34,10 @@ class DeepLabV3Plus(Decoder):
     Scores have the stride of that map: the encoder's deepest of stride 4 or less, or else its
     finest.
 
-    Paper: Chen et al. 2018, arXiv:1802.02611, sec. 3.1 and 4.1. Deviation: convolutions are plain
-    ones, as in the paper's own ResNet variant, not separable (sec. 3.2), also with Xception.
+    Paper: Chen et al. 2018, arXiv:1802.02611, sec. 3.1 and 4.1. Deviations: convolutions are plain
+    ones, as in the paper's own ResNet variant, not separable (sec. 3.2), also with Xception; the
+    dropout at the end of ASPP, of which the paper does not speak, is torchvision's; ResNets have no
+    multi-grid.
     """
 
     needs = 2

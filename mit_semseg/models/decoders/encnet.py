@@ -67,9 +67,14 @@ class EncNet(Decoder):
     Auxiliary heads: a convolutional one on the map before the last, as in PSPNet, and the semantic
     encoding loss: logits (B, num_class) of the classes that occur, weight 0.2 as published.
 
-    Paper: Zhang et al. 2018, arXiv:1803.08904, sec. 3; with 32 codewords. The form without the
-    laterals of the authors' later code. The encoding adds up over all pixels, so a tile of an
-    image (see `models.tiles`) is weighed by its own content only.
+    Paper: Zhang et al. 2018, arXiv:1803.08904, sec. 3; with 32 codewords. Deviations, after the
+    authors' code: the codewords' residuals are averaged, not added up; the map is added to what
+    attention makes of it; the auxiliary head on the map before the last scores pixels, where the
+    paper has a second encoding with its own presence loss there. That head has the weight
+    TRAIN.deep_sup_scale (0.2 in their code). The form without the laterals of their later code.
+
+    The encoding adds up over all pixels, so a tile of an image (see `models.tiles`) is weighed by
+    its own content only.
     """
 
     needs = 2

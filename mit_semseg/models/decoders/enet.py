@@ -40,7 +40,8 @@ class ENet(Decoder):
     Reads the maps of the encoder `enet`, which says how indices travel. Where sides are not
     multiples of 4, scores reach up to 3 pixels beyond the image.
 
-    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1.
+    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. With the encoder 0.36 million
+    parameters for 11 classes; the paper counts 0.37. Deviations: as in the encoder.
     """
 
     needs = 3

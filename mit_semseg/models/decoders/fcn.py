@@ -38,6 +38,9 @@ class FCN(Decoder):
     crops the scores; trained at once, not one stream after the other, and streams are not scaled
     by constants for that, which fit the range of the published VGG16's inputs; layers that score
     start from He et al. 2015, not from zero. Between maps of equal stride nothing is upsampled.
+
+    Raises:
+        ValueError: a stride of the encoder is no multiple of the one before.
     """
 
     width: ClassVar[int] = 4096

@@ -40,9 +40,11 @@ class FCNAuxiliary(Decoder):
 class FCNHead(C1):
     """3x3 conv-BN-ReLU to a quarter of the channels, dropout, then 1x1 to the classes.
 
-    Torchvision's `fcn_resnet50` and `fcn_resnet101`. It has little of Long et al. 2015,
-    arXiv:1411.4038 but that it is fully convolutional: no map but the deepest is read, and the
-    dilated encoder takes the place of the learned upsampling.
+    Torchvision's `fcn_resnet50` and `fcn_resnet101`.
+
+    Paper: Long et al. 2015, arXiv:1411.4038, sec. 3, of which it has little but that it is fully
+    convolutional: no map but the deepest is read, and the dilated encoder takes the place of the
+    learned upsampling.
     """
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:

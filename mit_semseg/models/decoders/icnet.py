@@ -48,6 +48,8 @@ class ICNet(Decoder):
 
     Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.2 to 3.4 (loss: eq. 1). As in the published
     model, pools are added to the map that they were taken from rather than joined with it.
+    Deviation: auxiliary scores are resized to the label, where the paper resizes the label to 1/16
+    and 1/8 of the image.
     """
 
     needs = 3

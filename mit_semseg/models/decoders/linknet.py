@@ -33,9 +33,14 @@ class LinkNet(Decoder):
     """Every map the encoder declares is linked; two full convolutions lead back to the image.
 
     Paper: Chaurasia and Culurciello 2017, arXiv:1707.03718, sec. 3. On resnet18 these are its
-    levels and widths. Deviation there: the encoder is this house's, with three 3x3 convolutions at
-    its stem in place of one of 7x7 (11.7 million parameters in place of 11.5). Elsewhere a block
-    goes up by as much as the strides say, and the last two go up only as far as the image.
+    levels and widths. Deviations there: the encoder is this house's, with three 3x3 convolutions at
+    its stem in place of one of 7x7 (11.7 million parameters in place of 11.5, which
+    torchvision_resnet18 has); the last block has no link, since the pooled stem that the paper adds
+    to what it gives is no map that encoders emit. Elsewhere a block goes up by as much as the
+    strides say, and the last two go up only as far as the image.
+
+    Raises:
+        ValueError: a stride of the encoder is no multiple of the one before.
     """
 
     needs = 2

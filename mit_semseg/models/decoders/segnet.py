@@ -21,8 +21,12 @@ class SegNet(Decoder):
     Reads the maps of `vgg16_bn_indices`, which says how indices travel. The last convolution gives
     the scores, at the resolution of the image (with an odd side: one pixel more).
 
-    Paper: Badrinarayanan et al. 2017, arXiv:1511.00561, sec. 3. Deviation: convolutions that a
-    BatchNorm follows have no bias here, since it would take it away.
+    Paper: Badrinarayanan et al. 2017, arXiv:1511.00561, sec. 3. Deviations: convolutions that a
+    BatchNorm follows have no bias here, since it would take it away; the image is normalised as for
+    every model, where the paper evens out its local contrast (sec. 4.1).
+
+    Raises:
+        ValueError: the maps are not those of five pools.
     """
 
     needs = 6

@@ -48,7 +48,9 @@ class DRNC26(Encoder):
 
     Paper: Yu et al. 2017, arXiv:1705.09914, sec. 4 and fig. 5. Deviations: where a level trades its
     stride for dilation, both convolutions of its first block have the new dilation, as in the
-    published weights, whose names these are. Emitted are levels 3, 4, 5 and the last one.
+    published weights, whose names these are. Emitted are levels 3, 4, 5 and the last one. The paper
+    scores the last with a 1x1 convolution alone; decoder c1 has a 3x3 convolution before that, of
+    2.25 MiB.
     """
 
     channels = (64, 128, 256, 512)

@@ -99,7 +99,10 @@ class ENetEncoder(Encoder):
     sides are not multiples of 4 gets rows or columns of zeros, so that the first of these planes
     is twice as large as its indices; the second has the shape of the first indices.
 
-    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1.
+    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. Deviations: encoder and decoder
+    are trained at once, where the paper trains the encoder first, on labels of its own resolution
+    (sec. 5.1); no convolution before a BatchNorm has a bias, where the paper says so of projections
+    only; pooling rounds sides up.
     """
 
     channels = (16, 64, 128)

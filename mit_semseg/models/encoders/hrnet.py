@@ -70,7 +70,9 @@ class Exchange(nn.Module):
 class HRNetV2(Encoder):
     """HRNetV2-W48: the finest branch has 48 channels, each coarser one twice as many.
 
-    Paper: Sun et al. 2019, arXiv:1904.04514; Wang et al. 2020, arXiv:1908.07919, sec. 3.
+    Paper: Sun et al. 2019, arXiv:1904.04514; Wang et al. 2020, arXiv:1908.07919, sec. 3. Deviation:
+    what follows the joined map belongs to the decoder; c1 has a 3x3 convolution there, the paper
+    one of 1x1.
     """
 
     widths: ClassVar[tuple[int, ...]] = (48, 96, 192, 384)

@@ -80,8 +80,10 @@ class Bottleneck(nn.Module):
 class ResNet(Encoder):
     """ResNet whose stem is three 3x3 convolutions; `strides` says how far it is dilated.
 
-    Paper: He et al. 2016, arXiv:1512.03385; stem of Szegedy et al. 2016, arXiv:1512.00567;
-    dilation of Yu et al. 2017, arXiv:1705.09914.
+    Paper: He et al. 2016, arXiv:1512.03385, table 1; stem of Szegedy et al. 2016, arXiv:1512.00567;
+    dilation of Yu et al. 2017, arXiv:1705.09914, sec. 2. Deviations: the stride of a bottleneck is
+    in its 3x3 convolution, not in the first 1x1; the 3x3 convolution that loses its stride is
+    dilated by half of what those after it are (see `dilate`).
     """
 
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
