@@ -15,19 +15,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from mit_semseg.config.node import Config
+from mit_semseg.dataset import build_split
 from mit_semseg.dataset.base import distinct_colors
-from mit_semseg.engine.checkpoint import make_writable
+from mit_semseg.engine.checkpoint import load_model, make_writable
+from mit_semseg.engine.evaluate import val_dataset
 from mit_semseg.engine.journal import METRICS, read_metrics
 from mit_semseg.engine.launch import read_config
 from mit_semseg.visualize import class_bars
+from mit_semseg.visualize.report import paint, picture_grid
 
 log = logging.getLogger("mit_semseg")
 
 # Steps that the pace of a recipe is measured over, and those before them, which are slower.
 PACE_STEPS, FIRST_STEPS = 12, 4
+# Validation images that are shown as every model sees them.
+SHOWN = 3
 
 
 @dataclass
@@ -63,8 +69,8 @@ class Entry:
 
 
 class Sweep:
-    """A queue in a folder: one folder a recipe, the table `sweep.md`, and `sweep.json`, from which
-    a queue that was interrupted goes on."""
+    """A queue in a folder: one folder a recipe, the table `sweep.md` with two pictures, and
+    `sweep.json`, from which a queue that was interrupted goes on."""
 
     def __init__(
         self,
@@ -164,6 +170,43 @@ class Sweep:
         result = json.loads((results / "eval.json").read_text("utf-8"))
         entry.mean_iou, entry.pixel_accuracy = result["mean_iou"], result["pixel_accuracy"]
         entry.images_per_second = result["images"] / result["seconds"]
+        self._predict(entry, checkpoint)
+
+    def _predict(self, entry: Entry, checkpoint: str) -> None:
+        """Class ids of some validation images, as files: what `sweep_pictures.png` is made of."""
+        cfg = self._config(entry)
+        module, data = load_model(cfg, checkpoint).eval(), val_dataset(cfg)
+        for number in self._shown(len(data)):
+            sample = data[number]
+            height, width = sample["img_ori"].shape[:2]
+            labels = module.predict(sample["img_data"], (height, width))[0]
+            np.save(self._labels(entry, number), labels.numpy().astype(np.int16))
+
+    def _config(self, entry: Entry) -> Config:
+        return read_config(entry.recipe, [*self.opts, "DIR", str(self.folder / entry.name)])
+
+    def _labels(self, entry: Entry, number: int) -> Path:
+        return self.folder / entry.name / "evaluation" / f"labels_{number}.npy"
+
+    @staticmethod
+    def _shown(count: int) -> list[int]:
+        return sorted({(2 * k + 1) * count // (2 * SHOWN) for k in range(SHOWN)})
+
+    def _pictures(self, entries: Sequence[Entry]) -> None:
+        """The same images as all recipes on the data of the first one see them, a row each."""
+        first = self._config(entries[0])
+        data, split = val_dataset(first), build_split(first.DATASET, "val")
+        numbers = self._shown(len(data))
+        samples = [data[number] for number in numbers]
+        tiles = [("image", sample["img_ori"]) for sample in samples]
+        rows = [("truth", [sample["seg_label"][0].numpy() for sample in samples])]
+        for entry in entries:
+            if self._config(entry).DATASET.list_val == first.DATASET.list_val:
+                labels = [np.load(self._labels(entry, number)) for number in numbers]
+                rows.append((f"{entry.name}, mean IoU {_percent(entry.mean_iou)}", labels))
+        for name, labels in rows:
+            tiles += [(name, paint(x, split.classes.colors)) for x in labels]
+        picture_grid(tiles, self.folder / "sweep_pictures.png", columns=len(numbers), width=280)
 
     def _budget(self, entry: Entry, cfg: Config, title: str) -> list[str]:
         """Overrides with which the steps of a recipe take the given time.
@@ -252,6 +295,7 @@ class Sweep:
                 self.folder / "sweep.png",
                 title="Mean IoU",
             )
+            self._pictures(done)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 from mit_semseg.cli import main
@@ -166,6 +167,8 @@ def test_a_queue_is_run_and_not_run_again(
     result = json.loads((tmp_path / "out/good/evaluation/eval.json").read_text())
     assert found[str(good)]["mean_iou"] == result["mean_iou"] and found[str(good)]["steps"] == 6
     assert (tmp_path / "out/sweep.png").is_file()
+    with Image.open(tmp_path / "out/sweep_pictures.png") as sheet:  # 2 images: as they are, as
+        assert sheet.height > 3 * sheet.width / 2 * 64 / 96  # they should be, and seen
     assert "| good | mobilenetv2dilated + c1 |" in (tmp_path / "out/sweep.md").read_text()
     before = (tmp_path / "out/good/metrics.jsonl").stat().st_mtime_ns
     assert main(["sweep", str(good), "--gpus", "cpu", "--out", str(tmp_path / "out")]) == 0
