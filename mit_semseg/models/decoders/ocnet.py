@@ -58,7 +58,8 @@ class ObjectContext(nn.Module):
 class _OCNet(Decoder):
     """An object context module of a subclass, and a classifier on what it gives.
 
-    Auxiliary head: a convolutional one on the map before the last, as in PSPNet.
+    Auxiliary head: a convolutional one on the map before the last, as in PSPNet, with the dropout
+    of the base form in all forms. Deviation: no bias where a BatchNorm follows.
 
     Memory is linear in the pixels (see `models.attention`). A tile of an image (see
     `models.tiles`) attends to itself only.
@@ -137,7 +138,9 @@ class PyramidContext(nn.Module):
 class OCNetPyramid(_OCNet):
     """Attention within 1x1, 2x2, 3x3 and 6x6 blocks of the map, joined with it.
 
-    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (Pyramid-OC).
+    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (Pyramid-OC). Differs from the authors'
+    code: values have 256 channels, as in the base form, not 512; blocks are as equal as they can
+    be, where theirs leave the rest to the last.
     """
 
     def _context(self, n_in: int, width: int) -> nn.Module:
@@ -174,8 +177,10 @@ class AtrousContext(nn.Module):
 class OCNetASP(_OCNet):
     """Atrous spatial pyramid pooling, with object context in the place of the image's mean.
 
-    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (ASP-OC). Differs from the authors' code:
-    keys and values are those of all pixels, not of 2x2 pools.
+    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (ASP-OC). Five branches of 512 channels,
+    each on the encoder's map, as in the authors' later code; in their first they have 256, and read
+    512 channels that a 3x3 convolution gives. Differs from both: keys and values are those of all
+    pixels, not of 2x2 pools.
     """
 
     def _context(self, n_in: int, width: int) -> nn.Module:

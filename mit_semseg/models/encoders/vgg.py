@@ -78,7 +78,8 @@ class VGG16(VGG):
 class VGG16BN(VGG):
     """VGG16 with BatchNorm after each convolution.
 
-    Paper: Ioffe and Szegedy 2015, arXiv:1502.03167, for the BatchNorm.
+    Paper: Simonyan and Zisserman 2015, arXiv:1409.1556, table 1; Ioffe and Szegedy 2015,
+    arXiv:1502.03167, for the BatchNorm.
     """
 
     normalized = True
