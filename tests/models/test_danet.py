@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from decoder_tester import DecoderTester
+from pair_tester import PairTester
 from torch import nn
-from whole_tester import WholeTester
 
 from mit_semseg.models import Decoder, attention
 from mit_semseg.models.decoders.danet import ChannelAttention, PositionAttention
@@ -31,8 +31,9 @@ def test_attention_begins_with_nothing() -> None:
         assert torch.equal(layer(x), x)
 
 
-class TestPair(WholeTester):
+class TestPair(PairTester):
     encoder, decoder = "resnet18dilated", "danet"
+    stride = 8
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ class TestDeepLabV3WideDeepSup(DecoderTester):
 
 class TestDeepLabV3WithResNet18(PairTester):
     encoder, decoder = "resnet18dilated", "deeplabv3_deepsup"
+    stride = 8
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ class TestDeepLabV3Plus(DecoderTester):
 
 class TestDeepLabV3PlusWithResNet18(PairTester):
     encoder, decoder = "resnet18_dilated16", "deeplabv3plus"
+    stride = 4
 
 
 # The sizes that are known of it, for 11 to 21 classes, in float32.

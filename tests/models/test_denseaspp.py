@@ -2,8 +2,8 @@
 
 import torch
 from decoder_tester import DecoderTester
+from pair_tester import PairTester
 from torch import nn
-from whole_tester import WholeTester
 
 from mit_semseg.models import DECODERS
 
@@ -12,9 +12,9 @@ class TestDenseASPP(DecoderTester):
     arch = "denseaspp"
 
 
-class TestPair(WholeTester):
+class TestPair(PairTester):
     encoder, decoder = "densenet121dilated", "denseaspp"
-    image = (64, 64)
+    stride = 8
 
 
 def test_widths_are_those_of_the_paper() -> None:

@@ -14,6 +14,7 @@ class TestDRNC26(EncoderTester):
 
 class TestDRNC26WithC1(PairTester):
     encoder, decoder = "drn_c_26", "c1"
+    stride = 8
 
 
 def test_sizes() -> None:

@@ -2,7 +2,7 @@
 
 import torch
 from decoder_tester import DecoderTester
-from whole_tester import WholeTester
+from pair_tester import PairTester
 
 from mit_semseg.models import DECODERS
 
@@ -11,8 +11,9 @@ class TestDUNet(DecoderTester):
     arch = "dunet"
 
 
-class TestPair(WholeTester):
+class TestPair(PairTester):
     encoder, decoder = "resnet18", "dunet"
+    quanta = 32
 
 
 @torch.no_grad()

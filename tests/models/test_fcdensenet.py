@@ -36,6 +36,7 @@ class TestFCDenseNet56Decoder(DecoderTester):
 
 class TestFCDenseNet56(PairTester):
     encoder = decoder = "fcdensenet56"
+    folds = False  # BatchNorms come before convolutions
 
 
 # Table 3's millions; the issue's size.

@@ -33,6 +33,7 @@ class TestFCN8s(DecoderTester):
 
 class TestFCN8sOnVGG16(PairTester):
     encoder, decoder = "vgg16", "fcn8s"
+    folds = False  # there is no BatchNorm
     stride = 8
     steps, rate = 60, 1e-4
 
@@ -43,6 +44,7 @@ class TestFCN8sOnVGG16(PairTester):
 
 class TestFCN32sOnVGG16(PairTester):
     encoder, decoder = "vgg16", "fcn32s"
+    folds = False
     stride = 32
     steps, rate = 60, 1e-4
 

@@ -16,3 +16,4 @@ class TestFCNHeadDeepSup(DecoderTester):
 
 class TestFCNHeadWithResNet18(PairTester):
     encoder, decoder = "torchvision_resnet18dilated", "fcn_head_deepsup"
+    stride = 8

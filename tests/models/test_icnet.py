@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from decoder_tester import DecoderTester
 from encoder_tester import EncoderTester
-from whole_tester import WholeTester
+from pair_tester import PairTester
 
 from mit_semseg.models import DECODERS, ENCODERS, check_pair
 from mit_semseg.models.pyramid import TileFeatures, Window
@@ -23,8 +23,10 @@ class TestICNet(DecoderTester):
     auxiliary = True
 
 
-class TestPair(WholeTester):
+class TestPair(PairTester):
     encoder, decoder = "icnet_resnet50", "icnet"
+    stride, quanta = 4, 8
+    rounding = (0.4, 0.08)  # half of its fifty layers see a single pixel
 
 
 def test_the_backbone_takes_the_weights_of_resnet50dilated() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from decoder_tester import DecoderTester
-from whole_tester import WholeTester
+from pair_tester import PairTester
 
 from mit_semseg.models import DECODERS
 from mit_semseg.models.decoders.ocnet import BaseContext, ObjectContext
@@ -30,16 +30,19 @@ class TestOCNetASP(TestOCNetBase):
     arch = "ocnet_asp"
 
 
-class TestBasePair(WholeTester):
+class TestBasePair(PairTester):
     encoder, decoder = "resnet18dilated", "ocnet_base"
+    stride = 8
 
 
-class TestPyramidPair(WholeTester):
+class TestPyramidPair(PairTester):
     encoder, decoder = "resnet18dilated", "ocnet_pyramid"
+    stride = 8
 
 
-class TestASPPair(WholeTester):
+class TestASPPair(PairTester):
     encoder, decoder = "resnet18dilated", "ocnet_asp"
+    stride = 8
 
 
 def test_ocnet_is_the_base_form() -> None:
