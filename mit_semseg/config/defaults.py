@@ -39,12 +39,22 @@ _C.DATASET.imgMaxSize = 1000
 _C.DATASET.padding_constant = 8
 # Labels are this many times smaller than the image in training.
 _C.DATASET.segm_downsampling_rate = 8
+# How training makes batches. aspect, as published: whole images, each batch as large as its largest.
+# crop: random crops of one size (crop_size) of images that are scaled, coloured, blurred, rotated
+# and flipped at random, padded with the mean colour and ignored labels.
+_C.DATASET.batching = "aspect"
 # Horizontal flips in training.
 _C.DATASET.random_flip = True
 # Random crop (height, width) in training after resizing; [] trains on whole images as published.
+# Multiples of padding_constant where batching is crop.
 _C.DATASET.crop_size = []
 # Strength in [0, 1] of random brightness, contrast and saturation in training; 0 as published.
 _C.DATASET.color_jitter = 0.0
+# Of batching crop: the least and the greatest factor on the size that imgSizes and imgMaxSize give;
+# the greatest angle in degrees, either way; the probability of a Gaussian blur, sigma 0.1 to 2.
+_C.DATASET.random_scale = [0.5, 2.0]
+_C.DATASET.random_rotation = 10.0
+_C.DATASET.random_blur = 0.5
 # stop | skip: what training does about a sample that cannot be read; skip takes another one in its
 # place and reports it. (Evaluation and prediction leave bad files out and report them.)
 _C.DATASET.on_error = "stop"

@@ -34,6 +34,7 @@ ALTERNATIVES: dict[str, tuple[type, ...]] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "DATASET.on_error": ("stop", "skip"),
+    "DATASET.batching": ("aspect", "crop"),
     "TRAIN.on_nan": ("stop", "skip"),
     "DATASET.color_order": ("RGB", "BGR"),
     "TRAIN.optim": ("SGD", "Adam", "AdamW"),
@@ -278,6 +279,16 @@ def _check_value(key: str, value: Any, source: str) -> None:
         )
     if key in ("VAL.stride", "TEST.stride") and not 0 < value <= 1:
         raise ValueError(f"{source}: {key} is {value}; a share of the window, such as 0.667")
+    if key == "DATASET.random_scale" and not (
+        len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1]
+    ):
+        raise ValueError(
+            f"{source}: {key} is {value}; give the least and the greatest factor, as (0.5, 2.0)"
+        )
+    if key == "DATASET.random_rotation" and not 0 <= value <= 180:
+        raise ValueError(f"{source}: {key} is {value}; degrees within [0, 180]")
+    if key == "DATASET.random_blur" and not 0 <= value <= 1:
+        raise ValueError(f"{source}: {key} is {value}; a probability within [0, 1]")
     if key == "DATASET.crop_size" and len(value) not in (0, 2):
         raise ValueError(
             f"{source}: {key} is {value}; give (height, width), or () for whole images"

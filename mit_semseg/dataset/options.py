@@ -21,6 +21,8 @@ class DataOptions:
     Sizes are in pixels. `mean` and `std` are per channel in `color_order`, in units of
     `value_range` (1: pixels are scaled to [0, 1]; 255: they stay in [0, 255]). `on_error` is what
     training does about a sample that cannot be used: "stop", or "skip" to take another one.
+    `batching` is "aspect" or "crop"; `random_scale`, `random_rotation` (degrees) and `random_blur`
+    (a probability) are of "crop" alone.
     `depth_mean` and `depth_std` are in metres; `depth_scale` is stored units in a metre, "sunrgbd",
     or "auto" for that of `format`.
     """
@@ -34,9 +36,13 @@ class DataOptions:
     imgMaxSize: int = 1000
     padding_constant: int = 8
     segm_downsampling_rate: int = 8
+    batching: str = "aspect"
     random_flip: bool = True
     crop_size: tuple[int, ...] = ()
     color_jitter: float = 0.0
+    random_scale: tuple[float, ...] = (0.5, 2.0)
+    random_rotation: float = 10.0
+    random_blur: float = 0.5
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     color_order: str = "RGB"
@@ -86,6 +92,7 @@ class DataOptions:
             raise ValueError(
                 f"DATASET.crop_size is {list(self.crop_size)}; give [height, width], or [] for none"
             )
+        self._check_crops()
         if not 0 <= self.color_jitter <= 1:
             raise ValueError(f"DATASET.color_jitter is {self.color_jitter}; it must be in [0, 1]")
         if self.color_order not in ("RGB", "BGR"):
@@ -105,4 +112,36 @@ class DataOptions:
             raise ValueError(
                 f"DATASET.mean {list(self.mean)} and DATASET.std {list(self.std)} need three "
                 "numbers each, std above 0"
+            )
+
+    def _check_crops(self) -> None:
+        if self.batching not in ("aspect", "crop"):
+            raise ValueError(f"DATASET.batching is {self.batching!r}; use 'aspect' or 'crop'")
+        low, high = self.random_scale if len(self.random_scale) == 2 else (0, 0)
+        if not 0 < low <= high:
+            raise ValueError(
+                f"DATASET.random_scale is {list(self.random_scale)}; give the least and the "
+                "greatest factor, such as [0.5, 2.0]"
+            )
+        if not 0 <= self.random_rotation <= 180:
+            raise ValueError(
+                f"DATASET.random_rotation is {self.random_rotation}; degrees in [0, 180]"
+            )
+        if not 0 <= self.random_blur <= 1:
+            raise ValueError(
+                f"DATASET.random_blur is {self.random_blur}; a probability within [0, 1]"
+            )
+        if self.batching != "crop":
+            return
+        if not self.crop_size:
+            raise ValueError(
+                "DATASET.batching crop needs the size of the crops: set DATASET.crop_size "
+                "[height, width]"
+            )
+        multiple = self.padding_constant  # and so of segm_downsampling_rate
+        if any(side % multiple for side in self.crop_size):
+            raise ValueError(
+                f"DATASET.crop_size is {list(self.crop_size)}; DATASET.batching crop needs multiples "
+                f"of DATASET.padding_constant {multiple}, such as "
+                f"{[-(-side // multiple) * multiple for side in self.crop_size]}"
             )

@@ -1,17 +1,26 @@
-"""Training batches: variable sizes, one seeded permutation a pass."""
+"""Training batches: one seeded permutation a pass, aspect-preserving or of random crops."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mit_semseg.dataset.base import LabelMap, load_depth_of, load_values, paths_of
+from mit_semseg.dataset.base import (
+    BatchStyle,
+    LabelMap,
+    Picture,
+    Sample,
+    load_depth_of,
+    load_values,
+    paths_of,
+)
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, read_records, with_sizes
 from mit_semseg.dataset.transforms import (
@@ -21,6 +30,7 @@ from mit_semseg.dataset.transforms import (
     fitted_size,
     nearest_index,
     normalize_depth,
+    random_window,
     resize_depth,
     round_up,
 )
@@ -29,9 +39,6 @@ from mit_semseg.dataset.transforms import (
 # the place of a sample that cannot be used.
 _ORDER, _BATCH, _INSTEAD = 0, 1, 2
 _TRIES = 8  # other samples tried before a bad one is an error after all
-
-# Image (h, w, 3) uint8, labels, and, with DATASET.depth, normalised depth (h, w) float32.
-Sample = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 class TrainDataset(Dataset[dict[str, Any]]):
@@ -51,6 +58,9 @@ class TrainDataset(Dataset[dict[str, Any]]):
     and height of the batch, rounded up to `padding_constant`. Images are padded with 0 after
     normalisation (the mean colour), labels with -1; the published code padded labels with class 0.
     With `crop_size` each image draws its own short side and is cropped at random.
+
+    With `batching` "crop" a sample is what `crops.RandomCrops` makes of an image, every batch is
+    of `crop_size`, and holds images of either orientation. All else is the same.
 
     Images are resized as `ImageFile.pixels` does it: within one grey level of Pillow, or, where a
     JPEG of 5 times the size is decoded at reduced scale, within one level on average. Labels are
@@ -108,7 +118,10 @@ class TrainDataset(Dataset[dict[str, Any]]):
         self.records: list[Record] = with_sizes(
             read_records(odgt, self.root), self.root, options.on_error
         )
-        portrait = np.array([r["height"] > r["width"] for r in self.records])
+        self._style = batch_style(options)
+        portrait = np.array(
+            [self._style.by_orientation and r["height"] > r["width"] for r in self.records]
+        )
         self._groups = [np.flatnonzero(portrait), np.flatnonzero(~portrait)]
         self.batches_per_pass = sum(-(-len(group) // batch_per_gpu) for group in self._groups)
         self._plan = lru_cache(maxsize=2)(self._make_plan)
@@ -194,7 +207,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         proves bad is added to `skipped`.
         """
         try:
-            return number, self._sample(self.records[number], short, rng)
+            return number, self._style(partial(self._read, self.records[number]), short, rng)
         except (OSError, ValueError) as error:
             if self.options.on_error != "skip":
                 raise
@@ -206,7 +219,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         for candidate in map(int, drawn):
             record = self.records[candidate]
             try:
-                return candidate, self._sample(record, short, rng)
+                return candidate, self._style(partial(self._read, record), short, rng)
             except (OSError, ValueError) as error:
                 skipped.append((record["fpath_img"], _one_line(error)))
         raise ValueError(
@@ -218,44 +231,24 @@ class TrainDataset(Dataset[dict[str, Any]]):
         if self.reading is not None:
             self.reading(file)
 
-    def _sample(self, record: Record, short: int, rng: np.random.Generator) -> Sample:
-        """One image, resized and augmented, its labels at 1/r of that, and its depth."""
+    def _read(self, record: Record, short: float, longest: float) -> Picture:
+        """A record's picture at the size that `fitted_size` says."""
         options = self.options
         image_path, mask_path = paths_of(record, self.root)
-        flip = options.random_flip and rng.random() < 0.5
-        if options.crop_size:  # sizes of crops are equal anyway, so no padding is saved by sharing
-            short = int(rng.choice(options.imgSizes))
         self._tell(image_path)
         with ImageFile(image_path) as file:
             width, height = file.size
             self._tell(mask_path)
-            raw = load_values(record, self.root, file.size)
-            self.label_map.check(raw, mask_path)
-            size = fitted_size(width, height, short, options.imgMaxSize)
+            stored = load_values(record, self.root, file.size)
+            self.label_map.check(stored, mask_path)
+            size = fitted_size(width, height, short, longest)
             self._tell(image_path)  # of which only the header has been read so far
             image = file.pixels(size)
             depth = load_depth_of(record, self.root, options, file.size)
         if depth is not None:
             depth = normalize_depth(resize_depth(depth, size), options)
-        # Where in the stored mask the label of each pixel of the image is.
         rows, columns = nearest_index(height, size[1]), nearest_index(width, size[0])
-        if flip:
-            image, columns = _mirrored(image), width - 1 - columns
-            depth = None if depth is None else _mirrored(depth)
-        if options.crop_size:
-            down, right = (
-                _random_window(side, crop, rng)
-                for side, crop in zip(image.shape, options.crop_size)
-            )
-            image, rows, columns = image[down, right], rows[down], columns[right]
-            depth = None if depth is None else depth[down, right]
-        if options.color_jitter > 0:
-            image = color_jitter(image, options.color_jitter, rng)
-        # Nearest resize by 1/r of the labels padded to a multiple of r takes the pixel in the
-        # middle of each r x r block: only those are ever looked up.
-        rate = options.segm_downsampling_rate
-        small = raw[rows[rate // 2 :: rate]][:, columns[rate // 2 :: rate]]
-        return image, self.label_map(small, mask_path), depth
+        return Picture(image, depth, stored, rows, columns, self.label_map, mask_path)
 
     def _stack(self, samples: list[Sample]) -> dict[str, Any]:
         """Samples of different sizes as one padded batch."""
@@ -285,15 +278,54 @@ class TrainDataset(Dataset[dict[str, Any]]):
         return {"img_data": images, "img_size": img_size, "seg_label": targets}
 
 
+class AspectPreserving:
+    """The published samples: resized, flipped at random, and, with `crop_size`, cropped.
+
+    Args:
+        options: the settings of samples.
+    """
+
+    by_orientation = True  # batches are padded to their largest width and height
+
+    def __init__(self, options: DataOptions) -> None:
+        self.options = options
+
+    def __call__(
+        self, read: Callable[[float, float], Picture], short: int, rng: np.random.Generator
+    ) -> Sample:
+        """Image, labels at 1/r of its size, and depth; see `BatchStyle`."""
+        options = self.options
+        flip = options.random_flip and rng.random() < 0.5
+        if options.crop_size:  # sizes of crops are equal anyway, so no padding is saved by sharing
+            short = int(rng.choice(options.imgSizes))
+        picture = read(short, options.imgMaxSize)
+        if flip:
+            picture = picture.mirrored()
+        if options.crop_size:
+            down, right = (
+                random_window(side, crop, rng)
+                for side, crop in zip(picture.image.shape, options.crop_size)
+            )
+            picture = picture.cut(down, right)
+        image = picture.image
+        if options.color_jitter > 0:
+            image = color_jitter(image, options.color_jitter, rng)
+        return image, picture.labels(options.segm_downsampling_rate), picture.depth
+
+
+def batch_style(options: DataOptions) -> BatchStyle:
+    """The batch style that `options.batching` names; warns of settings that it does not know."""
+    if options.batching == "crop":
+        from mit_semseg.dataset.crops import RandomCrops  # torchvision is slow to import
+
+        return RandomCrops(options)
+    for key in ("random_scale", "random_rotation", "random_blur"):
+        if getattr(options, key) != getattr(DataOptions, key):
+            logging.getLogger("mit_semseg").warning(
+                "DATASET.%s has no effect: it is for DATASET.batching crop", key
+            )
+    return AspectPreserving(options)
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _mirrored(image: np.ndarray) -> np.ndarray:
-    """An image or depth with left and right swapped; by torch, which is 20 times as fast."""
-    return torch.from_numpy(image).flip(1).numpy()
-
-
-def _random_window(side: int, crop: int, rng: np.random.Generator) -> slice:
-    start = int(rng.integers(0, max(side - crop, 0) + 1))
-    return slice(start, start + crop)

@@ -373,10 +373,16 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def fitted_size(width: int, height: int, short: int, longest: int) -> tuple[int, int]:
+def fitted_size(width: int, height: int, short: float, longest: float) -> tuple[int, int]:
     """(width, height) with the short side at `short`, unless the long side would pass `longest`."""
     scale = min(short / min(height, width), longest / max(height, width))
     return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+def random_window(side: int, crop: int, rng: np.random.Generator) -> slice:
+    """`crop` pixels out of `side`, anywhere; all of them where there are no more."""
+    start = int(rng.integers(0, max(side - crop, 0) + 1))
+    return slice(start, min(start + crop, side))
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
