@@ -29,7 +29,7 @@ class CamVid(DataFormat):
     """`train.txt`, `val.txt`, `test.txt`: an image and a mask a line; stored 11 is void."""
 
     source = Source(
-        title="CamVid (SegNet tutorial)",
+        title="CamVid, as in the SegNet tutorial (0.2 GB)",
         licence="for research; see the page of the data set",
         home="http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/",
         layout="train.txt val.txt test.txt train/ trainannot/ val/ valannot/ test/ testannot/",

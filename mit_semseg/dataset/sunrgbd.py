@@ -77,11 +77,14 @@ class SunRgbd(DataFormat):
         lines = (root / base / listing).read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, first):
             image = line.strip() if inside else line.strip().removeprefix("SUNRGBD/")
-            record = Record(fpath_img=image, fpath_segm=f"{labels}/img-{number:06d}.png")
-            depth = _depth(root, image)
-            if depth:
-                record["fpath_depth"] = depth
-            records.append(record)
+            records.append(Record(fpath_img=image, fpath_segm=f"{labels}/img-{number:06d}.png"))
+        return records
+
+    def records_for(self, root: Path, split: str, options: DataOptions) -> list[Record]:
+        records = self.records(root, split)
+        if options.depth:
+            for record in records:
+                record["fpath_depth"] = _depth(root, record["fpath_img"])
         return records
 
     def classes(self, options: DataOptions) -> ClassTable:
@@ -115,10 +118,17 @@ def _labels(root: Path, base: str) -> str:
 
 
 def _depth(root: Path, image: str) -> str:
-    """Depth file of a frame relative to `root`, "" where there is none."""
+    """Depth file of a frame relative to `root`.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
     frame = Path(image).parent.parent
     for folder in DEPTH_FOLDERS:
         only = only_image(root / frame / folder)
         if only is not None:
             return (frame / folder / only.name).as_posix()
-    return ""
+    raise FileNotFoundError(
+        f"{root / frame}: no depth, expected one image in {' or '.join(DEPTH_FOLDERS)}; unpack "
+        "SUNRGBD.zip whole, or set DATASET.depth False and MODEL.in_channels 3"
+    )

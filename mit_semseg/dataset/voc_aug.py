@@ -28,7 +28,7 @@ class VocAug(Voc2012):
     """
 
     source = Source(
-        title="Pascal VOC 2012 (2.0 GB) with SBD (1.4 GB)",
+        title="Pascal VOC 2012 with SBD (3.4 GB)",
         licence="images from flickr, subject to the flickr terms of use",
         home="http://home.bharathh.info/pubs/codes/SBD/download.html",
         layout="VOC2012/{ImageSets,JPEGImages,SegmentationClass}/ and "

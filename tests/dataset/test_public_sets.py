@@ -376,7 +376,7 @@ def test_sunrgbd(tmp_path: Path) -> None:
     assert named(train) == ["-", "wall", "bag"]
     assert all("fpath_depth" not in record for record in train.records)  # not asked for
     cfg.depth = True
-    with pytest.raises(ValueError, match=r"list_train gives no depth for 1 of 2 images.*b\.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"kv1/b: no depth, .* in depth_bfx or depth; unp"):
         build_split(cfg, "train")
     put(tmp_path / "SUNRGBD/kv1/b/depth/x.png", np.array([[0, 8, 8]], np.uint16))
     depths = [Path(r["fpath_depth"]) for r in build_split(cfg, "train").records]
