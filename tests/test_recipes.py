@@ -75,6 +75,12 @@ def name(path: Path) -> str:
     return path.stem
 
 
+@lru_cache
+def recipe(path: Path) -> Config:
+    """A recipe, read once; nobody changes it."""
+    return load_config(path)
+
+
 def data_set(cfg: Config) -> str:
     """The data set of a recipe; ADE20K's published ones read lists."""
     return "ade20k" if cfg.DATASET.format == "odgt" else cfg.DATASET.format
@@ -92,11 +98,11 @@ def encoded(arch: str, in_channels: int, side: int) -> tuple[Encoder, tuple[torc
 def decoders_of(paths: list[Path]) -> set[str]:
     """First names of the decoders in some recipes."""
     first = {DECODERS.get(key): key for key in DECODERS.first_names()}
-    return {first[DECODERS.get(load_config(path).MODEL.arch_decoder)] for path in paths}
+    return {first[DECODERS.get(recipe(path).MODEL.arch_decoder)] for path in paths}
 
 
 def test_every_combination_has_its_recipe() -> None:
-    folders = {Path(load_config(path).DIR).name for path in ADE20K}
+    folders = {Path(recipe(path).DIR).name for path in ADE20K}
     assert folders == {f"ade20k-{pair}" for pair in EXPECTED}
     # The published file of HRNetV2 leaves out the decoder.
     stems = {path.stem for path in ADE20K} - {"ade20k-hrnetv2"} | {"ade20k-hrnetv2-c1"}
@@ -105,7 +111,7 @@ def test_every_combination_has_its_recipe() -> None:
 
 @pytest.mark.parametrize("path", NAMED, ids=name)
 def test_file_and_folder_bear_the_name_of_what_is_in_them(path: Path) -> None:
-    cfg = load_config(path)
+    cfg = recipe(path)
     encoder, decoder = cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder
     pair = encoder if encoder == decoder else f"{encoder}-{decoder}"
     assert path.stem == f"{data_set(cfg)}-{pair}{'-depth' if cfg.DATASET.depth else ''}"
@@ -121,12 +127,12 @@ def test_every_decoder_has_its_recipes() -> None:
 
 def test_every_data_set_has_its_recipe() -> None:
     public = {key for key in FORMATS.names() if FORMATS.get(key)().source is not None}
-    assert public - {data_set(load_config(path)) for path in ALL} == {"voc2012"}  # vocaug has it
+    assert public - {data_set(recipe(path)) for path in ALL} == {"voc2012"}  # vocaug has it
 
 
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_a_recipe_builds_and_fits(path: Path) -> None:
-    cfg = load_config(path)
+    cfg = recipe(path)
     encoder_name, decoder_name = cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder
     check_pair(encoder_name, decoder_name, cfg.MODEL.fc_dim)
     side = 4 * cfg.DATASET.padding_constant
@@ -151,7 +157,7 @@ def test_a_recipe_builds_and_fits(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_a_recipe_is_sound(path: Path) -> None:
-    cfg = load_config(path)
+    cfg = recipe(path)
     assert cfg.MODEL.arch_encoder in ENCODERS
     assert cfg.MODEL.arch_decoder in DECODERS
     assert cfg.DATASET.padding_constant % cfg.DATASET.segm_downsampling_rate == 0
@@ -170,7 +176,7 @@ def test_a_recipe_is_sound(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NAMED, ids=name)
 def test_a_recipe_knows_its_data_set(path: Path) -> None:
-    cfg = load_config(path)
+    cfg = recipe(path)
     data: DataFormat = FORMATS.get(data_set(cfg))()
     options = DataOptions.read(cfg.DATASET)
     assert len(data.classes(options)) == cfg.DATASET.num_class
@@ -189,7 +195,7 @@ def test_a_recipe_asks_for_weights_that_there_are(
         raise DownloadError("no network")
 
     monkeypatch.setattr(weights, "fetch", refuse)
-    model = load_config(path).MODEL
+    model = recipe(path).MODEL
     module = torch.nn.Module()  # nothing is loaded into it: the download comes first
     if model.arch_encoder in INNER:
         module.add_module(INNER[model.arch_encoder], torch.nn.Module())
@@ -203,7 +209,7 @@ def test_a_recipe_asks_for_weights_that_there_are(
 
 @pytest.mark.parametrize("path", ADE20K, ids=name)
 def test_ade20k_recipes_agree_with_the_published_facts(path: Path) -> None:
-    cfg = load_config(path)
+    cfg = recipe(path)
     fc_dim, padding, batch = ENCODER_FACTS[cfg.MODEL.arch_encoder]
     fine = cfg.MODEL.arch_decoder == "upernet" or cfg.MODEL.arch_encoder == "hrnetv2"
     assert cfg.MODEL.fc_dim == fc_dim
@@ -226,7 +232,7 @@ def test_ade20k_recipes_agree_with_the_published_facts(path: Path) -> None:
 
 @pytest.mark.parametrize("model", sorted(PUBLISHED))
 def test_a_published_checkpoint_has_a_recipe_that_asks_for_it(model: str) -> None:
-    recipes = [load_config(path) for path in ADE20K]
+    recipes = [recipe(path) for path in ADE20K]
     (cfg,) = [c for c in recipes if Path(c.DIR).name == model]
     for urls, part in zip(published_checkpoint(model), ("encoder", "decoder"), strict=True):
         assert urls[-1].endswith(f"/{model}/{part}_{cfg.VAL.checkpoint}")
