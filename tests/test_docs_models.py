@@ -1,0 +1,294 @@
+"""The tables of docs/models.md are what the code says; run as a script, this writes them anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mit_semseg.models import DECODERS, ENCODERS
+from mit_semseg.models.decoders import Decoder
+from mit_semseg.models.encoders import Encoder
+from mit_semseg.weights import TORCHVISION, TorchvisionSource, imagenet_weights
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+SIDE, CLASSES = 512, (11, 21)
+BESIDE = "resnet50dilated"  # the encoder of decoders that no model below has
+OPERATIONS = "GFLOP"  # columns of this name take minutes to compute
+
+# Model, encoder, decoder, and its size in MiB of float32 as it is known from elsewhere.
+MODELS: tuple[tuple[str, str, str, tuple[float, float] | None], ...] = (
+    ("FCN-32s", "vgg16", "fcn32s", None),
+    ("FCN-16s", "vgg16", "fcn16s", None),
+    ("FCN-8s", "vgg16", "fcn8s", None),
+    ("U-Net", "unet", "unet", None),
+    ("U-Net, bilinear, half as wide", "unet_bilinear", "unet_bilinear", (51, 51)),
+    ("U-Net on a ResNet", "resnet101dilated", "unet", None),
+    ("SegNet", "vgg16_bn_indices", "segnet", (112, 117)),
+    ("LinkNet", "resnet18", "linknet", (44, 44)),
+    ("LinkNet", "resnet34", "linknet", None),
+    ("FC-DenseNet56", "fcdensenet56", "fcdensenet56", None),
+    ("FC-DenseNet67", "fcdensenet67", "fcdensenet67", None),
+    ("FC-DenseNet103", "fcdensenet103", "fcdensenet103", (35.6, 35.6)),
+    ("ENet", "enet", "enet", (1.34, 1.34)),
+    ("DRN-C-26", "drn_c_26", "c1", (78.7, 78.7)),
+    ("DeepLabv3", "resnet50dilated", "deeplabv3", None),
+    ("DeepLabv3", "resnet101dilated", "deeplabv3", None),
+    ("DeepLabv3+", "resnet50_dilated16", "deeplabv3plus", (154, 154)),
+    ("DeepLabv3+", "resnet101_dilated16", "deeplabv3plus", (226, 226)),
+    ("DeepLabv3+", "xception65", "deeplabv3plus", None),
+    ("DeepLabv3+", "mobilenetv2_dilated16", "deeplabv3plus", None),
+    ("PSPNet", "resnet50dilated", "ppm_deepsup", None),
+    ("ICNet", "icnet_resnet50", "icnet", None),
+    ("DenseASPP", "densenet121dilated", "denseaspp", None),
+    ("DenseASPP", "densenet161dilated", "denseaspp", None),
+    ("DenseASPP", "densenet169dilated", "denseaspp", None),
+    ("DenseASPP", "densenet201dilated", "denseaspp", None),
+    ("EncNet", "resnet50dilated", "encnet", None),
+    ("BiSeNet", "bisenet_resnet18", "bisenet", None),
+    ("DANet", "resnet50dilated", "danet", None),
+    ("OCNet, base", "resnet50dilated", "ocnet_base", None),
+    ("OCNet, pyramid", "resnet50dilated", "ocnet_pyramid", None),
+    ("OCNet, ASP", "resnet50dilated", "ocnet_asp", None),
+    ("DUNet", "resnet50dilated", "dunet", None),
+    ("UPerNet", "resnet50", "upernet", None),
+    ("HRNetV2", "hrnetv2", "c1", None),
+)
+
+
+# ------------------------------------------------------------------------------------ measuring
+@cache
+def encoder(name: str) -> Encoder:
+    with torch.device("meta"):
+        return ENCODERS.get(name)().eval()
+
+
+def decoder(name: str, arch_encoder: str, num_class: int) -> Decoder:
+    kind = ENCODERS.get(arch_encoder)
+    with torch.device("meta"):
+        built = DECODERS.get(name)(kind.channels, num_class=num_class, strides=kind.strides)
+    return built.eval()
+
+
+def mib(*parts: nn.Module) -> float:
+    """Parameters in float32, auxiliary heads among them."""
+    return sum(4 * p.numel() for part in parts for p in part.parameters()) / 2**20
+
+
+@cache
+@torch.no_grad()
+def maps(name: str) -> tuple[list[Tensor], float]:
+    """What an encoder gives for an image, and its operations in 1e9."""
+    with FlopCounterMode(display=False) as counter:
+        features = encoder(name)(torch.zeros(1, 3, SIDE, SIDE, device="meta"), True)
+    return features, counter.get_total_flops() / 1e9
+
+
+@torch.no_grad()
+def decoder_operations(name: str, arch_encoder: str) -> float:
+    built = decoder(name, arch_encoder, CLASSES[-1])
+    with FlopCounterMode(display=False) as counter:
+        built.logits(maps(arch_encoder)[0])
+    return counter.get_total_flops() / 1e9
+
+
+# ---------------------------------------------------------------------------------- the columns
+def paper(kind: type) -> str:
+    """The first paper that a class, or what it is made from, names."""
+    for base in kind.__mro__:
+        text = " ".join((base.__doc__ or "").split())
+        if base.__module__.startswith("mit_semseg.") and (
+            found := re.search(r"Paper: (.+?\d{4})(?:, arXiv:(\d{4}\.\d{4,5}))?", text)
+        ):
+            who, number = found.groups()
+            return f"[{who}](https://arxiv.org/abs/{number})" if number else who
+    return "–"
+
+
+def code(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def figure(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:#.3g}" if value < 100 else f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """A digit after the point, two of what is small."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def families() -> dict[str, list[str]]:
+    """Encoders that differ in dilation alone, by the plain name, which comes first."""
+    shortest: dict[type, str] = {}
+    for name in sorted(ENCODERS.names(), key=len, reverse=True):
+        shortest[ENCODERS.get(name)] = name
+    found: dict[str, list[str]] = {}
+    for name in sorted(shortest.values(), key=lambda name: -ENCODERS.get(name).strides[-1]):
+        found.setdefault(re.sub(r"_?dilated(16)?$", "", name), []).append(name)
+    return dict(sorted(found.items()))
+
+
+def weights(name: str) -> str:
+    """What `MODEL.weights_encoder ""` loads."""
+    if name in ("bisenet_resnet18", "icnet_resnet50"):
+        return f"those of `{name.split('_')[1]}`"
+    try:
+        source = imagenet_weights(name)
+    except ValueError:
+        return "–"
+    if not isinstance(source, TorchvisionSource):
+        return "published"
+    return code([f"torchvision:{n}" for n, known in TORCHVISION.items() if known is source])
+
+
+def heads(kind: type[Decoder]) -> str:
+    words = []
+    for head in kind.auxiliary:
+        weight = "`TRAIN.deep_sup_scale`" if head.weight is None else f"{head.weight:g}"
+        words.append(f"{weight} (`losses.{head.loss.__name__}`)" if head.loss else weight)
+    return ", ".join(words) or "–"
+
+
+# ----------------------------------------------------------------------------------- the tables
+Row = dict[str, str]
+
+
+def encoder_rows(count: bool) -> Iterator[Row]:
+    for plain, names in families().items():
+        kinds = [ENCODERS.get(name) for name in names]
+        yield {
+            "encoder": code(names),
+            "channels": ", ".join(map(str, kinds[0].channels)),
+            "strides": ", ".join(map(str, kinds[0].strides)),
+            "output stride": ", ".join(str(kind.strides[-1]) for kind in kinds),
+            "MiB": size(mib(encoder(plain))),
+            OPERATIONS: ", ".join(figure(maps(name)[1]) for name in names) if count else "",
+            "ImageNet weights": weights(plain),
+            "paper": paper(kinds[0]),
+        }
+
+
+def decoder_rows(count: bool) -> Iterator[Row]:
+    aliases: dict[type, list[str]] = {}
+    for name in sorted(DECODERS.names(), key=len):
+        aliases.setdefault(DECODERS.get(name), []).append(name)
+    for kind, (name, *others) in sorted(aliases.items(), key=lambda pair: pair[1]):
+        beside = next((enc for _, enc, dec, _ in MODELS if dec in (name, *others)), BESIDE)
+        yield {
+            "decoder": code([name]) + (f" ({code(others)})" if others else ""),
+            "needs": str(kind.needs),
+            "encoders": code(kind.only) or "any",
+            "auxiliary heads": heads(kind),
+            "measured on": f"`{beside}`",
+            "MiB": size(mib(decoder(name, beside, CLASSES[-1]))),
+            OPERATIONS: figure(decoder_operations(name, beside)) if count else "",
+            "paper": paper(kind),
+        }
+
+
+def model_rows(count: bool) -> Iterator[Row]:
+    for name, enc, dec, known in MODELS:
+        operations = maps(enc)[1] + decoder_operations(dec, enc) if count else 0
+        sizes = {n: mib(encoder(enc), decoder(dec, enc, n)) for n in CLASSES}
+        yield {
+            "model": name,
+            "`MODEL.arch_encoder`": f"`{enc}`",
+            "`MODEL.arch_decoder`": f"`{dec}`",
+            **{f"MiB, {n} classes": size(x) for n, x in sizes.items()},
+            "expected": " to ".join(f"{x:g}" for x in sorted(set(known))) if known else "–",
+            OPERATIONS: figure(operations) if count else "",
+        }
+
+
+def weight_rows(count: bool) -> Iterator[Row]:
+    for name, source in TORCHVISION.items():
+        yield {
+            "name": f"`torchvision:{name}`",
+            "encoder": f"`{source.encoder}`",
+            "decoders": code(source.decoders) or "–",
+            "trained on": "COCO, 21 classes of VOC" if source.decoders else "ImageNet",
+        }
+
+
+TABLES = {
+    "models": model_rows,
+    "encoders": encoder_rows,
+    "decoders": decoder_rows,
+    "torchvision": weight_rows,
+}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def between(table: str) -> re.Pattern[str]:
+    """What stands in the page between the marks of a table."""
+    return re.compile(rf"(?<=<!-- {table} -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
+
+
+def written(table: str, count: bool) -> list[Row]:
+    found = between(table).search(PAGE.read_text("utf-8"))
+    assert found, f"{PAGE.name} has no table {table}"
+    head, _, *lines = (line.strip("| ").split(" | ") for line in found[0].splitlines())
+    rows = [dict(zip(head, cells, strict=True)) for cells in lines]
+    return [{k: v if count or k != OPERATIONS else "" for k, v in row.items()} for row in rows]
+
+
+# ------------------------------------------------------------------------------------ the tests
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_is_what_the_code_says(table: str) -> None:
+    assert written(table, count=False) == list(TABLES[table](False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", TABLES)
+def test_operations_are_those_of_the_code(table: str) -> None:
+    assert written(table, count=True) == list(TABLES[table](True))
+
+
+@pytest.mark.parametrize("registry", [ENCODERS, DECODERS], ids=["encoders", "decoders"])
+def test_every_name_is_on_the_page(registry: object) -> None:
+    text = PAGE.read_text("utf-8")
+    # The page says once that `_dilated8` is another name of `dilated`.
+    names = [re.sub("_dilated8$", "dilated", name) for name in registry.names()]  # type: ignore[attr-defined]
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("registry", [ENCODERS, DECODERS], ids=["encoders", "decoders"])
+def test_every_docstring_names_a_paper(registry: object) -> None:
+    kinds = {registry.get(name) for name in registry.names()}  # type: ignore[attr-defined]
+    # C1 is the published toolkit's own.
+    assert [kind.__name__ for kind in kinds if paper(kind) == "–"] in ([], ["C1"])
+
+
+@pytest.mark.parametrize(
+    ("enc", "dec", "known"),
+    [(enc, dec, known) for _, enc, dec, known in MODELS if known],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+@pytest.mark.parametrize("num_class", CLASSES)
+def test_sizes_are_within_five_percent(
+    enc: str, dec: str, known: tuple[float, float], num_class: int
+) -> None:
+    assert 0.95 * known[0] <= mib(encoder(enc), decoder(dec, enc, num_class)) <= 1.05 * known[1]
+
+
+def rewrite() -> None:
+    text = PAGE.read_text("utf-8")
+    for table, rows in TABLES.items():
+        text = between(table).sub(lambda _: markdown(list(rows(True))), text)  # noqa: B023
+    PAGE.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    rewrite()
