@@ -41,7 +41,7 @@ class Cityscapes(DataFormat):
             if not (root / folder).is_dir():
                 raise FileNotFoundError(
                     f"{root}: no Cityscapes here, expected the folder {folder}; "
-                    "check DATASET.root_dataset"
+                    "check DATASET.root_dataset, or see mit-semseg data download cityscapes"
                 )
         pictures, masks = list_images(root / images), list_images(root / labels)
         lonely: list[str] = []

@@ -73,13 +73,14 @@ class Coco(DataFormat):
         year = year_of(split)
         images = first_folder(root, image_places(year), "COCO images")
         masks = f"{FOLDER}/coco{options.num_class}/{year}"
+        source = f"annotations/instances_{year}.json"
 
         def drawings() -> list[Drawing]:
-            content = read_json(root, f"annotations/instances_{year}.json", "COCO")
+            content = read_json(root, source, "COCO")
             objects: dict[int, list[dict[str, Any]]] = {}
             for one in content["annotations"]:
-                if one["category_id"] in categories:
-                    objects.setdefault(one["image_id"], []).append(one)
+                if one.get("category_id") in categories:
+                    objects.setdefault(one.get("image_id"), []).append(one)
             return [
                 Drawing(
                     coco_record(image, images, masks),
@@ -88,7 +89,7 @@ class Coco(DataFormat):
                 for image in content["images"]
             ]
 
-        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO {year}")
+        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO {year}", source)
 
     def classes(self, options: DataOptions) -> ClassTable:
         _categories(options.num_class)
@@ -130,13 +131,15 @@ def draw(
     """
     mask = np.zeros((image["height"], image["width"]), dtype=np.uint8)
     try:
-        shapes = [(one, coco_shapes.decode(one["segmentation"], *mask.shape)) for one in objects]
+        shapes = [
+            (one, coco_shapes.decode(one.get("segmentation"), *mask.shape)) for one in objects
+        ]
     except ValueError as error:
         raise ValueError(f"{image['file_name']}: damaged annotation: {error}") from error
     # Crowds first, then the largest: what comes later is on top.
-    shapes.sort(key=lambda pair: (not pair[0]["iscrowd"], -int(pair[1].sum())))
+    shapes.sort(key=lambda pair: (not pair[0].get("iscrowd"), -int(pair[1].sum())))
     for one, shape in shapes:
-        mask[shape] = IGNORED if one["iscrowd"] else categories[one["category_id"]]
+        mask[shape] = IGNORED if one.get("iscrowd") else categories[one["category_id"]]
     return mask
 
 
@@ -157,7 +160,8 @@ def first_folder(root: Path, places: Sequence[str], title: str) -> str:
         if (root / place).is_dir():
             return place
     raise FileNotFoundError(
-        f"{root}: no {title} here, expected the folder {places[0]}; check DATASET.root_dataset"
+        f"{root}: no {title} here, expected the folder {places[0]}; check DATASET.root_dataset, "
+        "or run mit-semseg data download coco"
     )
 
 
@@ -171,7 +175,8 @@ def read_json(root: Path, name: str, title: str) -> dict[str, Any]:
     path = root / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"{root}: no {title} annotations here, expected {name}; check DATASET.root_dataset"
+            f"{root}: no {title} annotations here, expected {name}; check DATASET.root_dataset, "
+            f"or run mit-semseg data download {title.lower().replace(' ', '_')}"
         )
     try:
         content = json.loads(path.read_bytes())

@@ -73,9 +73,11 @@ class CocoPanoptic(DataFormat):
         images = coco.first_folder(root, [*coco.image_places(year), "input_images"], "COCO images")
         masks = f"{FOLDER}/coco_panoptic/{year}"
 
+        beside = "" if (root / f"panoptic_{year}.json").is_file() else "annotations/"
+        source = f"{beside}panoptic_{year}.json"
+
         def drawings() -> list[Drawing]:
-            beside = "" if (root / f"panoptic_{year}.json").is_file() else "annotations/"
-            content = coco.read_json(root, f"{beside}panoptic_{year}.json", "COCO panoptic")
+            content = coco.read_json(root, source, "COCO panoptic")
             pictures = _Pictures(root / f"{beside}panoptic_{year}")
             segments = {one["image_id"]: one for one in content["annotations"]}
             return [
@@ -87,7 +89,7 @@ class CocoPanoptic(DataFormat):
                 if image["id"] in segments
             ]
 
-        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO panoptic {year}")
+        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO panoptic {year}", source)
 
     def classes(self, options: DataOptions) -> ClassTable:
         return table_of("coco_panoptic", options.num_class, "COCO panoptic")

@@ -33,31 +33,34 @@ class Drawing:
 
 
 def drawn_once(
-    root: Path, listing: str, drawings: Callable[[], Sequence[Drawing]], title: str
+    root: Path, listing: str, drawings: Callable[[], Sequence[Drawing]], title: str, source: str
 ) -> list[Record]:
     """Records whose masks are drawn by the first call, and found by later ones.
 
     Every mask appears under its name when it is complete, and the list after all of them: an
-    interrupted call is continued by the next one, and several processes may call at once.
+    interrupted call is continued by the next one, and several processes may call at once. What is
+    older than the file it was drawn from is drawn anew.
 
     Args:
         root: folder of the data set.
         listing: list file below `root` that says that all masks are there.
         drawings: what to draw; only asked when there is no such list.
         title: of the progress bar.
+        source: file below `root` that the masks are drawn from; it may be gone once they are.
 
     Raises:
         OSError: the folder cannot be written to.
     """
     path = root / listing
-    if path.is_file():
+    since = _changed(root / source)
+    if path.is_file() and _changed(path) >= since:
         return read_odgt(path)
     todo = drawings()
     try:
         for folder in {(root / drawing.record["fpath_segm"]).parent for drawing in todo}:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            done = pool.map(lambda drawing: _draw(root, drawing), todo)
+            done = pool.map(lambda drawing: _draw(root, drawing, since), todo)
             bar = tqdm(done, desc=f"{title} masks", total=len(todo), unit="img", disable=None)
             records: Iterable[Record] = list(bar)
         part = path.with_name(f"{uuid.uuid4().hex}.odgt")
@@ -71,9 +74,14 @@ def drawn_once(
     return read_odgt(path)
 
 
-def _draw(root: Path, drawing: Drawing) -> Record:
+def _changed(file: Path) -> int:
+    """When a file was last written, in nanoseconds; 0 where there is none."""
+    return file.stat().st_mtime_ns if file.is_file() else 0
+
+
+def _draw(root: Path, drawing: Drawing, since: int) -> Record:
     target = root / drawing.record["fpath_segm"]
-    if not target.is_file():
+    if not target.is_file() or _changed(target) < since:
         part = target.with_name(f"{uuid.uuid4().hex}.part")
         try:
             Image.fromarray(drawing.draw()).save(part, format="PNG")

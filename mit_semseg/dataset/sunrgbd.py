@@ -74,9 +74,9 @@ class SunRgbd(DataFormat):
         # The lists begin every path with SUNRGBD/, which may be the root itself.
         inside = (root / "SUNRGBD").is_dir()
         records = []
-        lines = (root / base / listing).read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, first):
-            image = line.strip() if inside else line.strip().removeprefix("SUNRGBD/")
+        names = (root / base / listing).read_text(encoding="utf-8").split()
+        for number, name in enumerate(names, first):
+            image = name if inside else name.removeprefix("SUNRGBD/")
             records.append(Record(fpath_img=image, fpath_segm=f"{labels}/img-{number:06d}.png"))
         return records
 

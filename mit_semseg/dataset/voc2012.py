@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from mit_semseg.dataset.base import (
     FORMATS,
@@ -48,6 +49,7 @@ class Voc2012(DataFormat):
         archives=(ARCHIVE,),
     )
     num_class = 21
+    name: ClassVar[str] = "voc2012"
 
     def records(self, root: Path, split: str) -> list[Record]:
         for base in ("", "VOC2012/", "VOCdevkit/VOC2012/"):
@@ -57,7 +59,8 @@ class Voc2012(DataFormat):
         else:
             raise FileNotFoundError(
                 f"{root}: no Pascal VOC 2012 here, expected "
-                f"ImageSets/Segmentation/{split}.txt; check DATASET.root_dataset"
+                f"ImageSets/Segmentation/{split}.txt; check DATASET.root_dataset, or run "
+                f"mit-semseg data download {self.name}"
             )
         records = []
         for name in listing.read_text(encoding="utf-8").split():

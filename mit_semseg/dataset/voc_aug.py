@@ -48,6 +48,8 @@ class VocAug(Voc2012):
         ),
     )
 
+    name = "vocaug"
+
     def records(self, root: Path, split: str) -> list[Record]:
         if split not in ("train", "trainaug"):
             return super().records(root, split)

@@ -39,8 +39,12 @@ def _checked(log_probs: Tensor, label: Tensor) -> Tensor:
             f"log_probs is {tuple(log_probs.shape)} and label {tuple(label.shape)}; expected "
             "(B, C, h, w) and (B, h, w)"
         )
-    half = log_probs.dtype in (torch.float16, torch.bfloat16)
-    return log_probs.float() if half else log_probs
+    return _wide(log_probs)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision as float32, other types as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _divide(total: Tensor, count: Tensor) -> Tensor:
@@ -280,6 +284,7 @@ def presence(scores: Tensor, label: Tensor) -> Tensor:
             f"scores is {tuple(scores.shape)} and label {tuple(label.shape)}; expected "
             "(B, C) and (B, h, w)"
         )
+    scores = _wide(scores)
     B, C = scores.shape
     occurs = scores.new_zeros(B, C + 1).scatter(1, label.flatten(1) + 1, 1.0)[:, 1:]
     per_image = F.binary_cross_entropy_with_logits(scores, occurs, reduction="none").mean(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -208,6 +209,38 @@ def test_coco_draws_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(left) == ["000007.png", "000008.png", "train2017.odgt"]
 
 
+def test_coco_draws_again_what_has_changed(tmp_path: Path) -> None:
+    content = coco_tree(tmp_path)
+    cfg = config("coco", tmp_path, 81)
+    record = build_split(cfg, "train").records[0]
+    assert 74 in load_mask(record["fpath_segm"])
+    file = tmp_path / "annotations/instances_train2017.json"
+    later = file.stat().st_mtime_ns + 10**12
+    content["annotations"][0]["category_id"] = 85  # the book was a clock
+    file.write_text(json.dumps(content))
+    for path in (tmp_path / "semantic_masks").rglob("*"):
+        os.utime(path, ns=(later - 1, later - 1))
+    os.utime(file, ns=(later, later))
+    assert build_split(cfg, "train").records[0] == record
+    mask = load_mask(record["fpath_segm"])
+    assert 75 in mask and 74 not in mask
+
+
+def test_coco_with_entries_that_lack_something(tmp_path: Path) -> None:
+    content = coco_tree(tmp_path)
+    file = tmp_path / "annotations/instances_train2017.json"
+    for one in content["annotations"]:
+        del one["iscrowd"]  # as tools write it that know no crowds
+    file.write_text(json.dumps({**content, "annotations": [*content["annotations"], {}]}))
+    mask = load_mask(build_split(config("coco", tmp_path, 81), "train").records[0]["fpath_segm"])
+    assert set(np.unique(mask).tolist()) == {0, 1, 61, 74}
+    del content["annotations"][0]["segmentation"]
+    file.write_text(json.dumps(content))
+    shutil.rmtree(tmp_path / "semantic_masks")
+    with pytest.raises(ValueError, match=r"000007\.jpg: damaged annotation: .* not None"):
+        build_split(config("coco", tmp_path, 81), "train")
+
+
 def test_coco_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,6 +424,9 @@ def test_sunrgbd_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected sunrgbd_training_images\.txt"):
         build_split(cfg, "train")
     sun_tree(tmp_path)
+    listing = tmp_path / "sunrgbd_training_images.txt"
+    listing.write_text(listing.read_text() + "\n\n")  # blank lines count nothing
+    assert stems(build_split(cfg, "train")) == ["a", "b"]
     with pytest.raises(ValueError, match="has the splits train, val, test, not 'nyu'"):
         build_split(config("sunrgbd", tmp_path, 37, list_train="nyu"), "train")
     shutil.rmtree(tmp_path / "sunrgbd_train_test_labels")

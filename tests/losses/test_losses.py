@@ -93,6 +93,14 @@ def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) ->
     assert half.grad.dtype == dtype and half.grad.isfinite().all() and half.grad.any()
 
 
+def test_presence_in_half_precision() -> None:
+    scores = torch.full((1, 2000), 40.0, dtype=torch.float16, requires_grad=True)
+    loss = functional.presence(scores, torch.zeros(1, 2, 2).long())
+    loss.backward()
+    assert loss.item() == pytest.approx(40 * 1999 / 2000, rel=1e-5)  # one class of 2000 occurs
+    assert loss.dtype == torch.float32 and scores.grad.isfinite().all()
+
+
 EXTREMES = {
     "huge": lambda: 1e30 * sample(size=(2, 5, 5))[0],
     "one class": lambda: torch.zeros(2, 1, 5, 5, dtype=torch.float64),
