@@ -39,7 +39,7 @@ _C.DATASET.imgMaxSize = 1000
 _C.DATASET.padding_constant = 8
 # Labels are this many times smaller than the image in training.
 _C.DATASET.segm_downsampling_rate = 8
-# How training makes batches. aspect, as published: whole images, each batch as large as its largest.
+# How training makes batches. aspect: as published, whole images, batches as large as their largest.
 # crop: random crops of one size (crop_size) of images that are scaled, coloured, blurred, rotated
 # and flipped at random, padded with the mean colour and ignored labels.
 _C.DATASET.batching = "aspect"

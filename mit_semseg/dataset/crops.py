@@ -70,7 +70,8 @@ class RandomCrops:
         """Image, labels at 1/r of its size, and depth; see `BatchStyle`."""
         options = self.options
         short = int(rng.choice(options.imgSizes))
-        scale = rng.uniform(*options.random_scale)
+        low, high = options.random_scale
+        scale = rng.uniform(low, high)
         angle = rng.uniform(-options.random_rotation, options.random_rotation)
         flip = options.random_flip and rng.random() < 0.5
         picture = read(short * scale, options.imgMaxSize * scale)

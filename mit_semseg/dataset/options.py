@@ -141,7 +141,7 @@ class DataOptions:
         multiple = self.padding_constant  # and so of segm_downsampling_rate
         if any(side % multiple for side in self.crop_size):
             raise ValueError(
-                f"DATASET.crop_size is {list(self.crop_size)}; DATASET.batching crop needs multiples "
-                f"of DATASET.padding_constant {multiple}, such as "
+                f"DATASET.crop_size is {list(self.crop_size)}; DATASET.batching crop needs "
+                f"multiples of DATASET.padding_constant {multiple}, such as "
                 f"{[-(-side // multiple) * multiple for side in self.crop_size]}"
             )

@@ -1,0 +1,105 @@
+"""Training on random crops: as a user starts it, and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mit_semseg.cli import main
+from mit_semseg.config import load_config
+from mit_semseg.config.node import Config
+from mit_semseg.engine.checkpoint import CheckpointFolder
+from mit_semseg.engine.train import Trainer, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, make_images: Callable[..., None]) -> Path:
+    """A yaml of a small job on four images, two of them upright."""
+    root = tmp_path / "data"
+    make_images(root, [(48, 64), (64, 48), (48, 64), (64, 48)])
+    tree = {
+        "DATASET": {
+            "root_dataset": str(root),
+            "list_train": str(root / "val.odgt"),
+            "list_val": str(root / "val.odgt"),
+            "num_class": 4,
+            "label_offset": 0,
+            "imgSizes": [48],
+            "segm_downsampling_rate": 4,
+            "batching": "crop",
+            "crop_size": [32, 40],
+            "color_jitter": 0.4,
+        },
+        "MODEL": {
+            "arch_encoder": "mobilenetv2dilated",
+            "arch_decoder": "c1_deepsup",
+            "fc_dim": 320,
+            "weights_encoder": "none",
+        },
+        "TRAIN": {
+            "batch_size_per_gpu": 2,
+            "num_epoch": 1,
+            "epoch_iters": 3,
+            "workers": 0,
+            "eval_epochs": 0,
+            "disp_iter": 1,
+        },
+    }
+    path = tmp_path / "crops.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def weights(cfg: Config, name: str) -> list[torch.Tensor]:
+    files = CheckpointFolder(cfg.DIR).files(name)
+    return [v for file in files for v in torch.load(file, weights_only=True).values()]
+
+
+def test_three_steps_from_the_command_line(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    common = ["train", "--gpus", "cpu", "--cfg", str(recipe)]
+    assert main([*common, "DIR", str(folder), "TRAIN.eval_epochs", "1"]) == 0
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [x["loss"] for x in lines if x["kind"] == "train"]
+    assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
+    assert CheckpointFolder(folder).config().DATASET.batching == "crop"
+    capsys.readouterr()
+    assert main([*common, "DIR", str(tmp_path / "none"), "DATASET.crop_size", "(30, 40)"]) != 0
+    said = capsys.readouterr().err
+    assert "DATASET.crop_size is [30, 40]" in said and "Traceback" not in said
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_resumed_run_is_identical_for_any_number_of_workers(recipe: Path, tmp_path: Path) -> None:
+    def settings(name: str, workers: int) -> Config:
+        opts = ["DIR", str(tmp_path / name), "TRAIN.num_epoch", "2", "TRAIN.epoch_iters", "2"]
+        # Dropout draws from the global generator, which crops must leave alone.
+        dropout = ["MODEL.arch_decoder", "ppm_deepsup", "TRAIN.workers", str(workers)]
+        return load_config(recipe, [*opts, *dropout])
+
+    whole = settings("whole", 0)
+    train(whole, [CPU], progress=False)
+    cut = settings("cut", 1)
+    trainer = Trainer(cut, [CPU], 0, 1, False)
+    finish = trainer._finish_epoch
+
+    def stop(epoch: int) -> None:
+        finish(epoch)
+        raise KeyboardInterrupt
+
+    trainer._finish_epoch = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert "epoch_2.pth" not in CheckpointFolder(cut.DIR).names()
+    train(cut, [CPU], resume=True, progress=False)
+    pairs = zip(weights(whole, "epoch_2.pth"), weights(cut, "epoch_2.pth"), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
