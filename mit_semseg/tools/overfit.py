@@ -131,7 +131,8 @@ def one_image(cfg: Config, side: int, stride: int) -> dict[str, Any]:
         stride: image pixels per label pixel.
     """
     plain = cfg.clone()
-    plain.DATASET.imgSizes, plain.DATASET.crop_size = [side], []
+    plain.DATASET.batching, plain.DATASET.crop_size = "aspect", []
+    plain.DATASET.imgSizes = [side]
     plain.DATASET.random_flip, plain.DATASET.color_jitter = False, 0.0
     plain.DATASET.padding_constant = math.lcm(plain.DATASET.padding_constant, stride)
     plain.DATASET.segm_downsampling_rate = stride
