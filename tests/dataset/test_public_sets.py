@@ -18,6 +18,7 @@ from PIL import Image
 from mit_semseg.dataset import FORMATS, build_split, check_sample, class_table, coco, load_mask
 from mit_semseg.dataset.base import LabelMap, Split, load_pair
 from mit_semseg.dataset.coco_panoptic import CLASSES
+from mit_semseg.dataset.cocostuff import UNUSED
 from mit_semseg.dataset.tools import check
 
 
@@ -295,6 +296,29 @@ def test_cocos_classes_in_vocs_order() -> None:
     }  # fmt: skip
     as_voc = [of_coco[coco.ALL.index(category) + 1] for category in coco.VOC]
     assert tuple(words.get(name, name) for name in as_voc) == of_voc[1:]
+
+
+def test_tables_of_coco_agree_with_each_other() -> None:
+    """Categories of objects are the same in all three, each by way of its ids."""
+    objects = class_table(config("coco", Path(), 81))
+    panoptic = class_table(config("coco_panoptic", Path(), 133))
+    stuff = class_table(config("cocostuff", Path(), 182))
+    assert objects.names[0] == "background" and len(set(stuff.names)) == 182
+    assert objects.names[1:] == panoptic.names[:80]
+    assert np.array_equal(objects.colors[1:], panoptic.colors[:80])
+    assert objects.names[1:] == tuple(stuff.names[category - 1] for category in coco.ALL)
+    assert not {stuff.names[value] for value in UNUSED} & set(objects.names)
+
+
+def test_vocs_palette_is_that_of_its_masks() -> None:
+    """The bits of a class in threes, from the highest bit of red, green and blue down."""
+    colors = class_table(config("voc2012", Path(), 21)).colors
+    for k, color in enumerate(colors.tolist()):
+        expected = [0, 0, 0]
+        for place in range(8):
+            for channel in range(3):
+                expected[channel] |= ((k >> (3 * place + channel)) & 1) << (7 - place)
+        assert color == expected
 
 
 def panoptic_tree(root: Path, zipped: bool = False) -> None:

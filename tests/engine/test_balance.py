@@ -15,7 +15,7 @@ from PIL import Image
 
 from mit_semseg.config import load_config
 from mit_semseg.config.node import Config
-from mit_semseg.dataset import build_split
+from mit_semseg.dataset import Split, build_split
 from mit_semseg.engine import balance
 from mit_semseg.engine.balance import class_weights, enet_weights
 from mit_semseg.losses import build_loss
@@ -127,3 +127,23 @@ def test_mistakes_are_named(cfg: Config) -> None:
     (Path(cfg.DATASET.root_dataset) / "ann" / "part0" / "2.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"2\.png"):
         weights(cfg, "enet")
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 1999, 2975])
+def test_a_sample_reaches_from_end_to_end(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Lists are sorted, by city or by film: the first thousand are no fair sample."""
+    seen: list[int] = []
+
+    def count_none(records: Any, *args: Any) -> tuple[np.ndarray, np.ndarray]:
+        seen.extend(int(record["fpath_img"]) for record in records)
+        return np.ones(4, np.int64), np.ones(4, np.int64)
+
+    monkeypatch.setattr(balance, "_count", count_none)
+    split = build_split(cfg.DATASET, "train")
+    records = [{"fpath_img": str(k), "fpath_segm": f"{k}.png"} for k in range(count)]
+    balance._frequencies(cfg, Split(records, split.classes, split.label_map), False)
+    assert len(seen) == min(count, 1000) and sorted(set(seen)) == seen
+    assert seen[0] == 0 and count - seen[-1] <= 3
+    assert max(np.diff(seen), default=1) <= 3
