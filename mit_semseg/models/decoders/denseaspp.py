@@ -35,9 +35,11 @@ class DenseASPP(Decoder):
     it reads to c/2 and adds c/8: for DenseNet121 512, 256 and 64.
 
     Paper: Yang et al. 2018, "DenseASPP for Semantic Segmentation in Street Scenes", CVPR, sec. 3.2
-    and 3.4. Differs from the authors' code: the halving is here, with a BatchNorm and ReLU after it
-    as for any encoder, rather than in it; the first layer begins with BatchNorm and ReLU like the
-    others; BatchNorms have the usual momentum.
+    and 3.4. Differs from the authors' code: widths follow the paper's rule for every encoder, where
+    theirs are 128 and 64 for DenseNet121, 512 and 128 for 161, 336 and 168 for 169, 480 and 240 for
+    201; the halving is here, with a BatchNorm and ReLU after it as for any encoder, rather than in
+    it; the first layer begins with BatchNorm and ReLU like the others; BatchNorms have the usual
+    momentum.
     """
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:

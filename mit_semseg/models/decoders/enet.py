@@ -20,7 +20,7 @@ class Upsampling(nn.Module):
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
-        width = n_in // 4
+        width = n_out // 4
         self.main = nn.Sequential(nn.Conv2d(n_in, n_out, 1, bias=False), BatchNorm2d(n_out))
         project = nn.Conv2d(n_in, width, 1, bias=False)
         double = full_convolution(width, width, 2)

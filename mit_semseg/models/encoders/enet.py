@@ -57,11 +57,14 @@ class Bottleneck(nn.Module):
 
 
 class Downsampling(nn.Module):
-    """A bottleneck that halves the sides, beside max pooling with zeros for further channels."""
+    """A bottleneck that halves the sides, beside max pooling with zeros for further channels.
+
+    It is as wide as a quarter of its output, as in the authors' code; the paper does not say.
+    """
 
     def __init__(self, n_in: int, n_out: int, drop: float) -> None:
         super().__init__()
-        width = n_in // 4
+        width = n_out // 4
         conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
         project = nn.Conv2d(n_in, width, 2, stride=2, bias=False)
         self.extension = extension([project, conv], n_out, drop)
@@ -102,7 +105,8 @@ class ENetEncoder(Encoder):
     Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. Deviations: encoder and decoder
     are trained at once, where the paper trains the encoder first, on labels of its own resolution
     (sec. 5.1); no convolution before a BatchNorm has a bias, where the paper says so of projections
-    only; pooling rounds sides up.
+    only; pooling rounds sides up. As the paper says, and not as the authors' code does, BatchNorm
+    and PReLU are between the two asymmetric convolutions as well, and the decoder has PReLUs.
     """
 
     channels = (16, 64, 128)
