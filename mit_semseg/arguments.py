@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--imgs", required=True, nargs="+", help="files, folders or globs")
     predict.add_argument(
         "--gpu",
+        "--gpus",  # as the other commands call it
         dest="devices",
         default=None,
         help="number of a GPU, or cpu (default: GPU 0 if any)",

@@ -327,7 +327,7 @@ def first_layout(root: Path, candidates: Sequence[tuple[str, str]], title: str) 
     images, labels = candidates[0]
     raise FileNotFoundError(
         f"{root}: no {title} here, expected the folders {images} and {labels}; "
-        "check DATASET.root_dataset"
+        "check DATASET.root_dataset, or see `mit-semseg data download`"
     )
 
 
