@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 
 from mit_semseg.models import ENCODERS, ModelBuilder
@@ -27,16 +26,17 @@ class EncoderTester:
         with torch.device("meta"):
             return ENCODERS.get(self.arch)()
 
-    @pytest.mark.parametrize(("height", "width"), [(64, 96), (65, 97)])
-    def test_emits_what_it_declares(self, height: int, width: int) -> None:
+    @torch.no_grad()
+    def test_emits_what_it_declares(self) -> None:
         encoder = self.on_meta()
-        images = torch.zeros(2, 3, height, width, device="meta")
-        maps = encoder(images, return_feature_maps=True)
         declared = ENCODERS.get(self.arch)
-        assert [tuple(x.shape) for x in maps] == [
-            (2, c, math.ceil(height / s), math.ceil(width / s))
-            for c, s in zip(declared.channels, declared.strides, strict=True)
-        ]
+        for height, width in ((64, 96), (65, 97)):
+            images = torch.zeros(2, 3, height, width, device="meta")
+            maps = encoder(images, return_feature_maps=True)
+            assert [tuple(x.shape) for x in maps] == [
+                (2, c, math.ceil(height / s), math.ceil(width / s))
+                for c, s in zip(declared.channels, declared.strides, strict=True)
+            ]
         (last,) = encoder(images)
         assert last.shape == maps[-1].shape
 
@@ -51,7 +51,8 @@ class EncoderTester:
 
     def test_every_parameter_learns(self) -> None:
         torch.manual_seed(0)
-        encoder = ModelBuilder.build_encoder(self.arch, weights="none").train()
+        # In evaluation: statistics of the batch cancel biases that only another BatchNorm follows.
+        encoder = ModelBuilder.build_encoder(self.arch, weights="none").eval()
         maps = encoder(torch.randn(2, 3, 32, 32), return_feature_maps=True)
         features = [x for x in maps if x.is_floating_point()]  # pooling indices are not
         sum((x * torch.randn_like(x)).mean() for x in features).backward()

@@ -28,6 +28,23 @@ def scene() -> tuple[Tensor, Tensor]:
     return (image + 0.1 * noise)[None], label[None]
 
 
+def build_pair(encoder: str, decoder: str, classes: int = CLASSES) -> SegmentationModule:
+    torch.manual_seed(0)
+    enc = ModelBuilder.build_encoder(encoder, weights="none")
+    dec = ModelBuilder.build_decoder(
+        decoder, num_class=classes, channels=enc.channels, strides=enc.strides
+    )
+    asks = any(head.weight is None for head in dec.auxiliary)
+    crit = build_loss("nll", classes)
+    return SegmentationModule(enc, dec, crit, deep_sup_scale=0.4 if asks else None)
+
+
+def count(encoder: str, decoder: str, classes: int) -> int:
+    """Parameters of a pair; in float32 four bytes each."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_pair(encoder, decoder, classes).parameters())
+
+
 class PairTester:
     """Set `encoder` and `decoder`, `stride` of the scores, `quanta` that sides are filled up to.
 
@@ -47,15 +64,8 @@ class PairTester:
     rounding: tuple[float, float] = (0.15, 0.03)
     odd: tuple[int, int] = (49, 65)
 
-    def build(self, classes: int = CLASSES) -> SegmentationModule:
-        torch.manual_seed(0)
-        encoder = ModelBuilder.build_encoder(self.encoder, weights="none")
-        decoder = ModelBuilder.build_decoder(
-            self.decoder, num_class=classes, channels=encoder.channels, strides=encoder.strides
-        )
-        asks = any(head.weight is None for head in decoder.auxiliary)
-        crit = build_loss("nll", classes)
-        return SegmentationModule(encoder, decoder, crit, deep_sup_scale=0.4 if asks else None)
+    def build(self) -> SegmentationModule:
+        return build_pair(self.encoder, self.decoder)
 
     def begun(self) -> SegmentationModule:
         """With attention whose share is not 0, where it begins and nothing reaches its layers."""
@@ -77,16 +87,10 @@ class PairTester:
         module.logits(torch.randn(2, 3, 64, 96))
         return module.eval()
 
-    def on_meta(self, classes: int = CLASSES) -> SegmentationModule:
-        """Shapes without arithmetic."""
-        with torch.device("meta"):
-            return self.build(classes)
-
-    def mebibytes(self, classes: int) -> float:
-        return sum(p.numel() * p.element_size() for p in self.on_meta(classes).parameters()) / 2**20
-
+    @torch.no_grad()
     def test_scores_any_size(self) -> None:
-        module = self.on_meta()
+        with torch.device("meta"):  # shapes without arithmetic
+            module = self.build()
         for batch, *size in ((2, 64, 96), (1, 67, 97), (1, 96, 40)):
             filled = [math.ceil(n / self.quanta) * self.quanta for n in size]
             wanted = (batch, CLASSES, *(math.ceil(n / self.stride) for n in filled))

@@ -39,6 +39,16 @@ class TestFCDenseNet56(PairTester):
     folds = False  # BatchNorms come before convolutions
 
 
+@pytest.mark.slow
+class TestFCDenseNet67(TestFCDenseNet56):
+    encoder = decoder = "fcdensenet67"
+
+
+@pytest.mark.slow
+class TestFCDenseNet103(TestFCDenseNet56):
+    encoder = decoder = "fcdensenet103"
+
+
 # Table 3's millions; the issue's size.
 @pytest.mark.parametrize(
     ("name", "millions", "slack"),
@@ -87,20 +97,3 @@ def test_only_its_own_encoder_is_taken(name: str) -> None:
     with pytest.raises(ValueError, match=f"set MODEL.arch_encoder to {name}"):
         check_pair("resnet18", name)
     check_pair(name, "c1")  # its maps are features: others read them
-
-
-@pytest.mark.parametrize("name", ["fcdensenet67", "fcdensenet103"])
-def test_larger_ones_score_any_size(name: str) -> None:
-    with torch.device("meta"):
-        encoder = ENCODERS.get(name)()
-        decoder = DECODERS.get(name)(encoder.channels, num_class=11)
-        maps = encoder(torch.zeros(1, 3, 67, 97), return_feature_maps=True)
-    assert decoder.logits(maps)[0].shape == (1, 11, 67, 97)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["fcdensenet67", "fcdensenet103"])
-def test_larger_ones_learn_one_image_by_heart(name: str) -> None:
-    tester = PairTester()
-    tester.encoder = tester.decoder = name
-    tester.test_learns_one_image_by_heart()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decoder_tester import DecoderTester
-from pair_tester import PairTester
+from pair_tester import PairTester, count
 
 from mit_semseg.models import ModelBuilder
 from mit_semseg.models.decoders.fcn import FCN, bilinear_upsampling
@@ -35,18 +35,19 @@ class TestFCN8sOnVGG16(PairTester):
     encoder, decoder = "vgg16", "fcn8s"
     folds = False  # there is no BatchNorm
     stride = 8
-    steps, rate = 60, 1e-4
-
-    def test_size(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.undo()  # all channels
-        assert self.mebibytes(21) * 2**20 / 4e6 == pytest.approx(134, rel=0.01)  # table 1
+    rate = 1e-4
 
 
-class TestFCN32sOnVGG16(PairTester):
-    encoder, decoder = "vgg16", "fcn32s"
-    folds = False
-    stride = 32
-    steps, rate = 60, 1e-4
+@pytest.mark.slow
+def test_fcn32s_learns_one_image_by_heart_too() -> None:
+    tester = TestFCN8sOnVGG16()
+    tester.decoder = "fcn32s"
+    tester.test_learns_one_image_by_heart()
+
+
+def test_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # all channels
+    assert count("vgg16", "fcn8s", 21) / 1e6 == pytest.approx(134, rel=0.01)  # table 1
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])

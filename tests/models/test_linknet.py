@@ -3,7 +3,7 @@
 import pytest
 import torch
 from decoder_tester import DecoderTester
-from pair_tester import PairTester
+from pair_tester import PairTester, count
 
 from mit_semseg.models import ENCODERS, ModelBuilder
 from mit_semseg.models.decoders.upsampling import full_convolution
@@ -18,17 +18,12 @@ class TestLinkNet(PairTester):
     encoder, decoder = "resnet18", "linknet"
     quanta = 4
 
-    def test_size(self) -> None:
-        assert self.mebibytes(11) == pytest.approx(44, rel=0.02)
-        assert self.mebibytes(21) == pytest.approx(44, rel=0.02)
 
-
-class TestLinkNetOnTheOneConvolutionStem(PairTester):
-    encoder, decoder = "torchvision_resnet18", "linknet"
-    quanta = 4
-
-    def test_size(self) -> None:
-        assert self.mebibytes(21) * 2**20 / 4e6 == pytest.approx(11.5, rel=0.005)  # table 3
+def test_size() -> None:
+    for classes in (11, 21):
+        assert count("resnet18", "linknet", classes) * 4 / 2**20 == pytest.approx(44, rel=0.02)
+    # Table 3, on the stem of one convolution.
+    assert count("torchvision_resnet18", "linknet", 21) / 1e6 == pytest.approx(11.5, rel=0.005)
 
 
 @pytest.mark.parametrize(

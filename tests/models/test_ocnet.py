@@ -35,11 +35,13 @@ class TestBasePair(PairTester):
     stride = 8
 
 
+@pytest.mark.slow
 class TestPyramidPair(PairTester):
     encoder, decoder = "resnet18dilated", "ocnet_pyramid"
     stride = 8
 
 
+@pytest.mark.slow
 class TestASPPair(PairTester):
     encoder, decoder = "resnet18dilated", "ocnet_asp"
     stride = 8

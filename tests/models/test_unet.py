@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from decoder_tester import DecoderTester
 from encoder_tester import EncoderTester
-from pair_tester import PairTester
+from pair_tester import PairTester, count
 from torch import Tensor, nn
 
 from mit_semseg.models import ENCODERS, ModelBuilder
@@ -32,22 +32,22 @@ class TestUNetBilinearDecoder(DecoderTester):
 class TestUNet(PairTester):
     encoder, decoder = "unet", "unet"
 
-    def test_size(self) -> None:
-        # 2 x 9 (n_in n + n n) a level and its mirror, and 2 x 2 up-convolutions: 31.0 million.
-        assert self.mebibytes(21) == pytest.approx(118.4, rel=0.01)
-
 
 class TestUNetBilinear(PairTester):
     encoder, decoder = "unet_bilinear", "unet_bilinear"
-
-    def test_size(self) -> None:
-        assert self.mebibytes(11) == pytest.approx(51, rel=0.01)
-        assert self.mebibytes(21) == pytest.approx(51, rel=0.01)
 
 
 class TestUNetOnDilatedResNet(PairTester):
     encoder, decoder = "resnet18dilated", "unet"
     stride = 4
+
+
+def test_size() -> None:
+    # 2 x 9 (n_in n + n n) a level and its mirror, and 2 x 2 up-convolutions: 31.0 million.
+    assert count("unet", "unet", 21) * 4 / 2**20 == pytest.approx(118.4, rel=0.01)
+    for classes in (11, 21):
+        parameters = count("unet_bilinear", "unet_bilinear", classes)
+        assert parameters * 4 / 2**20 == pytest.approx(51, rel=0.01)
 
 
 @torch.no_grad()
