@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mit_semseg.models import DECODERS, ENCODERS
 from mit_semseg.models.decoders import Decoder
 from mit_semseg.models.encoders import Encoder
+from mit_semseg.registry import Registry
 from mit_semseg.weights import TORCHVISION, TorchvisionSource, imagenet_weights
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -257,16 +258,16 @@ def test_operations_are_those_of_the_code(table: str) -> None:
 
 
 @pytest.mark.parametrize("registry", [ENCODERS, DECODERS], ids=["encoders", "decoders"])
-def test_every_name_is_on_the_page(registry: object) -> None:
+def test_every_name_is_on_the_page(registry: Registry) -> None:
     text = PAGE.read_text("utf-8")
     # The page says once that `_dilated8` is another name of `dilated`.
-    names = [re.sub("_dilated8$", "dilated", name) for name in registry.names()]  # type: ignore[attr-defined]
+    names = [re.sub("_dilated8$", "dilated", name) for name in registry.names()]
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize("registry", [ENCODERS, DECODERS], ids=["encoders", "decoders"])
-def test_every_docstring_names_a_paper(registry: object) -> None:
-    kinds = {registry.get(name) for name in registry.names()}  # type: ignore[attr-defined]
+def test_every_docstring_names_a_paper(registry: Registry) -> None:
+    kinds = {registry.get(name) for name in registry.names()}
     # C1 is the published toolkit's own.
     assert [kind.__name__ for kind in kinds if paper(kind) == "–"] in ([], ["C1"])
 
