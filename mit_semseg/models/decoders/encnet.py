@@ -69,9 +69,10 @@ class EncNet(Decoder):
 
     Paper: Zhang et al. 2018, arXiv:1803.08904, sec. 3; with 32 codewords. Deviations, after the
     authors' code: a 1x1 convolution comes before the encoding; the codewords' residuals are
-    averaged, not added up; the map is added to what attention makes of it; the auxiliary head on the map before the last scores pixels, where the
-    paper has a second encoding with its own presence loss there. That head has the weight
-    TRAIN.deep_sup_scale (0.2 in their code). The form without the laterals of their later code.
+    averaged, not added up; the map is added to what attention makes of it; the auxiliary head on
+    the map before the last scores pixels, where the paper has a second encoding with a presence
+    loss of its own. That head has the weight TRAIN.deep_sup_scale (0.2 in their code). The form
+    without the laterals of their later code.
 
     The encoding adds up over all pixels, so a tile of an image (see `models.tiles`) is weighed by
     its own content only.
