@@ -281,7 +281,8 @@ def run(
     """The command: one recipe, or every registered model on a rendered scene.
 
     Writes `overfit.md`, `overfit.json` and `overfit.png` (image, truth, prediction and errors of
-    one model, or the predictions of all) to a folder.
+    one model, or the predictions of all) to a folder. With `every` also what each model predicts,
+    in `models/`: called again, it goes on from there.
 
     Args:
         cfg: the recipe; with `every`, what the models have in common.
@@ -311,13 +312,52 @@ def run(
         names = [name for name, _ in streets.CLASSES]
         colors = np.array([color for _, color in streets.CLASSES])
         for encoder, decoder in pairs:
-            one = scene_config(cfg, encoder, decoder, data)
-            found.append(
-                overfit(one, device, name=f"{encoder} + {decoder}", steps=steps, side=side)
-            )
+            title = f"{encoder} + {decoder}"
+            kept = folder / "models" / f"{encoder}+{decoder}.npz"
+            one = _load(kept, steps, side)
+            if one is None:
+                pair = scene_config(cfg, encoder, decoder, data)
+                one = overfit(pair, device, name=title, steps=steps, side=side)
+                _save(kept, one, steps, side)
+            found.append(one)
             _write(found, names, colors, folder)
-            print(line(found[-1]), flush=True)
+            print(line(one), flush=True)
     return found
+
+
+FIGURES = ("name", "accuracy", "steps", "rate", "loss", "seconds")
+
+
+def _figures(one: Overfit) -> dict[str, Any]:
+    return {key: getattr(one, key) for key in FIGURES}
+
+
+def _save(file: Path, one: Overfit, steps: int, side: int) -> None:
+    file.parent.mkdir(exist_ok=True)
+    text = json.dumps({"asked": [steps, side], "figures": _figures(one)})
+    part = file.with_suffix(".part")
+    with part.open("wb") as stream:
+        np.savez_compressed(
+            stream,
+            text=np.array(text),
+            image=one.sample.image,
+            truth=one.sample.truth,
+            prediction=one.sample.prediction,
+        )
+    part.replace(file)
+
+
+def _load(file: Path, steps: int, side: int) -> Overfit | None:
+    """What an earlier call found, if it was asked for the same and the model has learned."""
+    if not file.is_file():
+        return None
+    with np.load(file) as stored:
+        note = json.loads(str(stored["text"]))
+        figures = note["figures"]
+        if note["asked"] != [steps, side] or figures["accuracy"] < TARGET:
+            return None
+        arrays = [stored[key] for key in ("image", "truth", "prediction")]
+    return Overfit(**figures, sample=Sample(figures["name"], *arrays))
 
 
 def line(one: Overfit) -> str:
@@ -338,8 +378,7 @@ def _write(
             f"{one.seconds:.0f} |"
         )
     (folder / "overfit.md").write_text("\n".join(rows) + "\n", "utf-8")
-    keys = ("name", "accuracy", "steps", "rate", "loss", "seconds")
-    plain = [{key: getattr(one, key) for key in keys} for one in found]
+    plain = [_figures(one) for one in found]
     (folder / "overfit.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
     picture = folder / "overfit.png"
     if len(found) == 1:

@@ -92,6 +92,24 @@ def test_what_is_not_learned_is_said(tmp_path: Path, recipe: Callable[..., Path]
     )
 
 
+def test_models_that_have_learned_are_not_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["overfit", "--gpus", "cpu", "--every", "--only", "mobilenetv2dilated + c1"]
+    words += ["--out", str(tmp_path), "--steps", "2"]
+    assert main(words) == 1 == main(words), "what has not learned is run again"
+    capsys.readouterr()
+    monkeypatch.setattr(overfit, "TARGET", 0.0)
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("mobilenetv2dilated + c1: ")
+    with monkeypatch.context() as patch:
+        patch.delattr(overfit, "overfit")
+        assert main(words) == 0 and capsys.readouterr().out == first
+        with pytest.raises(NameError):  # asked for something else
+            main([*words, "--side", "64"])
+
+
 def test_every_registered_model_has_its_turn() -> None:
     pairs = overfit.every_model()
     assert {ENCODERS.get(encoder) for encoder, _ in pairs} == set(
