@@ -118,12 +118,9 @@ class _Frame:
     def around(cls, windows: list[slice], sides: tuple[int, ...], angle: float) -> _Frame:
         """The frame around a window (rows, columns) of an image (height, width)."""
         h, w = (window.stop - window.start for window in windows)
-        margins = [0, 0]
-        if angle:
-            sin, cos = (abs(f(math.radians(angle))) for f in (math.sin, math.cos))
-            needs = h * cos + w * sin, w * cos + h * sin
-            # One pixel more for the neighbours that a pixel is interpolated from.
-            margins = [max(0, math.ceil((n - s) / 2)) + 1 for n, s in zip(needs, (h, w))]
+        sin, cos = (abs(f(math.radians(angle))) for f in (math.sin, math.cos))
+        needs = h * cos + w * sin, w * cos + h * sin  # the sides of what holds the turned window
+        margins = [max(0, math.ceil((n - s) / 2)) for n, s in zip(needs, (h, w))]
         starts = [window.start - margin for window, margin in zip(windows, margins)]
         stops = [window.stop + margin for window, margin in zip(windows, margins)]
         down, right = (

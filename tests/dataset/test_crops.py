@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from scipy.ndimage import binary_erosion
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from mit_semseg.config import load_config
 from mit_semseg.dataset import TrainDataset
@@ -136,6 +138,21 @@ def test_turned_as_pillow_turns_the_whole_picture(
     assert (got == expected).mean() > 0.98
     for value in range(-1, 9):
         assert (got[interior(expected, value, 1)] == value).all()
+
+
+@pytest.mark.parametrize("angle", np.arange(-90.0, 90.0, 4.7).tolist())
+def test_what_lies_around_a_window_comes_into_it(angle: float) -> None:
+    """As if the whole image were turned: no edge is seen where the image goes on."""
+    noise = np.random.default_rng(0).integers(0, 99, (3, 90, 100), dtype=np.uint8)
+    image = tv_tensors.Image(torch.from_numpy(noise))
+    down, right = slice(32, 57), slice(25, 70)
+    whole = F.rotate(image, angle, InterpolationMode.BILINEAR, center=[47.5, 44.5])
+    expected = whole[:, down, right].int()
+    frame = _Frame.around([down, right], (90, 100), angle)
+    assert frame.beyond == [0, 0, 0, 0]
+    part = tv_tensors.Image(image[:, frame.inside[0], frame.inside[1]])
+    got = frame.turned(part, angle, [255.0, 255.0, 255.0]).int()
+    assert (got - expected).abs().max() <= 1
 
 
 def test_labels_are_as_small_as_the_scores(tmp_path: Path, records: list[dict[str, Any]]) -> None:
