@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from decoder_tester import DecoderTester
-from encoder_tester import EncoderTester, unmoved
+from encoder_tester import EncoderTester
 from pair_tester import PairTester
 
 from mit_semseg.models import DECODERS, ENCODERS, check_pair
@@ -15,14 +15,6 @@ from mit_semseg.models.pyramid import TileFeatures, Window
 
 class TestBiSeNetEncoder(EncoderTester):
     arch = "bisenet_resnet18"
-
-    def test_every_parameter_learns(self) -> None:
-        """Larger than in the tester: with one value a channel, ReLUs of stride 32 may all be 0."""
-        torch.manual_seed(0)
-        encoder = ENCODERS.get(self.arch)().train()
-        maps = encoder(torch.randn(2, 3, 64, 64), return_feature_maps=True)
-        sum((x * torch.randn_like(x)).mean() for x in maps).backward()
-        assert unmoved(encoder) == []
 
 
 class TestBiSeNet(DecoderTester):

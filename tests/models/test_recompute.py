@@ -71,7 +71,7 @@ def assert_same(plain: nn.Module, other: nn.Module, x: Any) -> None:
     assert all(torch.equal(v, plain.state_dict()[k]) for k, v in other.state_dict().items())
 
 
-@pytest.mark.parametrize("arch", ["resnet18dilated", "mobilenetv2dilated", "hrnetv2"])
+@pytest.mark.parametrize("arch", ["resnet18dilated", "mobilenetv2dilated", "hrnetv2_w18"])
 def test_encoders_give_the_same(arch: str) -> None:
     torch.manual_seed(0)
     plain = ModelBuilder.build_encoder(arch, weights="none")
