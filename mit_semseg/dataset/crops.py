@@ -24,8 +24,8 @@ _IGNORED = -1
 class RandomCrops:
     """Crops of one size out of images that are scaled, coloured, blurred, rotated and flipped.
 
-    What the recipes of DeepLab (Chen et al. 2017, arXiv:1706.05587, sec. 4.1) and PSPNet (Zhao et
-    al. 2017, arXiv:1612.01105, sec. 5.1) have in common, in this order:
+    The augmentation of PSPNet (Zhao et al. 2017, arXiv:1612.01105, sec. 5.1: mirror images, scales
+    of 0.5 to 2, rotations of up to 10 degrees, blur), and random colours. In this order:
 
     1. The image is resized with its aspect kept: a short side out of `imgSizes`, as the
        aspect-preserving style and the evaluation have it, times a factor from `random_scale`.
@@ -39,10 +39,11 @@ class RandomCrops:
     7. A crop smaller than `crop_size` is padded at its right and bottom when it is put into a
        batch, exactly with the mean colour, and with ignored labels.
 
-    Factors and angles are uniform. Image and labels go through the same calls of
-    `torchvision.transforms.v2.functional`, the labels as nearest neighbours. So does depth, whose
-    nearest neighbours are true depths, which means of them are not; it is neither coloured nor
-    blurred.
+    The paper leaves open how factors and angles are distributed; here they are uniform.
+
+    Image and labels go through the same calls of `torchvision.transforms.v2.functional`, the labels
+    as nearest neighbours. So does depth, whose nearest neighbours are true depths, which means of
+    them are not; it is neither coloured nor blurred.
 
     Nothing is drawn from torchvision's transform classes, since they draw from torch's global
     generator: every number is from the generator of the sample. Nor are two of its functions used:
@@ -58,11 +59,9 @@ class RandomCrops:
 
     def __init__(self, options: DataOptions) -> None:
         self.options = options
-        levels = [255 * value / options.value_range for value in options.mean]
-        self._mean_color = [
-            float(round(level))
-            for level in (levels if options.color_order == "RGB" else levels[::-1])
-        ]
+        mean = options.mean if options.color_order == "RGB" else options.mean[::-1]
+        levels = np.rint(255 * np.array(mean) / options.value_range)
+        self._mean_color: list[float] = levels.clip(0, 255).tolist()
 
     def __call__(
         self, read: Callable[[float, float], Picture], short: int, rng: np.random.Generator
