@@ -67,8 +67,9 @@ def run(module: nn.Module, x: Any) -> Results:
 def assert_same(plain: nn.Module, other: nn.Module, x: Any) -> None:
     """The same kernels on the same numbers: equality, but for sums in another order."""
     torch.testing.assert_close(run(other, x), run(plain, x), rtol=1e-10, atol=1e-12)
-    assert list(other.state_dict()) == list(plain.state_dict())
-    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in other.state_dict().items())
+    given, wanted = other.state_dict(), plain.state_dict()
+    assert list(given) == list(wanted)
+    assert all(torch.equal(given[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("arch", ["resnet18dilated", "mobilenetv2dilated", "hrnetv2_w18"])
