@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,13 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure() -> None:
-    """Where several processes share the tests, each keeps itself and what it starts to one core:
-    threads that wait for each other's core make all of them slower than one process."""
+    """Control-C works, also in a shell's background, where it is switched off.
+
+    Where several processes share the tests, each keeps itself and what it starts to one core:
+    threads that wait for each other's core make all of them slower than one process.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from multiprocessing import connection
 from types import FrameType
 from typing import Any, cast
 
@@ -117,6 +118,11 @@ class Feed:
             try:
                 self._check_processes()
                 batch = next(self._batches)
+            except (ConnectionError, EOFError):
+                # A process that dies may leave its batch half handed over before it is seen dead.
+                connection.wait([process.sentinel for process in self._processes], timeout=1)
+                self._check_processes()
+                raise
             except RuntimeError as error:
                 self._check_processes()
                 if "exited unexpectedly" in str(error):

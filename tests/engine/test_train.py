@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.queues import Queue as MultiprocessingQueue
 from pathlib import Path
 from typing import Any
 
@@ -788,6 +790,24 @@ def test_bad_samples_stop_a_training_or_are_replaced(
     cfg.DATASET.on_error = "stop"
     with pytest.raises(ValueError, match=r"[23]\.png"):
         train(cfg, [CPU], progress=False)
+
+
+def test_a_loader_that_dies_while_it_hands_over_a_batch_is_named(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half batch is noticed before the death."""
+    get, here = MultiprocessingQueue.get, os.getpid()
+
+    def half(self: MultiprocessingQueue, *args: Any, **options: Any) -> Any:
+        if os.getpid() != here:
+            return get(self, *args, **options)
+        (worker,) = multiprocessing.active_children()
+        threading.Timer(0.3, worker.kill).start()
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(MultiprocessingQueue, "get", half)
+    with pytest.raises(ChildProcessError, match="ended with signal SIGKILL"):
+        train(settings(TRAIN__workers=1), [CPU], progress=False)
 
 
 def test_a_loader_that_dies_or_hangs_is_named(
