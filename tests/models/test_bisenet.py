@@ -75,7 +75,9 @@ def test_a_tile_knows_the_mean_of_the_whole_image() -> None:
     torch.testing.assert_close(seen[1], maps[-1].mean((2, 3), keepdim=True))
 
 
-def test_it_works_with_its_own_encoder_only() -> None:
+def test_both_halves_work_with_each_other_only() -> None:
     check_pair("bisenet_resnet18", "bisenet")
     with pytest.raises(ValueError, match="bisenet_resnet18"):
         check_pair("resnet18", "bisenet")
+    with pytest.raises(ValueError, match="set MODEL.arch_decoder to bisenet"):
+        check_pair("bisenet_resnet18", "c1")

@@ -86,7 +86,9 @@ def test_a_tile_knows_the_pools_of_the_whole_image() -> None:
     assert (blind[far] - whole[far]).abs().max() > 0.01
 
 
-def test_it_works_with_its_own_encoder_only() -> None:
+def test_both_halves_work_with_each_other_only() -> None:
     check_pair("icnet_resnet50", "icnet")
     with pytest.raises(ValueError, match="icnet_resnet50"):
         check_pair("resnet50dilated", "icnet")
+    with pytest.raises(ValueError, match="set MODEL.arch_decoder to icnet"):
+        check_pair("icnet_resnet50", "c1")

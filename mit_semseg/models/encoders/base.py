@@ -24,7 +24,8 @@ class Encoder(nn.Module):
         delicate: submodules that prediction in reduced precision leaves in float32, because their
             rounding shows in the labels.
         only: decoders that can read what it emits, by name; empty: all of them. An encoder whose
-            maps are not all features, such as pooling indices, names those here.
+            maps are not all features, such as pooling indices, or of whose branches a part would
+            not be trained by a decoder that leaves maps unread, names those here.
     """
 
     channels: ClassVar[tuple[int, ...]]
