@@ -96,3 +96,24 @@ class DecoderTester:
         heads = out if isinstance(out, tuple) else (out,)
         sum((x * torch.randn_like(x)).sum() for x in heads).backward()
         assert unmoved(decoder) == []
+
+    def test_a_coarse_label_trains_every_score(self) -> None:
+        """DATASET.segm_downsampling_rate may be larger than the stride of the scores."""
+        decoder = self.build().train()
+        emitted: list[torch.Tensor] = []
+        score = decoder.logits
+
+        def watched(features: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            emitted.extend(score(features))
+            for scores in emitted:
+                scores.retain_grad()
+            return tuple(emitted)
+
+        decoder.logits = watched  # type: ignore[method-assign]
+        losses = (None, *(head.loss for head in decoder.auxiliary))
+        heads = decoder.log_probabilities(self.features(), (3, 2))
+        sum((x * torch.randn_like(x)).sum() for x in heads).backward()
+        assert [x.shape[2:] for x, loss in zip(heads, losses) if not loss] == [(3, 2)] * (
+            len(heads) - sum(map(bool, losses))
+        )
+        assert all(scores.grad is not None and scores.grad.all() for scores in emitted)

@@ -21,6 +21,17 @@ def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def reduce(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """(N, C, h, w) -> (N, C, *size), no larger: means over areas that cover all pixels.
+
+    `resize` reads four pixels for each of the result, and leaves the others without a gradient.
+    """
+    (h, w), (H, W) = x.shape[2:], size
+    if h % H == w % W == 0:
+        return F.avg_pool2d(x, (h // H, w // W))
+    return F.interpolate(x, size=(H, W), mode="area")
+
+
 def conv_bn_relu(n_in: int, n_out: int, kernel: int = 3) -> nn.Sequential:
     """Convolution that keeps the size, BatchNorm, ReLU."""
     conv = nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2, bias=False)
@@ -106,12 +117,14 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Log-probabilities of every head, (B, num_class, *size) each, at least float32.
 
-        Of heads with a loss of their own, the scores as they are.
+        In training scores that are finer, as labels may be coarse, are reduced by means over areas,
+        so that every one of them learns. Of heads with a loss of their own, the scores as they are.
         """
         main, *others = self.logits(features)
-        heads = [self._scores(main, size).log_softmax(dim=1)]
+        areas = self.training
+        heads = [self._scores(main, size, areas).log_softmax(dim=1)]
         for head, scores in zip(self.auxiliary, others):
-            scores = self._scores(scores, None if head.loss else size)
+            scores = self._scores(scores, None if head.loss else size, areas)
             heads.append(scores if head.loss else scores.log_softmax(dim=1))
         return tuple(heads)
 
@@ -134,12 +147,13 @@ class Decoder(nn.Module):
         return heads if len(heads) > 1 else heads[0]
 
     @staticmethod
-    def _scores(logits: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def _scores(logits: Tensor, size: tuple[int, int] | None, areas: bool = False) -> Tensor:
         # Under autocast logits are half precision, too coarse for a sum over classes.
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if size is not None and tuple(logits.shape[-2:]) != tuple(size):
-            logits = resize(logits, size)
+            finer = logits.shape[-2] >= size[0] and logits.shape[-1] >= size[1]
+            logits = reduce(logits, size) if areas and finer else resize(logits, size)
         return logits
 
 
