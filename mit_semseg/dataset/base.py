@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,13 +122,20 @@ class LabelMap:
         values: stored value -> class id in 0..num_class-1, or -1 for ignored.
         num_class: number of classes.
         hint: added to the error about a stored value that is not in `values`.
+        mirror_pairs: classes that a mirror turns into each other, such as left and right arm.
 
     Example:
         >>> LabelMap.shifted(3, label_offset=0, ignore_label=[255])(np.array([[0, 2, 255]]))
         array([[ 0,  2, -1]])
     """
 
-    def __init__(self, values: Mapping[int, int], num_class: int, hint: str = "") -> None:
+    def __init__(
+        self,
+        values: Mapping[int, int],
+        num_class: int,
+        hint: str = "",
+        mirror_pairs: Iterable[tuple[int, int]] = (),
+    ) -> None:
         if not values or min(values) < 0:
             raise ValueError("a label map needs stored values of 0 and above")
         if min(values.values()) < -1 or max(values.values()) >= num_class:
@@ -135,6 +143,7 @@ class LabelMap:
         self.values = dict(values)
         self.num_class = num_class
         self.hint = hint
+        self.mirror_pairs = tuple(mirror_pairs)
         self._table = np.full(max(values) + 1, _UNKNOWN, dtype=np.int64)
         self._table[list(values)] = list(values.values())
         self._run = next(k for k in itertools.count() if k not in values)  # 0..run-1 are known
@@ -166,7 +175,22 @@ class LabelMap:
             raise ValueError(
                 f"DATASET.ignore_label is {sorted(extra)}; masks store values of 0 and above"
             )
-        return LabelMap({**self.values, **extra}, self.num_class, self.hint) if extra else self
+        if not extra:
+            return self
+        return LabelMap({**self.values, **extra}, self.num_class, self.hint, self.mirror_pairs)
+
+    def pairing(self, mirror_pairs: Iterable[tuple[int, int]]) -> LabelMap:
+        """The same map with these classes for ones that a mirror turns into each other."""
+        return LabelMap(self.values, self.num_class, self.hint, mirror_pairs)
+
+    @cached_property
+    def mirrored(self) -> LabelMap:
+        """The map for masks of mirrored images: the classes of each of `mirror_pairs` swapped."""
+        if not self.mirror_pairs:
+            return self
+        other = dict(self.mirror_pairs) | {b: a for a, b in self.mirror_pairs}
+        values = {stored: other.get(k, k) for stored, k in self.values.items()}
+        return LabelMap(values, self.num_class, self.hint, self.mirror_pairs)
 
     def describe(self) -> str:
         """The stored values that are classes or ignored, as `0..11, 255`."""
@@ -281,6 +305,8 @@ class DataFormat(ABC):
     num_class: int | None = None  # of a public data set
     # How its depth images are stored, as DATASET.depth_scale; None: it has none.
     depth_scale: float | str | None = None
+    # Classes that a mirror turns into each other: a mirrored left arm is a right arm.
+    mirror_pairs: tuple[tuple[int, int], ...] = ()
     # Entries of list_train / list_val are split names; the published default lists mean these.
     default_splits: Mapping[str, str] = {
         "./data/training.odgt": "train",
@@ -405,6 +431,8 @@ def build_split(dataset_cfg: Any, which: str) -> Split:
         for record in records:
             record.pop("fpath_depth", None)
     label_map = data_format.label_map(records, options).ignoring(options.ignore_label)
+    if data_format.mirror_pairs:
+        label_map = label_map.pairing(data_format.mirror_pairs)
     return Split([absolute(record, root) for record in records], classes, label_map)
 
 
@@ -440,6 +468,28 @@ def check_channels(in_channels: int, dataset_cfg: Any) -> None:
             f"MODEL.in_channels is {in_channels} and DATASET.depth {options.depth}: set "
             f"MODEL.in_channels {3 + options.depth}, or DATASET.depth {not options.depth}"
         )
+
+
+def check_flips(cfg: Any) -> None:
+    """Refuse mirrored images in evaluation where a mirror turns classes into each other.
+
+    The scores of a mirrored image are mirrored back, but not exchanged between classes: averaged
+    with those of the image itself, left and right would cancel out.
+
+    Args:
+        cfg: with `DATASET.format`, `VAL.flip` and `TEST.flip`.
+
+    Raises:
+        ValueError: one of them is True, and the format has `mirror_pairs`.
+    """
+    if not FORMATS.get(cfg.DATASET.format)().mirror_pairs:
+        return
+    for section in ("VAL", "TEST"):
+        if cfg[section].flip:
+            raise ValueError(
+                f"{section}.flip is True, but in DATASET.format {cfg.DATASET.format} a mirror "
+                f"turns left classes into right ones: set {section}.flip False"
+            )
 
 
 # ------------------------------------------------------------------------------ samples
@@ -587,12 +637,13 @@ class Picture:
     mask_path: str
 
     def mirrored(self) -> Picture:
-        """The whole picture with left and right swapped; before it is cut."""
+        """The whole picture with left and right swapped, in classes too; before it is cut."""
         return replace(
             self,
             image=_mirrored(self.image),
             depth=None if self.depth is None else _mirrored(self.depth),
             columns=self.stored.shape[1] - 1 - self.columns,
+            label_map=self.label_map.mirrored,
         )
 
     def cut(self, down: slice, right: slice) -> Picture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -35,7 +36,8 @@ class RandomCrops:
     5. Image and labels are rotated about the middle of the window, by up to `random_rotation`
        degrees. What lies around the window comes into its corners; only what lies beyond the image
        is filled: with the mean colour, rounded to bytes, and with ignored labels.
-    6. With `random_flip` every other crop is mirrored.
+    6. With `random_flip` every other crop is mirrored, in its classes too where a mirror turns
+       one into another (`DataFormat.mirror_pairs`).
     7. A crop smaller than `crop_size` is padded at its right and bottom when it is put into a
        batch, exactly with the mean colour, and with ignored labels.
 
@@ -93,6 +95,8 @@ class RandomCrops:
 
         pixels = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
         image = turned(pixels, self._mean_color).transpose(1, 2, 0)
+        if flip:
+            picture = replace(picture, label_map=picture.label_map.mirrored)
         labels = turned(_mask(picture.labels()), _IGNORED)[0]
         depth = None if picture.depth is None else turned(_mask(picture.depth), 0.0)[0]
         rate = options.segm_downsampling_rate

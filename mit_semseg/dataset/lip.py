@@ -41,6 +41,7 @@ class Lip(DataFormat):
         folder="LIP",
     )
     num_class = 20
+    mirror_pairs = ((14, 15), (16, 17), (18, 19))  # arms, legs, shoes
 
     def records(self, root: Path, split: str) -> list[Record]:
         images, labels = f"{split}_images", f"{split}_segmentations"

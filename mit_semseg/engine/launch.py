@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mit_semseg.config import load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import FORMATS
-from mit_semseg.dataset.base import check_channels
+from mit_semseg.dataset.base import check_channels, check_flips
 from mit_semseg.models import check_pair
 from mit_semseg.utils import parse_devices
 
@@ -29,12 +29,13 @@ def read_config(path: str | Path | None, opts: list[str] | None = None) -> Confi
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a wrong key or value, or a pair that cannot work, with the reason.
+        ValueError: a wrong key or value, or values that cannot work together, with the reason.
     """
     cfg = load_config(path, opts)
     check_pair(cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder, cfg.MODEL.fc_dim)
     FORMATS.get(cfg.DATASET.format)
     check_channels(cfg.MODEL.in_channels, cfg.DATASET)
+    check_flips(cfg)
     return cfg
 
 

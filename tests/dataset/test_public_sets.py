@@ -15,7 +15,15 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from mit_semseg.dataset import FORMATS, build_split, check_sample, class_table, coco, load_mask
+from mit_semseg.dataset import (
+    FORMATS,
+    TrainDataset,
+    build_split,
+    check_sample,
+    class_table,
+    coco,
+    load_mask,
+)
 from mit_semseg.dataset.base import LabelMap, Split, load_pair
 from mit_semseg.dataset.coco_panoptic import CLASSES
 from mit_semseg.dataset.cocostuff import UNUSED
@@ -393,6 +401,52 @@ def test_lip(tmp_path: Path, places: tuple[str, str]) -> None:
     assert named(split) == ["background", "hat", "right-shoe", "-"]
     with pytest.raises(FileNotFoundError, match="val_images and val_segmentations"):
         build_split(config("lip", tmp_path, 20), "val")
+
+
+def test_lips_pairs_are_the_left_and_the_right_of_its_table() -> None:
+    names = class_table(config("lip", Path(), 20)).names
+    expected = {
+        (names.index(name), names.index(name.replace("left", "right")))
+        for name in names
+        if "left" in name
+    }
+    assert set(FORMATS.get("lip")().mirror_pairs) == expected and len(expected) == 3
+
+
+@pytest.mark.parametrize("batching", ["aspect", "crop"])
+def test_left_is_right_in_mirrored_samples_of_lip(tmp_path: Path, batching: str) -> None:
+    """The left arm is bright, the right one dark, and what is void lies in between."""
+    stored = np.repeat([14, 14, 255, 255, 15, 15, 0, 18], 2)[None].repeat(16, 0).astype(np.uint8)
+    put(tmp_path / "train_segmentations/a.png", stored)
+    bright = np.where(stored == 14, 255, np.where(stored == 15, 50, 0)).astype(np.uint8)
+    put(tmp_path / "train_images/a.png", np.repeat(bright[:, :, None], 3, 2))
+    cfg = config(
+        "lip",
+        tmp_path,
+        20,
+        imgSizes=[16],
+        padding_constant=16,
+        segm_downsampling_rate=1,
+        batching=batching,
+        crop_size=[16, 16] if batching == "crop" else [],
+        random_scale=[1.0, 1.0],
+        random_rotation=0.0,
+        random_blur=0.0,
+    )
+    split = build_split(cfg, "train")
+    data = TrainDataset(tmp_path, split.records, cfg, label_map=split.label_map, normalized=False)
+    ways = set()
+    for index in range(12):
+        batch = data[index]
+        pixels, labels = batch["img_data"][0, 0, 0].tolist(), batch["seg_label"][0, 0].tolist()
+        mirrored = pixels != bright[0].tolist()
+        if mirrored:
+            assert pixels == bright[0, ::-1].tolist()
+            assert labels == [19] * 2 + [0] * 2 + [14] * 4 + [-1] * 4 + [15] * 4
+        else:
+            assert labels == [14] * 4 + [-1] * 4 + [15] * 4 + [0] * 2 + [18] * 2
+        ways.add(mirrored)
+    assert ways == {True, False}
 
 
 @pytest.mark.parametrize("base", ["", "SBU-shadow/"])

@@ -268,6 +268,14 @@ def test_a_pair_that_cannot_work_is_refused_when_it_is_read(tmp_path: Path) -> N
         read_config(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("section", ["VAL", "TEST"])
+def test_mirrored_scores_of_left_and_right_are_refused(section: str) -> None:
+    with pytest.raises(ValueError, match=rf"{section}\.flip is True, but in DATASET.format lip"):
+        read_config(None, ["DATASET.format", "lip", f"{section}.flip", "True"])
+    assert read_config(None, [f"{section}.flip", "True"])[section].flip
+    assert not read_config(None, ["DATASET.format", "lip"])[section].flip
+
+
 # ------------------------------------------------------------------------------ ranks that die
 def alive_or_not(rank: int, port: int, folder: str, timeout: float) -> None:
     """Rank 2 dies in the middle of the run; what the others see is written down."""
