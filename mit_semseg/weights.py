@@ -13,7 +13,7 @@ import urllib.parse
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -309,7 +309,7 @@ class LoadReport:
         matched: loaded.
         missing: in the module and not in the file: left at their initial values.
         unexpected: in the file and not in the module.
-        mismatched: classifier tensors for another number of classes: left at initial values.
+        mismatched: tensors for another number of classes: left at initial values.
         dropped: bookkeeping of the published SyncBN.
     """
 
@@ -470,15 +470,21 @@ def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> d
     return tensors
 
 
-def _classifier_keys(own: Mapping[str, Tensor]) -> set[str]:
-    """Weight and bias of the last convolution of each `conv_last*` head."""
-    last: dict[str, str] = {}
-    for key, value in own.items():
-        head = key.split(".", 1)[0]
-        if head.startswith("conv_last") and key.endswith(".weight") and value.dim() == 4:
-            last[head] = key
-    keys = set(last.values())
-    return keys | {key[: -len("weight")] + "bias" for key in keys}
+def _other_classes(module: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names of the tensors that would fit if the module told another number of classes apart."""
+    own = module.state_dict()
+    shapes = {k: (own[k].shape, v.shape) for k, v in tensors.items() if k in own}
+    differing = {k: (ours, theirs) for k, (ours, theirs) in shapes.items() if ours != theirs}
+    find: Callable[[], dict[str, tuple[int, ...]]] | None = getattr(module, "class_tensors", None)
+    if not differing or find is None:
+        return set()
+    by_class = find()
+    return {
+        key
+        for key, (ours, theirs) in differing.items()
+        if len(ours) == len(theirs)
+        and all(ours[i] == theirs[i] or i in by_class.get(key, ()) for i in range(len(ours)))
+    }
 
 
 def load_into(
@@ -491,8 +497,8 @@ def load_into(
 ) -> LoadReport:
     """Loads what fits and says what matched, what was missing and what was left over.
 
-    A classifier (`conv_last*`) for another number of classes is skipped; every other difference
-    of shape is an error. Values are cast to the module's dtype.
+    What is for another number of classes (see `Decoder.class_tensors`) is skipped; every other
+    difference of shape is an error. Values are cast to the module's dtype.
 
     Args:
         module: takes the tensors; stays on its device.
@@ -513,7 +519,7 @@ def load_into(
     name = file or (str(source) if not isinstance(source, Mapping) else "the given tensors")
     report = LoadReport(what, name)
     own = module.state_dict()
-    classifier = _classifier_keys(own)
+    other_classes = _other_classes(module, tensors)
     fitting: dict[str, Tensor] = {}
     wrong: list[str] = []
 
@@ -524,7 +530,7 @@ def load_into(
             report.unexpected.append(key)
         elif value.shape == own[key].shape:
             fitting[key] = value
-        elif value.shape[1:] == own[key].shape[1:] and key in classifier:
+        elif key in other_classes:
             report.mismatched.append(key)
         else:
             wrong.append(f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}")

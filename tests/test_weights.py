@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mit_semseg import weights
 from mit_semseg.download import DownloadError
+from mit_semseg.models import Decoder
 from mit_semseg.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -36,21 +37,25 @@ REAL = (
 )
 
 
-class Head(nn.Module):
+class Head(Decoder):
     """The names of a C1 head."""
 
-    def __init__(self, num_class: int = 4, width: int = 3) -> None:
-        super().__init__()
+    def __init__(
+        self, channels: Any = (5,), num_class: int = 4, strides: Any = None, width: int = 3
+    ) -> None:
+        super().__init__(channels, num_class, strides)
         self.cbr = nn.Sequential(nn.Conv2d(5, width, 3, bias=False), nn.BatchNorm2d(width))
         self.conv_last = nn.Conv2d(width, num_class, 1)
         self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
 
 
-class Pyramid(nn.Module):
+class Pyramid(Decoder):
     """The names of a PPM head: its classifier is the last of several layers."""
 
-    def __init__(self, num_class: int = 4, width: int = 3) -> None:
-        super().__init__()
+    def __init__(
+        self, channels: Any = (5,), num_class: int = 4, strides: Any = None, width: int = 3
+    ) -> None:
+        super().__init__(channels, num_class, strides)
         self.conv_last = nn.Sequential(
             nn.Conv2d(5, width, 3, bias=False),
             nn.BatchNorm2d(width),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from encoder_tester import unmoved
 from torch import nn
 
 from mit_semseg.models import DECODERS, Decoder, ModelBuilder
+from mit_semseg.weights import load_into
 
 WIDTHS = {
     320: (24, 32, 64, 160, 320),
@@ -117,3 +120,19 @@ class DecoderTester:
             len(heads) - sum(map(bool, losses))
         )
         assert all(scores.grad is not None and scores.grad.all() for scores in emitted)
+
+    def test_another_number_of_classes_leaves_out_what_depends_on_it(self) -> None:
+        source, target = self.build(num_class=7), self.build(num_class=5)
+        with torch.no_grad():
+            for value in source.state_dict().values():
+                value.fill_(3)
+        theirs, before = source.state_dict(), copy.deepcopy(target.state_dict())
+        differ = [k for k, value in before.items() if value.shape != theirs[k].shape]
+        report = load_into(target, theirs, what="decoder")
+        assert (report.mismatched, report.missing, report.unexpected) == (differ, [], [])
+        assert "conv_last" in str(differ) and len(differ) < len(before)
+        for key, value in target.state_dict().items():
+            assert torch.equal(value, (before if key in differ else theirs)[key])
+        wrong = {**theirs, differ[0]: theirs[differ[0]].unsqueeze(0)}
+        with pytest.raises(ValueError, match="1 tensors differ in shape"):
+            load_into(target, wrong, what="decoder")

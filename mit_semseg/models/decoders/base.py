@@ -94,6 +94,24 @@ class Decoder(nn.Module):
         self.strides = None if strides is None else tuple(strides)
         self.use_softmax = use_softmax
 
+    def class_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> axes, of the tensors whose shape depends on the number of classes.
+
+        A checkpoint for another number of classes has all others. Two decoders of this kind,
+        which differ by one class, are built without memory and compared.
+        """
+        states = []
+        for num_class in (self.num_class, self.num_class + 1):
+            with torch.device("meta"):
+                decoder = type(self)(self.channels, num_class=num_class, strides=self.strides)
+            states.append(decoder.state_dict())
+        few, more = states
+        axes = {
+            name: tuple(i for i, side in enumerate(few[name].shape) if side != value.shape[i])
+            for name, value in more.items()
+        }
+        return {name: found for name, found in axes.items() if found}
+
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """Scores of the main head first; those of `auxiliary` after it, in training only.
 
