@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mit_semseg.dataset import coco_shapes
 from mit_semseg.dataset.base import (
@@ -33,6 +34,8 @@ _NEVER = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 ALL = tuple(k for k in range(1, 91) if k not in _NEVER)
 VOC = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
 IGNORED = 255
+# A mask is as large as its image, of which more pixels are refused when it is read.
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 30)
 
 IMAGES = (
     Archive(("http://images.cocodataset.org/zips/train2017.zip",), into="images"),
@@ -77,14 +80,15 @@ class Coco(DataFormat):
 
         def drawings() -> list[Drawing]:
             content = read_json(root, source, "COCO")
-            objects: dict[int, list[dict[str, Any]]] = {}
+            objects: dict[Any, list[dict[str, Any]]] = {}
             for one in content["annotations"]:
-                if one.get("category_id") in categories:
-                    objects.setdefault(one.get("image_id"), []).append(one)
+                if is_key(one.get("category_id")) and one["category_id"] in categories:
+                    key = one.get("image_id")
+                    objects.setdefault(key if is_key(key) else None, []).append(one)
             return [
                 Drawing(
                     coco_record(image, images, masks),
-                    partial(draw, image, objects.get(image["id"], []), categories),
+                    partial(draw, image, objects.get(image["id"], []), categories, root / source),
                 )
                 for image in content["images"]
             ]
@@ -114,7 +118,10 @@ def _categories(num_class: int) -> dict[int, int]:
 
 
 def draw(
-    image: dict[str, Any], objects: Sequence[dict[str, Any]], categories: dict[int, int]
+    image: dict[str, Any],
+    objects: Sequence[dict[str, Any]],
+    categories: dict[int, int],
+    source: Path,
 ) -> np.ndarray:
     """The mask of one image.
 
@@ -122,12 +129,13 @@ def draw(
         image: its entry in the json, with `height` and `width`.
         objects: its annotations, each a crowd or an object, as polygons or run lengths.
         categories: category id -> stored value.
+        source: the json, named in errors.
 
     Returns:
         (height, width) uint8: stored values, 0 where nothing is, 255 in crowds.
 
     Raises:
-        ValueError: an object's shape cannot be drawn; the image is named.
+        ValueError: an object's shape cannot be drawn; json and image are named.
     """
     mask = np.zeros((image["height"], image["width"]), dtype=np.uint8)
     try:
@@ -135,7 +143,7 @@ def draw(
             (one, coco_shapes.decode(one.get("segmentation"), *mask.shape)) for one in objects
         ]
     except ValueError as error:
-        raise ValueError(f"{image['file_name']}: damaged annotation: {error}") from error
+        raise ValueError(f"{source}: {image['file_name']}: damaged annotation: {error}") from error
     # Crowds first, then the largest: what comes later is on top.
     shapes.sort(key=lambda pair: (not pair[0].get("iscrowd"), -int(pair[1].sum())))
     for one, shape in shapes:
@@ -166,11 +174,11 @@ def first_folder(root: Path, places: Sequence[str], title: str) -> str:
 
 
 def read_json(root: Path, name: str, title: str) -> dict[str, Any]:
-    """An annotation file below `root`, checked to have what is read of it.
+    """An annotation file below `root`, its images checked to have what is read of them.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, or lacks images or annotations.
+        ValueError: it is no JSON, lacks images or annotations, or one of them is none.
     """
     path = root / name
     if not path.is_file():
@@ -180,12 +188,41 @@ def read_json(root: Path, name: str, title: str) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]})") from error
-    missing = [key for key in ("images", "annotations") if key not in content]
-    if missing:
-        raise ValueError(f"{path}: has no {missing[0]!r}; it is no annotation file of {title}")
+    for key in ("images", "annotations"):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{path}: has no {key!r}; it is no annotation file of {title}")
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}: entry {number} of {key!r} is {entry!r:.60}; damaged")
+    for number, image in enumerate(content["images"]):
+        fault = _fault(image)
+        if fault:
+            raise ValueError(f"{path}: image {image.get('file_name') or number}: {fault}; damaged")
     return content  # type: ignore[no-any-return]
+
+
+def is_key(value: Any) -> bool:
+    """Whether a value of a json may be an id."""
+    return isinstance(value, (int, str))
+
+
+def _fault(image: dict[str, Any]) -> str:
+    """What is wrong with an entry in `images`; "" where nothing is."""
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name:
+        return f"'file_name' is {name!r:.60}"
+    if not is_key(image.get("id")):
+        return f"'id' is {image.get('id')!r:.60}"
+    for key in ("width", "height"):
+        value = image.get(key)
+        if type(value) is not int or value < 1:
+            return f"{key!r} is {value!r:.60}, not a number of pixels"
+    if image["width"] * image["height"] > MOST_PIXELS:
+        return f"{image['width']} x {image['height']} pixels are more than an image has"
+    return ""
 
 
 def coco_record(image: dict[str, Any], images: str, masks: str) -> Record:

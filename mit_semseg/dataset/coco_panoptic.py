@@ -79,7 +79,13 @@ class CocoPanoptic(DataFormat):
         def drawings() -> list[Drawing]:
             content = coco.read_json(root, source, "COCO panoptic")
             pictures = _Pictures(root / f"{beside}panoptic_{year}")
-            segments = {one["image_id"]: one for one in content["annotations"]}
+            segments: dict[Any, dict[str, Any]] = {}
+            for number, one in enumerate(content["annotations"]):
+                fault = _fault(one)
+                if fault:
+                    name = one.get("file_name") or f"annotation {number}"
+                    raise ValueError(f"{root / source}: {name}: {fault}; damaged")
+                segments[one["image_id"]] = one
             return [
                 Drawing(
                     coco.coco_record(image, images, masks),
@@ -135,6 +141,23 @@ class _Pictures:
         except (OSError, KeyError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.folder / name}: cannot be read ({reason})") from error
+
+
+def _fault(annotation: dict[str, Any]) -> str:
+    """What is wrong with an entry in `annotations`; "" where nothing is."""
+    name, segments = annotation.get("file_name"), annotation.get("segments_info")
+    if not isinstance(name, str) or not name:
+        return f"'file_name' is {name!r:.60}"
+    if not coco.is_key(annotation.get("image_id")):
+        return f"'image_id' is {annotation.get('image_id')!r:.60}"
+    if not isinstance(segments, list):
+        return f"'segments_info' is {segments!r:.60}"
+    for one in segments:
+        if not isinstance(one, dict) or not all(
+            type(one.get(key)) is int for key in ("id", "category_id")
+        ):
+            return f"a segment without id or category_id ({one!r:.60})"
+    return ""
 
 
 def draw(pictures: _Pictures, annotation: dict[str, Any]) -> np.ndarray:

@@ -6,11 +6,17 @@ equal bit for bit; the tests compare them where it is installed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+# Corners farther outside of the image than this many times its size are moved there: what is in it
+# hardly changes, and an outline is as long as the image is large, whatever a file says.
+_BEYOND = 3
+# Characters of one run length in COCO's text: 5 bits each, so more than any image has pixels.
+_LONGEST = 12
 # Outlines are drawn on a grid this much finer than pixels.
 _FINER = 5
 
@@ -27,21 +33,22 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
         (height, width) bool.
 
     Raises:
-        ValueError: it is none of them, or of another size.
+        ValueError: it is none of them, of another size, or has a corner that is no number.
     """
     if isinstance(segmentation, list):
         mask = np.zeros((height, width), dtype=bool)
         for polygon in segmentation:
-            mask |= _polygon(polygon, height, width)
+            mask |= _polygon(_corners(polygon), height, width)
         return mask
     if not isinstance(segmentation, dict) or not {"counts", "size"} <= set(segmentation):
         raise ValueError(f"a segmentation is polygons or run lengths, not {segmentation!r:.60}")
-    if list(segmentation["size"]) != [height, width]:
-        raise ValueError(
-            f"run lengths of size {segmentation['size']} for an image of {[height, width]}"
-        )
+    size = segmentation["size"]
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+        raise ValueError(f"run lengths of size {size!r:.60} for an image of {[height, width]}")
     counts = segmentation["counts"]
-    runs = counts if isinstance(counts, list) else _numbers(counts)
+    runs = _numbers(counts) if isinstance(counts, (str, bytes)) else counts
+    if not isinstance(runs, list) or not all(type(run) is int for run in runs):
+        raise ValueError(f"run lengths are whole numbers or COCO's text, not {counts!r:.60}")
     if sum(runs) != height * width or min(runs, default=0) < 0:
         raise ValueError(f"run lengths of {sum(runs)} pixels for an image of {height * width}")
     return _of_runs(runs, height, width)
@@ -55,13 +62,15 @@ def _of_runs(runs: Sequence[int] | np.ndarray, height: int, width: int) -> np.nd
 
 def _numbers(text: str | bytes) -> list[int]:
     """Run lengths from text: 5 bits a character; from the fourth on, added to the last but one."""
-    codes = text.encode("ascii") if isinstance(text, str) else text
+    codes = text.encode("ascii", "replace") if isinstance(text, str) else text
     runs: list[int] = []
     value = shift = 0
     for code in codes:
         bits = code - 48
         value |= (bits & 31) << shift
         shift += 5
+        if shift > 5 * _LONGEST:
+            raise ValueError("a run length is longer than any image; the text is damaged")
         if bits & 32:  # there is more of this number
             continue
         if bits & 16:  # it is negative
@@ -71,17 +80,28 @@ def _numbers(text: str | bytes) -> list[int]:
     return runs
 
 
-def _polygon(corners: Sequence[float], height: int, width: int) -> np.ndarray:
+def _corners(polygon: Any) -> np.ndarray:
+    """(n, 2) float64, x and y of each corner."""
+    if not isinstance(polygon, list):
+        raise ValueError(f"a polygon is a list [x0, y0, x1, y1, ...], not {polygon!r:.60}")
+    if len(polygon) % 2:
+        raise ValueError(f"a polygon has an x and a y for each corner, not {len(polygon)} numbers")
+    for number in polygon:
+        if type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
+            raise ValueError(f"a corner of a polygon is at {number!r:.60}, which is no number")
+    return np.array(polygon, dtype=np.float64).reshape(-1, 2)
+
+
+def _polygon(corners: np.ndarray, height: int, width: int) -> np.ndarray:
     """(height, width) bool of one outline, filled.
 
     Where the outline, on the finer grid, steps over the middle of a column of pixels, it begins or
     ends a run there: each crossing turns over all pixels after it, down the columns.
     """
-    if len(corners) % 2:
-        raise ValueError(f"a polygon has an x and a y for each corner, not {len(corners)} numbers")
-    if len(corners) < 6:  # no area
+    if len(corners) < 3:  # no area
         return np.zeros((height, width), dtype=bool)
-    x, y = _outline(np.asarray(corners, dtype=np.float64).reshape(-1, 2))
+    size = np.array([width, height])
+    x, y = _outline(np.clip(corners, -_BEYOND * size, (1 + _BEYOND) * size))
     steps = np.flatnonzero(np.diff(x))
     column, row = ((np.minimum(z[steps], z[steps + 1]) + 0.5) / _FINER - 0.5 for z in (x, y))
     middle = (column == np.floor(column)) & (column >= 0) & (column < width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -57,12 +58,28 @@ def test_run_lengths_by_hand() -> None:
         ({"size": [4, 3], "counts": [12]}, r"of size \[4, 3\] for an image of \[3, 4\]"),
         ({"size": [3, 4], "counts": [11]}, "of 11 pixels for an image of 12"),
         ({"size": [3, 4], "counts": [14, -2]}, "run lengths"),
+        ([1, 1, 2, 2, 3, 3], "a polygon is a list .* not 1"),
+        ([[[1, 1], [2, 2]]], r"a corner of a polygon is at \[1, 1\]"),
+        ([[1, 1, 2, 2, 3, 10**400]], "a corner of a polygon is at 1000"),
+        ({"size": [3, 4], "counts": [12.0]}, "are whole numbers"),
+        ({"size": [3, 4], "counts": "o" * 10**6}, "longer than any image"),
         ([[1, 1, 2, 2, 3]], "an x and a y for each corner, not 5 numbers"),
     ],
 )
 def test_what_is_no_shape(segmentation: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode(segmentation, 3, 4)
+
+
+def test_corners_far_away_take_no_memory() -> None:
+    """A triangle whose tip is 1e9 pixels to the right is, in the image, a band."""
+    tracemalloc.start()
+    mask = decode([[0, 10, 1e9, 10, 1e9, 20, 0, 20]], 40, 50)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert mask[10:20].all() and mask.sum() == 10 * 50
+    assert not decode([[1e300, 0, 1e300, 9, 2e300, 9]], 40, 50).any()
 
 
 def test_equal_to_cocos_own() -> None:

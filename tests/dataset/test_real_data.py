@@ -143,7 +143,7 @@ def test_coco_draws_what_the_panoptic_pictures_show(real_data: Path, tmp_path: P
     image = next(one for one in content["images"] if one["id"] == 142238)
     objects = [one for one in content["annotations"] if one["image_id"] == 142238]
     categories = {category: k + 1 for category, k in CLASSES.items()}
-    assert np.array_equal(coco.draw(image, objects, categories), expected)
+    assert np.array_equal(coco.draw(image, objects, categories, Path("x.json")), expected)
 
 
 def test_sunrgbd_depth(real_data: Path) -> None:
