@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from mit_semseg.dataset.records import Record, read_odgt, write_odgt
 
 # Folder below the data set's that masks are kept in.
 FOLDER = "semantic_masks"
+# Images that are looked for where a list of drawn masks says they are.
+_LOOKED_AT = 32
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def drawn_once(
     Args:
         root: folder of the data set.
         listing: list file below `root` that says that all masks are there.
-        drawings: what to draw; only asked when there is no such list.
+        drawings: what to draw; only asked when there is no such list, or the images it names are
+            gone: they may lie in another layout now, and masks that are there are kept.
         title: of the progress bar.
         source: file below `root` that the masks are drawn from; it may be gone once they are.
 
@@ -54,17 +57,23 @@ def drawn_once(
     path = root / listing
     since = _changed(root / source)
     if path.is_file() and _changed(path) >= since:
-        return read_odgt(path)
+        records = read_odgt(path)
+        if not since or _has_images(root, records):
+            return records
     todo = drawings()
     try:
         for folder in {(root / drawing.record["fpath_segm"]).parent for drawing in todo}:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            done = pool.map(lambda drawing: _draw(root, drawing, since), todo)
-            bar = tqdm(done, desc=f"{title} masks", total=len(todo), unit="img", disable=None)
-            records: Iterable[Record] = list(bar)
+            # Several processes may start at once, as the ranks of a run do. Each goes through the
+            # masks in an order of its own and leaves out those that are there by then, so that
+            # they share the work, whoever of them dies.
+            order = np.random.default_rng().permutation(len(todo)).tolist()
+            done = pool.map(lambda number: _draw(root, todo[number], since), order)
+            for _ in tqdm(done, desc=f"{title} masks", total=len(todo), unit="img", disable=None):
+                pass
         part = path.with_name(f"{uuid.uuid4().hex}.odgt")
-        write_odgt(part, records)
+        write_odgt(part, [drawing.record for drawing in todo])
         os.replace(part, path)
     except PermissionError as error:
         raise OSError(
@@ -74,12 +83,18 @@ def drawn_once(
     return read_odgt(path)
 
 
+def _has_images(root: Path, records: Sequence[Record]) -> bool:
+    """Whether images are where a list says: one of a few is enough, since some may be missing."""
+    few = records[:: max(1, len(records) // _LOOKED_AT)]
+    return any((root / record["fpath_img"]).is_file() for record in few)
+
+
 def _changed(file: Path) -> int:
     """When a file was last written, in nanoseconds; 0 where there is none."""
     return file.stat().st_mtime_ns if file.is_file() else 0
 
 
-def _draw(root: Path, drawing: Drawing, since: int) -> Record:
+def _draw(root: Path, drawing: Drawing, since: int) -> None:
     target = root / drawing.record["fpath_segm"]
     if not target.is_file() or _changed(target) < since:
         part = target.with_name(f"{uuid.uuid4().hex}.part")
@@ -88,4 +103,3 @@ def _draw(root: Path, drawing: Drawing, since: int) -> Record:
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
-    return drawing.record

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +31,7 @@ from mit_semseg.dataset import (
 from mit_semseg.dataset.base import LabelMap, Split, load_pair
 from mit_semseg.dataset.coco_panoptic import CLASSES
 from mit_semseg.dataset.cocostuff import UNUSED
+from mit_semseg.dataset.drawn import Drawing, drawn_once
 from mit_semseg.dataset.tools import check
 
 
@@ -269,7 +274,86 @@ def test_coco_goes_on_where_it_was_interrupted(
         build_split(config("coco", tmp_path, 81), "train")
     assert not list((tmp_path / "semantic_masks").rglob("*.part"))
     assert len(build_split(config("coco", tmp_path, 81), "train").records) == 2
-    assert drawn == ["000007.jpg", "000008.jpg", "000008.jpg"]
+    assert sorted(drawn[:2]) == ["000007.jpg", "000008.jpg"] and drawn[2:] == drawn[1:2]
+
+
+def test_coco_finds_images_that_have_been_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coco_tree(tmp_path)
+    cfg = config("coco", tmp_path, 81)
+    build_split(cfg, "train")
+    (tmp_path / "images/train2017").rename(tmp_path / "train2017")
+    monkeypatch.setattr(coco, "draw", None)  # the masks are good
+    split = build_split(cfg, "train")
+    assert [Path(record["fpath_img"]).is_file() for record in split.records] == [True, True]
+    assert stems(split) == ["000007", "000008"] and check_sample(split) == []
+    (tmp_path / "train2017/000007.jpg").unlink()  # one image that is missing changes nothing
+    monkeypatch.setattr(coco, "read_json", None)
+    assert build_split(cfg, "train").records == split.records
+
+
+def test_processes_that_start_together_share_the_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    drawn: list[int] = []
+
+    def draw(number: int) -> np.ndarray:
+        time.sleep(0.004)
+        drawn.append(number)
+        return np.full((1, 1), number, np.uint8)
+
+    todo = [
+        Drawing({"fpath_img": f"{k}.jpg", "fpath_segm": f"masks/{k}.png"}, partial(draw, k))
+        for k in range(100)
+    ]
+    with ThreadPoolExecutor(3) as pool:
+        calls = [
+            pool.submit(drawn_once, tmp_path, "masks.odgt", lambda: todo, "", "x.json")
+            for _ in range(3)
+        ]
+    assert [call.result() for call in calls] == [[one.record for one in todo]] * 3
+    assert [int(load_mask(tmp_path / f"masks/{k}.png")[0, 0]) for k in range(100)] == list(
+        range(100)
+    )
+    assert len(drawn) < 150  # one after the other, all of them would draw most of the 100
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"images": None}, "has no 'images'; it is no annotation file"),
+        ({"annotations": None}, "has no 'annotations'; it is no annotation file"),
+        ({"annotations": [None]}, "entry 0 of 'annotations' is None"),
+        ({"images": [3]}, "entry 0 of 'images' is 3"),
+        ({"height": None}, "image 000007.jpg: 'height' is None, not a number of pixels"),
+        ({"width": "8"}, "image 000007.jpg: 'width' is '8'"),
+        ({"width": 10**9}, "image 000007.jpg: 1000000000 x 6 pixels are more than an image has"),
+        ({"id": None}, "image 000007.jpg: 'id' is None"),
+        ({"id": [7]}, r"image 000007.jpg: 'id' is \[7\]"),
+        ({"file_name": None}, "image 0: 'file_name' is None"),
+        ({"segmentation": [1, 1, 3, 1, 3, 3]}, r"000007.jpg: .*a polygon is a list .* not 1"),
+        ({"segmentation": [[1, 1, 3, 1, 3, None]]}, "000007.jpg: .* at None, which is no number"),
+        ({"segmentation": [[1, 1, 3, 1, 3, math.nan]]}, "000007.jpg: .* at nan, which is no"),
+        ({"segmentation": {"size": [6, 8], "counts": None}}, "000007.jpg: .*run lengths .*None"),
+        ({"segmentation": {"size": None, "counts": [48]}}, "000007.jpg: .* of size None"),
+    ],
+)
+def test_damaged_coco_is_told_in_one_line(
+    tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    content = coco_tree(tmp_path)
+    ((key, value),) = change.items()
+    owner = next(
+        one for one in (content, content["images"][0], content["annotations"][0]) if key in one
+    )
+    owner[key] = value
+    file = tmp_path / "annotations/instances_train2017.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"instances_train2017\.json: {says}") as caught:
+        build_split(config("coco", tmp_path, 81), "train")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_coco_says_what_is_missing(tmp_path: Path) -> None:
@@ -375,6 +459,28 @@ def test_coco_panoptic_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "annotations/panoptic_val2017.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"panoptic_val2017\.zip: a damaged archive"):
         build_split(cfg, "val")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"image_id": None}, "000009.png: 'image_id' is None"),
+        ({"file_name": None}, "annotation 0: 'file_name' is None"),
+        ({"segments_info": None}, "000009.png: 'segments_info' is None"),
+        ({"segments_info": [{"id": 5}]}, "000009.png: a segment without id or category_id"),
+        ({"segments_info": [None]}, "000009.png: a segment without id or category_id"),
+    ],
+)
+def test_damaged_coco_panoptic_is_told_in_one_line(
+    tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    panoptic_tree(tmp_path)
+    file = tmp_path / "annotations/panoptic_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0].update(change)
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"panoptic_val2017\.json: {says}"):
+        build_split(config("coco_panoptic", tmp_path, 133), "val")
 
 
 def test_masks_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
