@@ -175,7 +175,7 @@ _C.VAL.boundary = False
 _C.VAL.tile = "auto"
 # (height, width) of a window that slides over every scale of an image: the network sees nothing of
 # another size, as where crops of that size were trained on. [] computes whole images (or tiles).
-# Sides are multiples of 32, or at least of the network's stride.
+# Sides are multiples of 32, or at least of the encoder's largest stride.
 _C.VAL.window = []
 # Windows begin this share of their size apart, rounded down to multiples of 32 pixels.
 _C.VAL.stride = 0.667
@@ -203,7 +203,7 @@ _C.TEST.imgSizes = []
 _C.TEST.tile = "auto"
 # (height, width) of a window that slides over every scale of an image: the network sees nothing of
 # another size, as where crops of that size were trained on. [] computes whole images (or tiles).
-# Sides are multiples of 32, or at least of the network's stride.
+# Sides are multiples of 32, or at least of the encoder's largest stride.
 _C.TEST.window = []
 # Windows begin this share of their size apart, rounded down to multiples of 32 pixels.
 _C.TEST.stride = 0.667

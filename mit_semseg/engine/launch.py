@@ -6,26 +6,31 @@ import contextlib
 import ctypes
 import datetime
 import json
+import logging
+import math
 import os
 import time
 import uuid
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
-from mit_semseg.config import load_config
+from mit_semseg.config import get_defaults, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import FORMATS
 from mit_semseg.dataset.base import check_channels, check_flips
-from mit_semseg.models import check_pair
+from mit_semseg.models import ENCODERS, Encoder, check_pair
 from mit_semseg.utils import parse_devices
+
+log = logging.getLogger("mit_semseg")
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def read_config(path: str | Path | None, opts: list[str] | None = None) -> Config:
-    """`load_config`, and the encoder, decoder and their widths checked against each other.
+    """`load_config`, and values checked against each other; warns of those without effect.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -36,7 +41,45 @@ def read_config(path: str | Path | None, opts: list[str] | None = None) -> Confi
     FORMATS.get(cfg.DATASET.format)
     check_channels(cfg.MODEL.in_channels, cfg.DATASET)
     check_flips(cfg)
+    _check_windows(cfg)
+    if os.environ.get("RANK", "0") == "0":
+        for line in without_effect(cfg):
+            log.warning("%s", line)
     return cfg
+
+
+def _check_windows(cfg: Config) -> None:
+    """Refuse sliding windows whose sides are no multiples of the encoder's strides."""
+    encoder = cast(type[Encoder], ENCODERS.get(cfg.MODEL.arch_encoder.lower()))
+    stride = math.lcm(*encoder.strides)
+    for section in ("VAL", "TEST"):
+        window = cfg[section].window
+        if any(side % stride for side in window):
+            fitting = [-(-int(side) // stride) * stride for side in window]
+            raise ValueError(
+                f"{section}.window is {window}, but {cfg.MODEL.arch_encoder} needs multiples of "
+                f"its stride {stride}: set {section}.window {fitting}"
+            )
+
+
+def without_effect(cfg: Config) -> list[str]:
+    """One line for each setting that others leave without effect."""
+    defaults = get_defaults()
+    needs = {
+        "TRAIN.label_smoothing": ("smooth" in cfg.TRAIN.loss, "the loss smooth"),
+        "VAL.stride": (cfg.VAL.window, "VAL.window"),
+        "TEST.stride": (cfg.TEST.window, "TEST.window"),
+        **{
+            f"DATASET.depth_{key}": (cfg.DATASET.depth, "DATASET.depth True")
+            for key in ("scale", "mean", "std")
+        },
+    }
+    lines = []
+    for name, (has, what) in needs.items():
+        section, key = name.split(".")
+        if not has and cfg[section][key] != defaults[section][key]:
+            lines.append(f"{name} has no effect: it is for {what}")
+    return lines
 
 
 def resolve_devices(gpus: str | None, option: str = "--gpus") -> list[torch.device]:

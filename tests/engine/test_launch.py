@@ -31,6 +31,7 @@ from mit_semseg.engine.launch import (
     read_config,
     resolve_devices,
     set_threads,
+    without_effect,
 )
 
 CPU = torch.device("cpu")
@@ -274,6 +275,51 @@ def test_mirrored_scores_of_left_and_right_are_refused(section: str) -> None:
         read_config(None, ["DATASET.format", "lip", f"{section}.flip", "True"])
     assert read_config(None, [f"{section}.flip", "True"])[section].flip
     assert not read_config(None, ["DATASET.format", "lip"])[section].flip
+
+
+@pytest.mark.parametrize("section", ["VAL", "TEST"])
+def test_windows_that_cannot_work_are_refused_when_they_are_read(section: str) -> None:
+    key = f"{section}.window"
+    with pytest.raises(ValueError, match=rf"{key} is \[100, 96\], .* {key} \[104, 96\]"):
+        read_config(None, [key, "(100, 96)"])  # resnet50dilated: stride 8
+    assert read_config(None, [key, "(104, 96)"])[section].window == [104, 96]
+    whole = ["MODEL.arch_encoder", "resnet18", "MODEL.fc_dim", "512", "MODEL.arch_decoder", "c1"]
+    with pytest.raises(ValueError, match=r"multiples of its stride 32.* \[128, 96\]"):
+        read_config(None, [*whole, key, "(104, 96)"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needs"),
+    [
+        ("TRAIN.label_smoothing", "0.2", ["TRAIN.loss", "smooth+dice"]),
+        ("VAL.stride", "0.5", ["VAL.window", "(96, 96)"]),
+        ("TEST.stride", "0.5", ["TEST.window", "(96, 96)"]),
+        ("DATASET.depth_scale", "500", ["DATASET.depth", "True", "MODEL.in_channels", "4"]),
+        ("DATASET.depth_mean", "2", ["DATASET.depth", "True", "MODEL.in_channels", "4"]),
+        ("DATASET.depth_std", "2", ["DATASET.depth", "True", "MODEL.in_channels", "4"]),
+    ],
+)
+def test_settings_without_effect_are_pointed_out(
+    key: str,
+    value: str,
+    needs: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read_config(None, [key, value, *needs])
+    read_config(None, needs)
+    assert not caplog.text
+    read_config(None, [key, value])
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{key} has no effect: it is for ")
+    monkeypatch.setenv("RANK", "1")
+    read_config(None, [key, value])
+    assert len(caplog.records) == 1  # one rank says it
+
+
+def test_recipes_have_no_settings_without_effect() -> None:
+    for path in sorted((Path(__file__).parents[2] / "config").glob("*.yaml")):
+        assert without_effect(read_config(path)) == [], path.name
 
 
 # ------------------------------------------------------------------------------ ranks that die
