@@ -145,6 +145,9 @@ def test_sums_are_the_means_over_images_and_merge_exactly() -> None:
     [
         (np.zeros((2, 3), int), np.zeros((3, 2), int), r"pred has shape \(2, 3\) but label"),
         (np.zeros((2, 3)), np.zeros((2, 3), int), "pred is float64"),
+        (np.array([[0, 2]]), np.array([[0, 1]]), r"pred has id 2, outside 0\.\.1"),
+        (np.array([[0, -1]]), np.array([[0, 1]]), r"pred has id -1, outside 0\.\.1"),
+        (np.array([[0, 1]]), np.array([[0, 2]]), r"label has id 2, outside 0\.\.1"),
         (np.zeros((1, 2, 3), int), np.zeros((1, 2, 3), int), r"shape \(1, 2, 3\); give .* one"),
     ],
 )

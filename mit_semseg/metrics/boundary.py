@@ -55,7 +55,8 @@ def boundary_f(
         (K,) float64.
 
     Raises:
-        ValueError: the shapes differ or are not (H, W), or the tolerance is negative.
+        ValueError: the shapes differ or are not (H, W), an id is out of range, or the tolerance is
+            negative.
     """
     predicted, labelled = _array(pred, "pred"), _array(label, "label")
     if predicted.shape != labelled.shape:
@@ -67,8 +68,16 @@ def boundary_f(
         raise ValueError(f"tolerance is {tolerance}; it is a share of the diagonal, 0 or more")
     distance = tolerance * math.hypot(*labelled.shape)
     valid = labelled >= 0
+    found = np.union1d(labelled[valid], predicted[valid])
+    for name, ids in ("label", labelled[valid]), ("pred", predicted[valid]):
+        outside = ids[(ids < 0) | (ids >= num_class)]
+        if outside.size:
+            raise ValueError(
+                f"{name} has id {outside[0]}, outside 0..{num_class - 1}; map it to a class, or "
+                "label it -1"
+            )
     scores = np.full(num_class, np.nan)
-    for k in np.union1d(labelled[valid], predicted[valid]):
+    for k in found:
         scores[k] = _f_score((predicted == k) & valid, labelled == k, distance)
     return scores
 
