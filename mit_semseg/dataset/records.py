@@ -295,9 +295,14 @@ def is_depth(file: PathLike) -> bool:
 
 
 def only_image(folder: PathLike) -> Path | None:
-    """The one image that lies in a folder, None where there is another number of them."""
+    """The one image that lies in a folder, None where there is another number of them.
+
+    It reads no farther than to a second image: a folder of a million is asked for each of them.
+    """
     if not os.path.isdir(folder):
         return None
     known = image_extensions()
-    names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in known]
-    return Path(folder, names[0]) if len(names) == 1 else None
+    with os.scandir(folder) as entries:
+        images = (e.name for e in entries if os.path.splitext(e.name)[1].lower() in known)
+        first, second = next(images, None), next(images, None)
+    return Path(folder, first) if first is not None and second is None else None

@@ -315,7 +315,7 @@ def _look(record: Record) -> _Finding:
         image, raw = load_raw(record)
         modes = []
         for key in (record["fpath_img"], record["fpath_segm"]):
-            if key.endswith(".mat"):
+            if key.lower().endswith(".mat"):
                 modes.append("MATLAB")
                 continue
             with Image.open(key) as file:

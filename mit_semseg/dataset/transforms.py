@@ -280,7 +280,7 @@ def load_mask(path: PathLike) -> np.ndarray:
 def stored_values(path: PathLike) -> np.ndarray:
     """As `load_mask`, in the integer type the file has; it may be read-only."""
     name = os.fspath(path)
-    if name.endswith(".mat"):
+    if name.lower().endswith(".mat"):
         return _boundaries_classes(path)
     with _open(path) as opened:
         if opened.format in _LOSSY:

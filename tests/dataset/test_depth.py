@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,3 +257,19 @@ def test_where_depth_is_looked_for(tmp_path: Path) -> None:
         assert find_depth(image) == place and is_depth(place)
         place.unlink()
     assert is_depth(only) and not is_depth(image)
+
+
+def test_folders_of_many_images_are_not_read_for_each_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for k in range(50):
+        for name in (f"image/{k}.jpg", f"depth/of_{k}.png"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+    seen: list[str] = []
+    real = os.path.splitext
+    monkeypatch.setattr("os.path.splitext", lambda name: seen.append(name) or real(name))
+    monkeypatch.setattr("os.listdir", lambda folder: pytest.fail("reads a whole folder"))
+    for k in range(50):
+        assert find_depth(tmp_path / f"image/{k}.jpg") is None
+    assert len(seen) <= 50 * 2

@@ -139,6 +139,12 @@ def test_sbd_names_what_is_missing(voc: Path, part: str) -> None:
         build_split(config("vocaug", voc, 21), "train")
 
 
+def test_matlab_files_in_capitals(tmp_path: Path) -> None:
+    scipy.io.savemat(tmp_path / "x.mat", {"GTcls": {"Segmentation": row(0, 15)}})
+    (tmp_path / "x.mat").rename(tmp_path / "X.MAT")
+    assert load_mask(tmp_path / "X.MAT").tolist() == [[0, 15]]
+
+
 def test_bad_matlab_files_are_one_line(tmp_path: Path) -> None:
     file = tmp_path / "x.mat"
     with pytest.raises(FileNotFoundError, match=r"x\.mat: no such file"):
