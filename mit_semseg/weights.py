@@ -470,6 +470,12 @@ def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> d
     return tensors
 
 
+def _weighty(own: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that a file has to have: counters of batches may be missing."""
+    counters = (*_BOOKKEEPING, "num_batches_tracked")
+    return [key for key in own if key.rsplit(".", 1)[-1] not in counters]
+
+
 def _other_classes(module: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
     """Names of the tensors that would fit if the module told another number of classes apart."""
     own = module.state_dict()
@@ -538,7 +544,7 @@ def load_into(
     if wrong:
         raise ValueError(
             f"{name} does not fit the {what}: {len(wrong)} tensors differ in shape"
-            f"{_few(wrong, 3)}; check the architecture and MODEL.fc_dim"
+            f"{_few(wrong, 3)}; check the architecture, MODEL.fc_dim and MODEL.in_channels"
         )
     if not fitting:
         raise ValueError(
@@ -552,12 +558,7 @@ def load_into(
             raise ValueError(f"{name} is damaged: {key} holds values that are not finite")
 
     report.matched = list(fitting)
-    report.missing = [
-        key
-        for key in own
-        if key not in tensors
-        and key.rsplit(".", 1)[-1] not in (*_BOOKKEEPING, "num_batches_tracked")
-    ]
+    report.missing = [key for key in _weighty(own) if key not in tensors]
     if strict and not report.ok:
         raise ValueError(f"{report}")
     module.load_state_dict(fitting, strict=False)
@@ -581,7 +582,9 @@ def load_encoder(
         weights: "" for the published ImageNet weights of `arch` (downloaded once), "none" for
             random ones, "torchvision:NAME" (see `TORCHVISION`), "torchvision:PATH" or
             "torchvision:URL" for a file under torchvision's names, "tfslim:PATH" (MobileNetV2
-            trained by TF-slim, likewise), else a path or url.
+            trained by TF-slim, likewise), else a path or url. Torchvision's names are recognised,
+            but those of MobileNetV2. Where the encoder reads further image channels and the file
+            has three, filters are widened as by `encoders.base.widen_input`.
         mean: what the input is shifted by, RGB in [0, 1]; only "tfslim:" depends on it.
         std: what the input is divided by; only "tfslim:" depends on it.
 
@@ -589,7 +592,7 @@ def load_encoder(
         The report, or None for random weights.
 
     Raises:
-        ValueError: the weights do not belong to this architecture.
+        ValueError: the weights do not belong to this architecture, or half of them are missing.
         FileNotFoundError: the path does not exist.
         DownloadError: the file could not be downloaded.
     """
@@ -598,25 +601,63 @@ def load_encoder(
         return None
     kind, _, rest = text.partition(":")
     if kind == "torchvision":
-        return _load_torchvision(encoder, _torchvision_file(rest, encoder=arch))
+        path = _torchvision_file(rest, encoder=arch)
+        state = torchvision_encoder(read_state_dict(path))
+        return _start(encoder, arch, state, f"{path} (torchvision)")
     if kind == "tfslim":
         _only_mobilenet(arch, text)
         path = resolve(rest)
         state = convert_tfslim_mobilenet(read_state_dict(path), mean=mean, std=std)
-        return load_into(encoder, state, what="encoder", file=f"{path} (TF-slim)")
+        return _start(encoder, arch, state, f"{path} (TF-slim)")
     if text == "" and arch.lower() in _INSIDE:
         inner, part = _INSIDE[arch.lower()]
         return load_encoder(encoder.get_submodule(part), inner, "")
     path = resolve(text) if text else _fetch_imagenet(arch)
-    source = WEIGHTS.get(_backbone(text or arch))
-    if isinstance(source, TorchvisionSource) and path.name == source.file:
-        return _load_torchvision(encoder, path)
-    return load_into(encoder, path, what="encoder")
+    state = read_state_dict(path)
+    renamed = _of_torchvision(path, state, encoder)
+    file = str(path) if renamed is None else f"{path} (torchvision)"
+    return _start(encoder, arch, state if renamed is None else renamed, file)
 
 
-def _load_torchvision(encoder: nn.Module, path: Path) -> LoadReport:
-    state = torchvision_encoder(read_state_dict(path))
-    return load_into(encoder, state, what="encoder", file=f"{path} (torchvision)")
+def _of_torchvision(
+    path: Path, state: Mapping[str, Tensor], encoder: nn.Module
+) -> dict[str, Tensor] | None:
+    """The state under the names used here, if it has torchvision's."""
+    renamed = torchvision_encoder(state)
+    own = encoder.state_dict().keys()
+    if any(path.name.endswith(source.file) for source in TORCHVISION.values()):
+        return renamed
+    # A MobileNetV2 under torchvision's names may be TF-slim's, which expects another input.
+    told = len(own & renamed.keys()) > len(own & state.keys()) and _MOBILENET not in state
+    return renamed if told else None
+
+
+def _start(encoder: nn.Module, arch: str, state: Mapping[str, Tensor], file: str) -> LoadReport:
+    """Loads an initialisation, which may have fewer image channels, and may not be mostly missing.
+
+    Raises:
+        ValueError: the encoder has at least twice as many tensors as are found in the file.
+    """
+    own = encoder.state_dict()
+    wanted = _weighty(own)
+    found = [key for key in wanted if key in state]
+    if 0 < 2 * len(found) < len(wanted):
+        path = file.removesuffix(" (torchvision)").removesuffix(" (TF-slim)")
+        raise ValueError(
+            f"{file} does not fit encoder {arch}: it has {len(found)} of its {len(wanted)} tensors"
+            f" (it has {len(state)}{_few(list(state), 2)}): set MODEL.weights_encoder to weights "
+            f"of {arch}, or to 'torchvision:{path}' or 'tfslim:{path}' if it is under such names"
+        )
+    fitting = {k: _widened(v, own[k].shape) if k in own else v for k, v in state.items()}
+    return load_into(encoder, fitting, what="encoder", file=file)
+
+
+def _widened(value: Tensor, shape: torch.Size) -> Tensor:
+    """Filters of red, green and blue with what an encoder for further image channels adds."""
+    further = shape[1] - 3 if len(shape) == 4 else 0
+    if further <= 0 or value.shape != (shape[0], 3, *shape[2:]):
+        return value
+    return torch.cat([value, value.mean(1, keepdim=True).expand(-1, further, -1, -1)], dim=1)
 
 
 def load_decoder(decoder: nn.Module, arch: str, weights: str | Path) -> LoadReport | None:
@@ -699,6 +740,11 @@ def _other_stem(name: str, encoder: str) -> str:
     return "torchvision's ResNets begin with one 7x7 convolution, this one with three 3x3; "
 
 
+_MOBILENET = (
+    "features.1.conv.0.0.weight"  # only torchvision's MobileNetV2 has a tensor of this name
+)
+
+
 def torchvision_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's part of a torchvision model, under the names that the encoders here have.
 
@@ -712,7 +758,7 @@ def torchvision_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state = {k.removeprefix("backbone."): v for k, v in state.items() if "classifier" not in k}
         if "0.0.weight" in state:  # MobileNetV3, whose blocks are numbered in `features`
             state = {f"features.{k}": v for k, v in state.items()}
-    if "features.1.conv.0.0.weight" in state:
+    if _MOBILENET in state:
         return rename_torchvision_mobilenet(state)
     # The published DenseNets are older than their module names: denselayer1.norm.1 is norm1 now.
     dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")

@@ -117,9 +117,9 @@ class ModelBuilder:
             FileNotFoundError: no such weights.
         """
         encoder = _encoder(arch)()
-        load_encoder(encoder, arch.lower(), weights, **options)
         widen_input(encoder, in_channels)
         encoder.in_channels = in_channels
+        load_encoder(encoder, arch.lower(), weights, **options)
         return encoder
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from mit_semseg.config import load_config
 from mit_semseg.models import ModelBuilder
+from mit_semseg.models.encoders.base import widen_input
 
 
 def test_signatures_begin_as_published() -> None:
@@ -101,3 +103,29 @@ def test_from_config_for_inference() -> None:
 def test_from_config_refuses_parts_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"set MODEL\.fc_dim 512"):
         ModelBuilder.from_config(config("MODEL.fc_dim", 2048))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "enet"])
+def test_weights_of_three_and_of_four_channels_start_an_encoder_of_four(
+    arch: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "encoder.pth"
+
+    def started(in_channels: int) -> dict[str, torch.Tensor]:
+        encoder = ModelBuilder.build_encoder(arch, weights=str(path), in_channels=in_channels)
+        assert encoder.in_channels == in_channels
+        return encoder.state_dict()
+
+    torch.manual_seed(0)
+    three = ModelBuilder.build_encoder(arch, weights="none")
+    torch.save(three.state_dict(), path)
+    torch.testing.assert_close(started(3), three.state_dict(), rtol=0, atol=0)
+    widened = copy.deepcopy(three)
+    widen_input(widened, 4)
+    torch.testing.assert_close(started(4), widened.state_dict(), rtol=0, atol=0)
+
+    four = ModelBuilder.build_encoder(arch, weights="none", in_channels=4)
+    torch.save(four.state_dict(), path)
+    torch.testing.assert_close(started(4), four.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"differ in shape.*MODEL\.in_channels"):
+        started(3)

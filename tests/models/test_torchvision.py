@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -259,6 +261,42 @@ def test_imagenet_weights_without_a_name_are_torchvisions(
     assert report is not None
     assert (report.ok, report.unexpected) == (True, [])
     assert report.file.endswith("resnet34-b627a593.pth (torchvision)")
+
+
+@pytest.mark.parametrize("by", ["path", "url"])
+def test_a_plain_file_of_torchvisions_densenet_is_recognised(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "cache_dir", lambda: tmp_path / "cache")
+    with torch.device("meta"):
+        encoder = ENCODERS.get("densenet121")().to_empty(device="cpu")
+    state = {k: torch.ones(v.shape) for k, v in encoder.state_dict().items()}
+    # As in the published files, whose module names are older.
+    older = {re.sub(r"(denselayer\d+\.(norm|conv))", r"\1.", k): v for k, v in state.items()}
+    older |= {"classifier.weight": torch.ones(1000, 1024)}
+    path = tmp_path / "mine.pth"
+    torch.save(older, path)
+    source = path.as_uri() if by == "url" else str(path)
+    report = load_encoder(encoder, "densenet121", source)
+    assert report is not None and report.ok and report.unexpected == []
+    torch.testing.assert_close(encoder.state_dict(), state, check_dtype=False)
+
+
+def test_a_file_without_most_of_the_encoder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.pth"
+    encoder = ENCODERS.get("mobilenetv2")()
+    before = copy.deepcopy(encoder.state_dict())
+    # Under torchvision's names may also be a MobileNetV2 of TF-slim, which expects another input.
+    torch.save(torchvision.models.mobilenet_v2(weights=None).state_dict(), path)
+    with pytest.raises(ValueError, match="tensors") as caught:
+        load_encoder(encoder, "mobilenetv2dilated", str(path))
+    message = str(caught.value)
+    wanted = sum("num_batches" not in k for k in before)
+    assert re.search(rf"mine\.pth does not fit .* has \d+ of its {wanted} tensors", message)
+    assert f"'torchvision:{path}'" in message and "\n" not in message
+    torch.testing.assert_close(encoder.state_dict(), before, rtol=0, atol=0)
+    report = load_encoder(encoder, "mobilenetv2dilated", f"torchvision:{path}")
+    assert report is not None and report.ok
 
 
 def test_a_backbone_among_branches_takes_its_own(
