@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,8 +33,9 @@ class Profile:
     Attributes:
         name: of the recipe.
         encoder, decoder: names.
-        parameters: trained numbers of the encoder and the decoder in evaluation, in millions.
-        weights_mib: the size of all parameters and buffers in float32.
+        parameters: trained numbers of encoder and decoder, with auxiliary heads, which work in
+            training alone; in millions.
+        weights_mib: the size of all parameters and buffers in float32, with auxiliary heads.
         gflops: floating-point operations of the forward pass in evaluation, in 1e9; a
             multiplication and an addition are two.
         activations_mib: what a training step holds for its backward pass, in float32.
@@ -64,22 +66,43 @@ def profile(
     Raises:
         ValueError: the model cannot be built, or works with no image of this size.
     """
+    if min(size) < 1:
+        raise ValueError(f"--size {size[0]} {size[1]}: give a height and a width of 1 or more")
     cfg = cfg.clone()
     cfg.MODEL.weights_encoder = cfg.MODEL.weights_decoder = "none"
     module = ModelBuilder.from_config(cfg, inference=False).to(device)
     image = torch.zeros(1, cfg.MODEL.in_channels, *size, device=device)
     parts = [*module.encoder.parameters(), *module.decoder.parameters()]
     held = [*parts, *module.buffers()]
+    name = name or f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}"
+    with _reach(name, size):
+        gflops = operations(module, image) / 1e9
+        activations_mib = activations(module, image, cfg) / 2**20
     return Profile(
-        name or f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}",
+        name,
         cfg.MODEL.arch_encoder,
         cfg.MODEL.arch_decoder,
         sum(p.numel() for p in parts) / 1e6,
         sum(4 * x.numel() for x in held) / 2**20,
-        operations(module, image) / 1e9,
-        activations(module, image, cfg) / 2**20,
+        gflops,
+        activations_mib,
         speed(module, image, cfg),
     )
+
+
+@contextmanager
+def _reach(name: str, size: tuple[int, int]) -> Iterator[None]:
+    """Of what a network says of an image that is too small for it, one line that names both."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"--size {size[0]} {size[1]}: {name} works with no such image ({reason}); give a "
+            "larger one, of sides that are multiples of 32"
+        ) from error
 
 
 @torch.no_grad()
