@@ -29,6 +29,7 @@ from mit_semseg.models import (
     SegmentationModule,
     check_pair,
 )
+from mit_semseg.tools.recipes import fingerprint
 from mit_semseg.visualize.report import Sample, contact_sheet, paint, picture_grid
 
 # Steps between two looks at the result, and those in which the rate rises from 0.
@@ -113,7 +114,7 @@ def overfit(
             rate,
             loss,
             time.monotonic() - began,
-            _sample(name, batch, prediction),
+            _sample(name, picture(cfg, batch), truth, prediction),
         )
         if best is None or found.accuracy > best.accuracy:
             best = found
@@ -217,10 +218,20 @@ def _accuracy(prediction: np.ndarray, truth: np.ndarray) -> float:
     return float((prediction == truth)[truth >= 0].mean())
 
 
-def _sample(name: str, batch: dict[str, Any], prediction: np.ndarray) -> Sample:
+def picture(cfg: Config, batch: dict[str, Any]) -> np.ndarray:
+    """The image of a batch of one, (H, W, 3) uint8 RGB, as it was before it was normalised."""
+    image: Tensor = batch["img_data"][0, :3]
+    if image.is_floating_point():  # with depth
+        data = cfg.DATASET
+        mean, std = (torch.tensor(x)[:, None, None] for x in (data.mean, data.std))
+        image = (image * std + mean) * (255 / data.value_range)
+        image = image.flip(0) if data.color_order == "BGR" else image
+        image = image.round().clamp(0, 255)
+    return image.permute(1, 2, 0).numpy().astype(np.uint8)
+
+
+def _sample(name: str, image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> Sample:
     """Image, labels and prediction at the resolution of the image."""
-    image = batch["img_data"][0, :3].permute(1, 2, 0).numpy().astype(np.uint8)
-    truth = batch["seg_label"][0].numpy()
     stride = image.shape[0] // truth.shape[0]
     large = [x.repeat(stride, 0).repeat(stride, 1) for x in (truth, prediction)]
     return Sample(name, image, *large)
@@ -261,7 +272,11 @@ def scene_config(cfg: Config, encoder: str, decoder: str, data: Path) -> Config:
             *("MODEL.weights_encoder", "none", "MODEL.weights_decoder", "none"),
             *("DATASET.root_dataset", str(data), "DATASET.num_class", str(len(streets.CLASSES))),
             *("DATASET.list_train", str(data / "training.odgt")),
-            *("DATASET.classes", str(data / "classes.csv")),
+            *("DATASET.classes", str(data / "classes.csv"), "DATASET.format", "odgt"),
+            # As `streets.write` stores its labels, whatever data the recipe is for.
+            *("DATASET.label_offset", "1", "DATASET.label_map", "()", "DATASET.ignore_label", "()"),
+            *("DATASET.depth", "False", "MODEL.in_channels", "3"),
+            *("DATASET.batching", "aspect", "DATASET.crop_size", "()"),
         ]
     )
     return cfg
@@ -314,17 +329,20 @@ def run(
         for encoder, decoder in pairs:
             title = f"{encoder} + {decoder}"
             kept = folder / "models" / f"{encoder}+{decoder}.npz"
-            one = _load(kept, steps, side)
+            pair = scene_config(cfg, encoder, decoder, data)
+            asked = [steps, side, fingerprint(pair, TEMPORARY)]
+            one = _load(kept, asked)
             if one is None:
-                pair = scene_config(cfg, encoder, decoder, data)
                 one = overfit(pair, device, name=title, steps=steps, side=side)
-                _save(kept, one, steps, side)
+                _save(kept, one, asked)
             found.append(one)
             _write(found, names, colors, folder)
             print(line(one), flush=True)
     return found
 
 
+# Keys that name the folder of the rendered scene, which is another one every time.
+TEMPORARY = ("root_dataset", "list_train", "classes")
 FIGURES = ("name", "accuracy", "steps", "rate", "loss", "seconds")
 
 
@@ -332,9 +350,9 @@ def _figures(one: Overfit) -> dict[str, Any]:
     return {key: getattr(one, key) for key in FIGURES}
 
 
-def _save(file: Path, one: Overfit, steps: int, side: int) -> None:
+def _save(file: Path, one: Overfit, asked: list[Any]) -> None:
     file.parent.mkdir(exist_ok=True)
-    text = json.dumps({"asked": [steps, side], "figures": _figures(one)})
+    text = json.dumps({"asked": asked, "figures": _figures(one)})
     part = file.with_suffix(".part")
     with part.open("wb") as stream:
         np.savez_compressed(
@@ -347,14 +365,14 @@ def _save(file: Path, one: Overfit, steps: int, side: int) -> None:
     part.replace(file)
 
 
-def _load(file: Path, steps: int, side: int) -> Overfit | None:
+def _load(file: Path, asked: list[Any]) -> Overfit | None:
     """What an earlier call found, if it was asked for the same and the model has learned."""
     if not file.is_file():
         return None
     with np.load(file) as stored:
         note = json.loads(str(stored["text"]))
         figures = note["figures"]
-        if note["asked"] != [steps, side] or figures["accuracy"] < TARGET:
+        if note["asked"] != asked or figures["accuracy"] < TARGET:
             return None
         arrays = [stored[key] for key in ("image", "truth", "prediction")]
     return Overfit(**figures, sample=Sample(figures["name"], *arrays))
