@@ -48,6 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--single-process", action="store_true", help="evaluate in this process, on one device"
     )
     evaluate.add_argument("--out", default=None, help="folder for figures and pictures")
+    evaluate.add_argument(
+        "--keep",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep class ids of N images (labels/*.npy)",
+    )
     _add_config(evaluate, "VAL")
 
     predict = commands.add_parser("predict", help="run a model on images")

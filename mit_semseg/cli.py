@@ -104,7 +104,8 @@ def run_eval(args: argparse.Namespace) -> int:
         make_writable(args.out or cfg.DIR, "--out" if args.out else "DIR")
     if args.single_process:
         devices, workers = devices[:1], 1
-    result = evaluate(cfg, devices, workers=workers, out_dir=args.out, rank=rank, world=world)
+    place = {"out_dir": args.out, "rank": rank, "world": world}
+    result = evaluate(cfg, devices, workers=workers, keep=args.keep, **place)
     leave_process_group()
     return 1 if result["failed"] else 0
 
@@ -171,8 +172,9 @@ def run_profile(args: argparse.Namespace) -> int:
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.launch import read_config, resolve_devices
     from mit_semseg.tools.profile import run
+    from mit_semseg.tools.recipes import named
 
-    recipes = {os.path.splitext(os.path.basename(f))[0]: read_config(f, opts) for f in files}
+    recipes = {name: read_config(file, opts) for name, file in named(files).items()}
     if args.out:
         make_writable(args.out, "--out")
     run(recipes, resolve_devices(args.devices)[0], tuple(args.size), args.out)
@@ -271,7 +273,12 @@ def _who() -> str:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(args, "recipes") and rest[0].startswith(SECTIONS)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes the words before the first option for recipes: overrides came later
+        args.recipes += rest
     return COMMANDS[args.command](args)
 
 

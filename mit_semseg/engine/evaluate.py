@@ -114,6 +114,31 @@ class Job:
     lanes: int  # images at work side by side
     pictures: Path | None
     colors: np.ndarray
+    kept: Kept | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Class ids of some images of the list, as files `NUMBER.npy`, (H, W) int16."""
+
+    folder: Path
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, folder: Path, count: int, of: int) -> Kept:
+        """At most `count` of `of` images, evenly spread."""
+        return cls(folder, tuple(sorted({(2 * k + 1) * of // (2 * count) for k in range(count)})))
+
+    def file(self, number: int) -> Path:
+        """Where the class ids of image `number` are."""
+        return self.folder / f"{number}.npy"
+
+    def add(self, numbers: Sequence[int], predicted: Tensor) -> None:
+        """Write those of images `numbers`, (N, H, W), that are to be kept."""
+        for number, one in zip(numbers, predicted, strict=True):
+            if number in self.numbers:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                np.save(self.file(number), one.cpu().numpy().astype(np.int16))
 
 
 def evaluate(
@@ -125,6 +150,7 @@ def evaluate(
     model: SegmentationModule | None = None,
     progress: bool = True,
     out_dir: str | Path | None = None,
+    keep: int = 0,
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, Any]:
@@ -145,6 +171,8 @@ def evaluate(
         out_dir: folder of `eval.json`, `eval.csv`, `class_iou.png`, `class_dice.png`,
             `class_boundary_f.png` with `VAL.boundary`, and, with `VAL.visualize`, `pictures/`;
             default `result_eval` in `cfg.DIR`.
+        keep: class ids of so many images, spread over the list, are kept in its folder `labels`
+            (see `Kept`).
         rank, world: place in torchrun's process group (`launch.rank_devices`). Each rank scores its
             share of the images on its devices; rank 0 alone prints and writes.
 
@@ -180,6 +208,7 @@ def evaluate(
         # Before the work: an evaluation that cannot be written is not worth its hours.
         out.mkdir(parents=True, exist_ok=True)
     pictures = out / "pictures" if cfg.VAL.visualize else None
+    kept = Kept.of(out / "labels", keep, count) if keep else None
     chunks = _chunks(count, cfg.VAL.batch_size)[rank::world]
     places = [device for device in devices for _ in range(workers)][: max(1, len(chunks))]
 
@@ -189,17 +218,17 @@ def evaluate(
         if model is not None:
             data = val_dataset(cfg)
             gallery = _Gallery(data, pictures, classes.colors) if pictures else None
-            scorer = _Scorer(model, data, cfg, devices[0], gallery, cfg.VAL.boundary)
+            scorer = _Scorer(model, data, cfg, devices[0], gallery, cfg.VAL.boundary, kept)
             work = partial(scorer.run, _lanes(devices[:1]))
             parts = [run_here(work, chunks, on_result)]
         elif len(places) == 1:
-            work = partial(_work, Job(cfg, checkpoint, places[0], lanes, pictures, classes.colors))
-            parts = [run_here(work, chunks, on_result)]
+            job = Job(cfg, checkpoint, places[0], lanes, pictures, classes.colors, kept)
+            parts = [run_here(partial(_work, job), chunks, on_result)]
         else:
             parts = run_pool(
                 _work,
                 [
-                    Job(cfg, checkpoint, device, lanes, pictures, classes.colors)
+                    Job(cfg, checkpoint, device, lanes, pictures, classes.colors, kept)
                     for device in places
                 ],
                 chunks,
@@ -362,7 +391,7 @@ def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[Scored, None, Evaluatio
     module = load_model(job.cfg, job.checkpoint)
     data = val_dataset(job.cfg)
     gallery = _Gallery(data, job.pictures, job.colors) if job.pictures else None
-    scorer = _Scorer(module, data, job.cfg, job.device, gallery, job.cfg.VAL.boundary)
+    scorer = _Scorer(module, data, job.cfg, job.device, gallery, job.cfg.VAL.boundary, job.kept)
     return (yield from scorer.run(job.lanes, tasks))
 
 
@@ -377,6 +406,7 @@ class _Scorer:
         device: torch.device,
         gallery: _Gallery | None = None,
         boundary: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         # Without graphs: images come in all sizes, and from several threads.
         self.module = inference_copy(
@@ -389,7 +419,7 @@ class _Scorer:
             window=Sliding.of(cfg.VAL),
         )
         self.dataset, self.cfg, self.device = dataset, cfg, device
-        self.gallery = gallery
+        self.gallery, self.kept = gallery, kept
         num_class = cfg.DATASET.num_class
         scores = BoundaryScore(num_class) if boundary else None
         self.nothing = Evaluation(ConfusionMatrix(num_class), processes=0, boundary=scores)
@@ -434,6 +464,8 @@ class _Scorer:
             indices = [numbers[position] for position in positions]
             truth = torch.cat([labels[i] for i in indices]).to(self.device)
             part.matrix.update(predicted, truth)
+            if self.kept is not None:
+                self.kept.add(indices, predicted)
             if part.boundary is None and self.gallery is None:
                 continue
             for i, one in zip(indices, predicted.cpu(), strict=True):

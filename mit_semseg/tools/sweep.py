@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mit_semseg.config.node import Config
-from mit_semseg.dataset import build_split
+from mit_semseg.dataset import ValDataset, build_split
 from mit_semseg.dataset.base import distinct_colors
-from mit_semseg.engine.checkpoint import load_model, make_writable
-from mit_semseg.engine.evaluate import val_dataset
+from mit_semseg.engine.checkpoint import make_writable
+from mit_semseg.engine.evaluate import Kept, val_dataset
 from mit_semseg.engine.journal import METRICS, read_metrics
 from mit_semseg.engine.launch import read_config
+from mit_semseg.tools.recipes import fingerprint, named
 from mit_semseg.visualize import class_bars
 from mit_semseg.visualize.report import paint, picture_grid
 
@@ -49,6 +51,7 @@ class Entry:
         mean_iou, pixel_accuracy: of the best checkpoint.
         images_per_second: of the evaluation.
         error: what a failed command said last.
+        key: fingerprint of its configuration.
     """
 
     recipe: str
@@ -61,6 +64,7 @@ class Entry:
     pixel_accuracy: float | None = None
     images_per_second: float = 0.0
     error: str = ""
+    key: str = ""
 
     @property
     def name(self) -> str:
@@ -96,24 +100,28 @@ class Sweep:
             OSError: the folder cannot be written to.
         """
         self.folder = Path(out)
+        self.warned: set[str] = set()
         self.gpus, self.minutes, self.opts = gpus, minutes, list(opts)
         if minutes < 0:
             raise ValueError(f"--minutes {minutes:g}: give 0 or more")
-        configs = {str(recipe): read_config(recipe, self.opts) for recipe in recipes}
-        names = [Path(recipe).stem for recipe in configs]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two recipes are called {name}: their results would be mixed up")
+        files = named(recipes)
+        self.configs = {name: read_config(file, self.opts) for name, file in files.items()}
         make_writable(self.folder, "--out")
-        self.configs = configs
         earlier = self._earlier()
-        self.entries = [
-            earlier.get(recipe) or Entry(recipe, cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder)
-            for recipe, cfg in configs.items()
-        ]
+        self.others = [entry for name, entry in earlier.items() if name not in files]
+        self.entries, self.changed = [], []
+        for name, file in files.items():
+            model, key = self.configs[name].MODEL, fingerprint(self.configs[name])
+            entry = Entry(file, model.arch_encoder, model.arch_decoder, key=key)
+            before = earlier.get(name)
+            if before is None or before.key != key:
+                self.changed.append(name)
+            elif before.state == "done":
+                entry = replace(before, recipe=file)
+            self.entries.append(entry)
 
     def _earlier(self) -> dict[str, Entry]:
-        """What an earlier call has finished; settings that differ from now begin anew."""
+        """Name -> what earlier calls have noted."""
         file = self.folder / "sweep.json"
         if not file.is_file():
             return {}
@@ -130,10 +138,24 @@ class Sweep:
                 f"{file} is of a queue with --minutes {found['minutes']:g} and the overrides "
                 f"{' '.join(found['overrides']) or '(none)'}: give the same, or another --out"
             )
-        return {entry.recipe: entry for entry in entries if entry.state == "done"}
+        return {entry.name: entry for entry in entries}
+
+    def _set_aside(self) -> None:
+        """Move what another form of a recipe has left: nothing of it may be continued."""
+        for name in self.changed:
+            folder = self.folder / name
+            if folder.exists():
+                aside = next(
+                    path for n in count(1) if not (path := folder.with_name(f"{name}.{n}")).exists()
+                )
+                folder.rename(aside)
+                print(f"{folder} is not of the recipe as it is now: moved to {aside}", flush=True)
+        self.changed = []
 
     def run(self) -> list[Entry]:
         """All that is left of the queue; what fails is noted, and the next one is run."""
+        self._set_aside()
+        self._write()
         for number, entry in enumerate(self.entries, 1):
             if entry.state == "done":
                 print(f"{number}/{len(self.entries)} {line(entry)} (done before)", flush=True)
@@ -143,12 +165,15 @@ class Sweep:
                 entry.state, entry.error = "done", ""
             except ChildProcessError as error:
                 entry.state, entry.error = "failed", str(error)
+            except Exception as error:  # hours of others are not to be lost by one
+                log.exception("%s", entry.name)
+                entry.state, entry.error = "failed", _named(error)
             self._write()
             print(f"{number}/{len(self.entries)} {line(entry)}", flush=True)
         return self.entries
 
     def _run(self, entry: Entry, title: str) -> None:
-        cfg, folder = self.configs[entry.recipe], self.folder / entry.name
+        cfg, folder = self.configs[entry.name], self.folder / entry.name
         opts = [*self.opts, "DIR", str(folder)]
         if self.minutes:
             opts += self._budget(entry, cfg, title)
@@ -158,55 +183,80 @@ class Sweep:
         entry.steps, entry.train_minutes = steps[-1]["step"], steps[-1]["seconds"] / 60
         best = "best.pth" if (folder / "encoder_best.pth").is_file() else ""
         checkpoint = best or f"epoch_{steps[-1]['epoch']}.pth"
-        results = folder / "evaluation"
-        self._command(
-            "eval",
-            entry,
-            ["--out", str(results)],
-            [*opts, "VAL.checkpoint", checkpoint],
-            title,
-            None,
-        )
-        result = json.loads((results / "eval.json").read_text("utf-8"))
+        result = self._evaluate(entry, [*opts, "VAL.checkpoint", checkpoint], title)
         entry.mean_iou, entry.pixel_accuracy = result["mean_iou"], result["pixel_accuracy"]
         entry.images_per_second = result["images"] / result["seconds"]
-        self._predict(entry, checkpoint)
 
-    def _predict(self, entry: Entry, checkpoint: str) -> None:
-        """Class ids of some validation images, as files: what `sweep_pictures.png` is made of."""
-        cfg = self._config(entry)
-        module, data = load_model(cfg, checkpoint).eval(), val_dataset(cfg)
-        for number in self._shown(len(data)):
-            sample = data[number]
-            height, width = sample["img_ori"].shape[:2]
-            labels = module.predict(sample["img_data"], (height, width))[0]
-            np.save(self._labels(entry, number), labels.numpy().astype(np.int16))
+    def _evaluate(self, entry: Entry, opts: Sequence[str], title: str) -> dict[str, Any]:
+        """What `eval.json` holds; class ids of some images are kept beside it."""
+        results = self.folder / entry.name / "evaluation"
+        figures = results / "eval.json"
+        for stale in (figures, *results.glob("labels/*.npy")):
+            stale.unlink(missing_ok=True)
+        options = ["--out", str(results), "--keep", str(SHOWN)]
+        # 1: some images failed, which the figures name; a traceback leaves none.
+        self._command("eval", entry, options, opts, title, None, fine=(0, 1), result=figures)
+        result: dict[str, Any] = json.loads(figures.read_text("utf-8"))
+        return result
 
-    def _config(self, entry: Entry) -> Config:
-        return read_config(entry.recipe, [*self.opts, "DIR", str(self.folder / entry.name)])
-
-    def _labels(self, entry: Entry, number: int) -> Path:
-        return self.folder / entry.name / "evaluation" / f"labels_{number}.npy"
-
-    @staticmethod
-    def _shown(count: int) -> list[int]:
-        return sorted({(2 * k + 1) * count // (2 * SHOWN) for k in range(SHOWN)})
+    def _draw(self) -> None:
+        """Chart and pictures of what is done; without them the queue is as good."""
+        done = [entry for entry in self.entries if entry.mean_iou is not None]
+        if not done:
+            return
+        try:
+            class_bars(
+                [entry.name for entry in done],
+                [entry.mean_iou for entry in done],
+                distinct_colors(len(done)),
+                self.folder / "sweep.png",
+                title="Mean IoU",
+            )
+            self._pictures(done)
+        except Exception as error:  # noqa: BLE001, pictures must not end the queue
+            self._warn(f"sweep_pictures.png is not drawn: {_named(error)}")
 
     def _pictures(self, entries: Sequence[Entry]) -> None:
         """The same images as all recipes on the data of the first one see them, a row each."""
-        first = self._config(entries[0])
+        first = self.configs[entries[0].name]
         data, split = val_dataset(first), build_split(first.DATASET, "val")
-        numbers = self._shown(len(data))
-        samples = [data[number] for number in numbers]
-        tiles = [("image", sample["img_ori"]) for sample in samples]
-        rows = [("truth", [sample["seg_label"][0].numpy() for sample in samples])]
+        samples = self._samples(data, self._kept(entries[0], len(data)).numbers)
+        if not samples:
+            return
+        tiles = [("image", sample["img_ori"]) for sample in samples.values()]
+        rows = [("truth", [sample["seg_label"][0].numpy() for sample in samples.values()])]
         for entry in entries:
-            if self._config(entry).DATASET.list_val == first.DATASET.list_val:
-                labels = [np.load(self._labels(entry, number)) for number in numbers]
-                rows.append((f"{entry.name}, mean IoU {_percent(entry.mean_iou)}", labels))
+            if _data(self.configs[entry.name]) != _data(first):
+                continue
+            kept = self._kept(entry, len(data))
+            try:
+                labels = [np.load(kept.file(number)) for number in samples]
+            except (OSError, ValueError, EOFError) as error:
+                self._warn(f"sweep_pictures.png is without {entry.name}: {_named(error)}")
+                continue
+            rows.append((f"{entry.name}, mean IoU {_percent(entry.mean_iou)}", labels))
         for name, labels in rows:
             tiles += [(name, paint(x, split.classes.colors)) for x in labels]
-        picture_grid(tiles, self.folder / "sweep_pictures.png", columns=len(numbers), width=280)
+        picture_grid(tiles, self.folder / "sweep_pictures.png", columns=len(samples), width=280)
+
+    def _kept(self, entry: Entry, images: int) -> Kept:
+        return Kept.of(self.folder / entry.name / "evaluation" / "labels", SHOWN, images)
+
+    def _samples(self, data: ValDataset, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Those of the samples that can be read."""
+        samples = {}
+        for number in numbers:
+            try:
+                samples[number] = data[number]
+            except (OSError, ValueError) as error:
+                self._warn(f"sweep_pictures.png is without an image: {_named(error)}")
+        return samples
+
+    def _warn(self, text: str) -> None:
+        """Say it, once: pictures are drawn again after every recipe."""
+        if text not in self.warned:
+            self.warned.add(text)
+            log.warning("%s", text)
 
     def _budget(self, entry: Entry, cfg: Config, title: str) -> list[str]:
         """Overrides with which the steps of a recipe take the given time.
@@ -241,14 +291,26 @@ class Sweep:
         opts: Sequence[str],
         title: str,
         watched: Path | None,
+        fine: Sequence[int] = (0,),
+        result: Path | None = None,
     ) -> None:
         """Run a command of the command line; its output goes to a file.
+
+        Args:
+            command: its name.
+            entry: the recipe.
+            options, opts: what comes before and after the recipe.
+            title: of the bar.
+            watched: folder whose log tells how far it is.
+            fine: exit statuses of success.
+            result: file that success leaves.
 
         Raises:
             ChildProcessError: it did not succeed; with its last words.
             KeyboardInterrupt: somebody wants the queue to stop; the command has stopped.
         """
         output = self.folder / f"{entry.name}.log"
+        begin = output.stat().st_size if output.is_file() else 0
         words = [sys.executable, "-m", "mit_semseg.cli", command, *options]
         words += ["--gpus", self.gpus] if self.gpus else []
         with output.open("a", encoding="utf-8") as file, _forwarded() as children:
@@ -267,9 +329,8 @@ class Sweep:
                     bar.refresh()
         if children.count(process) == 0 or code in (-signal.SIGINT, 130):
             raise KeyboardInterrupt
-        # 1: some images failed, which the evaluation has said.
-        if code not in ((0, 1) if command == "eval" else (0,)):
-            raise ChildProcessError(f"{command} ended with {code}: {_last_words(output)}")
+        if code not in fine or not (result is None or result.is_file()):
+            raise ChildProcessError(f"{command} ended with {code}: {_last_words(output, begin)}")
 
     def _steps(self, entry: Entry, opts: Sequence[str]) -> int:
         """Steps of the whole training; 0 when they are not known before it runs."""
@@ -280,22 +341,13 @@ class Sweep:
         plain = {
             "minutes": self.minutes,
             "overrides": self.opts,
-            "recipes": [asdict(entry) for entry in self.entries],
+            "recipes": [asdict(entry) for entry in [*self.entries, *self.others]],
         }
         part = self.folder / ".sweep.json.part"
         part.write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
         os.replace(part, self.folder / "sweep.json")
         (self.folder / "sweep.md").write_text(table(self.entries) + "\n", "utf-8")
-        done = [entry for entry in self.entries if entry.mean_iou is not None]
-        if done:
-            class_bars(
-                [entry.name for entry in done],
-                [entry.mean_iou for entry in done],
-                distinct_colors(len(done)),
-                self.folder / "sweep.png",
-                title="Mean IoU",
-            )
-            self._pictures(done)
+        self._draw()
 
 
 @contextlib.contextmanager
@@ -332,10 +384,23 @@ def _progress(folder: Path, steps: int) -> float:
     return 100 * lines[-1]["step"] / steps if lines and steps else 0.0
 
 
-def _last_words(output: Path) -> str:
-    lines = output.read_text("utf-8", errors="replace").replace("\r", "\n").splitlines()
-    errors = [x for x in lines if "error: " in x] or [x for x in lines if x.strip()]
-    return f"{errors[-1].strip() if errors else 'nothing'} ({output})"
+def _last_words(output: Path, begin: int) -> str:
+    """The error that a log ends with, of what was written after its first `begin` bytes."""
+    written = output.read_bytes()[begin:].decode("utf-8", errors="replace")
+    lines = [x.strip() for x in written.replace("\r", "\n").splitlines() if x.strip()]
+    errors = [x for x in lines if "error: " in x.lower()] or lines
+    return f"{errors[-1] if errors else 'nothing'} ({output})"
+
+
+def _named(error: Exception) -> str:
+    """An error in one line, with its type."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _data(cfg: Config) -> tuple[Any, ...]:
+    """What tells validation data apart."""
+    data = cfg.DATASET
+    return data.format, Path(data.root_dataset).resolve(), data.list_val, data.num_class
 
 
 def line(entry: Entry) -> str:

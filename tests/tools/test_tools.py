@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -16,10 +20,12 @@ from mit_semseg.cli import main
 from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import streets
+from mit_semseg.engine.evaluate import Kept, evaluate
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
 from mit_semseg.tools import overfit, profile, sweep
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +58,14 @@ def config(file: Path) -> Config:
 
 
 # ------------------------------------------------------------------------------ overfit
-def test_a_model_learns_one_image(tmp_path: Path, recipe: Callable[..., Path]) -> None:
+def test_a_model_learns_one_image(
+    tmp_path: Path, recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overfit, "LEAST_SCORES", 6)
     file = recipe(tmp_path / "small.yaml", TRAIN__precision="fp32")
     out = tmp_path / "out"
     assert (
-        main(["overfit", "--gpus", "cpu", "--side", "64", "--out", str(out), "--cfg", f"{file}"])
+        main(["overfit", "--gpus", "cpu", "--side", "48", "--out", str(out), "--cfg", f"{file}"])
         == 0
     )
     (found,) = json.loads((out / "overfit.json").read_text())
@@ -95,8 +104,10 @@ def test_what_is_not_learned_is_said(tmp_path: Path, recipe: Callable[..., Path]
 def test_models_that_have_learned_are_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(overfit, "LEAST_SCORES", 4)
+    monkeypatch.setattr(overfit, "RATES", (1e-3,))
     words = ["overfit", "--gpus", "cpu", "--every", "--only", "mobilenetv2dilated + c1"]
-    words += ["--out", str(tmp_path), "--steps", "2"]
+    words += ["--out", str(tmp_path), "--steps", "1", "--side", "32"]
     assert main(words) == 1 == main(words), "what has not learned is run again"
     capsys.readouterr()
     monkeypatch.setattr(overfit, "TARGET", 0.0)
@@ -108,6 +119,38 @@ def test_models_that_have_learned_are_not_run_again(
         assert main(words) == 0 and capsys.readouterr().out == first
         with pytest.raises(NameError):  # asked for something else
             main([*words, "--side", "64"])
+        with pytest.raises(NameError):
+            main([*words, "TRAIN.loss", "focal"])
+
+
+def test_a_rendered_scene_is_read_whatever_data_the_recipe_is_for(scenes: Path) -> None:
+    plain = overfit.scene_config(load_config(None), "mobilenetv2dilated", "c1", scenes)
+    for recipe in ("sunrgbd-resnet50dilated-ppm_deepsup-depth", "camvid-enet"):
+        cfg = config(ROOT / "config" / f"{recipe}.yaml")
+        strange = ["DATASET.label_map", "((0, 3),)", "DATASET.ignore_label", "(1, 2)"]
+        cfg.merge_from_list([*strange, "DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)"])
+        found = overfit.scene_config(cfg, "mobilenetv2dilated", "c1", scenes)
+        assert found.MODEL.in_channels == 3
+        batches = [overfit.one_image(one, 64, 8) for one in (plain, found)]
+        for key in ("img_data", "seg_label"):
+            assert torch.equal(*(batch[key] for batch in batches)), (recipe, key)
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_the_picture_of_a_recipe_with_depth_is_its_image(
+    tmp_path: Path, recipe: Callable[..., Path], scenes: Path, order: str
+) -> None:
+    record = json.loads((scenes / "training.odgt").read_text().splitlines()[0])
+    image = cv2.imread(str(scenes / record["fpath_img"]))[..., ::-1]
+    cv2.imwrite(str(tmp_path / "depth.png"), np.full(image.shape[:2], 3000, np.uint16))
+    record["fpath_depth"] = str(tmp_path / "depth.png")
+    (tmp_path / "list.odgt").write_text(json.dumps(record))
+    settings = {"DATASET__list_train": str(tmp_path / "list.odgt"), "DATASET__depth": True}
+    settings |= {"DATASET__color_order": order, "DATASET__mean": (0.4, 0.5, 0.6)}
+    cfg = config(recipe(tmp_path / "deep.yaml", MODEL__in_channels=4, **settings))
+    batch = overfit.one_image(cfg, 64, 8)
+    assert batch["img_data"].shape == (1, 4, 64, 96) and batch["img_data"].is_floating_point()
+    assert np.array_equal(overfit.picture(cfg, batch), image)
 
 
 def test_every_registered_model_has_its_turn() -> None:
@@ -149,8 +192,12 @@ def test_activations_are_what_backward_needs(recipe: Callable[..., Path], tmp_pa
 
 
 def test_the_table_holds_every_recipe(
-    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
     files = [recipe(tmp_path / f"{name}.yaml", name) for name in ("c1", "ppm")]
     words = ["profile", *map(str, files), "--gpus", "cpu", "--size", "64", "96"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
@@ -163,6 +210,47 @@ def test_the_table_holds_every_recipe(
     decoder = sum(p.numel() for p in DECODERS.get("c1")((320,), num_class=10).parameters())
     assert found[0]["parameters"] == pytest.approx((parameters + decoder) / 1e6)
     assert found[1]["gflops"] > found[0]["gflops"] and found[0]["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("size", [("0", "0"), ("64", "-1")])
+def test_an_image_that_is_no_image_is_refused(
+    capsys: pytest.CaptureFixture[str], size: tuple[str, str]
+) -> None:
+    recipe = str(ROOT / "config/camvid-enet.yaml")
+    assert main(["profile", recipe, "--gpus", "cpu", "--size", *size]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --size {' '.join(size)}: ") and said.count("\n") == 1
+
+
+def test_an_image_below_the_reach_of_a_network_is_one_line() -> None:
+    message = r"^--size 2 1: small works with no such image \(.+\); give a larger one"
+    with pytest.raises(ValueError, match=message) as caught, profile._reach("small", (2, 1)):
+        nn.MaxPool2d(2)(torch.zeros(1, 3, 2, 1))
+    assert "\n" not in str(caught.value)
+
+
+def test_auxiliary_heads_are_counted(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
+    plain, deep = (
+        profile.profile(config(recipe(tmp_path / f"{name}.yaml", name)), CPU, (64, 64))
+        for name in ("c1", "c1_deepsup")
+    )
+    # The auxiliary head of c1_deepsup: a 3x3 convolution of 160 -> 80, BatchNorm, scores of 10.
+    head = 160 * 80 * 9 + 2 * 80 + 80 * 10 + 10
+    assert 1e6 * (deep.parameters - plain.parameters) == pytest.approx(head)
+    assert deep.gflops == plain.gflops
+
+
+def test_recipes_of_one_name_are_refused(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    files = [str(recipe(tmp_path / folder / "same.yaml")) for folder in ("", "other")]
+    for command in ("profile", "sweep"):
+        assert main([command, *files, "--gpus", "cpu", "--out", str(tmp_path / "out")]) == 2
+        assert "two recipes are called same: " in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ sweep
@@ -192,6 +280,11 @@ def test_a_queue_is_run_and_not_run_again(
     assert main(["sweep", str(good), "--gpus", "cpu", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/good/metrics.jsonl").stat().st_mtime_ns == before
     assert "(done before)" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "out/sweep.json").read_text())["recipes"]
+    assert [(Path(x["recipe"]).stem, x["state"]) for x in kept] == [
+        ("good", "done"),
+        ("broken", "failed"),  # not asked for this time
+    ]
     assert main([*words, "--minutes", "1"]) == 2
     assert "give the same, or another --out" in capsys.readouterr().err
 
@@ -201,6 +294,7 @@ def test_steps_follow_from_the_pace(
 ) -> None:
     file = recipe(tmp_path / "timed.yaml")
     queue = sweep.Sweep([file], tmp_path / "out", minutes=2)
+    assert queue.configs["timed"] == config(file)
     (tmp_path / "out" / "timed").mkdir(parents=True)
     (tmp_path / "out" / "timed" / "pace.json").write_text('{"seconds_per_step": 0.5}')
     # 120 seconds, half a second each, in two epochs.
@@ -219,3 +313,156 @@ def test_mistakes_are_found_before_anything_is_run(
     with pytest.raises(FileNotFoundError, match=r"missing\.yaml"):
         sweep.Sweep([good, tmp_path / "missing.yaml"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Stands for the commands: a training leaves its log, an evaluation what the test says.
+COMMAND = """#!/bin/sh
+command=$3; folder=$(echo "$*" | sed 's/.* DIR \\([^ ]*\\).*/\\1/'); mkdir -p $folder/evaluation
+if [ $command = train ]; then
+  echo '{"kind": "train", "step": 6, "epoch": 2, "seconds": 3.0}' > $folder/metrics.jsonl
+  touch $folder/begun; exit
+fi
+"""
+FIGURES = '{"mean_iou": 0.5, "pixel_accuracy": 0.75, "images": 2, "seconds": 1.0, "failed": []}'
+SCORED = f"echo '{FIGURES}' > $folder/evaluation/eval.json\n"
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    program = tmp_path / "python"
+
+    def say(evaluation: str) -> None:
+        program.write_text(COMMAND + evaluation)
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+
+    return say
+
+
+def test_an_evaluation_without_figures_has_failed(
+    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
+) -> None:
+    file, out = recipe(tmp_path / "one.yaml"), tmp_path / "out"
+    commands(SCORED + "exit 1")  # some images failed
+    (entry,) = sweep.Sweep([file], out).run()
+    assert (entry.state, entry.mean_iou) == ("done", 0.5)
+    note = json.loads((out / "sweep.json").read_text())
+    note["recipes"][0]["state"] = "waiting"
+    (out / "sweep.json").write_text(json.dumps(note))
+    commands("echo 'Traceback'; echo 'KeyError: 1'; exit 1")  # beside the figures of before
+    (entry,) = sweep.Sweep([file], out).run()
+    assert entry.state == "failed" and entry.error.startswith("eval ended with 1: KeyError: 1 (")
+
+
+def test_what_one_recipe_raises_does_not_end_the_queue(
+    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
+) -> None:
+    files = [recipe(tmp_path / f"{name}.yaml") for name in ("odd", "good")]
+    strange = "case $folder in */odd) echo '{}' > $folder/evaluation/eval.json; exit;; esac\n"
+    commands(strange + SCORED)
+    odd, good = sweep.Sweep(files, tmp_path / "out").run()
+    assert (odd.state, odd.error) == ("failed", "KeyError: 'mean_iou'") and good.state == "done"
+
+
+def test_an_edited_recipe_begins_anew(
+    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
+) -> None:
+    file, out = recipe(tmp_path / "one.yaml"), tmp_path / "out"
+    commands(SCORED)
+    sweep.Sweep([file], out).run()
+    (out / "one" / "pace.json").write_text('{"seconds_per_step": 9}')
+    assert sweep.Sweep([file], out).entries[0].state == "done"
+    recipe(file, TRAIN__lr_encoder=0.5)
+    queue = sweep.Sweep([file], out)
+    assert queue.entries[0].state == "waiting"
+    assert queue.run()[0].state == "done"
+    assert (out / "one.1" / "pace.json").is_file() and not (out / "one" / "pace.json").exists()
+    assert (out / "one" / "begun").is_file()
+
+
+def test_pictures_are_of_one_data_set_and_fail_alone(
+    recipe: Callable[..., Path],
+    scenes: Path,
+    tmp_path: Path,
+    commands: Callable[[str], None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = streets.write(tmp_path / "other", 1, 2, size=(64, 80))
+    lists = {"DATASET__list_val": "validation.odgt"}  # of one name in either folder
+    files = [
+        recipe(tmp_path / "first.yaml", **lists),
+        recipe(tmp_path / "lost.yaml", **lists),
+        recipe(tmp_path / "other.yaml", DATASET__root_dataset=str(other), **lists),
+    ]
+    commands(SCORED)
+    out = tmp_path / "out"
+    queue = sweep.Sweep(files, out)
+    rows: list[str] = []
+    monkeypatch.setattr(
+        sweep, "picture_grid", lambda tiles, *a, **k: rows.extend(name for name, _ in tiles)
+    )
+    for entry in queue.entries:
+        entry.mean_iou = 0.5
+        if entry.name != "lost":
+            (out / entry.name / "evaluation/labels").mkdir(parents=True)
+            for number in range(2):
+                np.save(queue._kept(entry, 2).file(number), np.zeros((64, 96), np.int16))
+    with caplog.at_level(logging.WARNING):
+        queue._draw()
+        queue._draw()
+    assert rows == 2 * [x for x in ("image", "truth", "first, mean IoU 50.00 %") for _ in range(2)]
+    (said,) = [x.message for x in caplog.records]
+    assert said.startswith("sweep_pictures.png is without lost: FileNotFoundError: ")
+    monkeypatch.delattr(sweep, "picture_grid")
+    queue._draw()
+    assert "sweep_pictures.png is not drawn: NameError" in caplog.text
+
+
+def test_an_unreadable_image_is_left_out_of_the_pictures(
+    recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = streets.write(tmp_path / "data", 1, 3, size=(64, 96))
+    (data / "images/validation/0001.png").write_bytes(b"no image")
+    settings = {"root_dataset": data, "list_val": "validation.odgt"}
+    settings = {f"DATASET__{key}": str(value) for key, value in settings.items()}
+    queue = sweep.Sweep([recipe(tmp_path / "one.yaml", **settings)], tmp_path / "out")
+    found = sweep.val_dataset(queue.configs["one"])
+    assert list(queue._samples(found, [0, 1, 2])) == [0, 2]
+    assert "0001.png" in caplog.text
+
+
+def test_class_ids_that_are_kept_are_those_that_were_scored(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two windows of 64 x 64 and both flips: their confusion matrix is that of `eval.json`."""
+    settings = {"VAL__window": (64, 64), "VAL__flip": True, "DATASET__imgSizes": [64]}
+    cfg = config(recipe(tmp_path / "one.yaml", **settings))
+    torch.manual_seed(0)
+    model = ModelBuilder.from_config(cfg)
+    result = evaluate(cfg, [CPU], model=model, out_dir=tmp_path, keep=3, progress=False)
+    data = sweep.val_dataset(cfg)
+    kept = Kept.of(tmp_path / "labels", 3, len(data))
+    assert kept.numbers == (0, 1) and len(list(kept.folder.iterdir())) == 2
+    truth, labels = (
+        np.concatenate([x.ravel() for x in parts])
+        for parts in (
+            [data[n]["seg_label"].numpy() for n in kept.numbers],
+            [np.load(kept.file(n)) for n in kept.numbers],
+        )
+    )
+    assert (truth == labels)[truth >= 0].mean() == pytest.approx(result["pixel_accuracy"])
+    assert Kept.of(tmp_path, 3, 100).numbers == (16, 50, 83)
+
+
+def test_overrides_may_follow_options(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(recipe(tmp_path / "one.yaml"))
+    for words in (["--gpus", "cpu", "MODEL.fc_dim", "7"], ["MODEL.fc_dim", "7", "--gpus", "cpu"]):
+        assert main(["profile", file, *words]) == 2
+        assert "MODEL.fc_dim is 7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["profile", file, "--gpus", "cpu", "--what", "7"])
+    assert "unrecognized arguments: --what 7" in capsys.readouterr().err
