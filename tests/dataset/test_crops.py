@@ -22,6 +22,7 @@ from mit_semseg.config import load_config
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.crops import _Frame
 from mit_semseg.engine.launch import read_config
+from mit_semseg.losses import build_loss
 
 Writer = Callable[..., dict[str, Any]]
 
@@ -408,3 +409,31 @@ def test_settings_without_effect_are_pointed_out(caplog: pytest.LogCaptureFixtur
     assert not caplog.text
     TrainDataset("", records, crops(batching="aspect", random_rotation=5.0))
     assert "DATASET.random_rotation has no effect" in caplog.text
+
+
+# ------------------------------------------------------------------------------ odd samples
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1), (900, 1), (2, 999)])
+@pytest.mark.parametrize("changes", [{}, {"batching": "aspect"}, {"random_rotation": 180.0}])
+def test_images_of_one_row_or_column(
+    tmp_path: Path, size: tuple[int, int], changes: dict[str, Any]
+) -> None:
+    record = write(tmp_path, "thin", size)
+    opt = crops(imgSizes=[48, 300], color_jitter=0.5, segm_downsampling_rate=8, **changes)
+    data = TrainDataset(tmp_path, [record], opt)
+    for index in range(6):
+        batch = data[index]
+        assert batch["img_data"].shape == (1, 3, 32, 48) and batch["img_data"].isfinite().all()
+        assert batch["seg_label"].shape == (1, 4, 6)
+
+
+@pytest.mark.parametrize("batching", ["aspect", "crop"])
+@pytest.mark.parametrize("loss", ["nll", "smooth", "focal", "ohem", "nll+0.5*dice", "lovasz"])
+def test_samples_without_a_label_have_no_loss(tmp_path: Path, batching: str, loss: str) -> None:
+    record = write(tmp_path, "void", (60, 60))
+    Image.fromarray(np.zeros((60, 60), np.uint8)).save(tmp_path / record["fpath_segm"])
+    label = TrainDataset(tmp_path, [record], crops(batching=batching))[0]["seg_label"]
+    assert (label == -1).all()
+    scores = torch.randn(1, 3, *label.shape[1:], requires_grad=True)
+    value = build_loss(loss, 3)(scores.log_softmax(1), label)
+    value.backward()
+    assert value.item() == 0 and not scores.grad.any()
