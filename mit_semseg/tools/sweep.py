@@ -211,6 +211,8 @@ class Sweep:
                 distinct_colors(len(done)),
                 self.folder / "sweep.png",
                 title="Mean IoU",
+                what="recipes",
+                widest=480.0,
             )
             self._pictures(done)
         except Exception as error:  # noqa: BLE001, pictures must not end the queue
@@ -223,8 +225,12 @@ class Sweep:
         samples = self._samples(data, self._kept(entries[0], len(data)).numbers)
         if not samples:
             return
-        tiles = [("image", sample["img_ori"]) for sample in samples.values()]
-        rows = [("truth", [sample["seg_label"][0].numpy() for sample in samples.values()])]
+        colors = split.classes.colors
+        truth = [sample["seg_label"][0].numpy() for sample in samples.values()]
+        rows = [
+            ("image", [sample["img_ori"] for sample in samples.values()]),
+            ("truth", [paint(x, colors) for x in truth]),
+        ]
         for entry in entries:
             if _data(self.configs[entry.name]) != _data(first):
                 continue
@@ -234,9 +240,11 @@ class Sweep:
             except (OSError, ValueError, EOFError) as error:
                 self._warn(f"sweep_pictures.png is without {entry.name}: {_named(error)}")
                 continue
-            rows.append((f"{entry.name}, mean IoU {_percent(entry.mean_iou)}", labels))
-        for name, labels in rows:
-            tiles += [(name, paint(x, split.classes.colors)) for x in labels]
+            name = f"{entry.name}, mean IoU {_percent(entry.mean_iou)}"
+            rows.append((name, [paint(x, colors) for x in labels]))
+        tiles: list[tuple[str, np.ndarray]] = []
+        for name, row in rows:  # a name may be wider than a picture: it has the row to itself
+            tiles += [("" if n else name, x) for n, x in enumerate(row)]
         picture_grid(tiles, self.folder / "sweep_pictures.png", columns=len(samples), width=280)
 
     def _kept(self, entry: Entry, images: int) -> Kept:

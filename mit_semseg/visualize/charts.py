@@ -197,6 +197,8 @@ def class_bars(
     path: PathLike | None = None,
     *,
     title: str = "IoU per class",
+    what: str = "classes",
+    widest: float = 190.0,
 ) -> np.ndarray:
     """One bar per class in its colour, the best first; absent classes say n/a at the end.
 
@@ -206,6 +208,8 @@ def class_bars(
         colors: (K, 3) uint8 RGB.
         path: PNG that is written.
         title: heading.
+        what: what the bars are of.
+        widest: pixels of a name, at most; longer ones are cut.
 
     Returns:
         (h, w, 3) uint8 RGB.
@@ -225,14 +229,14 @@ def class_bars(
     columns = 1 if len(order) <= 30 else 2 if len(order) <= 80 else 3
     rows = math.ceil(len(order) / columns)
     pitch, bar, top, bottom = 26, 260, 96, 20
-    name_width = min(190.0, max(text_width(str(name), 13) for name in names))
+    name_width = min(widest, max(text_width(str(name), 13) for name in names))
     column = name_width + 12 + bar + 64
     sheet = Canvas(40 + column * columns + 24 * (columns - 1), top + pitch * rows + bottom)
     sheet.text(20, 28, title, 20, bold=True)
     summary = "no class occurs"
     if mean is not None:
         absent = f", {len(values) - len(known)} absent" if len(known) < len(values) else ""
-        summary = f"mean {100 * mean:.1f} % over {len(known)} classes{absent}"
+        summary = f"mean {100 * mean:.1f} % over {len(known)} {what}{absent}"
     sheet.text(20, 54, summary, 14, MUTED)
     for c in range(columns):
         part = order[c * rows : (c + 1) * rows]

@@ -412,7 +412,7 @@ def test_pictures_are_of_one_data_set_and_fail_alone(
     with caplog.at_level(logging.WARNING):
         queue._draw()
         queue._draw()
-    assert rows == 2 * [x for x in ("image", "truth", "first, mean IoU 50.00 %") for _ in range(2)]
+    assert rows == 2 * ["image", "", "truth", "", "first, mean IoU 50.00 %", ""]
     (said,) = [x.message for x in caplog.records]
     assert said.startswith("sweep_pictures.png is without lost: FileNotFoundError: ")
     monkeypatch.delattr(sweep, "picture_grid")
