@@ -32,6 +32,11 @@ def denominator(label: Tensor, weight: Tensor | None = None) -> Tensor:
     return torch.where(valid, per_pixel, per_pixel.new_zeros(())).sum()
 
 
+def labelled_images(label: Tensor) -> Tensor:
+    """What a mean over images divides by: those of (B, h, w) with a valid pixel; scalar float."""
+    return (label != IGNORED).flatten(1).any(1).sum().to(torch.get_default_dtype())
+
+
 def _checked(log_probs: Tensor, label: Tensor) -> Tensor:
     """The log-probabilities in float32 or wider; ValueError where shapes do not fit."""
     if log_probs.ndim != 4 or label.shape != (log_probs.shape[0], *log_probs.shape[2:]):

@@ -70,7 +70,8 @@ class SegmentationModule(nn.Module):
                 normalised here, on the device it has come to, with `img_size` (B, 2) int64 saying
                 where in the batch each image ends; for the loss also `seg_label` (B, h, w) int64
                 with -1 ignored, of any size: logits are resized to it. `loss_weight` and
-                `acc_weight`, scalars, multiply loss and accuracy (see `prepare_scatter`). A list
+                `acc_weight`, scalars, multiply loss and accuracy, and `own_weights` (n,) those
+                losses whose heads have denominators of their own (see `prepare_scatter`). A list
                 holding one such dict is taken for it.
             segSize: (H, W) of the probabilities.
 
@@ -92,18 +93,27 @@ class SegmentationModule(nn.Module):
         size = (label.shape[-2], label.shape[-1])
         main, *auxiliary = self.decoder.log_probabilities(features, size)
         loss = self._loss(main, label)
+        own: list[Tensor] = []  # losses that are means over something else
         for head, output in zip(self.decoder.auxiliary, auxiliary):
-            own = head.loss(output, label) if head.loss else self._loss(output, label)
-            loss = loss + self._weight(head) * own
+            value = head.loss(output, label) if head.loss else self._loss(output, label)
+            value = self._weight(head) * value
+            if head.denominator:
+                own.append(value)
+            else:
+                loss = loss + value
         accuracy = _pixel_accuracy(main, label)
 
         if "loss_weight" in batch:
             loss_weight, acc_weight = batch["loss_weight"], batch["acc_weight"]
+            own_weights = batch["own_weights"] if own else ()
         elif self.training and dist.is_available() and dist.is_initialized():
-            loss_weight, acc_weight = self._share_of_ranks(label)
+            loss_weight, acc_weight, *own_weights = self._share_of_ranks(label)
         else:
-            return loss, accuracy
-        return loss * loss_weight.to(loss.dtype), accuracy * acc_weight.to(accuracy.dtype)
+            return sum(own, loss), accuracy
+        loss = loss * loss_weight.to(loss.dtype)
+        for value, weight in zip(own, own_weights):
+            loss = loss + value * weight.to(value.dtype)
+        return loss, accuracy * acc_weight.to(accuracy.dtype)
 
     def features(self, image: Tensor) -> list[Tensor]:
         """The encoder's feature maps, deepest last, of images as for `logits`."""
@@ -156,16 +166,17 @@ class SegmentationModule(nn.Module):
             batches: one dict per replica, on any device.
 
         Returns:
-            New dicts with `loss_weight` and `acc_weight`, such that the plain mean over replicas
-            is the mean over the union of their valid pixels. Dicts without labels are unchanged.
+            New dicts with `loss_weight`, `acc_weight` and `own_weights`, such that the plain mean
+            over replicas is the mean over the union of their valid pixels, or of whatever else a
+            head's own loss is a mean of. Dicts without labels are unchanged.
         """
         if not all("seg_label" in batch for batch in batches):
             return [dict(batch) for batch in batches]
         sums = torch.stack([self._denominators(batch["seg_label"]).cpu() for batch in batches])
         weights = _shares(sums, sums.sum(0), len(batches))
         return [
-            {**batch, "loss_weight": loss_weight, "acc_weight": acc_weight}
-            for batch, (loss_weight, acc_weight) in zip(batches, weights, strict=True)
+            {**batch, "loss_weight": weight[0], "acc_weight": weight[1], "own_weights": weight[2:]}
+            for batch, weight in zip(batches, weights, strict=True)
         ]
 
     def _weight(self, head: Auxiliary) -> float:
@@ -199,18 +210,19 @@ class SegmentationModule(nn.Module):
         return self.crit(log_probs, torch.where(some, label, torch.zeros_like(label))) * some
 
     def _denominators(self, label: Tensor) -> Tensor:
-        """(2,): what the loss's mean divides by, and the number of valid pixels."""
+        """(2 + n,): what the loss's mean divides by, the number of valid pixels; n heads' own."""
         denominator: Callable[[Tensor], Tensor] | None = getattr(self.crit, "denominator", None)
         if denominator is not None:
             of_loss = denominator(label)
         else:
             of_loss = functional.denominator(label, getattr(self.crit, "weight", None))
         valid = functional.denominator(label)
+        own = [head.denominator(label) for head in self.decoder.auxiliary if head.denominator]
         # In float64: the shares are to be exact for losses in float64 too.
-        return torch.stack([of_loss.detach().double(), valid.double()])
+        return torch.stack([x.detach().double() for x in (of_loss, valid, *own)])
 
     def _share_of_ranks(self, label: Tensor) -> Tensor:
-        """(2,) weights of this rank's loss and accuracy, among all ranks'."""
+        """(2 + n,) weights of this rank's loss, accuracy and n heads' own, among all ranks'."""
         own = self._denominators(label)
         total = own.clone()
         dist.all_reduce(total)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import UserScatteredDataParallel
-from mit_semseg.losses import build_loss
+from mit_semseg.losses import build_loss, functional
 from mit_semseg.models import Decoder, Encoder, ModelBuilder, SegmentationModule
 from mit_semseg.models.decoders import Auxiliary
 
@@ -50,6 +50,25 @@ class TinyDecoder(Decoder):
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         heads: tuple[Tensor, ...] = (self.head(features[-1]),)
         return (*heads, self.head_deepsup(features[-2])) if self.training else heads
+
+
+class PresenceDecoder(TinyDecoder):
+    """Beside it, a head whose loss is a mean over images."""
+
+    auxiliary = (
+        Auxiliary(),
+        Auxiliary(0.7, loss=functional.presence, denominator=functional.labelled_images),
+    )
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        heads = super().logits(features)
+        return (*heads, heads[1].mean((2, 3))) if self.training else heads
+
+
+def presence() -> SegmentationModule:
+    module = tiny()
+    torch.manual_seed(0)
+    return SegmentationModule(module.encoder, PresenceDecoder(), module.crit, 0.4).double()
 
 
 def tiny(crit: nn.Module | None = None, scale: float | None = 0.4) -> SegmentationModule:
@@ -136,9 +155,11 @@ def test_log_probabilities_are_float32_under_autocast() -> None:
 
 
 # ------------------------------------------------------------------------- replicas and processes
-@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 2.0, 4.0])])
-def test_replicas_learn_the_loss_of_the_union(weights: Tensor | None) -> None:
-    whole = tiny(build_loss("nll", CLASSES, weights)).train()
+@pytest.mark.parametrize("kind", ["plain", "weighted", "presence"])
+def test_replicas_learn_the_loss_of_the_union(kind: str) -> None:
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0]) if kind == "weighted" else None
+    whole = presence() if kind == "presence" else tiny(build_loss("nll", CLASSES, weights))
+    whole.train()
     apart = copy.deepcopy(whole)
     parts = [batch(1, seed=1), batch(3, seed=2, ignored=0.9), batch(1, seed=3, ignored=1.1)]
     union = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
@@ -175,10 +196,10 @@ def test_prepare_scatter_leaves_the_batches_it_was_given_alone() -> None:
     assert set(data[0]) == {"img_data", "seg_label"}
 
 
-def _rank(rank: int, store: str, results: str) -> None:
+def _rank(rank: int, store: str, results: str, own_loss: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    module = nn.parallel.DistributedDataParallel(tiny().train())
+    module = nn.parallel.DistributedDataParallel((presence if own_loss else tiny)().train())
     loss, accuracy = module([batch(1, seed=1), batch(3, seed=2, ignored=0.9)][rank])
     loss.backward()
     torch.save((loss.detach(), accuracy, gradients(module.module)), f"{results}{rank}")
@@ -189,13 +210,14 @@ def _rank(rank: int, store: str, results: str) -> None:
     dist.destroy_process_group()
 
 
-def test_ranks_learn_the_loss_of_the_union() -> None:
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_ranks_learn_the_loss_of_the_union(own_loss: bool) -> None:
     parts = [batch(1, seed=1), batch(3, seed=2, ignored=0.9)]
-    module = tiny().train()
+    module = (presence if own_loss else tiny)().train()
     loss, accuracy = module({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
     loss.backward()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (f"{folder}/store", f"{folder}/result"), nprocs=2)
+        mp.spawn(_rank, (f"{folder}/store", f"{folder}/result", own_loss), nprocs=2)
         ranks = [torch.load(f"{folder}/result{rank}", weights_only=True) for rank in range(2)]
     assert np.mean([r[0].item() for r in ranks]) == pytest.approx(loss.item())
     assert np.mean([r[1].item() for r in ranks]) == pytest.approx(accuracy.item())

@@ -46,10 +46,13 @@ class Auxiliary:
         weight: of its loss; None takes TRAIN.deep_sup_scale.
         loss: `loss(logits, label (B, h, w) int64, -1 ignored)` -> scalar, for a head that does not
             score pixels; None resizes its scores to the label and takes the configured loss.
+        denominator: `denominator(label)` -> scalar: what the mean in `loss` divides by, from which
+            the shares of replicas and ranks follow; None: the same as the configured loss.
     """
 
     weight: float | None = None
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    denominator: Callable[[Tensor], Tensor] | None = None
 
 
 class Decoder(nn.Module):

@@ -79,7 +79,10 @@ class EncNet(Decoder):
     """
 
     needs = 2
-    auxiliary = (Auxiliary(), Auxiliary(weight=0.2, loss=functional.presence))
+    auxiliary = (
+        Auxiliary(),
+        Auxiliary(weight=0.2, loss=functional.presence, denominator=functional.labelled_images),
+    )
 
     def __init__(
         self,
