@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mit_semseg import scores
 from mit_semseg.losses import functional
 from mit_semseg.models.decoders import Auxiliary, Decoder
+from mit_semseg.models.decoders.base import crop
 from mit_semseg.models.encoders import Encoder
 
 
@@ -85,13 +86,14 @@ class SegmentationModule(nn.Module):
         """
         batch = _one_batch(feed_dict)
         images = self.inputs(_entry(batch, "img_data"), batch.get("img_size"))
+        sides = (images.shape[-2], images.shape[-1])
         features = self.encoder(images, return_feature_maps=True)
         if segSize is not None:
-            return self.decoder.probabilities(features, (int(segSize[0]), int(segSize[1])))
+            return self.decoder.probabilities(features, (int(segSize[0]), int(segSize[1])), sides)
 
         label = _entry(batch, "seg_label")
         size = (label.shape[-2], label.shape[-1])
-        main, *auxiliary = self.decoder.log_probabilities(features, size)
+        main, *auxiliary = self.decoder.log_probabilities(features, size, sides)
         loss = self._loss(main, label)
         own: list[Tensor] = []  # losses that are means over something else
         for head, output in zip(self.decoder.auxiliary, auxiliary):
@@ -126,12 +128,13 @@ class SegmentationModule(nn.Module):
             image: (B, 3, H, W), float as the encoder expects it, or uint8.
 
         Returns:
-            (B, num_class, h, w).
+            (B, num_class, h, w), h and w at most H and W.
 
         Raises:
             ValueError: bytes, and the module has no `normalize`.
         """
-        return self.decoder.logits(self.features(image))[0]
+        scores = self.decoder.logits(self.features(image))[0]
+        return crop(scores, (image.shape[-2], image.shape[-1]))
 
     @torch.no_grad()
     def predict(

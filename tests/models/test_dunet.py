@@ -13,7 +13,6 @@ class TestDUNet(DecoderTester):
 
 class TestPair(PairTester):
     encoder, decoder = "resnet18", "dunet"
-    quanta = 32
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from decoder_tester import DecoderTester
 from encoder_tester import EncoderTester
-from pair_tester import PairTester, count
+from pair_tester import PairTester, build_pair, count
 from torch import nn
 
 from mit_semseg.models import ENCODERS, check_pair
@@ -38,7 +38,6 @@ class TestENetDecoder(DecoderTester):
 
 class TestENet(PairTester):
     encoder, decoder = "enet", "enet"
-    quanta = 4
     rate = 5e-3
 
 
@@ -93,3 +92,18 @@ def test_only_its_own_encoder_is_taken() -> None:
         check_pair("resnet18", "enet")
     with pytest.raises(ValueError, match="set MODEL.arch_decoder to enet"):
         check_pair("enet", "upernet")
+
+
+@pytest.mark.parametrize("pair", [("enet", "enet"), ("vgg16_bn_indices", "segnet")])
+@torch.no_grad()
+def test_scores_beyond_an_odd_image_are_cropped_and_not_squeezed(pair: tuple[str, str]) -> None:
+    module = build_pair(*pair).eval()
+    image = torch.randn(1, 3, 33, 37)
+    (emitted,) = module.decoder.logits(module.features(image))
+    assert emitted.shape[2] > 33 and emitted.shape[3] > 37
+    wanted = emitted[..., :33, :37]
+    assert torch.equal(module.logits(image), wanted)
+    assert torch.equal(module({"img_data": image}, segSize=(33, 37)), wanted.softmax(1))
+    label = torch.randint(0, 5, (1, 33, 37))
+    loss, _ = module({"img_data": image, "seg_label": label})
+    torch.testing.assert_close(loss, F.cross_entropy(wanted, label))

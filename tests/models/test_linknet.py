@@ -16,7 +16,6 @@ class TestLinkNetDecoder(DecoderTester):
 
 class TestLinkNet(PairTester):
     encoder, decoder = "resnet18", "linknet"
-    quanta = 4
 
 
 def test_size() -> None:

@@ -32,6 +32,11 @@ def reduce(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return F.interpolate(x, size=(H, W), mode="area")
 
 
+def crop(x: Tensor, sides: tuple[int, int] | None) -> Tensor:
+    """(N, C, h, w) -> without the rows and columns beyond (H, W), if there are any."""
+    return x if sides is None else x[..., : sides[0], : sides[1]]
+
+
 def conv_bn_relu(n_in: int, n_out: int, kernel: int = 3) -> nn.Sequential:
     """Convolution that keeps the size, BatchNorm, ReLU."""
     conv = nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2, bias=False)
@@ -126,27 +131,39 @@ class Decoder(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement logits")
 
-    def probabilities(self, features: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+    def probabilities(
+        self,
+        features: list[Tensor],
+        size: tuple[int, int] | None = None,
+        image: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Class probabilities of the main head, (B, num_class, *size), at least float32.
 
-        Logits are resized before the softmax, as published.
+        Logits are resized before the softmax, as published. First those beyond an image of the
+        sides `image` are cropped: sides rounded up on the way down may leave such.
         """
-        return self._scores(self.logits(features)[0], size).softmax(dim=1)
+        return self._scores(crop(self.logits(features)[0], image), size).softmax(dim=1)
 
     def log_probabilities(
-        self, features: list[Tensor], size: tuple[int, int] | None = None
+        self,
+        features: list[Tensor],
+        size: tuple[int, int] | None = None,
+        image: tuple[int, int] | None = None,
     ) -> tuple[Tensor, ...]:
         """Log-probabilities of every head, (B, num_class, *size) each, at least float32.
 
         In training scores that are finer, as labels may be coarse, are reduced by means over areas,
         so that every one of them learns. Of heads with a loss of their own, the scores as they are.
+        `image` is as for `probabilities`.
         """
         main, *others = self.logits(features)
         areas = self.training
-        heads = [self._scores(main, size, areas).log_softmax(dim=1)]
+        heads = [self._scores(crop(main, image), size, areas).log_softmax(dim=1)]
         for head, scores in zip(self.auxiliary, others):
-            scores = self._scores(scores, None if head.loss else size, areas)
-            heads.append(scores if head.loss else scores.log_softmax(dim=1))
+            if head.loss:
+                heads.append(self._scores(scores, None))
+            else:
+                heads.append(self._scores(crop(scores, image), size, areas).log_softmax(dim=1))
         return tuple(heads)
 
     def forward(

@@ -38,7 +38,7 @@ class ENet(Decoder):
     """Stages 4 and 5 and the full convolution, up to the resolution of the image.
 
     Reads the maps of the encoder `enet`, which says how indices travel. Where sides are not
-    multiples of 4, scores reach up to 3 pixels beyond the image.
+    multiples of 4, scores reach up to 3 pixels beyond the image; `SegmentationModule` crops them.
 
     Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. With the encoder 0.36 million
     parameters for 11 classes; the paper counts 0.37. Deviations: as in the encoder.

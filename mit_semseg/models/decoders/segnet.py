@@ -19,7 +19,8 @@ class SegNet(Decoder):
     """Five times: unpooling by the encoder's indices, then as many 3x3 convolutions as there.
 
     Reads the maps of `vgg16_bn_indices`, which says how indices travel. The last convolution gives
-    the scores, at the resolution of the image (with an odd side: one pixel more).
+    the scores, at the resolution of the image (with an odd side one
+    pixel more, which `SegmentationModule` crops).
 
     Paper: Badrinarayanan et al. 2017, arXiv:1511.00561, sec. 3. Deviations: convolutions that a
     BatchNorm follows have no bias here, since it would take it away; the image is normalised as for
