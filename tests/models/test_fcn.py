@@ -12,9 +12,9 @@ from mit_semseg.models.decoders.fcn import FCN, bilinear_upsampling
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Quick tests need no 4096 channels."""
-    if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(FCN, "width", 64)
+    """4096 channels are not needed here; to learn by heart takes some more."""
+    slow = request.node.get_closest_marker("slow") is not None
+    monkeypatch.setattr(FCN, "width", 512 if slow else 64)
 
 
 class TestFCN32s(DecoderTester):
@@ -35,7 +35,7 @@ class TestFCN8sOnVGG16(PairTester):
     encoder, decoder = "vgg16", "fcn8s"
     folds = False  # there is no BatchNorm
     stride = 8
-    rate = 1e-4
+    steps, rate = 300, 1e-4
 
 
 @pytest.mark.slow
