@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pair_tester import build_pair
 
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder, check_pair
 from mit_semseg.registry import Registry
+from mit_semseg.tools.overfit import every_model
 
 
 def unique(registry: Registry) -> list[str]:
@@ -124,3 +126,13 @@ def test_older_decoder_names_mean_the_same() -> None:
     for name in ("c1", "ppm"):
         assert DECODERS.get(name) is DECODERS.get(f"{name}_bilinear")
         assert DECODERS.get(f"{name}_deepsup") is DECODERS.get(f"{name}_bilinear_deepsup")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch_encoder", "arch_decoder"), every_model())
+def test_training_gives_every_parameter_a_gradient(arch_encoder: str, arch_decoder: str) -> None:
+    """One without would end DistributedDataParallel in its second step."""
+    module = build_pair(arch_encoder, arch_decoder).train()
+    label = torch.randint(0, 5, (2, 8, 8))
+    module({"img_data": torch.randn(2, 3, 64, 64), "seg_label": label})[0].backward()
+    assert [name for name, p in module.named_parameters() if p.grad is None] == []
