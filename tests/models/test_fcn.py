@@ -35,13 +35,14 @@ class TestFCN8sOnVGG16(PairTester):
     encoder, decoder = "vgg16", "fcn8s"
     folds = False  # there is no BatchNorm
     stride = 8
-    steps, rate = 300, 1e-4
+    rate = 1e-4
 
 
 @pytest.mark.slow
 def test_fcn32s_learns_one_image_by_heart_too() -> None:
     tester = TestFCN8sOnVGG16()
     tester.decoder = "fcn32s"
+    tester.right = 0.93  # from 2x3 scores, where four squares meet is not drawn exactly
     tester.test_learns_one_image_by_heart()
 
 
