@@ -48,10 +48,13 @@ def count(encoder: str, decoder: str, classes: int) -> int:
 class PairTester:
     """Set `encoder` and `decoder`, `stride` of the scores, `quanta` that sides are filled up to.
 
-    `rate` and `steps` are of Adam, with which the pair learns one image by heart, all but 1 -
-    `right` of its pixels; `odd` is the image that must train every parameter, larger where the usual one leaves too few pixels; `folds`
-    says whether prediction makes BatchNorms part of convolutions; `rounding` is how far scores may
-    be off on average, in standard deviations, in bfloat16 and float16.
+    Attributes:
+        rate, steps: of Adam, with which the pair learns one image by heart.
+        right: share of its pixels that must be right then.
+        folds: whether prediction makes BatchNorms part of convolutions.
+        rounding: how far scores may be off on average, in standard deviations, in bfloat16 and
+            float16.
+        odd: the image that must train every parameter; larger where it leaves too few pixels.
     """
 
     encoder: str
