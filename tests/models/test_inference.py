@@ -14,10 +14,10 @@ from mit_semseg.models.inference import fold_batchnorm, inference_copy
 
 PAIRS = [
     ("resnet18dilated", "ppm_deepsup"),
-    ("resnet50", "upernet"),
-    ("resnext101", "c1"),
+    pytest.param("resnet50", "upernet", marks=pytest.mark.slow),
+    pytest.param("resnext101", "c1", marks=pytest.mark.slow),
     ("mobilenetv2dilated", "c1_deepsup"),
-    ("hrnetv2", "c1"),
+    pytest.param("hrnetv2", "c1", marks=pytest.mark.slow),
 ]
 
 
