@@ -119,8 +119,12 @@ class Feed:
                 self._check_processes()
                 batch = next(self._batches)
             except (ConnectionError, EOFError):
-                # A process that dies may leave its batch half handed over before it is seen dead.
-                connection.wait([process.sentinel for process in self._processes], timeout=1)
+                # A process that dies may leave its batch half handed over before it is seen dead;
+                # its sentinel, too, is ready a little before it can be reaped.
+                ready = connection.wait([process.sentinel for process in self._processes], 5)
+                for process in self._processes:
+                    if process.sentinel in ready:
+                        process.join(5)
                 self._check_processes()
                 raise
             except RuntimeError as error:
