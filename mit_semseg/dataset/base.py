@@ -470,28 +470,6 @@ def check_channels(in_channels: int, dataset_cfg: Any) -> None:
         )
 
 
-def check_flips(cfg: Any) -> None:
-    """Refuse mirrored images in evaluation where a mirror turns classes into each other.
-
-    The scores of a mirrored image are mirrored back, but not exchanged between classes: averaged
-    with those of the image itself, left and right would cancel out.
-
-    Args:
-        cfg: with `DATASET.format`, `VAL.flip` and `TEST.flip`.
-
-    Raises:
-        ValueError: one of them is True, and the format has `mirror_pairs`.
-    """
-    if not FORMATS.get(cfg.DATASET.format)().mirror_pairs:
-        return
-    for section in ("VAL", "TEST"):
-        if cfg[section].flip:
-            raise ValueError(
-                f"{section}.flip is True, but in DATASET.format {cfg.DATASET.format} a mirror "
-                f"turns left classes into right ones: set {section}.flip False"
-            )
-
-
 # ------------------------------------------------------------------------------ samples
 def paths_of(record: Record, root: PathLike = "") -> tuple[str, str]:
     """Image and mask file of a record.

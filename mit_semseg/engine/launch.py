@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mit_semseg.config import get_defaults, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import FORMATS
-from mit_semseg.dataset.base import check_channels, check_flips
+from mit_semseg.dataset.base import check_channels
 from mit_semseg.models import ENCODERS, Encoder, check_pair
 from mit_semseg.utils import parse_devices
 
@@ -40,7 +40,6 @@ def read_config(path: str | Path | None, opts: list[str] | None = None) -> Confi
     check_pair(cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder, cfg.MODEL.fc_dim)
     FORMATS.get(cfg.DATASET.format)
     check_channels(cfg.MODEL.in_channels, cfg.DATASET)
-    check_flips(cfg)
     _check_windows(cfg)
     if os.environ.get("RANK", "0") == "0":
         for line in without_effect(cfg):

@@ -81,7 +81,7 @@ def scale_logits(
         images: (N, 3, h, w), one per scale, as `SegmentationModule.logits` takes them.
         device: where to compute.
         precision: fp32 | bf16 | fp16 | auto.
-        flip: add the mirrored scales, mirrored back.
+        flip: add those of the mirrored scales (`SegmentationModule.mirrored_logits`).
 
     Returns:
         Logits at network resolution, (N, C, h', w') each, on `device` or, where that ran out of
@@ -95,7 +95,7 @@ def scale_logits(
         with autocast(device, precision):
             logits.append(module.logits(image))
             if flip:
-                logits.append(module.logits(image.flip(-1)).flip(-1))
+                logits.append(module.mirrored_logits(image))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from mit_semseg.dataset.base import check_channels
+from mit_semseg.dataset.base import FORMATS, check_channels
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.losses import build_loss
 from mit_semseg.models.decoders import DECODERS, Decoder
@@ -200,4 +200,5 @@ class ModelBuilder:
             if any(head.weight is None for head in decoder.auxiliary)
             else None,
             normalize=Normalize.of(data),
+            mirror_pairs=FORMATS.get(data.format)().mirror_pairs,
         )

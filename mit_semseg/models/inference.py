@@ -73,6 +73,7 @@ def inference_copy(
         copy.deepcopy(module.decoder),
         None,
         normalize=copy.deepcopy(module.normalize if normalize is None else normalize),
+        mirror_pairs=module.mirror_pairs,
     )
     fast.requires_grad_(False).eval().to(place)
     fast = _folded(fast)

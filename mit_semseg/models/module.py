@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class SegmentationModule(nn.Module):
         crit: nn.Module | None,
         deep_sup_scale: float | None = None,
         normalize: nn.Module | None = None,
+        mirror_pairs: Iterable[tuple[int, int]] = (),
     ) -> None:
         """Put the parts together.
 
@@ -44,6 +45,10 @@ class SegmentationModule(nn.Module):
             deep_sup_scale: weight of the losses of auxiliary heads that have none of their own.
             normalize: `normalize(uint8 images, sizes)` -> float images as the encoder expects
                 them, for batches that come as bytes (see `dataset.transforms.Normalize`).
+            mirror_pairs: classes that a mirror turns into each other, such as left and right arm.
+
+        Raises:
+            ValueError: `mirror_pairs` names a class that the decoder does not have.
         """
         super().__init__()
         self.encoder = net_enc
@@ -51,6 +56,11 @@ class SegmentationModule(nn.Module):
         self.crit = crit
         self.deep_sup_scale = deep_sup_scale
         self.normalize = normalize
+        self.mirror_pairs = tuple((a, b) for a, b in mirror_pairs)
+        if any(not 0 <= k < net_dec.num_class for pair in self.mirror_pairs for k in pair):
+            raise ValueError(
+                f"mirror_pairs are {self.mirror_pairs}, the classes 0 to {net_dec.num_class - 1}"
+            )
         asks = any(head.weight is None for head in net_dec.auxiliary)
         if deep_sup_scale is not None and not asks:
             warnings.warn(
@@ -136,6 +146,17 @@ class SegmentationModule(nn.Module):
         scores = self.decoder.logits(self.features(image))[0]
         return crop(scores, (image.shape[-2], image.shape[-1]))
 
+    def mirrored_logits(self, image: Tensor) -> Tensor:
+        """`logits` of the mirror images, mirrored back, for averaging with those of the images.
+
+        The scores of classes that a mirror turns into each other are exchanged.
+        """
+        scores = self.logits(image.flip(-1)).flip(-1)
+        if not self.mirror_pairs:
+            return scores
+        other = dict(self.mirror_pairs) | {b: a for a, b in self.mirror_pairs}
+        return scores[:, [other.get(k, k) for k in range(scores.shape[1])]]
+
     @torch.no_grad()
     def predict(
         self, images: Tensor | Sequence[Tensor], segSize: tuple[int, int], flip: bool = False
@@ -158,7 +179,7 @@ class SegmentationModule(nn.Module):
             raise ValueError("images is empty: give one (N, 3, h, w) tensor per scale")
         logits = [self.logits(image) for image in scales]
         if flip:
-            logits += [self.logits(image.flip(-1)).flip(-1) for image in scales]
+            logits += [self.mirrored_logits(image) for image in scales]
         # Scores may have moved to the CPU, for want of memory.
         return scores.class_map(logits, segSize).to(scales[0].device)
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.io
+import torch
 from PIL import Image
 
 from mit_semseg.dataset import (
@@ -33,6 +34,8 @@ from mit_semseg.dataset.coco_panoptic import CLASSES
 from mit_semseg.dataset.cocostuff import UNUSED
 from mit_semseg.dataset.drawn import Drawing, drawn_once
 from mit_semseg.dataset.tools import check
+from mit_semseg.engine.launch import read_config
+from mit_semseg.models import ModelBuilder
 
 
 def config(name: str, root: Path, num_class: int, **changes: Any) -> SimpleNamespace:
@@ -522,6 +525,11 @@ def test_lips_pairs_are_the_left_and_the_right_of_its_table() -> None:
         if "left" in name
     }
     assert set(FORMATS.get("lip")().mirror_pairs) == expected and len(expected) == 3
+    opts = ["DATASET.format", "lip", "DATASET.num_class", "20", "MODEL.weights_encoder", "none"]
+    small = ["MODEL.arch_encoder", "resnet18", "MODEL.arch_decoder", "c1", "MODEL.fc_dim", "512"]
+    with torch.device("meta"):
+        module = ModelBuilder.from_config(read_config(None, [*opts, *small]))
+    assert set(module.mirror_pairs) == expected
 
 
 @pytest.mark.parametrize("batching", ["aspect", "crop"])

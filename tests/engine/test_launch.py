@@ -270,14 +270,6 @@ def test_a_pair_that_cannot_work_is_refused_when_it_is_read(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("section", ["VAL", "TEST"])
-def test_mirrored_scores_of_left_and_right_are_refused(section: str) -> None:
-    with pytest.raises(ValueError, match=rf"{section}\.flip is True, but in DATASET.format lip"):
-        read_config(None, ["DATASET.format", "lip", f"{section}.flip", "True"])
-    assert read_config(None, [f"{section}.flip", "True"])[section].flip
-    assert not read_config(None, ["DATASET.format", "lip"])[section].flip
-
-
-@pytest.mark.parametrize("section", ["VAL", "TEST"])
 def test_windows_that_cannot_work_are_refused_when_they_are_read(section: str) -> None:
     key = f"{section}.window"
     with pytest.raises(ValueError, match=rf"{key} is \[100, 96\], .* {key} \[104, 96\]"):

@@ -44,6 +44,9 @@ class DecoderTester:
     def test_has_the_published_state_dict(
         self, published_shapes: dict[str, dict[str, list[int]]]
     ) -> None:
+        prefix = f"decoder/{self.arch}/fc"
+        stored = {int(x.removeprefix(prefix)) for x in published_shapes if x.startswith(prefix)}
+        assert stored == set(self.published)
         for fc_dim in self.published:
             for channels in (None, WIDTHS[fc_dim]):
                 with torch.device("meta"):
@@ -51,7 +54,7 @@ class DecoderTester:
                         self.arch, fc_dim=fc_dim, channels=channels
                     )
                 own = {key: list(value.shape) for key, value in decoder.state_dict().items()}
-                assert own == published_shapes[f"decoder/{self.arch}/fc{fc_dim}"]
+                assert own == published_shapes[f"{prefix}{fc_dim}"]
 
     @pytest.mark.parametrize("channels", [(20,), (9, 8), (8, 12, 24), (6, 8, 12, 20, 8)])
     def test_works_with_any_widths_and_levels(self, channels: tuple[int, ...]) -> None:

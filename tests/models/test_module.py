@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from mit_semseg.lib.nn import UserScatteredDataParallel
 from mit_semseg.losses import build_loss, functional
 from mit_semseg.models import Decoder, Encoder, ModelBuilder, SegmentationModule
 from mit_semseg.models.decoders import Auxiliary
+from mit_semseg.models.inference import inference_copy
 
 CLASSES = 4
 
@@ -71,10 +73,16 @@ def presence() -> SegmentationModule:
     return SegmentationModule(module.encoder, PresenceDecoder(), module.crit, 0.4).double()
 
 
-def tiny(crit: nn.Module | None = None, scale: float | None = 0.4) -> SegmentationModule:
+def tiny(
+    crit: nn.Module | None = None,
+    scale: float | None = 0.4,
+    mirror_pairs: Sequence[tuple[int, int]] = (),
+) -> SegmentationModule:
     torch.manual_seed(0)
     crit = build_loss("nll", CLASSES) if crit is None else crit
-    return SegmentationModule(TinyEncoder(), TinyDecoder(), crit, scale).double()
+    return SegmentationModule(
+        TinyEncoder(), TinyDecoder(), crit, scale, mirror_pairs=mirror_pairs
+    ).double()
 
 
 def batch(size: int = 2, side: int = 16, seed: int = 0, ignored: float = 0.3) -> dict[str, Tensor]:
@@ -259,6 +267,26 @@ def test_flipping_averages_over_the_mirrored_images() -> None:
         mirrored = published_procedure(module, [image.flip(-1)], (20, 20)).flip(-1)
     labels = module.predict([image], (20, 20), flip=True)
     assert torch.equal(labels, (straight + mirrored).argmax(1))
+
+
+def test_flipping_exchanges_left_and_right() -> None:
+    """Classes 1 and 3 are the left and the right of something, in pictures of both kinds."""
+    plain, module = tiny().eval(), tiny(mirror_pairs=[(1, 3)]).eval()
+    module.load_state_dict(plain.state_dict())
+    image = batch()["img_data"]
+    with torch.no_grad():
+        straight = published_procedure(plain, [image], (20, 20))
+        mirrored = published_procedure(plain, [image.flip(-1)], (20, 20)).flip(-1)
+    mirrored[:, 1], mirrored[:, 3] = mirrored[:, 3].clone(), mirrored[:, 1].clone()
+    wanted = (straight + mirrored).argmax(1)
+    assert torch.equal(module.predict([image], (20, 20), flip=True), wanted)
+    assert torch.equal(inference_copy(module, "cpu").predict([image], (20, 20), flip=True), wanted)
+    assert not torch.equal(plain.predict([image], (20, 20), flip=True), wanted)
+
+
+def test_mirror_pairs_of_classes_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"mirror_pairs are \(\(1, 99\),\), the classes 0 to"):
+        tiny(mirror_pairs=[(1, 99)])
 
 
 # -------------------------------------------------------------------------------------- mistakes

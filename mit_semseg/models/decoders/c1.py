@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.deepsup import DeepSup
 
 
 @DECODERS.register("c1", "c1_bilinear")
@@ -26,24 +27,5 @@ class C1(Decoder):
 
 
 @DECODERS.register("c1_deepsup", "c1_bilinear_deepsup")
-class C1DeepSup(C1):
-    """C1 with the same head on the feature map before the last, in training.
-
-    Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.3 (the auxiliary loss).
-    """
-
-    needs = 2
-    auxiliary = (Auxiliary(),)
-
-    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
-        super().__init__(channels, num_class, **options)
-        width = channels[-1] // 4
-        self.cbr_deepsup = conv_bn_relu(channels[-2], width)
-        self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
-        init_weights(self)
-
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        heads = super().logits(features)
-        if self.training:
-            heads += (self.conv_last_deepsup(self.cbr_deepsup(features[-2])),)
-        return heads
+class C1DeepSup(DeepSup, C1):
+    """C1 with the same head on the feature map before the last, in training."""

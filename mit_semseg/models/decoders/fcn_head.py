@@ -7,33 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import DECODERS
 from mit_semseg.models.decoders.c1 import C1
+from mit_semseg.models.decoders.deepsup import DeepSup
 
 
-class FCNAuxiliary(Decoder):
-    """Adds an FCN head on the feature map before the last, in training, to a decoder.
+class FCNAuxiliary(DeepSup):
+    """Adds an FCN head on the feature map before the last, in training, to a decoder."""
 
-    It stands in front of the decoder: `class X(FCNAuxiliary, Y)`.
-    """
-
-    needs = 2
-    auxiliary = (Auxiliary(),)
-
-    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
-        super().__init__(channels, num_class, **options)
-        width = channels[-2] // 4
-        self.cbr_deepsup = conv_bn_relu(channels[-2], width)
-        self.dropout_deepsup = nn.Dropout(0.1)
-        self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
-        init_weights(self)
-
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        heads = super().logits(features)
-        if self.training:
-            x = self.dropout_deepsup(self.cbr_deepsup(features[-2]))
-            heads += (self.conv_last_deepsup(x),)
-        return heads
+    quarter_of = -2
+    dropout_kind = nn.Dropout
 
 
 @DECODERS.register("fcn_head")

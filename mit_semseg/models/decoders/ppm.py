@@ -9,13 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
-from mit_semseg.models.decoders.base import (
-    DECODERS,
-    Auxiliary,
-    Decoder,
-    conv_bn_relu,
-    init_weights,
-)
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
+from mit_semseg.models.decoders.deepsup import DeepSup
 from mit_semseg.models.pyramid import PyramidConv2d, pooled, window_of
 
 
@@ -85,26 +80,7 @@ class PPM(Decoder):
 
 
 @DECODERS.register("ppm_deepsup", "ppm_bilinear_deepsup")
-class PPMDeepSup(PPM):
-    """PPM with a convolutional head on the feature map before the last, in training.
+class PPMDeepSup(DeepSup, PPM):
+    """PPM with a convolutional head on the feature map before the last, in training."""
 
-    Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.3 (the auxiliary loss).
-    """
-
-    needs = 2
-    auxiliary = (Auxiliary(),)
-
-    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
-        super().__init__(channels, num_class, **options)
-        width = channels[-1] // 4
-        self.cbr_deepsup = conv_bn_relu(channels[-2], width)
-        self.dropout_deepsup = nn.Dropout2d(0.1)
-        self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
-        init_weights(self)
-
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        heads = super().logits(features)
-        if self.training:
-            x = self.dropout_deepsup(self.cbr_deepsup(features[-2]))
-            heads += (self.conv_last_deepsup(x),)
-        return heads
+    dropout_kind = nn.Dropout2d

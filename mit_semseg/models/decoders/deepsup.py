@@ -1,0 +1,44 @@
+"""Deep supervision: a second head on the feature map before the last, for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import Auxiliary, Decoder, conv_bn_relu, init_weights
+
+
+class DeepSup(Decoder):
+    """Adds a head like C1 on the feature map before the last, in training, to a decoder.
+
+    It stands in front of the decoder: `class X(DeepSup, Y)`.
+
+    Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.3 (the auxiliary loss).
+
+    Attributes:
+        quarter_of: index of the map of whose channels the head's convolution has a quarter; the
+            published decoders take the last map's, torchvision's that of the map it reads.
+        dropout_kind: dropout of 0.1 before the head's classifier, where there is any.
+    """
+
+    needs = 2
+    auxiliary = (Auxiliary(),)
+    quarter_of: ClassVar[int] = -1
+    dropout_kind: ClassVar[type[nn.Module]] = nn.Identity
+
+    def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
+        super().__init__(channels, num_class, **options)
+        width = channels[self.quarter_of] // 4
+        self.cbr_deepsup = conv_bn_relu(channels[-2], width)
+        self.dropout_deepsup = self.dropout_kind(0.1)
+        self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
+        init_weights(self)
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        heads = super().logits(features)
+        if self.training:
+            x = self.dropout_deepsup(self.cbr_deepsup(features[-2]))
+            heads += (self.conv_last_deepsup(x),)
+        return heads
