@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="evaluate a model on the validation list")
     _add_gpus(evaluate)
-    evaluate.add_argument("--workers", type=int, default=1, help="processes with --gpus cpu")
+    evaluate.add_argument("--workers", type=int, default=1, help="processes per device (1)")
     evaluate.add_argument(
         "--single-process", action="store_true", help="evaluate in this process, on one device"
     )
@@ -71,7 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     pack = commands.add_parser("pack", help="copy a checkpoint in half precision, to hand on")
     pack.add_argument("source", metavar="CHECKPOINT_FOLDER")
     pack.add_argument("out", metavar="OUT")
-    pack.add_argument("--checkpoint", default=None, help="epoch_N.pth or best.pth (default: best)")
+    pack.add_argument(
+        "--checkpoint",
+        default=None,
+        help="epoch_N.pth or best.pth (default: best, else the latest)",
+    )
 
     bench = commands.add_parser("bench", help="measure against the published procedure")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")

@@ -546,7 +546,7 @@ def load_into(
             f"{name} does not fit the {what}: {len(wrong)} tensors differ in shape"
             f"{_few(wrong, 3)}; check the architecture, MODEL.fc_dim and MODEL.in_channels"
         )
-    if not fitting:
+    if not fitting and not report.mismatched:
         raise ValueError(
             f"{name} does not fit the {what}: no tensor name matches; it has{_few(list(tensors))}, "
             f"the {what} has{_few(list(own))}"

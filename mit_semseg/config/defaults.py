@@ -80,9 +80,10 @@ _C.DATASET.depth_std = 1.235
 _C.MODEL = CN()
 _C.MODEL.arch_encoder = "resnet50dilated"
 _C.MODEL.arch_decoder = "ppm_deepsup"
-# "" = ImageNet weights by name; "none" = random; else a path, a url, or "torchvision:NAME".
+# "" = ImageNet weights by name; "none" = random; else a path, a url, "torchvision:NAME" or
+# "tfslim:FILE".
 _C.MODEL.weights_encoder = ""
-# "" or "none" = random; else a path or url.
+# "" or "none" = random; else a path, a url, or "torchvision:NAME".
 _C.MODEL.weights_decoder = ""
 # Channels of the images: 3, or 4 with DATASET.depth.
 _C.MODEL.in_channels = 3
@@ -121,14 +122,14 @@ _C.TRAIN.label_smoothing = 0.1
 # or plain, median-frequency balancing; ENet's 1 / ln(1.02 + share)), which are kept in DIR; or a
 # list with one weight per class.
 _C.TRAIN.class_weights = "none"
-# Decay of the exponential moving average of the weights, which is what is validated and saved
-# as the best checkpoint; 0 = off.
+# Decay of the exponential moving average of the weights, which is what is validated and saved;
+# 0 = off.
 _C.TRAIN.ema = 0.0
 # Batches whose gradients are added up before one step of the optimizer.
 _C.TRAIN.accumulate = 1
 # Gradient norm is clipped to this; 0 = off.
 _C.TRAIN.clip_grad = 0.0
-# fp32 | bf16 | fp16 | auto (bf16 where the hardware has it, else fp32).
+# fp32 | bf16 | fp16 | auto (bf16 where the hardware is fast at it, else fp32).
 _C.TRAIN.precision = "fp32"
 _C.TRAIN.channels_last = True
 # Keep only what enters the encoder's blocks and compute what they hold again in the backward
@@ -139,7 +140,7 @@ _C.TRAIN.recompute = False
 _C.TRAIN.compile = False
 # Data loading processes per device.
 _C.TRAIN.workers = 16
-# Steps between lines in the log.
+# Steps between figures in metrics.jsonl.
 _C.TRAIN.disp_iter = 20
 # Epochs between validations; 0 = never.
 _C.TRAIN.eval_epochs = 1
@@ -175,7 +176,7 @@ _C.VAL.boundary = False
 _C.VAL.tile = "auto"
 # (height, width) of a window that slides over every scale of an image: the network sees nothing of
 # another size, as where crops of that size were trained on. [] computes whole images (or tiles).
-# Sides are multiples of 32, or at least of the encoder's largest stride.
+# Sides are 64 or more, and multiples of the encoder's strides.
 _C.VAL.window = []
 # Windows begin this share of their size apart, rounded down to multiples of 32 pixels.
 _C.VAL.stride = 0.667
@@ -203,7 +204,7 @@ _C.TEST.imgSizes = []
 _C.TEST.tile = "auto"
 # (height, width) of a window that slides over every scale of an image: the network sees nothing of
 # another size, as where crops of that size were trained on. [] computes whole images (or tiles).
-# Sides are multiples of 32, or at least of the encoder's largest stride.
+# Sides are 64 or more, and multiples of the encoder's strides.
 _C.TEST.window = []
 # Windows begin this share of their size apart, rounded down to multiples of 32 pixels.
 _C.TEST.stride = 0.667

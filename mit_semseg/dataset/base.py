@@ -384,7 +384,9 @@ def class_table(dataset_cfg: Any) -> ClassTable:
     path = getattr(dataset_cfg, "classes", "")
     if not path:
         return own
-    table = ClassTable.load(locate(path, getattr(dataset_cfg, "root_dataset", "")))
+    table = ClassTable.load(
+        locate(path, getattr(dataset_cfg, "root_dataset", ""), "DATASET.classes")
+    )
     if len(table) != options.num_class:
         raise ValueError(
             f"{path} has {len(table)} classes, but DATASET.num_class is {options.num_class}; "

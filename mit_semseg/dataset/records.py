@@ -29,8 +29,10 @@ class Record(TypedDict, total=False):
     height: int
 
 
-def locate(path: PathLike, root: PathLike = "") -> Path:
-    """A list's path: absolute, else relative to the working folder, else to `root`.
+def locate(
+    path: PathLike, root: PathLike = "", keys: str = "DATASET.list_train and DATASET.list_val"
+) -> Path:
+    """A file that `keys` name: absolute, else from the working folder, else from `root`.
 
     Raises:
         FileNotFoundError: it is in neither place; both are named.
@@ -40,7 +42,7 @@ def locate(path: PathLike, root: PathLike = "") -> Path:
         if candidate.exists():
             return candidate
     tried = f"{here}" if here == there else f"{here} or {there}"
-    raise FileNotFoundError(f"no list at {tried}; check DATASET.list_train and DATASET.list_val")
+    raise FileNotFoundError(f"there is no {tried}; check {keys}")
 
 
 def read_odgt(path: PathLike) -> list[Record]:

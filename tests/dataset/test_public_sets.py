@@ -517,6 +517,11 @@ def test_lip(tmp_path: Path, places: tuple[str, str]) -> None:
         build_split(config("lip", tmp_path, 20), "val")
 
 
+def test_a_class_table_that_is_not_there_is_named_with_its_key(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no names\.csv or .*; check DATASET\.classes$"):
+        class_table(config("odgt", tmp_path, 3, classes="names.csv"))
+
+
 def test_lips_pairs_are_the_left_and_the_right_of_its_table() -> None:
     names = class_table(config("lip", Path(), 20)).names
     expected = {

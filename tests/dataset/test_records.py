@@ -57,7 +57,7 @@ def test_empty_and_missing_lists(tmp_path: Path) -> None:
     (tmp_path / "x.odgt").write_text("\n")
     with pytest.raises(ValueError, match="holds no records"):
         read_odgt(tmp_path / "x.odgt")
-    with pytest.raises(FileNotFoundError, match=r"no list at nowhere\.odgt or .*nowhere\.odgt"):
+    with pytest.raises(FileNotFoundError, match=r"there is no nowhere\.odgt or .*nowhere\.odgt"):
         read_records("nowhere.odgt", tmp_path)
 
 
