@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,24 +102,32 @@ class TorchvisionSource(WeightSource):
 
     Attributes:
         encoder: the backbone that takes them.
-        decoders: those that take the head; empty for ImageNet weights, whose head is not used.
+        decoders: those that take the head, or some layers of it; empty where it is not used.
     """
 
     encoder: str = ""
     decoders: tuple[str, ...] = ()
 
+    @property
+    def segments(self) -> bool:
+        """Whether it is a segmentation model, and not one of ImageNet's classes."""
+        return self.data != WeightSource.data
+
 
 def _torchvision(
-    file: str, encoder: str, paper: str, decoders: tuple[str, ...] = ()
+    file: str,
+    encoder: str,
+    paper: str,
+    decoders: tuple[str, ...] = (),
+    data: str = WeightSource.data,
 ) -> TorchvisionSource:
-    coco = "COCO train2017, images with the 20 classes of Pascal VOC; 21 classes with background"
     return TorchvisionSource(
         file=file,
         urls=(f"https://download.pytorch.org/models/{file}",),
         sha256=_digest_in_name(file),
         licence="BSD-3-Clause (torchvision's; none is stated for the file itself)",
         paper=paper,
-        data=coco if decoders else WeightSource.data,
+        data=data,
         encoder=encoder,
         decoders=decoders,
     )
@@ -135,12 +144,15 @@ _VGG = "Simonyan & Zisserman 2015, arXiv:1409.1556"
 _DENSENET = "Huang et al. 2017, arXiv:1608.06993"
 _FCN = "Long et al. 2015, arXiv:1411.4038"
 _DEEPLAB = "Chen et al. 2017, arXiv:1706.05587"
+_COCO = "COCO train2017, images with the 20 classes of Pascal VOC; 21 classes with background"
+_on_coco = partial(_torchvision, data=_COCO)
+_VGG_HEADS = ("fcn32s", "fcn16s", "fcn8s")
 _FCN_HEADS = ("fcn_head", "fcn_head_deepsup")
 _DEEPLAB_HEADS = ("deeplabv3", "deeplabv3_deepsup")
 
 TORCHVISION: dict[str, TorchvisionSource] = {
-    "vgg16": _torchvision("vgg16-397923af.pth", "vgg16", _VGG),
-    "vgg16_bn": _torchvision("vgg16_bn-6c64b313.pth", "vgg16_bn", _VGG),
+    "vgg16": _torchvision("vgg16-397923af.pth", "vgg16", _VGG, _VGG_HEADS),
+    "vgg16_bn": _torchvision("vgg16_bn-6c64b313.pth", "vgg16_bn", _VGG, _VGG_HEADS),
     "resnet18": _torchvision("resnet18-f37072fd.pth", "torchvision_resnet18", _RESNET),
     "resnet34": _torchvision("resnet34-b627a593.pth", "resnet34", _RESNET),
     "resnet50": _torchvision("resnet50-0676ba61.pth", "torchvision_resnet50", _RESNET),
@@ -161,19 +173,19 @@ TORCHVISION: dict[str, TorchvisionSource] = {
         "mobilenetv3_large",
         "Howard et al. 2019, arXiv:1905.02244",
     ),
-    "fcn_resnet50": _torchvision(
+    "fcn_resnet50": _on_coco(
         "fcn_resnet50_coco-1167a1af.pth", "torchvision_resnet50", _FCN, _FCN_HEADS
     ),
-    "fcn_resnet101": _torchvision(
+    "fcn_resnet101": _on_coco(
         "fcn_resnet101_coco-7ecb50ca.pth", "torchvision_resnet101", _FCN, _FCN_HEADS
     ),
-    "deeplabv3_resnet50": _torchvision(
+    "deeplabv3_resnet50": _on_coco(
         "deeplabv3_resnet50_coco-cd0a2569.pth", "torchvision_resnet50", _DEEPLAB, _DEEPLAB_HEADS
     ),
-    "deeplabv3_resnet101": _torchvision(
+    "deeplabv3_resnet101": _on_coco(
         "deeplabv3_resnet101_coco-586e9e4e.pth", "torchvision_resnet101", _DEEPLAB, _DEEPLAB_HEADS
     ),
-    "deeplabv3_mobilenet_v3_large": _torchvision(
+    "deeplabv3_mobilenet_v3_large": _on_coco(
         "deeplabv3_mobilenet_v3_large-fc3c493d.pth",
         "mobilenetv3_large",
         _DEEPLAB,
@@ -209,7 +221,7 @@ WEIGHTS: dict[str, WeightSource] = {
 Where the published toolkit has none, they are torchvision's.
 """
 for _source in TORCHVISION.values():
-    if not _source.decoders:
+    if not _source.segments:
         WEIGHTS.setdefault(_source.encoder, _source)
 
 
@@ -666,8 +678,8 @@ def load_decoder(decoder: nn.Module, arch: str, weights: str | Path) -> LoadRepo
     Args:
         decoder: takes the weights.
         arch: its name, e.g. "ppm_deepsup".
-        weights: "" or "none" leaves it random; "torchvision:NAME" takes the head of a segmentation
-            model in `TORCHVISION`, "torchvision:PATH" or "torchvision:URL" that in a file of one;
+        weights: "" or "none" leaves it random; "torchvision:NAME" takes the head of a model in
+            `TORCHVISION`, "torchvision:PATH" or "torchvision:URL" that in a file of one;
             else a path or url.
 
     Returns:
@@ -724,7 +736,7 @@ def _torchvision_file(name: str, *, encoder: str = "", decoder: str = "") -> Pat
         )
     if decoder and decoder not in source.decoders:
         fix = "MODEL.weights_decoder to 'none': it holds ImageNet weights"
-        if source.decoders:
+        if source.segments:
             fix = f"MODEL.arch_decoder to {' or '.join(source.decoders)}"
         raise ValueError(f"'torchvision:{name}' cannot initialise decoder {decoder!r}: set {fix}")
     return fetch(
@@ -767,15 +779,26 @@ def torchvision_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") -> dict[str, Tensor]:
-    """The heads of torchvision's FCN or DeepLabv3, under the names of `fcn_head*`, `deeplabv3*`.
+    """The head of a torchvision model, under the names of the decoders here.
+
+    FCN's and DeepLabv3's for `fcn_head*` and `deeplabv3*`; the first two layers of VGG16's
+    classifier, as convolutions, for `fcn32s`, `fcn16s` and `fcn8s`.
 
     Args:
-        state: of the whole segmentation model.
+        state: of the whole model.
         file: to name in the error.
 
     Raises:
         ValueError: there is no such head.
     """
+    first = state.get("classifier.0.weight")
+    if first is not None and first.ndim == 2 and first.shape[1] % (7 * 7) == 0:  # VGG's
+        return {
+            "fc6.weight": first.unflatten(1, (-1, 7, 7)),
+            "fc6.bias": state["classifier.0.bias"],
+            "fc7.weight": state["classifier.3.weight"][:, :, None, None],
+            "fc7.bias": state["classifier.3.bias"],
+        }
     names = {"classifier.0": "cbr.0", "classifier.1": "cbr.1"}
     if "classifier.0.project.0.weight" in state:
         names = {"classifier.0": "aspp", "classifier.1": "cbr.0", "classifier.2": "cbr.1"}
@@ -791,7 +814,7 @@ def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") ->
         if layer in names:
             renamed[names[layer] + key.removeprefix(layer)] = value
     if "conv_last.weight" not in renamed:
-        raise ValueError(f"{file} holds no head of torchvision's FCN or DeepLabv3")
+        raise ValueError(f"{file} holds no head of torchvision's FCN, DeepLabv3 or VGG16")
     return renamed
 
 

@@ -215,7 +215,7 @@ def weight_rows(count: bool) -> Iterator[Row]:
             "name": f"`torchvision:{name}`",
             "encoder": f"`{source.encoder}`",
             "decoders": code(source.decoders) or "–",
-            "trained on": "COCO, 21 classes of VOC" if source.decoders else "ImageNet",
+            "trained on": "COCO, 21 classes of VOC" if source.segments else "ImageNet",
         }
 
 

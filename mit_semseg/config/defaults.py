@@ -119,8 +119,8 @@ _C.TRAIN.loss = "nll"
 # Share of each label that the loss `smooth` spreads over all classes.
 _C.TRAIN.label_smoothing = 0.1
 # "none"; "sqrt", "median" or "enet": from class frequencies of the training labels (square root of,
-# or plain, median-frequency balancing; ENet's 1 / ln(1.02 + share)), which are kept in DIR; or a
-# list with one weight per class.
+# or plain, median-frequency balancing; ENet's 1 / ln(1.02 + share)), counted in a sample of masks
+# and kept in DIR; or a list with one weight per class.
 _C.TRAIN.class_weights = "none"
 # Decay of the exponential moving average of the weights, which is what is validated and saved;
 # 0 = off.

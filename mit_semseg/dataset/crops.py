@@ -68,7 +68,10 @@ class RandomCrops:
     def __call__(
         self, read: Callable[[float, float], Picture], short: int, rng: np.random.Generator
     ) -> Sample:
-        """Image, labels at 1/r of its size, and depth; see `BatchStyle`."""
+        """Image, labels at 1/r of its size, and depth; see `BatchStyle`.
+
+        Every crop draws a short side of its own, in place of the batch's.
+        """
         options = self.options
         short = int(rng.choice(options.imgSizes))
         low, high = options.random_scale

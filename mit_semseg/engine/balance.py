@@ -22,8 +22,9 @@ from mit_semseg.dataset.records import Record
 
 log = logging.getLogger("mit_semseg")
 
-# Frequencies settle long before this many masks; more would only delay the first step.
-SAMPLE = 1000
+# Frequencies settle long before this many masks; more would only delay the first step. Ten times
+# as many are read where some class is in none of them.
+SAMPLES = (1000, 10_000)
 # Where in DIR the counts are kept: a run that is resumed, or begun again, does not read the masks
 # once more.
 CACHE = "class_frequencies.json"
@@ -45,6 +46,8 @@ def frequency_weights(pixels: np.ndarray, images: np.ndarray, power: float) -> T
         (K,) float32; 1 for classes that never occur.
     """
     present = pixels > 0
+    if not present.any():
+        return torch.ones(len(pixels))
     frequency = np.where(present, pixels / np.maximum(images, 1), np.nan)
     weights = np.where(present, (np.nanmedian(frequency) / frequency) ** power, 1.0)
     return torch.from_numpy(weights.astype(np.float32))
@@ -74,7 +77,8 @@ def class_weights(cfg: Config, split: Split, *, progress: bool = True) -> Tensor
     in it or what its values mean has changed.
 
     Raises:
-        ValueError: an unknown scheme, or a list whose length is not num_class.
+        ValueError: an unknown scheme, or a list whose length is not num_class, or of
+            zeros only.
         FileNotFoundError, ValueError: a mask cannot be used, unless `DATASET.on_error` is skip.
     """
     wanted, num_class = cfg.TRAIN.class_weights, cfg.DATASET.num_class
@@ -83,6 +87,8 @@ def class_weights(cfg: Config, split: Split, *, progress: bool = True) -> Tensor
             raise ValueError(
                 f"TRAIN.class_weights has {len(wanted)} numbers; DATASET.num_class is {num_class}"
             )
+        if not any(wanted):
+            raise ValueError("TRAIN.class_weights are all 0: nothing would be learned")
         return torch.tensor([float(w) for w in wanted])
     if wanted == "none":
         return None
@@ -98,15 +104,20 @@ def class_weights(cfg: Config, split: Split, *, progress: bool = True) -> Tensor
 
 def _frequencies(cfg: Config, split: Split, progress: bool) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of each class, and of the images it occurs in: from the cache, or counted."""
-    kept = min(len(split.records), SAMPLE)  # from end to end: lists are sorted by city, by film
-    chosen = [split.records[k * len(split.records) // kept] for k in range(kept)]
-    key = _fingerprint(chosen, split, cfg.DATASET.num_class)
-    file = Path(cfg.DIR) / CACHE
-    known = _read(file, key)
-    if known is None:
-        known = _count(chosen, split, cfg.DATASET, progress)
-        _write(file, key, *known)
-    return known
+    records, file = split.records, Path(cfg.DIR) / CACHE
+    # From end to end: lists are sorted by city, by film.
+    sizes = sorted({min(len(records), size) for size in SAMPLES})
+    samples = [[records[k * len(records) // size] for k in range(size)] for size in sizes]
+    keys = [_fingerprint(sample, split, cfg.DATASET.num_class) for sample in samples]
+    for key in keys:
+        if (known := _read(file, key)) is not None:
+            return known
+    for key, sample in zip(keys, samples, strict=True):
+        counted = key, *_count(sample, split, cfg.DATASET, progress)
+        if counted[1].all():
+            break
+    _write(file, *counted)
+    return counted[1:]
 
 
 def _count(

@@ -38,13 +38,29 @@ def labelled_images(label: Tensor) -> Tensor:
 
 
 def _checked(log_probs: Tensor, label: Tensor) -> Tensor:
-    """The log-probabilities in float32 or wider; ValueError where shapes do not fit."""
+    """The log-probabilities in float32 or wider; ValueError where the two do not fit together."""
     if log_probs.ndim != 4 or label.shape != (log_probs.shape[0], *log_probs.shape[2:]):
         raise ValueError(
             f"log_probs is {tuple(log_probs.shape)} and label {tuple(label.shape)}; expected "
             "(B, C, h, w) and (B, h, w)"
         )
+    _check_label(label, log_probs.shape[1])
     return _wide(log_probs)
+
+
+def _check_label(label: Tensor, classes: int) -> None:
+    """Refuse labels of another type and, where looking at them is cheap, of other values."""
+    if label.dtype != torch.int64:
+        raise ValueError(f"label is {label.dtype}; expected int64")
+    # A GPU would have to be waited for; it ends in an assertion of its own, dice and lovasz apart.
+    if label.device.type != "cpu" or not label.numel() or torch.compiler.is_compiling():
+        return
+    low, high = (int(value) for value in label.aminmax())
+    if low < IGNORED or high >= classes:
+        raise ValueError(
+            f"label has values from {low} to {high}; expected 0 to {classes - 1}, or {IGNORED} "
+            "for ignored pixels"
+        )
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -56,13 +72,6 @@ def _divide(total: Tensor, count: Tensor) -> Tensor:
     """total / count; 0, with a gradient of 0, where the count is 0."""
     some = count > 0
     return torch.where(some, total / torch.where(some, count, torch.ones_like(count)), 0 * total)
-
-
-def _pixel_nll(log_probs: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
-    """(B, h, w) weighted -log p of the label, 0 at ignored pixels."""
-    if weight is not None:
-        weight = weight.to(log_probs)
-    return F.nll_loss(log_probs, label, weight, ignore_index=IGNORED, reduction="none")
 
 
 def nll(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -77,7 +86,7 @@ def nll(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Tenso
         Scalar.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not belong together, or the label holds what is no class.
     """
     log_probs = _checked(log_probs, label)
     if weight is not None:
@@ -104,7 +113,8 @@ def smooth(
         Scalar.
 
     Raises:
-        ValueError: the shapes do not belong together, or eps is outside [0, 1].
+        ValueError: the shapes do not belong together, the label holds what is no class,
+            or eps is outside [0, 1].
     """
     log_probs = _checked(log_probs, label)
     if not 0 <= eps <= 1:
@@ -134,15 +144,20 @@ def focal(
         Scalar.
 
     Raises:
-        ValueError: the shapes do not belong together, or gamma is negative.
+        ValueError: the shapes do not belong together, the label holds what is no class,
+            or gamma is negative.
     """
     log_probs = _checked(log_probs, label)
     if gamma < 0:
         raise ValueError(f"gamma is {gamma}; it must be 0 or more")
+    log_p = _label_log_probs(log_probs, label).masked_fill(label == IGNORED, 0)
     # 1 - p, exact where p is nearly 1; at 0 the slope of a root (gamma < 1) would be infinite.
-    doubt = -torch.expm1(_label_log_probs(log_probs, label))
+    doubt = -torch.expm1(log_p)
     doubt = doubt.clamp(min=torch.finfo(doubt.dtype).tiny)
-    total = (doubt**gamma * _pixel_nll(log_probs, label, weight)).sum()
+    per_pixel = -(doubt**gamma) * log_p
+    if weight is not None:
+        per_pixel = per_pixel * weight.to(log_p)[label.clamp(min=0)]
+    total = per_pixel.sum()
     return _divide(total, denominator(label, weight).to(total.dtype))
 
 
@@ -184,7 +199,7 @@ def dice(
         Scalar in [0, 1].
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not belong together, or the label holds what is no class.
     """
     log_probs = _checked(log_probs, label)
     y, valid = _one_hot(log_probs, label)
@@ -220,12 +235,15 @@ def ohem(
         Scalar.
 
     Raises:
-        ValueError: the shapes do not belong together, or a setting is outside [0, 1].
+        ValueError: the shapes do not belong together, the label holds what is no class,
+            or a setting is outside [0, 1].
     """
     log_probs = _checked(log_probs, label)
     for name, value in (("threshold", threshold), ("min_share", min_share)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; it must be within [0, 1]")
+    if not label.numel():
+        return nll(log_probs, label, weight)
     valid = label != IGNORED
     with torch.no_grad():
         p = _label_log_probs(log_probs, label).exp()
@@ -250,20 +268,26 @@ def lovasz(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Te
         Scalar in [0, 1].
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not belong together, or the label holds what is no class.
     """
     log_probs = _checked(log_probs, label)
     y, valid = _one_hot(log_probs, label)
     p = log_probs.transpose(0, 1).flatten(1).exp()
-    # An ignored pixel has no error, sorts last and adds nothing: no need to cut it out.
-    errors, order = ((y - p).abs() * valid).sort(dim=1, descending=True)
-    y = y.gather(1, order)
-    count = y.sum(1, keepdim=True)
-    intersection = count - y.cumsum(1)
-    union = count + (1 - y).cumsum(1)
-    jaccard = 1 - intersection / union
-    steps = torch.diff(jaccard, dim=1, prepend=torch.zeros_like(count))
-    return _class_mean((errors * steps).sum(1), count.squeeze(1) > 0, weight)
+    count = y.sum(1)
+    with torch.no_grad():
+        # An ignored pixel has no error, sorts last and adds nothing: no need to cut it out.
+        order = ((y - p).abs() * valid).argsort(dim=1, descending=True)
+        hit = y.gather(1, order)
+        intersection = count[:, None] - hit.cumsum(1)
+        union = count[:, None] + (1 - hit).cumsum(1)
+        # How much 1 - IoU grows from one pixel to the next: as the difference of two values that
+        # are nearly equal it would be mostly rounding.
+        other = intersection / (union * (union - 1).clamp(min=1))
+        steps = torch.where(hit > 0, 1 / union, other)
+        steps = valid * torch.zeros_like(steps).scatter_(1, order, steps)
+        slope = steps * (1 - 2 * y)  # the error is 1 - p where the label is the class, p elsewhere
+        start = (steps * y).sum(1)
+    return _class_mean(start + (slope * p).sum(1), count > 0, weight)
 
 
 def presence(scores: Tensor, label: Tensor) -> Tensor:
@@ -282,7 +306,7 @@ def presence(scores: Tensor, label: Tensor) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not belong together, or the label holds what is no class.
     """
     if scores.ndim != 2 or label.ndim != 3 or len(label) != len(scores):
         raise ValueError(
@@ -291,6 +315,7 @@ def presence(scores: Tensor, label: Tensor) -> Tensor:
         )
     scores = _wide(scores)
     B, C = scores.shape
+    _check_label(label, C)
     occurs = scores.new_zeros(B, C + 1).scatter(1, label.flatten(1) + 1, 1.0)[:, 1:]
     per_image = F.binary_cross_entropy_with_logits(scores, occurs, reduction="none").mean(1)
     counts = (label != IGNORED).flatten(1).any(1).to(scores.dtype)

@@ -169,7 +169,7 @@ def build_loss(
 
     Raises:
         ValueError: an unknown name, a factor that is no number above 0, or class weights of
-            another length.
+            another length, or negative or not finite.
 
     Example:
         >>> crit = build_loss("nll+0.5*dice", num_class=2)
@@ -183,6 +183,11 @@ def build_loss(
             raise ValueError(
                 f"class_weights has shape {tuple(class_weights.shape)}; TRAIN.class_weights needs "
                 f"one weight for each of the {num_class} classes"
+            )
+        if not ((class_weights >= 0) & class_weights.isfinite()).all():
+            raise ValueError(
+                f"TRAIN.class_weights are {class_weights.tolist()}; they must be numbers of 0 or "
+                "more"
             )
     terms = [_factor_and_name(term) for term in name.split("+")]
     options = {"smooth": {"eps": label_smoothing}}

@@ -36,8 +36,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     """
     with without_autocast(query.device):
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
-        result: Tensor = _Attention.apply(q * scale, k, v)  # type: ignore[no-untyped-call]
-        return result.to(value.dtype)
+        return _banded(q * scale, k, v).to(value.dtype)
 
 
 def attend_maps(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
@@ -54,6 +53,13 @@ def attend_maps(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -
     """
     q, k, v = (x.flatten(2).transpose(1, 2) for x in (query, key, value))
     return attend(q, k, v, scale).transpose(1, 2).unflatten(2, query.shape[2:])
+
+
+# Compiled, the loops would be unrolled, and every size of image compiled anew.
+@torch.compiler.disable
+def _banded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    result: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Attention(torch.autograd.Function):

@@ -118,7 +118,6 @@ class ModelBuilder:
         """
         encoder = _encoder(arch)()
         widen_input(encoder, in_channels)
-        encoder.in_channels = in_channels
         load_encoder(encoder, arch.lower(), weights, **options)
         return encoder
 

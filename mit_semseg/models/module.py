@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,13 +98,15 @@ class SegmentationModule(nn.Module):
         batch = _one_batch(feed_dict)
         images = self.inputs(_entry(batch, "img_data"), batch.get("img_size"))
         sides = (images.shape[-2], images.shape[-1])
-        features = self.encoder(images, return_feature_maps=True)
+        with _named_single_values(images):
+            features = self.encoder(images, return_feature_maps=True)
         if segSize is not None:
             return self.decoder.probabilities(features, (int(segSize[0]), int(segSize[1])), sides)
 
         label = _entry(batch, "seg_label")
         size = (label.shape[-2], label.shape[-1])
-        main, *auxiliary = self.decoder.log_probabilities(features, size, sides)
+        with _named_single_values(images):
+            main, *auxiliary = self.decoder.log_probabilities(features, size, sides)
         loss = self._loss(main, label)
         own: list[Tensor] = []  # losses that are means over something else
         for head, output in zip(self.decoder.auxiliary, auxiliary):
@@ -116,14 +119,14 @@ class SegmentationModule(nn.Module):
         accuracy = _pixel_accuracy(main, label)
 
         if "loss_weight" in batch:
-            loss_weight, acc_weight = batch["loss_weight"], batch["acc_weight"]
-            own_weights = batch["own_weights"] if own else ()
+            loss_weight, acc_weight = batch["loss_weight"], _entry(batch, "acc_weight")
+            own_weights = list(_entry(batch, "own_weights")) if own else []
         elif self.training and dist.is_available() and dist.is_initialized():
             loss_weight, acc_weight, *own_weights = self._share_of_ranks(label)
         else:
             return sum(own, loss), accuracy
         loss = loss * loss_weight.to(loss.dtype)
-        for value, weight in zip(own, own_weights):
+        for value, weight in zip(own, own_weights, strict=True):
             loss = loss + value * weight.to(value.dtype)
         return loss, accuracy * acc_weight.to(accuracy.dtype)
 
@@ -143,19 +146,19 @@ class SegmentationModule(nn.Module):
         Raises:
             ValueError: bytes, and the module has no `normalize`.
         """
-        scores = self.decoder.logits(self.features(image))[0]
-        return crop(scores, (image.shape[-2], image.shape[-1]))
+        logits = self.decoder.logits(self.features(image))[0]
+        return crop(logits, (image.shape[-2], image.shape[-1]))
 
     def mirrored_logits(self, image: Tensor) -> Tensor:
         """`logits` of the mirror images, mirrored back, for averaging with those of the images.
 
         The scores of classes that a mirror turns into each other are exchanged.
         """
-        scores = self.logits(image.flip(-1)).flip(-1)
+        logits = self.logits(image.flip(-1)).flip(-1)
         if not self.mirror_pairs:
-            return scores
+            return logits
         other = dict(self.mirror_pairs) | {b: a for a, b in self.mirror_pairs}
-        return scores[:, [other.get(k, k) for k in range(scores.shape[1])]]
+        return logits[:, [other.get(k, k) for k in range(logits.shape[1])]]
 
     @torch.no_grad()
     def predict(
@@ -214,6 +217,12 @@ class SegmentationModule(nn.Module):
 
     def inputs(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """What the encoder takes: images as for `logits`, normalised if they are bytes."""
+        wanted = getattr(self.encoder, "in_channels", images.shape[1])
+        if images.shape[1] != wanted:
+            raise ValueError(
+                f"the images have {images.shape[1]} channels and the encoder takes {wanted}: see "
+                "MODEL.in_channels and DATASET.depth"
+            )
         if images.is_floating_point():
             return images
         if self.normalize is None:
@@ -256,6 +265,22 @@ class SegmentationModule(nn.Module):
 def _shares(own: Tensor, total: Tensor, count: int) -> Tensor:
     """count * own / total; 0 where there is nothing to share."""
     return count * own / torch.where(total > 0, total, torch.ones_like(total))
+
+
+@contextlib.contextmanager
+def _named_single_values(images: Tensor) -> Iterator[None]:
+    """Says what to do where a BatchNorm in training has one value a channel."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        sides = " x ".join(str(side) for side in images.shape[-2:])
+        raise ValueError(
+            f"a batch of {len(images)} with {sides} pixels leaves BatchNorm one value a channel, "
+            "which has no variance: take larger images or crops, a larger "
+            "TRAIN.batch_size_per_gpu, or TRAIN.fix_bn True"
+        ) from error
 
 
 def _one_batch(feed_dict: Any) -> Mapping[str, Any]:

@@ -147,3 +147,28 @@ def test_a_sample_reaches_from_end_to_end(
     assert len(seen) == min(count, 1000) and sorted(set(seen)) == seen
     assert seen[0] == 0 and count - seen[-1] <= 3
     assert max(np.diff(seen), default=1) <= 3
+
+
+def test_classes_that_the_sample_lacks_are_looked_for_in_more_masks(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(balance, "SAMPLES", (10, 50))
+    counted: list[int] = []
+
+    def count(records: Any, *args: Any) -> tuple[np.ndarray, np.ndarray]:
+        counted.append(len(records))
+        rare = sum(record["fpath_img"] == "7" for record in records)
+        return np.array([5, 5, 5, rare]), np.array([9, 9, 9, 9 * rare])
+
+    monkeypatch.setattr(balance, "_count", count)
+    split = build_split(cfg.DATASET, "train")
+    records = [{"fpath_img": str(k), "fpath_segm": f"{k}.png"} for k in range(40)]
+    data = Split(records, split.classes, split.label_map)
+    for _ in range(2):  # the second time from the cache
+        pixels, _ = balance._frequencies(cfg, data, False)
+        assert pixels.tolist() == [5, 5, 5, 1] and counted == [10, 40]
+
+
+def test_masks_without_any_class_have_equal_weights() -> None:
+    nothing = np.zeros(3, np.int64)
+    assert balance.frequency_weights(nothing, nothing, 1.0).tolist() == [1, 1, 1]

@@ -161,6 +161,23 @@ def test_shapes_that_do_not_belong_together_are_refused(name: str) -> None:
         build_loss(name, 5)(log_probs, label[:, :, :6])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_that_are_no_classes_are_refused(name: str) -> None:
+    """Of dice and lovasz they would change the result, and nothing would say so."""
+    log_probs, label = sample()
+    crit = build_loss(name, 5)
+    for value in (255, -2):
+        wrong = label.clone()
+        wrong[0, 0, 0] = value
+        with pytest.raises(ValueError, match=rf"label has values from .*{value}.* 0 to 4, or -1"):
+            crit(log_probs, wrong)
+    for dtype in (torch.uint8, torch.int32):
+        with pytest.raises(ValueError, match=f"label is {dtype}; expected int64"):
+            crit(log_probs, label.clamp(min=0).to(dtype))
+    empty = log_probs[:0].requires_grad_()
+    assert crit(empty, label[:0]).item() == 0
+
+
 # ------------------------------------------------------------------------------------------- nll
 @pytest.mark.parametrize("weights", [None, [0.5, 1.0, 0.25, 3.0, 1.5]])
 def test_nll_is_torchs(weights: list[float] | None) -> None:
@@ -312,6 +329,34 @@ def test_lovasz_is_the_integral_of_the_jaccard_loss(
     assert functional.lovasz(log_probs, label).item() == pytest.approx(wanted, abs=1e-9)
 
 
+def test_lovasz_in_float32_has_the_slopes_of_float64() -> None:
+    """Each is the difference of two nearly equal values of 1 - IoU."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 2, 512, 512, generator=generator)
+    label = (torch.rand(1, 512, 512, generator=generator) < 0.01).long()
+    slopes = []
+    for dtype in (torch.float32, torch.float64):
+        log_probs = scores.to(dtype).log_softmax(1).detach().requires_grad_()
+        functional.lovasz(log_probs, label).backward()
+        slopes.append(log_probs.grad.double())
+    apart = (slopes[0] - slopes[1]).abs().sum() / slopes[1].abs().sum()
+    assert apart < 1e-5
+    assert (slopes[0] == 0).double().mean() < 1e-3
+
+
+def test_lovasz_keeps_little_for_its_gradient() -> None:
+    log_probs = torch.randn(2, 6, 32, 32).log_softmax(1).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        functional.lovasz(log_probs, torch.randint(0, 6, (2, 32, 32)))
+    assert sum(kept.values()) < 3 * 4 * log_probs.numel()
+
+
 # ------------------------------------------------------------------------------------ build_loss
 def test_a_sum_adds_up() -> None:
     log_probs, label = sample()
@@ -377,6 +422,9 @@ def test_class_weights_follow_the_device_and_stay_out_of_checkpoints() -> None:
         ("nll+inf*dice", None, "number above 0"),
         ("2*3*dice", None, r"'2\*3\*dice': before"),
         ("nll", torch.ones(3), r"shape \(3,\).*5 classes"),
+        ("nll", torch.tensor([1.0, 1, -1, 1, 1]), r"are \[1.0, 1.0, -1.0, .*0 or more"),
+        ("dice", torch.tensor([1.0, 1, math.nan, 1, 1]), "nan, .*0 or more"),
+        ("ohem", torch.full((5,), math.inf), "inf, .*0 or more"),
     ],
 )
 def test_mistakes_are_named(name: str, weights: torch.Tensor | None, match: str) -> None:

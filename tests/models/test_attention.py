@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,25 @@ def test_one_tensor_may_be_query_and_key(monkeypatch: pytest.MonkeyPatch) -> Non
     attend(ours, ours, ours).square().sum().backward()
     plain(theirs, theirs, theirs, 1.0).square().sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-11)
+
+
+def test_compiled_its_bands_are_not_unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of bands would be another graph, and each size of image compiled anew."""
+    monkeypatch.setattr(attention, "_BAND_CPU", 256)
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attention.attend_maps, backend=backend, dynamic=True)
+    for side in (6, 8, 10, 12):
+        query, value = torch.randn(1, 4, side, side), torch.randn(1, 3, side, side)
+        given = compiled(query, query, value)
+        torch.testing.assert_close(given, attention.attend_maps(query, query, value))
+    torch._dynamo.reset()
+    assert sum(graphs) < 60, graphs
 
 
 def test_maps_are_read_pixel_by_pixel() -> None:

@@ -30,6 +30,15 @@ def test_a_pixel_becomes_its_block() -> None:
     torch.testing.assert_close(logits[1, :, 8:12, 12:16], block)
 
 
+def test_a_temperature_of_nothing_is_no_division_by_zero() -> None:
+    decoder = DECODERS.get("dunet")((8, 12), 3, strides=(2, 4)).eval()
+    features = [torch.randn(2, 8, 6, 10), torch.randn(2, 12, 3, 5)]
+    for temperature in (0.0, -1.0):
+        torch.nn.init.constant_(decoder.temperature, temperature)
+        (logits,) = decoder.logits(features)
+        assert logits.isfinite().all()
+
+
 def test_scores_have_the_size_of_the_image() -> None:
     for strides, factor in (((4, 8, 16, 32), 32), ((4, 8, 8, 8), 8), (None, 8)):
         with torch.device("meta"):

@@ -21,8 +21,8 @@ class TestEncNet(DecoderTester):
     auxiliary = True
 
     def test_training_gives_log_probabilities_of_every_head(self) -> None:
-        """Of the heads that score pixels; the third gives one logit for each class."""
-        main, pixels, presence = self.build().train()(self.features())
+        """Of the heads that score pixels; the second gives one logit for each class."""
+        main, presence, pixels = self.build().train()(self.features())
         for head in (main, pixels):
             assert head.shape[:2] == (2, 5)
             assert torch.allclose(head.exp().sum(1), torch.ones(()), atol=1e-5)
@@ -69,7 +69,7 @@ def test_the_classes_in_the_label_are_learned_with_weight_0_2() -> None:
     image = torch.randn(1, 3, 64, 64)
     other = copy.deepcopy(module)
     loss, _ = module({"img_data": image, "seg_label": label})
-    main, pixels, presence = other.decoder.log_probabilities(other.encoder(image, True), (8, 8))
+    main, presence, pixels = other.decoder.log_probabilities(other.encoder(image, True), (8, 8))
     occurs = torch.tensor([[1.0, 1.0, 0.0, 1.0, 0.0]])
     wanted = (
         F.nll_loss(main, label, ignore_index=-1)
@@ -77,6 +77,15 @@ def test_the_classes_in_the_label_are_learned_with_weight_0_2() -> None:
         + 0.2 * F.binary_cross_entropy(presence.sigmoid(), occurs)
     )
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_works_in_any_type(dtype: torch.dtype) -> None:
+    tester = TestEncNet()
+    features = [x.to(dtype) for x in tester.features()]
+    (logits,) = tester.build().to(dtype).eval().logits(features)
+    assert logits.dtype == dtype and logits.isfinite().all()
 
 
 # ------------------------------------------------------------------------------- presence loss

@@ -51,6 +51,12 @@ def test_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count("vgg16", "fcn8s", 21) / 1e6 == pytest.approx(134, rel=0.01)  # table 1
 
 
+def test_a_new_decoder_interpolates() -> None:
+    decoder = ModelBuilder.build_decoder("fcn8s", channels=(8, 8, 8), num_class=3)
+    for up in decoder.ups:
+        assert torch.equal(up.weight, bilinear_upsampling(3, 2).weight)
+
+
 @pytest.mark.parametrize("factor", [2, 4, 8])
 @torch.no_grad()
 def test_upsampling_begins_as_bilinear(factor: int) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from pair_tester import build_pair
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import UserScatteredDataParallel
@@ -290,6 +291,24 @@ def test_mirror_pairs_of_classes_that_do_not_exist() -> None:
 
 
 # -------------------------------------------------------------------------------------- mistakes
+def test_one_value_a_channel_is_named_with_what_to_do() -> None:
+    module = build_pair("resnet18", "linknet").train()
+    one = {"img_data": torch.randn(1, 3, 32, 32), "seg_label": torch.zeros(1, 32, 32).long()}
+    with pytest.raises(ValueError, match=r"batch of 1 with 32 x 32 pixels.*batch_size_per_gpu"):
+        module(one)
+
+
+def test_images_of_other_channels_are_refused() -> None:
+    module = build_pair("resnet18", "c1").eval()
+    with pytest.raises(ValueError, match=r"images have 4 channels .* takes 3.*DATASET\.depth"):
+        module.logits(torch.randn(1, 4, 32, 32))
+
+
+def test_weights_of_a_batch_come_together() -> None:
+    with pytest.raises(ValueError, match="acc_weight"):
+        tiny().train()({**batch(), "loss_weight": torch.ones(())})
+
+
 def test_a_list_with_one_batch_is_that_batch() -> None:
     module, data = tiny().train(), batch()
     assert module([data])[0].item() == module(data)[0].item()

@@ -56,12 +56,15 @@ def test_unpooling_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", [(6, 8), (5, 8), (7, 9)])
-def test_unpooling_is_torchs(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_unpooling_is_torchs(size: tuple[int, int], layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     plane = torch.randn(2, 3, *size)
     x, indices = F.max_pool2d(plane, 2, ceil_mode=True, return_indices=True)
-    given, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    given = x.clone(memory_format=layout).requires_grad_()
+    wanted = x.clone().requires_grad_()
     ours = unpool(given, indices, size)
+    assert ours.is_contiguous(memory_format=layout)
     theirs = F.max_unpool2d(wanted, indices, 2, 2, output_size=size)
     assert torch.equal(ours, theirs)
     weights = torch.randn_like(ours)

@@ -15,6 +15,7 @@ from torch import nn
 from mit_semseg import weights
 from mit_semseg.dataset.base import table_of
 from mit_semseg.models import ENCODERS, Decoder, Encoder, ModelBuilder, SegmentationModule
+from mit_semseg.models.decoders.fcn import FCN
 from mit_semseg.models.inference import inference_copy
 from mit_semseg.weights import (
     TORCHVISION,
@@ -144,6 +145,26 @@ def test_by_name_and_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert asked == [[url, file, "fc3c493d"]] * 2
 
 
+def test_the_classifier_of_vgg_becomes_the_convolutions_of_fcn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paper: Long et al. 2015, fig. 2. On the map of one 224x224 image both are the same."""
+    monkeypatch.setattr(FCN, "width", 20)
+    torch.manual_seed(0)
+    layers = [nn.Linear(8 * 7 * 7, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 20)]
+    theirs = nn.Sequential(*layers, nn.ReLU(), nn.Dropout(), nn.Linear(20, 1000)).eval()
+    torch.save({f"classifier.{k}": v for k, v in theirs.state_dict().items()}, tmp_path / "v.pth")
+    decoder = ModelBuilder.build_decoder("fcn32s", channels=(8,), num_class=5).eval()
+    report = load_decoder(decoder, "fcn32s", f"torchvision:{tmp_path / 'v.pth'}")
+    assert report is not None and not report.unexpected
+    assert report.matched == ["fc6.weight", "fc6.bias", "fc7.weight", "fc7.bias"]
+    assert report.missing == ["conv_last.weight", "conv_last.bias"]
+    x = torch.randn(1, 8, 7, 7)
+    with torch.no_grad():
+        ours = decoder.fc7(decoder.fc6(x).relu())[0, :, 3, 3]
+        torch.testing.assert_close(ours, theirs[:4](x.flatten(1))[0])
+
+
 def test_another_number_of_classes_keeps_all_but_the_classifiers() -> None:
     theirs = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=21, aux_loss=True
@@ -192,7 +213,7 @@ def test_a_file_without_a_head_is_refused(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- ImageNet
-IMAGENET = [name for name, source in TORCHVISION.items() if not source.decoders]
+IMAGENET = [name for name, source in TORCHVISION.items() if not source.segments]
 
 
 @pytest.mark.parametrize("name", IMAGENET)

@@ -9,6 +9,8 @@ from pair_tester import PairTester, count
 from torch import Tensor, nn
 
 from mit_semseg.models import ENCODERS, ModelBuilder
+from mit_semseg.models.decoders.base import init_weights
+from mit_semseg.models.decoders.upsampling import full_convolution, up_convolution
 
 
 class TestUNetEncoder(EncoderTester):
@@ -101,3 +103,17 @@ def test_works_on_dilated_encoders(arch: str, encoder: str) -> None:
 def test_strides_that_are_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match=r"strides \(4, 6\) cannot be gone up step by step"):
         ModelBuilder.build_decoder("unet", channels=(8, 8), strides=(4, 6))
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+@torch.no_grad()
+def test_transposed_convolutions_begin_with_hes_gain(factor: int) -> None:
+    """As convolutions do: half of what a ReLU lets through comes out as large as it went in."""
+    torch.manual_seed(0)
+    for build in (up_convolution, full_convolution):
+        layer = nn.Sequential(build(96, 48, factor))
+        init_weights(layer)
+        if layer[0].bias is not None:
+            torch.nn.init.zeros_(layer[0].bias)
+        y = layer(torch.randn(2, 96, 24, 24))[:, :, 8:-8, 8:-8]
+        assert y.square().mean().item() == pytest.approx(2, rel=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,14 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+from mit_semseg.models.layers import resize
 from mit_semseg.registry import Registry
 
 DECODERS = Registry("decoder")
-
-
-def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """(N, C, h, w) -> (N, C, *size), bilinear with align_corners=False."""
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def reduce(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -35,12 +32,6 @@ def reduce(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 def crop(x: Tensor, sides: tuple[int, int] | None) -> Tensor:
     """(N, C, h, w) -> without the rows and columns beyond (H, W), if there are any."""
     return x if sides is None else x[..., : sides[0], : sides[1]]
-
-
-def conv_bn_relu(n_in: int, n_out: int, kernel: int = 3) -> nn.Sequential:
-    """Convolution that keeps the size, BatchNorm, ReLU."""
-    conv = nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, BatchNorm2d(n_out), nn.ReLU(inplace=True))
 
 
 @dataclass(frozen=True)
@@ -196,13 +187,17 @@ class Decoder(nn.Module):
 
 
 def init_weights(decoder: nn.Module) -> None:
-    """Kaiming normal for convolutions; BatchNorm starts with weight 1 and bias 1e-4.
+    """Kaiming normal for convolutions, also transposed; BatchNorm starts with weight 1, bias 1e-4.
 
     Paper: He et al. 2015, arXiv:1502.01852, sec. 2.2.
     """
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.ConvTranspose2d):
+            # Of a k x k filter, k^2 / stride^2 taps meet in each pixel of the result.
+            taps = math.prod(module.kernel_size) / math.prod(module.stride)
+            nn.init.normal_(module.weight, std=(2 / (module.in_channels * taps)) ** 0.5)
         elif isinstance(module, BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.constant_(module.bias, 1e-4)

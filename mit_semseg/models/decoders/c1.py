@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.deepsup import DeepSup
+from mit_semseg.models.layers import conv_bn_relu
 
 
 @DECODERS.register("c1", "c1_bilinear")
@@ -17,7 +18,7 @@ class C1(Decoder):
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
         super().__init__(channels, num_class, **options)
-        width = channels[-1] // 4
+        width = max(channels[-1] // 4, 1)
         self.cbr = conv_bn_relu(channels[-1], width)
         self.conv_last = nn.Conv2d(width, num_class, 1)
         init_weights(self)

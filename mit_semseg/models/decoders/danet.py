@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mit_semseg.models.attention import attend_maps
-from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, init_weights
+from mit_semseg.models.layers import conv_bn_relu
 from mit_semseg.models.pyramid import without_autocast
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import (
-    DECODERS,
-    Decoder,
-    conv_bn_relu,
-    init_weights,
-)
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.fcn_head import FCNAuxiliary
 from mit_semseg.models.decoders.ppm import PooledBatchNorm2d
+from mit_semseg.models.layers import conv_bn_relu
 from mit_semseg.models.pyramid import pooled
 
 # Dilations at output stride 16.
@@ -38,10 +34,7 @@ class ASPP(nn.Module):
             width: channels of each branch and of the output.
         """
         super().__init__()
-        dilated = [conv_bn_relu(n_in, width) for _ in rates]
-        for branch, rate in zip(dilated, rates, strict=True):
-            conv = cast(nn.Conv2d, branch[0])
-            conv.dilation = conv.padding = (rate, rate)
+        dilated = [conv_bn_relu(n_in, width, dilation=rate) for rate in rates]
         image = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(n_in, width, 1, bias=False),

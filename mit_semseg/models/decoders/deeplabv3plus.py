@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import (
-    DECODERS,
-    Decoder,
-    conv_bn_relu,
-    init_weights,
-    resize,
-)
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.deeplabv3 import ASPP, aspp_rates
+from mit_semseg.models.layers import conv_bn_relu, resize
 from mit_semseg.models.pyramid import pooled
 
 

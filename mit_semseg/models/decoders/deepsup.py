@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import Auxiliary, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import Auxiliary, Decoder, init_weights
+from mit_semseg.models.layers import conv_bn_relu
 
 
 class DeepSup(Decoder):
@@ -20,21 +21,26 @@ class DeepSup(Decoder):
     Attributes:
         quarter_of: index of the map of whose channels the head's convolution has a quarter; the
             published decoders take the last map's, torchvision's that of the map it reads.
-        dropout_kind: dropout of 0.1 before the head's classifier, where there is any.
+        dropout_kind, dropout_rate: of the dropout before the head's classifier, if there is any.
     """
 
     needs = 2
-    auxiliary = (Auxiliary(),)
+    auxiliary: ClassVar[tuple[Auxiliary, ...]] = (Auxiliary(),)
     quarter_of: ClassVar[int] = -1
     dropout_kind: ClassVar[type[nn.Module]] = nn.Identity
+    dropout_rate: ClassVar[float] = 0.1
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
         super().__init__(channels, num_class, **options)
-        width = channels[self.quarter_of] // 4
+        width = self.deepsup_width()
         self.cbr_deepsup = conv_bn_relu(channels[-2], width)
-        self.dropout_deepsup = self.dropout_kind(0.1)
+        self.dropout_deepsup = self.dropout_kind(self.dropout_rate)
         self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
         init_weights(self)
+
+    def deepsup_width(self) -> int:
+        """Channels between the head's two convolutions."""
+        return max(self.channels[self.quarter_of] // 4, 1)
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         heads = super().logits(features)

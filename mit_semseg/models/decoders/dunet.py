@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle
 
-from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights, resize
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
+from mit_semseg.models.layers import conv_bn_relu, resize
+
+# The temperature is learned, and must not reach 0.
+_COLDEST = 0.01
 
 
 @DECODERS.register("dunet")
@@ -26,7 +30,7 @@ class DUNet(Decoder):
     paper begins with the W that best reconstructs blocks of the training labels from 64 numbers:
     a decoder is built without seeing labels. The matrix P that goes with it, which only compresses
     labels, is not needed then. No atrous pyramid before it; shallower maps are reduced to 48
-    channels, as in DeepLabv3+.
+    channels, as in DeepLabv3+; dropout of 0.1.
 
     Without `strides` a block is of 8 x 8 pixels.
     """
@@ -56,6 +60,9 @@ class DUNet(Decoder):
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         *shallower, deepest = features
-        joined = [reduce(resize(x, deepest.shape[2:])) for reduce, x in zip(self.reduce, shallower)]
-        blocks = self.conv_last(self.fuse(torch.cat([deepest, *joined], dim=1)))
-        return (pixel_shuffle(blocks, self.block) / self.temperature,)
+        size = deepest.shape[2:]
+        joined = [layer(resize(x, size)) for layer, x in zip(self.reduce, shallower)]
+        code = self.fuse(torch.cat([deepest, *joined], dim=1))
+        # W is linear: divided are the few numbers that it is applied to, not the scores.
+        blocks = self.conv_last(code / self.temperature.clamp(min=_COLDEST))
+        return (pixel_shuffle(blocks, self.block),)

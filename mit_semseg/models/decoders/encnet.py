@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm1d
 from mit_semseg.losses import functional
-from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, init_weights
+from mit_semseg.models.decoders.deepsup import DeepSup
+from mit_semseg.models.layers import conv_bn_relu
 from mit_semseg.models.pyramid import without_autocast
 
 
@@ -31,7 +33,11 @@ class Encoding(nn.Module):
         self.scale = nn.Parameter(torch.empty(codewords).uniform_(-1, 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D, H, W) -> (B, K, D), in float32 at least; (N, K, D) residuals are never held."""
+        """(B, D, H, W) -> (B, K, D); (N, K, D) residuals are never held.
+
+        Computed in float32 at least, and given in the type of the parameters, or the map's if that
+        is wider.
+        """
         with without_autocast(x.device):
             pixels = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)  # (B, D, N)
             codewords = self.codewords.to(pixels.dtype)
@@ -41,7 +47,8 @@ class Encoding(nn.Module):
                 + codewords.square().sum(1)[:, None]
             )  # (B, K, N)
             share = (self.scale.to(pixels.dtype)[:, None] * distance).softmax(dim=1)
-            return share @ pixels.transpose(1, 2) - share.sum(2, keepdim=True) * codewords
+            encoded = share @ pixels.transpose(1, 2) - share.sum(2, keepdim=True) * codewords
+        return encoded.to(torch.promote_types(self.codewords.dtype, x.dtype))
 
 
 class ContextEncoding(nn.Module):
@@ -60,29 +67,8 @@ class ContextEncoding(nn.Module):
         return encoded.mean(1)[:, :, None, None]
 
 
-@DECODERS.register("encnet")
-class EncNet(Decoder):
-    """Channel attention from an encoding of the whole image, which also tells its classes.
-
-    Auxiliary heads: a convolutional one on the map before the last, as in PSPNet, and the semantic
-    encoding loss: logits (B, num_class) of the classes that occur, weight 0.2 as published.
-
-    Paper: Zhang et al. 2018, arXiv:1803.08904, sec. 3; with 32 codewords. Deviations, after the
-    authors' code: a 1x1 convolution comes before the encoding; the codewords' residuals are
-    averaged, not added up; the map is added to what attention makes of it; the auxiliary head on
-    the map before the last scores pixels, where the paper has a second encoding with a presence
-    loss of its own. That head has the weight TRAIN.deep_sup_scale (0.2 in their code). The form
-    without the laterals of their later code.
-
-    The encoding adds up over all pixels, so a tile of an image (see `models.tiles`) is weighed by
-    its own content only.
-    """
-
-    needs = 2
-    auxiliary = (
-        Auxiliary(),
-        Auxiliary(weight=0.2, loss=functional.presence, denominator=functional.labelled_images),
-    )
+class SceneAttention(Decoder):
+    """Scores of pixels whose channels the scene has weighed, and of the classes in the scene."""
 
     def __init__(
         self,
@@ -99,10 +85,6 @@ class EncNet(Decoder):
         self.dropout = nn.Dropout2d(0.1)
         self.conv_last = nn.Conv2d(width, num_class, 1)
         self.conv_last_presence = nn.Conv2d(width, num_class, 1)
-        narrow = max(channels[-2] // 4, 1)
-        self.cbr_deepsup = conv_bn_relu(channels[-2], narrow)
-        self.dropout_deepsup = nn.Dropout2d(0.1)
-        self.conv_last_deepsup = nn.Conv2d(narrow, num_class, 1)
         init_weights(self)
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
@@ -112,5 +94,30 @@ class EncNet(Decoder):
         main = self.conv_last(self.dropout(weighed))
         if not self.training:
             return (main,)
-        pixels = self.conv_last_deepsup(self.dropout_deepsup(self.cbr_deepsup(features[-2])))
-        return main, pixels, self.conv_last_presence(context).flatten(1)
+        return main, self.conv_last_presence(context).flatten(1)
+
+
+@DECODERS.register("encnet")
+class EncNet(DeepSup, SceneAttention):
+    """Channel attention from an encoding of the whole image, which also tells its classes.
+
+    Auxiliary heads: the semantic encoding loss, logits (B, num_class) of the classes that occur,
+    weight 0.2 as published; and a convolutional one on the map before the last, as in PSPNet.
+
+    Paper: Zhang et al. 2018, arXiv:1803.08904, sec. 3; with 32 codewords. Deviations, after the
+    authors' code: a 1x1 convolution comes before the encoding; the codewords' residuals are
+    averaged, not added up; the map is added to what attention makes of it; the auxiliary head on
+    the map before the last scores pixels, where the paper has a second encoding with a presence
+    loss of its own. That head has the weight TRAIN.deep_sup_scale (0.2 in their code). The form
+    without the laterals of their later code.
+
+    The encoding adds up over all pixels, so a tile of an image (see `models.tiles`) is weighed by
+    its own content only.
+    """
+
+    quarter_of = -2
+    dropout_kind = nn.Dropout2d
+    auxiliary = (
+        Auxiliary(weight=0.2, loss=functional.presence, denominator=functional.labelled_images),
+        *DeepSup.auxiliary,
+    )

@@ -37,7 +37,9 @@ class FCN(Decoder):
     sec. 4. Deviations: fc6 pads its input by 3 pixels, where the paper pads the image by 100 and
     crops the scores; trained at once, not one stream after the other, and streams are not scaled
     by constants for that, which fit the range of the published VGG16's inputs; layers that score
-    start from He et al. 2015, not from zero. Between maps of equal stride nothing is upsampled.
+    start from He et al. 2015, not from zero. fc6 and fc7 begin as VGG16's with
+    `MODEL.weights_decoder torchvision:vgg16`, at random without. Between maps of equal stride
+    nothing is upsampled.
 
     Raises:
         ValueError: a stride of the encoder is no multiple of the one before.
@@ -54,11 +56,12 @@ class FCN(Decoder):
         self.dropout = nn.Dropout(0.5)
         self.conv_last = nn.Conv2d(self.width, num_class, 1)
         self.scores = nn.ModuleList(nn.Conv2d(n_in, num_class, 1) for n_in in reversed(finer))
+        init_weights(self)
+        # After that, since these begin as interpolation.
         self.ups = nn.ModuleList(
             bilinear_upsampling(num_class, factor)
             for factor in reversed(factors(self.strides, self.needs))
         )
-        init_weights(self)
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         *finer, x = features[-self.needs :]

@@ -8,14 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
-from mit_semseg.models.decoders.base import (
-    DECODERS,
-    Auxiliary,
-    Decoder,
-    conv_bn_relu,
-    init_weights,
-    resize,
-)
+from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, init_weights
+from mit_semseg.models.layers import conv_bn_relu, resize
 from mit_semseg.models.pyramid import pooled, spread, window_of
 
 
@@ -78,7 +72,8 @@ class ICNet(Decoder):
         coarse, fused_half = self.fuse_half(self.reduce(quarter), half)
         middle, fused_full = self.fuse_full(fused_half, full)
         H, W = full.shape[2:]
-        main = self.conv_last(resize(fused_full, (2 * H, 2 * W)))
+        # A 1x1 convolution may come before the resize: classes are fewer than channels.
+        main = resize(self.conv_last(fused_full), (2 * H, 2 * W))
         if not self.training:
             return (main,)
         return main, self.conv_last_half(middle), self.conv_last_quarter(coarse)

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
-from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.upsampling import factors, fit, full_convolution
+from mit_semseg.models.layers import conv_bn_relu
 
 
 def full_conv_bn_relu(n_in: int, n_out: int, factor: int) -> nn.Sequential:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.attention import attend_maps
-from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
+from mit_semseg.models.decoders.deepsup import DeepSup
+from mit_semseg.models.layers import conv_bn_relu
 
 
 class ObjectContext(nn.Module):
@@ -58,36 +59,37 @@ class ObjectContext(nn.Module):
 class _OCNet(Decoder):
     """An object context module of a subclass, and a classifier on what it gives.
 
-    Auxiliary head: a convolutional one on the map before the last, as in PSPNet, with the dropout
-    of the base form in all forms. Deviation: no bias where a BatchNorm follows.
+    Deviation: no bias where a BatchNorm follows.
 
     Memory is linear in the pixels (see `models.attention`). A tile of an image (see
     `models.tiles`) attends to itself only.
     """
 
-    needs = 2
-    auxiliary = (Auxiliary(),)
-
     def __init__(
         self, channels: Sequence[int], num_class: int = 150, width: int = 512, **options: Any
     ) -> None:
         super().__init__(channels, num_class, **options)
+        self.width = width
         self.context = self._context(channels[-1], width)
         self.conv_last = nn.Conv2d(width, num_class, 1)
-        self.cbr_deepsup = conv_bn_relu(channels[-2], width)
-        self.dropout_deepsup = nn.Dropout2d(0.05)
-        self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
         init_weights(self)
 
     def _context(self, n_in: int, width: int) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__} must implement _context")
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        main = self.conv_last(self.context(features[-1]))
-        if not self.training:
-            return (main,)
-        x = self.dropout_deepsup(self.cbr_deepsup(features[-2]))
-        return main, self.conv_last_deepsup(x)
+        return (self.conv_last(self.context(features[-1])),)
+
+
+class OCNetAuxiliary(DeepSup):
+    """The auxiliary head, as wide as the main one, with the dropout of the base form."""
+
+    dropout_kind = nn.Dropout2d
+    dropout_rate = 0.05
+    width: int  # of the OCNet behind it
+
+    def deepsup_width(self) -> int:
+        return self.width
 
 
 class BaseContext(nn.Module):
@@ -105,7 +107,7 @@ class BaseContext(nn.Module):
 
 
 @DECODERS.register("ocnet_base", "ocnet")
-class OCNetBase(_OCNet):
+class OCNetBase(OCNetAuxiliary, _OCNet):
     """Attention among all pixels, joined with the map.
 
     Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (Base-OC).
@@ -135,7 +137,7 @@ class PyramidContext(nn.Module):
 
 
 @DECODERS.register("ocnet_pyramid")
-class OCNetPyramid(_OCNet):
+class OCNetPyramid(OCNetAuxiliary, _OCNet):
     """Attention within 1x1, 2x2, 3x3 and 6x6 blocks of the map, joined with it.
 
     Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (Pyramid-OC). Differs from the authors'
@@ -157,12 +159,7 @@ class AtrousContext(nn.Module):
         self.project = conv_bn_relu(width, width, 1)
         self.local = conv_bn_relu(n_in, width, 1)
         self.atrous = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(n_in, width, 3, padding=dilation, dilation=dilation, bias=False),
-                BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-            )
-            for dilation in dilations
+            conv_bn_relu(n_in, width, dilation=dilation) for dilation in dilations
         )
         joined = (2 + len(dilations)) * width
         self.join = nn.Sequential(conv_bn_relu(joined, width, 1), nn.Dropout2d(0.1))
@@ -174,13 +171,14 @@ class AtrousContext(nn.Module):
 
 
 @DECODERS.register("ocnet_asp")
-class OCNetASP(_OCNet):
+class OCNetASP(OCNetAuxiliary, _OCNet):
     """Atrous spatial pyramid pooling, with object context in the place of the image's mean.
 
     Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (ASP-OC). Five branches of 512 channels,
     each on the encoder's map, as in the authors' later code; in their first they have 256, and read
-    512 channels that a 3x3 convolution gives. Differs from both: keys and values are those of all
-    pixels, not of 2x2 pools.
+    512 channels that a 3x3 convolution gives. Dilations are the paper's, which are for output
+    stride 8, at every stride. Differs from both: keys and values are those of all pixels, not of
+    2x2 pools.
     """
 
     def _context(self, n_in: int, width: int) -> nn.Module:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.upsampling import unpool
+from mit_semseg.models.layers import conv_bn_relu
 
 # Convolutions after each unpooling, coarsest first: VGG16's, mirrored.
 DEPTHS = (3, 3, 3, 2, 2)

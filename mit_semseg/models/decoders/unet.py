@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import DECODERS, Decoder, conv_bn_relu, init_weights
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.upsampling import factors, fit, up_convolution
+from mit_semseg.models.layers import conv_bn_relu
 
 
 @DECODERS.register("unet")

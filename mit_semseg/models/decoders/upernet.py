@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
-from mit_semseg.models.decoders.base import (
-    DECODERS,
-    Decoder,
-    conv_bn_relu,
-    init_weights,
-    resize,
-)
+from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
+from mit_semseg.models.layers import conv_bn_relu, resize
 from mit_semseg.models.pyramid import PyramidConv2d, pooled, spread, window_of
 
 

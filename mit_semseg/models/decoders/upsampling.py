@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import resize
+from mit_semseg.models.layers import resize
 
 
 def factors(strides: Sequence[int] | None, levels: int) -> list[int]:
@@ -73,5 +74,9 @@ def unpool(x: Tensor, indices: Tensor, size: Sequence[int]) -> Tensor:
     """
     B, C, _, _ = x.shape
     H, W = size
-    plane = x.new_zeros(B, C, H * W)
-    return plane.scatter(2, indices.flatten(2), x.flatten(2)).view(B, C, H, W)
+    if x.is_contiguous(memory_format=torch.channels_last):  # as it came, for the next convolution
+        place, values = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (indices, x))
+        plane = x.new_zeros(B, H * W, C).scatter_(1, place, values)
+        return plane.view(B, H, W, C).permute(0, 3, 1, 2)
+    plane = x.new_zeros(B, C, H * W).scatter_(2, indices.flatten(2), x.flatten(2))
+    return plane.view(B, C, H, W)

@@ -75,7 +75,7 @@ def dilate(stage: nn.Module, dilation: int) -> None:
             conv.dilation = conv.padding = (d, d)
 
 
-def widen_input(encoder: nn.Module, in_channels: int) -> None:
+def widen_input(encoder: Encoder, in_channels: int) -> None:
     """Let every convolution that reads the image read further channels after red, green and blue.
 
     What they know of colour stays; a further channel, such as depth, begins with the mean of the
@@ -90,6 +90,7 @@ def widen_input(encoder: nn.Module, in_channels: int) -> None:
             further = conv.weight.data.mean(1, keepdim=True).expand(-1, in_channels - 3, -1, -1)
             conv.weight = nn.Parameter(torch.cat([conv.weight.data, further], dim=1))
             conv.in_channels = in_channels
+    encoder.in_channels = in_channels
 
 
 def init_weights(encoder: nn.Module) -> None:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
 from mit_semseg.models.encoders.resnet import ResNet18
-
-
-def conv_bn_relu(n_in: int, n_out: int, kernel: int, stride: int) -> nn.Sequential:
-    conv = nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, BatchNorm2d(n_out), nn.ReLU(inplace=True))
+from mit_semseg.models.layers import conv_bn_relu
 
 
 @ENCODERS.register("bisenet_resnet18")

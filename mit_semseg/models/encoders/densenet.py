@@ -61,7 +61,7 @@ class DenseNet(Encoder):
     Yang et al. 2018, "DenseASPP", CVPR, sec. 3.4: transitions no longer pool, and the 3x3
     convolutions of the blocks after them are dilated by 2 and 4. Names in the state dict are
     torchvision's. Differs from the paper: pools of the transitions keep the last row and column of
-    maps with odd sides; no dropout.
+    maps with odd sides.
     """
 
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
 from mit_semseg.models.encoders.resnet import BasicBlock, Bottleneck
+from mit_semseg.models.layers import resize
 
 
 def conv_bn(n_in: int, n_out: int, kernel: int, stride: int, relu: bool) -> nn.Sequential:
@@ -20,10 +20,6 @@ def conv_bn(n_in: int, n_out: int, kernel: int, stride: int, relu: bool) -> nn.S
         BatchNorm2d(n_out),
     ]
     return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if relu else []))
-
-
-def resize_like(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class Exchange(nn.Module):
@@ -61,7 +57,7 @@ class Exchange(nn.Module):
             terms = [path(x) for path, x in zip(cast(nn.ModuleList, paths), branches, strict=True)]
             total = terms[0]
             for source, x in enumerate(terms[1:], start=1):
-                total = total + (resize_like(x, branches[target]) if source > target else x)
+                total = total + (resize(x, branches[target].shape[2:]) if source > target else x)
             fused.append(self.relu(total))
         return fused
 
@@ -122,7 +118,7 @@ class HRNetV2(Encoder):
             sources = branches + branches[-1:]
             branches = stage([path(x) for path, x in zip(transition, sources, strict=True)])
         finest, *coarser = branches
-        return [torch.cat([finest, *(resize_like(x, finest) for x in coarser)], dim=1)]
+        return [torch.cat([finest, *(resize(x, finest.shape[2:]) for x in coarser)], dim=1)]
 
 
 @ENCODERS.register("hrnetv2_w32")

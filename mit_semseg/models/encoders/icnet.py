@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
 from mit_semseg.models.encoders.resnet import ResNet50Dilated8
+from mit_semseg.models.layers import conv_bn_relu, resize
 
 
 def halved(x: Tensor) -> Tensor:
     """(N, C, H, W) -> half as large, sides rounded up; bilinear."""
-    size = [-(-side // 2) for side in x.shape[2:]]
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def halving_conv(n_in: int, n_out: int) -> nn.Sequential:
-    conv = nn.Conv2d(n_in, n_out, 3, stride=2, padding=1, bias=False)
-    return nn.Sequential(conv, BatchNorm2d(n_out), nn.ReLU(inplace=True))
+    H, W = x.shape[2:]
+    return resize(x, (-(-H // 2), -(-W // 2)))
 
 
 @ENCODERS.register("icnet_resnet50")
@@ -27,7 +21,7 @@ class ICNetResNet50(Encoder):
 
     The whole image goes through three convolutions. At half size it goes through ResNet50 up to the
     first block of its second stage; halved there once more, which stands for the image at quarter
-    size, it goes through the rest, dilated as in PSPNet. `backbone` is a plain
+    size, it goes through the rest, dilated as `ResNet` says. `backbone` is a plain
     `resnet50dilated`, whose ImageNet weights fit.
 
     Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.2 and fig. 2; the branches share weights and
@@ -42,7 +36,8 @@ class ICNetResNet50(Encoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.full = nn.Sequential(halving_conv(3, 32), halving_conv(32, 32), halving_conv(32, 64))
+        widths = ((3, 32), (32, 32), (32, 64))
+        self.full = nn.Sequential(*(conv_bn_relu(*width, stride=2) for width in widths))
         self.backbone = ResNet50Dilated8()
         init_weights(self)
 

@@ -7,16 +7,12 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
+from mit_semseg.models.layers import conv_bn_relu
 
 
 def double_conv(n_in: int, n_out: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for n in (n_in, n_out):
-        conv = nn.Conv2d(n, n_out, 3, padding=1, bias=False)
-        layers += [conv, BatchNorm2d(n_out), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*conv_bn_relu(n_in, n_out), *conv_bn_relu(n_out, n_out))
 
 
 @ENCODERS.register("unet")
