@@ -101,7 +101,10 @@ class DeepLabV3(Decoder):
 
 @DECODERS.register("deeplabv3_deepsup")
 class DeepLabV3DeepSup(FCNAuxiliary, DeepLabV3):
-    """DeepLabv3 with an auxiliary head, which torchvision's published weights have."""
+    """DeepLabv3 with an auxiliary head, which torchvision's published weights have.
+
+    Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3.
+    """
 
 
 @DECODERS.register("deeplabv3_wide_deepsup")
@@ -109,6 +112,8 @@ class DeepLabV3WideDeepSup(DeepLabV3DeepSup):
     """DeepLabv3 with dilations 12, 24 and 36 whatever the output stride.
 
     Those are the dilations of torchvision's `deeplabv3_mobilenet_v3_large`, at stride 16.
+
+    Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3.
     """
 
     def rates(self) -> tuple[int, ...]:

@@ -40,4 +40,7 @@ class FCNHead(C1):
 
 @DECODERS.register("fcn_head_deepsup")
 class FCNHeadDeepSup(FCNAuxiliary, FCNHead):
-    """The same with an auxiliary head, which torchvision's published weights have."""
+    """The same with an auxiliary head, which torchvision's published weights have.
+
+    Paper: Long et al. 2015, arXiv:1411.4038, sec. 3.
+    """
