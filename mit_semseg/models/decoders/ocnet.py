@@ -38,22 +38,33 @@ class ObjectContext(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         key, value = self.key(x), self.value(x)
-        rows = [
-            torch.cat([self._attend(k, v) for k, v in self._blocks(key_row, value_row, 3)], dim=3)
-            for key_row, value_row in self._blocks(key, value, 2)
-        ]
-        return self.project(torch.cat(rows, dim=2))
+        heights, widths = (self._lengths(length) for length in x.shape[2:])
+        keys, values = (
+            [block for row in t.split(heights, 2) for block in row.split(widths, 3)]
+            for t in (key, value)
+        )
+        context = self._attend(keys, values)
+        rows = [context[i : i + len(widths)] for i in range(0, len(context), len(widths))]
+        return self.project(torch.cat([torch.cat(row, dim=3) for row in rows], dim=2))
+
+    def _lengths(self, length: int) -> list[int]:
+        """Of the blocks along one axis: as equal as they can be, and no more than its pixels."""
+        cuts = sorted({i * length // self.grid for i in range(self.grid + 1)})
+        return [b - a for a, b in pairwise(cuts)]
 
     @staticmethod
-    def _attend(key: Tensor, value: Tensor) -> Tensor:
-        return attend_maps(key, key, value, scale=key.shape[1] ** -0.5)
-
-    def _blocks(self, key: Tensor, value: Tensor, dim: int) -> list[tuple[Tensor, Tensor]]:
-        """Both maps cut along one axis, into pieces as equal as they can be."""
-        length = key.shape[dim]
-        # A set: a map with fewer pixels than blocks has that many blocks.
-        cuts = sorted({i * length // self.grid for i in range(self.grid + 1)})
-        return [(key.narrow(dim, a, b - a), value.narrow(dim, a, b - a)) for a, b in pairwise(cuts)]
+    def _attend(keys: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        """The contexts of all blocks; those of one size, which most are, at once."""
+        alike: dict[torch.Size, list[int]] = {}
+        for i, key in enumerate(keys):
+            alike.setdefault(key.shape, []).append(i)
+        context = list(values)
+        for numbers in alike.values():
+            key, value = (torch.cat([t[i] for i in numbers]) for t in (keys, values))
+            found = attend_maps(key, key, value, scale=key.shape[1] ** -0.5)
+            for i, part in zip(numbers, found.chunk(len(numbers)), strict=True):
+                context[i] = part
+        return context
 
 
 class _OCNet(Decoder):
