@@ -40,7 +40,7 @@ class DenseASPP(Decoder):
     theirs are 128 and 64 for DenseNet121, 512 and 128 for 161, 336 and 168 for 169, 480 and 240 for
     201; the halving is here, with a BatchNorm and ReLU after it as for any encoder, rather than in
     it; the first layer begins with BatchNorm and ReLU like the others; BatchNorms have the usual
-    momentum.
+    momentum. Dilations are the paper's, which are for output stride 8, at every stride.
     """
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
