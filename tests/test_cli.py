@@ -98,6 +98,13 @@ def test_devices_are_read_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
 
 
+def test_the_compiler_is_imported_by_those_alone_who_compile() -> None:
+    """It takes longer than all the rest."""
+    code = "import sys, mit_semseg.engine.train, mit_semseg.segmenter, mit_semseg.tools.sweep"
+    code += "; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+
+
 def test_the_package_alone_imports_nothing_heavy() -> None:
     code = f"import sys, mit_semseg; sys.exit(str(set({HEAVY}) & set(sys.modules) or '') or 0)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)

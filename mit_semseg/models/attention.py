@@ -36,7 +36,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     """
     with without_autocast(query.device):
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
-        return _banded(q * scale, k, v).to(value.dtype)
+        return _run(q * scale, k, v).to(value.dtype)
 
 
 def attend_maps(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
@@ -55,11 +55,22 @@ def attend_maps(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -
     return attend(q, k, v, scale).transpose(1, 2).unflatten(2, query.shape[2:])
 
 
-# Compiled, the loops would be unrolled, and every size of image compiled anew.
-@torch.compiler.disable
+def leave_uncompiled() -> None:
+    """From now on `torch.compile` goes round the loops over bands.
+
+    Unrolled they would be compiled anew for every size of image. This is called when somebody
+    compiles, and not before: it imports the compiler, which takes more than a second.
+    """
+    global _run
+    _run = torch.compiler.disable(_banded)
+
+
 def _banded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     result: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
     return result
+
+
+_run = _banded
 
 
 class _Attention(torch.autograd.Function):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from mit_semseg.models.attention import leave_uncompiled
 
 # How torch says that it has nothing to compile with.
 NO_COMPILER = re.compile(
@@ -36,6 +38,12 @@ def compiler_errors() -> Iterator[None]:
         ) from error
 
 
+def compiled_function(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile(function, **options)`, for networks of this package."""
+    leave_uncompiled()
+    return torch.compile(function, **options)
+
+
 def compile_for_training(module: nn.Module, method: str) -> None:
     """Compile one method of a module, for any size of image; in evaluation it stays as it was.
 
@@ -48,7 +56,7 @@ def compile_for_training(module: nn.Module, method: str) -> None:
     """
     kind = type(module)
     plain = getattr(kind, method)
-    compiled = torch.compile(plain, dynamic=True)
+    compiled = compiled_function(plain, dynamic=True)
 
     def enter(self: nn.Module, *args: Any, **options: Any) -> Any:
         return (compiled if self.training else plain)(self, *args, **options)

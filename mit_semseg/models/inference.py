@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from mit_semseg.lib.nn.transfer import map_tensors
-from mit_semseg.models.compilation import compiler_errors
+from mit_semseg.models.compilation import compiled_function, compiler_errors
 from mit_semseg.models.module import SegmentationModule
 from mit_semseg.models.tiles import Sliding, TiledLogits
 
@@ -103,9 +103,9 @@ class _Float32(nn.Module):
 def _compiled(logits: Callable[[Tensor], Tensor], replay: bool) -> Callable[..., Tensor]:
     # Not dynamic with graphs: each belongs to one size anyway.
     compiled = (
-        torch.compile(logits, mode="reduce-overhead")
+        compiled_function(logits, mode="reduce-overhead")
         if replay
-        else torch.compile(logits, dynamic=True)
+        else compiled_function(logits, dynamic=True)
     )
 
     def run(image: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def test_one_tensor_may_be_query_and_key(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_compiled_its_bands_are_not_unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each number of bands would be another graph, and each size of image compiled anew."""
     monkeypatch.setattr(attention, "_BAND_CPU", 256)
+    monkeypatch.setattr(attention, "_run", attention._run)
+    attention.leave_uncompiled()
     graphs: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
