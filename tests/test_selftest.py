@@ -33,8 +33,9 @@ def tidy() -> Iterator[None]:
         running.destroy()
 
 
-# The quick soak does these, too, or other tests do: of checkpoints, of the pool, of torchrun.
-SLOW = ("damaged", "lost_evaluator", "lost_rank")
+# The quick soak does these, too, or other tests do: of checkpoints, of the pool, of torchrun, of
+# training (signals).
+SLOW = ("damaged", "lost_evaluator", "lost_rank", "signalled")
 
 
 @pytest.mark.parametrize(
