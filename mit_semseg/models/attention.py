@@ -62,7 +62,8 @@ def leave_uncompiled() -> None:
     compiles, and not before: it imports the compiler, which takes more than a second.
     """
     global _run
-    _run = torch.compiler.disable(_banded)
+    if _run is _banded:  # another object would have what is compiled already compiled again
+        _run = torch.compiler.disable(_banded)
 
 
 def _banded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
