@@ -19,7 +19,6 @@ from PIL import Image
 from mit_semseg.config import load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
-from mit_semseg.engine import train
 from mit_semseg.engine.checkpoint import CheckpointFolder
 from mit_semseg.models import ModelBuilder
 
@@ -41,14 +40,6 @@ def pytest_configure() -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
         torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def freed_memory_goes_back() -> Generator[None, None, None]:
-    """Training keeps it, for good; hundreds of trainings in one process would keep all there is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "keep_freed_memory", lambda: None)
-        yield
 
 
 @pytest.hookimpl(hookwrapper=True)

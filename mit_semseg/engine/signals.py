@@ -46,6 +46,9 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        # Whoever is called owns this object as a rule: without the circle the memory of both, a
+        # whole training's, is free as soon as nobody needs it.
+        self._on_ask = None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
