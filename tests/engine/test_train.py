@@ -38,8 +38,8 @@ from mit_semseg.models.recompute import recompute
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
-# A third of a million weights instead of twelve million, where files are written and read again many times; and
-# it has dropout, so that random numbers must line up, too.
+# A third of a million weights instead of twelve million, where files are written and read many
+# times; and it has dropout, so that random numbers must line up, too.
 ENET = {
     "MODEL__arch_encoder": "enet",
     "MODEL__arch_decoder": "enet",
