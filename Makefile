@@ -1,7 +1,7 @@
 # make demo  set up an environment and run the whole toolkit on rendered street scenes
 # make test  set up an environment, check the code and run the tests
 # make bench measure against the published procedure and other toolkits
-# make overfit let every registered model learn one image by heart
+# make overfit let every registered model learn one image by heart, into docs/overfit
 # make selftest break small jobs on purpose; make soak: for two hours
 # VENV=path  use (or create) another environment than .venv
 # PYTHON=... the interpreter a new environment is made with
@@ -28,6 +28,8 @@ bench: $(VENV)/.mit_semseg-bench
 
 overfit: $(VENV)/.mit_semseg
 	$(BIN)/mit-semseg overfit --every --out overfit
+	mkdir -p docs/overfit
+	cp overfit/overfit.md overfit/overfit.png docs/overfit/
 
 selftest: $(VENV)/.mit_semseg
 	$(BIN)/mit-semseg selftest
@@ -64,4 +66,5 @@ $(VENV)/.mit_semseg-bench: $(VENV)/.mit_semseg
 	touch $@
 
 clean:
-	rm -rf build dist demo bench selftest *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist demo bench overfit selftest *.egg-info .hypothesis .import_linter_cache \
+		.mypy_cache .pytest_cache .ruff_cache

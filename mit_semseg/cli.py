@@ -165,7 +165,7 @@ def run_overfit(args: argparse.Namespace) -> int:
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    """What recipes cost."""
+    """What recipes cost; 1 when one of them could not be measured."""
     files, opts = split_overrides(args.recipes)
     for file in files:
         _look_at(file, opts)
@@ -177,8 +177,8 @@ def run_profile(args: argparse.Namespace) -> int:
     recipes = {name: read_config(file, opts) for name, file in named(files).items()}
     if args.out:
         make_writable(args.out, "--out")
-    run(recipes, resolve_devices(args.devices)[0], tuple(args.size), args.out)
-    return 0
+    found = run(recipes, resolve_devices(args.devices)[0], tuple(args.size), args.out)
+    return 0 if len(found) == len(recipes) else 1
 
 
 def run_sweep(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mit_semseg.models import DECODERS, ENCODERS
 from mit_semseg.models.decoders import Decoder
 from mit_semseg.models.encoders import Encoder
+from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.registry import Registry
 from mit_semseg.weights import TORCHVISION, TorchvisionSource, imagenet_weights
 
@@ -23,44 +24,17 @@ SIDE, CLASSES = 512, (11, 21)
 BESIDE = "resnet50dilated"  # the encoder of decoders that no model below has
 OPERATIONS = "GFLOP"  # columns of this name take minutes to compute
 
-# Model, encoder, decoder, and its size in MiB of float32 as it is known from elsewhere.
-MODELS: tuple[tuple[str, str, str, tuple[float, float] | None], ...] = (
-    ("FCN-32s", "vgg16", "fcn32s", None),
-    ("FCN-16s", "vgg16", "fcn16s", None),
-    ("FCN-8s", "vgg16", "fcn8s", None),
-    ("U-Net", "unet", "unet", None),
-    ("U-Net, bilinear, half as wide", "unet_bilinear", "unet_bilinear", (51, 51)),
-    ("U-Net on a ResNet", "resnet101dilated", "unet", None),
-    ("SegNet", "vgg16_bn_indices", "segnet", (112, 117)),
-    ("LinkNet", "resnet18", "linknet", (44, 44)),
-    ("LinkNet", "resnet34", "linknet", None),
-    ("FC-DenseNet56", "fcdensenet56", "fcdensenet56", None),
-    ("FC-DenseNet67", "fcdensenet67", "fcdensenet67", None),
-    ("FC-DenseNet103", "fcdensenet103", "fcdensenet103", (35.6, 35.6)),
-    ("ENet", "enet", "enet", (1.34, 1.34)),
-    ("DRN-C-26", "drn_c_26", "c1", (78.7, 78.7)),
-    ("DeepLabv3", "resnet50dilated", "deeplabv3", None),
-    ("DeepLabv3", "resnet101dilated", "deeplabv3", None),
-    ("DeepLabv3+", "resnet50_dilated16", "deeplabv3plus", (154, 154)),
-    ("DeepLabv3+", "resnet101_dilated16", "deeplabv3plus", (226, 226)),
-    ("DeepLabv3+", "xception65", "deeplabv3plus", None),
-    ("DeepLabv3+", "mobilenetv2_dilated16", "deeplabv3plus", None),
-    ("PSPNet", "resnet50dilated", "ppm_deepsup", None),
-    ("ICNet", "icnet_resnet50", "icnet", None),
-    ("DenseASPP", "densenet121dilated", "denseaspp", None),
-    ("DenseASPP", "densenet161dilated", "denseaspp", None),
-    ("DenseASPP", "densenet169dilated", "denseaspp", None),
-    ("DenseASPP", "densenet201dilated", "denseaspp", None),
-    ("EncNet", "resnet50dilated", "encnet", None),
-    ("BiSeNet", "bisenet_resnet18", "bisenet", None),
-    ("DANet", "resnet50dilated", "danet", None),
-    ("OCNet, base", "resnet50dilated", "ocnet_base", None),
-    ("OCNet, pyramid", "resnet50dilated", "ocnet_pyramid", None),
-    ("OCNet, ASP", "resnet50dilated", "ocnet_asp", None),
-    ("DUNet", "resnet50dilated", "dunet", None),
-    ("UPerNet", "resnet50", "upernet", None),
-    ("HRNetV2", "hrnetv2", "c1", None),
-)
+# Sizes in MiB of float32 as they are known from elsewhere.
+KNOWN: dict[tuple[str, str], tuple[float, float]] = {
+    ("unet_bilinear", "unet_bilinear"): (51, 51),
+    ("vgg16_bn_indices", "segnet"): (112, 117),
+    ("resnet18", "linknet"): (44, 44),
+    ("fcdensenet103", "fcdensenet103"): (35.6, 35.6),
+    ("enet", "enet"): (1.34, 1.34),
+    ("drn_c_26", "c1"): (78.7, 78.7),
+    ("resnet50_dilated16", "deeplabv3plus"): (154, 154),
+    ("resnet101_dilated16", "deeplabv3plus"): (226, 226),
+}
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -182,7 +156,7 @@ def decoder_rows(count: bool) -> Iterator[Row]:
     for name in sorted(DECODERS.names(), key=len):
         aliases.setdefault(DECODERS.get(name), []).append(name)
     for kind, (name, *others) in sorted(aliases.items(), key=lambda pair: pair[1]):
-        beside = next((enc for _, enc, dec, _ in MODELS if dec in (name, *others)), BESIDE)
+        beside = next((m.encoder for m in PAPER_MODELS if m.decoder in (name, *others)), BESIDE)
         yield {
             "decoder": code([name]) + (f" ({code(others)})" if others else ""),
             "needs": str(kind.needs),
@@ -196,7 +170,8 @@ def decoder_rows(count: bool) -> Iterator[Row]:
 
 
 def model_rows(count: bool) -> Iterator[Row]:
-    for name, enc, dec, known in MODELS:
+    for name, enc, dec in PAPER_MODELS:
+        known = KNOWN.get((enc, dec))
         operations = maps(enc)[1] + decoder_operations(dec, enc) if count else 0
         sizes = {n: mib(encoder(enc), decoder(dec, enc, n)) for n in CLASSES}
         yield {
@@ -274,7 +249,7 @@ def test_every_docstring_names_a_paper(registry: Registry) -> None:
 
 @pytest.mark.parametrize(
     ("enc", "dec", "known"),
-    [(enc, dec, known) for _, enc, dec, known in MODELS if known],
+    [(*pair, known) for pair, known in KNOWN.items()],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 @pytest.mark.parametrize("num_class", CLASSES)

@@ -112,6 +112,9 @@ _C.TRAIN.beta1 = 0.9
 _C.TRAIN.weight_decay = 1e-4
 # Weight of the auxiliary head's loss.
 _C.TRAIN.deep_sup_scale = 0.4
+# One for each auxiliary head, in the decoder's order, in place of deep_sup_scale and of the weights
+# that the decoder fixes; [] keeps them.
+_C.TRAIN.aux_weights = []
 # Keep every BatchNorm in evaluation mode: running statistics are used and stay as they are.
 _C.TRAIN.fix_bn = False
 # nll | smooth | focal | dice | focal_dice | ohem | lovasz, or a sum such as "nll+0.5*dice".

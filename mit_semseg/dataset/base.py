@@ -263,16 +263,24 @@ class Archive:
     """One archive of a public data set.
 
     Attributes:
-        urls: places of the same file, in order of preference.
+        urls: places of the same file, in order of preference; none where the owner asks for a
+            registration or a consent first, so that people fetch it themselves.
         sha256: of the file, or None where it is not known.
         member: the folder in the archive whose content is unpacked; "" unpacks all.
         into: folder below the data set's that it is unpacked to.
+        name: of its file, where no url says it.
     """
 
     urls: tuple[str, ...]
     sha256: str | None = None
     member: str = ""
     into: str = ""
+    name: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """Name of the archive in the data set's folder."""
+        return self.name or self.urls[0].rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -285,7 +293,7 @@ class Source:
         home: page of the data set.
         layout: what the folder must hold, for people who fetch it by hand.
         folder: usual name of the data set's folder, below `data/`.
-        archives: what to download; empty when the owner asks for a registration first.
+        archives: what to download, or to fetch by hand, and unpack.
         lists: split -> list file to write beside the folder, for recipes that read lists.
     """
 

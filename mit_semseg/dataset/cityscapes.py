@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mit_semseg.dataset.base import FORMATS, ClassTable, DataFormat, LabelMap, Source, table_of
+from mit_semseg.dataset.base import (
+    FORMATS,
+    Archive,
+    ClassTable,
+    DataFormat,
+    LabelMap,
+    Source,
+    table_of,
+)
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, list_images, match_by_stem
 
@@ -32,6 +40,9 @@ class Cityscapes(DataFormat):
         layout="leftImg8bit/{train,val}/<city>/ and gtFine/{train,val}/<city>/ "
         "(leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip)",
         folder="cityscapes",
+        archives=tuple(
+            Archive((), name=f"{kind}_trainvaltest.zip") for kind in ("leftImg8bit", "gtFine")
+        ),
     )
     num_class = 19
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mit_semseg.dataset.base import FORMATS, ClassTable, build_split
 from mit_semseg.dataset.downloads import download, sources
+from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.tools import check, describe_check, describe_made, make_odgt
 from mit_semseg.registry import closest
 
@@ -48,8 +49,14 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     if args.cfg:
         from mit_semseg.config import load_config
 
-        split = build_split(load_config(args.cfg, []).DATASET, args.list)
-        return check(split.records, classes=split.classes, label_map=split.label_map)
+        data = load_config(args.cfg, []).DATASET
+        split = build_split(data, args.list)
+        return check(
+            split.records,
+            classes=split.classes,
+            label_map=split.label_map,
+            depth=DataOptions.read(data),
+        )
     return check(
         args.list,
         args.root,

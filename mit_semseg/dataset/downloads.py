@@ -16,7 +16,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
+from mit_semseg.dataset.base import FORMATS, DataFormat, Source
 from mit_semseg.dataset.records import Record, with_sizes, write_odgt
 from mit_semseg.download import DownloadError, fetch
 
@@ -50,7 +50,8 @@ def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) 
     be deleted afterwards.
 
     Args:
-        name: a key of `sources()`.
+        name: a key of `sources()`; archives that nobody may fetch unasked are unpacked when they
+            lie in `dest`.
         dest: folder that will be `DATASET.root_dataset`, `data/<Source.folder>` by custom.
         progress: show bars.
 
@@ -65,13 +66,15 @@ def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) 
         raise ValueError(f"no data set {name!r} to download; known: {', '.join(known)}")
     source, dest = known[name], Path(dest)
     print(f"{source.title}\nlicence: {source.licence}\n{source.home}")
-    if not source.archives:
+    missing = [x for x in source.archives if not x.urls and not (dest / x.file_name).is_file()]
+    if missing:
         print(by_hand(source, dest))
         return False
     for archive in source.archives:
-        file = dest / _file_name(archive)
+        file = dest / archive.file_name
         try:
-            fetch(archive.urls, file, sha256=archive.sha256, progress=progress)
+            if archive.urls:
+                fetch(archive.urls, file, sha256=archive.sha256, progress=progress)
         except DownloadError as error:
             print(f"{error}\n{by_hand(source, dest)}")
             return False
@@ -100,17 +103,13 @@ def _below(folder: str, record: Record) -> Record:
 def by_hand(source: Source, dest: Path) -> str:
     """What to fetch and where to put it."""
     lines = []
+    if any(not archive.urls for archive in source.archives):
+        lines.append(f"register at {source.home};")
     for archive in source.archives:
-        lines.append(f"fetch {' or '.join(archive.urls)}")
-        lines.append(f"  and put it at {dest / _file_name(archive)}, then run this command again;")
-    if not lines:
-        lines.append(f"register and download at {source.home};")
+        lines.append(f"fetch {' or '.join(archive.urls) or archive.file_name}")
+        lines.append(f"  and put it at {dest / archive.file_name}, then run this command again;")
     lines.append(f"or unpack it yourself so that {dest} holds: {source.layout}")
     return "\n".join(lines)
-
-
-def _file_name(archive: Archive) -> str:
-    return archive.urls[0].rsplit("/", 1)[-1]
 
 
 def unpack(file: Path, dest: Path, member: str = "", *, progress: bool = True) -> int:

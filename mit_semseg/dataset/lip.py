@@ -1,7 +1,7 @@
 """LIP (Look into Person), single person: 19 parts of people and clothes, and background.
 
 Paper: Gong et al. 2017, arXiv:1703.05446. Licence: for non-commercial research and education; the
-data set's page asks to accept that before it shows the links, so there is nothing to download here.
+data set's page asks to accept that before it shows the links, so the archives are fetched by hand.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mit_semseg.dataset.base import (
     FORMATS,
+    Archive,
     ClassTable,
     DataFormat,
     LabelMap,
@@ -39,6 +40,9 @@ class Lip(DataFormat):
         layout="{train,val}_images/*.jpg and {train,val}_segmentations/*.png "
         "(TrainVal_images.zip and TrainVal_parsing_annotations.zip)",
         folder="LIP",
+        archives=tuple(
+            Archive((), name=f"TrainVal_{kind}.zip") for kind in ("images", "parsing_annotations")
+        ),
     )
     num_class = 20
     mirror_pairs = ((14, 15), (16, 17), (18, 19))  # arms, legs, shoes

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mit_semseg.dataset.base import (
     LabelMap,
     absolute,
     label_warnings,
+    load_depth_of,
     load_raw,
 )
 from mit_semseg.dataset.options import DataOptions
@@ -174,6 +176,7 @@ def check(
     ignore_label: Iterable[int] = (),
     classes: ClassTable | None = None,
     label_map: LabelMap | None = None,
+    depth: DataOptions | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Read every sample of a list and report what is in it and what is wrong.
@@ -187,6 +190,7 @@ def check(
         label_offset, ignore_label: as in `DATASET`.
         classes: names; by default those of the format.
         label_map: by default that of the format.
+        depth: settings of a recipe whose depth images are to be read as well.
         progress: show a bar.
 
     Returns:
@@ -202,7 +206,7 @@ def check(
     formats: DataFormat = FORMATS.get(data_format)()
     wanted = DataOptions(num_class=num_class or formats.num_class or DataOptions.num_class)
     records, base = _resolve(source, root, formats, wanted)
-    findings = list(_inspect(records, progress))
+    findings = list(_inspect(records, depth or DataOptions(), progress))
     usable = [f for f in findings if not f.error]
 
     stored: Counter[int] = Counter()
@@ -298,11 +302,11 @@ def _resolve(
     return [absolute(record, places[0]) for record in records], places[0]
 
 
-def _inspect(records: Sequence[Record], progress: bool) -> Iterator[_Finding]:
+def _inspect(records: Sequence[Record], options: DataOptions, progress: bool) -> Iterator[_Finding]:
     """Findings in the order of the records; files are read by a few threads."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         yield from tqdm(
-            pool.map(_look, records),
+            pool.map(partial(_look, options), records),
             total=len(records),
             desc="checking",
             disable=None if progress else True,
@@ -310,9 +314,10 @@ def _inspect(records: Sequence[Record], progress: bool) -> Iterator[_Finding]:
         )
 
 
-def _look(record: Record) -> _Finding:
+def _look(options: DataOptions, record: Record) -> _Finding:
     try:
         image, raw = load_raw(record)
+        load_depth_of(record, "", options, (image.shape[1], image.shape[0]))
         modes = []
         for key in (record["fpath_img"], record["fpath_segm"]):
             if key.lower().endswith(".mat"):

@@ -39,6 +39,8 @@ from mit_semseg.dataset.transforms import (
 # the place of a sample that cannot be used.
 _ORDER, _BATCH, _INSTEAD = 0, 1, 2
 _TRIES = 8  # other samples tried before a bad one is an error after all
+# Settings that only `batching` "crop" has a use for.
+CROP_SETTINGS = ("random_scale", "random_rotation", "random_blur")
 
 
 class TrainDataset(Dataset[dict[str, Any]]):
@@ -319,7 +321,7 @@ def batch_style(options: DataOptions) -> BatchStyle:
         from mit_semseg.dataset.crops import RandomCrops  # torchvision is slow to import
 
         return RandomCrops(options)
-    for key in ("random_scale", "random_rotation", "random_blur"):
+    for key in CROP_SETTINGS:
         if getattr(options, key) != getattr(DataOptions, key):
             logging.getLogger("mit_semseg").warning(
                 "DATASET.%s has no effect: it is for DATASET.batching crop", key

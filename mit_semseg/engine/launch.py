@@ -21,7 +21,7 @@ from mit_semseg.config import get_defaults, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import FORMATS
 from mit_semseg.dataset.base import check_channels
-from mit_semseg.models import ENCODERS, Encoder, check_pair
+from mit_semseg.models import ENCODERS, Encoder, check_aux_weights, check_pair
 from mit_semseg.utils import parse_devices
 
 log = logging.getLogger("mit_semseg")
@@ -38,6 +38,7 @@ def read_config(path: str | Path | None, opts: list[str] | None = None) -> Confi
     """
     cfg = load_config(path, opts)
     check_pair(cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder, cfg.MODEL.fc_dim)
+    check_aux_weights(cfg.MODEL.arch_decoder, cfg.TRAIN.aux_weights)
     FORMATS.get(cfg.DATASET.format)
     check_channels(cfg.MODEL.in_channels, cfg.DATASET)
     _check_windows(cfg)

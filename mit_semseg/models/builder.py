@@ -47,6 +47,21 @@ def check_pair(arch_encoder: str, arch_decoder: str, fc_dim: int | None = None) 
         )
 
 
+def check_aux_weights(arch_decoder: str, weights: Sequence[float]) -> None:
+    """Refuses TRAIN.aux_weights of another number than the decoder has auxiliary heads.
+
+    Raises:
+        ValueError: an unknown name, or weights that are neither none nor one for each head.
+    """
+    heads = _decoder(arch_decoder).auxiliary
+    if len(weights) not in (0, len(heads)):
+        fix = f"give {len(heads)}, or () for its own" if heads else "set TRAIN.aux_weights ()"
+        raise ValueError(
+            f"TRAIN.aux_weights are {list(weights)}, but decoder {arch_decoder} has {len(heads)} "
+            f"auxiliary heads: {fix}"
+        )
+
+
 def _check_partners(arch_encoder: str, arch_decoder: str) -> None:
     """Refuses an encoder or a decoder that was made for others (`only`)."""
     encoders, decoders = _decoder(arch_decoder).only, _encoder(arch_encoder).only
@@ -173,6 +188,7 @@ class ModelBuilder:
         """
         model, data = cfg.MODEL, cfg.DATASET
         check_pair(model.arch_encoder, model.arch_decoder, model.fc_dim)
+        check_aux_weights(model.arch_decoder, cfg.TRAIN.aux_weights)
         check_channels(model.in_channels, data)
         encoder = ModelBuilder.build_encoder(
             model.arch_encoder,
@@ -198,6 +214,7 @@ class ModelBuilder:
             deep_sup_scale=cfg.TRAIN.deep_sup_scale
             if any(head.weight is None for head in decoder.auxiliary)
             else None,
+            aux_weights=cfg.TRAIN.aux_weights,
             normalize=Normalize.of(data),
             mirror_pairs=FORMATS.get(data.format)().mirror_pairs,
         )

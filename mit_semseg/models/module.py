@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mit_semseg import scores
 from mit_semseg.losses import functional
-from mit_semseg.models.decoders import Auxiliary, Decoder
+from mit_semseg.models.decoders import Decoder
 from mit_semseg.models.decoders.base import crop
 from mit_semseg.models.encoders import Encoder
 
@@ -34,6 +34,7 @@ class SegmentationModule(nn.Module):
         deep_sup_scale: float | None = None,
         normalize: nn.Module | None = None,
         mirror_pairs: Iterable[tuple[int, int]] = (),
+        aux_weights: Sequence[float] = (),
     ) -> None:
         """Put the parts together.
 
@@ -47,9 +48,12 @@ class SegmentationModule(nn.Module):
             normalize: `normalize(uint8 images, sizes)` -> float images as the encoder expects
                 them, for batches that come as bytes (see `dataset.transforms.Normalize`).
             mirror_pairs: classes that a mirror turns into each other, such as left and right arm.
+            aux_weights: of the losses of all auxiliary heads, in place of `deep_sup_scale` and of
+                the weights that the decoder declares; empty: as declared.
 
         Raises:
-            ValueError: `mirror_pairs` names a class that the decoder does not have.
+            ValueError: `mirror_pairs` names a class that the decoder does not have, or
+                `aux_weights` are neither none nor one for each auxiliary head.
         """
         super().__init__()
         self.encoder = net_enc
@@ -61,6 +65,12 @@ class SegmentationModule(nn.Module):
         if any(not 0 <= k < net_dec.num_class for pair in self.mirror_pairs for k in pair):
             raise ValueError(
                 f"mirror_pairs are {self.mirror_pairs}, the classes 0 to {net_dec.num_class - 1}"
+            )
+        self.aux_weights = tuple(aux_weights)
+        if len(self.aux_weights) not in (0, len(net_dec.auxiliary)):
+            raise ValueError(
+                f"aux_weights are {list(aux_weights)}: {type(net_dec).__name__} has "
+                f"{len(net_dec.auxiliary)} auxiliary heads"
             )
         asks = any(head.weight is None for head in net_dec.auxiliary)
         if deep_sup_scale is not None and not asks:
@@ -109,9 +119,8 @@ class SegmentationModule(nn.Module):
             main, *auxiliary = self.decoder.log_probabilities(features, size, sides)
         loss = self._loss(main, label)
         own: list[Tensor] = []  # losses that are means over something else
-        for head, output in zip(self.decoder.auxiliary, auxiliary):
-            value = head.loss(output, label) if head.loss else self._loss(output, label)
-            value = self._weight(head) * value
+        for head, weight, output in zip(self.decoder.auxiliary, self._weights(), auxiliary):
+            value = weight * (head.loss or self._loss)(output, label)
             if head.denominator:
                 own.append(value)
             else:
@@ -206,14 +215,20 @@ class SegmentationModule(nn.Module):
             for batch, weight in zip(batches, weights, strict=True)
         ]
 
-    def _weight(self, head: Auxiliary) -> float:
-        weight = self.deep_sup_scale if head.weight is None else head.weight
-        if weight is None:
-            raise ValueError(
-                f"{type(self.decoder).__name__} has an auxiliary head to train: give "
-                "SegmentationModule a deep_sup_scale (0.4 as published)"
-            )
-        return weight
+    def _weights(self) -> Sequence[float]:
+        """Of the losses of the auxiliary heads, in their order."""
+        if self.aux_weights:
+            return self.aux_weights
+        weights: list[float] = []
+        for head in self.decoder.auxiliary:
+            weight = self.deep_sup_scale if head.weight is None else head.weight
+            if weight is None:
+                raise ValueError(
+                    f"{type(self.decoder).__name__} has an auxiliary head to train: give "
+                    "SegmentationModule a deep_sup_scale (0.4 as published)"
+                )
+            weights.append(weight)
+        return weights
 
     def inputs(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """What the encoder takes: images as for `logits`, normalised if they are bytes."""

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mit_semseg.config import get_defaults
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, build_split, streets
+from mit_semseg.dataset.train import CROP_SETTINGS
 from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.optim import build_optimizer, poly_factor, set_learning_rate
 from mit_semseg.engine.run_state import seed_everything
@@ -29,6 +31,7 @@ from mit_semseg.models import (
     SegmentationModule,
     check_pair,
 )
+from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.tools.recipes import fingerprint
 from mit_semseg.visualize.report import Sample, contact_sheet, paint, picture_grid
 
@@ -137,6 +140,8 @@ def one_image(cfg: Config, side: int, stride: int) -> dict[str, Any]:
     plain.DATASET.batching, plain.DATASET.crop_size = "aspect", []
     plain.DATASET.imgSizes = [side]
     plain.DATASET.random_flip, plain.DATASET.color_jitter = False, 0.0
+    for key in CROP_SETTINGS:  # they have nothing to do here, and would be warned of
+        plain.DATASET[key] = get_defaults().DATASET[key]
     plain.DATASET.padding_constant = math.lcm(plain.DATASET.padding_constant, stride)
     plain.DATASET.segm_downsampling_rate = stride
     split = build_split(plain.DATASET, "train")
@@ -239,11 +244,17 @@ def _sample(name: str, image: np.ndarray, truth: np.ndarray, prediction: np.ndar
 
 # ------------------------------------------------------------------------------ all models
 def every_model() -> list[tuple[str, str]]:
-    """Pairs in which every registered encoder and every registered decoder occurs."""
+    """The models of the papers, and pairs with all other registered encoders and decoders."""
     encoders, decoders = ENCODERS.first_names(), DECODERS.first_names()
+    pairs = {(model.encoder, model.decoder) for model in PAPER_MODELS}
+    seen = {*(ENCODERS.get(e) for e, _ in pairs), *(DECODERS.get(d) for _, d in pairs)}
     light = ("resnet18dilated", "resnet18", "mobilenetv2dilated")
-    pairs = {_first_fit((name, d) for d in ("c1", *decoders)) for name in encoders}
-    pairs |= {_first_fit((e, name) for e in (*light, *encoders)) for name in decoders}
+    for name in encoders:
+        if ENCODERS.get(name) not in seen:
+            pairs.add(_first_fit((name, d) for d in ("c1", *decoders)))
+    for name in decoders:
+        if DECODERS.get(name) not in seen:
+            pairs.add(_first_fit((e, name) for e in (*light, *encoders)))
     return sorted(pairs)
 
 
@@ -309,8 +320,10 @@ def run(
         steps, side: see `overfit`.
 
     Raises:
-        ValueError: no model has such a name.
+        ValueError: no model has such a name, or `only` has nothing to choose from.
     """
+    if only and not every:
+        raise ValueError(f"--only {only} chooses among all models: give --every, too")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     found: list[Overfit] = []
@@ -395,7 +408,9 @@ def _write(
             f"| {one.name} | {100 * one.accuracy:.2f} % | {one.steps} | {one.rate:g} | "
             f"{one.seconds:.0f} |"
         )
-    (folder / "overfit.md").write_text("\n".join(rows) + "\n", "utf-8")
+    title = "One image, learned by heart"
+    page = [f"# {title}", "", *rows, "", "![Predictions](overfit.png)"]
+    (folder / "overfit.md").write_text("\n".join(page) + "\n", "utf-8")
     plain = [_figures(one) for one in found]
     (folder / "overfit.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
     picture = folder / "overfit.png"
@@ -407,4 +422,4 @@ def _write(
     for one in found:
         label = one.name.replace(" + ", "\n+ ") + f", {100 * one.accuracy:.1f} %"
         tiles.append((label, paint(one.sample.prediction, colors)))
-    picture_grid(tiles, picture, title="One image, learned by heart", columns=8, width=168)
+    picture_grid(tiles, picture, title=title, columns=8, width=168)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ class Profile:
         weights_mib: the size of all parameters and buffers in float32, with auxiliary heads.
         gflops: floating-point operations of the forward pass in evaluation, in 1e9; a
             multiplication and an addition are two.
-        activations_mib: what a training step holds for its backward pass, in float32.
+        activations_mib: what a training step holds for its backward pass, in float32 and without
+            TRAIN.recompute.
         images_per_second: forward passes of one image at a time, as in prediction.
     """
 
@@ -66,8 +68,7 @@ def profile(
     Raises:
         ValueError: the model cannot be built, or works with no image of this size.
     """
-    if min(size) < 1:
-        raise ValueError(f"--size {size[0]} {size[1]}: give a height and a width of 1 or more")
+    _check_size(size)
     cfg = cfg.clone()
     cfg.MODEL.weights_encoder = cfg.MODEL.weights_decoder = "none"
     module = ModelBuilder.from_config(cfg, inference=False).to(device)
@@ -88,6 +89,11 @@ def profile(
         activations_mib,
         speed(module, image, cfg),
     )
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if min(size) < 1:
+        raise ValueError(f"--size {size[0]} {size[1]}: give a height and a width of 1 or more")
 
 
 @contextmanager
@@ -174,15 +180,27 @@ def run(
 ) -> list[Profile]:
     """The command: a table of recipes.
 
+    One that cannot be measured is named and does not stop the others, unless it is the only one.
+
     Args:
         recipes: name -> configuration.
         device: where to compute.
         size: height and width of the image.
         out: folder for `profile.md`, `profile.json` and `profile.png`; "" writes nothing.
+
+    Raises:
+        ValueError: `size` is none, or the only recipe cannot be measured.
     """
+    _check_size(size)
     found = []
     for name, cfg in tqdm(recipes.items(), disable=len(recipes) == 1, leave=False):
-        found.append(profile(cfg, device, size, name=name))
+        try:
+            found.append(profile(cfg, device, size, name=name))
+        except ValueError as error:
+            if len(recipes) == 1:
+                raise
+            tqdm.write(f"error: {name} is left out: {error}", file=sys.stderr)
+            continue
         if out:
             _write(found, size, Path(out))
     print(table(found, size))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mit_semseg.dataset import camvid, downloads, read_odgt, voc_aug
+from mit_semseg.dataset import camvid, cityscapes, read_odgt, voc_aug
 from mit_semseg.dataset.base import Archive, Source
 from mit_semseg.dataset.downloads import download, sources, unpack
 
@@ -144,7 +144,17 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(
 def test_registration_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not download("cityscapes", tmp_path, progress=False)
     text = capsys.readouterr().out
-    assert "register and download at https://www.cityscapes-dataset.com" in text
+    assert "register at https://www.cityscapes-dataset.com" in text
+    assert f"put it at {tmp_path / 'gtFine_trainvaltest.zip'}" in text
+    # What was put there is unpacked.
+    ends = {"leftImg8bit": "leftImg8bit.png", "gtFine": "gtFine_labelIds.png"}
+    for kind, end in ends.items():
+        name = f"{kind}/val/ulm/ulm_000000_000019_{end}"
+        make_zip(tmp_path / f"{kind}_trainvaltest.zip", {name: b"x", "README": b""})
+    assert download("cityscapes", tmp_path, progress=False)
+    (record,) = cityscapes.Cityscapes().records(tmp_path, "val")
+    for kind, path in zip(ends, (record["fpath_img"], record["fpath_segm"])):
+        assert (tmp_path / path).read_bytes() == b"x" and kind in path
     with pytest.raises(ValueError, match="no data set 'odgt' to download; known: ade20k"):
         download("odgt", tmp_path)
 
@@ -153,7 +163,7 @@ def test_every_source_is_complete() -> None:
     expected = ["ade20k", "camvid", "cityscapes", "coco", "coco_panoptic", "cocostuff", "lip"]
     assert sorted(sources()) == [*expected, "sbu", "sunrgbd", "voc2012", "vocaug"]
     for source in sources().values():
-        names = [downloads._file_name(archive) for archive in source.archives]
+        names = [archive.file_name for archive in source.archives]
         assert len(names) == len(set(names))  # they lie in one folder
         assert all(name.endswith((".zip", ".tar", ".tgz", ".tar.gz")) for name in names)
 

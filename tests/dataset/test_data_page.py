@@ -32,7 +32,7 @@ def test_rows_say_what_the_files_say(name: str) -> None:
     assert licence == source.licence
     stated = re.search(r"\(([\d.]+ GB)\)", source.title)
     assert size.split(", ")[0] == (stated[1] if stated else "by hand")
-    assert size.endswith("by hand") == (not source.archives)
+    assert size.endswith("by hand") == (not any(archive.urls for archive in source.archives))
 
 
 def test_files_and_keys_on_the_page_exist() -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mit_semseg.config import load_config
+from mit_semseg.cli import main
+from mit_semseg.config import dump_config, load_config
 from mit_semseg.dataset import TestDataset, TrainDataset, ValDataset, build_split, check_sample
 from mit_semseg.dataset.base import check_channels
 from mit_semseg.dataset.records import find_depth, is_depth, read_odgt, write_odgt
@@ -199,6 +200,22 @@ def test_depth_that_does_not_fit(root: Path) -> None:
     write_odgt(root / "list.odgt", records)
     with pytest.raises(ValueError, match=r"gives no depth for 1 of 3 images.*fpath_img/1\.png"):
         build_split(cfg, "train")
+
+
+def test_data_check_reads_the_depth_of_a_recipe(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opts = ["DATASET.root_dataset", str(root), "DATASET.list_train", str(root / "list.odgt")]
+    opts += ["DATASET.num_class", "3", "DATASET.depth", "True", "MODEL.in_channels", "4"]
+    dump_config(load_config(None, opts), tmp_path / "depth.yaml")
+    words = ["data", "check", "train", "--cfg", str(tmp_path / "depth.yaml")]
+    assert main(words) == 0
+    (root / "fpath_depth/1.png").write_bytes(b"broken")
+    (root / "fpath_depth/2.png").unlink()
+    capsys.readouterr()
+    assert main(words) == 1
+    said = capsys.readouterr().out
+    assert all(str(root / f"fpath_depth/{k}.png") in said for k in (1, 2))
 
 
 # ------------------------------------------------------------------------------ settings

@@ -9,7 +9,8 @@ from decoder_tester import DecoderTester
 from encoder_tester import EncoderTester
 from pair_tester import PairTester
 
-from mit_semseg.models import DECODERS, ENCODERS, check_pair
+from mit_semseg.losses import build_loss
+from mit_semseg.models import DECODERS, ENCODERS, Encoder, SegmentationModule, check_pair
 from mit_semseg.models.pyramid import TileFeatures, Window
 
 
@@ -59,6 +60,31 @@ def test_the_branches_see_the_image_at_three_sizes() -> None:
 
 def test_loss_weights_are_the_published_ones() -> None:
     assert [head.weight for head in DECODERS.get("icnet").auxiliary] == [0.4, 0.16]
+
+
+@pytest.mark.parametrize(("given", "used"), [((), (0.4, 0.16)), ((0.1, 3.0), (0.1, 3.0))])
+def test_the_losses_of_the_branches_are_added_up(
+    given: tuple[float, ...], used: tuple[float, float]
+) -> None:
+    """Against torch's own cross entropy, of scores resized to the label."""
+
+    class Given(Encoder):
+        channels, strides = (8, 12, 16), (8, 16, 32)
+
+        def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+            return maps
+
+    torch.manual_seed(0)
+    maps = [torch.randn(2, c, 64 // s, 96 // s) for c, s in zip((8, 12, 16), (8, 16, 32))]
+    label = torch.randint(-1, 5, (2, 64, 96))
+    decoder = DECODERS.get("icnet")((8, 12, 16), 5)
+    module = SegmentationModule(Given(), decoder, build_loss("nll", 5), aux_weights=given)
+    loss, _ = module.train()({"img_data": torch.zeros(2, 3, 64, 96), "seg_label": label})
+    wanted = 0.0
+    for weight, scores in zip((1.0, *used), decoder.logits(maps)):
+        large = F.interpolate(scores, (64, 96), mode="bilinear", align_corners=False)
+        wanted += weight * F.cross_entropy(large, label, ignore_index=-1)
+    torch.testing.assert_close(loss, wanted)
 
 
 def test_scores_and_heads_have_the_published_strides() -> None:

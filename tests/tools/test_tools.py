@@ -22,6 +22,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import streets
 from mit_semseg.engine.evaluate import Kept, evaluate
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
+from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.tools import overfit, profile, sweep
 
 CPU = torch.device("cpu")
@@ -164,6 +165,26 @@ def test_every_registered_model_has_its_turn() -> None:
         map(DECODERS.get, DECODERS.names())
     )
     assert len(set(pairs)) == len(pairs)
+    assert {(model.encoder, model.decoder) for model in PAPER_MODELS} <= set(pairs)
+
+
+def test_a_choice_needs_something_to_choose_from(
+    tmp_path: Path, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe(tmp_path / "small.yaml")
+    words = ["overfit", "--gpus", "cpu", "--out", str(tmp_path), "--cfg", str(file)]
+    assert main([*words, "--only", "segnet"]) == 2
+    assert "--only segnet chooses among all models: give --every, too" in capsys.readouterr().err
+
+
+def test_settings_of_crops_are_left_out_without_a_warning(
+    scenes: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opts = ["DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)", "DATASET.random_blur", "0"]
+    cfg = overfit.scene_config(load_config(None), "mobilenetv2dilated", "c1", scenes)
+    cfg.merge_from_list([*opts, "DATASET.random_scale", "(1.0, 1.0)"])
+    overfit.one_image(cfg, 64, 8)
+    assert caplog.text == ""
 
 
 # ------------------------------------------------------------------------------ profile
@@ -229,6 +250,30 @@ def test_an_image_below_the_reach_of_a_network_is_one_line() -> None:
     with pytest.raises(ValueError, match=message) as caught, profile._reach("small", (2, 1)):
         nn.MaxPool2d(2)(torch.zeros(1, 3, 2, 1))
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def activations(module: nn.Module, image: torch.Tensor, cfg: Config) -> int:
+        if cfg.MODEL.arch_decoder == "ppm":
+            raise ValueError("too small")
+        return 7 << 20
+
+    monkeypatch.setattr(profile, "activations", activations)
+    monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
+    files = [str(recipe(tmp_path / f"{name}.yaml", name)) for name in ("ppm", "c1")]
+    words = ["--gpus", "cpu", "--size", "64", "64"]
+    assert main(["profile", *files, *words]) == 1
+    said = capsys.readouterr()
+    assert (
+        "error: ppm is left out: --size 64 64: ppm works with no such image (too small)" in said.err
+    )
+    assert "| c1 " in said.out and "| ppm " not in said.out
+    assert main(["profile", files[0], *words]) == 2  # alone
 
 
 def test_auxiliary_heads_are_counted(

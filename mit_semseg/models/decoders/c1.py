@@ -14,7 +14,11 @@ from mit_semseg.models.layers import conv_bn_relu
 
 @DECODERS.register("c1", "c1_bilinear")
 class C1(Decoder):
-    """3x3 conv-BN-ReLU to a quarter of the channels, then 1x1 to the classes."""
+    """3x3 conv-BN-ReLU to a quarter of the channels, then 1x1 to the classes.
+
+    The simplest head of the published toolkit, from no paper of its own: the auxiliary head of
+    Zhao et al. 2017, arXiv:1612.01105, sec. 3.3, as the only one.
+    """
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
         super().__init__(channels, num_class, **options)

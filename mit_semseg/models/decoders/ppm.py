@@ -36,7 +36,8 @@ class PooledBatchNorm2d(SynchronizedBatchNorm2d):
 class PPM(Decoder):
     """Average pools at several sizes, joined with the feature map.
 
-    Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.2.
+    Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.2. Deviation, as published: each pool gives
+    512 channels whatever the width of the encoder, of which the paper takes a quarter.
     """
 
     def __init__(

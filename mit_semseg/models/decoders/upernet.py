@@ -21,7 +21,8 @@ class UPerNet(Decoder):
     Every map the encoder declares is a level, whatever their number, widths and strides: the
     four of a ResNet as published, the five of MobileNetV2 likewise.
 
-    Paper: Xiao et al. 2018, arXiv:1807.10221, sec. 3.1.
+    Paper: Xiao et al. 2018, arXiv:1807.10221, sec. 3.1. Deviation: only scenes are parsed; the
+    heads for parts, materials and textures are left out.
     """
 
     needs = 2

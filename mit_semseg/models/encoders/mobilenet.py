@@ -54,7 +54,9 @@ class MobileNetV2(Encoder):
     """MobileNetV2 at output stride 32; `strides` says how far it is dilated.
 
     Paper: Sandler et al. 2018, arXiv:1801.04381, table 2; the last 1x1 convolution, to 1280
-    channels, belongs to the classifier and is left out.
+    channels, belongs to the classifier and is left out. The dilated forms give up strides as
+    those of ResNet do (Yu et al. 2017, arXiv:1705.09914, sec. 2); the paper's own segmentation
+    (sec. 6.3) has output stride 16, too.
     """
 
     channels = (24, 32, 64, 160, 320)

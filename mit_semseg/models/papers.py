@@ -1,0 +1,57 @@
+"""The models of the papers: which encoder and which decoder, in this toolkit's names, they are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class PaperModel(NamedTuple):
+    """One model as its authors put it together.
+
+    Attributes:
+        name: as the field calls it.
+        encoder, decoder: MODEL.arch_encoder and MODEL.arch_decoder.
+    """
+
+    name: str
+    encoder: str
+    decoder: str
+
+
+PAPER_MODELS: tuple[PaperModel, ...] = (
+    PaperModel("FCN-32s", "vgg16", "fcn32s"),
+    PaperModel("FCN-16s", "vgg16", "fcn16s"),
+    PaperModel("FCN-8s", "vgg16", "fcn8s"),
+    PaperModel("U-Net", "unet", "unet"),
+    PaperModel("U-Net, bilinear, half as wide", "unet_bilinear", "unet_bilinear"),
+    PaperModel("U-Net on a ResNet", "resnet101dilated", "unet"),
+    PaperModel("SegNet", "vgg16_bn_indices", "segnet"),
+    PaperModel("LinkNet", "resnet18", "linknet"),
+    PaperModel("LinkNet", "resnet34", "linknet"),
+    PaperModel("FC-DenseNet56", "fcdensenet56", "fcdensenet56"),
+    PaperModel("FC-DenseNet67", "fcdensenet67", "fcdensenet67"),
+    PaperModel("FC-DenseNet103", "fcdensenet103", "fcdensenet103"),
+    PaperModel("ENet", "enet", "enet"),
+    PaperModel("DRN-C-26", "drn_c_26", "c1"),
+    PaperModel("DeepLabv3", "resnet50dilated", "deeplabv3"),
+    PaperModel("DeepLabv3", "resnet101dilated", "deeplabv3"),
+    PaperModel("DeepLabv3+", "resnet50_dilated16", "deeplabv3plus"),
+    PaperModel("DeepLabv3+", "resnet101_dilated16", "deeplabv3plus"),
+    PaperModel("DeepLabv3+", "xception65", "deeplabv3plus"),
+    PaperModel("DeepLabv3+", "mobilenetv2_dilated16", "deeplabv3plus"),
+    PaperModel("PSPNet", "resnet50dilated", "ppm_deepsup"),
+    PaperModel("ICNet", "icnet_resnet50", "icnet"),
+    PaperModel("DenseASPP", "densenet121dilated", "denseaspp"),
+    PaperModel("DenseASPP", "densenet161dilated", "denseaspp"),
+    PaperModel("DenseASPP", "densenet169dilated", "denseaspp"),
+    PaperModel("DenseASPP", "densenet201dilated", "denseaspp"),
+    PaperModel("EncNet", "resnet50dilated", "encnet"),
+    PaperModel("BiSeNet", "bisenet_resnet18", "bisenet"),
+    PaperModel("DANet", "resnet50dilated", "danet"),
+    PaperModel("OCNet, base", "resnet50dilated", "ocnet_base"),
+    PaperModel("OCNet, pyramid", "resnet50dilated", "ocnet_pyramid"),
+    PaperModel("OCNet, ASP", "resnet50dilated", "ocnet_asp"),
+    PaperModel("DUNet", "resnet50dilated", "dunet"),
+    PaperModel("UPerNet", "resnet50", "upernet"),
+    PaperModel("HRNetV2", "hrnetv2", "c1"),
+)
