@@ -27,9 +27,9 @@ bench: $(VENV)/.mit_semseg-bench
 	$(BIN)/mit-semseg bench
 
 overfit: $(VENV)/.mit_semseg
-	$(BIN)/mit-semseg overfit --every --out overfit
-	mkdir -p docs/overfit
-	cp overfit/overfit.md overfit/overfit.png docs/overfit/
+	$(BIN)/mit-semseg overfit --every --out overfit; status=$$?; \
+		mkdir -p docs/overfit && cp overfit/overfit.md overfit/overfit.png docs/overfit && \
+		exit $$status
 
 selftest: $(VENV)/.mit_semseg
 	$(BIN)/mit-semseg selftest
@@ -68,3 +68,4 @@ $(VENV)/.mit_semseg-bench: $(VENV)/.mit_semseg
 clean:
 	rm -rf build dist demo bench overfit selftest *.egg-info .hypothesis .import_linter_cache \
 		.mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

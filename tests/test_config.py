@@ -146,16 +146,19 @@ def test_pairs_are_checked_when_the_file_is_read() -> None:
         read_config(None, [*opts, "MODEL.arch_decoder", "upernet"])
 
 
-def test_each_auxiliary_head_has_a_weight() -> None:
+def test_each_auxiliary_head_has_a_weight(caplog: pytest.LogCaptureFixture) -> None:
     icnet = ["MODEL.arch_encoder", "icnet_resnet50", "MODEL.arch_decoder", "icnet"]
     cfg = read_config(None, [*icnet, "TRAIN.aux_weights", "(0.4, 0.2)"])
     assert cfg.TRAIN.aux_weights == [0.4, 0.2]
-    with pytest.raises(ValueError, match=r"icnet has 2 auxiliary heads: give 2, or \(\)"):
-        read_config(None, [*icnet, "TRAIN.aux_weights", "(0.4,)"])
-    with pytest.raises(ValueError, match=r"ppm has 0 auxiliary heads: set TRAIN.aux_weights \(\)"):
-        read_config(None, ["MODEL.arch_decoder", "ppm", "TRAIN.aux_weights", "(0.4,)"])
-    with pytest.raises(ValueError, match="give a weight of 0 or more for each"):
-        read_config(None, [*icnet, "TRAIN.aux_weights", "(0.4, -1)"])
+    assert not caplog.text
+    read_config(None, [*icnet, "TRAIN.aux_weights", "(0.4, 0.2)", "TRAIN.deep_sup_scale", "0.9"])
+    assert "TRAIN.deep_sup_scale has no effect: it is for TRAIN.aux_weights ()" in caplog.text
+    for decoder, count in (("ppm_deepsup", 1), ("ppm", 0)):
+        with pytest.raises(ValueError, match=rf"auxiliary heads of decoder {decoder}: {count};"):
+            read_config(None, ["MODEL.arch_decoder", decoder, "TRAIN.aux_weights", "(0.4, 0.2)"])
+    for wrong in ("(0.4, -1)", "(1e999, 0.1)", "('a', 0.1)"):
+        with pytest.raises(ValueError, match="give a weight of 0 or more for each"):
+            read_config(None, [*icnet, "TRAIN.aux_weights", wrong])
 
 
 def test_new_ways_to_compute_are_off() -> None:

@@ -279,7 +279,9 @@ def _check_value(key: str, value: Any, source: str) -> None:
         )
     if key in ("VAL.stride", "TEST.stride") and not 0 < value <= 1:
         raise ValueError(f"{source}: {key} is {value}; a share of the window, such as 0.667")
-    if key == "TRAIN.aux_weights" and not all(_is_number(v) and v >= 0 for v in value):
+    if key == "TRAIN.aux_weights" and not all(
+        _is_number(v) and 0 <= v <= sys.float_info.max for v in value
+    ):
         raise ValueError(
             f"{source}: {key} is {value}; give a weight of 0 or more for each auxiliary head, or "
             "() for those of the decoder"

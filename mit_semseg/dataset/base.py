@@ -277,6 +277,10 @@ class Archive:
     into: str = ""
     name: str = ""
 
+    def __post_init__(self) -> None:
+        if not self.urls and not self.name:
+            raise ValueError("an Archive needs a url, or a name")
+
     @property
     def file_name(self) -> str:
         """Name of the archive in the data set's folder."""

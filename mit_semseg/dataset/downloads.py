@@ -10,13 +10,13 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from tqdm import tqdm
 
-from mit_semseg.dataset.base import FORMATS, DataFormat, Source
+from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
 from mit_semseg.dataset.records import Record, with_sizes, write_odgt
 from mit_semseg.download import DownloadError, fetch
 
@@ -67,8 +67,8 @@ def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) 
     source, dest = known[name], Path(dest)
     print(f"{source.title}\nlicence: {source.licence}\n{source.home}")
     missing = [x for x in source.archives if not x.urls and not (dest / x.file_name).is_file()]
-    if missing:
-        print(by_hand(source, dest))
+    if missing or not source.archives:
+        print(by_hand(source, dest, missing))
         return False
     for archive in source.archives:
         file = dest / archive.file_name
@@ -76,9 +76,15 @@ def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) 
             if archive.urls:
                 fetch(archive.urls, file, sha256=archive.sha256, progress=progress)
         except DownloadError as error:
-            print(f"{error}\n{by_hand(source, dest)}")
+            print(f"{error}\n{by_hand(source, dest, source.archives)}")
             return False
         unpack(file, dest / archive.into, archive.member, progress=progress)
+    if not all(archive.urls for archive in source.archives):
+        try:  # nobody knows what these archives held
+            FORMATS.get(name)().records(dest, "train")
+        except FileNotFoundError as error:
+            print(f"{error}\n{by_hand(source, dest, source.archives)}")
+            return False
     print(f"ready: DATASET.format {name} DATASET.root_dataset {dest}")
     for split, list_name in source.lists.items():
         path = dest.parent / list_name
@@ -100,12 +106,12 @@ def _below(folder: str, record: Record) -> Record:
     return moved
 
 
-def by_hand(source: Source, dest: Path) -> str:
-    """What to fetch and where to put it."""
+def by_hand(source: Source, dest: Path, archives: Sequence[Archive]) -> str:
+    """Which archives to fetch and where to put them."""
     lines = []
-    if any(not archive.urls for archive in source.archives):
-        lines.append(f"register at {source.home};")
-    for archive in source.archives:
+    if not all(archive.urls for archive in archives) or not archives:
+        lines.append(f"see {source.home}, which asks for a registration or a consent;")
+    for archive in archives:
         lines.append(f"fetch {' or '.join(archive.urls) or archive.file_name}")
         lines.append(f"  and put it at {dest / archive.file_name}, then run this command again;")
     lines.append(f"or unpack it yourself so that {dest} holds: {source.layout}")

@@ -6,6 +6,7 @@ data set's page asks to accept that before it shows the links, so the archives a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,14 +49,13 @@ class Lip(DataFormat):
     mirror_pairs = ((14, 15), (16, 17), (18, 19))  # arms, legs, shoes
 
     def records(self, root: Path, split: str) -> list[Record]:
-        images, labels = f"{split}_images", f"{split}_segmentations"
-        archive = "TrainVal_parsing_annotations"
-        candidates = [
-            (images, labels),
-            (f"TrainVal_images/{images}", f"{archive}/{labels}"),
-            (f"TrainVal_images/{images}", f"{archive}/{archive}/{labels}"),
-            (f"TrainVal_images/TrainVal_images/{images}", f"{archive}/{archive}/{labels}"),
-        ]
+        kinds = (f"{split}_images", f"{split}_segmentations")
+        archives = ("TrainVal_images", "TrainVal_parsing_annotations")
+        images, labels = (
+            (kind, f"{archive}/{kind}", f"{archive}/{archive}/{kind}")
+            for kind, archive in zip(kinds, archives)
+        )
+        candidates = list(itertools.product(images, labels))
         return pair_folders(root, *first_layout(root, candidates, "LIP"))
 
     def classes(self, options: DataOptions) -> ClassTable:

@@ -67,6 +67,7 @@ def without_effect(cfg: Config) -> list[str]:
     defaults = get_defaults()
     needs = {
         "TRAIN.label_smoothing": ("smooth" in cfg.TRAIN.loss, "the loss smooth"),
+        "TRAIN.deep_sup_scale": (not cfg.TRAIN.aux_weights, "TRAIN.aux_weights ()"),
         "VAL.stride": (cfg.VAL.window, "VAL.window"),
         "TEST.stride": (cfg.TEST.window, "TEST.window"),
         **{

@@ -20,6 +20,8 @@ class StopRequest:
     The second SIGINT of a person at the terminal interrupts at once. Elsewhere than in the main
     thread, where Python takes no signals, nothing is changed and nobody asks.
 
+    For one `with` only.
+
     Args:
         repeated: whoever sends signals repeats them (torchrun): only the first one counts.
         on_ask: called once, in the signal handler.

@@ -55,10 +55,9 @@ def check_aux_weights(arch_decoder: str, weights: Sequence[float]) -> None:
     """
     heads = _decoder(arch_decoder).auxiliary
     if len(weights) not in (0, len(heads)):
-        fix = f"give {len(heads)}, or () for its own" if heads else "set TRAIN.aux_weights ()"
         raise ValueError(
-            f"TRAIN.aux_weights are {list(weights)}, but decoder {arch_decoder} has {len(heads)} "
-            f"auxiliary heads: {fix}"
+            f"TRAIN.aux_weights are {list(weights)}; auxiliary heads of decoder {arch_decoder}: "
+            f"{len(heads)}; give one weight for each, or () for its own"
         )
 
 

@@ -69,8 +69,8 @@ class SegmentationModule(nn.Module):
         self.aux_weights = tuple(aux_weights)
         if len(self.aux_weights) not in (0, len(net_dec.auxiliary)):
             raise ValueError(
-                f"aux_weights are {list(aux_weights)}: {type(net_dec).__name__} has "
-                f"{len(net_dec.auxiliary)} auxiliary heads"
+                f"aux_weights are {list(aux_weights)}; auxiliary heads of "
+                f"{type(net_dec).__name__}: {len(net_dec.auxiliary)}"
             )
         asks = any(head.weight is None for head in net_dec.auxiliary)
         if deep_sup_scale is not None and not asks:
@@ -119,7 +119,8 @@ class SegmentationModule(nn.Module):
             main, *auxiliary = self.decoder.log_probabilities(features, size, sides)
         loss = self._loss(main, label)
         own: list[Tensor] = []  # losses that are means over something else
-        for head, weight, output in zip(self.decoder.auxiliary, self._weights(), auxiliary):
+        weights = self._weights() if auxiliary else ()
+        for head, weight, output in zip(self.decoder.auxiliary, weights, auxiliary):
             value = weight * (head.loss or self._loss)(output, label)
             if head.denominator:
                 own.append(value)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class PaperModel(NamedTuple):
-    """One model as its authors put it together.
+    """One model of a paper in the parts of this toolkit; docs/models.md says where they differ.
 
     Attributes:
         name: as the field calls it.

@@ -288,6 +288,7 @@ def scene_config(cfg: Config, encoder: str, decoder: str, data: Path) -> Config:
             *("DATASET.label_offset", "1", "DATASET.label_map", "()", "DATASET.ignore_label", "()"),
             *("DATASET.depth", "False", "MODEL.in_channels", "3"),
             *("DATASET.batching", "aspect", "DATASET.crop_size", "()"),
+            *("TRAIN.aux_weights", "()"),
         ]
     )
     return cfg

@@ -196,14 +196,16 @@ def run(
     for name, cfg in tqdm(recipes.items(), disable=len(recipes) == 1, leave=False):
         try:
             found.append(profile(cfg, device, size, name=name))
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # one of those is torch.OutOfMemoryError
             if len(recipes) == 1:
                 raise
-            tqdm.write(f"error: {name} is left out: {error}", file=sys.stderr)
+            reason = str(error).strip().partition("\n")[0]
+            tqdm.write(f"error: {name} is left out: {reason}", file=sys.stderr)
             continue
         if out:
             _write(found, size, Path(out))
-    print(table(found, size))
+    if found:
+        print(table(found, size))
     return found
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from mit_semseg.config import get_defaults
 from mit_semseg.config.node import Config
 
 
@@ -29,6 +30,9 @@ def named(recipes: Iterable[str | Path]) -> dict[str, str]:
 def fingerprint(cfg: Config, without: Iterable[str] = ()) -> str:
     """16 hexadecimal digits that differ for configurations that differ.
 
+    Only what differs from the defaults counts, so that a key which a later version brings does
+    not make everything of before look edited.
+
     Args:
         cfg: with all defaults and overrides.
         without: keys of `DATASET` that do not count; `DIR` never does.
@@ -37,4 +41,11 @@ def fingerprint(cfg: Config, without: Iterable[str] = ()) -> str:
     plain.DIR = ""
     for key in without:
         plain.DATASET[key] = ""
-    return hashlib.sha256(plain.dump().encode()).hexdigest()[:16]
+    set_here = {
+        f"{section}.{key}": value
+        for section, defaults in get_defaults().items()
+        if isinstance(defaults, dict)
+        for key, value in plain[section].items()
+        if value != defaults[key]
+    }
+    return hashlib.sha256(repr(sorted(set_here.items())).encode()).hexdigest()[:16]

@@ -144,19 +144,48 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(
 def test_registration_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not download("cityscapes", tmp_path, progress=False)
     text = capsys.readouterr().out
-    assert "register at https://www.cityscapes-dataset.com" in text
+    assert "see https://www.cityscapes-dataset.com/downloads/, which asks for a regis" in text
     assert f"put it at {tmp_path / 'gtFine_trainvaltest.zip'}" in text
-    # What was put there is unpacked.
-    ends = {"leftImg8bit": "leftImg8bit.png", "gtFine": "gtFine_labelIds.png"}
-    for kind, end in ends.items():
-        name = f"{kind}/val/ulm/ulm_000000_000019_{end}"
-        make_zip(tmp_path / f"{kind}_trainvaltest.zip", {name: b"x", "README": b""})
-    assert download("cityscapes", tmp_path, progress=False)
-    (record,) = cityscapes.Cityscapes().records(tmp_path, "val")
-    for kind, path in zip(ends, (record["fpath_img"], record["fpath_segm"])):
-        assert (tmp_path / path).read_bytes() == b"x" and kind in path
     with pytest.raises(ValueError, match="no data set 'odgt' to download; known: ade20k"):
         download("odgt", tmp_path)
+
+
+def test_what_nothing_is_known_of_is_not_said_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Source(title="t", licence="l", home="http://h", layout="a/", folder="f")
+    monkeypatch.setattr(camvid.CamVid, "source", source)
+    assert not download("camvid", tmp_path / "none", progress=False)
+    text = capsys.readouterr().out
+    assert "see http://h" in text and "holds: a/" in text and "ready" not in text
+    with pytest.raises(ValueError, match="needs a url, or a name"):
+        Archive(())
+
+
+@pytest.mark.parametrize("nested", ["", "TrainVal_parsing_annotations/"])
+def test_archives_fetched_by_hand_are_unpacked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], nested: str
+) -> None:
+    for folder in ("c", "l"):
+        (tmp_path / folder).mkdir()
+    for kind, end in (("leftImg8bit", "leftImg8bit.png"), ("gtFine", "gtFine_labelIds.png")):
+        files = {f"{kind}/train/ulm/ulm_000000_000019_{end}": kind.encode(), "README": b""}
+        make_zip(tmp_path / "c" / f"{kind}_trainvaltest.zip", files)
+        if kind == "leftImg8bit":
+            assert not download("cityscapes", tmp_path / "c", progress=False)
+            text = capsys.readouterr().out
+            assert "fetch gtFine" in text and "fetch leftImg8bit" not in text
+    assert download("cityscapes", tmp_path / "c", progress=False)
+    (record,) = cityscapes.Cityscapes().records(tmp_path / "c", "train")
+    assert (tmp_path / "c" / record["fpath_segm"]).read_bytes() == b"gtFine"
+
+    make_zip(tmp_path / "l" / "TrainVal_images.zip", {"train_images/1.jpg": b"x"})
+    masks = make_zip(tmp_path / "l" / "TrainVal_parsing_annotations.zip", {"other/1.png": b"y"})
+    assert not download("lip", tmp_path / "l", progress=False)
+    assert "no LIP here" in capsys.readouterr().out
+    make_zip(masks, {f"{nested}train_segmentations/1.png": b"y"})
+    assert download("lip", tmp_path / "l", progress=False)
+    assert "ready: DATASET.format lip" in capsys.readouterr().out
 
 
 def test_every_source_is_complete() -> None:

@@ -88,6 +88,14 @@ def test_from_config_builds_what_it_says() -> None:
     assert module.decoder.strides == (4, 8, 8, 8)
 
 
+def test_from_config_weighs_auxiliary_heads_as_told() -> None:
+    deep = config("MODEL.arch_decoder", "ppm_deepsup", "TRAIN.aux_weights", "(0.3,)")
+    assert ModelBuilder.from_config(deep, inference=False).aux_weights == (0.3,)
+    plain = config("MODEL.arch_decoder", "c1", "TRAIN.aux_weights", "(0.3,)")
+    with pytest.raises(ValueError, match="auxiliary heads of decoder c1: 0"):
+        ModelBuilder.from_config(plain, inference=False)
+
+
 def test_from_config_for_inference() -> None:
     module = ModelBuilder.from_config(
         config("MODEL.arch_decoder", "upernet", "TRAIN.loss", "nll+lovasz"), inference=True

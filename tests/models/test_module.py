@@ -304,6 +304,20 @@ def test_images_of_other_channels_are_refused() -> None:
         module.logits(torch.randn(1, 4, 32, 32))
 
 
+def test_weights_of_all_auxiliary_heads_can_be_given() -> None:
+    data = batch()
+
+    def loss(*weights: float) -> Tensor:
+        module = presence().train()
+        module.aux_weights = weights
+        return module(data)[0]
+
+    torch.testing.assert_close(loss(0.4, 0.7), loss())
+    parts = loss(1, 0) - loss(0, 0), loss(0, 1) - loss(0, 0)
+    assert min(parts) > 0.01
+    torch.testing.assert_close(loss(0.1, 2), loss(0, 0) + 0.1 * parts[0] + 2 * parts[1])
+
+
 def test_weights_of_a_batch_come_together() -> None:
     with pytest.raises(ValueError, match="acc_weight"):
         tiny().train()({**batch(), "loss_weight": torch.ones(())})
@@ -330,6 +344,9 @@ def test_mistakes_are_named() -> None:
         SegmentationModule(TinyEncoder(), TinyDecoder(), None).double().eval()(data)
     with pytest.raises(ValueError, match="deep_sup_scale"):
         tiny(scale=None).train()(data)
+    assert torch.equal(tiny(scale=None).eval()(data)[0], tiny().eval()(data)[0])
+    with pytest.raises(ValueError, match=r"aux_weights are \[1\]; .* PresenceDecoder: 2"):
+        SegmentationModule(TinyEncoder(), PresenceDecoder(), None, aux_weights=[1])
     plain = ModelBuilder.build_decoder("c1", num_class=CLASSES, channels=TinyEncoder.channels)
     with pytest.warns(UserWarning, match=r"deep_sup_scale 0\.4 is ignored: C1"):
         SegmentationModule(TinyEncoder(), plain, None, 0.4)

@@ -17,13 +17,14 @@ from PIL import Image
 from torch import nn
 
 from mit_semseg.cli import main
-from mit_semseg.config import dump_config, load_config
+from mit_semseg.config import dump_config, get_defaults, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import streets
 from mit_semseg.engine.evaluate import Kept, evaluate
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
 from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.tools import overfit, profile, sweep
+from mit_semseg.tools.recipes import fingerprint
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -131,9 +132,10 @@ def test_a_rendered_scene_is_read_whatever_data_the_recipe_is_for(scenes: Path) 
     for recipe in ("sunrgbd-resnet50dilated-ppm_deepsup-depth", "camvid-enet"):
         cfg = config(ROOT / "config" / f"{recipe}.yaml")
         strange = ["DATASET.label_map", "((0, 3),)", "DATASET.ignore_label", "(1, 2)"]
+        strange += ["TRAIN.aux_weights", "(0.1, 0.2)"]
         cfg.merge_from_list([*strange, "DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)"])
         found = overfit.scene_config(cfg, "mobilenetv2dilated", "c1", scenes)
-        assert found.MODEL.in_channels == 3
+        assert found.MODEL.in_channels == 3 and found.TRAIN.aux_weights == []
         batches = [overfit.one_image(one, 64, 8) for one in (plain, found)]
         for key in ("img_data", "seg_label"):
             assert torch.equal(*(batch[key] for batch in batches)), (recipe, key)
@@ -181,10 +183,27 @@ def test_settings_of_crops_are_left_out_without_a_warning(
     scenes: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     opts = ["DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)", "DATASET.random_blur", "0"]
+    opts += ["DATASET.random_rotation", "0"]
     cfg = overfit.scene_config(load_config(None), "mobilenetv2dilated", "c1", scenes)
     cfg.merge_from_list([*opts, "DATASET.random_scale", "(1.0, 1.0)"])
     overfit.one_image(cfg, 64, 8)
     assert caplog.text == ""
+
+
+def test_recipes_are_told_apart_by_what_they_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(ROOT / "config/camvid-enet.yaml")
+    before, other = fingerprint(cfg), load_config(ROOT / "config/camvid-enet.yaml")
+    other.DIR = "elsewhere"
+    assert fingerprint(other) == before
+    other.TRAIN.seed += 1
+    assert fingerprint(other) != before
+    # A key that a later version brings.
+    defaults = get_defaults()
+    for tree in (cfg, defaults):
+        tree.TRAIN.defrost()
+        tree.TRAIN["something_new"] = 3
+    monkeypatch.setattr("mit_semseg.tools.recipes.get_defaults", lambda: defaults)
+    assert fingerprint(cfg) == before
 
 
 # ------------------------------------------------------------------------------ profile
@@ -260,13 +279,17 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
 ) -> None:
     def activations(module: nn.Module, image: torch.Tensor, cfg: Config) -> int:
         if cfg.MODEL.arch_decoder == "ppm":
-            raise ValueError("too small")
+            raise error
         return 7 << 20
 
     monkeypatch.setattr(profile, "activations", activations)
     monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
     files = [str(recipe(tmp_path / f"{name}.yaml", name)) for name in ("ppm", "c1")]
     words = ["--gpus", "cpu", "--size", "64", "64"]
+    error: Exception = torch.OutOfMemoryError("no memory\nfor this")
+    assert main(["profile", *files, *words]) == 1
+    assert "error: ppm is left out: no memory\n" in capsys.readouterr().err
+    error = ValueError("too small")
     assert main(["profile", *files, *words]) == 1
     said = capsys.readouterr()
     assert (
