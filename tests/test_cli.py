@@ -189,7 +189,7 @@ def test_a_data_set_of_ones_own_is_accepted(
 
     monkeypatch.setitem(FORMATS._entries, "balls", Balls)
     assert main(["data", "download", "balls", "--to", str(tmp_path)]) == 1
-    assert "register and download at" in capsys.readouterr().out
+    assert "which asks for a registration or a consent" in capsys.readouterr().out
 
 
 def test_overrides_after_several_images(tmp_path: Path) -> None:
