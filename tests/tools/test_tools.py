@@ -76,6 +76,14 @@ def test_a_model_learns_one_image(
     assert (out / "overfit.png").stat().st_size > 1000
 
 
+def test_statistics_follow_and_dropout_lets_pass() -> None:
+    layers = [nn.BatchNorm2d(1, momentum=m) for m in (0.01, 0.3, None)]
+    net = nn.Sequential(*layers, nn.Dropout(0.5), nn.Dropout2d(0.1))
+    overfit.prepared(net)  # type: ignore[arg-type]
+    assert [layer.momentum for layer in layers] == [0.1, 0.3, None]
+    assert net[3].p == net[4].p == 0
+
+
 def test_what_is_not_learned_is_said(tmp_path: Path, recipe: Callable[..., Path]) -> None:
     file = recipe(tmp_path / "small.yaml")
     found = overfit.overfit(config(file), CPU, steps=1, side=64, progress=False)
