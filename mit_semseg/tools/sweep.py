@@ -219,7 +219,8 @@ class Sweep:
             self._warn(f"sweep_pictures.png is not drawn: {_named(error)}")
 
     def _pictures(self, entries: Sequence[Entry]) -> None:
-        """The same images as all recipes on the data of the first one see them, a row each."""
+        """The same images as all recipes on the data of the first one see them, a row each, the
+        best first."""
         first = self.configs[entries[0].name]
         data, split = val_dataset(first), build_split(first.DATASET, "val")
         samples = self._samples(data, self._kept(entries[0], len(data)).numbers)
@@ -231,7 +232,7 @@ class Sweep:
             ("image", [sample["img_ori"] for sample in samples.values()]),
             ("truth", [paint(x, colors) for x in truth]),
         ]
-        for entry in entries:
+        for entry in best_first(entries):
             if _data(self.configs[entry.name]) != _data(first):
                 continue
             kept = self._kept(entry, len(data))
@@ -425,14 +426,18 @@ def _percent(value: float | None) -> str:
     return "n/a" if value is None else f"{100 * value:.2f} %"
 
 
+def best_first(entries: Sequence[Entry]) -> list[Entry]:
+    """Those without a figure come last."""
+    return sorted(entries, key=lambda e: -1.0 if e.mean_iou is None else e.mean_iou, reverse=True)
+
+
 def table(entries: Sequence[Entry]) -> str:
     """The queue in Markdown, the best first."""
     rows = [
         "| recipe | encoder + decoder | mean IoU | accuracy | steps | minutes | images/s |",
         "|---|---|---|---|---|---|---|",
     ]
-    order = sorted(entries, key=lambda e: -1.0 if e.mean_iou is None else e.mean_iou, reverse=True)
-    for e in order:
+    for e in best_first(entries):
         figures: Mapping[str, str] = {
             "done": f"{_percent(e.mean_iou)} | {_percent(e.pixel_accuracy)} | {e.steps} | "
             f"{e.train_minutes:.1f} | {e.images_per_second:.2f}",
