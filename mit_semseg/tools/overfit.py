@@ -433,4 +433,4 @@ def _write(
     for one in found:
         label = one.name.replace(" + ", "\n+ ") + f", {100 * one.accuracy:.1f} %"
         tiles.append((label, paint(one.sample.prediction, colors)))
-    picture_grid(tiles, picture, title=title, columns=8, width=168)
+    picture_grid(tiles, picture, title=title, columns=6, width=224)
