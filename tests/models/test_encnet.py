@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from decoder_tester import DecoderTester
 from pair_tester import PairTester
+from torch import nn
 
 from mit_semseg.losses import functional
 from mit_semseg.models import SegmentationModule
@@ -122,3 +123,29 @@ def test_presence_has_the_right_gradient() -> None:
 def test_presence_refuses_scores_of_pixels() -> None:
     with pytest.raises(ValueError, match=r"scores is \(2, 4, 3, 3\).*expected \(B, C\)"):
         functional.presence(torch.zeros(2, 4, 3, 3), torch.zeros(2, 3, 3, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_the_scene_weighs_channels() -> None:
+    """x + x * sigmoid(what attention says), then ReLU: with 0 and a large number known by hand."""
+    decoder = TestEncNet().build().eval()
+    features = TestEncNet().features()
+    decoder.conv_last_presence = None  # only the main head is asked for
+    nn.init.zeros_(decoder.attention.weight)
+    nn.init.zeros_(decoder.attention.bias)
+    decoder.attention.bias[0] = 50.0
+    factor = torch.full((decoder.attention.out_channels, 1, 1), 1.5)
+    factor[0] = 2.0
+    x = decoder.reduce(features[-1])
+    wanted = decoder.conv_last((factor * x).relu())
+    torch.testing.assert_close(decoder.logits(features)[0], wanted)
+
+
+@torch.no_grad()
+def test_attention_follows_the_image() -> None:
+    decoder = TestEncNet().build().eval()
+    x = decoder.reduce(TestEncNet().features()[-1])
+    weights = decoder.attention(decoder.context(x)).sigmoid()
+    wanted = decoder.conv_last((x + x * weights).relu())
+    torch.testing.assert_close(decoder.logits(TestEncNet().features())[0], wanted)
+    assert (weights[0] - weights[1]).abs().max() > 1e-3

@@ -107,3 +107,14 @@ def test_scores_beyond_an_odd_image_are_cropped_and_not_squeezed(pair: tuple[str
     label = torch.randint(0, 5, (1, 33, 37))
     loss, _ = module({"img_data": image, "seg_label": label})
     torch.testing.assert_close(loss, F.cross_entropy(wanted, label))
+
+
+@pytest.mark.parametrize("options", [{}, {"dilation": 8}, {"asymmetric": True}])
+@torch.no_grad()
+def test_a_bottleneck_adds_to_its_input(options: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    block = Bottleneck(16, 0.1, **options).eval()
+    x = torch.randn(2, 16, 9, 11)
+    added = block.extension(x)
+    assert added.abs().max() > 0.1
+    torch.testing.assert_close(block(x), F.prelu(x + added, torch.full((16,), 0.25)))

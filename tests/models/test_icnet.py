@@ -11,6 +11,7 @@ from pair_tester import PairTester
 
 from mit_semseg.losses import build_loss
 from mit_semseg.models import DECODERS, ENCODERS, Encoder, SegmentationModule, check_pair
+from mit_semseg.models.decoders.icnet import CascadeFusion
 from mit_semseg.models.pyramid import TileFeatures, Window
 
 
@@ -118,3 +119,22 @@ def test_both_halves_work_with_each_other_only() -> None:
         check_pair("resnet50dilated", "icnet")
     with pytest.raises(ValueError, match="set MODEL.arch_decoder to icnet"):
         check_pair("icnet_resnet50", "c1")
+
+
+@torch.no_grad()
+def test_a_fusion_is_the_sum_that_fig_3_draws() -> None:
+    torch.manual_seed(0)
+    fusion = CascadeFusion(6, 4, 8).eval()
+    coarse, fine = torch.randn(2, 6, 5, 7), torch.randn(2, 4, 10, 14)
+    twice = F.interpolate(coarse, (10, 14), mode="bilinear", align_corners=False)
+    conv, norm = fusion.coarse
+    norm.running_mean.normal_(), norm.weight.normal_()
+    convolved = F.conv2d(twice, conv.weight, padding=2, dilation=2)
+    shape = (1, 8, 1, 1)
+    left = (convolved - norm.running_mean.view(shape)) / (norm.running_var + 1e-5).sqrt().view(
+        shape
+    ) * norm.weight.view(shape) + norm.bias.view(shape)
+    right = F.conv2d(fine, fusion.fine[0].weight) / (1 + 1e-5) ** 0.5
+    large, fused = fusion(coarse, fine)
+    torch.testing.assert_close(large, twice)
+    torch.testing.assert_close(fused, (left + right).relu())

@@ -51,3 +51,21 @@ def test_full_convolutions_multiply_sides(factor: int) -> None:
     ones = full_convolution(1, 1, factor)
     torch.nn.init.ones_(ones.weight)
     assert (ones(torch.ones(1, 1, 5, 7)) >= 1).all()
+
+
+@torch.no_grad()
+def test_what_a_block_gives_is_added_to_the_map_of_its_link() -> None:
+    """Fig. 1, one step after the other."""
+    torch.manual_seed(0)
+    channels = (4, 8, 12, 16)
+    maps = [torch.randn(2, c, 24 // 2**i, 32 // 2**i) for i, c in enumerate(channels)]
+    decoder = ModelBuilder.build_decoder(
+        "linknet", num_class=5, channels=channels, strides=(4, 8, 16, 32)
+    ).eval()
+    fourth, third, second, first = decoder.blocks
+    x = maps[2] + fourth(maps[3])
+    x = maps[1] + third(x)
+    x = maps[0] + second(x)
+    wanted = decoder.conv_last(decoder.conv(decoder.up(first(x))))
+    assert torch.equal(decoder.logits(maps)[0], wanted)
+    assert wanted.shape == (2, 5, 96, 128)

@@ -79,3 +79,14 @@ def test_base_context_is_as_large_as_others_count_it() -> None:
     with torch.device("meta"):
         context = BaseContext(2048, 512)
     assert sum(p.numel() for p in context.parameters()) / 1e6 == pytest.approx(10.5, rel=0.02)
+
+
+def test_grids_and_dilations_are_the_papers() -> None:
+    with torch.device("meta"):
+        pyramid = DECODERS.get("ocnet_pyramid")((8, 16), 5).context
+        atrous = DECODERS.get("ocnet_asp")((8, 16), 5).context
+    assert [attention.grid for attention in pyramid.attention] == [1, 2, 3, 6]
+    found = [branch[0] for branch in atrous.atrous]
+    assert [conv.kernel_size for conv in found] == [(3, 3)] * 3
+    assert [conv.dilation for conv in found] == [(12, 12), (24, 24), (36, 36)]
+    assert [conv.padding for conv in found] == [(12, 12), (24, 24), (36, 36)]

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from decoder_tester import DecoderTester
 from pair_tester import PairTester, count
+from torch import nn
 
 from mit_semseg.models import ModelBuilder, check_pair
 from mit_semseg.models.decoders.upsampling import unpool
@@ -87,3 +88,22 @@ def test_fc_dim_alone_says_enough() -> None:
     with torch.device("meta"):
         decoder = ModelBuilder.build_decoder("segnet", fc_dim=512)
     assert decoder.channels == (64, 128, 256, 512, 512, 512)
+
+
+def test_blocks_mirror_those_of_vgg16() -> None:
+    """Fig. 2: as many convolutions as the encoder has before each pool, the last gives scores."""
+    widths = (64, 128, 256, 512, 512, 512)
+    with torch.device("meta"):
+        decoder = ModelBuilder.build_decoder("segnet", num_class=7, channels=widths)
+    found = [
+        [(m.in_channels, m.out_channels) for m in block.modules() if isinstance(m, nn.Conv2d)]
+        for block in (*decoder.blocks, decoder.conv_last)
+    ]
+    assert found == [
+        [(512, 512)] * 3,
+        [(512, 512)] * 2 + [(512, 256)],
+        [(256, 256)] * 2 + [(256, 128)],
+        [(128, 128), (128, 64)],
+        [(64, 64)],
+        [(64, 7)],
+    ]

@@ -1,11 +1,14 @@
 """The Xception65 encoder."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from encoder_tester import EncoderTester
 from pair_tester import PairTester
 from torch import nn
 
 from mit_semseg.models import ENCODERS
+from mit_semseg.models.encoders.xception import Separable
 
 
 class TestXception65(EncoderTester):
@@ -66,3 +69,29 @@ def test_a_block_does_not_change_its_input() -> None:
         residual = block.convs(before.clone())
     assert torch.equal(x, before)
     torch.testing.assert_close(y, before + residual)
+
+
+@pytest.mark.parametrize("relu_first", [True, False])
+@torch.no_grad()
+def test_where_the_relus_are(relu_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = Separable(4, 6, dilation=2, relu_first=relu_first).eval()
+    x = torch.randn(1, 4, 9, 9)
+
+    def normalised(x: torch.Tensor) -> torch.Tensor:
+        return x / (1 + 1e-3) ** 0.5  # statistics and weights as they begin
+
+    inner = x.relu() if relu_first else x
+    inner = F.conv2d(inner, layer.depthwise.weight, padding=2, dilation=2, groups=4)
+    inner = normalised(inner) if relu_first else normalised(inner).relu()
+    wanted = normalised(F.conv2d(inner, layer.pointwise.weight))
+    torch.testing.assert_close(layer(x), wanted if relu_first else wanted.relu())
+
+
+def test_only_the_last_three_have_their_relus_behind() -> None:
+    with torch.device("meta"):
+        encoder = ENCODERS.get("xception65")()
+    found = [m for m in encoder.modules() if isinstance(m, Separable)]
+    behind = [isinstance(m.relu_pointwise, nn.ReLU) for m in found]
+    assert behind == [False] * (len(found) - 3) + [True] * 3
+    assert behind == [isinstance(m.relu_first, nn.Identity) for m in found]
