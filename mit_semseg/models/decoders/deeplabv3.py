@@ -78,7 +78,7 @@ class DeepLabV3(Decoder):
     twice as much at 8 (half at 32), by the stride that the encoder declares. Deviations: the
     3x3 convolution before the classifier and the dropout of ASPP are torchvision's, whose weights
     this takes; no multi-grid: an encoder's last stage has one dilation (table 5 of the paper:
-    0.7 % mIoU or less).
+    1.2 % mIoU less).
     """
 
     pool_scales = (1,)

@@ -25,7 +25,7 @@ class SegNet(Decoder):
 
     Paper: Badrinarayanan et al. 2017, arXiv:1511.00561, sec. 3. Deviations: convolutions that a
     BatchNorm follows have no bias here, since it would take it away; the image is normalised as for
-    every model, where the paper evens out its local contrast (sec. 4.1).
+    every model, where the paper evens out its local contrast (sec. 3.2).
 
     Raises:
         ValueError: the maps are not those of five pools.
