@@ -58,6 +58,7 @@ POSITIVE = (
     "VAL.batch_size",
     "VAL.timeout",
     "TEST.batch_size",
+    "TEST.timeout",
 )
 
 NOT_NEGATIVE = (

@@ -79,16 +79,9 @@ class TrainDataset(Dataset[dict[str, Any]]):
         normalized: False leaves images as uint8 for `Normalize` to finish on the device: a quarter
             of the memory, and less work for the loading process.
 
-    Attributes:
-        reading: called with the path of each file just before it is read, and with "" when a batch
-            is done, so that somebody else can tell what a slow process waits for. Set it in the
-            process that reads, e.g. in a `worker_init_fn`.
-
     Raises:
         FileNotFoundError, ValueError: a list, an option or (when read) a sample cannot be used.
     """
-
-    reading: Callable[[str], None] | None = None
 
     def __init__(
         self,
@@ -182,13 +175,10 @@ class TrainDataset(Dataset[dict[str, Any]]):
         numbers = self._numbers(index)
         samples: list[Sample] = []
         skipped: list[tuple[str, str]] = []
-        try:
-            for position, number in enumerate(numbers):
-                instead = [self.seed, _INSTEAD, index, position]
-                numbers[position], sample = self._usable(number, batch_short, rng, instead, skipped)
-                samples.append(sample)
-        finally:
-            self._tell("")
+        for position, number in enumerate(numbers):
+            instead = [self.seed, _INSTEAD, index, position]
+            numbers[position], sample = self._usable(number, batch_short, rng, instead, skipped)
+            samples.append(sample)
         batch = self._stack(samples)
         batch["info"] = [self.records[k]["fpath_img"] for k in numbers]
         if self.options.on_error == "skip":
@@ -229,22 +219,15 @@ class TrainDataset(Dataset[dict[str, Any]]):
             "samples are not skipped, look for the cause (mit-semseg data check)"
         )
 
-    def _tell(self, file: str) -> None:
-        if self.reading is not None:
-            self.reading(file)
-
     def _read(self, record: Record, short: float, longest: float) -> Picture:
         """A record's picture at the size that `fitted_size` says."""
         options = self.options
         image_path, mask_path = paths_of(record, self.root)
-        self._tell(image_path)
         with ImageFile(image_path) as file:
             width, height = file.size
-            self._tell(mask_path)
             stored = load_values(record, self.root, file.size)
             self.label_map.check(stored, mask_path)
             size = fitted_size(width, height, short, longest)
-            self._tell(image_path)  # of which only the header has been read so far
             image = file.pixels(size)
             depth = load_depth_of(record, self.root, options, file.size)
         if depth is not None:

@@ -23,6 +23,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
 
@@ -33,6 +34,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.reading import READINGS
 
 # What Pillow raises on broken files, by format and by where they are broken.
 _UNREADABLE = (
@@ -144,8 +146,12 @@ class ImageFile:
 
     def __init__(self, path: PathLike) -> None:
         self.path = path
-        self._image = _open(path)
-        self._orientation = exif_orientation(self._image)
+        with ExitStack() as opened:
+            opened.enter_context(READINGS.of(path))
+            self._image = _open(path)
+            opened.callback(self._image.close)
+            self._orientation = exif_orientation(self._image)
+            self._opened = opened.pop_all()
         width, height = self._image.size
         self.size = (height, width) if self._orientation >= 5 else (width, height)
 
@@ -153,7 +159,7 @@ class ImageFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._image.close()
+        self._opened.close()
 
     def pixels(self, size: tuple[int, int] | None = None) -> np.ndarray:
         """The picture as RGB, whatever the file's mode, upright; once for each opened file.
@@ -282,7 +288,7 @@ def stored_values(path: PathLike) -> np.ndarray:
     name = os.fspath(path)
     if name.lower().endswith(".mat"):
         return _boundaries_classes(path)
-    with _open(path) as opened:
+    with READINGS.of(path), _open(path) as opened:
         if opened.format in _LOSSY:
             raise ValueError(
                 f"{name}: a {opened.format} mask has altered label values; save masks as PNG"
@@ -317,7 +323,8 @@ def _boundaries_classes(path: PathLike) -> np.ndarray:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{name}: no such file; check DATASET.root_dataset")
     try:
-        values = loadmat(name)["GTcls"]["Segmentation"][0, 0]
+        with READINGS.of(path):
+            values = loadmat(name)["GTcls"]["Segmentation"][0, 0]
     except (*_UNREADABLE, MatReadError, LookupError, TypeError) as error:
         reason = _reason(error, name)
         raise ValueError(f"{name}: no mask of GTcls.Segmentation ({reason})") from error
@@ -343,7 +350,7 @@ def load_depth(path: PathLike, scale: float | str) -> np.ndarray:
         ValueError: unreadable, lossy, or of several channels.
     """
     name = os.fspath(path)
-    with _open(path) as opened:
+    with READINGS.of(path), _open(path) as opened:
         if opened.format in _LOSSY:
             raise ValueError(
                 f"{name}: a {opened.format} has altered depths; save depth as 16-bit PNG"

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing import connection
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset
+from mit_semseg.dataset.reading import READINGS
 from mit_semseg.engine.launch import cpu_count, local_ranks, set_threads
 from mit_semseg.engine.signals import leave_to_parent
 from mit_semseg.engine.watchdog import ReadingBoard
@@ -80,7 +81,7 @@ class Feed:
         on_cpu = devices[0].type == "cpu"
         cores = cpu_count() // 2 if on_cpu else cpu_count()
         workers = min(cfg.TRAIN.workers * len(devices), max(1, cores // local_ranks()))
-        self.board = ReadingBoard(max(1, workers))
+        self.board = ReadingBoard(workers)
         self.loader = DataLoader(
             data,
             batch_size=len(devices),
@@ -94,8 +95,6 @@ class Feed:
             # dropout uses, and a resumed run would differ.
             generator=torch.Generator().manual_seed(cfg.TRAIN.seed),
         )
-        if not workers:
-            data.reading = self.board.writer(0)
         # The collector writes to every object it looks at, and the page that it lies on, shared
         # with the loading processes until then, is copied: 40 MiB for each of them.
         gc.freeze()
@@ -151,16 +150,20 @@ class Feed:
     def _check_processes(self) -> None:
         for process in self._processes:
             if not process.is_alive():
-                reading = self.board.files()
+                reading = self.reading()
                 raise ChildProcessError(
                     f"a loading process (pid {process.pid}) ended with {_how(process.exitcode)}"
                     f"{' while reading ' + ', '.join(reading) if reading else ''}: when memory ran "
                     "out lower TRAIN.workers; --resume auto goes on from the newest checkpoint"
                 )
 
+    def reading(self) -> list[str]:
+        """What is being read, in this process and in the loading ones."""
+        return [*READINGS.files(), *self.board.files()]
+
     def files(self) -> list[str]:
         """What is being read; else the images of the batch that is to come next."""
-        return self.board.files() or self._files(self._position)
+        return self.reading() or self._files(self._position)
 
     def kill(self) -> None:
         """End the loading processes by force."""
@@ -198,6 +201,4 @@ def _how(code: int | None) -> str:
 def _start_worker(board: ReadingBoard, worker: int) -> None:
     set_threads(1)
     leave_to_parent()
-    info = get_worker_info()
-    if info is not None:
-        cast(TrainDataset, info.dataset).reading = board.writer(worker)
+    READINGS.listener = board.writer(worker)

@@ -7,8 +7,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +16,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mit_semseg.config.node import Config
-from mit_semseg.dataset import Split, TrainDataset, build_split, check_sample
+from mit_semseg.dataset import TrainDataset, build_split, check_sample
+from mit_semseg.dataset.reading import READINGS
 from mit_semseg.engine.balance import class_weights
 from mit_semseg.engine.checkpoint import CheckpointFolder, atomic_save
 from mit_semseg.engine.evaluate import Interrupted, evaluate_model, merged, val_dataset
@@ -154,34 +155,39 @@ class Trainer:
         self.slowest_step = 0.0  # in seconds, but for the first
         self.bad_files: dict[str, str] = {}
         self.stop = StopRequest()
-        self.watchdog = Watchdog(cfg.TRAIN.stall_seconds)
+        self.watchdog = self._watchdog(READINGS.files)
         self.saved_at = time.monotonic()
         if cfg.TRAIN.compile and (count := len(self.devices) * world) > 1:
             raise ValueError(
                 f"TRAIN.compile with {count} devices: BatchNorm over all of them cannot be "
                 "compiled; set TRAIN.compile False, or train on one device"
             )
+        if cfg.TRAIN.start_epoch > cfg.TRAIN.num_epoch:
+            raise ValueError(
+                f"TRAIN.start_epoch {cfg.TRAIN.start_epoch} lies behind TRAIN.num_epoch "
+                f"{cfg.TRAIN.num_epoch}: raise TRAIN.num_epoch to train on"
+            )
         if self.device.type == "cpu":
             set_threads(max(1, cpu_count() // local_ranks()))
             keep_freed_memory()
         seed_everything(cfg.TRAIN.seed)
-
-        split = build_split(cfg.DATASET, "train")
-        check_sample(split, on_error=cfg.DATASET.on_error)
-        self.data = TrainDataset(
-            cfg.DATASET.root_dataset,
-            split.records,
-            cfg.DATASET,
-            batch_per_gpu=cfg.TRAIN.batch_size_per_gpu,
-            seed=cfg.TRAIN.seed,
-            label_map=split.label_map,
-            normalized=False,  # bytes travel; the module normalises them where it computes
-        )
-        self.split = split
-        self.val = val_dataset(cfg) if cfg.TRAIN.eval_epochs else None
-        if self.val is not None and rank == 0:
-            # A mask that cannot be used is to be found now, not after the first epoch.
-            check_sample(build_split(cfg.DATASET, "val"), n=8, on_error=cfg.DATASET.on_error)
+        with self._reading():
+            self.split = build_split(cfg.DATASET, "train")
+            check_sample(self.split, on_error=cfg.DATASET.on_error)
+            self.data = TrainDataset(
+                cfg.DATASET.root_dataset,
+                self.split.records,
+                cfg.DATASET,
+                batch_per_gpu=cfg.TRAIN.batch_size_per_gpu,
+                seed=cfg.TRAIN.seed,
+                label_map=self.split.label_map,
+                normalized=False,  # bytes travel; the module normalises them where it computes
+            )
+            self.val = val_dataset(cfg) if cfg.TRAIN.eval_epochs else None
+            if self.val is not None and rank == 0:
+                # A mask that cannot be used is to be found now, not after the first epoch.
+                check_sample(build_split(cfg.DATASET, "val"), n=8, on_error=cfg.DATASET.on_error)
+            weights = class_weights(cfg, self.split, progress=progress)
         self.batches_a_step = len(self.devices) * world * cfg.TRAIN.accumulate
         self.epoch_iters: int = (
             math.ceil(self.data.batches_per_pass / self.batches_a_step)
@@ -189,11 +195,6 @@ class Trainer:
             else cfg.TRAIN.epoch_iters
         )
         self.max_iters = self.epoch_iters * cfg.TRAIN.num_epoch
-        if cfg.TRAIN.start_epoch > cfg.TRAIN.num_epoch:
-            raise ValueError(
-                f"TRAIN.start_epoch {cfg.TRAIN.start_epoch} lies behind TRAIN.num_epoch "
-                f"{cfg.TRAIN.num_epoch}: raise TRAIN.num_epoch to train on"
-            )
         self.search = Search(
             self.folder,
             resume="auto" if resume is True else resume or "",
@@ -202,11 +203,34 @@ class Trainer:
             epoch_iters=self.epoch_iters,
             batches_a_step=self.batches_a_step,
         )
-        self._build(split)
+        self._build(weights)
 
-    def _build(self, split: Split) -> None:
+    def _watchdog(
+        self, files: Callable[[], list[str]], at_the_end: Callable[[], None] = lambda: None
+    ) -> Watchdog:
+        return Watchdog(
+            # Behind the loader's own limit, whose message says more.
+            self.cfg.TRAIN.stall_seconds + 2,
+            name=f"rank {self.rank}" if self.world > 1 else "",
+            files=files,
+            advice="look at these files, or raise TRAIN.stall_seconds; --resume auto goes on from "
+            "the newest checkpoint",
+            at_the_end=at_the_end,
+        )
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Before there are batches: a watchdog which every file that is opened keeps quiet."""
+        with self.watchdog:
+            self.watchdog.progress("the lists and samples of the data")
+            READINGS.listener = lambda path: self.watchdog.progress("a sample of the data")
+            try:
+                yield
+            finally:
+                READINGS.listener = None
+
+    def _build(self, weights: Tensor | None) -> None:
         cfg = self.cfg
-        weights = class_weights(cfg, split, progress=self.progress)
         initial = cfg
         if self.search.may_find():
             # The weights that training began with may be gone, or behind a net that is down.
@@ -272,15 +296,7 @@ class Trainer:
                 self.max_iters - self.step,
             )
             self.stop = StopRequest(repeated=self.world > 1, on_ask=self._hurry)
-            self.watchdog = Watchdog(
-                # Behind the loader's own limit, whose message says more.
-                cfg.TRAIN.stall_seconds + 2,
-                name=f"rank {self.rank}" if self.world > 1 else "",
-                files=feed.files,
-                advice="look at these files, or raise TRAIN.stall_seconds; --resume auto goes on "
-                "from the newest checkpoint",
-                at_the_end=feed.kill,
-            )
+            self.watchdog = self._watchdog(feed.reading, feed.kill)
             with self.stop, self.watchdog:
                 try:
                     self._epochs(iter(feed))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _PATH_BYTES = 1024
-_PATIENCE = 10.0
 
 
 class ReadingBoard:
@@ -94,9 +93,9 @@ class Watchdog:
         self._waited = 0.0
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
-        """Wait ten times as long for what may take its time, such as a large file."""
-        self._patience = _PATIENCE
+    def patient(self, times: float = 10.0) -> Iterator[None]:
+        """Wait so many times as long for what may take its time, such as a large file."""
+        self._patience = times
         try:
             yield
         finally:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.reading import READINGS
 from mit_semseg.dataset.transforms import Normalize, load_image, load_mask
 
 Options = Callable[..., SimpleNamespace]
@@ -514,17 +515,21 @@ def test_too_many_bad_samples_stop_after_eight_more(
 
 
 def test_reading_names_every_file_before_it_is_read(
-    tmp_path: Path, mixed: list[dict[str, Any]], options: Options
+    tmp_path: Path,
+    mixed: list[dict[str, Any]],
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = TrainDataset(tmp_path, mixed, options(), batch_per_gpu=2)
     heard: list[str] = []
-    data.reading = heard.append
+    monkeypatch.setattr(READINGS, "listener", heard.append)
     batch = data[0]
     expected = []
     for image in batch["info"]:
         mask = image.replace("images", "masks")
-        expected += [str(tmp_path / image), str(tmp_path / mask), str(tmp_path / image)]
-    assert heard == [*expected, ""]
+        # The mask is read between the image's header and its pixels.
+        expected += [str(tmp_path / image), str(tmp_path / mask), str(tmp_path / image), ""]
+    assert heard == expected
     (tmp_path / batch["info"][0]).unlink()
     heard.clear()
     with pytest.raises(FileNotFoundError):
@@ -541,11 +546,11 @@ def tell_pid(worker: int) -> None:
         with open(folder / f"worker{worker}", "a") as log:
             log.write(f"{file}\n")
 
-    info.dataset.reading = reading  # type: ignore[attr-defined]
+    READINGS.listener = reading
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_reading_is_set_by_a_worker_for_itself(
+def test_a_worker_listens_to_its_own_reading(
     tmp_path: Path, mixed: list[dict[str, Any]], options: Options, start: str
 ) -> None:
     data = TrainDataset(tmp_path, mixed, options())
@@ -557,7 +562,7 @@ def test_reading_is_set_by_a_worker_for_itself(
         worker_init_fn=tell_pid,
         multiprocessing_context=start,
     )
-    assert len(list(loader)) == 4 and data.reading is None
+    assert len(list(loader)) == 4 and READINGS.listener is None
     for worker in (0, 1):
         lines = (tmp_path / f"worker{worker}").read_text().splitlines()
         assert len(lines) == 8 and lines[3] == lines[7] == ""

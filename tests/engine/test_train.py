@@ -27,6 +27,7 @@ from torch import nn
 from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset
+from mit_semseg.dataset.reading import READINGS
 from mit_semseg.engine.checkpoint import CheckpointFolder
 from mit_semseg.engine.feed import RankSampler
 from mit_semseg.engine.train import Trainer, train
@@ -847,9 +848,8 @@ def test_a_loader_that_dies_or_hangs_is_named(
     def hurt(how: Callable[[], None]) -> None:
         def getitem(self: TrainDataset, index: int) -> dict[str, Any]:
             if index == 2:
-                assert self.reading is not None
-                self.reading("img/part0/7.png")
-                how()
+                with READINGS.of("img/part0/7.png"):
+                    how()
             return item(self, index)
 
         monkeypatch.setattr(TrainDataset, "__getitem__", getitem)

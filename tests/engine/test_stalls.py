@@ -1,0 +1,135 @@
+"""A file that cannot be read, as on a dead network disk: each command ends, and names it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mit_semseg.config import load_config
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import read_odgt, transforms
+from mit_semseg.engine.evaluate import evaluate
+from mit_semseg.engine.predict import predict
+from mit_semseg.engine.train import train
+from mit_semseg.engine.watchdog import Watchdog
+
+CPU = torch.device("cpu")
+Hang = Callable[..., list[int]]
+
+
+@pytest.fixture
+def hang(monkeypatch: pytest.MonkeyPatch) -> Hang:
+    """`hang(file, after=0)`: opening this file of a list takes, but for the first `after` times,
+    until a watchdog ends the process. What is returned gets the exit status."""
+    ended = threading.Event()
+    statuses: list[int] = []
+    open_file = transforms._open
+
+    def end(status: int) -> None:
+        statuses.append(status)
+        ended.set()
+
+    def hang(file: str, after: int = 0) -> list[int]:
+        opened = 0
+
+        def slow(path: transforms.PathLike) -> Image.Image:
+            nonlocal opened
+            if os.fspath(path).endswith(file):
+                opened += 1
+                if opened > after:
+                    assert ended.wait(20), f"nobody ended the reading of {path}"
+            return open_file(path)
+
+        monkeypatch.setattr(transforms, "_open", slow)
+        return statuses
+
+    begin = Watchdog.__init__
+    assert begin.__defaults__ is not None and begin.__defaults__[-1] is os._exit
+    monkeypatch.setattr(begin, "__defaults__", (*begin.__defaults__[:-1], end))
+    return hang
+
+
+@pytest.fixture
+def job(tmp_path: Path, make_images: Callable[..., None]) -> Config:
+    """A training of two epochs, each of them validated, on four images."""
+    root = tmp_path / "data"
+    make_images(root, [(32, 32)] * 4)
+    opts = [
+        *("DIR", str(tmp_path / "model"), "DATASET.root_dataset", str(root)),
+        *("DATASET.list_train", str(root / "val.odgt"), "DATASET.list_val", str(root / "val.odgt")),
+        *("DATASET.num_class", "4", "DATASET.label_offset", "0", "DATASET.imgSizes", "[32]"),
+        *("MODEL.arch_encoder", "enet", "MODEL.arch_decoder", "enet", "MODEL.fc_dim", "128"),
+        *("MODEL.weights_encoder", "none", "DATASET.segm_downsampling_rate", "1"),
+        *("TRAIN.num_epoch", "1", "TRAIN.epoch_iters", "1", "TRAIN.stall_seconds", "1"),
+        *("TRAIN.class_weights", "median"),
+    ]
+    return load_config(None, opts)
+
+
+# How often the mask is opened before: the samples of both lists are looked at.
+@pytest.mark.parametrize(
+    ("when", "after", "awaited"),
+    [
+        ("the first look at the data", 0, "waiting for a sample of the data"),
+        ("the count of the classes", 2, "waiting for a sample of the data"),
+        ("validation", 3, "waiting for an image to be validated"),
+    ],
+)
+def test_training(
+    job: Config,
+    hang: Hang,
+    capfd: pytest.CaptureFixture[str],
+    when: str,
+    after: int,
+    awaited: str,
+) -> None:
+    job.TRAIN.workers = 1  # the training images are opened in another process
+    mask = read_odgt(job.DATASET.list_val)[2]["fpath_segm"]
+    statuses = hang(mask, after)
+    train(job, [CPU], progress=False)
+    assert statuses == [3], when
+    said = capfd.readouterr().err
+    line = next(line for line in said.splitlines() if "error: no progress" in line)
+    assert awaited in line and f"{mask};" in line.partition("being read: ")[2]
+    assert "TRAIN.stall_seconds" in line
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_other_commands(
+    tmp_path: Path,
+    make_model: Callable[..., Config],
+    make_images: Callable[..., None],
+    hang: Hang,
+    capfd: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    make_images(tmp_path / "data", [(32, 48)] * 3)
+    cfg = make_model(
+        tmp_path / "model",
+        ("road", "sky", "car", "tree"),
+        DATASET__root_dataset=str(tmp_path / "data"),
+        DATASET__list_val=str(tmp_path / "data" / "val.odgt"),
+        VAL__timeout=1,
+        TEST__timeout=1,
+        TEST__result=str(tmp_path / "out"),
+    )
+    image = read_odgt(cfg.DATASET.list_val)[1]["fpath_img"]
+    statuses = hang(image)
+    if command == "evaluate":
+        evaluate(cfg, [CPU], progress=False)
+    else:
+        predict(cfg, (tmp_path / "data" / image).parent, CPU, progress=False)
+    assert statuses == [3]
+    said = capfd.readouterr().err
+    line = next(line for line in said.splitlines() if "error: no progress" in line)
+    awaited, key = ("evaluated", "VAL") if command == "evaluate" else ("read", "TEST")
+    assert f"waiting for an image to be {awaited}; being read: " in line
+    assert f"{image};" in line and f"raise {key}.timeout" in line
