@@ -59,7 +59,7 @@ Drill = Callable[[Ground, bool], Outcome]
 
 # ------------------------------------------------------------------------------ exact resume
 def killed(ground: Ground, quick: bool) -> Outcome:
-    """SIGKILL at random moments, every time with another number of loading processes."""
+    """SIGKILL at random moments, with and without loading processes."""
     outcome = Outcome("SIGKILL at random moments", "resumed runs end bit-identical")
     reference = ground.unbroken()
     rng = random.Random(304)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import yaml
 from mit_semseg.cli import main
 from mit_semseg.config import load_config
 from mit_semseg.config.node import Config
+from mit_semseg.engine import feed
 from mit_semseg.engine.checkpoint import CheckpointFolder
 from mit_semseg.engine.train import Trainer, train
 
@@ -79,7 +82,25 @@ def test_three_steps_from_the_command_line(
     assert not (tmp_path / "none").exists()
 
 
-def test_a_resumed_run_is_identical_for_any_number_of_workers(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cores", "first", "then"), [(2, 1, 1), (16, 3, 2)])
+def test_a_resumed_run_is_identical_for_any_number_of_workers(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    first: int,
+    then: int,
+) -> None:
+    """On the CPU there are at most half as many loading processes as cores."""
+    monkeypatch.setattr(feed, "cpu_count", lambda: cores)
+    begin, started = feed.Feed.__init__, []
+
+    def begun(self: feed.Feed, *args: Any) -> None:
+        begin(self, *args)
+        started.append(len(multiprocessing.active_children()))
+
+    monkeypatch.setattr(feed.Feed, "__init__", begun)
+
     def settings(name: str, workers: int) -> Config:
         opts = ["DIR", str(tmp_path / name), "TRAIN.num_epoch", "2", "TRAIN.epoch_iters", "2"]
         # Dropout draws from the global generator, which crops must leave alone.
@@ -88,7 +109,7 @@ def test_a_resumed_run_is_identical_for_any_number_of_workers(recipe: Path, tmp_
 
     whole = settings("whole", 0)
     train(whole, [CPU], progress=False)
-    cut = settings("cut", 1)
+    cut = settings("cut", first)
     trainer = Trainer(cut, [CPU], 0, 1, False)
     finish = trainer._finish_epoch
 
@@ -100,6 +121,7 @@ def test_a_resumed_run_is_identical_for_any_number_of_workers(recipe: Path, tmp_
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert "epoch_2.pth" not in CheckpointFolder(cut.DIR).names()
-    train(cut, [CPU], resume=True, progress=False)
+    train(settings("cut", 2), [CPU], resume=True, progress=False)
+    assert started == [0, first, then]
     pairs = zip(weights(whole, "epoch_2.pth"), weights(cut, "epoch_2.pth"), strict=True)
     assert all(torch.equal(one, two) for one, two in pairs)
