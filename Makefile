@@ -54,10 +54,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.mit_semseg: pyproject.toml | $(BIN)/python
+	@echo 'Installing torch and the rest into $(VENV): several GB, some minutes'
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/.mit_semseg-dev: pyproject.toml | $(BIN)/python
+	@echo 'Installing torch, the tests and the rest into $(VENV): several GB, some minutes'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.mit_semseg
 

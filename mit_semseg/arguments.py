@@ -147,6 +147,7 @@ def _add_data(subparsers: Subparsers) -> None:
     make.add_argument("--seed", type=int, default=304, help="of the random split")
     make.add_argument("--image-suffix", default="", help="what only image names end with")
     make.add_argument("--label-suffix", default="", help="what only mask names end with (_mask)")
+    make.add_argument("--overwrite", action="store_true", help="replace lists that are there")
 
     look = subparsers.add_parser("check", help="read every sample of a list and report")
     look.add_argument(

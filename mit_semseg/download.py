@@ -35,7 +35,15 @@ _HTML = {".html", ".htm", ""}
 
 
 class DownloadError(OSError):
-    """No mirror delivered the file; the message names every url with its reason and the cache."""
+    """No mirror delivered the file; the message names every url with its reason and the cache.
+
+    Attributes:
+        reason: the message without what to do.
+    """
+
+    def __init__(self, reason: str, fix: str = "") -> None:
+        super().__init__(reason + fix)
+        self.reason = reason
 
 
 class _Refused(Exception):
@@ -103,8 +111,8 @@ def fetch(
         return dest
     if offline():
         raise DownloadError(
-            f"{dest.name} is needed and {OFFLINE} is set: fetch it from {' or '.join(urls)} "
-            f"and put it at {dest}"
+            f"{dest.name} is needed and {OFFLINE} is set",
+            f": fetch it from {' or '.join(urls)} and put it at {dest}",
         )
 
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +140,8 @@ def fetch(
     if done:
         return dest
     raise DownloadError(
-        f"cannot download {dest.name} ({'; '.join(reasons)}); fetch it by hand and put it at {dest}"
+        f"cannot download {dest.name} ({'; '.join(reasons)})",
+        f"; fetch it by hand and put it at {dest}",
     )
 
 

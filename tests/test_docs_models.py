@@ -17,6 +17,7 @@ from mit_semseg.models.decoders import Decoder
 from mit_semseg.models.encoders import Encoder
 from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.registry import Registry
+from mit_semseg.tools.overfit import TARGET, every_model
 from mit_semseg.weights import TORCHVISION, TorchvisionSource, imagenet_weights
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -264,6 +265,14 @@ def rewrite() -> None:
     for table, rows in TABLES.items():
         text = between(table).sub(lambda _: markdown(list(rows(True))), text)  # noqa: B023
     PAGE.write_text(text, "utf-8")
+
+
+def test_every_model_has_learned_one_image() -> None:
+    """docs/overfit is of the models there are; `make overfit` writes it anew."""
+    text = (PAGE.parent / "overfit" / "overfit.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\w+) \+ (\w+) \| ([\d.]+) % \|", text, re.MULTILINE)
+    assert [(encoder, decoder) for encoder, decoder, _ in rows] == every_model()
+    assert all(float(accuracy) >= 100 * TARGET for *_, accuracy in rows)
 
 
 if __name__ == "__main__":

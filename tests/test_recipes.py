@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mit_semseg.models.builder import check_pair
 from mit_semseg.models.decoders import DECODERS
 from mit_semseg.models.encoders import ENCODERS
 from mit_semseg.models.encoders.base import Encoder
+from mit_semseg.models.papers import PAPER_MODELS, PaperModel
 from mit_semseg.weights import PUBLISHED, imagenet_weights, published_checkpoint
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
@@ -123,6 +125,63 @@ def test_every_decoder_has_its_recipes() -> None:
     decoders = set(DECODERS.first_names())
     assert decoders - decoders_of(camvid) == set(NOT_ON_CAMVID)
     assert decoders - decoders_of([p for p in NAMED if p not in camvid]) == set(ONLY_ON_CAMVID)
+
+
+# The data of each paper that are a format here.
+DATA_OF = {
+    **{f"FCN-{stride}s": {"vocaug"} for stride in (32, 16, 8)},
+    "U-Net": {"sbu"},  # microscopy in the paper: this has two classes as well
+    "U-Net, bilinear, half as wide": {"camvid"},  # of no paper
+    "U-Net on a ResNet": {"vocaug"},
+    "SegNet": {"sunrgbd"},
+    "LinkNet": {"cityscapes"},
+    **{f"FC-DenseNet{layers}": {"camvid"} for layers in (56, 67, 103)},
+    "ENet": {"cityscapes"},
+    "DRN-C-26": {"cityscapes"},
+    "DeepLabv3": {"vocaug"},
+    "DeepLabv3+": {"vocaug"},
+    "PSPNet": {"ade20k"},
+    "ICNet": {"cityscapes"},
+    "DenseASPP": {"cityscapes"},
+    "EncNet": {"ade20k"},
+    "BiSeNet": {"cityscapes"},
+    "DANet": {"cityscapes"},
+    "OCNet, base": {"cityscapes"},
+    "OCNet, pyramid": {"cityscapes"},
+    "OCNet, ASP": {"cityscapes"},
+    "DUNet": {"vocaug"},
+    "UPerNet": {"ade20k"},
+    "HRNetV2": {"cityscapes"},
+}
+
+
+def body(encoder: str) -> str:
+    """An encoder without where its weights are from, its dilation and its width; ResNet50 and
+    ResNet101 are one."""
+    plain = re.sub(r"^torchvision_|_?dilated(16)?$|_w\d+$", "", encoder)
+    return "resnet" if plain in ("resnet50", "resnet101") else plain
+
+
+def recipes_of(data: set[str]) -> set[tuple[str, str]]:
+    """Body and decoder of the recipes on some data sets."""
+    found = [recipe(path) for path in ALL]
+    return {
+        (body(cfg.MODEL.arch_encoder), cfg.MODEL.arch_decoder)
+        for cfg in found
+        if data_set(cfg) in data
+    }
+
+
+@pytest.mark.parametrize("model", PAPER_MODELS, ids=lambda model: "-".join(model))
+def test_every_model_has_a_recipe_on_the_data_of_its_paper(model: PaperModel) -> None:
+    assert (body(model.encoder), model.decoder) in recipes_of(DATA_OF[model.name])
+
+
+@pytest.mark.parametrize("name", sorted({model.name for model in PAPER_MODELS}))
+def test_every_model_has_a_recipe_on_camvid(name: str) -> None:
+    """Of a family of sizes one."""
+    pairs = {(body(model.encoder), model.decoder) for model in PAPER_MODELS if model.name == name}
+    assert pairs & recipes_of({"camvid"})
 
 
 def test_every_data_set_has_its_recipe() -> None:

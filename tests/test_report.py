@@ -168,6 +168,16 @@ def test_grid_holds_every_picture_under_its_name(tmp_path: Path) -> None:
         picture_grid([], tmp_path / "c.png")
 
 
+def test_grid_says_which_colour_is_which_class(tmp_path: Path) -> None:
+    tiles = [("", np.zeros((60, 80, 3), np.uint8))] * 2
+    plain = np.asarray(Image.open(picture_grid(tiles, tmp_path / "a.png", width=160)))
+    file = picture_grid(tiles, tmp_path / "b.png", width=160, names=NAMES, colors=COLORS)
+    sheet = np.asarray(Image.open(file))
+    assert sheet.shape[0] - plain.shape[0] == 22 + 12
+    for color in COLORS:
+        assert (sheet == color).all(2).sum() > 100 and not (plain == color).all(2).any()
+
+
 def test_contact_sheet_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([], NAMES, COLORS, tmp_path / "a.png")

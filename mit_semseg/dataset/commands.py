@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
             args.seed,
             args.image_suffix,
             args.label_suffix,
+            args.overwrite,
         )
         print(describe_made(report))
         return 0

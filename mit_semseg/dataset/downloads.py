@@ -76,7 +76,7 @@ def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) 
             if archive.urls:
                 fetch(archive.urls, file, sha256=archive.sha256, progress=progress)
         except DownloadError as error:
-            print(f"{error}\n{by_hand(source, dest, source.archives)}")
+            print(f"{error.reason}\n{by_hand(source, dest, source.archives)}")
             return False
         unpack(file, dest / archive.into, archive.member, progress=progress)
     if not all(archive.urls for archive in source.archives):

@@ -38,6 +38,8 @@ from mit_semseg.dataset.transforms import image_size
 
 PathLike = str | os.PathLike[str]
 
+# What the lists are called, as published.
+LISTS = ("training", "validation")
 # Stored values that by custom mean "no label" in 8 and 16 bits.
 _CUSTOMARY_IGNORE = (255, 65535)
 
@@ -51,6 +53,7 @@ def make_odgt(
     seed: int = 304,
     image_suffix: str = "",
     label_suffix: str = "",
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `training.odgt` and `validation.odgt` from a folder of images and one of masks.
 
@@ -66,6 +69,7 @@ def make_odgt(
         split: share of the samples that goes to training, in (0, 1]; 1 writes no validation list.
         seed: of the random split.
         image_suffix, label_suffix: what stems end with on one side only (`_mask`).
+        overwrite: replace lists that `out` holds already.
 
     Returns:
         `root`, `training` and `validation` (list paths), `n_training`, `n_validation`,
@@ -74,11 +78,16 @@ def make_odgt(
 
     Raises:
         FileNotFoundError: a folder is missing.
-        ValueError: nothing matches, or `split` is outside (0, 1].
+        ValueError: nothing matches, `split` is outside (0, 1], or `out` has such lists already.
     """
     if not 0 < split <= 1:
         raise ValueError(f"split is {split}; it is the share for training, in (0, 1]")
     images, labels, out = (Path(os.path.abspath(p)) for p in (images, labels, out))
+    there = [file for name in LISTS if (file := out / f"{name}.odgt").exists()]
+    if there and not overwrite:
+        raise ValueError(
+            f"{there[0]} is there already: give another --out, or --overwrite to replace it"
+        )
     pairs, lonely_images, lonely_masks = match_by_stem(
         list_images(images), list_images(labels), image_suffix, label_suffix
     )
@@ -122,7 +131,7 @@ def make_odgt(
         n_training = min(max(round(len(records) * split), 1), len(records) - 1)
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"root": str(root)}
-    for name, chosen in (("training", order[:n_training]), ("validation", order[n_training:])):
+    for name, chosen in zip(LISTS, (order[:n_training], order[n_training:]), strict=True):
         path = out / f"{name}.odgt"
         report[f"n_{name}"] = len(chosen)
         report[name] = str(path) if chosen else ""

@@ -175,8 +175,13 @@ class CheckpointFolder:
         files = self.path / f"encoder_{checkpoint}", self.path / f"decoder_{checkpoint}"
         for file in files:
             if not file.is_file():
-                have = ", ".join(self.names()) or f"no checkpoint but {_listing(self.path)}"
-                raise FileNotFoundError(f"{file} does not exist; {self.path} has {have}")
+                have = ", ".join(self.names())
+                raise FileNotFoundError(
+                    f"{file} does not exist; {self.path} has {have}"
+                    if have
+                    else f"{file} does not exist; {self.path} holds {_listing(self.path)}: train "
+                    f"first, or put encoder_{checkpoint} and decoder_{checkpoint} there"
+                )
         return files
 
     def prepare(self, cfg: Config, classes: ClassTable) -> None:

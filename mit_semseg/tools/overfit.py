@@ -342,6 +342,8 @@ def run(
         table = build_split(cfg.DATASET, "train").classes
         found.append(overfit(cfg, device, name=name, steps=steps, side=side))
         _write(found, table.names, table.colors, folder)
+        print(line(found[0]))
+        print(f"Table and picture in {folder}")
         return found
     pairs = [pair for pair in every_model() if only in " + ".join(pair)]
     if not pairs:
@@ -404,9 +406,10 @@ def _load(file: Path, asked: list[Any]) -> Overfit | None:
 
 def line(one: Overfit) -> str:
     """One model in one line."""
+    short = "" if one.accuracy >= TARGET else f", below {100 * TARGET:.0f} %"
     return (
-        f"{one.name}: {100 * one.accuracy:.2f} % after {one.steps} steps of rate {one.rate:g}, "
-        f"loss {one.loss:.3f}, {one.seconds:.0f} s"
+        f"{one.name}: {100 * one.accuracy:.2f} % after {one.steps} steps of rate {one.rate:g}"
+        f"{short}, loss {one.loss:.3f}, {one.seconds:.0f} s"
     )
 
 
@@ -433,4 +436,4 @@ def _write(
     for one in found:
         label = one.name.replace(" + ", "\n+ ") + f", {100 * one.accuracy:.1f} %"
         tiles.append((label, paint(one.sample.prediction, colors)))
-    picture_grid(tiles, picture, title=title, columns=6, width=224)
+    picture_grid(tiles, picture, title=title, columns=6, width=224, names=names, colors=colors)

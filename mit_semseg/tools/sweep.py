@@ -246,7 +246,14 @@ class Sweep:
         tiles: list[tuple[str, np.ndarray]] = []
         for name, row in rows:  # a name may be wider than a picture: it has the row to itself
             tiles += [("" if n else name, x) for n, x in enumerate(row)]
-        picture_grid(tiles, self.folder / "sweep_pictures.png", columns=len(samples), width=280)
+        picture_grid(
+            tiles,
+            self.folder / "sweep_pictures.png",
+            columns=len(samples),
+            width=280,
+            names=split.classes.names,
+            colors=colors,
+        )
 
     def _kept(self, entry: Entry, images: int) -> Kept:
         return Kept.of(self.folder / entry.name / "evaluation" / "labels", SHOWN, images)

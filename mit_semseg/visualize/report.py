@@ -108,10 +108,7 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((margin, margin), title, fill=(28, 32, 44), font=font)
-    for (x, y), name, color in zip(legend, names, np.asarray(colors).tolist(), strict=True):
-        x, y = x + margin, y + margin + (36 if title else 0)
-        draw.rounded_rectangle((x, y + 1, x + 14, y + 15), 3, fill=tuple(map(int, color)))
-        draw.text((x + 20, y), name, fill=(60, 66, 80), font=small)
+    _draw_legend(draw, (margin, margin + (36 if title else 0)), legend, names, colors, small)
     for column, name in enumerate(_COLUMNS):
         x = margin + column * (width + gap)
         draw.text((x, top), name, fill=(110, 116, 130), font=small)
@@ -139,6 +136,8 @@ def picture_grid(
     title: str = "",
     columns: int = 6,
     width: int = 200,
+    names: Sequence[str] = (),
+    colors: NDArray[Any] | None = None,
 ) -> Path:
     """Write pictures side by side, each under its name, as one PNG.
 
@@ -148,6 +147,7 @@ def picture_grid(
         title: a line at the top.
         columns: pictures in a row, at most.
         width: pixels of a column; pictures keep their aspect.
+        names, colors: K class names and their colours, (K, 3), for a legend above the pictures.
 
     Returns:
         `path`.
@@ -161,6 +161,9 @@ def picture_grid(
     head = 36 if title else 0
     columns = min(columns, len(pictures))
     font, small = ImageFont.load_default(21), ImageFont.load_default(13)
+    places, lines = _legend_places(names, small, columns * (width + gap) - gap)
+    legend = margin, margin + head
+    head += lines + gap if names else 0
     text = 18 * max(name.count("\n") + 1 for name, _ in pictures)
     tall = max(round(p.shape[0] * width / p.shape[1]) for _, p in pictures)
     pitch = text + tall + gap
@@ -173,6 +176,8 @@ def picture_grid(
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((margin, margin), title, fill=(28, 32, 44), font=font)
+    if colors is not None:
+        _draw_legend(draw, legend, places, names, colors, small)
     for n, (name, picture) in enumerate(pictures):
         x = margin + n % columns * (width + gap)
         y = margin + head + n // columns * pitch
@@ -269,6 +274,21 @@ def _legend_places(
         places.append((x, y))
         x += step
     return places, y + 22
+
+
+def _draw_legend(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    places: Sequence[tuple[int, int]],
+    names: Sequence[str],
+    colors: NDArray[Any],
+    font: Any,
+) -> None:
+    """A square and a name for each class, at its place below and right of a corner."""
+    for (x, y), name, color in zip(places, names, np.asarray(colors).tolist(), strict=True):
+        x, y = x + corner[0], y + corner[1]
+        draw.rounded_rectangle((x, y + 1, x + 14, y + 15), 3, fill=tuple(map(int, color)))
+        draw.text((x + 20, y), name, fill=(60, 66, 80), font=font)
 
 
 def _embedded(picture: Picture, *, flat: bool) -> str:

@@ -221,6 +221,24 @@ def test_flip_and_blur_have_their_probabilities(tmp_path: Path, write_pair: Writ
     assert counts[0] == 0 and 8 <= counts[1] <= 30 < counts[2]
 
 
+def test_colour_jitter_changes_pixels_and_nothing_else(tmp_path: Path) -> None:
+    record = write(tmp_path, "x", (48, 32))
+    options = {"imgSizes": [32], "random_flip": False, **PLAIN}
+    plain, jittered = (
+        TrainDataset(tmp_path, [record], crops(color_jitter=strength, **options), normalized=False)[
+            0
+        ]
+        for strength in (0.0, 0.4)
+    )
+    assert torch.equal(plain["seg_label"], jittered["seg_label"])
+    change = (plain["img_data"].int() - jittered["img_data"].int()).abs()
+    assert 5 < change.float().mean() < 110
+    # The same everywhere: pixels of one colour stay pixels of one colour.
+    for color in COLORS[1:]:
+        here = (plain["img_data"][0] == torch.from_numpy(color)[:, None, None]).all(0)
+        assert here.any() and len(jittered["img_data"][0][:, here].unique(dim=1)[0]) == 1
+
+
 def test_scales_fill_their_range(tmp_path: Path) -> None:
     """Seen in crops larger than the images: they hold all of them."""
     record = write(tmp_path, "x", (60, 40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mit_semseg.dataset import camvid, cityscapes, read_odgt, voc_aug
-from mit_semseg.dataset.base import Archive, Source
+from mit_semseg.dataset.base import FORMATS, Archive, Source
 from mit_semseg.dataset.downloads import download, sources, unpack
 
 
@@ -195,6 +196,102 @@ def test_every_source_is_complete() -> None:
         names = [archive.file_name for archive in source.archives]
         assert len(names) == len(set(names))  # they lie in one folder
         assert all(name.endswith((".zip", ".tar", ".tgz", ".tar.gz")) for name in names)
+
+
+def black() -> bytes:
+    """A PNG of segments: of none."""
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 3)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+COCO = {"train2017.zip": {"train2017/1.jpg": b"x"}, "val2017.zip": {"val2017/2.jpg": b"x"}}
+OBJECTS = json.dumps(
+    {"images": [{"id": 1, "file_name": "1.jpg", "width": 4, "height": 3}], "annotations": []}
+).encode()
+SEGMENTS = json.dumps(
+    {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 4, "height": 3}],
+        "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": []}],
+        "categories": [],
+    }
+).encode()
+# What the published archives hold, as far as the readers look; and the first image and its mask.
+PUBLISHED: dict[str, tuple[dict[str, dict[str, bytes]], str, str]] = {
+    "sunrgbd": (
+        {
+            "SUNRGBD.zip": {"SUNRGBD/kv1/f/image/1.jpg": b"x"},
+            "sunrgbd_train_test_labels.tar.gz": {"img-005051.png": b"y"},
+            "master.zip": {
+                "sunrgbd-meta-data-master/sunrgbd_training_images.txt": b"SUNRGBD/kv1/f/image/1.jpg"
+            },
+        },
+        "SUNRGBD/kv1/f/image/1.jpg",
+        "sunrgbd_train_test_labels/img-005051.png",
+    ),
+    "sbu": (
+        {
+            "SBU-shadow.zip": {
+                "SBU-shadow/SBUTrain4KRecoveredSmall/ShadowImages/1.jpg": b"x",
+                "SBU-shadow/SBUTrain4KRecoveredSmall/ShadowMasks/1.png": b"y",
+            }
+        },
+        "SBUTrain4KRecoveredSmall/ShadowImages/1.jpg",
+        "SBUTrain4KRecoveredSmall/ShadowMasks/1.png",
+    ),
+    "coco": (
+        {
+            **COCO,
+            "annotations_trainval2017.zip": {"annotations/instances_train2017.json": OBJECTS},
+        },
+        "images/train2017/1.jpg",
+        "semantic_masks/coco81/train2017/1.png",
+    ),
+    "coco_panoptic": (
+        {
+            **COCO,
+            "panoptic_annotations_trainval2017.zip": {
+                "annotations/panoptic_train2017.json": SEGMENTS,
+                "annotations/panoptic_train2017.zip": b"",
+            },
+        },
+        "images/train2017/1.jpg",
+        "semantic_masks/coco_panoptic/train2017/1.png",
+    ),
+    "cocostuff": (
+        {**COCO, "stuffthingmaps_trainval2017.zip": {"train2017/1.png": b"y"}},
+        "images/train2017/1.jpg",
+        "annotations/train2017/1.png",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_archives_arrive_where_they_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    files, image, mask = PUBLISHED[name]
+    format_class = FORMATS.get(name)
+    source = format_class.source
+    assert source is not None
+    assert [archive.file_name for archive in source.archives] == list(files)
+    (tmp_path / "far").mkdir()
+    archives = []
+    for archive in source.archives:
+        make = make_zip if archive.file_name.endswith(".zip") else make_tar
+        content = dict(files[archive.file_name])
+        if name == "coco_panoptic" and "annotations/panoptic_train2017.zip" in content:
+            inner = make_zip(tmp_path / "inner.zip", {"panoptic_train2017/1.png": black()})
+            content["annotations/panoptic_train2017.zip"] = inner.read_bytes()
+        url = make(tmp_path / "far" / archive.file_name, content).as_uri()
+        archives.append(replace(archive, urls=(url,), sha256=None))
+    monkeypatch.setattr(format_class, "source", replace(source, archives=tuple(archives)))
+    monkeypatch.delenv("MIT_SEMSEG_OFFLINE", raising=False)
+    root = tmp_path / "data"
+    assert download(name, root, progress=False)
+    (record,) = format_class().records(root, "train")
+    assert (record["fpath_img"], record["fpath_segm"]) == (image, mask)
+    assert (root / image).is_file() and (root / mask).is_file()
 
 
 def test_vocaug_arrives_where_it_is_looked_for(

@@ -92,9 +92,22 @@ def test_make_odgt_reports_what_it_leaves_out(
     assert "turned.png: 30x40 pixels, its image" in text and "broken.png: not a readable" in text
     assert f"DATASET.root_dataset {tmp_path}\n" in text
     with pytest.raises(ValueError, match="no image in .* usable mask"):
-        make_odgt(tmp_path / "images", tmp_path / "o", out)
+        make_odgt(tmp_path / "images", tmp_path / "o", tmp_path / "p")
     with pytest.raises(ValueError, match="split is 1.5"):
         make_odgt(images, masks, out, split=1.5)
+
+
+def test_lists_that_are_there_are_kept(tmp_path: Path, write_pair: Writer) -> None:
+    write_pair("s")
+    words = ["make-odgt", "--images", str(tmp_path / "images"), "--labels", str(tmp_path / "masks")]
+    earlier = tmp_path / "validation.odgt"
+    earlier.write_text("of something else")
+    with pytest.raises(ValueError, match=r"validation\.odgt is there already: .*--overwrite"):
+        call(*words, "--out", str(tmp_path))
+    assert earlier.read_text() == "of something else"
+    assert not (tmp_path / "training.odgt").exists()
+    assert call(*words, "--out", str(tmp_path), "--overwrite", "--split", "1") == 0
+    assert (tmp_path / "training.odgt").exists()
 
 
 def test_check_counts_by_hand(tmp_path: Path) -> None:

@@ -269,6 +269,9 @@ def test_dice_by_hand() -> None:
     assert loss.item() == pytest.approx(1 - (one + zero) / 2)
     weighted = functional.dice(log_probs, label, torch.tensor([1.0, 3.0]), smooth=0)
     assert weighted.item() == pytest.approx(1 - (3 * one + zero) / 4)
+    # As TRAIN.loss has it, a pixel is added above and below.
+    one, zero = (2 * 1.4 + 1) / (1.6 + 2 + 1), (2 * 0.8 + 1) / (1.4 + 1 + 1)
+    assert build_loss("dice", 2)(log_probs, label).item() == pytest.approx(1 - (one + zero) / 2)
     # A class that is in no label is not in the mean.
     loss = functional.dice(log_probs, torch.tensor([[[1, 1, -1]]]), smooth=0)
     assert loss.item() == pytest.approx(1 - 2 * 1.4 / (1.4 + 2))

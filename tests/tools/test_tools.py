@@ -61,7 +61,10 @@ def config(file: Path) -> Config:
 
 # ------------------------------------------------------------------------------ overfit
 def test_a_model_learns_one_image(
-    tmp_path: Path, recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(overfit, "LEAST_SCORES", 4)
     file = recipe(tmp_path / "small.yaml", TRAIN__precision="fp32")
@@ -72,6 +75,9 @@ def test_a_model_learns_one_image(
     )
     (found,) = json.loads((out / "overfit.json").read_text())
     assert found["name"] == "small" and found["accuracy"] >= 0.98 and found["steps"] <= 400
+    said = capsys.readouterr().out
+    assert said.startswith("small: ") and f"Table and picture in {out}" in said
+    assert "below" not in said
     assert "| small | " in (out / "overfit.md").read_text()
     assert (out / "overfit.png").stat().st_size > 1000
 
@@ -84,31 +90,18 @@ def test_statistics_follow_and_dropout_lets_pass() -> None:
     assert net[3].p == net[4].p == 0
 
 
-def test_what_is_not_learned_is_said(tmp_path: Path, recipe: Callable[..., Path]) -> None:
+def test_what_is_not_learned_is_said(
+    tmp_path: Path, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     file = recipe(tmp_path / "small.yaml")
     found = overfit.overfit(config(file), CPU, steps=1, side=64, progress=False)
     truth, prediction = found.sample.truth, found.sample.prediction
     assert found.accuracy < 0.98 and found.steps == 1
     assert found.accuracy == pytest.approx((truth == prediction)[truth >= 0].mean())
     assert found.sample.image.shape == (*truth.shape, 3)
-    assert (
-        main(
-            [
-                "overfit",
-                "--gpus",
-                "cpu",
-                "--side",
-                "64",
-                "--steps",
-                "1",
-                "--out",
-                str(tmp_path / "out"),
-                "--cfg",
-                str(file),
-            ]
-        )
-        == 1
-    )
+    words = ["overfit", "--gpus", "cpu", "--side", "64", "--steps", "1", "--cfg", str(file)]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 1
+    assert "of rate 0.001, below 98 %" in capsys.readouterr().out
 
 
 def test_models_that_have_learned_are_not_run_again(
@@ -228,6 +221,20 @@ def test_operations_are_those_of_the_layers() -> None:
 
     image = torch.zeros(1, 3, 16, 20)
     assert profile.operations(OneConvolution(), image) == 2 * 3 * 8 * 9 * 16 * 20  # type: ignore[arg-type]
+
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = ModelBuilder.build_encoder("torchvision_resnet50", weights="none")
+
+        def logits(self, image: torch.Tensor) -> torch.Tensor:
+            return self.encoder(image)
+
+    # Its figure is in multiplications with additions, and has the classifier of 1000 classes.
+    theirs = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["_ops"] * 1e9 - 2048 * 1000
+    with torch.device("meta"):
+        backbone, image = Backbone(), torch.zeros(1, 3, 224, 224)
+    assert profile.operations(backbone, image) == pytest.approx(2 * theirs, rel=1e-3)  # type: ignore[arg-type]
 
 
 def test_activations_are_what_backward_needs(recipe: Callable[..., Path], tmp_path: Path) -> None:
