@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scaling
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -25,6 +26,7 @@ from processes import ROOT, Command, free_port, kill, needs_proc, torchrun
 from torch import Tensor, nn
 
 from mit_semseg.config import dump_config, load_config
+from mit_semseg.dataset import streets
 from mit_semseg.engine.launch import leave_process_group, rank_devices
 from mit_semseg.models import ModelBuilder, SegmentationModule
 
@@ -453,6 +455,25 @@ def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Comman
 
 
 @needs_proc
+def test_the_table_of_scaling_by_hand() -> None:
+    found = {
+        form: [scaling.Measured(images / form.ranks, cpu) for images, cpu in ((8, 20), (10, 30))]
+        for form in scaling.FORMS
+    }
+    rows = scaling.table(found)
+    assert rows[3] == "| 2 ranks of torchrun, batch 2 each | 4.0, 5.0 | 20, 30 |"
+    assert "TRAIN.fix_bn False: two ranks are 0.50 times as fast (0.50 to 0.50)" in rows
+    assert rows[-1].startswith("a step of two ranks takes 0.90 s, ")
+
+
+@pytest.mark.slow
+def test_scaling_is_measured(tmp_path: Path) -> None:
+    scenes = streets.write(tmp_path, 8, 1, size=(64, 96))
+    for ranks in (1, 2):
+        found = scaling.measure(scaling.Form(ranks, False), scenes, steps=2)
+        assert found.images > 0 and found.cpu > 1
+
+
 @pytest.mark.slow
 def test_a_job_that_is_terminated_saves_and_goes_on(hosts: tuple[Job, list[Command]]) -> None:
     job, commands = hosts
