@@ -366,9 +366,7 @@ def test_bad_checkpoints(
         assert not marker.exists()
 
 
-def test_bad_states(
-    tmp_path: Path, model: Config, command: Command, untouched: Untouched
-) -> None:
+def test_bad_states(tmp_path: Path, model: Config, command: Command, untouched: Untouched) -> None:
     """Whole files of torch.save that no training, or one of another kind, has written."""
     listing = write_samples(tmp_path / "data", {})
     done = tmp_path / "done"
