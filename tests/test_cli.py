@@ -145,6 +145,39 @@ def test_precision_option_beats_the_configuration(
 
 
 @pytest.mark.parametrize(
+    ("restarts", "asked", "resume"),
+    [
+        (None, "", ""),
+        ("0", "", ""),
+        ("1", "", "auto"),
+        ("2", "", "auto"),
+        ("1", "x.pth", "x.pth"),
+    ],
+)
+def test_what_torchrun_starts_again_goes_on(
+    restarts: str | None,
+    asked: str,
+    resume: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    got: list[str] = []
+
+    def engine_call(cfg: Config, *args: Any, **options: Any) -> Any:
+        got.append(options["resume"])
+        return {"best_mean_iou": None, "checkpoint": "x", "stopped": ""}
+
+    monkeypatch.setattr("mit_semseg.engine.train.train", engine_call)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    if restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    words = ["--resume", asked] if asked else []
+    file = str(ROOT / "config" / "demo.yaml")
+    assert main(["train", *words, "--gpus", "cpu", "--cfg", file, "DIR", str(tmp_path)]) == 0
+    assert got == [resume]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "--cfg", "config/none.yaml"], "config/none.yaml does not exist"),

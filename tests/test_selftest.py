@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mit_semseg.dataset.records import read_odgt
+from mit_semseg.dataset.transforms import image_size
 from mit_semseg.selftest.command import DRILLS, line, selftest
 from mit_semseg.selftest.drills import Outcome
-from mit_semseg.selftest.job import Ground, Running
+from mit_semseg.selftest.job import Ground, Job, Running
 from mit_semseg.selftest.soak import soak
 
 pytestmark = pytest.mark.skipif(
@@ -45,6 +47,24 @@ def test_what_is_promised_holds(name: str, ground: Ground) -> None:
     outcome = DRILLS[name](ground, True)
     assert outcome.held, line(outcome)
     assert outcome.figures
+
+
+def test_the_drill_of_memory_evaluates_images_of_several_sizes(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists: list[str] = []
+
+    def start(job: Job, command: str, *options: str) -> Running:
+        lists.append(options[options.index("DATASET.list_val") + 1])
+        raise InterruptedError
+
+    monkeypatch.setattr(Ground, "unbroken", lambda ground: ground.job("never_trained"))
+    monkeypatch.setattr(Job, "start", start)
+    with pytest.raises(InterruptedError):
+        DRILLS["evaluation_memory"](ground, True)
+    records = read_odgt(lists[0])
+    sizes = {image_size(ground.data() / str(record["fpath_img"])) for record in records}
+    assert len(records) == 200 and len(sizes) >= 2, sizes
 
 
 def test_nothing_is_lost_whatever_happens(ground: Ground) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,6 +173,16 @@ def test_other_ranks_only_warn(
     assert "quiet" not in out
     assert "loud" in out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("named", "who"), [(True, " rank 1"), (False, "")])
+def test_lines_name_their_rank_where_there_are_several(
+    logger: logging.Logger, capsys: pytest.CaptureFixture[str], named: bool, who: str
+) -> None:
+    utils.setup_logger(distributed_rank=1, filename="", named=named)
+    logger.warning("loud")
+    line = capsys.readouterr().out
+    assert re.fullmatch(rf"\[\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d{who} WARNING\] loud\n", line), line
 
 
 def test_importing_is_light() -> None:

@@ -59,7 +59,7 @@ class Search:
 
         Raises:
             FileNotFoundError: `resume` names nothing that is there.
-            ValueError: what is there is damaged, or of another network.
+            ValueError: what is there is damaged, no state of a run, or of another network.
         """
         earlier = None
         for place in ("auto" if self._comes_back else "", self.resume):
@@ -71,11 +71,12 @@ class Search:
             if self.resume:
                 log.info("%s holds nothing to resume from: starting anew", self.folder.path)
             return None
-        epoch, inside = divmod(earlier.state.get("step", 1), earlier.state.get("epoch_iters", 2))
+        _check(earlier)
+        epoch, inside = divmod(earlier.state["step"], earlier.state["epoch_iters"])
         if not inside:
             # It may have been validated after the state was written.
             later = CheckpointFolder(earlier.file.parent).load_history(epoch)
-            earlier.state["history"] = {**earlier.state.get("history", {}), **later}
+            earlier.state["history"] = {**earlier.state["history"], **later}
         return earlier
 
     def _in(self, resume: str, module: SegmentationModule) -> Earlier | None:
@@ -122,3 +123,22 @@ class Search:
             "history": folder.load_history(epoch),
         }
         return Earlier(encoder, state)
+
+
+def _check(earlier: Earlier) -> None:
+    """Refuse what another program has saved; whether a state fits the run is seen later."""
+    state = earlier.state
+    wrong = [
+        key for key in ("encoder", "decoder", "history") if not isinstance(state.get(key), dict)
+    ]
+    for key, least in (("step", 0), ("position", 0), ("epoch_iters", 1)):
+        # True and False are numbers to Python.
+        if type(state.get(key)) is not int or state[key] < least:
+            wrong.append(key)
+    if not isinstance(state.get("config", ""), str):
+        wrong.append("config")
+    if wrong:
+        raise ValueError(
+            f"{earlier.file} is no state of a run ({', '.join(sorted(wrong))}: missing, or of "
+            "another kind); give auto, a state_step_N.pth, or a folder that holds one"
+        )

@@ -795,24 +795,24 @@ class Trainer:
             # An epoch may have another number of steps now: how far the run is counts in epochs.
             self.step = state["step"] * self.epoch_iters // state["epoch_iters"]
             self.position = state["position"]
-            history = state["history"]
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.losses = _numbers(state.get("losses", ()))
+            self.accuracies = _numbers(state.get("accuracies", ()))
+            self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
+            self.seconds = float(state.get("seconds", 0.0))
+            for part, columns in self.history.items():
+                found = state["history"].get(part, {}).items()
+                columns.update({key: _numbers(column) for key, column in found if key in columns})
+            epoch = self.step // self.epoch_iters
+            states = state.get("random", [])
+            if len(states) == self.world:
+                restore_random_state(states[self.rank], self.devices)
+            else:
+                seed_everything(self.cfg.TRAIN.seed + rank_seed(self.rank, epoch + 1) + self.step)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{file} does not fit this run ({' '.join(str(error).split())[:200]}): resume "
                 "with the configuration it was written with"
             ) from error
-        self.losses = list(state.get("losses", ()))
-        self.accuracies = list(state.get("accuracies", ()))
-        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
-        self.seconds = state.get("seconds", 0.0)
-        for part, columns in self.history.items():
-            columns.update({k: list(v) for k, v in history.get(part, {}).items() if k in columns})
-        epoch = self.step // self.epoch_iters
-        states = state.get("random", [])
-        if len(states) == self.world:
-            restore_random_state(states[self.rank], self.devices)
-        else:
-            seed_everything(self.cfg.TRAIN.seed + rank_seed(self.rank, epoch + 1) + self.step)
         if self.step > self.max_iters:
             raise ValueError(
                 f"{file} is in epoch {self.step / self.epoch_iters:.3g}, and TRAIN.num_epoch is "
@@ -832,6 +832,10 @@ class _Meter:
 
     waited: float = 0.0  # seconds
     images: int = 0
+
+
+def _numbers(values: Sequence[float]) -> list[float]:
+    return [float(value) for value in values]
 
 
 def _mean(values: Sequence[float]) -> float:

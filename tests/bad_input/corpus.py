@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -119,6 +120,8 @@ def _image_cases() -> list[Case]:
         _bytes("grey.png", encoded(GREY, "PNG"), good=repeated),
         _bytes("grey.jpg", encoded(GREY, "JPEG", quality=95), good=repeated, tolerance=2),
         _bytes("grey16.png", encoded(GREY.astype(np.uint16) * 257, "PNG"), good=repeated),
+        # cv2 stores blue first, and Pillow cannot write this kind.
+        Case("rgb16.png", lambda path: _save16(path, COLOR[:, :, ::-1]), good=COLOR),
         _bytes("grey16.tif", encoded(GREY.astype(np.uint16) * 257, "TIFF"), good=repeated),
         _bytes("float.tif", encoded(GREY.astype(np.float32) / 255, "TIFF"), good=repeated),
         _bytes("rgba.png", encoded(alpha, "PNG"), good=COLOR),
@@ -204,6 +207,10 @@ def _image_cases() -> list[Case]:
         Case("gone.jpg", lambda path: None, message="no such file"),
     ]
     return handled + refused
+
+
+def _save16(path: Path, pixels: np.ndarray) -> None:
+    assert cv2.imwrite(str(path), pixels.astype(np.uint16) * 257)
 
 
 def _exif(orientation: int) -> bytes:

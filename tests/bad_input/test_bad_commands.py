@@ -16,6 +16,7 @@ from typing import Any
 
 import corpus
 import pytest
+import torch
 from corpus import COLOR, LABELS
 from PIL import Image
 
@@ -247,6 +248,10 @@ def training(model: Config, listing: Path, folder: Path, *more: Any) -> list[Any
     ]  # fmt: skip
 
 
+def resumed(words: list[Any], state: Path) -> list[Any]:
+    return [*words[:1], "--resume", state, *words[1:]]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("case", [BAD_IMAGES[0], BAD_IMAGES[3], BAD_MASKS[2]], ids=str)
 def test_training_stops_at_a_bad_sample(
@@ -292,12 +297,40 @@ def test_eval_goes_on_past_bad_samples(
     assert (out / "eval.json").is_file()
 
 
+def test_pictures_of_images_from_anywhere_stay_in_the_result_folder(
+    tmp_path: Path, model: Config, command: Command, untouched: Untouched
+) -> None:
+    root, out = tmp_path / "data" / "root", tmp_path / "out"
+    write_samples(root, {}, good=1)
+    lines = []
+    for place, named in (
+        (tmp_path / "beside" / "a.png", "../../beside/a.png"),
+        (tmp_path / "far" / "b.png", str(tmp_path / "far" / "b.png")),
+        (root / "images" / "good0.png", "images/../images/good0.png"),
+    ):
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(COLOR).save(place)
+        lines.append(json.dumps({"fpath_img": named, "fpath_segm": "masks/good0.png"}))
+    listing = root / "list.odgt"
+    listing.write_text("\n".join(lines) + "\n")
+    with untouched(but=out):
+        outcome = command(
+            "eval", "--cfg", config_of(model), "--gpus", "cpu", "--out", out,
+            "DATASET.list_val", listing, "DATASET.root_dataset", root, "VAL.visualize", True,
+        )  # fmt: skip
+    assert outcome.code == 0, outcome.out + outcome.err
+    pictures = {path.relative_to(out / "pictures").as_posix() for path in out.rglob("*/*.png")}
+    assert pictures == {"beside/a.png", "far/b.png", "data/root/images/good0.png"}
+
+
 # ------------------------------------------------------------------------------ checkpoints
 FAULTS = ("empty", "cut in the middle", "a bit flipped", "a web page", "code among weights",
           "old, with code", "TorchScript", "another architecture", "another width")  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["predict", "eval", "pack"])
+@pytest.mark.parametrize(
+    "what", ["predict", "eval", "pack", "train --resume", "MODEL.weights_encoder"]
+)
 def test_bad_checkpoints(
     tmp_path: Path, model: Config, command: Command, untouched: Untouched, what: str
 ) -> None:
@@ -314,17 +347,64 @@ def test_bad_checkpoints(
         "eval": ["eval", "--cfg", folder / "config.yaml", "--gpus", "cpu", "--out", out, "DIR",
                  folder, "DATASET.list_val", listing],
         "pack": ["pack", folder, out],
+        "train --resume": resumed(training(model, listing, out), folder / good.name),
+        "MODEL.weights_encoder": training(
+            model, listing, out, "MODEL.weights_encoder", folder / good.name
+        ),
     }  # fmt: skip
     files = corpus.weight_files(good, tmp_path / "faults", marker)
     for fault in FAULTS:
         if what == "pack" and fault.startswith("another"):
             continue  # packing takes any weights
         path, message = files[fault]
+        if what == "train --resume" and fault.startswith("another"):
+            message = "is no state of a run"  # weights alone are not
         shutil.copyfile(path, folder / "encoder_best.pth")
         with untouched(but=out):
             error = command(*words[what]).error
         assert str(folder / "encoder_best.pth") in error and re.search(message, error), error
         assert not marker.exists()
+
+
+def test_bad_states(tmp_path: Path, model: Config, command: Command, untouched: Untouched) -> None:
+    """Whole files of torch.save that no training, or one of another kind, has written."""
+    listing = write_samples(tmp_path / "data", {})
+    done = tmp_path / "done"
+    assert command(*training(model, listing, done, "TRAIN.epoch_iters", 1)).code == 0
+    good = torch.load(done / "state_step_1.pth", weights_only=True)
+    foreign, unfit = "is no state of a run", "does not fit this run"
+    cases: list[tuple[Any, str]] = [
+        ([1, 2], "holds a list"),
+        ({}, foreign),
+        ({"step": "x"}, foreign),
+        ({"epoch": 3, "state_dict": good["encoder"], "optimizer": {}}, foreign),
+        ({**good, "step": "x"}, foreign),
+        ({**good, "step": torch.ones(2, 2)}, foreign),
+        ({**good, "step": -1}, foreign),
+        ({**good, "epoch_iters": 0}, foreign),
+        ({**good, "position": None}, foreign),
+        ({**good, "encoder": 3}, foreign),
+        ({**good, "history": [1]}, foreign),
+        ({**good, "config": 3}, foreign),
+        ({**good, "encoder": {"conv1.weight": 3}}, unfit),
+        ({**good, "history": {"train": 3}}, unfit),
+        ({**good, "history": {"train": {"loss": 3}}}, unfit),
+        ({**good, "losses": 3}, unfit),
+        ({**good, "seconds": "x"}, unfit),
+        ({**good, "optimizers": [3, 4]}, unfit),
+        ({**good, "random": 3}, unfit),
+        ({**good, "random": [{"torch": 3}]}, unfit),
+    ]
+    file, out = tmp_path / "odd" / "x.pth", tmp_path / "out"
+    file.parent.mkdir()
+    words = training(model, listing, out, "TRAIN.num_epoch", 2, "TRAIN.epoch_iters", 1)
+    for state, message in cases:
+        torch.save(state, file)
+        with untouched(but=out):
+            error = command(*resumed(words, file)).error
+        assert str(file) in error and message in error and len(error) < 500, error
+    torch.save(good, file)
+    assert command(*resumed(words, file)).code == 0
 
 
 # ------------------------------------------------------------------------------ configurations

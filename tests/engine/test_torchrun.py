@@ -351,6 +351,9 @@ def test_ranks_leave_the_files_and_figures_of_one_process(
     assert keys[0] == keys[1]
     assert phrases(job_.root / "ranks_1") == phrases(job_.root / "ranks_2")
     assert ranks.text().count("Training done: ") == alone.text().count("Training done: ") == 1
+    for folder, who in (("ranks_1", ""), ("ranks_2", " rank 0")):
+        for line in (job_.root / folder / "log.txt").read_text().splitlines():
+            assert re.match(rf"\[[-\d]+ [:\d]+{who} [A-Z]+\] ", line), line
 
 
 def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]) -> None:
@@ -420,7 +423,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 LONG = {"TRAIN__num_epoch": 200, "TRAIN__eval_epochs": 0, "TRAIN__keep": 1}
-LOST = r"error: .*lost the connection to another rank in step \d+.*--resume auto goes on"
+LOST = r"rank \d: error: .*lost the connection to another rank in step \d+.*--resume auto goes on"
 
 
 @pytest.fixture
@@ -443,14 +446,16 @@ def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Comman
         commands.append(host(job, name, config, port, "--nnodes", "2", "--rdzv-conf", settings))
     first, second = commands
     first.until(lambda: len(steps_of(job.root / "lost")) >= 3, 120)
+    began = time.monotonic()
     for pid in second.members():
         kill(pid)
-    began = time.monotonic()
     code = first.code(25)
     first.assert_nothing_left(2)
+    seconds = time.monotonic() - began
+    print(f"ended {seconds:.1f} s after the kill: {code}")
     assert code != 0, first.text()
     assert len(re.findall(LOST, first.text())) == 1, first.text()
-    assert time.monotonic() - began < 20, "a closed connection is noticed at once"
+    assert seconds < 10, "a closed connection is noticed at once"
     assert not second.members()
 
 
@@ -572,7 +577,7 @@ def test_a_cut_cable_ends_both_hosts_within_the_time_out(
         print(f"ended {time.monotonic() - began:.1f} s after the cut: {code}")
         assert code != 0
         command.assert_nothing_left(2)
-        assert re.search(rf"{LOST}|error: rank \d: no progress for 12 s", command.text())
+        assert re.search(rf"{LOST}|rank \d: error: no progress for 1\d s", command.text())
 
 
 @needs_proc

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mit_semseg.cli import main
 from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset
@@ -545,6 +546,51 @@ def test_a_signal_ends_the_step_and_nothing_is_lost(
     assert_same_weights(whole, cut, "best.pth")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_told_to_stop_says_how_to_go_on(
+    settings: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    number: signal.Signals,
+) -> None:
+    cfg = settings(**ENET)
+    file = tmp_path / "job.yaml"
+    dump_config(cfg, file)
+    words = ["train", "--gpus", "cpu", "--cfg", str(file)]
+    monkeypatch.setattr(sys, "argv", ["bin/mit-semseg", *words])
+    signal_after(2, number, monkeypatch)
+    assert main(words) == 0
+    said = capfd.readouterr()
+    assert f"Stopped by {number.name} after step 3 of 4" in said.out
+    assert f"\n  mit-semseg train --resume auto --gpus cpu --cfg {file}\n" in said.out
+    assert "Traceback" not in said.err and state_of(cfg)["step"] == 3
+    assert main([*words, "--resume", "auto"]) == 0
+    said = capfd.readouterr()
+    assert f"resuming from {cfg.DIR}/state_step_3.pth" in said.out
+    assert "Training done: " in said.out
+
+
+def test_a_state_holds_the_loss_scaling(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 needs a GPU; what is saved of its scaling does not."""
+
+    def trainer(resume: str) -> Trainer:
+        one = Trainer(settings(**ENET), [CPU], 0, 1, False, resume)
+        one.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        return one
+
+    cut, resumed = trainer(""), trainer("auto")
+    signal_after(2, signal.SIGTERM, monkeypatch)
+    cut.run()
+    resumed._begin()
+    assert resumed.step == 3
+    assert cut.scaler.get_scale() == 2048.0, "it has grown after two of the three steps"
+    assert resumed.scaler.state_dict() == cut.scaler.state_dict()
+    assert resumed.scaler.state_dict()["_growth_tracker"] == 1
+
+
 def test_states_are_written_by_time(settings: Callable[..., Config]) -> None:
     cfg = settings(TRAIN__epoch_iters=4, TRAIN__num_epoch=1, TRAIN__checkpoint_minutes=1e-9)
     train(cfg, [CPU], progress=False)
@@ -863,3 +909,30 @@ def test_a_loader_that_dies_or_hangs_is_named(
         train(settings(TRAIN__workers=1, TRAIN__stall_seconds=1), [CPU], progress=False)
     assert time.monotonic() - began < 20
     assert not multiprocessing.active_children()
+
+
+def test_an_exception_in_a_replica_ends_the_run_at_once(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other replica waits for it in a synchronised layer, and batches are being loaded."""
+    forward = SegmentationModule.forward
+    began: list[float] = []
+
+    def break_one(self: SegmentationModule, *args: Any, **options: Any) -> Any:
+        if threading.current_thread().name == "replica-1":
+            began.append(time.monotonic())
+            if len(began) == 2:
+                raise OSError("no such pixel")
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(SegmentationModule, "forward", break_one)
+    cfg = settings(TRAIN__workers=1, TRAIN__epoch_iters=20, TRAIN__stall_seconds=30)
+    # What was caught is kept: a traceback must not keep processes alive.
+    with pytest.raises(OSError, match="^no such pixel") as caught:
+        train(cfg, [CPU, CPU], progress=False)
+    assert len(began) == 2 and time.monotonic() - began[1] < 10
+    left = multiprocessing.active_children()
+    for process in left:  # which would keep the tests from ending
+        process.kill()
+    assert not left
+    assert caught.value.__traceback__ is not None
