@@ -713,7 +713,9 @@ def _fetch_imagenet(arch: str) -> Path:
     except DownloadError as e:
         other = ", 'torchvision:mobilenet_v2'" if _backbone(arch) == "mobilenetv2" else ""
         raise DownloadError(
-            f"{e}; or set MODEL.weights_encoder to 'none' (random){other} or a file you have"
+            e.reason,
+            f"{str(e).removeprefix(e.reason)}; or set MODEL.weights_encoder to 'none' (random)"
+            f"{other} or a file you have",
         ) from e
 
 

@@ -183,7 +183,8 @@ _C.VAL.tile = "auto"
 _C.VAL.window = []
 # Windows begin this share of their size apart, rounded down to multiples of 32 pixels.
 _C.VAL.stride = 0.667
-# Seconds without a result from any process before the evaluation stops with an error.
+# Seconds without a result from any worker process before the evaluation stops with an error; by a
+# single process: seconds that a file may take to be read.
 _C.VAL.timeout = 600
 # Short sides in pixels that are averaged over; [] takes DATASET.imgSizes, as published.
 _C.VAL.imgSizes = []
@@ -205,7 +206,7 @@ _C.TEST.imgSizes = []
 # auto | off | side in pixels: images larger than this at network scale are computed in overlapping
 # tiles, whose scores are blended; auto does so above 4 million pixels.
 _C.TEST.tile = "auto"
-# Seconds that an image may take to be read before the prediction stops with an error.
+# Seconds that a file may take to be read before the prediction stops with an error.
 _C.TEST.timeout = 600
 # (height, width) of a window that slides over every scale of an image: the network sees nothing of
 # another size, as where crops of that size were trained on. [] computes whole images (or tiles).

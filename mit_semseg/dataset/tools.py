@@ -85,9 +85,8 @@ def make_odgt(
     images, labels, out = (Path(os.path.abspath(p)) for p in (images, labels, out))
     there = [file for name in LISTS if (file := out / f"{name}.odgt").exists()]
     if there and not overwrite:
-        raise ValueError(
-            f"{there[0]} is there already: give another --out, or --overwrite to replace it"
-        )
+        names = " and ".join(map(str, there))
+        raise ValueError(f"{names} would be replaced: give another --out, or --overwrite")
     pairs, lonely_images, lonely_masks = match_by_stem(
         list_images(images), list_images(labels), image_suffix, label_suffix
     )
@@ -137,6 +136,8 @@ def make_odgt(
         report[name] = str(path) if chosen else ""
         if chosen:
             write_odgt(path, [records[k] for k in sorted(chosen)])
+        else:
+            path.unlink(missing_ok=True)  # one of other samples
     report["images_without_mask"] = lonely_images
     report["masks_without_image"] = lonely_masks
     report["unusable"] = unusable

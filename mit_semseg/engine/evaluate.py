@@ -32,13 +32,12 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
-from mit_semseg.dataset.reading import READINGS
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast, cpu_count, local_ranks
 from mit_semseg.engine.pool import in_threads, run_here, run_pool
 from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
-from mit_semseg.engine.watchdog import Watchdog
+from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.inference import inference_copy
@@ -192,8 +191,8 @@ def evaluate(
         WorkerError: a worker process failed.
         ConnectionError: another rank was lost.
 
-    When a single process has no result for VAL.timeout it is ended, with exit status 3 and a line
-    that names the files being read.
+    When a single process reads a file for VAL.timeout it is ended, with exit status 3 and a line
+    that names the file.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; give at least 1 process per device")
@@ -218,18 +217,21 @@ def evaluate(
     places = [device for device in devices for _ in range(workers)][: max(1, len(chunks))]
 
     started = time.perf_counter()
-    with _Progress("evaluating", chunks, progress and rank == 0, tell=True) as on_result:
+    name = f"rank {rank}" if world > 1 else ""
+    with (
+        _Progress("evaluating", chunks, progress and rank == 0, tell=True) as on_result,
+        reading_watchdog(cfg.VAL.timeout, name, "look at these files, or raise VAL.timeout"),
+    ):
         lanes = _lanes(places)
         if model is not None:
             data = val_dataset(cfg)
             gallery = _Gallery(data, pictures, classes.colors) if pictures else None
             scorer = _Scorer(model, data, cfg, devices[0], gallery, cfg.VAL.boundary, kept)
             work = partial(scorer.run, _lanes(devices[:1]))
-            parts = [_run_watched(work, chunks, on_result, cfg.VAL.timeout)]
+            parts = [run_here(work, chunks, on_result)]
         elif len(places) == 1:
             job = Job(cfg, checkpoint, places[0], lanes, pictures, classes.colors, kept)
-            work = partial(_work, job)
-            parts = [_run_watched(work, chunks, on_result, cfg.VAL.timeout)]
+            parts = [run_here(partial(_work, job), chunks, on_result)]
         else:
             parts = run_pool(
                 _work,
@@ -273,25 +275,6 @@ def evaluate(
         print(format_report(result))
         _write(result, classes, out)
         print(f"Figures in {out}")
-    return result
-
-
-def _run_watched(
-    work: Callable[[Iterator[Chunk]], Generator[Scored, None, Evaluation]],
-    chunks: Sequence[Chunk],
-    on_result: Callable[[Scored], None],
-    seconds: float,
-) -> Evaluation:
-    """`run_here`, ended when there is no result for so long, as `run_pool` is."""
-    advice = "look at these files, or raise VAL.timeout"
-    with Watchdog(seconds, files=READINGS.files, advice=advice) as watchdog:
-        watchdog.progress("an image to be evaluated")
-
-        def add(scored: Scored) -> None:
-            watchdog.progress("an image to be evaluated")
-            on_result(scored)
-
-        result: Evaluation = run_here(work, chunks, add)
     return result
 
 

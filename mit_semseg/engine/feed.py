@@ -150,12 +150,17 @@ class Feed:
     def _check_processes(self) -> None:
         for process in self._processes:
             if not process.is_alive():
-                reading = self.reading()
+                # What lies between two files, such as the making of a batch, is at none of them.
+                files = self.reading()
+                where = f"while reading {', '.join(files)}" if files else self._next()
                 raise ChildProcessError(
                     f"a loading process (pid {process.pid}) ended with {_how(process.exitcode)}"
-                    f"{' while reading ' + ', '.join(reading) if reading else ''}: when memory ran "
-                    "out lower TRAIN.workers; --resume auto goes on from the newest checkpoint"
+                    f" {where}: when memory ran out lower TRAIN.workers; --resume auto goes on "
+                    "from the newest checkpoint"
                 )
+
+    def _next(self) -> str:
+        return f"before the batch of {', '.join(self._files(self._position))}"
 
     def reading(self) -> list[str]:
         """What is being read, in this process and in the loading ones."""

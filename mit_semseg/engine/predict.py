@@ -35,13 +35,12 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.dataset.base import check_channels, load_depth_beside
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.reading import READINGS
 from mit_semseg.dataset.records import find_depth, image_extensions, is_depth
 from mit_semseg.dataset.transforms import Normalize, image_size, load_image, scaled_inputs
 from mit_semseg.engine.checkpoint import CLASSES, load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.pool import in_threads
-from mit_semseg.engine.watchdog import Watchdog
+from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.inference import inference_copy
 from mit_semseg.models.tiles import Sliding
@@ -450,7 +449,7 @@ def predict(
         FileNotFoundError: no images, or no checkpoint.
         ValueError: a setting that cannot work.
 
-    When an image is not read within TEST.timeout the process is ended, with exit status 3 and a
+    When a file is not read within TEST.timeout the process is ended, with exit status 3 and a
     line that names the file.
     """
     checkpoint = checkpoint or cfg.TEST.checkpoint
@@ -481,18 +480,14 @@ def predict(
     size = cfg.TEST.batch_size
     batches = [tasks[i : i + size] for i in range(0, len(tasks), size)]
     results: list[dict[str, Any]] = []
-    advice = "look at these files, or raise TEST.timeout"
     with (
         tqdm(total=len(tasks), desc="predicting", unit="img", disable=not progress) as bar,
-        Watchdog(cfg.TEST.timeout, files=READINGS.files, advice=advice) as watchdog,
+        reading_watchdog(cfg.TEST.timeout, "", "look at these files, or raise TEST.timeout"),
     ):
-        for batch, future in in_threads(runner.load, batches):
-            watchdog.progress("an image to be read")
-            loaded = future.result()
-            with watchdog.patient(math.inf):  # a large image is computed as long as it takes
-                for one in runner.run(batch, loaded):
-                    results.append(one)
-                    bar.update()
+        for batch, loaded in in_threads(runner.load, batches):
+            for one in runner.run(batch, loaded.result()):
+                results.append(one)
+                bar.update()
     _report(results, out)
     return results
 

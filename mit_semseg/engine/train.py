@@ -7,8 +7,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, build_split, check_sample
-from mit_semseg.dataset.reading import READINGS
 from mit_semseg.engine.balance import class_weights
 from mit_semseg.engine.checkpoint import CheckpointFolder, atomic_save
 from mit_semseg.engine.evaluate import Interrupted, evaluate_model, merged, val_dataset
@@ -53,7 +52,7 @@ from mit_semseg.engine.run_state import (
     seed_everything,
 )
 from mit_semseg.engine.signals import StopRequest
-from mit_semseg.engine.watchdog import Watchdog
+from mit_semseg.engine.watchdog import Watchdog, reading_watchdog
 from mit_semseg.lib.nn import UserScatteredDataParallel, async_copy_to
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.compilation import compile_for_training, compiler_errors
@@ -65,6 +64,8 @@ log = logging.getLogger("mit_semseg")
 MOST_SKIPPED = 20
 # Batches saved for replay, at most: each holds the weights, too.
 MOST_SAVED = 3
+# What to do when nothing moves.
+STALLED = "look at these files, or raise TRAIN.stall_seconds"
 # Seconds that a step may at least take on GPUs of several ranks after a request to stop.
 STOP_GRACE = 8.0
 
@@ -155,7 +156,7 @@ class Trainer:
         self.slowest_step = 0.0  # in seconds, but for the first
         self.bad_files: dict[str, str] = {}
         self.stop = StopRequest()
-        self.watchdog = self._watchdog(READINGS.files)
+        self.watchdog = Watchdog(cfg.TRAIN.stall_seconds)
         self.saved_at = time.monotonic()
         if cfg.TRAIN.compile and (count := len(self.devices) * world) > 1:
             raise ValueError(
@@ -171,7 +172,7 @@ class Trainer:
             set_threads(max(1, cpu_count() // local_ranks()))
             keep_freed_memory()
         seed_everything(cfg.TRAIN.seed)
-        with self._reading():
+        with reading_watchdog(cfg.TRAIN.stall_seconds, self._name, STALLED):
             self.split = build_split(cfg.DATASET, "train")
             check_sample(self.split, on_error=cfg.DATASET.on_error)
             self.data = TrainDataset(
@@ -205,29 +206,10 @@ class Trainer:
         )
         self._build(weights)
 
-    def _watchdog(
-        self, files: Callable[[], list[str]], at_the_end: Callable[[], None] = lambda: None
-    ) -> Watchdog:
-        return Watchdog(
-            # Behind the loader's own limit, whose message says more.
-            self.cfg.TRAIN.stall_seconds + 2,
-            name=f"rank {self.rank}" if self.world > 1 else "",
-            files=files,
-            advice="look at these files, or raise TRAIN.stall_seconds; --resume auto goes on from "
-            "the newest checkpoint",
-            at_the_end=at_the_end,
-        )
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Before there are batches: a watchdog which every file that is opened keeps quiet."""
-        with self.watchdog:
-            self.watchdog.progress("the lists and samples of the data")
-            READINGS.listener = lambda path: self.watchdog.progress("a sample of the data")
-            try:
-                yield
-            finally:
-                READINGS.listener = None
+    @property
+    def _name(self) -> str:
+        """Of this process, in messages."""
+        return f"rank {self.rank}" if self.world > 1 else ""
 
     def _build(self, weights: Tensor | None) -> None:
         cfg = self.cfg
@@ -296,7 +278,14 @@ class Trainer:
                 self.max_iters - self.step,
             )
             self.stop = StopRequest(repeated=self.world > 1, on_ask=self._hurry)
-            self.watchdog = self._watchdog(feed.reading, feed.kill)
+            self.watchdog = Watchdog(
+                # Behind the loader's own limit, whose message says more.
+                cfg.TRAIN.stall_seconds + 2,
+                name=self._name,
+                files=feed.reading,
+                advice=f"{STALLED}; --resume auto goes on from the newest checkpoint",
+                at_the_end=feed.kill,
+            )
             with self.stop, self.watchdog:
                 try:
                     self._epochs(iter(feed))

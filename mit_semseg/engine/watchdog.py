@@ -11,7 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mit_semseg.dataset.reading import READINGS
+
 _PATH_BYTES = 1024
+_PATIENCE = 10.0
 
 
 class ReadingBoard:
@@ -52,6 +55,9 @@ class Watchdog:
         name: of this process, in messages.
         files: what is being read, asked for when the limit is reached.
         advice: what to do, added to the message.
+        awaited: what is waited for; time counts while it gives the same, and not while it gives
+            None. Without it time counts from one `progress` to the next.
+        what: that is, in words.
         at_the_end: called before the process ends, to take others along.
         end: ends the process; for tests.
     """
@@ -62,12 +68,17 @@ class Watchdog:
         name: str = "",
         files: Callable[[], list[str]] = list,
         advice: str = "",
+        awaited: Callable[[], object] | None = None,
+        what: str = "the start",
         at_the_end: Callable[[], None] = lambda: None,
         end: Callable[[int], None] = os._exit,
     ) -> None:
         self.seconds, self.name, self.files, self.advice = seconds, name, files, advice
         self._at_the_end, self._end = at_the_end, end
-        self._what = "the start"
+        self._awaited, self._what = awaited, what
+        self._last: object = None
+        # What counts the time and what sets it back are two threads.
+        self._lock = threading.Lock()
         self._limit = seconds
         self._waited = 0.0
         self._patience = 1.0
@@ -84,39 +95,51 @@ class Watchdog:
 
     def progress(self, what: str) -> None:
         """Something was done; `what` is waited for next."""
-        self._what = what
-        self._waited = 0.0
+        with self._lock:
+            self._what = what
+            self._waited = 0.0
 
     def hurry(self, seconds: float) -> None:
         """From now on wait this long at most."""
-        self._limit = min(self._limit, seconds)
-        self._waited = 0.0
+        with self._lock:
+            self._limit = min(self._limit, seconds)
+            self._waited = 0.0
 
     @contextmanager
-    def patient(self, times: float = 10.0) -> Iterator[None]:
-        """Wait so many times as long for what may take its time, such as a large file."""
-        self._patience = times
+    def patient(self) -> Iterator[None]:
+        """Wait ten times as long for what may take its time, such as a large file."""
+        with self._lock:
+            self._patience = _PATIENCE
         try:
             yield
         finally:
-            self._patience = 1.0
-            self._waited = 0.0
+            with self._lock:
+                self._patience = 1.0
+                self._waited = 0.0
 
     def _watch(self) -> None:
         tick = min(1.0, self.seconds / 10)
         before = time.monotonic()
         while not self._closed.wait(tick):
             now = time.monotonic()
-            # A process that was stopped and continued has not waited meanwhile.
-            self._waited += min(now - before, 2 * tick)
+            with self._lock:
+                # A process that was stopped and continued has not waited meanwhile.
+                self._waited += min(now - before, 2 * tick)
+                if self._awaited is not None:
+                    awaited = self._awaited()
+                    if awaited is None or awaited != self._last:
+                        self._waited = 0.0
+                    self._last = awaited
+                barks = self._waited > self._limit * self._patience
+                said = f"no progress for {self._waited:.0f} s, waiting for {self._what}"
             before = now
-            if self._waited > self._limit * self._patience:
-                self._bark()
+            if barks:
+                self._bark(said)
                 return
 
-    def _bark(self) -> None:
+    def _bark(self, said: str) -> None:
         # Whoever reads standard error may hang as well: speak for some seconds at most.
-        speech = threading.Thread(target=self._speak, daemon=True)
+        speech = threading.Thread(target=self._speak, args=(said,), daemon=True)
         speech.start()
         speech.join(5)
         try:
@@ -124,16 +147,27 @@ class Watchdog:
         finally:
             self._end(3)
 
-    def _speak(self) -> None:
+    def _speak(self, said: str) -> None:
         files = self.files()
         reading = f"; being read: {', '.join(files)}" if files else ""
         advice = f"; {self.advice}" if self.advice else ""
         name = f"{self.name}: " if self.name else ""
         print(
-            f"{name}error: no progress for {self._waited:.0f} s, waiting for {self._what}{reading}"
-            f"{advice}",
+            f"{name}error: {said}{reading}{advice}",
             file=sys.stderr,
             flush=True,
         )
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+
+
+def reading_watchdog(seconds: float, name: str, advice: str) -> Watchdog:
+    """A watchdog that minds nothing but a file which takes so many seconds to be read."""
+    return Watchdog(
+        seconds,
+        name=name,
+        files=READINGS.files,
+        advice=advice,
+        awaited=READINGS.oldest,
+        what="a file to be read",
+    )

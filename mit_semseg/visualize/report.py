@@ -147,7 +147,8 @@ def picture_grid(
         title: a line at the top.
         columns: pictures in a row, at most.
         width: pixels of a column; pictures keep their aspect.
-        names, colors: K class names and their colours, (K, 3), for a legend above the pictures.
+        names, colors: K class names and their colours, (K, 3), for a legend above the pictures;
+            without colours there is none.
 
     Returns:
         `path`.
@@ -163,7 +164,7 @@ def picture_grid(
     font, small = ImageFont.load_default(21), ImageFont.load_default(13)
     places, lines = _legend_places(names, small, columns * (width + gap) - gap)
     legend = margin, margin + head
-    head += lines + gap if names else 0
+    head += lines + gap if colors is not None else 0
     text = 18 * max(name.count("\n") + 1 for name, _ in pictures)
     tall = max(round(p.shape[0] * width / p.shape[1]) for _, p in pictures)
     pitch = text + tall + gap

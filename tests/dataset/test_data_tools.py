@@ -102,12 +102,12 @@ def test_lists_that_are_there_are_kept(tmp_path: Path, write_pair: Writer) -> No
     words = ["make-odgt", "--images", str(tmp_path / "images"), "--labels", str(tmp_path / "masks")]
     earlier = tmp_path / "validation.odgt"
     earlier.write_text("of something else")
-    with pytest.raises(ValueError, match=r"validation\.odgt is there already: .*--overwrite"):
+    with pytest.raises(ValueError, match=r"validation\.odgt would be replaced: .*--overwrite"):
         call(*words, "--out", str(tmp_path))
     assert earlier.read_text() == "of something else"
     assert not (tmp_path / "training.odgt").exists()
     assert call(*words, "--out", str(tmp_path), "--overwrite", "--split", "1") == 0
-    assert (tmp_path / "training.odgt").exists()
+    assert (tmp_path / "training.odgt").exists() and not earlier.exists()
 
 
 def test_check_counts_by_hand(tmp_path: Path) -> None:

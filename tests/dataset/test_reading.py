@@ -20,12 +20,15 @@ def test_one_file_is_read_while_another_is_open() -> None:
     heard: list[str] = []
     readings.listener = heard.append
     with readings.of("image"):
+        first = readings.oldest()
         with pytest.raises(OSError, match="broken"), readings.of(Path("mask")):
             assert readings.files() == ["mask"]
             raise OSError("broken")
-        assert readings.files() == ["image"]
-    assert not readings.files()
-    assert heard == ["image", "mask", "image", ""]
+        assert readings.files() == ["image"] and readings.oldest() == first
+    assert not readings.files() and readings.oldest() is None
+    with readings.of("image"):
+        assert readings.oldest() != first
+    assert heard == ["image", "mask", "image", ""] + ["image", ""]
 
 
 def test_every_thread_reads_its_own_file() -> None:
@@ -42,6 +45,8 @@ def test_every_thread_reads_its_own_file() -> None:
         thread.start()
     inside.wait(10)
     assert sorted(readings.files()) == ["a", "b", "c"]
+    oldest = readings.oldest()
+    assert oldest is not None and oldest[0] == 0
     done.wait(10)
     for thread in threads:
         thread.join()

@@ -450,8 +450,8 @@ def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Comman
     for pid in second.members():
         kill(pid)
     code = first.code(25)
-    first.assert_nothing_left(2)
     seconds = time.monotonic() - began
+    first.assert_nothing_left(2)
     print(f"ended {seconds:.1f} s after the kill: {code}")
     assert code != 0, first.text()
     assert len(re.findall(LOST, first.text())) == 1, first.text()
@@ -460,25 +460,6 @@ def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Comman
 
 
 @needs_proc
-def test_the_table_of_scaling_by_hand() -> None:
-    found = {
-        form: [scaling.Measured(images / form.ranks, cpu) for images, cpu in ((8, 20), (10, 30))]
-        for form in scaling.FORMS
-    }
-    rows = scaling.table(found)
-    assert rows[3] == "| 2 ranks of torchrun, batch 2 each | 4.0, 5.0 | 20, 30 |"
-    assert "TRAIN.fix_bn False: two ranks are 0.50 times as fast (0.50 to 0.50)" in rows
-    assert rows[-1].startswith("a step of two ranks takes 0.90 s, ")
-
-
-@pytest.mark.slow
-def test_scaling_is_measured(tmp_path: Path) -> None:
-    scenes = streets.write(tmp_path, 8, 1, size=(64, 96))
-    for ranks in (1, 2):
-        found = scaling.measure(scaling.Form(ranks, False), scenes, steps=2)
-        assert found.images > 0 and found.cpu > 1
-
-
 @pytest.mark.slow
 def test_a_job_that_is_terminated_saves_and_goes_on(hosts: tuple[Job, list[Command]]) -> None:
     job, commands = hosts
@@ -600,3 +581,22 @@ def test_the_rest_of_an_elastic_job_goes_on_without_a_lost_host(
     assert "Training done: " in first.text()
     resumed = re.findall(r"resuming from \S+: step (\d+) of (\d+)", first.text())
     assert len(resumed) >= 1 and int(resumed[-1][0]) > 0, first.text()
+
+
+def test_the_table_of_scaling_by_hand() -> None:
+    found = {
+        form: [scaling.Measured(images / form.ranks, cpu) for images, cpu in ((8, 20), (10, 30))]
+        for form in scaling.FORMS
+    }
+    rows = scaling.table(found)
+    assert rows[3] == "| 2 ranks of torchrun, batch 2 each | 4.0, 5.0 | 20, 30 |"
+    assert "TRAIN.fix_bn False: two ranks are 0.50 times as fast (0.50 to 0.50)" in rows
+    assert rows[-1].startswith("a step of two ranks takes 0.90 s, ")
+
+
+@pytest.mark.slow
+def test_scaling_is_measured(tmp_path: Path) -> None:
+    scenes = streets.write(tmp_path, 8, 1, size=(64, 96))
+    for ranks in (1, 2):
+        found = scaling.measure(scaling.Form(ranks, False), scenes, steps=2)
+        assert found.images > 0 and found.cpu > 1

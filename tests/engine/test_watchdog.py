@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from mit_semseg.engine.watchdog import ReadingBoard, Watchdog
+from mit_semseg.dataset.reading import READINGS
+from mit_semseg.engine.watchdog import ReadingBoard, Watchdog, reading_watchdog
 
 
 class Ended:
@@ -50,6 +51,37 @@ def test_progress_sleep_and_the_end_keep_it_quiet() -> None:
             time.sleep(0.8)
     time.sleep(0.6)
     assert not end.codes
+
+
+def test_only_what_is_awaited_counts(capfd: pytest.CaptureFixture[str]) -> None:
+    end = Ended()
+    current: list[object] = [None]
+    with Watchdog(0.4, awaited=lambda: current[0], what="a file", end=end):
+        time.sleep(0.8)  # nothing is awaited
+        for number in range(8):
+            current[0] = number
+            time.sleep(0.15)
+        assert not end.codes
+        current[0] = "this one"
+        assert end.event.wait(10)
+    assert end.codes == [3]
+    assert "waiting for a file" in capfd.readouterr().err
+
+
+def test_a_file_counts_from_when_it_is_opened(capfd: pytest.CaptureFixture[str]) -> None:
+    end = Ended()
+    with reading_watchdog(0.4, "rank 1", "look at it") as dog:
+        dog._end = end
+        time.sleep(0.8)
+        for _ in range(8):
+            with READINGS.of("quick.png"):
+                time.sleep(0.1)
+        assert not end.codes
+        with READINGS.of("slow.png"):
+            assert end.event.wait(10)
+    said = capfd.readouterr().err
+    assert "rank 1: error: no progress for " in said
+    assert "waiting for a file to be read; being read: slow.png; look at it" in said
 
 
 def test_it_can_be_told_to_hurry() -> None:
