@@ -167,8 +167,8 @@ class Feed:
         return [*READINGS.files(), *self.board.files()]
 
     def files(self) -> list[str]:
-        """What is being read; else the images of the batch that is to come next."""
-        return self.reading() or self._files(self._position)
+        """What is being read; else, where a batch is waited for, its images."""
+        return self.reading() or (self._files(self._position) if self._waiting else [])
 
     def kill(self) -> None:
         """End the loading processes by force."""

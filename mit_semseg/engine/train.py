@@ -282,7 +282,7 @@ class Trainer:
                 # Behind the loader's own limit, whose message says more.
                 cfg.TRAIN.stall_seconds + 2,
                 name=self._name,
-                files=feed.reading,
+                files=feed.files,
                 advice=f"{STALLED}; --resume auto goes on from the newest checkpoint",
                 at_the_end=feed.kill,
             )

@@ -30,7 +30,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.reading import READINGS
 from mit_semseg.engine.checkpoint import CheckpointFolder
-from mit_semseg.engine.feed import RankSampler
+from mit_semseg.engine.feed import Feed, RankSampler
 from mit_semseg.engine.train import Trainer, train
 from mit_semseg.losses import build_loss
 from mit_semseg.models import Decoder, Encoder, ModelBuilder, SegmentationModule
@@ -936,3 +936,24 @@ def test_an_exception_in_a_replica_ends_the_run_at_once(
         process.kill()
     assert not left
     assert caught.value.__traceback__ is not None
+
+
+def test_a_feed_names_the_batch_that_is_waited_for(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(settings(), [CPU], 0, 1, False)
+    feed = Feed(trainer.data, trainer.cfg, trainer.devices, 0, 1, 0, 4)
+    heard: list[list[str]] = []
+    item = TrainDataset.__getitem__
+
+    def getitem(self: TrainDataset, index: int) -> dict[str, Any]:
+        heard.append(feed.files())
+        with READINGS.of("a.png"):
+            heard.append(feed.files())
+        return item(self, index)
+
+    monkeypatch.setattr(TrainDataset, "__getitem__", getitem)
+    next(iter(feed))
+    assert heard == [trainer.data.files(0), ["a.png"]]
+    assert feed.files() == [], "a batch is computed, and nothing is read"
+    feed.close()
