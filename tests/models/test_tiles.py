@@ -250,6 +250,7 @@ AGREEMENT = [
     pytest.param(STREETS, 9, 1440, 1024, 0.995, marks=pytest.mark.slow),
     pytest.param(ROOMS, 9, 1440, 1024, 0.995, marks=pytest.mark.slow),
     pytest.param(ROOMS, 9, 720, 512, 0.99, marks=pytest.mark.slow),
+    pytest.param(ROOMS, 9, 720, 640, 0.995, marks=pytest.mark.slow),
 ]
 
 
