@@ -77,8 +77,9 @@ class Watchdog:
         self._at_the_end, self._end = at_the_end, end
         self._awaited, self._what = awaited, what
         self._last: object = None
-        # What counts the time and what sets it back are two threads.
-        self._lock = threading.Lock()
+        # What counts the time and what sets it back are two threads; and a signal may come, and
+        # call `hurry`, in the middle of `progress`.
+        self._lock = threading.RLock()
         self._limit = seconds
         self._waited = 0.0
         self._patience = 1.0

@@ -91,6 +91,12 @@ def test_it_can_be_told_to_hurry() -> None:
         assert end.event.wait(10)
 
 
+@pytest.mark.timeout(20)
+def test_a_signal_may_tell_it_to_hurry_at_any_moment() -> None:
+    with Watchdog(60, end=Ended()) as dog, dog._lock:  # as in the middle of `progress`
+        dog.hurry(30)
+
+
 def _read(note: Callable[[str], None], name: str, ready: threading.Event) -> None:
     note(name)
     ready.set()
