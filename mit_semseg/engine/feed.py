@@ -151,16 +151,16 @@ class Feed:
         for process in self._processes:
             if not process.is_alive():
                 # What lies between two files, such as the making of a batch, is at none of them.
-                files = self.reading()
-                where = f"while reading {', '.join(files)}" if files else self._next()
+                where = (
+                    f"while reading {', '.join(files)}"
+                    if (files := self.reading())
+                    else f"before the batch of {', '.join(self._files(self._position))}"
+                )
                 raise ChildProcessError(
                     f"a loading process (pid {process.pid}) ended with {_how(process.exitcode)}"
                     f" {where}: when memory ran out lower TRAIN.workers; --resume auto goes on "
                     "from the newest checkpoint"
                 )
-
-    def _next(self) -> str:
-        return f"before the batch of {', '.join(self._files(self._position))}"
 
     def reading(self) -> list[str]:
         """What is being read, in this process and in the loading ones."""
