@@ -7,10 +7,9 @@ Nothing is written but these two numbers per pixel and scale, and the labels.
 
 Importing this needs triton; `mit_semseg.scores.class_map` does so when it can use it. The kernels
 hold to what triton 3.0 knew, and to one-dimensional blocks: how two-dimensional ones are laid
-over the threads differs from release to release, and with it the speed.
+over the threads differs from release to release, and with it the speed. Annotations are objects,
+not strings: the interpreter of triton 3.0 does not know "tl.constexpr".
 """
-
-from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence

@@ -27,12 +27,18 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-def pytest_configure() -> None:
-    """Control-C works, also in a shell's background, where it is switched off.
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, enable Control-C, and give each of several processes a core.
 
-    Where several processes share the tests, each keeps itself and what it starts to one core:
-    threads that wait for each other's core make all of them slower than one process.
+    Tests without the marker `gpu` run on the CPU whatever the machine has: GPUs are hidden from
+    this process and from what it starts, before torch looks for them.
+
+    Control-C is disabled in a shell's background. Where several processes share the tests, each
+    keeps itself and what it starts to one core: threads that wait for each other's core make all
+    of them slower than one process.
     """
+    if not _selects_gpu(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
@@ -40,6 +46,16 @@ def pytest_configure() -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
         torch.set_num_threads(1)
+
+
+def _selects_gpu(config: pytest.Config) -> bool:
+    return "gpu" in config.option.markexpr.replace("not gpu", "")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 @pytest.hookimpl(hookwrapper=True)

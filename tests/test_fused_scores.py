@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,18 @@ INTERPRETED = """
 import json, sys
 sys.path.insert(0, "tests")
 import torch
+import triton.runtime.interpreter as interpreter
 from mit_semseg import fused_scores, scores
 from test_fused_scores import published, random_logits
+
+# Triton's interpreter before 3.8 reads a scalar by int(array of one element): NumPy 2.5 refuses it.
+patch = interpreter._patch_lang_tensor
+
+def patched(tensor, *scope):
+    patch(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+interpreter._patch_lang_tensor = patched
 
 def gap(logits, size):
     labels = fused_scores.class_map(logits, size)
@@ -116,7 +127,9 @@ print(json.dumps(result))
 
 
 def test_the_kernels_give_the_published_labels() -> None:
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if triton.__version__.startswith("3.0.") and np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+        pytest.skip("the interpreter of triton 3.0 computes wrong offsets with NumPy 2")
     gaps = json.loads(run_python(INTERPRETED, TRITON_INTERPRET="1"))
     assert len(gaps) == 14
     # In probability; where logits are in the ten thousands, float32 holds them to 1e-3.
@@ -291,7 +304,7 @@ def test_an_interface_that_changed_counts_as_no_triton(monkeypatch: pytest.Monke
         scores._fused()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_cuda_gives_the_same(dtype: torch.dtype, layout: torch.memory_format) -> None:

@@ -170,7 +170,7 @@ def test_wrong_matrices_are_refused() -> None:
                 function(torch.tensor([[1, -5], [0, 1]]))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_cuda_predictions_and_cpu_labels() -> None:
     counts = ConfusionMatrix(4)
     counts.update(torch.tensor(PRED).cuda(), torch.tensor(LABEL))

@@ -37,8 +37,9 @@ class Statistics:
         mean: of the whole batch, (C,).
         sum_squares: of the deviations from that mean, (C,).
         count: values per channel in the whole batch.
-        var: biased variance, no smaller than the floor if there is one, (C,).
-        eps: added to `var` under the root.
+        var: biased variance, (C,); clamped: its excess over eps, so that var + eps is the variance
+            or eps, whichever is larger.
+        eps: added to `var` under the root; positive, as torch's batch norm demands.
         free: where `var` was above the floor, (C,) bool; None: everywhere.
         invstd: 1 / sqrt(var + eps), (C,).
         weight: of the layer, in the dtype of the mean; set by `Normalize` for the backward pass.
@@ -53,8 +54,7 @@ class Statistics:
         if clamp:
             # A variance at the floor is a constant: no gradient flows through it.
             self.free = self.var >= eps
-            self.var = self.var.clamp(min=eps)
-            self.eps = 0.0
+            self.var = (self.var - eps).clamp(min=0)
         self.invstd = torch.rsqrt(self.var + self.eps)
         self.weight: Tensor | None = None
 

@@ -34,9 +34,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     Returns:
         (B, N, E), in the type of `value`.
     """
-    with without_autocast(query.device):
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
-        return _run(q * scale, k, v).to(value.dtype)
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
+    return _run(q * scale, k, v).to(value.dtype)
 
 
 def attend_maps(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
@@ -67,7 +66,10 @@ def leave_uncompiled() -> None:
 
 
 def _banded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    result: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    # Not around the call of `_run`: a graph break within a context is compiled again at every call
+    # by some releases (torch 2.11).
+    with without_autocast(query.device):
+        result: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
     return result
 
 
