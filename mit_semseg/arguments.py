@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="the rendered demo data and its result page")
     _add_demo(demo.add_subparsers(dest="action", required=True))
+    _add_threads(commands)
     return parser
 
 
@@ -193,6 +194,22 @@ def _add_demo(subparsers: Subparsers) -> None:
     page.add_argument("--commands", default="", metavar="FILE", help="lines of SECONDS<tab>COMMAND")
     page.add_argument("--out", default="demo", metavar="DIR", help="folder of index.html (demo)")
     page.add_argument("--images", type=int, default=12, metavar="N", help="rows on the page")
+
+
+def _add_threads(parsers: Subparsers) -> None:
+    """`--threads` for every command, after the command's name and its action."""
+    for parser in parsers.choices.values():
+        inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for action in inner:
+            _add_threads(action)
+        if not inner:
+            parser.add_argument(
+                "--threads",
+                type=int,
+                default=None,
+                metavar="N",
+                help="compute threads of each process (the cores, fewer while others use them)",
+            )
 
 
 def _add_gpus(parser: argparse.ArgumentParser) -> None:

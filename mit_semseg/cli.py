@@ -279,6 +279,10 @@ def _dispatch(arguments: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse takes the words before the first option for recipes: overrides came later
         args.recipes += rest
+    if args.threads is not None:
+        from mit_semseg.engine.launch import fix_threads
+
+        fix_threads(args.threads)
     return COMMANDS[args.command](args)
 
 

@@ -118,6 +118,29 @@ def set_threads(count: int) -> None:
     cv2.setNumThreads(0)
 
 
+# Compute threads that the user has asked for; 0: as many as there are cores.
+_fixed_threads = 0
+
+
+def fix_threads(count: int) -> None:
+    """Compute with `count` threads here and in processes that are started from here.
+
+    Raises:
+        ValueError: `count` is below 1.
+    """
+    global _fixed_threads
+    if count < 1:
+        raise ValueError(f"--threads {count}: give at least 1")
+    _fixed_threads = count
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    set_threads(count)
+
+
+def fixed_threads() -> int:
+    """The number that `fix_threads` was given, 0 without it."""
+    return _fixed_threads
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep large freed blocks instead of returning them to the kernel.
 

@@ -40,6 +40,7 @@ from mit_semseg.dataset.transforms import Normalize, image_size, load_image, sca
 from mit_semseg.engine.checkpoint import CLASSES, load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.pool import in_threads
+from mit_semseg.engine.threads import ThreadTuner, pixels
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.inference import inference_copy
@@ -501,6 +502,7 @@ class _Runner:
         self.cfg, self.module, self.classes, self.device = cfg, module, classes, device
         self.options = with_scales(cfg.DATASET, cfg.TEST.imgSizes)
         self.computing = Lock()
+        self.threads = ThreadTuner(enabled=device.type == "cpu")
 
     def load(self, batch: Sequence[_Task]) -> _Loaded:
         """Read the images of a batch; runs in a thread, while the one before is computed."""
@@ -555,9 +557,12 @@ class _Runner:
         size = _size(group[0][1])
         started = time.perf_counter()
         test = self.cfg.TEST
-        logits, seconds = scale_logits(self.module, images, self.device, test.precision, test.flip)
         dtype = scores.label_dtype(len(self.classes))
-        labels = scores.class_map(logits, size, dtype=dtype).cpu().numpy()
+        with self.threads.step(pixels(images)):
+            logits, seconds = scale_logits(
+                self.module, images, self.device, test.precision, test.flip
+            )
+            labels = scores.class_map(logits, size, dtype=dtype).cpu().numpy()
         if "prob" not in test.save:
             logits.clear()
         elapsed = (time.perf_counter() - started) / len(group)

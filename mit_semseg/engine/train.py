@@ -30,6 +30,7 @@ from mit_semseg.engine.launch import (
     autocast,
     autocast_dtype,
     cpu_count,
+    fixed_threads,
     keep_freed_memory,
     local_ranks,
     set_threads,
@@ -52,6 +53,7 @@ from mit_semseg.engine.run_state import (
     seed_everything,
 )
 from mit_semseg.engine.signals import StopRequest
+from mit_semseg.engine.threads import ThreadTuner, pixels
 from mit_semseg.engine.watchdog import Watchdog, reading_watchdog
 from mit_semseg.lib.nn import UserScatteredDataParallel, async_copy_to
 from mit_semseg.models import ModelBuilder, SegmentationModule
@@ -169,8 +171,10 @@ class Trainer:
                 f"{cfg.TRAIN.num_epoch}: raise TRAIN.num_epoch to train on"
             )
         if self.device.type == "cpu":
-            set_threads(max(1, cpu_count() // local_ranks()))
+            set_threads(fixed_threads() or cpu_count() // local_ranks())
             keep_freed_memory()
+        # Ranks wait for each other: what one of them measures is not its own time.
+        self.threads = ThreadTuner(enabled=self.device.type == "cpu" and world == 1)
         seed_everything(cfg.TRAIN.seed)
         with reading_watchdog(cfg.TRAIN.stall_seconds, self._name, STALLED):
             self.split = build_split(cfg.DATASET, "train")
@@ -411,7 +415,14 @@ class Trainer:
             self.watchdog.progress(
                 f"step {self.step + 1} to be computed" + (" by all ranks" * (self.world > 1))
             )
-            with self._compilation(), self._unsynchronised(part), compiler_errors(), self._peers():
+            size = pixels(item["img_data"] for item in batch)
+            with (
+                self._compilation(),
+                self._unsynchronised(part),
+                compiler_errors(),
+                self._peers(),
+                self.threads.step(size),
+            ):
                 part_loss, part_accuracy, stop, save = self._forward_backward(batch)
             finite = math.isfinite(part_loss)
             loss += part_loss / cfg.TRAIN.accumulate

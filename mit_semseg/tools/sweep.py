@@ -25,7 +25,7 @@ from mit_semseg.dataset.base import distinct_colors
 from mit_semseg.engine.checkpoint import make_writable
 from mit_semseg.engine.evaluate import Kept, val_dataset
 from mit_semseg.engine.journal import METRICS, read_metrics
-from mit_semseg.engine.launch import read_config
+from mit_semseg.engine.launch import fixed_threads, read_config
 from mit_semseg.tools.recipes import fingerprint, named
 from mit_semseg.visualize import class_bars
 from mit_semseg.visualize.report import paint, picture_grid
@@ -329,6 +329,7 @@ class Sweep:
         begin = output.stat().st_size if output.is_file() else 0
         words = [sys.executable, "-m", "mit_semseg.cli", command, *options]
         words += ["--gpus", self.gpus] if self.gpus else []
+        words += ["--threads", str(fixed_threads())] if fixed_threads() else []
         with output.open("a", encoding="utf-8") as file, _forwarded() as children:
             process = subprocess.Popen(
                 [*words, "--cfg", entry.recipe, *opts],

@@ -1,0 +1,193 @@
+"""The number of compute threads while other programs use the cores."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from mit_semseg.engine import launch
+from mit_semseg.engine.threads import ThreadTuner, thread_usage
+
+RANDOM = random.Random(0)
+CHANCE = [RANDOM.random() for _ in range(5000)]
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch computes with two threads, and nobody has fixed the number."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(launch, "_fixed_threads", 0)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Machine:
+    """A clock that steps move on: by seconds that depend on step and threads, some of it waiting.
+
+    Attributes:
+        used: the number of threads of each step so far.
+    """
+
+    def __init__(
+        self,
+        seconds: Callable[[int, int], float],
+        waiting: Callable[[int, int], float] = lambda step, threads: 0.0,
+        cores: int = 2,
+    ) -> None:
+        torch.set_num_threads(cores)
+        self.seconds, self.waiting, self.cores = seconds, waiting, cores
+        self.now = self.computed = self.waited = 0.0
+        self.used: list[int] = []
+        self.tuner = ThreadTuner(clock=lambda: self.now, usage=lambda: (self.computed, self.waited))
+
+    def run(self, steps: int, work: float = 1.0) -> set[int]:
+        """Compute steps; returns the numbers of threads that were used."""
+        for step in range(len(self.used), len(self.used) + steps):
+            with self.tuner.step(work):
+                threads = torch.get_num_threads()
+                seconds, share = work * self.seconds(step, threads), self.waiting(step, threads)
+                self.now += seconds
+                self.waited += share * threads * seconds
+                self.computed += (1 - share) * threads * seconds
+                self.used.append(threads)
+            assert torch.get_num_threads() == self.cores  # as before, outside a step
+        return set(self.used[-steps:])
+
+
+def spikes(step: int, threads: int) -> float:
+    """Beside a busy program: two threads wait for each other, in one step of three for long."""
+    if threads == 1:
+        return 1.5
+    return 6.0 if CHANCE[step] < 1 / 3 else 1.2
+
+
+def test_undisturbed_nothing_changes() -> None:
+    # Noise, one step in twenty slow for a reason of its own, and a loader that takes a little.
+    machine = Machine(
+        lambda step, threads: 5.0 if step % 20 == 7 else 1 + 0.3 * (step % 3),
+        lambda step, threads: 0.1,
+    )
+    assert machine.run(1000) == {2}
+
+
+def test_large_steps_are_not_slow_ones() -> None:
+    machine = Machine(lambda step, threads: 1.0)
+    assert all(machine.run(1, 5.0 if step % 3 == 0 else 1.0) == {2} for step in range(200))
+
+
+def test_slow_steps_lead_to_fewer_threads_which_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    machine = Machine(spikes)
+    with caplog.at_level(logging.WARNING, logger="mit_semseg"):
+        machine.run(50)
+        assert 1 in machine.run(50)
+        machine.run(3000)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "with 2 threads as with 1" in message and "--threads N" in message
+    # Where nothing tells of waiting, a step with all threads may look better than it is.
+    assert machine.used[100:].count(2) < 0.25 * 3000
+
+
+def test_threads_that_wait_for_cores_are_given_up() -> None:
+    """Steps that are slow from the first on are not slower than their median."""
+    machine = Machine(
+        lambda step, threads: 3.0 if threads == 2 else 1.5,
+        lambda step, threads: 0.4 if threads == 2 else 0.0,
+    )
+    machine.run(40)
+    assert machine.run(20) == {1}
+    machine.run(5000 - 60)
+    assert 1 <= machine.used[60:].count(2) <= 12  # more and more rarely
+
+
+def test_all_threads_compute_again_when_the_other_program_has_gone() -> None:
+    machine = Machine(
+        lambda step, threads: 2 / threads if step >= 100 else 3.0 if threads == 2 else 1.5,
+        lambda step, threads: 0.4 if threads == 2 and step < 100 else 0.0,
+    )
+    machine.run(100)
+    assert machine.used[-1] == 1
+    machine.run(300)
+    assert machine.run(100) == {2}
+
+
+def test_a_comparison_that_changes_nothing_is_rarely_repeated() -> None:
+    machine = Machine(
+        lambda step, threads: (5.0 if CHANCE[step] < 0.3 else 1.0) * (3 if threads == 1 else 1)
+    )
+    machine.run(2000)
+    assert 5 <= machine.used.count(1) <= 5 * 8
+
+
+def test_of_many_cores_the_taken_ones_are_given_up() -> None:
+    machine = Machine(
+        lambda step, threads: 2.0 if threads == 8 else 8 / threads,
+        lambda step, threads: 0.3 if threads == 8 else 0.0,
+        cores=8,
+    )
+    machine.run(40)
+    assert set(machine.used) == {4, 7, 8}
+    assert machine.run(100) <= {7, 8}
+    assert machine.used[-100:].count(8) <= 2
+
+
+def test_an_error_in_a_step_leaves_all_threads() -> None:
+    machine = Machine(spikes)
+    while machine.tuner.threads == 2:
+        machine.run(1)
+    with pytest.raises(ValueError, match="bad"), machine.tuner.step(1.0):
+        assert torch.get_num_threads() == 1
+        raise ValueError("bad")
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("how", ["fixed", "gpu", "one core"])
+def test_left_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "fixed":
+        monkeypatch.setattr(os, "environ", os.environ.copy())
+        launch.fix_threads(2)
+        assert os.environ["OMP_NUM_THREADS"] == "2"  # processes started from here
+    machine = Machine(spikes, cores=1 if how == "one core" else 2)
+    machine.tuner = ThreadTuner(enabled=how != "gpu", clock=lambda: machine.now)
+    assert machine.run(200) == {machine.cores}
+
+
+def test_no_threads_are_refused() -> None:
+    with pytest.raises(ValueError, match="--threads 0: give at least 1"):
+        launch.fix_threads(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_waiting_is_read_from_the_system() -> None:
+    """Two threads that compute on one core: each of them waits while the other computes."""
+    cores = os.sched_getaffinity(0)
+    x = torch.zeros(1 << 20)
+    torch.set_num_threads(1)
+
+    def compute() -> None:
+        os.sched_setaffinity(0, {min(cores)})
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            x.add(1)
+
+    before = thread_usage()
+    try:
+        other = threading.Thread(target=compute)
+        other.start()
+        compute()
+        computed, waited = (b - a for a, b in zip(before, thread_usage()))
+    finally:
+        other.join()
+        os.sched_setaffinity(0, cores)
+    assert computed > 0
+    assert waited > 0.1
