@@ -84,51 +84,54 @@ class ThreadTuner:
         self._measured(threads, (self.clock() - began) / work, waiting > _WAITING)
 
     def _measured(self, threads: int, pace: float, waiting: bool) -> None:
-        if not self._plan:
-            self._paces.append(pace)
-            slow = pace > _SLOW * statistics.median(self._paces)
-            self._disturbed.append(slow or waiting)
-            if self.clock() >= self._next:
-                self._look_around()
-            return
-        del self._plan[0]
-        self._compared.setdefault(threads, []).append(pace)
         if self._plan:
+            del self._plan[0]
+            self._compared[threads].append(pace)
+            if waiting and threads > self.threads:
+                # The other program is still there; no need to look any longer.
+                self._plan = []
+                del self._compared[threads]
+            if not self._plan:
+                self._decide()
             return
-        mean = {n: statistics.fmean(paces) for n, paces in self._compared.items()}
-        self._compared = {}
-        if len(mean) > 1:
-            best = min(mean, key=mean.__getitem__)
-            gain = mean[self.threads] / mean[best]
-        else:  # one step with all threads
-            best = threads
-            gain = 0.0 if waiting else statistics.fmean(self._paces) / pace
-        if gain * _GAIN > 1:
-            self._change(best, gain)
+        self._paces.append(pace)
+        slow = pace > _SLOW * statistics.median(self._paces)
+        self._disturbed.append(slow or waiting)
+        if self.clock() < self._next:
+            return
+        if sum(self._disturbed) >= _DISTURBED and self.threads > 1:
+            # In turn, so that all of them meet the same load.
+            self._plan = sorted({self.threads // 2, self.threads - 1, self.threads}) * _ROUNDS
+            self._compared = {number: [] for number in self._plan}
+        elif self.threads < self.most:
+            self._plan = [self.most] * _ROUNDS
+            self._compared = {self.threads: list(self._paces), self.most: []}
+
+    def _decide(self) -> None:
+        """Keep the number of threads that was fastest, if it is worth the change."""
+        mean = {number: statistics.fmean(paces) for number, paces in self._compared.items()}
+        best = min(mean, key=mean.__getitem__)
+        gain, fewer = mean[self.threads] / mean[best], best < self.threads
         self._disturbed.clear()
+        if gain * _GAIN > 1:
+            self.threads = best
+            self._paces.clear()
+            if fewer:
+                self._say(gain)
+            else:
+                return  # and without a pause, if that was too early
         self._next = self.clock() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
-    def _look_around(self) -> None:
-        """Plan steps with other numbers of threads, where these may be better by now."""
-        if sum(self._disturbed) >= _DISTURBED and self.threads > 1:
-            fewer = {self.threads - 1, self.threads // 2}
-            # In turn, so that all of them meet the same load.
-            self._plan = sorted({self.threads, *fewer} - {0}) * _ROUNDS
-        elif self.threads < self.most:
-            self._plan = [self.most]
-
-    def _change(self, threads: int, gain: float) -> None:
+    def _say(self, gain: float) -> None:
         if not self._told:
             log.warning(
-                "other programs use the cores of this machine: a step takes %.1f times as long "
-                "with %d threads as with %d. Computing with %d until that changes; results may "
-                "differ by rounding. --threads N fixes the number",
-                *(gain, self.threads, threads, threads),
+                "other programs use the cores of this machine, and steps are %.1f times as fast "
+                "with fewer threads: computing with %d instead of %d until that changes. Results "
+                "may differ by rounding; --threads N fixes the number",
+                *(gain, self.threads, self.most),
             )
         self._told = True
-        self.threads = threads
-        self._paces.clear()
 
 
 def thread_usage() -> tuple[float, float]:

@@ -93,7 +93,7 @@ def test_slow_steps_lead_to_fewer_threads_which_is_said_once(
         assert 1 in machine.run(50)
         machine.run(3000)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert "with 2 threads as with 1" in message and "--threads N" in message
+    assert "computing with 1 instead of 2" in message and "--threads N" in message
     # Where nothing tells of waiting, a step with all threads may look better than it is.
     assert machine.used[100:].count(2) < 0.25 * 3000
 
@@ -126,7 +126,7 @@ def test_a_comparison_that_changes_nothing_is_rarely_repeated() -> None:
         lambda step, threads: (5.0 if CHANCE[step] < 0.3 else 1.0) * (3 if threads == 1 else 1)
     )
     machine.run(2000)
-    assert 5 <= machine.used.count(1) <= 5 * 8
+    assert 5 <= machine.used.count(1) <= 5 * 9
 
 
 def test_of_many_cores_the_taken_ones_are_given_up() -> None:
@@ -138,7 +138,7 @@ def test_of_many_cores_the_taken_ones_are_given_up() -> None:
     machine.run(40)
     assert set(machine.used) == {4, 7, 8}
     assert machine.run(100) <= {7, 8}
-    assert machine.used[-100:].count(8) <= 2
+    assert machine.used[-100:].count(8) <= 3
 
 
 def test_an_error_in_a_step_leaves_all_threads() -> None:
