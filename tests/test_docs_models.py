@@ -1,7 +1,12 @@
-"""The tables of docs/models.md are what the code says; run as a script, this writes them anew."""
+"""docs/models.md is what the code says: its tables, and where models differ from their authors'.
+
+Run as a script, this writes both anew.
+"""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -20,7 +25,8 @@ from mit_semseg.registry import Registry
 from mit_semseg.tools.overfit import TARGET, every_model
 from mit_semseg.weights import TORCHVISION, TorchvisionSource, imagenet_weights
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "models.md"
 SIDE, CLASSES = 512, (11, 21)
 BESIDE = "resnet50dilated"  # the encoder of decoders that no model below has
 OPERATIONS = "GFLOP"  # columns of this name take minutes to compute
@@ -203,13 +209,56 @@ TABLES = {
 }
 
 
+# ------------------------------------------------------------------------------ the deviations
+SECTION = re.compile(r"^Deviations:\n((?:    .*\n?|\n)+)", re.MULTILINE)
+
+
+def deviations(kind: type) -> list[str]:
+    """The items below `Deviations:` in the docstring of a class, not of those it is made from."""
+    found = SECTION.search(inspect.cleandoc(kind.__dict__.get("__doc__") or ""))
+    items = re.split(r"^    - ", found[1], flags=re.MULTILINE)[1:] if found else []
+    return [" ".join(item.split()) for item in items]
+
+
+def named(registry: Registry, kind: type) -> list[str]:
+    """The registered names that a class stands for; of one network at several strides the plain."""
+    groups = families() if registry is ENCODERS else {n: [n] for n in registry.first_names()}
+    found: list[str] = []
+    for plain, names in groups.items():
+        own = [name for name in names if issubclass(registry.get(name), kind)]
+        found += [plain] if own == names else own
+    return found
+
+
+def every_deviation() -> dict[str, list[str]]:
+    """Heading -> items: what all encoders or decoders have in common first, then by name."""
+    found: dict[str, list[str]] = {}
+    for registry, base in ((ENCODERS, Encoder), (DECODERS, Decoder)):
+        kinds = {k for name in registry.names() for k in registry.get(name).__mro__}
+        kinds = {kind for kind in kinds if deviations(kind)} - {base}
+        found[f"Every {registry.kind}"] = deviations(base)
+        for kind in sorted(kinds, key=lambda kind: (named(registry, kind), kind.__name__)):
+            names = named(registry, kind)
+            heading = registry.kind.capitalize() + ("s" if len(names) > 1 else "")
+            found[f"{heading} {code(names)}"] = deviations(kind)
+    return found
+
+
+def deviations_written() -> str:
+    blocks = (
+        f"**{heading}**\n\n" + "\n".join(f"- {item}" for item in items)
+        for heading, items in every_deviation().items()
+    )
+    return "\n\n".join(blocks)
+
+
 def markdown(rows: Sequence[Row]) -> str:
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def between(table: str) -> re.Pattern[str]:
-    """What stands in the page between the marks of a table."""
+    """What stands in the page between the marks of a table or of the deviations."""
     return re.compile(rf"(?<=<!-- {table} -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
 
 
@@ -231,6 +280,54 @@ def test_a_table_is_what_the_code_says(table: str) -> None:
 @pytest.mark.parametrize("table", TABLES)
 def test_operations_are_those_of_the_code(table: str) -> None:
     assert written(table, count=True) == list(TABLES[table](True))
+
+
+def test_deviations_are_those_of_the_docstrings() -> None:
+    found = between("deviations").search(PAGE.read_text("utf-8"))
+    assert found and found[0] == deviations_written()
+
+
+def test_no_docstring_hides_a_deviation() -> None:
+    """Each is an item of a section that the page is made from."""
+    sections, loose = [], []
+    for folder in ("encoders", "decoders"):
+        for file in sorted((ROOT / "mit_semseg" / "models" / folder).glob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):
+                    continue
+                text = ast.get_docstring(node) or ""
+                sections += SECTION.findall(text)
+                if re.search(r"deviat|differs? from|unlike in", SECTION.sub("", text), re.I):
+                    loose.append(f"{file.name}: {getattr(node, 'name', 'module')}")
+    assert loose == []
+    assert len(sections) == len(every_deviation())
+
+
+# Words that say what a class does otherwise than its authors' code; the class, or its name.
+SAID: tuple[tuple[str | type, str], ...] = (
+    (Encoder, "momentum 0.001"),
+    (Decoder, "momentum 0.001"),
+    *((name, "align_corners=False") for name in ("encnet", "danet", "bisenet", "icnet", "ppm")),
+    *((f"ocnet_{form}", "align_corners=False") for form in ("base", "pyramid", "asp")),
+    *((f"ocnet_{form}", "leaky ReLU") for form in ("base", "pyramid", "asp")),
+    ("ocnet_asp", "Values have half the channels"),
+    ("fcdensenet103", "The transposed convolution of a transition up is centred"),
+    ("deeplabv3plus", "the 144 channels of the depthwise convolution"),
+    ("xception65", "momentum 0.1"),
+    ("mobilenetv2dilated", "the authors' code (TF-slim) adds 1e-3"),
+)
+
+
+@pytest.mark.parametrize(("model", "words"), SAID)
+def test_a_deviation_is_said_in_the_docstring_and_on_the_page(
+    model: str | type, words: str
+) -> None:
+    kind = model
+    if isinstance(kind, str):
+        kind = (DECODERS if kind in DECODERS else ENCODERS).get(kind)
+    made_from = [k for k in kind.__mro__ if k is kind or k not in (Encoder, Decoder)]
+    (item,) = (item for k in made_from for item in deviations(k) if words in item)
+    assert f"\n- {item}\n" in PAGE.read_text("utf-8")
 
 
 @pytest.mark.parametrize("registry", [ENCODERS, DECODERS], ids=["encoders", "decoders"])
@@ -264,6 +361,7 @@ def rewrite() -> None:
     text = PAGE.read_text("utf-8")
     for table, rows in TABLES.items():
         text = between(table).sub(lambda _: markdown(list(rows(True))), text)  # noqa: B023
+    text = between("deviations").sub(lambda _: deviations_written(), text)
     PAGE.write_text(text, "utf-8")
 
 

@@ -10,12 +10,18 @@ from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 
 
 def conv_bn_relu(
-    n_in: int, n_out: int, kernel: int = 3, stride: int = 1, dilation: int = 1
+    n_in: int,
+    n_out: int,
+    kernel: int = 3,
+    stride: int = 1,
+    dilation: int = 1,
+    *,
+    eps: float = 1e-5,
 ) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU; padded, so that sides are only divided by the stride."""
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(n_in, n_out, kernel, stride, padding, dilation, bias=False)
-    return nn.Sequential(conv, BatchNorm2d(n_out), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, BatchNorm2d(n_out, eps), nn.ReLU(inplace=True))
 
 
 def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

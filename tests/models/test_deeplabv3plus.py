@@ -6,6 +6,7 @@ import pytest
 import torch
 from decoder_tester import DecoderTester
 from pair_tester import PairTester, count
+from torch import nn
 
 from mit_semseg.models import DECODERS, ENCODERS
 from mit_semseg.models.decoders.deeplabv3plus import low_level
@@ -48,3 +49,11 @@ def test_the_low_level_is_that_of_stride_4(strides: tuple[int, ...] | None, inde
 def test_xceptions_low_level_is_read_before_the_stride() -> None:
     encoder = ENCODERS.get("xception65")
     assert encoder.channels[low_level(encoder.strides)] == 256
+
+
+@pytest.mark.parametrize(("name", "rate"), [("deeplabv3plus", 0.1), ("deeplabv3", 0.5)])
+def test_aspp_drops_what_its_model_drops(name: str, rate: float) -> None:
+    """0.1 in the authors' code; 0.5 in torchvision, whose weights `deeplabv3` takes."""
+    with torch.device("meta"):
+        decoder = DECODERS.get(name)((8, 16), num_class=3)
+    assert [m.p for m in decoder.modules() if isinstance(m, nn.Dropout)] == [rate]

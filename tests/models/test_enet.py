@@ -112,3 +112,15 @@ def test_a_bottleneck_adds_to_its_input(options: dict[str, int]) -> None:
     added = block.extension(x)
     assert added.shape == x.shape and added.abs().max() > 0.1
     torch.testing.assert_close(block(x), F.prelu(x + added, torch.full((16,), 0.25)))
+
+
+def test_batch_norm_adds_1e_3_to_the_variance() -> None:
+    """As in the authors' models/encoder.lua and decoder.lua."""
+    torch.manual_seed(0)
+    module = build_pair("enet", "enet").eval()
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 71 + 17 and {m.eps for m in norms} == {1e-3}
+    norm = module.encoder.initial_act[0]
+    norm.running_var.fill_(3e-3)
+    x = torch.randn(1, 16, 2, 3)
+    torch.testing.assert_close(norm(x), x / 4e-3**0.5)

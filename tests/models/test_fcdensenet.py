@@ -9,6 +9,7 @@ from pair_tester import PairTester
 from torch import nn
 
 from mit_semseg.models import DECODERS, ENCODERS, check_pair
+from mit_semseg.models.decoders.upsampling import full_convolution
 from mit_semseg.models.encoders.fcdensenet import DenseBlock
 
 
@@ -97,3 +98,28 @@ def test_only_its_own_encoder_is_taken(name: str) -> None:
     with pytest.raises(ValueError, match=f"set MODEL.arch_encoder to {name}"):
         check_pair("resnet18", name)
     check_pair(name, "c1")  # its maps are features: others read them
+
+
+def test_batch_norm_adds_lasagnes_1e_4_to_the_variance() -> None:
+    with torch.device("meta"):
+        encoder = ENCODERS.get("fcdensenet56")()
+        decoder = DECODERS.get("fcdensenet56")(encoder.channels, num_class=11)
+    norms = [
+        m for half in (encoder, decoder) for m in half.modules() if isinstance(m, nn.BatchNorm2d)
+    ]
+    # A dense block of 4 layers eleven times, and five transitions down.
+    assert len(norms) == 11 * 4 + 5 and {m.eps for m in norms} == {1e-4}
+
+
+@torch.no_grad()
+def test_a_transition_up_mirrors_that_of_the_authors() -> None:
+    """Theirs is a valid transposed convolution without its last row and column."""
+    torch.manual_seed(0)
+    up = full_convolution(2, 3, 2, bias=True).double()
+    x = torch.randn(1, 2, 4, 5, dtype=torch.float64)
+    whole = F.conv_transpose2d(x, up.weight, up.bias, stride=2)
+    assert whole.shape == (1, 3, 9, 11)
+    torch.testing.assert_close(up(x), whole[..., 1:, 1:])
+    flipped = F.conv_transpose2d(x.flip(2, 3), up.weight.flip(2, 3), up.bias, stride=2)
+    theirs = flipped[..., :-1, :-1]
+    torch.testing.assert_close(up(x), theirs.flip(2, 3))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from decoder_tester import DecoderTester
 from pair_tester import PairTester, count
+from torch import nn
 
 from mit_semseg.models import ENCODERS, ModelBuilder
 from mit_semseg.models.decoders.upsampling import full_convolution
@@ -69,3 +70,12 @@ def test_what_a_block_gives_is_added_to_the_map_of_its_link() -> None:
     wanted = decoder.conv_last(decoder.conv(decoder.up(first(x))))
     assert torch.equal(decoder.logits(maps)[0], wanted)
     assert wanted.shape == (2, 5, 96, 128)
+
+
+def test_batch_norm_adds_to_the_variance_what_the_authors_code_adds() -> None:
+    """1e-3, but 1e-5 after the first of the last two full convolutions (models/model.lua)."""
+    with torch.device("meta"):
+        decoder = ModelBuilder.build_decoder("linknet", channels=(4, 8, 12, 16), num_class=5)
+    norms = {k: m for k, m in decoder.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert len(norms) == 4 * 3 + 2
+    assert {k: m.eps for k, m in norms.items()} == dict.fromkeys(norms, 1e-3) | {"up.1": 1e-5}

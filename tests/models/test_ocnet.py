@@ -90,3 +90,11 @@ def test_grids_and_dilations_are_the_papers() -> None:
     assert [conv.kernel_size for conv in found] == [(3, 3)] * 3
     assert [conv.dilation for conv in found] == [(12, 12), (24, 24), (36, 36)]
     assert [conv.padding for conv in found] == [(12, 12), (24, 24), (36, 36)]
+
+
+@pytest.mark.parametrize(("form", "rate"), [("base", 0.05), ("pyramid", 0.05), ("asp", 0.1)])
+def test_both_heads_drop_what_the_authors_drop(form: str, rate: float) -> None:
+    with torch.device("meta"):
+        decoder = DECODERS.get(f"ocnet_{form}")((8, 16), 5)
+    dropped = [m.p for m in decoder.modules() if isinstance(m, torch.nn.Dropout2d)]
+    assert dropped == [rate, rate]

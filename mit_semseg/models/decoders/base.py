@@ -64,6 +64,15 @@ class Decoder(nn.Module):
         pool_scales: sides of the grids that it averages the deepest map over, taken from
             `models.pyramid.pooled`: what a tile of an image must know of the whole (see
             `models.tiles`).
+
+    Deviations:
+        - Bilinear interpolation does not align the corners (`align_corners=False`), as in the
+          published MIT toolkit: a pixel of a map stands for the same area whatever the size of the
+          image, on which several scales and tiles rely. Models are named whose authors align them.
+        - BatchNorm has torch's defaults, momentum 0.1 and 1e-5 added to the variance, where nothing
+          else is said. The published MIT toolkit has momentum 0.001.
+        - Weights begin as `init_weights` says, which is the published MIT toolkit's way: He's
+          normal distribution by fan-in, and 1e-4 as the bias of BatchNorm.
     """
 
     needs: ClassVar[int] = 1

@@ -69,11 +69,16 @@ class BiSeNet(Decoder):
     published.
 
     Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.2 to 3.4. Of what the paper leaves open, widths
-    and the convolution after each upsampling are as in the authors' code. Deviation from that: the
-    two convolutions that weigh the fused channels have biases.
+    and the convolution after each upsampling are as in the authors' code.
 
     A tile of an image (see `models.tiles`) knows the mean of the whole one; the attentions that
     weigh channels see the tile.
+
+    Deviations:
+        - Context and scores are resized with `align_corners=False`, where the authors' code has
+          True.
+        - The two convolutions that weigh the fused channels have biases; in the authors' code they
+          have none.
     """
 
     needs = 3

@@ -17,8 +17,7 @@ from mit_semseg.models.pyramid import without_autocast
 class PositionAttention(nn.Module):
     """Every pixel gets a mean over all pixels, weighed by how they match; it begins with none.
 
-    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.2, eq. 1 and 2; scores are not scaled. The
-    projection to keys has no bias: the softmax would not see it.
+    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.2, eq. 1 and 2; scores are not scaled.
     """
 
     def __init__(self, width: int) -> None:
@@ -59,9 +58,15 @@ class DANet(Decoder):
 
     Auxiliary heads: one on what each attention gives, with weight 1, as in the authors' code.
 
-    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.1 and 3.4. Deviation: the encoders have no
-    multi-grid, which the paper adds to the last stage. Memory is linear in the pixels (see
+    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.1 and 3.4. Memory is linear in the pixels (see
     `models.attention`). A tile of an image (see `models.tiles`) attends to itself only.
+
+    Deviations:
+        - Scores are resized with `align_corners=False`, where the authors' code has True.
+        - The encoders have no multi-grid; the paper adds it to the last stage, whose blocks the
+          authors' code dilates by 4, 8 and 16.
+        - The projection to keys has no bias, which the authors' code gives it: it would add the
+          same to all scores of a pixel, and the softmax would take it away.
     """
 
     auxiliary = (Auxiliary(weight=1.0), Auxiliary(weight=1.0))

@@ -21,17 +21,19 @@ RATES = (6, 12, 18)
 class ASPP(nn.Module):
     """1x1 and dilated 3x3 convolutions and the mean over the image, joined by a 1x1.
 
-    Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3 and fig. 5. Names and the dropout are
-    torchvision's.
+    Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3 and fig. 5. Names are torchvision's.
     """
 
-    def __init__(self, n_in: int, rates: Sequence[int], width: int = 256) -> None:
+    def __init__(
+        self, n_in: int, rates: Sequence[int], width: int = 256, drop: float = 0.5
+    ) -> None:
         """Build the branches.
 
         Args:
             n_in: channels of the input.
             rates: dilation of each 3x3 convolution.
             width: channels of each branch and of the output.
+            drop: rate of the dropout at the end.
         """
         super().__init__()
         dilated = [conv_bn_relu(n_in, width, dilation=rate) for rate in rates]
@@ -43,7 +45,7 @@ class ASPP(nn.Module):
         )
         self.convs = nn.ModuleList([conv_bn_relu(n_in, width, 1), *dilated, image])
         self.project = nn.Sequential(
-            *conv_bn_relu(len(self.convs) * width, width, 1), nn.Dropout(0.5)
+            *conv_bn_relu(len(self.convs) * width, width, 1), nn.Dropout(drop)
         )
 
     def forward(self, x: Tensor, mean: Tensor) -> Tensor:
@@ -75,10 +77,16 @@ class DeepLabV3(Decoder):
     """ASPP, a 3x3 convolution and a classifier.
 
     Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3: dilations 6, 12 and 18 at output stride 16,
-    twice as much at 8 (half at 32), by the stride that the encoder declares. Deviations: the
-    3x3 convolution before the classifier and the dropout of ASPP are torchvision's, whose weights
-    this takes; no multi-grid: an encoder's last stage has one dilation (table 5 of the paper:
-    1.2 % mIoU less).
+    twice as much at 8 (half at 32), by the stride that the encoder declares.
+
+    Deviations:
+        - A 3x3 convolution comes before the classifier, and ASPP ends in dropout of 0.5: so they do
+          in torchvision, whose weights this takes. The authors' code has no such convolution, and
+          dropout of 0.1.
+        - There is no multi-grid: an encoder's last stage has one dilation (table 5 of the paper:
+          1.2 % mIoU less).
+        - Scores are resized with `align_corners=False`, where the authors' code has True.
+        - BatchNorm's momentum is 0.1, where that of the authors' ASPP is 0.0003.
     """
 
     pool_scales = (1,)

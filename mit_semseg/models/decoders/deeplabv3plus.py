@@ -29,10 +29,21 @@ class DeepLabV3Plus(Decoder):
     Scores have the stride of that map: the encoder's deepest of stride 4 or less, or else its
     finest.
 
-    Paper: Chen et al. 2018, arXiv:1802.02611, sec. 3.1 and 4.1. Deviations: convolutions are plain
-    ones, as in the paper's own ResNet variant, not separable (sec. 3.2), also with Xception; the
-    dropout at the end of ASPP, of which the paper does not speak, is torchvision's; ResNets have no
-    multi-grid.
+    Paper: Chen et al. 2018, arXiv:1802.02611, sec. 3.1 and 4.1. The paper does not speak of the
+    dropout at the end of ASPP; its rate of 0.1 is that of the authors' code.
+
+    Deviations:
+        - Convolutions are plain ones, as in the paper's own ResNet variant, not separable
+          (sec. 3.2), also with Xception and MobileNetV2.
+        - Low-level features are a map that an encoder emits for every decoder. Of MobileNetV2 that
+          is the first block of 24 channels, where the authors' code reads the 144 channels of the
+          depthwise convolution in the second; of a ResNet it is its first stage, where theirs reads
+          the last convolution of the stage's second block, before the shortcut is added. Of
+          Xception it is theirs.
+        - ResNets have no multi-grid.
+        - Features and scores are resized with `align_corners=False`, where the authors' code has
+          True.
+        - BatchNorm's momentum is 0.1, where that of the authors' decoder is 0.0003.
     """
 
     needs = 2
@@ -41,7 +52,7 @@ class DeepLabV3Plus(Decoder):
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
         super().__init__(channels, num_class, **options)
         self.low_level = low_level(self.strides)
-        self.aspp = ASPP(channels[-1], aspp_rates(self.strides))
+        self.aspp = ASPP(channels[-1], aspp_rates(self.strides), drop=0.1)
         self.low = conv_bn_relu(channels[self.low_level], 48, 1)
         self.fuse = nn.Sequential(conv_bn_relu(48 + 256, 256), conv_bn_relu(256, 256))
         self.conv_last = nn.Conv2d(256, num_class, 1)

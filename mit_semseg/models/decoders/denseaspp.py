@@ -36,11 +36,20 @@ class DenseASPP(Decoder):
     it reads to c/2 and adds c/8: for DenseNet121 512, 256 and 64.
 
     Paper: Yang et al. 2018, "DenseASPP for Semantic Segmentation in Street Scenes", CVPR, sec. 3.2
-    and 3.4. Differs from the authors' code: widths follow the paper's rule for every encoder, where
-    theirs are 128 and 64 for DenseNet121, 512 and 128 for 161, 336 and 168 for 169, 480 and 240 for
-    201; the halving is here, with a BatchNorm and ReLU after it as for any encoder, rather than in
-    it; the first layer begins with BatchNorm and ReLU like the others; BatchNorms have the usual
-    momentum. Dilations are the paper's, which are for output stride 8, at every stride.
+    and 3.4.
+
+    Deviations:
+        - Widths follow the paper's rule for every encoder; the authors' code has 128 and 64 for
+          DenseNet121, 512 and 128 for 161, 336 and 168 for 169, 480 and 240 for 201.
+        - The halving is here, with a BatchNorm and ReLU after it as for any encoder, rather than in
+          the encoder.
+        - The first layer begins with BatchNorm and ReLU like the others, where theirs begins with
+          ReLU.
+        - The 1x1 convolutions, which a BatchNorm follows, have no bias; theirs have.
+        - BatchNorm's momentum is 0.1, where theirs is 0.0003.
+        - Dilations are the paper's, which are for output stride 8, at every stride; the authors'
+          code first enlarges maps of stride 16.
+        - Scores are resized with `align_corners=False`, where theirs has True.
     """
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:

@@ -25,14 +25,17 @@ class DUNet(Decoder):
     the encoder's stride. They are divided by a temperature, which is learned.
 
     Paper: Tian et al. 2019, arXiv:1903.02120, sec. 3.1 (DUpsampling), 3.2 (the temperature) and 3.3
-    (joining features at the coarsest resolution). Differs from the paper: W is the weight of a 1x1
-    convolution that begins with He's random numbers and is learned with the network, where the
-    paper begins with the W that best reconstructs blocks of the training labels from 64 numbers:
-    a decoder is built without seeing labels. The matrix P that goes with it, which only compresses
-    labels, is not needed then. No atrous pyramid before it; shallower maps are reduced to 48
-    channels, as in DeepLabv3+; dropout of 0.1.
+    (joining features at the coarsest resolution). Shallower maps are reduced to 48 channels, as in
+    DeepLabv3+; dropout of 0.1.
 
     Without `strides` a block is of 8 x 8 pixels.
+
+    Deviations:
+        - W is the weight of a 1x1 convolution that begins with He's random numbers and is learned
+          with the network, where the paper begins with the W that best reconstructs blocks of the
+          training labels from 64 numbers: a decoder is built without seeing labels. The matrix P
+          that goes with it, which only compresses labels, is not needed then.
+        - There is no atrous pyramid before it.
     """
 
     def __init__(

@@ -104,15 +104,23 @@ class EncNet(DeepSup, SceneAttention):
     Auxiliary heads: the semantic encoding loss, logits (B, num_class) of the classes that occur,
     weight 0.2 as published; and a convolutional one on the map before the last, as in PSPNet.
 
-    Paper: Zhang et al. 2018, arXiv:1803.08904, sec. 3; with 32 codewords. Deviations, after the
-    authors' code: a 1x1 convolution comes before the encoding; the codewords' residuals are
-    averaged, not added up; the map is added to what attention makes of it; the auxiliary head on
-    the map before the last scores pixels, where the paper has a second encoding with a presence
-    loss of its own. That head has the weight TRAIN.deep_sup_scale (0.2 in their code). The form
-    without the laterals of their later code.
+    Paper: Zhang et al. 2018, arXiv:1803.08904, sec. 3; with 32 codewords.
 
     The encoding adds up over all pixels, so a tile of an image (see `models.tiles`) is weighed by
     its own content only.
+
+    Deviations:
+        - As in the authors' code, and not in the paper, a 1x1 convolution comes before the
+          encoding, the codewords' residuals are averaged and not added up, the map is added to what
+          attention makes of it, and the auxiliary head on the map before the last scores pixels,
+          where the paper has a second encoding with a presence loss of its own.
+        - That head has the weight TRAIN.deep_sup_scale, 0.4 by default; it is 0.2 in their code.
+        - Scores are resized with `align_corners=False`, where their code has True.
+        - Dropout leaves out whole channels, as their code did when the paper came out; since 2020
+          it leaves out single values.
+        - An image without a labelled pixel takes no part in the presence loss; in their code it
+          counts as one without any class.
+        - The laterals, an option of their code, are left out.
     """
 
     quarter_of = -2

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.upsampling import full_convolution, unpool
-from mit_semseg.models.encoders.enet import Bottleneck, extension
+from mit_semseg.models.encoders.enet import Bottleneck, batch_norm, extension
 
 DROP = 0.1
 
@@ -21,7 +20,7 @@ class Upsampling(nn.Module):
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         width = n_out // 4
-        self.main = nn.Sequential(nn.Conv2d(n_in, n_out, 1, bias=False), BatchNorm2d(n_out))
+        self.main = nn.Sequential(nn.Conv2d(n_in, n_out, 1, bias=False), batch_norm(n_out))
         project = nn.Conv2d(n_in, width, 1, bias=False)
         double = full_convolution(width, width, 2)
         self.extension = extension([project, double], n_out, DROP)
@@ -41,7 +40,14 @@ class ENet(Decoder):
     multiples of 4, scores reach up to 3 pixels beyond the image; `SegmentationModule` crops them.
 
     Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. With the encoder 0.36 million
-    parameters for 11 classes; the paper counts 0.37. Deviations: as in the encoder.
+    parameters for 11 classes; the paper counts 0.37. BatchNorm adds 1e-3 to the variance, as in the
+    authors' code.
+
+    Deviations:
+        - Blocks have PReLUs and end in dropout of 0.1, as the paper says of all; those of the
+          authors' decoder have ReLUs and no dropout.
+        - No convolution before a BatchNorm has a bias, which BatchNorm would take away; in the
+          authors' code 3x3 convolutions have one.
     """
 
     needs = 3

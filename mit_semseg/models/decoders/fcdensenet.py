@@ -25,12 +25,21 @@ class FCDenseNet(Decoder):
     A transition only takes up what the block before added, so that maps do not grow without end.
     Scores have the resolution of the image.
 
-    Paper: Jégou et al. 2017, arXiv:1611.09326, sec. 3.2, tables 1 and 2. Deviation: a transition
-    up that is a pixel larger than its skip connection, as after sides that are no multiples of 32,
-    is resized, not cropped.
+    Paper: Jégou et al. 2017, arXiv:1611.09326, sec. 3.2, tables 1 and 2. BatchNorm adds 1e-4 to the
+    variance, as in the encoder.
 
     Attributes:
         own: the encoder, whose depths are mirrored.
+
+    Deviations:
+        - The transposed convolution of a transition up is centred: it pads, and gives twice the
+          sides. The authors' is a valid one, whose result of one row and column more is cropped at
+          the end. So a pixel that two pixels below reach is an odd one here, an even one there,
+          which mirrors the filters.
+        - A transition up that is a pixel larger than its skip connection, as after sides that are
+          no multiples of 32, is resized, not cropped.
+        - The transposed convolutions and the classifier begin with He's normal distribution, not
+          with his uniform one.
     """
 
     needs = 6

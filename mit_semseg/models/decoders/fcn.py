@@ -34,15 +34,20 @@ class FCN(Decoder):
     that every decoder's scores are, which is what the paper's last layer is fixed to.
 
     Paper: Long et al. 2015, arXiv:1411.4038, sec. 4; Shelhamer et al. 2016, arXiv:1605.06211,
-    sec. 4. Deviations: fc6 pads its input by 3 pixels, where the paper pads the image by 100 and
-    crops the scores; trained at once, not one stream after the other, and streams are not scaled
-    by constants for that, which fit the range of the published VGG16's inputs; layers that score
-    start from He et al. 2015, not from zero. fc6 and fc7 begin as VGG16's with
-    `MODEL.weights_decoder torchvision:vgg16`, at random without. Between maps of equal stride
-    nothing is upsampled.
+    sec. 4. fc6 and fc7 begin as VGG16's with `MODEL.weights_decoder torchvision:vgg16`, at random
+    without. Between maps of equal stride nothing is upsampled.
 
     Raises:
         ValueError: a stride of the encoder is no multiple of the one before.
+
+    Deviations:
+        - fc6 pads its input by 3 pixels, where the paper pads the image by 100 and crops the
+          scores.
+        - All streams are trained at once, not one after the other, and they are not scaled by
+          constants for that, which fit the range of the published VGG16's inputs.
+        - Transposed convolutions begin as bilinear interpolation and are learned, as the paper
+          says; in the authors' code they stay as they begin.
+        - Layers that score begin as in He et al. 2015, arXiv:1502.01852, not with zeros.
     """
 
     width: ClassVar[int] = 4096

@@ -42,8 +42,15 @@ class ICNet(Decoder):
 
     Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.2 to 3.4 (loss: eq. 1). As in the published
     model, pools are added to the map that they were taken from rather than joined with it.
-    Deviation: auxiliary scores are resized to the label, where the paper resizes the label to 1/16
-    and 1/8 of the image.
+
+    Deviations:
+        - Auxiliary scores are resized to the label, where the paper resizes the label to 1/16 and
+          1/8 of the image.
+        - Maps and scores are resized with `align_corners=False`; the published model aligns the
+          corners.
+        - The cells of a pool are as large as they have to be to cover the map; those of the
+          published model are larger where it has 3 or 6 along a side, and overlap.
+        - BatchNorm's momentum is 0.1, where the published model has 0.05.
     """
 
     needs = 3

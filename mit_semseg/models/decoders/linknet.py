@@ -13,19 +13,22 @@ from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.upsampling import factors, fit, full_convolution
 from mit_semseg.models.layers import conv_bn_relu
 
+# What BatchNorm adds to the variance, in the authors' code.
+EPS = 1e-3
 
-def full_conv_bn_relu(n_in: int, n_out: int, factor: int) -> nn.Sequential:
+
+def full_conv_bn_relu(n_in: int, n_out: int, factor: int, eps: float = EPS) -> nn.Sequential:
     conv = full_convolution(n_in, n_out, factor)
-    return nn.Sequential(conv, BatchNorm2d(n_out), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, BatchNorm2d(n_out, eps), nn.ReLU(inplace=True))
 
 
 def block(n_in: int, n_out: int, factor: int) -> nn.Sequential:
     """1x1 to a quarter of the channels, full convolution, 1x1."""
     width = max(n_in // 4, 1)
     return nn.Sequential(
-        conv_bn_relu(n_in, width, 1),
+        conv_bn_relu(n_in, width, 1, eps=EPS),
         full_conv_bn_relu(width, width, factor),
-        conv_bn_relu(width, n_out, 1),
+        conv_bn_relu(width, n_out, 1, eps=EPS),
     )
 
 
@@ -34,14 +37,20 @@ class LinkNet(Decoder):
     """Every map the encoder declares is linked; two full convolutions lead back to the image.
 
     Paper: Chaurasia and Culurciello 2017, arXiv:1707.03718, sec. 3. On resnet18 these are its
-    levels and widths. Deviations there: the encoder is this house's, with three 3x3 convolutions at
-    its stem in place of one of 7x7 (11.7 million parameters in place of 11.5, which
-    torchvision_resnet18 has); the last block has no link, since the pooled stem that the paper adds
-    to what it gives is no map that encoders emit. Elsewhere a block goes up by as much as the
-    strides say, and the last two go up only as far as the image.
+    levels and widths. Elsewhere a block goes up by as much as the strides say, and the last two go
+    up only as far as the image. BatchNorm adds 1e-3 to the variance (1e-5 after the first of the
+    last two full convolutions), as in the authors' code.
 
     Raises:
         ValueError: a stride of the encoder is no multiple of the one before.
+
+    Deviations:
+        - The encoder `resnet18` has three 3x3 convolutions at its stem in place of one of 7x7: 11.7
+          million parameters in place of 11.5, which `torchvision_resnet18` has.
+        - The last block has no link, since the pooled stem that the paper adds to what it gives is
+          no map that encoders emit.
+        - No convolution before a BatchNorm has a bias, which BatchNorm would take away; in the
+          authors' code all have one.
     """
 
     needs = 2
@@ -57,8 +66,8 @@ class LinkNet(Decoder):
         left = self.strides[0] if self.strides else 4
         first = 2 if left % 2 == 0 else 1
         second = 2 if left % 4 == 0 else 1
-        self.up = full_conv_bn_relu(channels[0], self.width, first)
-        self.conv = conv_bn_relu(self.width, self.width)
+        self.up = full_conv_bn_relu(channels[0], self.width, first, eps=1e-5)  # theirs, too
+        self.conv = conv_bn_relu(self.width, self.width, eps=EPS)
         self.conv_last = nn.ConvTranspose2d(self.width, num_class, second, second)
         init_weights(self)
 

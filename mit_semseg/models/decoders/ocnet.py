@@ -19,8 +19,7 @@ class ObjectContext(nn.Module):
     """Every pixel gets a mean over the pixels of its block, weighed by how they match.
 
     Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.2, eq. 1 and 2: queries and keys share one
-    projection, scores are scaled by the root of its width. Differs from the authors' code: the last
-    projection begins with He's weights, not with zeros.
+    projection, scores are scaled by the root of its width.
 
     Args:
         n_in: channels of the map.
@@ -70,10 +69,17 @@ class ObjectContext(nn.Module):
 class _OCNet(Decoder):
     """An object context module of a subclass, and a classifier on what it gives.
 
-    Deviation: no bias where a BatchNorm follows.
-
     Memory is linear in the pixels (see `models.attention`). A tile of an image (see
     `models.tiles`) attends to itself only.
+
+    Deviations:
+        - Scores are resized with `align_corners=False`, where the authors' code has True.
+        - BatchNorm and ReLU follow a convolution, as in the authors' later code; in their first
+          they are one layer (InPlaceABN), whose leaky ReLU lets 0.01 of negative values through.
+        - No convolution before a BatchNorm has a bias, which BatchNorm would take away; theirs have
+          one outside the atrous pyramid.
+        - The last projection of an attention begins with He's weights, so that all before it learn
+          from the first step on; theirs begins with zeros.
     """
 
     def __init__(
@@ -93,7 +99,7 @@ class _OCNet(Decoder):
 
 
 class OCNetAuxiliary(DeepSup):
-    """The auxiliary head, as wide as the main one, with the dropout of the base form."""
+    """The auxiliary head, as wide as the main one, with the authors' dropout."""
 
     dropout_kind = nn.Dropout2d
     dropout_rate = 0.05
@@ -151,9 +157,13 @@ class PyramidContext(nn.Module):
 class OCNetPyramid(OCNetAuxiliary, _OCNet):
     """Attention within 1x1, 2x2, 3x3 and 6x6 blocks of the map, joined with it.
 
-    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (Pyramid-OC). Differs from the authors'
-    code: values have 256 channels, as in the base form, not 512; blocks are as equal as they can
-    be, where theirs leave the rest to the last.
+    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (Pyramid-OC).
+
+    Deviations:
+        - Values have 256 channels, as in the base form; 512 in the authors' code.
+        - Blocks are as equal as they can be, where theirs leave the rest to the last.
+        - ReLU follows the first convolution and that of the auxiliary head, as in the base form; in
+          their code of this one there is no activation after these two.
     """
 
     def _context(self, n_in: int, width: int) -> nn.Module:
@@ -186,11 +196,19 @@ class OCNetASP(OCNetAuxiliary, _OCNet):
     """Atrous spatial pyramid pooling, with object context in the place of the image's mean.
 
     Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (ASP-OC). Five branches of 512 channels,
-    each on the encoder's map, as in the authors' later code; in their first they have 256, and read
-    512 channels that a 3x3 convolution gives. Dilations are the paper's, which are for output
-    stride 8, at every stride. Differs from both: keys and values are those of all pixels, not of
-    2x2 pools.
+    each on the encoder's map, as in the authors' code of 2018.
+
+    Deviations:
+        - In the authors' code of 2019 branches have 256 channels, and read 512 that a 3x3
+          convolution gives.
+        - Queries, keys and values are those of all pixels; in all of theirs those of 2x2 max pools,
+          and the context is enlarged afterwards.
+        - Values have half the channels of a branch, as keys have and as in the authors' last code
+          (openseg.pytorch); in that of 2018 and 2019 they have all of them.
+        - Dilations are the paper's, which are for output stride 8, at every stride.
     """
+
+    dropout_rate = 0.1
 
     def _context(self, n_in: int, width: int) -> nn.Module:
         return AtrousContext(n_in, width)

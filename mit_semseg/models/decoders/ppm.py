@@ -36,8 +36,13 @@ class PooledBatchNorm2d(SynchronizedBatchNorm2d):
 class PPM(Decoder):
     """Average pools at several sizes, joined with the feature map.
 
-    Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.2. Deviation, as published: each pool gives
-    512 channels whatever the width of the encoder, of which the paper takes a quarter.
+    Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.2.
+
+    Deviations:
+        - Each pool gives 512 channels whatever the width of the encoder, as in the published MIT
+          toolkit; the paper takes a quarter of it.
+        - Pools and scores are resized with `align_corners=False`, as in the published MIT toolkit;
+          the code of PSPNet's authors has True.
     """
 
     def __init__(
@@ -82,6 +87,11 @@ class PPM(Decoder):
 
 @DECODERS.register("ppm_deepsup", "ppm_bilinear_deepsup")
 class PPMDeepSup(DeepSup, PPM):
-    """PPM with a convolutional head on the feature map before the last, in training."""
+    """PPM with a convolutional head on the feature map before the last, in training.
+
+    Deviations:
+        - That head has a quarter of the last map's channels, 512 on a ResNet50, as in the published
+          MIT toolkit; the code of PSPNet's authors has a quarter of those of the map it reads, 256.
+    """
 
     dropout_kind = nn.Dropout2d

@@ -20,15 +20,21 @@ class SegNet(Decoder):
     """Five times: unpooling by the encoder's indices, then as many 3x3 convolutions as there.
 
     Reads the maps of `vgg16_bn_indices`, which says how indices travel. The last convolution gives
-    the scores, at the resolution of the image (with an odd side one
-    pixel more, which `SegmentationModule` crops).
+    the scores, at the resolution of the image (with an odd side one pixel more, which
+    `SegmentationModule` crops).
 
-    Paper: Badrinarayanan et al. 2017, arXiv:1511.00561, sec. 3. Deviations: convolutions that a
-    BatchNorm follows have no bias here, since it would take it away; the image is normalised as for
-    every model, where the paper evens out its local contrast (sec. 3.2).
+    Paper: Badrinarayanan et al. 2017, arXiv:1511.00561, sec. 3.
 
     Raises:
         ValueError: the maps are not those of five pools.
+
+    Deviations:
+        - Convolutions that a BatchNorm follows have no bias here, since it would take it away; in
+          the authors' code they have one.
+        - The image is normalised as for every model, where the paper evens out its local contrast
+          (sec. 3.2).
+        - In evaluation BatchNorm has its running statistics; the authors compute theirs in a pass
+          over the training images once the weights are trained.
     """
 
     needs = 6

@@ -21,13 +21,18 @@ class UNet(Decoder):
     Every map the encoder declares is a level; each has as many channels here as there. Scores have
     the resolution of the finest one.
 
-    Paper: Ronneberger et al. 2015, arXiv:1505.04597, sec. 2. Deviations: convolutions pad and have
-    BatchNorm; the loss is the configured one, where the paper's weighs borders between cells more
-    (eq. 2). Between levels of equal stride, which dilated encoders have, the up-convolution is a
-    1x1 convolution, between levels k times as fine one of k x k.
+    Paper: Ronneberger et al. 2015, arXiv:1505.04597, sec. 2. Between levels of equal stride, which
+    dilated encoders have, the up-convolution is a 1x1 convolution, between levels k times as fine
+    one of k x k.
 
     Raises:
         ValueError: a stride of the encoder is no multiple of the one before.
+
+    Deviations:
+        - Convolutions pad and have BatchNorm, and with it no bias.
+        - No ReLU follows an up-convolution: the paper speaks of none, the authors' network has it.
+        - The loss is the configured one, where the paper's weighs borders between cells more
+          (eq. 2).
     """
 
     needs = 2
@@ -63,7 +68,10 @@ class UNetBilinear(UNet):
     """U-Net that resizes bilinearly in place of its up-convolutions.
 
     With the encoder `unet_bilinear` this is the half-width form of 13.4 million parameters, 51.1
-    MiB. The paper has no such form: the 3x3 convolutions narrow where its up-convolutions do.
+    MiB.
+
+    Deviations:
+        - The paper has no such form: the 3x3 convolutions narrow where its up-convolutions do.
     """
 
     bilinear = True

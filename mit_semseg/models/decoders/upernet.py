@@ -21,8 +21,14 @@ class UPerNet(Decoder):
     Every map the encoder declares is a level, whatever their number, widths and strides: the
     four of a ResNet as published, the five of MobileNetV2 likewise.
 
-    Paper: Xiao et al. 2018, arXiv:1807.10221, sec. 3.1. Deviation: only scenes are parsed; the
-    heads for parts, materials and textures are left out.
+    Paper: Xiao et al. 2018, arXiv:1807.10221, sec. 3.1.
+
+    Deviations:
+        - There is one head, for objects and surfaces; those for scenes, parts, materials and
+          textures are left out.
+        - The head is a classifier alone, and pools are plain means over cells of whole pixels, as
+          in the published MIT toolkit; the code of the paper has a 3x3 convolution more in the
+          head, and pools with precise RoI pooling.
     """
 
     needs = 2

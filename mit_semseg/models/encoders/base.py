@@ -26,6 +26,13 @@ class Encoder(nn.Module):
         only: decoders that can read what it emits, by name; empty: all of them. An encoder whose
             maps are not all features, such as pooling indices, or of whose branches a part would
             not be trained by a decoder that leaves maps unread, names those here.
+
+    Deviations:
+        - BatchNorm has torch's defaults, momentum 0.1 and 1e-5 added to the variance, where nothing
+          else is said. The published MIT toolkit has momentum 0.001 (0.1 in HRNet): its running
+          statistics are means over about the last 1,000 steps, these over the last 10.
+        - Weights that are not loaded begin as `init_weights` says: He's normal distribution by
+          fan-out, whatever the authors' code begins with.
     """
 
     channels: ClassVar[tuple[int, ...]]

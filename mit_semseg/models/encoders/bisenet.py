@@ -16,8 +16,11 @@ class BiSeNetResNet18(Encoder):
     `context` is a plain `resnet18`, whose ImageNet weights fit.
 
     Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.1 and 3.2. The paper gives no widths: these, and
-    the 1x1 convolution that ends the spatial path, are those of the authors' code. Differs from the
-    paper: the ResNet has this toolkit's deep stem.
+    the 1x1 convolution that ends the spatial path, are those of the authors' code.
+
+    Deviations:
+        - The ResNet18 begins with three 3x3 convolutions, which its published ImageNet weights
+          have, where the authors' begins with one of 7x7.
     """
 
     channels = (128, 256, 512)

@@ -60,8 +60,10 @@ class DenseNet(Encoder):
     Paper: Huang et al. 2017, arXiv:1608.06993, sec. 3, table 1 (the B and C form); dilation of
     Yang et al. 2018, "DenseASPP", CVPR, sec. 3.4: transitions no longer pool, and the 3x3
     convolutions of the blocks after them are dilated by 2 and 4. Names in the state dict are
-    torchvision's. Differs from the paper: pools of the transitions keep the last row and column of
-    maps with odd sides.
+    torchvision's.
+
+    Deviations:
+        - Pools of the transitions keep the last row and column of maps with odd sides.
     """
 
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)

@@ -46,11 +46,16 @@ class DRNC26(Encoder):
     The last two levels have less dilation and no residual connections: they smooth the grids that
     dilated convolutions leave. There is no pooling layer before them.
 
-    Paper: Yu et al. 2017, arXiv:1705.09914, sec. 4 and fig. 5. Deviations: where a level trades its
-    stride for dilation, both convolutions of its first block have the new dilation, as in the
-    published weights, whose names these are. Emitted are levels 3, 4, 5 and the last one. The paper
-    scores the last with a 1x1 convolution alone; decoder c1 has a 3x3 convolution before that, of
-    2.25 MiB.
+    Paper: Yu et al. 2017, arXiv:1705.09914, sec. 4 and fig. 5. Names are those of the published
+    weights. Emitted are levels 3, 4, 5 and the last one.
+
+    Deviations:
+        - Where a level trades its stride for dilation, both convolutions of its first block have
+          the new dilation: so do the published weights, not the paper.
+        - The paper scores the last level with a 1x1 convolution alone; decoder c1 has a 3x3
+          convolution before that, of 2.25 MiB.
+        - The authors' code enlarges the scores by a transposed convolution with fixed bilinear
+          weights; here they are resized, which is the same but along the borders of the image.
     """
 
     channels = (64, 128, 256, 512)

@@ -12,8 +12,12 @@ from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
 
 
+def batch_norm(channels: int) -> nn.Module:
+    return BatchNorm2d(channels, eps=1e-3)
+
+
 def bn_prelu(channels: int) -> list[nn.Module]:
-    return [BatchNorm2d(channels), nn.PReLU(channels)]
+    return [batch_norm(channels), nn.PReLU(channels)]
 
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
@@ -25,7 +29,7 @@ def extension(convs: Sequence[Convolution], n_out: int, drop: float) -> nn.Seque
     for conv in convs:
         layers += [conv, *bn_prelu(conv.out_channels)]
     expand = nn.Conv2d(convs[-1].out_channels, n_out, 1, bias=False)
-    return nn.Sequential(*layers, expand, BatchNorm2d(n_out), nn.Dropout2d(drop))
+    return nn.Sequential(*layers, expand, batch_norm(n_out), nn.Dropout2d(drop))
 
 
 class Bottleneck(nn.Module):
@@ -102,11 +106,17 @@ class ENetEncoder(Encoder):
     sides are not multiples of 4 gets rows or columns of zeros, so that the first of these planes
     is twice as large as its indices; the second has the shape of the first indices.
 
-    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. Deviations: encoder and decoder
-    are trained at once, where the paper trains the encoder first, on labels of its own resolution
-    (sec. 5.1); no convolution before a BatchNorm has a bias, where the paper says so of projections
-    only; pooling rounds sides up. As the paper says, and not as the authors' code does, BatchNorm
-    and PReLU are between the two asymmetric convolutions as well, and the decoder has PReLUs.
+    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. BatchNorm adds 1e-3 to the
+    variance, as in the authors' code.
+
+    Deviations:
+        - Encoder and decoder are trained at once, where the paper trains the encoder first, on
+          labels of its own resolution (sec. 5.1).
+        - No convolution before a BatchNorm has a bias, which BatchNorm would take away; the paper
+          says so of projections only, and the authors' code gives most of the others one.
+        - BatchNorm and PReLU are between the two asymmetric convolutions as well, as the paper
+          says; the authors' code has nothing there.
+        - Pooling rounds sides up, not down.
     """
 
     channels = (16, 64, 128)

@@ -16,7 +16,7 @@ STEM, DROP = 48, 0.2
 
 def layer(n_in: int, n_out: int, kernel: int) -> nn.Sequential:
     return nn.Sequential(
-        BatchNorm2d(n_in),
+        BatchNorm2d(n_in, eps=1e-4),
         nn.ReLU(inplace=True),
         nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2),
         nn.Dropout(DROP),
@@ -49,12 +49,19 @@ class FCDenseNetEncoder(Encoder):
     Feature maps: each block's input and output together, which are the skip connections, and
     last what the bottleneck added.
 
-    Paper: Jégou et al. 2017, arXiv:1611.09326, sec. 3, tables 1 and 2. Deviations: pooling rounds
-    sides up; weights start from He's normal distribution by fan-out, not his uniform one.
+    Paper: Jégou et al. 2017, arXiv:1611.09326, sec. 3, tables 1 and 2. BatchNorm adds 1e-4 to the
+    variance, which is the default of Lasagne, in which the authors' code is written.
 
     Attributes:
         depths: layers of each block, the bottleneck last.
         growth: channels that a layer adds.
+
+    Deviations:
+        - In evaluation BatchNorm has its running statistics; the authors' code normalises each
+          batch by its own, in validation and test as well, so that a prediction depends on the
+          images beside it.
+        - Pooling rounds sides up, not down.
+        - Weights begin with He's normal distribution by fan-out, not with his uniform one.
     """
 
     strides = (1, 2, 4, 8, 16, 32)

@@ -66,9 +66,15 @@ class Exchange(nn.Module):
 class HRNetV2(Encoder):
     """HRNetV2-W48: the finest branch has 48 channels, each coarser one twice as many.
 
-    Paper: Sun et al. 2019, arXiv:1904.04514; Wang et al. 2020, arXiv:1908.07919, sec. 3. Deviation:
-    what follows the joined map belongs to the decoder; c1 has a 3x3 convolution there, the paper
-    one of 1x1.
+    Paper: Sun et al. 2019, arXiv:1904.04514; Wang et al. 2020, arXiv:1908.07919, sec. 3.
+
+    Deviations:
+        - What follows the joined map belongs to the decoder: c1 has a 3x3 convolution to a quarter
+          of the channels there, the paper one of 1x1 that keeps all of them.
+        - Branches are resized with `align_corners=False`, as in the authors' first code and the
+          published MIT toolkit; their later code aligns the corners.
+        - Weights begin with He's normal distribution, where theirs have a standard deviation of
+          0.001.
     """
 
     widths: ClassVar[tuple[int, ...]] = (48, 96, 192, 384)

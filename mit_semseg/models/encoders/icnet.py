@@ -25,9 +25,17 @@ class ICNetResNet50(Encoder):
     `resnet50dilated`, whose ImageNet weights fit.
 
     Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.2 and fig. 2; the branches share weights and
-    computation where the published model has them do so (its layer conv3_1_sub4). Differs from the
-    paper: the backbone keeps all its filters (the published model is compressed to half of them
-    after training, sec. 3.4); the halved sides are rounded up.
+    computation where the published model has them do so (its layer conv3_1_sub4).
+
+    Deviations:
+        - The backbone keeps all its filters; the published model is compressed to half of them
+          after training (sec. 3.4).
+        - Halving resizes with `align_corners=False`, to sides that are rounded up: a mean over 2x2
+          pixels, where the published model aligns the corners and so takes every second pixel of
+          its odd sides.
+        - The strides and dilations within the ResNet50 are those of `ResNet`: the published
+          model has a block's stride in its first 1x1 convolution, and the full dilation in the
+          first block of a dilated stage as well.
     """
 
     channels = (64, 512, 2048)

@@ -57,6 +57,12 @@ class MobileNetV2(Encoder):
     channels, belongs to the classifier and is left out. The dilated forms give up strides as
     those of ResNet do (Yu et al. 2017, arXiv:1705.09914, sec. 2); the paper's own segmentation
     (sec. 6.3) has output stride 16, too.
+
+    Deviations:
+        - BatchNorm adds 1e-5 to the variance, as in torchvision and the published MIT toolkit,
+          whose weights fit; the authors' code (TF-slim) adds 1e-3. `tfslim:` weights are converted.
+        - Strided convolutions pad all sides alike; the authors' pad even sides at the right and
+          bottom only, which moves what they see by a pixel.
     """
 
     channels = (24, 32, 64, 160, 320)

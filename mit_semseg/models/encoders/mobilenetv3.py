@@ -138,8 +138,10 @@ class MobileNetV3Large(Encoder):
 class MobileNetV3LargeDilated16(MobileNetV3Large):
     """MobileNetV3-Large at output stride 16.
 
-    The block that had the stride is dilated by 2, as those after it, in torchvision's way. Unlike
-    in sec. 6.4 of the paper no layer is halved in width.
+    Deviations:
+        - The block that had the stride is dilated by 2, as those after it: so it is in torchvision.
+        - No layer is halved in width, where sec. 6.4 of the paper halves those of the last stage
+          for segmentation: torchvision's weights have their full width.
     """
 
     strides = (4, 8, 16)

@@ -81,9 +81,16 @@ class ResNet(Encoder):
     """ResNet whose stem is three 3x3 convolutions; `strides` says how far it is dilated.
 
     Paper: He et al. 2016, arXiv:1512.03385, table 1; stem of Szegedy et al. 2016, arXiv:1512.00567;
-    dilation of Yu et al. 2017, arXiv:1705.09914, sec. 2. Deviations: the stride of a bottleneck is
-    in its 3x3 convolution, not in the first 1x1; the 3x3 convolution that loses its stride is
-    dilated by half of what those after it are (see `dilate`).
+    dilation of Yu et al. 2017, arXiv:1705.09914, sec. 2.
+
+    Deviations:
+        - The stride of a bottleneck is in its 3x3 convolution, not in the first 1x1, as in
+          torchvision and the published MIT toolkit.
+        - A 3x3 convolution that loses its stride is dilated by half of what those after it are (see
+          `dilate`), as in the published MIT toolkit and the code of EncNet and DANet; that of
+          PSPNet and OCNet dilates it in full.
+        - Max pooling halves maps of even sides exactly; in the code of OCNet (`ceil_mode`) they get
+          one more row and column.
     """
 
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
@@ -139,8 +146,7 @@ class ResNet(Encoder):
 class PlainStemResNet(ResNet):
     """ResNet that begins with one 7x7 convolution, under torchvision's names.
 
-    Paper: He et al. 2016, arXiv:1512.03385, table 1. The stride of a bottleneck is in its 3x3
-    convolution, as in torchvision, not in the first 1x1.
+    Paper: He et al. 2016, arXiv:1512.03385, table 1.
     """
 
     def _make_stem(self) -> int:

@@ -18,6 +18,11 @@ class ResNeXt101(ResNet):
     """ResNeXt101 32x4d at output stride 32.
 
     Paper: Xie et al. 2017, arXiv:1611.05431, table 1; with the deep stem of `ResNet`.
+
+    Deviations:
+        - Without ImageNet weights grouped convolutions begin with torchvision's standard deviation,
+          which counts all output channels; the published MIT toolkit counts those of one group, so
+          that its weights begin larger by the root of 32.
     """
 
     block, depths = GroupedBottleneck, (3, 4, 23, 3)

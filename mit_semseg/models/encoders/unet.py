@@ -19,9 +19,13 @@ def double_conv(n_in: int, n_out: int) -> nn.Sequential:
 class UNetEncoder(Encoder):
     """Five levels of two 3x3 convolutions, with 2x2 max pooling between them.
 
-    Paper: Ronneberger et al. 2015, arXiv:1505.04597, sec. 2. Deviations: convolutions pad, so that
-    maps keep their size and skip connections need no cropping; BatchNorm after each of them; no
-    dropout at the end; pooling rounds sides up.
+    Paper: Ronneberger et al. 2015, arXiv:1505.04597, sec. 2.
+
+    Deviations:
+        - Convolutions pad, so that maps keep their size and skip connections need no cropping.
+        - BatchNorm follows each of them, and they have no bias.
+        - There is no dropout at the end.
+        - Pooling rounds sides up, not down.
     """
 
     channels: ClassVar[tuple[int, ...]] = (64, 128, 256, 512, 1024)

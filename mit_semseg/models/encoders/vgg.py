@@ -44,12 +44,15 @@ class VGG(Encoder):
     """VGG16 (configuration D) without its classifier; maps are taken after each pooling.
 
     Paper: Simonyan and Zisserman 2015, arXiv:1409.1556, table 1. Names in the state dict are
-    torchvision's. Deviations: pooling rounds sides up, not down, which only concerns odd ones;
-    weights start as in He et al. 2015, arXiv:1502.01852, where the paper trains a shallower network
-    first.
+    torchvision's.
 
     With TRAIN.recompute all five blocks are computed again as one: it is the decoder's backward
     pass that has the memory to itself then.
+
+    Deviations:
+        - Pooling rounds sides up, not down, which only concerns odd ones.
+        - Weights begin as in He et al. 2015, arXiv:1502.01852, where the paper trains a shallower
+          network first.
     """
 
     channels: ClassVar[tuple[int, ...]] = WIDTHS
@@ -96,6 +99,10 @@ class VGG16BNIndices(VGG):
     An image with an odd side gets one more row or column of zeros, so that a decoder knows from
     the shape of the first indices how large the first plane was: twice as large. All other planes
     have the shape of the indices before.
+
+    Deviations:
+        - In evaluation BatchNorm has its running statistics; the authors compute theirs in a pass
+          over the training images once the weights are trained.
     """
 
     channels = (*WIDTHS, WIDTHS[-1])

@@ -62,14 +62,20 @@ class Xception65(Encoder):
     """Modified aligned Xception with 65 layers, at output stride 16.
 
     Paper: Chen et al. 2018, arXiv:1802.02611, sec. 3.2 and fig. 4, after Chollet 2017,
-    arXiv:1610.02357; that the last stride becomes dilation 2 is from sec. 4. The paper adds "batch
-    normalization and ReLU after each 3x3 depthwise convolution". Deviation, after its published
-    code: that ReLU is in the last three convolutions only; all others have theirs before the
-    depthwise convolution, so that what is added to the shortcuts can be negative. BatchNorm adds
-    1e-3 to the variance, likewise.
+    arXiv:1610.02357; that the last stride becomes dilation 2 is from sec. 4. BatchNorm adds 1e-3 to
+    the variance, as in the authors' code.
 
     Emitted are what the strided convolution of the second entry block reads (stride 4, the low
     level of DeepLabv3+), the output of that block, that of the middle flow, and the last.
+
+    Deviations:
+        - The paper adds "batch normalization and ReLU after each 3x3 depthwise convolution". As in
+          the authors' code that ReLU is in the last three convolutions only; all others have
+          theirs before the depthwise convolution, so that what is added to the shortcuts can be
+          negative.
+        - BatchNorm's running statistics have momentum 0.1. In the authors' code they have 0.0003,
+          for a network that begins with ImageNet weights. There are none of it here: after 1,000
+          steps three quarters of the statistics would still be what they began with.
     """
 
     channels = (256, 256, 728, 2048)
