@@ -1,5 +1,6 @@
 # make demo  set up an environment and run the whole toolkit on rendered street scenes
 # make test  set up an environment, check the code and run the tests
+# make test-versions: the quick part of them on every supported torch; make test-gpu: on a GPU
 # make bench measure against the published procedure and other toolkits
 # make overfit let every registered model learn one image by heart, into docs/overfit
 # make selftest break small jobs on purpose; make soak: for two hours
@@ -10,7 +11,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench overfit selftest soak lint format clean
+.PHONY: demo test test-slow test-gpu test-versions bench overfit selftest soak lint format clean
 
 demo: $(VENV)/.mit_semseg
 	PYTHON=$(BIN)/python bash demo_test.sh
@@ -22,6 +23,14 @@ test: lint
 # What takes longer than a minute apiece.
 test-slow: $(VENV)/.mit_semseg-dev
 	$(BIN)/python -m pytest -m slow
+
+# What needs a GPU; all other tests run on the CPU.
+test-gpu: $(VENV)/.mit_semseg-dev
+	$(BIN)/python -m pytest -m gpu
+
+# The quick part of the tests on every supported torch and Python (noxfile.py).
+test-versions: $(VENV)/.mit_semseg-dev
+	$(BIN)/nox
 
 bench: $(VENV)/.mit_semseg-bench
 	$(BIN)/mit-semseg bench
