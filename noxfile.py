@@ -27,7 +27,14 @@ PYTHON = {
     "3.14": ("2.11", "2.14", "newest"),
 }
 # Without the runs of whole trainings, evaluations and faults, which take most of the time.
-QUICK = ("tests/lib", "tests/models", "tests/losses", "tests/dataset", "tests/test_scores.py")
+QUICK = (
+    "tests/lib",
+    "tests/models",
+    "tests/losses",
+    "tests/dataset",
+    "tests/test_scores.py",
+    "tests/test_fused_scores.py",
+)
 
 
 @nox.session
