@@ -152,20 +152,20 @@ def test_cut_answers_are_continued(server: Server, dest: Path, after: int) -> No
 def test_a_stalled_server_is_given_up_in_time_and_continued(server: Server, dest: Path) -> None:
     def stalls(start: int | None, send: Send) -> None:
         cut(5000, 'ETag: "v1"')(start, send)
-        time.sleep(3)
+        time.sleep(10)
 
     server.answers = [stalls]
     began = time.monotonic()
     fetch(server.url, dest, sha256=SHA, progress=False, timeout=0.3)
     assert complete(dest) and server.starts == [None, 5000]
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 8
 
 
 def test_a_server_that_never_answers(server: Server, dest: Path) -> None:
-    server.answers = [lambda start, send: time.sleep(3)]
+    server.answers = [lambda start, send: time.sleep(10)]
     began = time.monotonic()
     assert "timed out" in refused(dest, server.url, timeout=0.3)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 8
 
 
 def test_a_trickle_is_a_stall(server: Server, dest: Path) -> None:
