@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from mit_semseg.arguments import SECTIONS
 
-# Flag -> configuration key; {} is the section of the command. Their values have stayed the same.
+# Flag -> configuration key; {} is the section of the command. `_converted` has their values.
 _KEYS = {
     "arch_encoder": "MODEL.arch_encoder",
     "arch_decoder": "MODEL.arch_decoder",

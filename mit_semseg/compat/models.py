@@ -7,6 +7,7 @@ layers under the same names; those below are subclasses with the published const
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -92,9 +93,7 @@ class MobileNetV2Dilated(mobilenet_encoder.MobileNetV2):
 
     def __init__(self, orig_net: nn.Module, dilate_scale: int = 8) -> None:
         nn.Module.__init__(self)  # not of MobileNetV2, which makes layers
-        features = orig_net.features
-        assert isinstance(features, nn.Sequential)
-        self.features = features[:-1]
+        self.features = cast(nn.Sequential, orig_net.features)[:-1]
         self.down_idx, self.total_idx = list(self.taps[:-1]), len(self.features)
         third, fourth = _DILATIONS.get(dilate_scale, (1, 1))
         dilate(self.features[self.taps[2] : self.taps[3]], third)
