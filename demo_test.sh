@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The quick start. By default offline: renders street scenes, trains on them, evaluates, predicts
 # and shows the result in demo/index.html. With --ade20k: fetches the published ADE20K model and
-# a photograph, and runs it.
+# a photograph, and runs it. With DOWNLOAD_ONLY=1, as published: only fetches these two.
 #
-#   PYTHON=path/to/python bash demo_test.sh [--ade20k]
+#   [DOWNLOAD_ONLY=1] PYTHON=path/to/python bash demo_test.sh [--ade20k]
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python}
@@ -20,7 +20,7 @@ run() {
 
 ade20k() {
     local name=ade20k-resnet50dilated-ppm_deepsup image
-    local folder=demo/$name
+    local folder=ckpt/$name
     echo "Fetching the published $name (about 190 MB) and a photograph into $folder"
     if ! image=$("$PYTHON" - "$name" "$folder" <<'PYTHON'
 import sys
@@ -38,7 +38,10 @@ PYTHON
         echo "demo_test.sh without --ade20k, or put the three files into $folder yourself." >&2
         exit 1
     fi
-    run python test.py --imgs "${image##*$'\n'}" --cfg "config/$name.yaml" \
+    image=${image##*$'\n'}
+    cp "$image" .
+    [ -z "${DOWNLOAD_ONLY:-}" ] || return 0
+    run python test.py --imgs "$image" --cfg "config/$name.yaml" \
         DIR "$folder" TEST.result "$folder/result" TEST.save "['side','legend']"
     echo "Open $folder/result"
 }
@@ -55,10 +58,15 @@ streets() {
 }
 
 case "${1:-}" in
-"") mkdir -p demo && streets ;;
---ade20k) mkdir -p demo && ade20k ;;
+"" | --ade20k) ;;
 *)
-    echo "usage: demo_test.sh [--ade20k]" >&2
+    echo "usage: [DOWNLOAD_ONLY=1] demo_test.sh [--ade20k]" >&2
     exit 2
     ;;
 esac
+if [ -n "${1:-}${DOWNLOAD_ONLY:-}" ]; then
+    ade20k
+else
+    mkdir -p demo
+    streets
+fi

@@ -346,7 +346,7 @@ class Loading(Row):
     def published(self) -> Runnable:
         folder = tempfile.TemporaryDirectory(prefix="bench-")
         data = self._dataset(folder.name)
-        files = {record["fpath_img"]: record["fpath_segm"] for record in data.records}
+        files = {record["fpath_img"]: record["fpath_segm"] for record in data.list_sample}
         # The same images in the same batches; sizes and flips as many times, drawn anew.
         batches = [[(x, files[x]) for x in data.files(i)] for i in range(data.batches_per_pass)]
         rng = np.random.default_rng(0)

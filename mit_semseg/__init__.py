@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mit_semseg.compat import install as _install
+
 if TYPE_CHECKING:
     from mit_semseg.segmenter import Segmenter as Segmenter
 
 __version__ = "2.0.0"
 __all__ = ["Segmenter", "__version__"]
+
+_install()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,10 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mit_semseg.arguments import build_parser
-
-# What an override may begin with, among the images of `predict`.
-SECTIONS = ("DIR", "DATASET.", "MODEL.", "TRAIN.", "VAL.", "TEST.")
+from mit_semseg.arguments import SECTIONS, build_parser
+from mit_semseg.compat.flags import replacement
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -44,7 +42,7 @@ def run_train(args: argparse.Namespace) -> int:
     rank, world, devices = rank_devices(devices, cfg.TRAIN.stall_seconds)
     if rank == 0:
         make_writable(cfg.DIR, "DIR")
-    setup_logger(rank, os.path.join(cfg.DIR, "log.txt"), named=world > 1)
+    setup_logger(rank, named=world > 1, folder=cfg.DIR)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         args.resume = args.resume or "auto"  # torchrun began anew because a rank was lost
     atexit.register(ignore_stops)
@@ -75,12 +73,18 @@ def _resume_command() -> str:
         named = at + 1 < len(words) and not words[at + 1].startswith(("--", *SECTIONS))
         del words[at : at + 1 + named]
     words = [word for word in words if not word.startswith("--resume=")]
+    words = words[1:] if words[:1] == ["train"] else words
+    return f"{_called('train')} --resume auto {shlex.join(words)}"
+
+
+def _called(command: str) -> str:
+    """How a command was begun, as it is to be typed."""
     script = os.path.basename(sys.argv[0])
-    if script.endswith(".py") and script != "__main__.py":
-        start, words = (["train"], words[1:]) if words[:1] == ["train"] else ([], words)
-        run = ["torchrun ..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
-        return " ".join([*run, sys.argv[0], *start, "--resume auto", shlex.join(words)])
-    return " ".join(["mit-semseg train --resume auto", shlex.join(words[1:])])
+    if not script.endswith(".py") or script == "__main__.py":
+        return f"mit-semseg {command}"
+    run = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    words = [sys.argv[0], *([command] if sys.argv[1:2] == [command] else [])]
+    return f"{run} {shlex.join(words)}"
 
 
 def run_eval(args: argparse.Namespace) -> int:
@@ -99,7 +103,7 @@ def run_eval(args: argparse.Namespace) -> int:
     cfg = read_config(args.cfg, opts)
     devices, workers = resolve_devices(args.devices), args.workers
     rank, world, devices = rank_devices(devices, cfg.VAL.timeout)
-    setup_logger(rank, filename="", named=world > 1)
+    setup_logger(rank, named=world > 1)
     if rank == 0:
         make_writable(args.out or cfg.DIR, "--out" if args.out else "DIR")
     if args.single_process:
@@ -119,7 +123,7 @@ def run_predict(args: argparse.Namespace) -> int:
     from mit_semseg.engine.predict import predict
     from mit_semseg.utils import setup_logger
 
-    setup_logger(filename="")
+    setup_logger()
     cfg = read_config(args.cfg, opts)
     make_writable(cfg.TEST.result, "TEST.result")
     # One image runs on one device; by default the first there is.
@@ -154,7 +158,7 @@ def run_overfit(args: argparse.Namespace) -> int:
     from mit_semseg.tools.overfit import TARGET, run
     from mit_semseg.utils import setup_logger
 
-    setup_logger(filename="")
+    setup_logger()
     cfg = read_config(args.cfg, opts)
     make_writable(args.out, "--out")
     device = resolve_devices(args.devices)[0]
@@ -273,6 +277,7 @@ def _who() -> str:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    _refuse_early_flags(arguments)
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(args, "recipes") and rest[0].startswith(SECTIONS)):
@@ -284,6 +289,16 @@ def _dispatch(arguments: list[str]) -> int:
 
         fix_threads(args.threads)
     return COMMANDS[args.command](args)
+
+
+def _refuse_early_flags(arguments: list[str]) -> None:
+    if not arguments:
+        return
+    command, *words = arguments
+    if words[:1] == ["--single-process"] and words[:1] != sys.argv[1:2]:
+        words = words[1:]  # put there by eval.py
+    if advice := replacement(command, words, _called(command)):
+        raise ValueError(advice)
 
 
 def _one_line(error: BaseException) -> str:

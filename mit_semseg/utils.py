@@ -6,18 +6,22 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 __all__ = [
+    "REGEX",
     "AverageMeter",
+    "NotSupportedCliException",
     "accuracy",
     "colorEncode",
     "find_recursive",
     "intersectionAndUnion",
     "parse_devices",
+    "process_range",
     "setup_logger",
     "unique",
 ]
@@ -52,16 +56,18 @@ class _LogFile(logging.FileHandler):
 
 
 def setup_logger(
-    distributed_rank: int = 0, filename: str = "log.txt", named: bool = False
+    distributed_rank: int = 0, filename: str = "log.txt", named: bool = False, folder: str = ""
 ) -> logging.Logger:
-    """The package's logger `mit_semseg`, writing to standard output and to a file.
+    """The package's logger `mit_semseg`, writing to standard output and, if asked, to a file.
 
     Calling it again replaces the earlier handlers, so no line is written twice.
 
     Args:
         distributed_rank: ranks above 0 only pass on warnings and errors.
-        filename: log file that is appended to, made with its folder at the first line; "" = none.
+        filename: name of the log file in `folder`.
         named: begin every line with the rank.
+        folder: where the log file is appended to, made with it at the first line; "" = no file,
+            as published, whatever `filename` is.
 
     Returns:
         The logger.
@@ -72,9 +78,9 @@ def setup_logger(
         logger.removeHandler(old)
         old.close()
     handlers: list[logging.Handler] = [_StdoutHandler()]
-    if filename and distributed_rank == 0:
-        os.makedirs(os.path.dirname(os.path.abspath(filename)), exist_ok=True)
-        handlers.append(_LogFile(filename))
+    if folder and distributed_rank == 0:
+        os.makedirs(folder, exist_ok=True)
+        handlers.append(_LogFile(os.path.join(folder, filename)))
     who = f" rank {distributed_rank}" if named else ""
     layout = logging.Formatter(f"[%(asctime)s{who} %(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S")
     for handler in handlers:
@@ -117,9 +123,21 @@ class AverageMeter:
         self.sum: Any = 0
         self.count: Any = 0
 
-    def update(self, val: Any, weight: Any = 1) -> None:
-        """Add a value that counts `weight` times."""
+    def initialize(self, val: Any, weight: Any) -> None:
+        """Start anew with a value that counts `weight` times."""
         self.initialized = True
+        self.sum = self.count = 0
+        self.add(val, weight)
+
+    def update(self, val: Any, weight: Any = 1) -> None:
+        """Take in a value that counts `weight` times, the first one or a further one."""
+        if self.initialized:
+            self.add(val, weight)
+        else:
+            self.initialize(val, weight)
+
+    def add(self, val: Any, weight: Any) -> None:
+        """Take in a further value that counts `weight` times."""
         self.val = val
         self.sum = self.sum + val * weight
         self.count = self.count + weight
@@ -207,6 +225,29 @@ def intersectionAndUnion(
     return intersection, predicted + np.bincount(label, minlength=numClass) - intersection
 
 
+class NotSupportedCliException(ValueError):
+    """Devices on a command line that cannot be read."""
+
+
+def process_range(xpu: str, inp: Iterable[str]) -> Iterator[str]:
+    """Names of the devices between two numbers, both included, in rising order.
+
+    Example:
+        >>> list(process_range("gpu", ("2", "0")))
+        ['gpu0', 'gpu1', 'gpu2']
+    """
+    first, last = sorted(map(int, inp))
+    return (f"{xpu}{i}" for i in range(first, last + 1))
+
+
+# What may stand between the commas of a list of devices, and the names that the groups stand for.
+REGEX: list[tuple[re.Pattern[str], Callable[[Sequence[str]], Iterable[str]]]] = [
+    (re.compile(r"^cpu$"), lambda groups: ["cpu"]),
+    (re.compile(r"^(?:gpu)?(\d{1,4})$"), lambda groups: [f"gpu{int(groups[0])}"]),
+    (re.compile(r"^(?:gpu)?(\d{1,4})\s*-\s*(?:gpu)?(\d{1,4})$"), partial(process_range, "gpu")),
+]
+
+
 def parse_devices(input_devices: str) -> list[str]:
     """Device names from a command line, in the order given, each once.
 
@@ -217,7 +258,7 @@ def parse_devices(input_devices: str) -> list[str]:
         Such as `["gpu0", "gpu1"]` or `["cpu"]`.
 
     Raises:
-        ValueError: it cannot be read.
+        NotSupportedCliException: it cannot be read.
 
     Example:
         >>> parse_devices("0-1,5")
@@ -225,14 +266,12 @@ def parse_devices(input_devices: str) -> list[str]:
     """
     devices: list[str] = []
     for part in str(input_devices).lower().split(","):
-        match = re.fullmatch(r"\s*(?:gpu)?(\d{1,4})(?:\s*-\s*(?:gpu)?(\d{1,4}))?\s*", part)
-        if part.strip() == "cpu":
-            devices.append("cpu")
-        elif match and int(match[1]) <= int(match[2] or match[1]):
-            first, last = int(match[1]), int(match[2] or match[1])
-            devices.extend(f"gpu{i}" for i in range(first, last + 1))
+        for pattern, names in REGEX:
+            if match := pattern.match(part.strip()):
+                devices.extend(names(match.groups()))
+                break
         else:
-            raise ValueError(
+            raise NotSupportedCliException(
                 f"cannot read the devices {input_devices!r}; write 0-3, 0,2, gpu0-gpu2 or cpu"
             )
     return list(dict.fromkeys(devices))

@@ -411,10 +411,14 @@ def _wrong_record(archive: zipfile.ZipFile) -> str:
     return "" if name is None else f"the checksum of record {name} is wrong"
 
 
-def load_checked(path: str | Path) -> Any:
-    """What `torch.save` wrote, on the CPU: the only way files of weights or states are read here.
+def load_checked(path: str | Path, map_location: Any = "cpu") -> Any:
+    """What `torch.save` wrote: the only way files of weights or states are read here.
 
     Checksums are compared (`check_archive`), and `weights_only=True` lets the file run no code.
+
+    Args:
+        path: the file.
+        map_location: where its tensors go, as of `torch.load`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -428,7 +432,7 @@ def load_checked(path: str | Path) -> Any:
     try:
         with warnings.catch_warnings():  # the error says what torch warns of first
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True)
     except _BROKEN_FILE as error:
         raise ValueError(f"{refused}{_why(error)}") from error
 

@@ -1,4 +1,6 @@
-"""What other people's code and files rely on: names, signatures, architectures, keys.
+"""What other people's code and files rely on: names, architectures, keys.
+
+Those of the published toolkit, with their signatures, are in `compat/test_compat_names.py`.
 
 `api_surface.json` lists them; a name that disappears fails here. After adding some (or taking one
 away on purpose, with a line in the changelog) write the list anew:
@@ -65,84 +67,6 @@ PUBLIC: dict[str, tuple[str, ...] | None] = {
     ),
 }
 
-# Published names and calls, written out here so that no new list can lose them. `...` marks a
-# parameter without a default. Further parameters may follow, if they have defaults.
-PUBLISHED: dict[str, dict[str, Any] | None] = {
-    "mit_semseg.config.cfg": None,
-    "mit_semseg.dataset.TrainDataset": {
-        "root_dataset": ...,
-        "odgt": ...,
-        "opt": ...,
-        "batch_per_gpu": 1,
-    },
-    "mit_semseg.dataset.ValDataset": {"root_dataset": ..., "odgt": ..., "opt": ...},
-    "mit_semseg.dataset.TestDataset": {"odgt": ..., "opt": ...},
-    "mit_semseg.models.ModelBuilder.build_encoder": {
-        "arch": "resnet50dilated",
-        "fc_dim": 512,
-        "weights": "",
-    },
-    "mit_semseg.models.ModelBuilder.build_decoder": {
-        "arch": "ppm_deepsup",
-        "fc_dim": 512,
-        "num_class": 150,
-        "weights": "",
-        "use_softmax": False,
-    },
-    "mit_semseg.models.SegmentationModule": {
-        "net_enc": ...,
-        "net_dec": ...,
-        "crit": ...,
-        "deep_sup_scale": None,
-    },
-    "mit_semseg.models.SegmentationModule.forward": {
-        "self": ...,
-        "feed_dict": ...,
-        "segSize": None,
-    },
-    **{
-        f"mit_semseg.lib.nn.SynchronizedBatchNorm{n}d": {
-            "num_features": ...,
-            "eps": 1e-5,
-            "momentum": 0.1,
-            "affine": True,
-        }
-        for n in (1, 2, 3)
-    },
-    "mit_semseg.lib.nn.DataParallelWithCallback": {
-        "module": ...,
-        "device_ids": None,
-        "output_device": None,
-        "dim": 0,
-    },
-    "mit_semseg.lib.nn.UserScatteredDataParallel": {
-        "module": ...,
-        "device_ids": None,
-        "output_device": None,
-        "dim": 0,
-    },
-    "mit_semseg.lib.nn.patch_replication_callback": {"data_parallel": ...},
-    "mit_semseg.lib.nn.user_scattered_collate": {"batch": ...},
-    "mit_semseg.lib.nn.async_copy_to": {"obj": ..., "dev": ..., "main_stream": None},
-    "mit_semseg.lib.utils.as_numpy": {"obj": ...},
-    "mit_semseg.utils.setup_logger": {"distributed_rank": 0, "filename": "log.txt"},
-    "mit_semseg.utils.find_recursive": {"root_dir": ..., "ext": ".jpg"},
-    "mit_semseg.utils.AverageMeter": {},
-    "mit_semseg.utils.AverageMeter.update": {"self": ..., "val": ..., "weight": 1},
-    "mit_semseg.utils.AverageMeter.value": {"self": ...},
-    "mit_semseg.utils.AverageMeter.average": {"self": ...},
-    "mit_semseg.utils.unique": {
-        "ar": ...,
-        "return_index": False,
-        "return_inverse": False,
-        "return_counts": False,
-    },
-    "mit_semseg.utils.colorEncode": {"labelmap": ..., "colors": ..., "mode": "RGB"},
-    "mit_semseg.utils.accuracy": {"preds": ..., "label": ...},
-    "mit_semseg.utils.intersectionAndUnion": {"imPred": ..., "imLab": ..., "numClass": ...},
-    "mit_semseg.utils.parse_devices": {"input_devices": ...},
-}
-
 
 def surface() -> dict[str, Any]:
     """What there is today, in the layout of `api_surface.json`."""
@@ -170,20 +94,6 @@ def public_names(module: str) -> Iterator[str]:
 def _annotations(cls: type) -> Iterable[str]:
     # Fields without a default are no attributes of the class.
     return inspect.get_annotations(cls)
-
-
-def resolve(path: str) -> Any:
-    """`mit_semseg.models.ModelBuilder.build_encoder` -> the function."""
-    parts = path.split(".")
-    for cut in range(len(parts), 0, -1):
-        try:
-            value: Any = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[cut:]:
-            value = inspect.getattr_static(value, part, None) or getattr(value, part)
-        return value
-    raise ModuleNotFoundError(path)
 
 
 def recorded() -> dict[str, Any]:
@@ -218,23 +128,6 @@ def test_all_names_only_what_exists() -> None:
         listed = getattr(namespace, "__all__", [])
         assert len(set(listed)) == len(listed), module
         assert not [name for name in listed if not hasattr(namespace, name)], module
-
-
-@pytest.mark.parametrize("path", PUBLISHED)
-def test_published_names_and_signatures(path: str) -> None:
-    value = resolve(path)
-    expected = PUBLISHED[path]
-    if expected is None:
-        return
-    if isinstance(value, staticmethod):
-        value = value.__func__
-    parameters = list(inspect.signature(value).parameters.values())
-    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][: len(expected)]
-    found = {p.name: ... if p.default is p.empty else p.default for p in positional}
-    assert list(found.items()) == list(expected.items())  # in this order
-    further = [p for p in parameters[len(expected) :] if p.default is p.empty]
-    optional = [p for p in further if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    assert not optional, "a published call would now miss an argument"
 
 
 if __name__ == "__main__":

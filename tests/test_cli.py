@@ -48,6 +48,7 @@ MISTAKES = [
     (["--help"], 0),
     (["nonsense"], 2),
     (["train", "--nonsense"], 2),
+    (["train", "--arch_encoder", "resnet50"], 2),
     (["train", "--precision", "bf17"], 2),
     (["predict"], 2),
     (["train", "--cfg", "nowhere.yaml"], 2),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ("gpu0-gpu2", ["gpu0", "gpu1", "gpu2"]),
         ("gpu1-2", ["gpu1", "gpu2"]),
         ("0-1,5", ["gpu0", "gpu1", "gpu5"]),
+        ("2-0", ["gpu0", "gpu1", "gpu2"]),  # as published
         (" 3 , GPU1, 3,1-3 ", ["gpu3", "gpu1", "gpu2"]),
         ("cpu", ["cpu"]),
         ("CPU", ["cpu"]),
@@ -37,10 +39,17 @@ def test_parse_devices(text: str, devices: list[str]) -> None:
     assert utils.parse_devices(text) == devices
 
 
-@pytest.mark.parametrize("text", ["", "x", "0-", "-1", "3-0", "0,,1", "0;1", "cuda:0", "gpu"])
+@pytest.mark.parametrize("text", ["", "x", "0-", "-1", "0,,1", "0;1", "cuda:0", "gpu"])
 def test_parse_devices_refuses_with_an_example(text: str) -> None:
-    with pytest.raises(ValueError, match="write 0-3, 0,2, gpu0-gpu2 or cpu"):
+    with pytest.raises(utils.NotSupportedCliException, match="write 0-3, 0,2, gpu0-gpu2 or cpu"):
         utils.parse_devices(text)
+    assert issubclass(utils.NotSupportedCliException, ValueError)  # one line on the command line
+
+
+def test_what_names_a_device_can_be_added_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = (re.compile(r"^npu(\d+)$"), lambda groups: [f"npu{groups[0]}"])
+    monkeypatch.setattr(utils, "REGEX", [*utils.REGEX, more])
+    assert utils.parse_devices("npu1,0") == ["npu1", "gpu0"]
 
 
 # ------------------------------------------------------------------------------ figures
@@ -86,6 +95,15 @@ def test_average_meter_weighs() -> None:
     assert meter.average() == meter.avg == pytest.approx(3.0)
     assert meter.sum == pytest.approx(9.0)
     assert meter.count == 3
+
+
+def test_average_meter_starts_anew() -> None:
+    meter = utils.AverageMeter()
+    meter.initialize(2.0, 3)
+    meter.add(4.0, 1)
+    assert meter.average() == pytest.approx(2.5)
+    meter.initialize(1.0, 2)
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (1.0, 1.0, 2.0, 2)
 
 
 def test_average_meter_of_arrays_keeps_its_own_sum() -> None:
@@ -153,9 +171,9 @@ def logger() -> Iterator[logging.Logger]:
 def test_a_line_is_written_once(
     logger: logging.Logger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "run" / "log.txt"
+    file = tmp_path / "run" / "lines.txt"
     for _ in range(3):
-        assert utils.setup_logger(filename=str(file)) is logger
+        assert utils.setup_logger(filename="lines.txt", folder=str(file.parent)) is logger
     assert not file.exists()
     logging.getLogger("mit_semseg.engine").info("hello")
     out = capsys.readouterr().out
@@ -163,10 +181,23 @@ def test_a_line_is_written_once(
     assert file.read_text(encoding="utf-8") == out
 
 
+@pytest.mark.parametrize("given", [{}, {"distributed_rank": 0, "filename": "log.txt"}])
+def test_no_file_is_written_unasked(
+    logger: logging.Logger,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+) -> None:
+    """As published, whatever `filename` is."""
+    monkeypatch.chdir(tmp_path)
+    utils.setup_logger(**given).info("hello")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_ranks_only_warn(
     logger: logging.Logger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    utils.setup_logger(distributed_rank=1, filename=str(tmp_path / "log.txt"))
+    utils.setup_logger(distributed_rank=1, folder=str(tmp_path))
     logger.info("quiet")
     logger.warning("loud")
     out = capsys.readouterr().out
@@ -179,7 +210,7 @@ def test_other_ranks_only_warn(
 def test_lines_name_their_rank_where_there_are_several(
     logger: logging.Logger, capsys: pytest.CaptureFixture[str], named: bool, who: str
 ) -> None:
-    utils.setup_logger(distributed_rank=1, filename="", named=named)
+    utils.setup_logger(distributed_rank=1, named=named)
     logger.warning("loud")
     line = capsys.readouterr().out
     assert re.fullmatch(rf"\[\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d{who} WARNING\] loud\n", line), line

@@ -1,5 +1,8 @@
 """Replicas of a module on several devices, and batch normalisation across them."""
 
+import importlib
+from types import ModuleType
+
 from .batchnorm import SynchronizedBatchNorm1d, SynchronizedBatchNorm2d, SynchronizedBatchNorm3d
 from .data_parallel import (
     DataParallelWithCallback,
@@ -18,3 +21,10 @@ __all__ = [
     "patch_replication_callback",
     "user_scattered_collate",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # The published package imported these modules with itself; they stand in `mit_semseg.compat`.
+    if name in ("comm", "modules", "parallel"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

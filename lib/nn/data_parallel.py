@@ -144,15 +144,20 @@ class DataParallelWithCallback(nn.DataParallel):
     parallel_apply = _parallel_apply  # type: ignore[assignment]
 
 
-def patch_replication_callback(data_parallel: nn.DataParallel) -> None:
+def patch_replication_callback(data_parallel: nn.Module) -> None:
     """Gives an existing `torch.nn.DataParallel` what `DataParallelWithCallback` has.
 
+    A `UserScatteredDataParallel` has it already and is left as it is.
+
     Raises:
-        ValueError: the argument is not a `torch.nn.DataParallel`.
+        ValueError: the argument is neither of the two.
     """
+    if isinstance(data_parallel, UserScatteredDataParallel):
+        return
     if not isinstance(data_parallel, nn.DataParallel):
         raise ValueError(
-            f"data_parallel is a {type(data_parallel).__name__}: give a torch.nn.DataParallel"
+            f"data_parallel is a {type(data_parallel).__name__}: give a torch.nn.DataParallel or "
+            "a UserScatteredDataParallel"
         )
     data_parallel.replicate = MethodType(_replicate, data_parallel)  # type: ignore[method-assign]
     data_parallel.parallel_apply = MethodType(  # type: ignore[method-assign]

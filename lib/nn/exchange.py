@@ -53,11 +53,12 @@ class CallbackContext:
     """What the copies of one submodule share; handed to `__data_parallel_replicate__`.
 
     Args:
-        run: the forward pass the copies take part in.
+        run: the forward pass the copies take part in; None: one of a single copy.
         name: qualified name of the submodule, for messages.
     """
 
-    def __init__(self, run: ReplicaRun, name: str) -> None:
+    def __init__(self, run: ReplicaRun | None = None, name: str = "") -> None:
+        run = run or ReplicaRun(1)
         self.run = run
         self.name = name or "the module"
         self._calls = [0] * run.size

@@ -89,22 +89,22 @@ def keep_buffers(module: nn.Module, replica: nn.Module) -> None:
 
 
 def execute_replication_callbacks(
-    replicas: Sequence[nn.Module], timeout: float = 600.0
+    modules: Sequence[nn.Module], timeout: float = 600.0
 ) -> ReplicaRun:
     """Calls `__data_parallel_replicate__(ctx, copy_id)` of every submodule that defines it.
 
     The copies of one submodule get the same `ctx`; copy 0 is called first.
 
     Args:
-        replicas: copies of one module, in device order.
+        modules: copies of one module, in device order.
         timeout: seconds a replica waits for the others at one layer.
 
     Returns:
         The run the contexts belong to.
     """
-    run = ReplicaRun(len(replicas), timeout)
-    contexts = [CallbackContext(run, name) for name, _ in replicas[0].named_modules()]
-    for copy_id, replica in enumerate(replicas):
+    run = ReplicaRun(len(modules), timeout)
+    contexts = [CallbackContext(run, name) for name, _ in modules[0].named_modules()]
+    for copy_id, replica in enumerate(modules):
         for context, submodule in zip(contexts, replica.modules(), strict=True):
             callback = getattr(submodule, "__data_parallel_replicate__", None)
             if callback is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..utils.convert import rebuilt
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -70,12 +73,8 @@ def map_tensors(function: Callable[[Tensor], Any], obj: Any) -> Any:
     """Applies a function to every tensor inside nested dicts, lists and tuples."""
     if isinstance(obj, Tensor):
         return function(obj)
-    if isinstance(obj, Mapping):
-        return {key: map_tensors(function, value) for key, value in obj.items()}
-    if isinstance(obj, tuple) and hasattr(obj, "_fields"):
-        return type(obj)(*(map_tensors(function, value) for value in obj))
-    if isinstance(obj, (list, tuple)):
-        return type(obj)(map_tensors(function, value) for value in obj)
+    if isinstance(obj, (list, tuple, Mapping)):
+        return rebuilt(partial(map_tensors, function), obj)
     return obj
 
 

@@ -1,5 +1,15 @@
 """Small helpers around tensors."""
 
-from .convert import as_numpy
+import importlib
+from types import ModuleType
 
-__all__ = ["as_numpy"]
+from .convert import as_numpy, as_variable, mark_volatile
+
+__all__ = ["as_numpy", "as_variable", "mark_volatile"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # The published package imported this module with itself; it stands in `mit_semseg.compat`.
+    if name == "th":
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,7 @@ from mit_semseg.dataset.base import (
     class_table,
 )
 from mit_semseg.dataset.records import Record, read_odgt
+from mit_semseg.dataset.samples import BaseDataset, imresize
 from mit_semseg.dataset.test import TestDataset
 from mit_semseg.dataset.train import TrainDataset
 from mit_semseg.dataset.transforms import load_image, load_mask, scaled_inputs
@@ -32,6 +33,7 @@ from mit_semseg.dataset.val import ValDataset
 
 __all__ = [
     "FORMATS",
+    "BaseDataset",
     "ClassTable",
     "DataFormat",
     "LabelMap",
@@ -50,6 +52,7 @@ __all__ = [
     "coco_panoptic",
     "cocostuff",
     "folder",
+    "imresize",
     "lip",
     "load_image",
     "load_mask",

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from mit_semseg.dataset.base import load_depth_of
-from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, read_records
+from mit_semseg.dataset.samples import BaseDataset
 from mit_semseg.dataset.transforms import load_image, scaled_inputs
 
 
-class TestDataset(Dataset[dict[str, Any]]):
+class TestDataset(BaseDataset):
     """Images at all evaluation scales.
 
     Args:
@@ -20,21 +17,18 @@ class TestDataset(Dataset[dict[str, Any]]):
             are, relative to the working folder.
         opt: `cfg.DATASET`, or any object with some of its attributes.
         normalized: False leaves the pixels to `Normalize`.
+        part: which part of the list: `max_sample`, `start_idx`, `end_idx`, see `BaseDataset`.
     """
 
     __test__ = False  # the name is published; it is no test case
 
-    def __init__(self, odgt: Any, opt: Any, *, normalized: bool = True) -> None:
-        self.options = DataOptions.read(opt)
+    def __init__(self, odgt: Any, opt: Any, *, normalized: bool = True, **part: int) -> None:
         self.normalized = normalized
-        self.records: list[Record] = read_records(odgt)
-
-    def __len__(self) -> int:
-        return len(self.records)
+        super().__init__(odgt, opt, label_map=None, **part)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Sample number `index`: `img_ori`, `img_data` and `info` as in `ValDataset`."""
-        record = self.records[index]
+        record = self.list_sample[index]
         image = load_image(record["fpath_img"])
         depth = load_depth_of(record, "", self.options, (image.shape[1], image.shape[0]))
         return {

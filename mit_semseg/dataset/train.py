@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from mit_semseg.dataset.base import (
     BatchStyle,
@@ -22,7 +21,8 @@ from mit_semseg.dataset.base import (
     paths_of,
 )
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, read_records, with_sizes
+from mit_semseg.dataset.records import Record, with_sizes
+from mit_semseg.dataset.samples import BaseDataset
 from mit_semseg.dataset.transforms import (
     ImageFile,
     Normalize,
@@ -43,7 +43,7 @@ _TRIES = 8  # other samples tried before a bad one is an error after all
 CROP_SETTINGS = ("random_scale", "random_rotation", "random_blur")
 
 
-class TrainDataset(Dataset[dict[str, Any]]):
+class TrainDataset(BaseDataset):
     """An endless, deterministic stream of batches.
 
     Item i is a pure function of (seed, i) and the files, so any number of workers, devices and
@@ -78,6 +78,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         label_map: stored value -> class; by default from `label_offset` and `ignore_label`.
         normalized: False leaves images as uint8 for `Normalize` to finish on the device: a quarter
             of the memory, and less work for the loading process.
+        part: which part of the list: `max_sample`, `start_idx`, `end_idx`, see `BaseDataset`.
 
     Raises:
         FileNotFoundError, ValueError: a list, an option or (when read) a sample cannot be used.
@@ -93,6 +94,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         seed: int = 304,
         label_map: LabelMap | None = None,
         normalized: bool = True,
+        **part: int,
     ) -> None:
         options = DataOptions.read(opt)
         if options.padding_constant % options.segm_downsampling_rate:
@@ -104,22 +106,25 @@ class TrainDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"TRAIN.batch_size_per_gpu is {batch_per_gpu}; it must be at least 1")
         if seed < 0:
             raise ValueError(f"TRAIN.seed is {seed}; it must be 0 or more")
-        self.root = os.fspath(root_dataset)
-        self.options = options
+        self.root_dataset = os.fspath(root_dataset)
         self.batch_per_gpu = batch_per_gpu
         self.seed = seed
         self.normalized = normalized
-        self.label_map = label_map or LabelMap.of_options(options)
-        self.records: list[Record] = with_sizes(
-            read_records(odgt, self.root), self.root, options.on_error
-        )
+        super().__init__(odgt, options, label_map=label_map, **part)
+        self.list_sample = with_sizes(self.list_sample, self.root_dataset, options.on_error)
+        self.num_sample = len(self.list_sample)
         self._style = batch_style(options)
         portrait = np.array(
-            [self._style.by_orientation and r["height"] > r["width"] for r in self.records]
+            [self._style.by_orientation and r["height"] > r["width"] for r in self.list_sample]
         )
         self._groups = [np.flatnonzero(portrait), np.flatnonzero(~portrait)]
         self.batches_per_pass = sum(-(-len(group) // batch_per_gpu) for group in self._groups)
         self._plan = lru_cache(maxsize=2)(self._make_plan)
+
+    @property
+    def segm_downsampling_rate(self) -> int:
+        """Labels are this many times smaller than the image."""
+        return self.options.segm_downsampling_rate
 
     def __len__(self) -> int:
         return 10**10  # the stream has no end; whoever trains decides where it stops
@@ -157,7 +162,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
 
         With `on_error` "skip" the batch may hold others in place of bad ones: see its `info`.
         """
-        return [self.records[k]["fpath_img"] for k in self._numbers(index)]
+        return [self.list_sample[k]["fpath_img"] for k in self._numbers(index)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Batch number `index`.
@@ -180,7 +185,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
             numbers[position], sample = self._usable(number, batch_short, rng, instead, skipped)
             samples.append(sample)
         batch = self._stack(samples)
-        batch["info"] = [self.records[k]["fpath_img"] for k in numbers]
+        batch["info"] = [self.list_sample[k]["fpath_img"] for k in numbers]
         if self.options.on_error == "skip":
             batch["skipped"] = skipped
         return batch
@@ -199,17 +204,17 @@ class TrainDataset(Dataset[dict[str, Any]]):
         proves bad is added to `skipped`.
         """
         try:
-            return number, self._style(partial(self._read, self.records[number]), short, rng)
+            return number, self._style(partial(self._read, self.list_sample[number]), short, rng)
         except (OSError, ValueError) as error:
             if self.options.on_error != "skip":
                 raise
             reason = _one_line(error)
-            skipped.append((self.records[number]["fpath_img"], reason))
+            skipped.append((self.list_sample[number]["fpath_img"], reason))
         rng = np.random.default_rng(instead)
         same, other = self._groups if number in self._groups[0] else self._groups[::-1]
         drawn = [*rng.permutation(same[same != number]), *rng.permutation(other)][:_TRIES]
         for candidate in map(int, drawn):
-            record = self.records[candidate]
+            record = self.list_sample[candidate]
             try:
                 return candidate, self._style(partial(self._read, record), short, rng)
             except (OSError, ValueError) as error:
@@ -222,14 +227,14 @@ class TrainDataset(Dataset[dict[str, Any]]):
     def _read(self, record: Record, short: float, longest: float) -> Picture:
         """A record's picture at the size that `fitted_size` says."""
         options = self.options
-        image_path, mask_path = paths_of(record, self.root)
+        image_path, mask_path = paths_of(record, self.root_dataset)
         with ImageFile(image_path) as file:
             width, height = file.size
-            stored = load_values(record, self.root, file.size)
+            stored = load_values(record, self.root_dataset, file.size)
             self.label_map.check(stored, mask_path)
             size = fitted_size(width, height, short, longest)
             image = file.pixels(size)
-            depth = load_depth_of(record, self.root, options, file.size)
+            depth = load_depth_of(record, self.root_dataset, options, file.size)
         if depth is not None:
             depth = normalize_depth(resize_depth(depth, size), options)
         rows, columns = nearest_index(height, size[1]), nearest_index(width, size[0])

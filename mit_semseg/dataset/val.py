@@ -6,15 +6,13 @@ import os
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from mit_semseg.dataset.base import LabelMap, load_depth_of, load_pair
-from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, read_records
+from mit_semseg.dataset.samples import BaseDataset
 from mit_semseg.dataset.transforms import scaled_inputs
 
 
-class ValDataset(Dataset[dict[str, Any]]):
+class ValDataset(BaseDataset):
     """Images with labels, unpadded, at all evaluation scales.
 
     Args:
@@ -23,6 +21,7 @@ class ValDataset(Dataset[dict[str, Any]]):
         opt: `cfg.DATASET`, or any object with some of its attributes.
         label_map: stored value -> class; by default from `label_offset` and `ignore_label`.
         normalized: False leaves the pixels to `Normalize`.
+        part: which part of the list: `max_sample`, `start_idx`, `end_idx`, see `BaseDataset`.
 
     Raises:
         FileNotFoundError, ValueError: a list, an option or (when read) a sample cannot be used.
@@ -36,15 +35,11 @@ class ValDataset(Dataset[dict[str, Any]]):
         *,
         label_map: LabelMap | None = None,
         normalized: bool = True,
+        **part: int,
     ) -> None:
-        self.root = os.fspath(root_dataset)
-        self.options = DataOptions.read(opt)
+        self.root_dataset = os.fspath(root_dataset)
         self.normalized = normalized
-        self.label_map = label_map or LabelMap.of_options(self.options)
-        self.records: list[Record] = read_records(odgt, self.root)
-
-    def __len__(self) -> int:
-        return len(self.records)
+        super().__init__(odgt, opt, label_map=label_map, **part)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Sample number `index`.
@@ -55,9 +50,9 @@ class ValDataset(Dataset[dict[str, Any]]):
             int64 with -1 ignored; `info`, the image path as listed. With `depth` the tensors are
             (1, 4, h, w) float32.
         """
-        record = self.records[index]
-        image, labels = load_pair(record, self.root, self.label_map)
-        depth = load_depth_of(record, self.root, self.options, (image.shape[1], image.shape[0]))
+        record, root = self.list_sample[index], self.root_dataset
+        image, labels = load_pair(record, root, self.label_map)
+        depth = load_depth_of(record, root, self.options, (image.shape[1], image.shape[0]))
         return {
             "img_ori": image,
             "img_data": scaled_inputs(image, self.options, self.normalized, depth),

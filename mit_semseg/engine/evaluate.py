@@ -490,7 +490,7 @@ class _Scorer:
             try:
                 samples[i] = self.dataset[i]
             except (OSError, ValueError) as error:
-                image = str(self.dataset.records[i]["fpath_img"])
+                image = str(self.dataset.list_sample[i]["fpath_img"])
                 bad[i] = image, _reason(error, image)
         return samples, bad
 
@@ -512,7 +512,8 @@ class _Gallery:
     """Pictures of image, truth and prediction side by side, named after their images."""
 
     def __init__(self, dataset: ValDataset, folder: Path, colors: np.ndarray) -> None:
-        files = [os.path.join(dataset.root, record["fpath_img"]) for record in dataset.records]
+        root, records = dataset.root_dataset, dataset.list_sample
+        files = [os.path.join(root, record["fpath_img"]) for record in records]
         base = common_base(os.path.dirname(os.path.abspath(file)) for file in files)
         # Worked out from the whole list, so that every process comes to the same names.
         stems = output_stems(files, base, folder, [".png"])

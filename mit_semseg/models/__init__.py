@@ -1,5 +1,8 @@
 """Encoders, decoders, and the module that joins them with a loss."""
 
+import importlib
+from types import ModuleType
+
 from mit_semseg.models.builder import ModelBuilder, check_aux_weights, check_pair
 from mit_semseg.models.decoders import DECODERS, Decoder
 from mit_semseg.models.encoders import ENCODERS, Encoder
@@ -15,3 +18,10 @@ __all__ = [
     "check_aux_weights",
     "check_pair",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # The published package imported these modules with itself; they stand in `mit_semseg.compat`.
+    if name in ("hrnet", "mobilenet", "models", "resnet", "resnext", "utils"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

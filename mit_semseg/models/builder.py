@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mit_semseg.dataset.base import FORMATS, check_channels
 from mit_semseg.dataset.transforms import Normalize
@@ -106,6 +106,23 @@ def _channels(arch_decoder: str, fc_dim: int) -> tuple[int, ...]:
 
 class ModelBuilder:
     """Builds encoders, decoders and the whole from names."""
+
+    @staticmethod
+    def weights_init(m: nn.Module) -> None:
+        """Initialises one layer as the published decoders are, for `module.apply`.
+
+        Decoders built here are initialised already (see `decoders.base.init_weights`).
+
+        Args:
+            m: any module; one with "Conv" in the name of its class gets Kaiming normal weights, one
+                with "BatchNorm" the weight 1 and the bias 1e-4, others stay as they are.
+        """
+        name, weight, bias = type(m).__name__, getattr(m, "weight", None), getattr(m, "bias", None)
+        if "Conv" in name and weight is not None:
+            nn.init.kaiming_normal_(weight)
+        elif "BatchNorm" in name and weight is not None and bias is not None:
+            nn.init.ones_(weight)
+            nn.init.constant_(bias, 1e-4)
 
     @staticmethod
     def build_encoder(

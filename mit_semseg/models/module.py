@@ -18,7 +18,26 @@ from mit_semseg.models.decoders.base import crop
 from mit_semseg.models.encoders import Encoder
 
 
-class SegmentationModule(nn.Module):
+class SegmentationModuleBase(nn.Module):
+    """What the published toolkit gives modules of one's own that are trained like this one."""
+
+    @torch.no_grad()
+    def pixel_acc(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Share of the labelled pixels whose most probable class is their label, in [0, 1].
+
+        Args:
+            pred: scores, (B, C, h, w).
+            label: (B, h, w) int64, negative ones ignored.
+
+        Returns:
+            Scalar; 0 where no pixel is labelled.
+        """
+        valid = label >= 0
+        correct = (pred.argmax(1) == label) & valid
+        return correct.sum() / (valid.sum() + 1e-10)
+
+
+class SegmentationModule(SegmentationModuleBase):
     """Encoder + decoder + loss.
 
     Call `module(feed_dict)` for training and `module(feed_dict, segSize=(H, W))` for
@@ -52,10 +71,16 @@ class SegmentationModule(nn.Module):
                 the weights that the decoder declares; empty: as declared.
 
         Raises:
+            TypeError: the decoder does not have the interface of `decoders.Decoder`.
             ValueError: `mirror_pairs` names a class that the decoder does not have, or
                 `aux_weights` are neither none nor one for each auxiliary head.
         """
         super().__init__()
+        if not hasattr(net_dec, "log_probabilities"):
+            raise TypeError(
+                f"net_dec is a {type(net_dec).__name__}: derive it from "
+                "mit_semseg.models.decoders.Decoder, and give it a method `logits`"
+            )
         self.encoder = net_enc
         self.decoder = net_dec
         self.crit = crit
@@ -126,7 +151,7 @@ class SegmentationModule(nn.Module):
                 own.append(value)
             else:
                 loss = loss + value
-        accuracy = _pixel_accuracy(main, label)
+        accuracy = self.pixel_acc(main, label)
 
         if "loss_weight" in batch:
             loss_weight, acc_weight = batch["loss_weight"], _entry(batch, "acc_weight")
@@ -320,10 +345,3 @@ def _entry(batch: Mapping[str, Any], key: str) -> Tensor:
         hint = " (or pass segSize to predict)" if key == "seg_label" else ""
         raise ValueError(f"the batch has no {key!r}{hint}; it has: {', '.join(sorted(batch))}")
     return batch[key]
-
-
-@torch.no_grad()
-def _pixel_accuracy(log_probs: Tensor, label: Tensor) -> Tensor:
-    valid = label >= 0
-    correct = (log_probs.argmax(1) == label) & valid
-    return correct.sum() / (valid.sum() + 1e-10)

@@ -540,7 +540,7 @@ def test_reading_names_every_file_before_it_is_read(
 def tell_pid(worker: int) -> None:
     info = torch.utils.data.get_worker_info()
     assert info is not None
-    folder = Path(info.dataset.root)  # type: ignore[attr-defined]
+    folder = Path(info.dataset.root_dataset)  # type: ignore[attr-defined]
 
     def reading(file: str) -> None:
         with open(folder / f"worker{worker}", "a") as log:

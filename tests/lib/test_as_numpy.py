@@ -1,4 +1,4 @@
-"""Nested tensors to numpy."""
+"""Nested tensors, to and from numpy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mit_semseg.lib.utils import as_numpy
+from mit_semseg.lib.utils import as_numpy, as_variable, mark_volatile
 
 Pair = namedtuple("Pair", "first second")
 
@@ -38,3 +38,22 @@ def test_nested() -> None:
         assert isinstance(array, np.ndarray) and array.tolist() == [3, 3]
     assert isinstance(out["a"][1], tuple) and out["a"][1][1] == 4
     assert out["b"].second == "text" and out["c"] is None
+
+
+def test_variables_are_tensors() -> None:
+    tensor = torch.ones(1)
+    made = as_variable({"a": [tensor, 2], "b": (torch.zeros(1).numpy(), None, "name")})
+    assert made["a"][0] is tensor
+    assert torch.equal(made["a"][1], torch.tensor(2))
+    assert isinstance(made["b"], tuple)
+    assert torch.equal(made["b"][0], torch.zeros(1))
+    assert made["b"][1:] == (None, "name")
+
+
+def test_marking_changes_no_gradient() -> None:
+    x = torch.ones(1, requires_grad=True)
+    marked = mark_volatile({"x": [x], "n": 3})
+    assert marked == {"x": [x], "n": 3}
+    assert marked["x"][0].no_grad is True
+    (marked["x"][0] * 2).backward()
+    assert x.grad is not None

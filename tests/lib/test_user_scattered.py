@@ -293,9 +293,20 @@ def test_data_parallel_with_callback(patch: bool) -> None:
     torch.testing.assert_close(torch.cat(y), want)
 
 
+def test_scattered_replicas_need_no_patch() -> None:
+    """The published training script gives them one."""
+    net = Listener()
+    model = UserScatteredDataParallel(net, device_ids=["cpu", "cpu"])
+    patch_replication_callback(model)
+    xs = [torch.randn(3, 2), torch.randn(5, 2)]
+    want = nn.BatchNorm1d(2, affine=False)(torch.cat(xs))
+    torch.testing.assert_close(model(xs), want)
+    assert [copy_id for _, copy_id in net.heard] == [0, 1]  # once each
+
+
 def test_patching_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear"):
-        patch_replication_callback(nn.Linear(1, 1))  # type: ignore[arg-type]
+        patch_replication_callback(nn.Linear(1, 1))
 
 
 # Failures

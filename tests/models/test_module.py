@@ -330,6 +330,8 @@ def test_a_list_with_one_batch_is_that_batch() -> None:
 
 
 def test_mistakes_are_named() -> None:
+    with pytest.raises(TypeError, match=r"net_dec is a Linear: derive it from .*Decoder"):
+        SegmentationModule(TinyEncoder(), nn.Linear(1, 1), None)  # type: ignore[arg-type]
     module, data = tiny(), batch()
     with pytest.raises(ValueError, match="list of 2.*UserScatteredDataParallel"):
         module([data, data])

@@ -111,14 +111,17 @@ class Decoder(nn.Module):
         states = []
         for num_class in (self.num_class, self.num_class + 1):
             with torch.device("meta"):
-                decoder = type(self)(self.channels, num_class=num_class, strides=self.strides)
-            states.append(decoder.state_dict())
+                states.append(self.with_classes(num_class).state_dict())
         few, more = states
         axes = {
             name: tuple(i for i, side in enumerate(few[name].shape) if side != value.shape[i])
             for name, value in more.items()
         }
         return {name: found for name, found in axes.items() if found}
+
+    def with_classes(self, num_class: int) -> Decoder:
+        """A new decoder of this kind for another number of classes."""
+        return type(self)(self.channels, num_class=num_class, strides=self.strides)
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """Scores of the main head first; those of `auxiliary` after it, in training only.

@@ -44,7 +44,10 @@ class DeepSup(Decoder):
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         heads = super().logits(features)
-        if self.training:
-            x = self.dropout_deepsup(self.cbr_deepsup(features[-2]))
-            heads += (self.conv_last_deepsup(x),)
-        return heads
+        return (*heads, self.auxiliary_logits(features)) if self.training else heads
+
+    def auxiliary_logits(self, features: list[Tensor]) -> Tensor:
+        """Scores of the auxiliary head, (B, num_class, h, w) as the map before the last."""
+        x: Tensor = self.dropout_deepsup(self.cbr_deepsup(features[-2]))
+        scores: Tensor = self.conv_last_deepsup(x)
+        return scores

@@ -33,9 +33,9 @@ def conv_bn(
 class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise, linear 1x1 projection; added to the input where it fits."""
 
-    def __init__(self, n_in: int, n_out: int, stride: int, expansion: int) -> None:
+    def __init__(self, n_in: int, n_out: int, stride: int, expansion: float) -> None:
         super().__init__()
-        hidden = n_in * expansion
+        hidden = round(n_in * expansion)
         expand = [*conv_bn(n_in, hidden, 1), nn.ReLU6(inplace=True)] if expansion > 1 else []
         self.conv = nn.Sequential(
             *expand,
@@ -65,7 +65,7 @@ class MobileNetV2(Encoder):
           bottom only, which moves what they see by a pixel.
     """
 
-    channels = (24, 32, 64, 160, 320)
+    channels: ClassVar[tuple[int, ...]] = (24, 32, 64, 160, 320)
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32, 32)
     taps = (2, 4, 7, 14, 17)  # indices into `features` of what is emitted
     # The first depthwise filters take differences of nearly equal values: three quarters of the

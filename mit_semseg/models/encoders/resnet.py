@@ -42,7 +42,8 @@ class BasicBlock(nn.Module):
         self.conv2 = conv3x3(width, width)
         self.bn2 = BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(n_in, width * self.expansion, stride)
+        n_out = width * self.expansion
+        self.downsample: nn.Module | None = shortcut(n_in, n_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.downsample is None else self.downsample(x)
@@ -67,7 +68,7 @@ class Bottleneck(nn.Module):
         self.conv3 = conv1x1(width, n_out)
         self.bn3 = BatchNorm2d(n_out)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(n_in, n_out, stride)
+        self.downsample: nn.Module | None = shortcut(n_in, n_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.downsample is None else self.downsample(x)

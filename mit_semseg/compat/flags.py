@@ -1,0 +1,203 @@
+"""The flags of 2017 to 2019, before there were configuration files, and what each has become.
+
+This module imports the standard library alone, so that mistakes in arguments are told at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+
+from mit_semseg.arguments import SECTIONS
+
+# Flag -> configuration key; {} is the section of the command. `_converted` has their values.
+_KEYS = {
+    "arch_encoder": "MODEL.arch_encoder",
+    "arch_decoder": "MODEL.arch_decoder",
+    "weights_encoder": "MODEL.weights_encoder",
+    "weights_decoder": "MODEL.weights_decoder",
+    "fc_dim": "MODEL.fc_dim",
+    "list_train": "DATASET.list_train",
+    "list_val": "DATASET.list_val",
+    "root_dataset": "DATASET.root_dataset",
+    "num_class": "DATASET.num_class",
+    "segDepth": "DATASET.num_class",
+    "imgSize": "DATASET.imgSizes",
+    "imgMaxSize": "DATASET.imgMaxSize",
+    "padding_constant": "DATASET.padding_constant",
+    "segm_downsampling_rate": "DATASET.segm_downsampling_rate",
+    "random_flip": "DATASET.random_flip",
+    "flip": "DATASET.random_flip",
+    "batch_size": "{}.batch_size",
+    "batch_size_per_gpu": "TRAIN.batch_size_per_gpu",
+    "num_epoch": "TRAIN.num_epoch",
+    "start_epoch": "TRAIN.start_epoch",
+    "epoch_iters": "TRAIN.epoch_iters",
+    "optim": "TRAIN.optim",
+    "lr_encoder": "TRAIN.lr_encoder",
+    "lr_decoder": "TRAIN.lr_decoder",
+    "lr_pow": "TRAIN.lr_pow",
+    "beta1": "TRAIN.beta1",
+    "weight_decay": "TRAIN.weight_decay",
+    "deep_sup_scale": "TRAIN.deep_sup_scale",
+    "fix_bn": "TRAIN.fix_bn",
+    "workers": "TRAIN.workers",
+    "seed": "TRAIN.seed",
+    "disp_iter": "TRAIN.disp_iter",
+    "eval_epoch": "TRAIN.eval_epochs",
+    "visualize": "VAL.visualize",
+    "suffix": "{}.checkpoint",
+    "id": "DIR",
+    "ckpt": "DIR",
+    "model_path": "DIR",
+    "root_img": "DATASET.root_dataset",
+    "root_seg": "DATASET.root_dataset",
+}
+# Flag -> option.
+_OPTIONS = {
+    "num_gpus": "--gpus",
+    "gpu_id": "--gpus",
+    "devices": "--gpus",
+    "test_img": "--imgs",
+    "test_imgs": "--imgs",
+    "result": "--out",
+}
+# Flag -> why nothing takes its place.
+_GONE = {
+    "segSize": "results have the size of the image",
+    "lr_step": "the learning rate falls in every step, by TRAIN.lr_pow",
+    "num_val": "all of DATASET.list_val is evaluated",
+    "vis": "curves are in DIR",
+    "ckpt_epoch": "weights are kept after every epoch, see TRAIN.keep",
+}
+_SWITCHES = ("fix_bn", "visualize", "flip", "random_flip")
+_MANY = ("imgSize", "test_imgs")
+_COMMANDS = {"train": "TRAIN", "eval": "VAL", "predict": "TEST"}
+
+
+def replacement(command: str, words: Sequence[str], program: str) -> str:
+    """What to type instead of a command line that has flags of the early versions.
+
+    Args:
+        command: "train", "eval" or "predict"; others never had any.
+        words: what was typed behind it.
+        program: how it was called, such as "python train.py".
+
+    Returns:
+        What each of these flags has become, and the whole new command line; "" without any.
+
+    Example:
+        >>> replacement("train", ["--num_gpus", "2"], "python train.py")
+        'flags have been replaced: --num_gpus by --gpus; type: python train.py --gpus 0-1'
+    """
+    if command not in _COMMANDS:
+        return ""
+    given, rest = _parted(command, list(words))
+    if not given:
+        return ""
+    at = next((i for i, word in enumerate(rest) if word.startswith(SECTIONS)), len(rest))
+    new = _Translation(command, given)
+    now = shlex.join([*rest[:at], *new.options, *rest[at:], *new.pairs])
+    replaced = ", ".join(new.notes)
+    return f"flags have been replaced: {replaced}; type: {new.before}{program} {now}"
+
+
+def _parted(command: str, words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Early flags with their values, and all other words."""
+    known = {*_KEYS, *_OPTIONS, *_GONE}
+    if command == "eval":
+        known.remove("workers")  # an option of today, for something else
+    given: dict[str, list[str]] = {}
+    rest: list[str] = []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in known:
+            rest.append(word)
+            continue
+        given[name] = [value] if equals else []
+        most = len(words) if name in _MANY else 1
+        while words and len(given[name]) < most and not words[0].startswith(("--", *SECTIONS)):
+            if name in _SWITCHES and words[0].lower() not in ("0", "1", "true", "false"):
+                break
+            given[name].append(words.pop(0))
+    return given, rest
+
+
+class _Translation:
+    """Early flags as options and `KEY value` pairs of today.
+
+    Attributes:
+        notes: what each flag has become.
+        options, pairs: words of the new command line.
+        before: a command that is to be run first, with "&&" behind it, or "".
+    """
+
+    def __init__(self, command: str, given: dict[str, list[str]]) -> None:
+        self.notes: list[str] = []
+        self.options: list[str] = []
+        self.pairs: list[str] = []
+        self.before = ""
+        section, predicting = _COMMANDS[command], command == "predict"
+        gone = {**_GONE, **({"visualize": "pictures are always written"} if predicting else {})}
+        for name, values in given.items():
+            value = values[0] if values else ""
+            if name in gone:
+                self.notes.append(f"--{name} by nothing ({gone[name]})")
+            elif name == "result" and predicting:
+                self._key(name, "TEST.result", value)
+            elif name in _OPTIONS:
+                option = "--gpu" if predicting and name == "gpu_id" else _OPTIONS[name]
+                if name == "num_gpus" and value.isdecimal():
+                    values = [f"0-{int(value) - 1}" if int(value) > 1 else "0"]
+                self.notes.append(f"--{name} by {option}")
+                self.options += [option, *values]
+            else:
+                self._key(name, _KEYS[name].format(section), _converted(name, values))
+        if "id" in given or "ckpt" in given:
+            folder, model = given.get("ckpt", ["ckpt"]), given.get("id", ["baseline"])
+            self._set("DIR", os.path.normpath(os.path.join(*folder, *model)))
+        if "root_img" in given or "root_seg" in given:
+            ade20k = "./data/ADEChallengeData2016/"
+            images = "".join(given.get("root_img", [f"{ade20k}images"]))
+            self._roots(images, "".join(given.get("root_seg", [f"{ade20k}annotations"])))
+
+    def _key(self, name: str, key: str, value: str) -> None:
+        self.notes.append(f"--{name} by {key}")
+        self._set(key, value)
+
+    def _set(self, key: str, value: str) -> None:
+        self._drop(key)
+        self.pairs += [key, value]
+
+    def _drop(self, *keys: str) -> None:
+        pairs = zip(self.pairs[::2], self.pairs[1::2])
+        self.pairs = [word for key, value in pairs if key not in keys for word in (key, value)]
+
+    def _roots(self, images: str, masks: str) -> None:
+        """Lists of 2017 named files in two folders, and said nothing else."""
+        self._drop("DATASET.list_train", "DATASET.list_val", "DATASET.root_dataset")
+        images, masks = os.path.normpath(images), os.path.normpath(masks)
+        root, folder = os.path.split(images)
+        if folder == "images" and masks == os.path.join(root, "annotations"):
+            self.pairs += ["DATASET.format", "ade20k", "DATASET.root_dataset", root or "."]
+            return
+        making = ["mit-semseg", "data", "make-odgt", "--images", images, "--labels", masks]
+        self.before = f"{shlex.join([*making, '--out', 'lists'])} && "
+        self.pairs += ["DATASET.root_dataset", os.path.commonpath([images, masks]) or "."]
+        for split in ("training", "validation"):
+            key = "DATASET.list_train" if split == "training" else "DATASET.list_val"
+            self.pairs += [key, f"lists/{split}.odgt"]
+
+
+def _converted(name: str, values: list[str]) -> str:
+    """The value of a flag as its key takes it."""
+    value = ",".join(values)
+    if name in _SWITCHES:
+        return "False" if value.lower() in ("0", "false") else "True"
+    if name == "suffix":
+        return value.removeprefix("_")
+    if name == "start_epoch" and value.isdecimal():
+        return str(max(int(value) - 1, 0))  # it was the first epoch to train, counted from 1
+    return value

@@ -1,0 +1,109 @@
+"""`models.hrnet` as published: HRNetV2-W48."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mit_semseg.compat.resnet import BasicBlock, BatchNorm2d, Bottleneck, conv3x3, load_url
+from mit_semseg.models.encoders import hrnet, resnet
+from mit_semseg.weights import imagenet_weights, load_encoder
+
+__all__ = [
+    "BN_MOMENTUM",
+    "BasicBlock",
+    "BatchNorm2d",
+    "Bottleneck",
+    "HRNetV2",
+    "HighResolutionModule",
+    "blocks_dict",
+    "conv3x3",
+    "hrnetv2",
+    "load_url",
+    "model_urls",
+]
+
+BN_MOMENTUM = 0.1  # torch's default; the layers do not read it here
+logger = logging.getLogger(__name__)
+blocks_dict = {"BASIC": BasicBlock, "BOTTLENECK": Bottleneck}
+model_urls = {"hrnetv2": imagenet_weights("hrnetv2").urls[0]}
+
+
+class HighResolutionModule(hrnet.Exchange):
+    """Residual blocks on every branch, then every branch receives the sum of all of them.
+
+    Args:
+        num_branches: how many, each of half the resolution of the one before.
+        blocks: `BasicBlock` or `Bottleneck`.
+        num_blocks: of each branch.
+        num_inchannels: of each branch; as published, the list is changed to what comes out.
+        num_channels: of each branch, times `blocks.expansion` in what comes out.
+        fuse_method: not read; sums are all there is, as published.
+        multi_scale_output: False gives the first branch only.
+
+    Raises:
+        ValueError: a list has another length than `num_branches`.
+    """
+
+    def __init__(
+        self,
+        num_branches: int,
+        blocks: Any,
+        num_blocks: Sequence[int],
+        num_inchannels: list[int],
+        num_channels: Sequence[int],
+        fuse_method: str,
+        multi_scale_output: bool = True,
+    ) -> None:
+        given = {
+            "num_blocks": num_blocks,
+            "num_channels": num_channels,
+            "num_inchannels": num_inchannels,
+        }
+        for name, values in given.items():
+            if len(values) != num_branches:
+                raise ValueError(f"{name} is {list(values)}; num_branches is {num_branches}")
+        widths = [width * blocks.expansion for width in num_channels]
+        super().__init__(widths, depth=0)
+        for branch, n_in, n_out, width, depth in zip(
+            self.branches, num_inchannels, widths, num_channels, num_blocks, strict=True
+        ):
+            assert isinstance(branch, nn.Sequential)
+            branch.append(blocks(n_in, width, 1, resnet.shortcut(n_in, n_out, 1)))
+            branch.extend(blocks(n_out, width) for _ in range(depth - 1))
+        if not multi_scale_output:
+            self.fuse_layers = self.fuse_layers[:1]
+        num_inchannels[:] = widths
+        self.num_inchannels, self.num_branches = num_inchannels, num_branches
+        self.fuse_method, self.multi_scale_output = fuse_method, multi_scale_output
+
+    def get_num_inchannels(self) -> list[int]:
+        """Channels of each branch in what comes out."""
+        return self.num_inchannels
+
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        """(B, num_inchannels[i], H / 2^i, W / 2^i) each -> the same with the new channels."""
+        return super().forward(x)
+
+
+class HRNetV2(hrnet.HRNetV2):
+    """The encoder `hrnetv2`, which has no classifier.
+
+    Args:
+        n_class: not read, as published.
+        kwargs: likewise.
+    """
+
+    def __init__(self, n_class: int, **kwargs: Any) -> None:
+        super().__init__()
+
+
+def hrnetv2(pretrained: bool = False, **kwargs: Any) -> HRNetV2:
+    """HRNetV2-W48; `pretrained` takes the published ImageNet weights, downloaded once."""
+    model = HRNetV2(n_class=1000, **kwargs)
+    if pretrained:
+        load_encoder(model, "hrnetv2", "")
+    return model

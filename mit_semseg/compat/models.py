@@ -1,0 +1,184 @@
+"""`models.models` as published: encoders made of classifiers, decoders built from `fc_dim`.
+
+What `ModelBuilder` builds are the classes of `models.encoders` and `models.decoders`, of the same
+layers under the same names; those below are subclasses with the published constructors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from mit_semseg.compat import hrnet, mobilenet, resnet, resnext
+from mit_semseg.compat.resnet import BatchNorm2d
+from mit_semseg.models.builder import ModelBuilder
+from mit_semseg.models.decoders import Decoder, c1, ppm, upernet
+from mit_semseg.models.decoders.deepsup import DeepSup
+from mit_semseg.models.encoders import mobilenet as mobilenet_encoder
+from mit_semseg.models.encoders import resnet as resnet_encoder
+from mit_semseg.models.encoders.base import dilate
+from mit_semseg.models.layers import conv_bn_relu
+from mit_semseg.models.module import SegmentationModule, SegmentationModuleBase
+
+__all__ = [
+    "C1",
+    "PPM",
+    "BatchNorm2d",
+    "C1DeepSup",
+    "MobileNetV2Dilated",
+    "ModelBuilder",
+    "PPMDeepsup",
+    "Resnet",
+    "ResnetDilated",
+    "SegmentationModule",
+    "SegmentationModuleBase",
+    "UPerNet",
+    "conv3x3_bn_relu",
+    "hrnet",
+    "mobilenet",
+    "resnet",
+    "resnext",
+]
+
+# dilate_scale -> dilations of the last two stages; any other leaves the strides.
+_DILATIONS = {8: (2, 4), 16: (1, 2)}
+
+
+def conv3x3_bn_relu(in_planes: int, out_planes: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, BatchNorm, ReLU."""
+    return conv_bn_relu(in_planes, out_planes, 3, stride)
+
+
+# ------------------------------------------------------------------------------ encoders
+class Resnet(resnet_encoder.ResNet):
+    """The layers of a ResNet or ResNeXt but the classifier, as an encoder of output stride 32.
+
+    Args:
+        orig_resnet: whose layers are taken, not copied.
+    """
+
+    def __init__(self, orig_resnet: nn.Module) -> None:
+        nn.Module.__init__(self)  # not of ResNet, which makes layers
+        for name in resnet.FEATURES:
+            setattr(self, name, getattr(orig_resnet, name))
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        self.channels = tuple(_out_channels(stage) for stage in stages)  # type: ignore[misc]
+
+
+class ResnetDilated(Resnet):
+    """As `Resnet`, with the last two stages dilated.
+
+    Args:
+        orig_resnet: whose layers are taken, not copied, and changed.
+        dilate_scale: output stride, 8 or 16; as published, any other leaves it at 32.
+    """
+
+    def __init__(self, orig_resnet: nn.Module, dilate_scale: int = 8) -> None:
+        super().__init__(orig_resnet)
+        third, fourth = _DILATIONS.get(dilate_scale, (1, 1))
+        dilate(self.layer3, third)
+        dilate(self.layer4, fourth)
+        self.strides = (4, 8, 16 // third, 32 // fourth)  # type: ignore[misc]
+
+
+class MobileNetV2Dilated(mobilenet_encoder.MobileNetV2):
+    """The layers of a MobileNetV2 but the last convolution and the classifier, as an encoder.
+
+    Args:
+        orig_net: whose layers are taken, not copied, and changed.
+        dilate_scale: output stride, 8 or 16; as published, any other leaves it at 32.
+    """
+
+    def __init__(self, orig_net: nn.Module, dilate_scale: int = 8) -> None:
+        nn.Module.__init__(self)  # not of MobileNetV2, which makes layers
+        self.features = cast(nn.Sequential, orig_net.features)[:-1]
+        self.down_idx, self.total_idx = list(self.taps[:-1]), len(self.features)
+        third, fourth = _DILATIONS.get(dilate_scale, (1, 1))
+        dilate(self.features[self.taps[2] : self.taps[3]], third)
+        dilate(self.features[self.taps[3] :], fourth)
+        channels = (_out_channels(self.features[tap]) for tap in self.taps)
+        self.channels = tuple(channels)  # type: ignore[misc]
+        stride = 32 // fourth
+        self.strides = (4, 8, 16 // third, stride, stride)  # type: ignore[misc]
+
+
+def _out_channels(stage: nn.Module) -> int:
+    return [m for m in stage.modules() if isinstance(m, nn.Conv2d)][-1].out_channels
+
+
+# ------------------------------------------------------------------------------ decoders
+class _OfWidth(Decoder):
+    """A decoder that is built from `fc_dim`, the channels of the encoder's last feature map."""
+
+    def with_classes(self, num_class: int) -> Decoder:
+        return type(self)(num_class=num_class, fc_dim=self.channels[-1])  # type: ignore[call-arg]
+
+
+class _AuxiliaryInEvaluation(DeepSup):
+    """As published, `use_softmax` alone decides whether the auxiliary head is computed."""
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        heads = super().logits(features)
+        if self.training or self.use_softmax:
+            return heads
+        return (*heads, self.auxiliary_logits(features))
+
+
+class C1(_OfWidth, c1.C1):
+    """3x3 convolution to a quarter of the channels, then 1x1 to the classes."""
+
+    def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False) -> None:
+        super().__init__((fc_dim,), num_class, use_softmax=use_softmax)
+
+
+class C1DeepSup(_OfWidth, _AuxiliaryInEvaluation, c1.C1DeepSup):
+    """`C1`, and the same head on the map before the last, which has fc_dim // 2 channels."""
+
+    def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False) -> None:
+        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax)
+
+
+class PPM(_OfWidth, ppm.PPM):
+    """Average pools at several sizes, joined with the feature map."""
+
+    def __init__(
+        self,
+        num_class: int = 150,
+        fc_dim: int = 4096,
+        use_softmax: bool = False,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+    ) -> None:
+        super().__init__((fc_dim,), num_class, pool_scales, use_softmax=use_softmax)
+
+
+class PPMDeepsup(_OfWidth, _AuxiliaryInEvaluation, ppm.PPMDeepSup):
+    """`PPM`, and a head on the map before the last, which has fc_dim // 2 channels."""
+
+    def __init__(
+        self,
+        num_class: int = 150,
+        fc_dim: int = 4096,
+        use_softmax: bool = False,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+    ) -> None:
+        channels = fc_dim // 2, fc_dim
+        super().__init__(channels, num_class, pool_scales=pool_scales, use_softmax=use_softmax)
+
+
+class UPerNet(_OfWidth, upernet.UPerNet):
+    """Pyramid pooling on top of a feature pyramid of `fpn_inplanes` channels."""
+
+    def __init__(
+        self,
+        num_class: int = 150,
+        fc_dim: int = 4096,
+        use_softmax: bool = False,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+        fpn_inplanes: Sequence[int] = (256, 512, 1024, 2048),
+        fpn_dim: int = 256,
+    ) -> None:
+        self.fpn_dim = fpn_dim
+        channels = (*fpn_inplanes[:-1], fc_dim)
+        super().__init__(channels, num_class, pool_scales, use_softmax=use_softmax)
