@@ -122,7 +122,7 @@ class Job:
             launcher: what stands before, such as torchrun's module and its options.
         """
         module = ["-m", "mit_semseg.cli"]
-        # Of one number of threads, whatever else this machine does: results are compared bit by bit.
+        # One number of threads whatever else runs here: results are compared bit by bit.
         words = [sys.executable, *launcher, *module, command, "--gpus", "cpu", "--threads", "1"]
         return Running([*words, "--cfg", str(self.file), *options], self.file.with_suffix(".out"))
 
