@@ -389,6 +389,9 @@ def test_exports_for_any_size(real: SegmentationModule) -> None:
     torch.testing.assert_close(program(image), wanted, rtol=0, atol=rounding(wanted, 100))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4."), reason="torch 2.4 breaks graphs at context managers"
+)
 def test_compiles_training_without_a_break(real: SegmentationModule) -> None:
     data = {
         "img_data": torch.randn(1, 3, 64, 64),

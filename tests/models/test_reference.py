@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
 from fill import fill, image
 from torch import nn
 
 from mit_semseg.losses import build_loss
 from mit_semseg.models import ModelBuilder, SegmentationModule
 
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 PAIRS = {
     "mobilenetv2dilated+c1_deepsup": 320,
     "resnet18dilated+ppm_deepsup": 512,
