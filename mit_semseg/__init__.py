@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 from mit_semseg.compat import install as _install
 
 if TYPE_CHECKING:
+    from mit_semseg.segmenter import Result as Result
     from mit_semseg.segmenter import Segmenter as Segmenter
 
 __version__ = "2.0.0"
-__all__ = ["Segmenter", "__version__"]
+__all__ = ["Result", "Segmenter", "__version__"]
 
 _install()
 
 
 def __getattr__(name: str) -> Any:
     # Resolved on first use, so that `import mit_semseg` and `mit-semseg --help` stay quick.
-    if name == "Segmenter":
-        from mit_semseg.segmenter import Segmenter
+    if name in ("Result", "Segmenter"):
+        from mit_semseg import segmenter
 
-        return Segmenter
+        return getattr(segmenter, name)
     raise AttributeError(f"module 'mit_semseg' has no attribute {name!r}")

@@ -151,13 +151,14 @@ def _add_data(subparsers: Subparsers) -> None:
     make.add_argument("--image-suffix", default="", help="what only image names end with")
     make.add_argument("--label-suffix", default="", help="what only mask names end with (_mask)")
     make.add_argument("--overwrite", action="store_true", help="replace lists that are there")
+    _add_label_map(make)
 
     look = subparsers.add_parser("check", help="read every sample of a list and report")
     look.add_argument(
         "list",
         metavar="LIST",
-        help="an .odgt file, images_dir:labels_dir, a split name of a public data set, or with "
-        "--cfg: train or val",
+        help="an .odgt file, images_dir:labels_dir, images_dir:FILE.json (COCO), a split name of "
+        "a public data set, or with --cfg: train or val",
     )
     look.add_argument("--cfg", default=None, metavar="FILE", help="take all settings from here")
     look.add_argument("--root", default=None, metavar="DIR", help="DATASET.root_dataset")
@@ -165,17 +166,27 @@ def _add_data(subparsers: Subparsers) -> None:
         "--format",
         default=None,
         metavar=_one_of(FORMATS),
-        help="DATASET.format (odgt, or folder where LIST has a colon)",
+        help="DATASET.format (odgt; where LIST has a colon folder, or coco for a .json)",
     )
     look.add_argument("--num-class", type=int, default=None, metavar="K")
     look.add_argument("--label-offset", type=int, default=1, metavar="N")
     look.add_argument("--ignore-label", type=int, nargs="+", default=[], metavar="V")
+    _add_label_map(look)
     look.add_argument("--classes", default="", metavar="CSV", help="class names")
     look.add_argument("--json", default="", metavar="FILE", help="write the report here as well")
 
     get = subparsers.add_parser("download", help="fetch a public data set")
     get.add_argument("name", metavar=_one_of(SOURCES))
     get.add_argument("--to", default="", metavar="DIR", help="folder (data/<name of the set>)")
+
+
+def _add_label_map(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--label-map",
+        default="",
+        metavar="PAIRS",
+        help='stored value to class, -1 for ignored, as "[[0, 0], [255, 1]]"',
+    )
 
 
 def _add_demo(subparsers: Subparsers) -> None:

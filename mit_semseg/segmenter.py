@@ -19,12 +19,13 @@ from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.transforms import (
     Normalize,
     exif_orientation,
+    is_deep,
     load_image,
     scaled_inputs,
     to_rgb,
 )
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
-from mit_semseg.engine.launch import autocast
+from mit_semseg.engine.launch import autocast, usable_device
 from mit_semseg.engine.predict import area_legend, areas, render, with_scales
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.inference import inference_copy
@@ -149,8 +150,11 @@ class Segmenter:
             tile: "auto", "off", or a side in pixels: images larger than this at network scale are
                 computed in overlapping tiles; "auto" does so above 4 million pixels.
             window: slide this over images of every size, instead of tiles.
+
+        Raises:
+            ValueError: there is no such device.
         """
-        self.device = torch.device(device)
+        self.device = usable_device(device)
         self.module = inference_copy(
             module, self.device, Normalize.of(opt), compile=compile, tile=tile, window=window
         )
@@ -167,7 +171,7 @@ class Segmenter:
         device: torch.device | str | None = None,
         precision: str = "fp32",
         checkpoint: str | None = None,
-        imgSizes: Sequence[int] | None = None,
+        imgSizes: int | Sequence[int] | None = None,
         compile: bool = False,
         tile: str | int | None = None,
     ) -> Segmenter:
@@ -186,8 +190,11 @@ class Segmenter:
 
         Raises:
             FileNotFoundError: the folder holds no configuration or no such checkpoint.
-            ValueError: weights and configuration do not fit together.
+            ValueError: weights and configuration do not fit together, or there is no such device.
         """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = usable_device(device)  # said before the weights are read
         folder = CheckpointFolder(Path(path))
         cfg = folder.config()
         module = load_model(cfg, checkpoint or folder.best_or_latest())
@@ -196,7 +203,7 @@ class Segmenter:
             module,
             folder.classes(),
             with_scales(cfg.DATASET, sizes),
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=device,
             precision=precision,
             flip=cfg.TEST.flip,
             compile=compile,
@@ -273,10 +280,13 @@ class Segmenter:
 def as_image(source: Source) -> np.ndarray:
     """A path, Pillow image or array as (H, W, 3) uint8 RGB; see `Segmenter.__call__`."""
     if isinstance(source, (str, os.PathLike)):
+        if not os.path.exists(source):  # what reads data sets would advise on theirs
+            raise FileNotFoundError(f"{os.fspath(source)}: no such file")
         return load_image(source)
     if isinstance(source, Image.Image):
+        deep = is_deep(source)  # what follows may read the pixels
         turned = exif_orientation(source) != 1
-        return to_rgb(ImageOps.exif_transpose(source) if turned else source)
+        return to_rgb(ImageOps.exif_transpose(source) if turned else source, deep=deep)
     if isinstance(source, np.ndarray):
         return _from_array(source)
     raise ValueError(

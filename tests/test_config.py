@@ -134,8 +134,40 @@ def test_file_mistakes_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("TRAIN: [")
     with pytest.raises(ValueError, match="broken.yaml is no valid yaml"):
         load_config(tmp_path / "broken.yaml")
-    with pytest.raises(FileNotFoundError, match="did you mean 'mine.yaml'"):
+    with pytest.raises(FileNotFoundError, match="did you mean .*/mine.yaml"):
         load_config(tmp_path / "mime.yaml")
+
+
+def test_what_is_no_configuration_file_is_told_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(path: str) -> str:
+        with pytest.raises(FileNotFoundError) as error:
+            load_config(path)
+        return str(error.value)
+
+    monkeypatch.chdir(tmp_path)
+    nowhere = "configuration file none.yaml does not exist; recipes are in the folder config of"
+    assert said("none.yaml").startswith(nowhere)
+    Path("config").mkdir()
+    for name in ("sbu-unet", *(f"camvid-{k}" for k in range(8))):
+        Path(f"config/{name}.yaml").write_text("")
+    assert said("config/nonexist.yaml") == (
+        "configuration file config/nonexist.yaml does not exist; config holds 9 configuration "
+        "files, such as camvid-0.yaml"
+    )
+    for near in ("sbu-unet.yaml", "config/sbu-unnet.yaml", "config/sbu-unet"):
+        assert said(near).endswith("does not exist; did you mean config/sbu-unet.yaml?")
+    Path("ckpt").mkdir()
+    assert said("ckpt").startswith("ckpt is a folder, not a configuration file; recipes are in")
+    Path("ckpt/config.yaml").write_text("")
+    assert said("ckpt") == "ckpt is a folder, not a configuration file; give ckpt/config.yaml"
+
+
+def test_a_mapping_in_place_of_a_list_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("DATASET:\n  label_map: {0: 0, 255: 1}\n")
+    with pytest.raises(ValueError, match=r"DATASET.label_map is \{0: 0, 255: 1\}; it takes a list"):
+        load_config(tmp_path / "mine.yaml")
 
 
 def test_pairs_are_checked_when_the_file_is_read() -> None:

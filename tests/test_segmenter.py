@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pydoc
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -132,8 +135,22 @@ def test_other_inputs_are_refused(segmenter: Segmenter, source: Any, message: st
 
 
 def test_missing_file(segmenter: Segmenter, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
+    with pytest.raises(FileNotFoundError) as caught:
         segmenter(tmp_path / "none.jpg")
+    assert str(caught.value) == f"{tmp_path / 'none.jpg'}: no such file"  # not of a data set
+
+
+def test_dark_sixteen_bits_are_refused_from_memory_too(
+    segmenter: Segmenter, array: np.ndarray, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "deep.png")
+    assert cv2.imwrite(path, array.astype(np.uint16) * 257)
+    for source in (path, Image.open(path)):
+        np.testing.assert_array_equal(segmenter(source).image, array[:, :, ::-1])
+    assert cv2.imwrite(path, array.astype(np.uint16) * 16)
+    for source in (path, Image.open(path)):
+        with pytest.raises(ValueError, match="less than a quarter of 65535"):
+            segmenter(source)
 
 
 # ------------------------------------------------------------------------------ results
@@ -192,14 +209,42 @@ def test_the_input_is_never_overwritten(segmenter: Segmenter, path: Path, tmp_pa
 def test_folder_carries_all_that_is_needed(
     cfg: Config, segmenter: Segmenter, array: np.ndarray, tmp_path: Path
 ) -> None:
-    assert mit_semseg.Segmenter is Segmenter
+    assert mit_semseg.Segmenter is Segmenter and mit_semseg.Result is Result
+    assert "label_offset" in pydoc.render_doc(mit_semseg.Result)
     assert [x.shape[-2:] for x in scaled_inputs(array, segmenter.opt)] == [(32, 48), (48, 64)]
     other = Segmenter.from_checkpoint(Path(cfg.DIR), device="cpu", imgSizes=[40])
     assert [min(x.shape[-2:]) for x in scaled_inputs(array, other.opt)] == [40]
+    single = Segmenter.from_checkpoint(Path(cfg.DIR), device="cpu", imgSizes=40)
+    np.testing.assert_array_equal(single(array).labels, other(array).labels)
+    for wrong in (0, "40", [40, None], True):
+        with pytest.raises(ValueError, match="DATASET.imgSizes is .*; give short sides in pixels"):
+            Segmenter.from_checkpoint(Path(cfg.DIR), device="cpu", imgSizes=wrong)
     in_memory = Segmenter(load_model(cfg, "best.pth"), ClassTable.of(NAMES), cfg.DATASET)
     np.testing.assert_array_equal(in_memory(array).labels, segmenter(array).labels)
     with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
         Segmenter.from_checkpoint(tmp_path)
+
+
+def test_devices_that_are_not_there(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(device: Any) -> str:
+        with pytest.raises(ValueError) as caught:
+            Segmenter.from_checkpoint(cfg.DIR, device=device)
+        with pytest.raises(ValueError, match=re.escape(str(caught.value))):
+            Segmenter(load_model(cfg, "best.pth"), ClassTable.of(NAMES), cfg.DATASET, device=device)
+        return str(caught.value)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, name in (("cuda", "cuda"), ("cuda:7", "cuda:7"), (0, "cuda:0")):
+        assert said(device) == (
+            f"device is '{name}', but this machine has no GPU that torch can use; device 'cpu' "
+            "runs without one"
+        )
+    for device in ("gpu0", "", "cuda:x"):
+        assert said(device) == f"device is {device!r}; give 'cpu', 'cuda' or 'cuda:0'"
+    assert said("meta").startswith("device is 'meta', which torch cannot use here (")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert said("cuda:7").endswith("but this machine has 2 GPUs; the first is 'cuda:0'")
 
 
 def test_tiles_are_the_folders_or_ones_own(cfg: Config, array: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from mit_semseg.registry import closest
+
+RECIPES = Path("config")  # below the working folder, in a checkout
 
 # Written into the tree by the published training script at run time; old dumps may carry them.
 OBSOLETE = {
@@ -81,13 +84,7 @@ class Config(CN):
         """Merge a yaml file; ValueError or FileNotFoundError with one clear line otherwise."""
         path = Path(cfg_filename)
         if not path.is_file():
-            beside = (
-                sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-            )
-            hint = closest(path.name, beside) or (
-                f"; {path.parent} holds {', '.join(beside)}" if beside else ""
-            )
-            raise FileNotFoundError(f"configuration file {path} does not exist{hint}")
+            raise FileNotFoundError(_no_file(path))
         try:
             tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a safe one
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -113,7 +110,11 @@ class Config(CN):
         for key, value in tree.items():
             dotted = f"{prefix}{key}"
             if isinstance(value, Mapping):
-                if not isinstance(self._node(dotted), CN):
+                default = self._node(dotted)
+                if default is not None and not isinstance(default, CN):
+                    kind = _kind(type(default))
+                    raise ValueError(f"{source}: {dotted} is {dict(value)!r:.80}; it takes {kind}")
+                if default is None:
                     raise ValueError(_unknown(self, dotted, source))
                 self.merge_tree(value, source=source, prefix=f"{dotted}.")
             else:
@@ -139,6 +140,33 @@ class Config(CN):
         *parents, leaf = dotted.split(".")
         node = self._node(".".join(parents)) if parents else self
         node[leaf] = coerce(dotted, default, value, source)
+
+
+def _no_file(path: Path) -> str:
+    """What to say of a configuration file that is none."""
+    if path.is_dir():
+        inside = path / "config.yaml"  # as in a checkpoint folder
+        if inside.is_file():
+            return f"{path} is a folder, not a configuration file; give {inside}"
+        return f"{path} is a folder, not a configuration file{_yaml_files(path)}"
+    if path.exists():
+        return f"{path} is a pipe or a device, not a configuration file"
+    beside = [file for place in {path.parent, RECIPES} for file in place.glob("*.yaml")]
+    stems = {file.stem: file for file in sorted(beside)}
+    near = difflib.get_close_matches(path.name.removesuffix(".yaml"), stems, n=1, cutoff=0.7)
+    if near:
+        return f"configuration file {path} does not exist; did you mean {stems[near[0]]}?"
+    return f"configuration file {path} does not exist{_yaml_files(path.parent)}"
+
+
+def _yaml_files(folder: Path) -> str:
+    """What configuration files are in a folder, and else where there are some."""
+    names = sorted(file.name for file in folder.glob("*.yaml"))
+    if 0 < len(names) <= 8:
+        return f"; {folder} holds {', '.join(names)}"
+    if names:
+        return f"; {folder} holds {len(names)} configuration files, such as {names[0]}"
+    return f"; recipes are in the folder {RECIPES} of the repository"
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,8 @@ FORMATS = Registry("data set format")
 TABLES = Path(__file__).parent / "tables"
 
 _UNKNOWN = -2  # in lookup tables: neither a class nor ignored
+# White in 8 and 16 bits: what masks of two classes store beside 0, and others for "no label".
+_WHITE = (255, 65535)
 
 
 # ------------------------------------------------------------------------------ classes
@@ -115,6 +117,14 @@ class ClassTable:
 
 
 # ------------------------------------------------------------------------------ labels
+def _two_classes(white: int) -> str:
+    """What to set for masks that store two classes as black and white."""
+    return (
+        f"if 0 and {white} are two classes, set DATASET.num_class 2 DATASET.label_map "
+        f'"[[0, 0], [{white}, 1]]"'
+    )
+
+
 class LabelMap:
     """From stored mask values to class ids, -1 for ignored, by a lookup table.
 
@@ -203,19 +213,26 @@ class LabelMap:
                 runs.append([value, value])
         return ", ".join(f"{a}..{b}" if a < b else f"{a}" for a, b in runs)
 
-    def complaint(self, stored: Iterable[int], file: PathLike) -> str:
-        """What to say about a file that holds these stored values; "" when all are known."""
+    def complaint(self, stored: Iterable[int], file: PathLike, others: Iterable[int] = ()) -> str:
+        """What to say about a file that holds these stored values; "" when all are known.
+
+        Args:
+            stored: the values.
+            file: named in what is said.
+            others: values of further files of the same kind.
+        """
         bad = sorted(set(stored) - set(self.values))
         if not bad:
             return ""
         message = (
-            f"{os.fspath(file)}: label {', '.join(map(str, bad[:8]))} is outside "
-            f"{self.describe()}; set DATASET.ignore_label {bad[0] if len(bad) == 1 else bad[:8]} "
-            f"or a label map{self.hint}"
+            f"{os.fspath(file)}: label {', '.join(map(str, bad[:8]))} is outside {self.describe()}"
         )
-        if set(stored) == {0, 255}:
-            message += "; the mask holds only {0, 255}: a binary mask? Store 0 and 1 instead"
-        return message
+        ignore = f"DATASET.ignore_label {bad[0] if len(bad) == 1 else bad[:8]}"
+        found, white = {*stored, *others}, bad[0]
+        if white in _WHITE and (found == {0, white} or (found == {white} and self.num_class <= 2)):
+            message += f"; {_two_classes(white)}"
+            return message + (f", else {ignore}" if self.num_class > 2 else "")
+        return f"{message}; set {ignore} or a label map{self.hint}"
 
     def check(self, raw: np.ndarray, file: PathLike = "mask") -> None:
         """Refuse stored values that are neither a class nor ignored, without mapping them.
@@ -337,6 +354,14 @@ class DataFormat(ABC):
     def classes(self, options: DataOptions) -> ClassTable:
         """The class table; ValueError when `options.num_class` does not fit it."""
 
+    def classes_for(self, root: Path, splits: Sequence[str], options: DataOptions) -> ClassTable:
+        """As `classes`, for data sets whose own files name the classes of these splits."""
+        return self.classes(options)
+
+    def count_for(self, root: Path, split: str) -> int | None:
+        """How many classes a split has, where its files or the data set say so."""
+        return self.num_class
+
     @abstractmethod
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
         """How these records' masks are to be read, `options.ignore_label` not yet applied."""
@@ -384,21 +409,33 @@ class Split:
     label_map: LabelMap
 
 
-def class_table(dataset_cfg: Any) -> ClassTable:
+def entries_of(dataset_cfg: Any, which: str, data_format: DataFormat) -> list[str]:
+    """The entries of `list_train` or `list_val`, default lists turned into splits."""
+    lists = getattr(dataset_cfg, f"list_{which}")
+    entries = [lists] if isinstance(lists, str) else lists
+    return [data_format.default_splits.get(entry, entry) for entry in entries]
+
+
+def class_table(dataset_cfg: Any, which: str = "train") -> ClassTable:
     """The class table of a configuration: `DATASET.classes`, else the data set's own.
 
+    Args:
+        dataset_cfg: `cfg.DATASET`.
+        which: `"train"` or `"val"`: where the files of a data set name its classes, those of
+            `list_train` or `list_val`.
+
     Raises:
-        FileNotFoundError: `DATASET.classes` does not exist.
+        FileNotFoundError: `DATASET.classes`, or a file that names the classes, does not exist.
         ValueError: unknown format, or the table does not have `num_class` rows.
     """
     options = DataOptions.read(dataset_cfg)
-    own = FORMATS.get(getattr(dataset_cfg, "format", "odgt"))().classes(options)
+    data_format: DataFormat = FORMATS.get(getattr(dataset_cfg, "format", "odgt"))()
+    root = Path(getattr(dataset_cfg, "root_dataset", ""))
+    own = data_format.classes_for(root, entries_of(dataset_cfg, which, data_format), options)
     path = getattr(dataset_cfg, "classes", "")
     if not path:
         return own
-    table = ClassTable.load(
-        locate(path, getattr(dataset_cfg, "root_dataset", ""), "DATASET.classes")
-    )
+    table = ClassTable.load(locate(path, root, "DATASET.classes"))
     if len(table) != options.num_class:
         raise ValueError(
             f"{path} has {len(table)} classes, but DATASET.num_class is {options.num_class}; "
@@ -421,18 +458,17 @@ def build_split(dataset_cfg: Any, which: str) -> Split:
     if which not in ("train", "val"):
         raise ValueError(f"a split is 'train' or 'val', not {which!r}")
     options = DataOptions.read(dataset_cfg)
-    classes = class_table(dataset_cfg)
+    classes = class_table(dataset_cfg, which)
     data_format: DataFormat = FORMATS.get(getattr(dataset_cfg, "format", "odgt"))()
     root = getattr(dataset_cfg, "root_dataset", "")
-    lists = getattr(dataset_cfg, f"list_{which}")
     records: list[Record] = []
-    for entry in [lists] if isinstance(lists, str) else lists:
-        entry = data_format.default_splits.get(entry, entry)
+    for entry in entries_of(dataset_cfg, which, data_format):
         if entry.endswith(".odgt"):  # any data set can be narrowed by a list of one's own
             records += read_odgt(locate(entry, root))
         else:
             records += data_format.records_for(Path(root), entry, options)
     if not records:
+        lists = getattr(dataset_cfg, f"list_{which}")
         raise ValueError(f"DATASET.list_{which} is {lists!r}: it names no records")
     if options.depth:
         flat = [record["fpath_img"] for record in records if "fpath_depth" not in record]
@@ -713,6 +749,7 @@ def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "s
     count = min(n, len(split.records))
     chosen = np.random.default_rng(seed).choice(len(split.records), count, replace=False)
     stored: set[int] = set()
+    seen: set[int] = set()
     ignored = pixels = 0
     warnings: list[str] = []
     for index in sorted(chosen.tolist()):
@@ -729,26 +766,47 @@ def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "s
                 raise
             continue
         stored.update(np.unique(raw).tolist())
+        seen.update(np.unique(ids).tolist())
         ignored += int(np.count_nonzero(ids < 0))
         pixels += ids.size
     where = f"{count - len(warnings)} sampled masks"
-    warnings += label_warnings(stored, ignored, pixels, where)
+    names = [split.classes.names[k] for k in seen - {-1}]
+    warnings += label_warnings(stored, ignored, pixels, where, names, len(split.classes))
     for warning in warnings:
         logging.getLogger("mit_semseg").warning("%s", warning)
     return warnings
 
 
-def label_warnings(stored: Iterable[int], ignored: int, pixels: int, where: str) -> list[str]:
-    """What is conspicuous about stored values and the share of ignored pixels."""
+def label_warnings(
+    stored: Collection[int],
+    ignored: int,
+    pixels: int,
+    where: str,
+    names: Sequence[str],
+    num_class: int,
+) -> list[str]:
+    """What is conspicuous about stored values, ignored pixels and the classes of the others.
+
+    Args:
+        stored: values that occur.
+        ignored, pixels: how many of all pixels are ignored.
+        where: what was looked at.
+        names: of the classes that occur, out of `num_class`.
+    """
     warnings = []
     if pixels and ignored / pixels > 0.5:
         warnings.append(
             f"{100 * ignored / pixels:.0f} % of pixels are ignored in {where}; "
             "check DATASET.label_offset and DATASET.ignore_label"
         )
-    if set(stored) == {0, 255} and ignored:
+    white = max(stored, default=0)
+    if white in _WHITE and set(stored) == {0, white} and ignored:
         warnings.append(
-            f"{where} hold only {{0, 255}}: binary? Store the classes as 0 and 1, "
-            "lest one of them is ignored"
+            f"{where} hold only 0 and {white}, one of which is ignored: {_two_classes(white)}"
+        )
+    elif len(names) == 1 and num_class > 1:
+        warnings.append(
+            f"all labelled pixels in {where} are of one class out of {num_class}, {names[0]}; "
+            "check DATASET.label_map, DATASET.label_offset and DATASET.ignore_label"
         )
     return warnings

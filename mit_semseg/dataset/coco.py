@@ -6,10 +6,12 @@ to its terms of use.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,21 +20,23 @@ from PIL import Image
 from mit_semseg.dataset import coco_shapes
 from mit_semseg.dataset.base import (
     FORMATS,
+    TABLES,
     Archive,
     ClassTable,
     DataFormat,
     LabelMap,
     Source,
-    table_of,
+    distinct_colors,
 )
-from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once
+from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once, facts_of
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record
+from mit_semseg.dataset.records import Record, two_places
 
 # COCO's category ids of classes 1, 2, ...: all 80, and the 20 of Pascal VOC in VOC's order.
 _NEVER = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 ALL = tuple(k for k in range(1, 91) if k not in _NEVER)
 VOC = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
+BACKGROUND = "background"
 IGNORED = 255
 # A mask is as large as its image, of which more pixels are refused when it is read.
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 30)
@@ -47,7 +51,11 @@ IMAGES = (
 class Coco(DataFormat):
     """`images/train2017` (or `train2017`) and `annotations/instances_train2017.json`.
 
-    `DATASET.num_class` 21 has VOC's classes in VOC's order, 81 all of COCO's; 0 is background.
+    A list entry is a split (`train`), or `images_dir:FILE.json` for an annotation file of one's
+    own. Its `categories` are compared with COCO's by name. `DATASET.num_class` 81 has all of
+    COCO's, 21 VOC's in VOC's order; other categories are classes in the order of their ids, with
+    their own names. 0 is background.
+
     Every image has a mask, also one without objects. Where objects overlap the smaller one is on
     top (a book on a table is a book); regions marked as crowds are ignored, but for objects in
     them. Masks are drawn once, to `semantic_masks/coco<num_class>` beside the data.
@@ -72,55 +80,231 @@ class Coco(DataFormat):
         return self.records_for(root, split, DataOptions(num_class=81))
 
     def records_for(self, root: Path, split: str, options: DataOptions) -> list[Record]:
-        categories = _categories(options.num_class)
-        year = year_of(split)
-        images = first_folder(root, image_places(year), "COCO images")
-        masks = f"{FOLDER}/coco{options.num_class}/{year}"
-        source = f"annotations/instances_{year}.json"
+        place = _Place.of(root, split)
+        source = place.source
+        if place.own and not (root / place.images[0]).is_dir():
+            raise FileNotFoundError(
+                f"{root / place.images[0]}: no such folder of images; check DATASET.root_dataset "
+                f"and the list entry {split!r}"
+            )
+        images = first_folder(root, place.images, "COCO images")
+        masks = f"{FOLDER}/coco{options.num_class}/{place.name}"
+        categories = _categories(root, place, options.num_class)
+        _, values = _classes(categories, options.num_class, root / source)
 
         def drawings() -> list[Drawing]:
             content = read_json(root, source, "COCO")
-            objects: dict[Any, list[dict[str, Any]]] = {}
-            for one in content["annotations"]:
-                if is_key(one.get("category_id")) and one["category_id"] in categories:
-                    key = one.get("image_id")
-                    objects.setdefault(key if is_key(key) else None, []).append(one)
+            records = coco_records(content, images, masks, root / source)
+            objects = _objects(content, categories, values, root / source)
             return [
                 Drawing(
-                    coco_record(image, images, masks),
-                    partial(draw, image, objects.get(image["id"], []), categories, root / source),
+                    record,
+                    partial(draw, image, objects.get(image["id"], []), values, root / source),
                 )
-                for image in content["images"]
+                for image, record in records
             ]
 
-        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO {year}", source)
+        facts = {"categories": list(categories.items())}
+        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO {place.name}", source, facts)
 
     def classes(self, options: DataOptions) -> ClassTable:
-        _categories(options.num_class)
-        if options.num_class == 21:
-            return table_of("voc2012", 21, "COCO with the classes of Pascal VOC")
-        return table_of("coco", options.num_class, "COCO")
+        coco = ClassTable.load(TABLES / "coco.csv").names[1:]
+        return _classes(dict(zip(ALL, coco, strict=True)), options.num_class, Path("COCO"))[0]
+
+    def classes_for(self, root: Path, splits: Sequence[str], options: DataOptions) -> ClassTable:
+        found: dict[str, ClassTable] = {}
+        for split in splits:
+            place = None if split.endswith(".odgt") else _Place.of(root, split)
+            if place is None or not place.is_there(root, options.num_class):
+                continue
+            categories = _categories(root, place, options.num_class)
+            table, _ = _classes(categories, options.num_class, root / place.source)
+            first = next(iter(found), split)
+            found[split] = table
+            if table.names != found[first].names:
+                raise ValueError(
+                    f"{first} and {split} have different categories, {_listed(found[first].names)} "
+                    f"and {_listed(table.names)}; give both files the same, with the same ids"
+                )
+        return next(iter(found.values())) if found else self.classes(options)
+
+    def count_for(self, root: Path, split: str) -> int | None:
+        place = None if split.endswith(".odgt") else _Place.of(root, split)
+        if place is None or not (root / place.source).is_file():
+            return self.num_class
+        names = category_names(read_json(root, place.source, "COCO"), root / place.source)
+        return len(_own(names))
 
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
         values = {k: k for k in range(options.num_class)} | {IGNORED: -1}
         return LabelMap(values, options.num_class, " (COCO: 0 is background, 255 ignored)")
 
 
-def _categories(num_class: int) -> dict[int, int]:
-    """COCO's category id -> class."""
-    chosen = {21: VOC, 81: ALL}.get(num_class)
-    if chosen is None:
-        raise ValueError(
-            f"DATASET.num_class is {num_class}, but COCO has 81 classes with background, or the 21 "
-            "of Pascal VOC; set DATASET.num_class 81 or 21"
+@dataclass(frozen=True)
+class _Place:
+    """Where the files of a list entry are, below the root or absolute.
+
+    Attributes:
+        images: folders that the images may be in.
+        source: the annotation file.
+        name: of the masks' folder.
+        own: whether the entry names the file, which then has to be there.
+    """
+
+    images: tuple[str, ...]
+    source: str
+    name: str
+    own: bool
+
+    @classmethod
+    def of(cls, root: Path, entry: str) -> _Place:
+        """The place of a split, or of `images_dir:FILE.json`."""
+        pairs = [pair for pair in two_places(entry) if pair[1].lower().endswith(".json")]
+        if not pairs:
+            if entry.lower().endswith(".json") or ":" in entry:
+                raise ValueError(
+                    f"DATASET.list_train / list_val is {entry!r}; for DATASET.format coco give "
+                    "'images_dir:FILE.json', or a split of COCO such as 'train'"
+                )
+            year = year_of(entry)
+            return cls(image_places(year), f"annotations/instances_{year}.json", year, False)
+        images, source = next((p for p in pairs if (root / p[1]).is_file()), pairs[0])
+        # Two entries never share masks, since they may be of other images, or drawn otherwise.
+        mark = hashlib.sha256(entry.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        return cls((images,), source, f"{Path(source).stem}-{mark}", True)
+
+    def is_there(self, root: Path, num_class: int) -> bool:
+        """Whether the categories can be read; without, a split has those of COCO."""
+        listing = f"{FOLDER}/coco{num_class}/{self.name}.odgt"
+        kept = facts_of(root, listing, self.source) is not None
+        return self.own or kept or (root / self.source).is_file()
+
+
+def _categories(root: Path, place: _Place, num_class: int) -> dict[Any, str]:
+    """Category id -> name, of an annotation file or as kept with its masks."""
+    kept = facts_of(root, f"{FOLDER}/coco{num_class}/{place.name}.odgt", place.source)
+    if kept is not None:
+        return dict(kept["categories"])
+    if place.own and not (root / place.source).is_file():
+        raise FileNotFoundError(
+            f"{root / place.source}: no such annotation file; check DATASET.root_dataset and the "
+            f"list entry '{place.images[0]}:{place.source}'"
         )
-    return {category: k for k, category in enumerate(chosen, 1)}
+    return category_names(read_json(root, place.source, "COCO"), root / place.source)
+
+
+def _own(categories: Mapping[Any, str]) -> list[str]:
+    """Class names of categories that are classes in the order of their ids, background first."""
+    ids = sorted(categories, key=lambda key: (isinstance(key, str), key))
+    names = [categories[key] for key in ids]
+    return [BACKGROUND, *(name for name in names if not _is_background(name))]
+
+
+def _is_background(name: str) -> bool:
+    """Whether a category is what class 0 is anyway."""
+    return name.casefold() == BACKGROUND
+
+
+def _classes(
+    categories: Mapping[Any, str], num_class: int, path: Path
+) -> tuple[ClassTable, dict[Any, int]]:
+    """The classes that `num_class` makes of the categories of a file, and category id -> class.
+
+    Raises:
+        ValueError: it makes none; the number that does is named.
+    """
+    coco = ClassTable.load(TABLES / "coco.csv")
+    voc = {coco.names[1 + ALL.index(category)]: k for k, category in enumerate(VOC, 1)}
+    names = set(categories.values())
+    of_coco = names <= set(coco.names[1:])
+    own = _own(categories)
+    if of_coco and num_class == len(coco):
+        numbers, table = {name: k for k, name in enumerate(coco.names)}, coco
+    elif of_coco and num_class == 1 + len(VOC) and set(voc) <= names:
+        numbers, table = voc, ClassTable.load(TABLES / "voc2012.csv")
+    elif num_class == len(own):
+        colors = np.concatenate([np.zeros((1, 3), np.uint8), distinct_colors(len(own) - 1)])
+        numbers, table = {name: k for k, name in enumerate(own)}, ClassTable(tuple(own), colors)
+        if len(own) > IGNORED:
+            raise ValueError(
+                f"{path} has {len(own) - 1} categories, masks hold {IGNORED - 1}; merge some"
+            )
+    else:
+        or_voc = ", or 21 for the classes of Pascal VOC" if of_coco and set(voc) <= names else ""
+        raise ValueError(
+            f"DATASET.num_class is {num_class}, but {path} has {len(own) - 1} categories "
+            f"({_listed(own[1:])}), {len(own)} classes with background; set DATASET.num_class "
+            f"{len(own)}{or_voc}"
+        )
+    numbers = {**numbers, **{name: 0 for name in names if _is_background(name)}}
+    return table, {key: numbers[name] for key, name in categories.items() if name in numbers}
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _objects(
+    content: Mapping[str, Any], categories: Mapping[Any, str], values: Mapping[Any, int], path: Path
+) -> dict[Any, list[dict[str, Any]]]:
+    """Image id -> its annotations of the categories in `values`.
+
+    Raises:
+        ValueError: an annotation is of none of `categories` or has no shape, or none of them is of
+            an image that is there: objects would become background.
+    """
+    images = {image["id"] for image in content["images"]}
+    if not images or not content["annotations"]:
+        what = "annotations" if images else "images"
+        raise ValueError(f"{path}: its list of {what} is empty; there is nothing to learn from it")
+    if all(map(_is_scaled, content["annotations"])):
+        raise ValueError(
+            f"{path}: all its polygons lie within one pixel, as shares of the image's sides would; "
+            "give their corners in pixels"
+        )
+    objects: dict[Any, list[dict[str, Any]]] = {}
+    others: list[Any] = []
+    for number, one in enumerate(content["annotations"]):
+        category, name = one.get("category_id"), one.get("id", number)
+        if not is_key(category) or category not in categories:
+            raise ValueError(
+                f"{path}: annotation {name!r:.60} has category_id {category!r:.60}, which is none "
+                f"of its categories {_listed([repr(key) for key in categories])}"
+            )
+        if one.get("segmentation") == []:
+            raise ValueError(
+                f"{path}: annotation {name!r:.60} has an empty segmentation, as boxes without "
+                "outlines have; draw its shape, or remove it"
+            )
+        key = one.get("image_id")
+        if not is_key(key) or key not in images:
+            others.append(key)
+        elif category in values:
+            objects.setdefault(key, []).append(one)
+    if len(others) == len(content["annotations"]):
+        raise ValueError(
+            f"{path}: its annotations are of other images than it lists: the first has image_id "
+            f"{others[0]!r:.60}, the first image the id {content['images'][0]['id']!r:.60}"
+        )
+    return objects
+
+
+def _is_scaled(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation is of polygons whose corners are all within [0, 1]."""
+    polygons = annotation.get("segmentation")
+    if not isinstance(polygons, list) or not polygons:
+        return False
+    return all(
+        isinstance(polygon, list)
+        and all(isinstance(number, (int, float)) and 0 <= number <= 1 for number in polygon)
+        for polygon in polygons
+    )
 
 
 def draw(
     image: dict[str, Any],
     objects: Sequence[dict[str, Any]],
-    categories: dict[int, int],
+    categories: Mapping[Any, int],
     source: Path,
 ) -> np.ndarray:
     """The mask of one image.
@@ -157,9 +341,9 @@ def year_of(split: str) -> str:
     return f"{split}2017" if split in ("train", "val") else split
 
 
-def image_places(year: str) -> list[str]:
+def image_places(year: str) -> tuple[str, ...]:
     """Folders below the root that the images may be in."""
-    return [f"images/{year}", year]
+    return f"images/{year}", year
 
 
 def first_folder(root: Path, places: Sequence[str], title: str) -> str:
@@ -209,6 +393,31 @@ def is_key(value: Any) -> bool:
     return isinstance(value, (int, str))
 
 
+def category_names(content: Mapping[str, Any], path: Path) -> dict[Any, str]:
+    """Category id -> name, as `categories` of an annotation file has them.
+
+    Raises:
+        ValueError: there are none, one of them lacks id or name, or two have the same.
+    """
+    entries = content.get("categories")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(
+            f"{path}: has no 'categories', a list of id and name of each: nothing says what its "
+            "annotations are"
+        )
+    found: dict[Any, str] = {}
+    for number, entry in enumerate(entries):
+        key, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, "")
+        if not is_key(key) or not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{path}: entry {number} of 'categories' is {entry!r:.80}; damaged")
+        name = name.strip()
+        if key in found or name in found.values():
+            what = f"the id {key!r}" if key in found else f"the name {name!r}"
+            raise ValueError(f"{path}: two of its categories have {what}; rename or merge them")
+        found[key] = name
+    return found
+
+
 def _fault(image: dict[str, Any]) -> str:
     """What is wrong with an entry in `images`; "" where nothing is."""
     name = image.get("file_name")
@@ -225,11 +434,37 @@ def _fault(image: dict[str, Any]) -> str:
     return ""
 
 
-def coco_record(image: dict[str, Any], images: str, masks: str) -> Record:
-    """The record of an entry in `images` of the json."""
-    return Record(
-        fpath_img=f"{images}/{image['file_name']}",
-        fpath_segm=f"{masks}/{Path(image['file_name']).stem}.png",
-        width=image["width"],
-        height=image["height"],
-    )
+def coco_records(
+    content: Mapping[str, Any], images: str, masks: str, path: Path
+) -> list[tuple[dict[str, Any], Record]]:
+    """The entries in `images` of the json, each with its record.
+
+    Raises:
+        ValueError: two of them have one id or would have one mask.
+    """
+    found: list[tuple[dict[str, Any], Record]] = []
+    seen: dict[Any, str] = {}
+    for image in content["images"]:
+        name = image["file_name"]
+        # Masks stay in their folder, wherever the images are.
+        parts = [part for part in PurePosixPath(name).parts if part not in ("/", "//", "..")]
+        mask = str(PurePosixPath(masks, *parts).with_suffix(".png"))
+        for key, what in (
+            (image["id"], f"both have the id {image['id']!r}"),
+            (("mask", mask), "would share one mask"),
+        ):
+            if key in seen:
+                raise ValueError(f"{path}: images {seen[key]} and {name} {what}; mend one of them")
+            seen[key] = name
+        found.append(
+            (
+                image,
+                Record(
+                    fpath_img=str(PurePosixPath(images, name)),
+                    fpath_segm=mask,
+                    width=image["width"],
+                    height=image["height"],
+                ),
+            )
+        )
+    return found

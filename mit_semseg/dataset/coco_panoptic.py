@@ -19,6 +19,7 @@ from PIL import Image
 from mit_semseg.dataset import coco
 from mit_semseg.dataset.base import (
     FORMATS,
+    TABLES,
     Archive,
     ClassTable,
     DataFormat,
@@ -79,6 +80,7 @@ class CocoPanoptic(DataFormat):
         def drawings() -> list[Drawing]:
             content = coco.read_json(root, source, "COCO panoptic")
             pictures = _Pictures(root / f"{beside}panoptic_{year}")
+            _check_categories(content, root / source)
             segments: dict[Any, dict[str, Any]] = {}
             for number, one in enumerate(content["annotations"]):
                 fault = _fault(one)
@@ -87,15 +89,12 @@ class CocoPanoptic(DataFormat):
                     raise ValueError(f"{root / source}: {name}: {fault}; damaged")
                 segments[one["image_id"]] = one
             return [
-                Drawing(
-                    coco.coco_record(image, images, masks),
-                    partial(draw, pictures, segments[image["id"]]),
-                )
-                for image in content["images"]
+                Drawing(record, partial(draw, pictures, segments[image["id"]]))
+                for image, record in coco.coco_records(content, images, masks, root / source)
                 if image["id"] in segments
             ]
 
-        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO panoptic {year}", source)
+        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO panoptic {year}", source, {})
 
     def classes(self, options: DataOptions) -> ClassTable:
         return table_of("coco_panoptic", options.num_class, "COCO panoptic")
@@ -141,6 +140,18 @@ class _Pictures:
         except (OSError, KeyError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.folder / name}: cannot be read ({reason})") from error
+
+
+def _check_categories(content: dict[str, Any], path: Path) -> None:
+    """Refuse an annotation file whose category ids mean something else than in COCO."""
+    names = ClassTable.load(TABLES / "coco_panoptic.csv").names
+    for key, name in coco.category_names(content, path).items():
+        known = names[CLASSES[key]] if key in CLASSES else "unused"
+        if name != known:
+            raise ValueError(
+                f"{path}: its category {key!r} is {name!r}, in COCO {known!r}; for categories of "
+                "your own save masks of one channel and set DATASET.format folder"
+            )
 
 
 def _fault(annotation: dict[str, Any]) -> str:

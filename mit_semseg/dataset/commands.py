@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
             args.image_suffix,
             args.label_suffix,
             args.overwrite,
+            _label_map(args.label_map),
         )
         print(describe_made(report))
         return 0
@@ -66,8 +67,19 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
         label_offset=args.label_offset,
         ignore_label=args.ignore_label,
         classes=ClassTable.load(args.classes) if args.classes else None,
+        label_map=_label_map(args.label_map) or None,
     )
 
 
+def _label_map(text: str) -> list[Any]:
+    """Pairs as typed, to be checked where they are used."""
+    from mit_semseg.config.node import coerce
+
+    pairs: list[Any] = coerce("DATASET.label_map", [], text, "--label-map")
+    return pairs
+
+
 def _format_of(listing: str) -> str:
-    return "folder" if ":" in listing and not listing.endswith(".odgt") else "odgt"
+    if ":" not in listing or listing.endswith(".odgt"):
+        return "odgt"
+    return "coco" if listing.lower().endswith(".json") else "folder"

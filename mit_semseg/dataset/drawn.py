@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,14 +38,41 @@ class Drawing:
     draw: Callable[[], np.ndarray]
 
 
+def facts_of(root: Path, listing: str, source: str) -> dict[str, Any] | None:
+    """The `facts` that `drawn_once` kept; None unless its masks are those of `source` as it is now.
+
+    What counts is the content of `source`, of which a file of another time of change is compared:
+    one that takes the place of another may be older than the masks of that, and in a copy of a
+    data set times say nothing. Where `source` is gone the masks count as they are.
+    """
+    path, file = _note(root / listing), root / source
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        digest, changed, facts = note["sha256"], note["changed"], note["facts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    now = _changed(file)
+    if now and now != changed:
+        if _digest(file) != digest:
+            return None
+        with contextlib.suppress(OSError):  # where it cannot be written, it is compared again
+            _write_note(path, digest, now, facts)
+    return facts  # type: ignore[no-any-return]
+
+
 def drawn_once(
-    root: Path, listing: str, drawings: Callable[[], Sequence[Drawing]], title: str, source: str
+    root: Path,
+    listing: str,
+    drawings: Callable[[], Sequence[Drawing]],
+    title: str,
+    source: str,
+    facts: Mapping[str, Any],
 ) -> list[Record]:
     """Records whose masks are drawn by the first call, and found by later ones.
 
     Every mask appears under its name when it is complete, and the list after all of them: an
-    interrupted call is continued by the next one, and several processes may call at once. What is
-    older than the file it was drawn from is drawn anew.
+    interrupted call is continued by the next one, and several processes may call at once. When
+    the file that they were drawn from has changed, they are drawn anew.
 
     Args:
         root: folder of the data set.
@@ -50,20 +81,23 @@ def drawn_once(
             gone: they may lie in another layout now, and masks that are there are kept.
         title: of the progress bar.
         source: file below `root` that the masks are drawn from; it may be gone once they are.
+        facts: what `facts_of` is to return; of types that JSON has.
 
     Raises:
         OSError: the folder cannot be written to.
     """
-    path = root / listing
-    since = _changed(root / source)
-    if path.is_file() and _changed(path) >= since:
+    path, file = root / listing, root / source
+    since = _changed(file)
+    if path.is_file() and facts_of(root, listing, source) is not None:
         records = read_odgt(path)
         if not since or _has_images(root, records):
             return records
+    digest = _digest(file) if since else ""
     todo = drawings()
     try:
         for folder in {(root / drawing.record["fpath_segm"]).parent for drawing in todo}:
             folder.mkdir(parents=True, exist_ok=True)
+        _note(path).unlink(missing_ok=True)  # it would make an older list that of the new file
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             # Several processes may start at once, as the ranks of a run do. Each goes through the
             # masks in an order of its own and leaves out those that are there by then, so that
@@ -75,6 +109,7 @@ def drawn_once(
         part = path.with_name(f"{uuid.uuid4().hex}.odgt")
         write_odgt(part, [drawing.record for drawing in todo])
         os.replace(part, path)
+        _write_note(_note(path), digest, since, facts)
     except PermissionError as error:
         raise OSError(
             f"{root}: its masks are drawn once and kept in {FOLDER}, but it cannot be written to "
@@ -94,12 +129,34 @@ def _changed(file: Path) -> int:
     return file.stat().st_mtime_ns if file.is_file() else 0
 
 
+def _note(path: Path) -> Path:
+    """The file beside a list that says what its masks were drawn from."""
+    return path.with_name(f"{path.stem}.json")
+
+
+def _write_note(path: Path, digest: str, changed: int, facts: Mapping[str, Any]) -> None:
+    part = path.with_name(f"{uuid.uuid4().hex}.part")
+    note = {"sha256": digest, "changed": changed, "facts": facts}
+    part.write_text(json.dumps(note) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _draw(root: Path, drawing: Drawing, since: int) -> None:
+    """Draw a mask, unless one is there of the same file, which has its time of change."""
     target = root / drawing.record["fpath_segm"]
-    if not target.is_file() or _changed(target) < since:
+    if not target.is_file() or _changed(target) != since:
         part = target.with_name(f"{uuid.uuid4().hex}.part")
         try:
             Image.fromarray(drawing.draw()).save(part, format="PNG")
+            os.utime(part, ns=(since, since))
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from mit_semseg.dataset.base import (
     LabelMap,
 )
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, locate, pair_folders, read_odgt
+from mit_semseg.dataset.records import Record, locate, pair_folders, read_odgt, two_places
 
 
 @FORMATS.register("odgt")
@@ -24,6 +24,11 @@ class OdgtFormat(DataFormat):
     depth_scale: float | str | None = 1000.0
 
     def records(self, root: Path, split: str) -> list[Record]:
+        if two_places(split) and not (Path(split).exists() or (root / split).exists()):
+            raise ValueError(
+                f"DATASET.list_train / list_val is {split!r}, which is no list file: set "
+                "DATASET.format folder for images_dir:labels_dir, coco for images_dir:FILE.json"
+            )
         return read_odgt(locate(split, root))
 
     def classes(self, options: DataOptions) -> ClassTable:
@@ -42,9 +47,7 @@ class FolderFormat(OdgtFormat):
     depth_scale = None
 
     def records(self, root: Path, split: str) -> list[Record]:
-        # A Windows drive ("C:\\x") has a colon of its own, so split at one that leaves two folders.
-        places = [k for k, letter in enumerate(split) if letter == ":"]
-        pairs = [(split[:k], split[k + 1 :]) for k in places if k > 0 and split[k + 1 :]]
+        pairs = two_places(split)
         if not pairs:
             raise ValueError(
                 f"DATASET.list_train / list_val is {split!r}; for DATASET.format folder give "
@@ -53,4 +56,9 @@ class FolderFormat(OdgtFormat):
         for images, labels in pairs:
             if (root / images).is_dir() and (root / labels).is_dir():
                 return pair_folders(root, images, labels)
+        if split.lower().endswith(".json"):
+            raise ValueError(
+                f"DATASET.list_train / list_val is {split!r}: for an annotation file set "
+                "DATASET.format coco"
+            )
         return pair_folders(root, *pairs[0])

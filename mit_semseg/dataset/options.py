@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 
@@ -12,6 +14,11 @@ def _as_list(value: Any) -> list[Any]:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return list(value)
     return [value]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -76,18 +83,15 @@ class DataOptions:
         return options
 
     def _check(self) -> None:
-        if not self.imgSizes or min(self.imgSizes) < 1:
+        if not self.imgSizes or not all(_is_number(side) and side >= 1 for side in self.imgSizes):
             raise ValueError(
-                f"DATASET.imgSizes is {list(self.imgSizes)}; give at least one short side >= 1"
+                f"DATASET.imgSizes is {list(self.imgSizes)}; give short sides in pixels, such as "
+                "450 or [300, 450]"
             )
         for key in ("num_class", "imgMaxSize", "padding_constant", "segm_downsampling_rate"):
             if getattr(self, key) < 1:
                 raise ValueError(f"DATASET.{key} is {getattr(self, key)}; it must be at least 1")
-        if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in self.label_map):
-            raise ValueError(
-                f"DATASET.label_map is {list(self.label_map)}; give pairs [stored value, class], "
-                "class -1 for ignored"
-            )
+        self._check_label_map()
         if len(self.crop_size) not in (0, 2) or any(side < 1 for side in self.crop_size):
             raise ValueError(
                 f"DATASET.crop_size is {list(self.crop_size)}; give [height, width], or [] for none"
@@ -113,6 +117,28 @@ class DataOptions:
                 f"DATASET.mean {list(self.mean)} and DATASET.std {list(self.std)} need three "
                 "numbers each, std above 0"
             )
+
+    def _check_label_map(self) -> None:
+        stored = []
+        for pair in self.label_map:
+            if (
+                not isinstance(pair, (list, tuple))
+                or len(pair) != 2
+                or not all(_is_number(value) and value == int(value) for value in pair)
+                or pair[0] < 0
+            ):
+                raise ValueError(
+                    f"DATASET.label_map is {list(self.label_map)}; give pairs [stored value, "
+                    "class] of whole numbers, class -1 for ignored, as [[0, 0], [255, 1]]"
+                )
+            if not -1 <= pair[1] < self.num_class:
+                raise ValueError(
+                    f"DATASET.label_map has class {pair[1]}, but DATASET.num_class is "
+                    f"{self.num_class}: classes are 0..{self.num_class - 1}, -1 for ignored"
+                )
+            if pair[0] in stored:
+                raise ValueError(f"DATASET.label_map has the stored value {pair[0]} twice")
+            stored.append(pair[0])
 
     def _check_crops(self) -> None:
         if self.batching not in ("aspect", "crop"):

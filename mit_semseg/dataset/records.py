@@ -91,7 +91,11 @@ def _parse(line: str, where: str) -> Record:
 def check_record(entry: Any, where: str) -> Record:
     """`entry` as a record; ValueError starting with `where` when it is none."""
     if not isinstance(entry, dict) or not isinstance(entry.get("fpath_img"), str):
-        raise ValueError(f"{where}: a record needs the key 'fpath_img', an image path")
+        of_coco = isinstance(entry, dict) and "annotations" in entry
+        raise ValueError(
+            f"{where}: a record needs the key 'fpath_img', an image path"
+            + ("; for COCO's annotations list images_dir:FILE.json, format coco" * of_coco)
+        )
     record = Record(fpath_img=entry["fpath_img"])
     for key in ("fpath_segm", "fpath_depth"):
         if key in entry:
@@ -175,6 +179,16 @@ def with_sizes(records: Sequence[Record], root: PathLike, on_error: str = "stop"
 
 
 # ------------------------------------------------------------------------------ folders
+def two_places(entry: str) -> list[tuple[str, str]]:
+    """What `A:B` may stand for: a Windows drive ("C:\\x") has a colon of its own.
+
+    Returns:
+        (A, B) for every colon that has something on both sides.
+    """
+    colons = [k for k, letter in enumerate(entry) if letter == ":"]
+    return [(entry[:k], entry[k + 1 :]) for k in colons if k > 0 and entry[k + 1 :]]
+
+
 def image_extensions() -> set[str]:
     """Every extension Pillow can open, in lower case with its dot."""
     return {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}

@@ -34,7 +34,7 @@ from mit_semseg.dataset.records import (
     read_odgt,
     write_odgt,
 )
-from mit_semseg.dataset.transforms import image_size
+from mit_semseg.dataset.transforms import image_size, stored_values
 
 PathLike = str | os.PathLike[str]
 
@@ -54,6 +54,7 @@ def make_odgt(
     image_suffix: str = "",
     label_suffix: str = "",
     overwrite: bool = False,
+    label_map: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Any]:
     """Write `training.odgt` and `validation.odgt` from a folder of images and one of masks.
 
@@ -70,11 +71,14 @@ def make_odgt(
         seed: of the random split.
         image_suffix, label_suffix: what stems end with on one side only (`_mask`).
         overwrite: replace lists that `out` holds already.
+        label_map: `DATASET.label_map`, pairs (stored value, class): every mask is read, and one
+            that holds another value is left out.
 
     Returns:
         `root`, `training` and `validation` (list paths), `n_training`, `n_validation`,
         `images_without_mask`, `masks_without_image`, and `unusable`: samples left out because a
-        file cannot be read or the two sizes differ, with the reason.
+        file cannot be read, the two sizes differ or a value is not in `label_map`, with the
+        reason; and `label_map`.
 
     Raises:
         FileNotFoundError: a folder is missing.
@@ -82,6 +86,7 @@ def make_odgt(
     """
     if not 0 < split <= 1:
         raise ValueError(f"split is {split}; it is the share for training, in (0, 1]")
+    mapping = LabelMap.of_options(_options_of(label_map)) if label_map else None
     images, labels, out = (Path(os.path.abspath(p)) for p in (images, labels, out))
     there = [file for name in LISTS if (file := out / f"{name}.odgt").exists()]
     if there and not overwrite:
@@ -101,6 +106,8 @@ def make_odgt(
     for image, label in tqdm(pairs, desc="reading sizes", disable=None, leave=False):
         try:
             size, mask_size = image_size(images / image), image_size(labels / label)
+            if mapping is not None:
+                mapping.check(stored_values(labels / label), labels / label)
         except (ValueError, FileNotFoundError) as error:
             unusable.append(str(error))
             continue
@@ -129,7 +136,7 @@ def make_odgt(
     if split < 1 and len(records) > 1:  # neither list may be empty
         n_training = min(max(round(len(records) * split), 1), len(records) - 1)
     out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"root": str(root)}
+    report: dict[str, Any] = {"root": str(root), "label_map": [list(pair) for pair in label_map]}
     for name, chosen in zip(LISTS, (order[:n_training], order[n_training:]), strict=True):
         path = out / f"{name}.odgt"
         report[f"n_{name}"] = len(chosen)
@@ -155,7 +162,16 @@ def describe_made(report: dict[str, Any]) -> str:
     lines.append(f"DATASET.list_train {report['training']}")
     if report["validation"]:
         lines.append(f"DATASET.list_val {report['validation']}")
+    if report["label_map"]:
+        lines.append(f"DATASET.num_class {_options_of(report['label_map']).num_class}")
+        lines.append(f'DATASET.label_map "{report["label_map"]}"')
     return "\n".join(lines)
+
+
+def _options_of(label_map: Iterable[Sequence[int]]) -> DataOptions:
+    """Checked options with a label map, and as many classes as it has."""
+    pairs = DataOptions.read({"num_class": 1 << 31, "label_map": tuple(label_map)}).label_map
+    return DataOptions(num_class=max([0, *(int(k) for _, k in pairs)]) + 1, label_map=pairs)
 
 
 def _shortened(items: Sequence[str], most: int = 10) -> list[str]:
@@ -174,6 +190,7 @@ class _Finding:
     image_mode: str = ""
     mask_mode: str = ""
     counts: dict[int, int] = field(default_factory=dict)  # stored value -> pixels
+    colors: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of them in its palette
 
 
 def check(
@@ -185,7 +202,7 @@ def check(
     label_offset: int = 1,
     ignore_label: Iterable[int] = (),
     classes: ClassTable | None = None,
-    label_map: LabelMap | None = None,
+    label_map: LabelMap | Sequence[tuple[int, int]] | None = None,
     depth: DataOptions | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -199,7 +216,8 @@ def check(
         num_class: None takes a public data set's own, else as many as the stored values need.
         label_offset, ignore_label: as in `DATASET`.
         classes: names; by default those of the format.
-        label_map: by default that of the format.
+        label_map: by default that of the format; or pairs (stored value, class), for lists and
+            folders of the user's own.
         depth: settings of a recipe whose depth images are to be read as well.
         progress: show a bar.
 
@@ -214,7 +232,25 @@ def check(
         FileNotFoundError, ValueError: the list itself cannot be read.
     """
     formats: DataFormat = FORMATS.get(data_format)()
-    wanted = DataOptions(num_class=num_class or formats.num_class or DataOptions.num_class)
+    if label_map is not None and not isinstance(label_map, LabelMap):
+        if formats.num_class is not None:
+            raise ValueError(
+                f"a label map is for formats odgt and folder; {data_format} knows what its values "
+                "mean"
+            )
+        options = _options_of(label_map)
+        if num_class is not None:
+            options = DataOptions.read({"num_class": num_class, "label_map": options.label_map})
+        label_map = LabelMap.of_options(options).ignoring(ignore_label)
+    entries = [source] if isinstance(source, str) else []
+    if num_class is None:
+        if label_map is not None:
+            num_class = label_map.num_class
+        elif entries:
+            num_class = formats.count_for(Path(root or ""), entries[0])
+        else:
+            num_class = formats.num_class
+    wanted = DataOptions(num_class=num_class or DataOptions.num_class)
     records, base = _resolve(source, root, formats, wanted)
     findings = list(_inspect(records, depth or DataOptions(), progress))
     usable = [f for f in findings if not f.error]
@@ -226,15 +262,13 @@ def check(
         in_images.update(finding.counts.keys())
     ignored_values = tuple(ignore_label)
     if num_class is None:
-        num_class = label_map.num_class if label_map else formats.num_class
-    if num_class is None:
         named = [v for v in stored if v not in (*ignored_values, *_CUSTOMARY_IGNORE)]
         num_class = max(max(named, default=0) - label_offset + 1, 1)
     options = DataOptions(num_class=num_class, label_offset=label_offset)
-    table = classes or formats.classes(options)
+    table = classes or formats.classes_for(Path(root or ""), entries, options)
     mapping = label_map or formats.label_map(records, options).ignoring(ignored_values)
 
-    complaints = [mapping.complaint(f.counts, f.record["fpath_segm"]) for f in usable]
+    complaints = [mapping.complaint(f.counts, f.record["fpath_segm"], stored) for f in usable]
     out_of_range = [message for message in complaints if message]
     pixels = np.zeros(num_class, dtype=np.int64)
     images = np.zeros(num_class, dtype=np.int64)
@@ -272,7 +306,14 @@ def check(
         "ignored_share": ignored / total if total else 0.0,
         "unreadable": unreadable,
         "out_of_range": out_of_range,
-        "warnings": label_warnings(stored, ignored, total, f"{len(usable)} masks"),
+        "warnings": [
+            *label_warnings(
+                *(stored, ignored, total, f"{len(usable)} masks"),
+                [table.names[k] for k in range(num_class) if images[k]],
+                num_class,
+            ),
+            *_palette_warnings(usable),
+        ],
     }
 
 
@@ -328,13 +369,15 @@ def _look(options: DataOptions, record: Record) -> _Finding:
     try:
         image, raw = load_raw(record)
         load_depth_of(record, "", options, (image.shape[1], image.shape[0]))
-        modes = []
+        modes: list[str] = []
+        palette: list[int] = []
         for key in (record["fpath_img"], record["fpath_segm"]):
             if key.lower().endswith(".mat"):
                 modes.append("MATLAB")
                 continue
             with Image.open(key) as file:
                 modes.append(file.mode)
+                palette = (file.getpalette("RGB") or []) if file.mode == "P" else []
     except (ValueError, FileNotFoundError) as error:
         return _Finding(record, error=str(error))
     values, counts = np.unique(raw, return_counts=True)
@@ -344,7 +387,23 @@ def _look(options: DataOptions, record: Record) -> _Finding:
         image_mode=modes[0],
         mask_mode=modes[1],
         counts=dict(zip(values.tolist(), counts.tolist())),
+        colors={v: tuple(palette[3 * v : 3 * v + 3]) for v in values.tolist() if palette},
     )
+
+
+def _palette_warnings(findings: Iterable[_Finding]) -> list[str]:
+    """One line where a stored value has different colours: each file numbers its own anew."""
+    seen: dict[int, tuple[tuple[int, ...], str]] = {}
+    for finding in findings:
+        for value, color in finding.colors.items():
+            first, file = seen.setdefault(value, (color, finding.record["fpath_segm"]))
+            if first != color:
+                return [
+                    f"stored value {value} has the colour {first} in {file} and {color} in "
+                    f"{finding.record['fpath_segm']}: if colours mean classes, each of these files "
+                    "numbers them anew, and stored values mean nothing; save all with one palette"
+                ]
+    return []
 
 
 def describe_check(report: dict[str, Any]) -> str:

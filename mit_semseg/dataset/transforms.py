@@ -4,12 +4,16 @@ Rules for files:
 
 - **Images** of any Pillow mode become (H, W, 3) uint8 RGB. Grey is repeated, palettes are
   looked up, CMYK is converted, alpha is dropped (as Pillow's `convert("RGB")` does, and as the
-  published checkpoints were trained); 16-bit grey is divided by 257. EXIF orientation is applied.
+  published checkpoints were trained). Grey values of 16 bits are divided by 257, of colours the
+  upper 8 bits are taken; floats are multiplied by 255 where none is above 1, and else kept. Where
+  the largest value is below a quarter of its range (16384 of 65535, 64 of 255) the range is another
+  one, such as 12 bits, and the picture would be nearly black: that is refused. EXIF orientation is
+  applied. Of an animation the first frame is read; a TIFF of several pages is refused.
 - **Masks** become (H, W) int32 stored values: grey levels, palette *indices*, 16- and 32-bit
   integers, bits; or, of a MATLAB file of the Semantic Boundaries Dataset (`.mat`), the classes in
-  it. A colour mask is refused unless its three channels are equal. A mask is turned
-  only by its own EXIF orientation, never by its image's: if an image carries an orientation its
-  mask was not drawn in, their sizes differ and the error says so.
+  it. A colour mask is refused unless its three channels are equal, and so is a file of several
+  frames or pages. A mask is turned only by its own EXIF orientation, never by its image's: if an
+  image carries an orientation its mask was not drawn in, their sizes differ and the error says so.
 
 Pixels may stay uint8 until `Normalize`, which can stand on the device, makes of them what the
 encoder expects.
@@ -54,7 +58,10 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 _ORIENTATION = 274  # EXIF tag
 _BAND = 1 << 20  # pixels converted at a time
-_LOSSY = ("JPEG", "MPO", "JPEG2000")
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
+_SUBFILE = 254  # TIFF tag: of a page, whether it is a smaller copy (1) or a mask (4) of another
+# The share of its range that the largest value of a picture has to reach, if not 8 bits say it.
+_LEAST = 0.25
 # The least a JPEG is decoded to, as a multiple of the size it is then resized to. With 1 the result
 # is visibly sharper than a resize of the full picture, by 2.5 grey levels on average.
 _REDUCED_MARGIN = 2.5
@@ -110,6 +117,49 @@ def _check_png(path: PathLike) -> None:
                 raise ValueError("the checksum of its pixels is wrong")
 
 
+def _copies(image: Image.Image, count: int) -> list[bool]:
+    """Whether each page of a TIFF is a smaller copy, or the mask, of another."""
+    found = []
+    for number in range(count):
+        if number:
+            image.seek(number)
+        kind = getattr(image, "tag_v2", {}).get(_SUBFILE, 0)
+        found.append(isinstance(kind, int) and bool(kind & 5))
+    if count > 1:
+        image.seek(0)
+    return found
+
+
+def _one_page(image: Image.Image, path: PathLike) -> None:
+    """Refuse a file of several frames or pages, of which one would be read in silence."""
+    name = os.fspath(path)
+    try:
+        count: int = getattr(image, "n_frames", 1)
+        copies = _copies(image, count) if image.format == "TIFF" else [False] * count
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+    width, height = image.size
+    if copies[0]:
+        raise ValueError(
+            f"{name}: its first page, {width}x{height} pixels, is marked as a preview, as in raw "
+            "files of cameras; convert it to PNG or JPEG"
+        )
+    if copies.count(False) > 1:
+        raise ValueError(
+            f"{name}: a {image.format} of {copies.count(False)} pages of {width}x{height} pixels; "
+            "save the one that is meant as a file of its own (a picture has 1, 3 or 4 channels)"
+        )
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether a file has 16 bits in each of several channels; to be asked before it is read.
+
+    Pillow keeps the upper 8 bits of these.
+    """
+    tiles: Any = getattr(image, "tile", None)
+    return image.mode in ("LA", "RGB", "RGBA") and bool(tiles) and ";16" in str(tiles[0][3])
+
+
 def _damaged(path: PathLike, error: BaseException) -> ValueError:
     name = os.fspath(path)
     return ValueError(f"{name}: damaged or truncated image ({_reason(error, name)})")
@@ -150,6 +200,9 @@ class ImageFile:
             opened.enter_context(READINGS.of(path))
             self._image = _open(path)
             opened.callback(self._image.close)
+            self._deep = is_deep(self._image)  # what follows may read the pixels
+            if self._image.format == "TIFF":
+                _one_page(self._image, path)
             self._orientation = exif_orientation(self._image)
             self._opened = opened.pop_all()
         width, height = self._image.size
@@ -186,7 +239,7 @@ class ImageFile:
             if pixels is None and self._image.mode == "RGB":
                 pixels = self._quick()
         if pixels is None:
-            pixels = to_rgb(_decode(self._image, self.path), name=os.fspath(self.path))
+            pixels = to_rgb(_decode(self._image, self.path), os.fspath(self.path), self._deep)
         return pixels if size is None else resize_image(pixels, size)
 
     def _reduced(self, size: tuple[int, int]) -> np.ndarray | None:
@@ -243,8 +296,14 @@ def load_image(path: PathLike) -> np.ndarray:
         return file.pixels()
 
 
-def to_rgb(image: Image.Image, name: str = "image") -> np.ndarray:
-    """A Pillow image of any mode as (H, W, 3) uint8 RGB; see the rules at the top of the module."""
+def to_rgb(image: Image.Image, name: str = "image", deep: bool = False) -> np.ndarray:
+    """A Pillow image of any mode as (H, W, 3) uint8 RGB; see the rules at the top of the module.
+
+    Args:
+        image: the picture, upright.
+        name: named in errors.
+        deep: whether it was read from a file of 16 bits in each of several channels (`is_deep`).
+    """
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image)
         low, high = float(grey.min()), float(grey.max())
@@ -259,6 +318,8 @@ def to_rgb(image: Image.Image, name: str = "image") -> np.ndarray:
                 f"{name}: mode {image.mode} with values {low:g}..{high:g} is no picture; "
                 "save it with 8 or 16 bits a channel"
             )
+        if limit > 1 and 0 < high < _LEAST * limit:
+            raise ValueError(_too_dark(name, f"{high:g}", limit))
         pixels = np.empty((*grey.shape, 3), dtype=np.uint8)
         rows = max(1, _BAND // grey.shape[1])
         for y in range(0, len(grey), rows):  # a float64 copy of a large picture would be huge
@@ -267,7 +328,17 @@ def to_rgb(image: Image.Image, name: str = "image") -> np.ndarray:
         return pixels
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow asks for this step; the colours are the same
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    if deep and pixels.max() < _LEAST * 256:
+        raise ValueError(_too_dark(name, f"below {(int(pixels.max()) + 1) * 256}", 65535))
+    return pixels
+
+
+def _too_dark(name: str, largest: str, limit: int) -> str:
+    return (
+        f"{name}: its largest value is {largest}, less than a quarter of {limit}, so that it would "
+        f"be nearly black; scale its values to 0..{limit}, or save it with 8 bits a channel"
+    )
 
 
 def load_mask(path: PathLike) -> np.ndarray:
@@ -289,10 +360,11 @@ def stored_values(path: PathLike) -> np.ndarray:
     if name.lower().endswith(".mat"):
         return _boundaries_classes(path)
     with READINGS.of(path), _open(path) as opened:
-        if opened.format in _LOSSY:
+        if opened.format in _LOSSY or (opened.format == "WEBP" and _is_lossy_webp(path)):
             raise ValueError(
                 f"{name}: a {opened.format} mask has altered label values; save masks as PNG"
             )
+        _one_page(opened, path)
         # PNG greys of 2 and 4 bits are stretched to 0..255 by Pillow; the stored value is wanted.
         tile: Any = opened.tile[0] if opened.tile else None
         stretch = {"L;2": 85, "L;4": 17}.get(str(tile[3]) if tile else "", 1)
@@ -312,6 +384,18 @@ def stored_values(path: PathLike) -> np.ndarray:
             f"{name}: a mask of mode {image.mode} does not hold one class number a pixel; "
             "save it with one channel (mode L, P or 16-bit), translating its colours to classes"
         )
+
+
+def _is_lossy_webp(path: PathLike) -> bool:
+    """Whether any picture in a WebP file is of the kind that alters values."""
+    with open(path, "rb") as file:
+        file.seek(12)  # "RIFF", size, "WEBP"
+        while len(head := file.read(8)) == 8:
+            kind, length = head[:4], int.from_bytes(head[4:], "little")
+            if kind == b"VP8 ":
+                return True
+            file.seek(length + length % 2, os.SEEK_CUR)
+    return False
 
 
 def _boundaries_classes(path: PathLike) -> np.ndarray:
@@ -355,6 +439,7 @@ def load_depth(path: PathLike, scale: float | str) -> np.ndarray:
             raise ValueError(
                 f"{name}: a {opened.format} has altered depths; save depth as 16-bit PNG"
             )
+        _one_page(opened, path)
         image = _decode(opened, path)
         if image.mode not in ("L", "F") and not image.mode.startswith("I"):
             raise ValueError(

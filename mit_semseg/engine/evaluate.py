@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
+from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
 from mit_semseg.engine.launch import autocast, cpu_count, local_ranks
@@ -207,6 +208,8 @@ def evaluate(
         folder, name = resolve_checkpoint(cfg.DIR, checkpoint)
         folder.files(name)
         classes = model_classes(cfg, checkpoint)
+        if rank == 0:
+            _compare_classes(classes, split.classes)
     out = Path(cfg.DIR) / "result_eval" if out_dir is None else Path(out_dir)
     if rank == 0:
         # Before the work: an evaluation that cannot be written is not worth its hours.
@@ -262,7 +265,7 @@ def evaluate(
         "checkpoint": checkpoint if model is None else "",
         "images": count - len(whole.bad),
         "failed": [{"image": image, "error": reason} for image, reason in whole.failed],
-        "imgSizes": list(cfg.VAL.imgSizes or cfg.DATASET.imgSizes),
+        "imgSizes": list(DataOptions.read(with_scales(cfg.DATASET, cfg.VAL.imgSizes)).imgSizes),
         "flip": bool(cfg.VAL.flip),
         "window": list(cfg.VAL.window),
         "precision": cfg.VAL.precision,
@@ -272,6 +275,8 @@ def evaluate(
         **summarize(whole.matrix, classes, whole.boundary),
     }
     if rank == 0:
+        if line := single_class(whole.matrix, classes):
+            log.warning("%s", line)
         print(format_report(result))
         _write(result, classes, out)
         print(f"Figures in {out}")
@@ -575,6 +580,43 @@ def summarize(
         "pixels": total,
         "classes": rows,
     }
+
+
+def single_class(matrix: ConfusionMatrix, classes: ClassTable) -> str:
+    """What to say when one class is predicted everywhere; "" when it is not."""
+    labelled, predicted = matrix.matrix.sum(1), matrix.matrix.sum(0)
+    if matrix.num_class == 1 or int((predicted > 0).sum()) != 1:
+        return ""
+    name = classes.names[int(predicted.argmax())]
+    if int((labelled > 0).sum()) == 1:
+        return (
+            f"every labelled pixel is {classes.names[int(labelled.argmax())]}, and every one is "
+            f"predicted as {name}: check DATASET.label_map, DATASET.label_offset and "
+            "DATASET.ignore_label (mit-semseg data check)"
+        )
+    return (
+        f"every pixel of all images is predicted as {name}: look at the masks (mit-semseg data "
+        "check), train for longer or at a lower TRAIN.lr_encoder and TRAIN.lr_decoder, or set "
+        "TRAIN.class_weights"
+    )
+
+
+def _compare_classes(model: ClassTable, data: ClassTable) -> None:
+    """Say where data are of other classes than a model, as far as names tell.
+
+    Raises:
+        ValueError: the same classes have other numbers.
+    """
+    numbered = ClassTable.numbered(len(model)).names
+    if model.names == data.names or numbered in (model.names, data.names):
+        return
+    k = next(k for k in range(len(model)) if model.names[k] != data.names[k])
+    said = (
+        f"class {k} of the checkpoint is {model.names[k]!r}, of DATASET.list_val {data.names[k]!r}"
+    )
+    if sorted(model.names) == sorted(data.names):
+        raise ValueError(f"{said}: give the data the numbers that the model was trained with")
+    log.warning("%s: the table has the checkpoint's names", said)
 
 
 # Of the table of classes: key -> title, as wide as its column, and how a figure is written.

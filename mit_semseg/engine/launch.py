@@ -70,6 +70,10 @@ def without_effect(cfg: Config) -> list[str]:
         "TRAIN.deep_sup_scale": (not cfg.TRAIN.aux_weights, "TRAIN.aux_weights ()"),
         "VAL.stride": (cfg.VAL.window, "VAL.window"),
         "TEST.stride": (cfg.TEST.window, "TEST.window"),
+        "DATASET.label_map": (
+            FORMATS.get(cfg.DATASET.format)().num_class is None,
+            "DATASET.format odgt and folder",
+        ),
         **{
             f"DATASET.depth_{key}": (cfg.DATASET.depth, "DATASET.depth True")
             for key in ("scale", "mean", "std")
@@ -93,7 +97,7 @@ def resolve_devices(gpus: str | None, option: str = "--gpus") -> list[torch.devi
     Raises:
         ValueError: a GPU is named that this machine does not have.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _gpu_count()
     if gpus is None:
         return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
     names = parse_devices(gpus)
@@ -103,10 +107,48 @@ def resolve_devices(gpus: str | None, option: str = "--gpus") -> list[torch.devi
         raise ValueError(f"{option} {gpus}: name GPUs or cpu, not both")
     indices = [int(name.removeprefix("gpu")) for name in names]
     if max(indices) >= count:
-        has = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU that torch can use"
         fix = "the first is 0" if count else f"{option} cpu runs without one"
-        raise ValueError(f"{option} {gpus}, but this machine has {has}; {fix}")
+        raise ValueError(f"{option} {gpus}, but this machine has {_gpus(count)}; {fix}")
     return [torch.device("cuda", i) for i in indices]
+
+
+def _gpu_count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _gpus(count: int) -> str:
+    """How many GPUs there are, in words."""
+    return f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU that torch can use"
+
+
+def usable_device(device: torch.device | str | int) -> torch.device:
+    """A device that torch can compute on.
+
+    Args:
+        device: as `torch.device` takes it; a number is that of a GPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    name = f"cuda:{device}" if isinstance(device, int) else str(device)
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; give 'cpu', 'cuda' or 'cuda:0'") from error
+    count = _gpu_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        fix = "the first is 'cuda:0'" if count else "device 'cpu' runs without one"
+        raise ValueError(f"device is {name!r}, but this machine has {_gpus(count)}; {fix}")
+    if found.type not in ("cpu", "cuda"):
+        try:
+            torch.ones(1, device=found).item()
+        except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"device is {name!r}, which torch cannot use here ({reason:.100}); device 'cpu' "
+                "runs everywhere"
+            ) from error
+    return found
 
 
 def set_threads(count: int) -> None:

@@ -58,12 +58,12 @@ PathLike = str | os.PathLike[str]
 
 
 # ------------------------------------------------------------------------------ one image
-def with_scales(dataset_cfg: Config, sizes: Sequence[int]) -> Config:
-    """`cfg.DATASET` with other `imgSizes`; unchanged when `sizes` is empty."""
-    if not sizes:
+def with_scales(dataset_cfg: Config, sizes: int | Sequence[int]) -> Config:
+    """`cfg.DATASET` with other `imgSizes`, one or several; unchanged when `sizes` is empty."""
+    if isinstance(sizes, Sequence) and not sizes:
         return dataset_cfg
     changed = dataset_cfg.clone()
-    changed.imgSizes = list(sizes)
+    changed.imgSizes = list(DataOptions.read({"imgSizes": sizes}).imgSizes)
     return changed
 
 

@@ -23,7 +23,13 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, build_split, check_sample
 from mit_semseg.engine.balance import class_weights
 from mit_semseg.engine.checkpoint import CheckpointFolder, atomic_save
-from mit_semseg.engine.evaluate import Interrupted, evaluate_model, merged, val_dataset
+from mit_semseg.engine.evaluate import (
+    Interrupted,
+    evaluate_model,
+    merged,
+    single_class,
+    val_dataset,
+)
 from mit_semseg.engine.feed import Feed
 from mit_semseg.engine.journal import Journal
 from mit_semseg.engine.launch import (
@@ -191,7 +197,14 @@ class Trainer:
             self.val = val_dataset(cfg) if cfg.TRAIN.eval_epochs else None
             if self.val is not None and rank == 0:
                 # A mask that cannot be used is to be found now, not after the first epoch.
-                check_sample(build_split(cfg.DATASET, "val"), n=8, on_error=cfg.DATASET.on_error)
+                val = build_split(cfg.DATASET, "val")
+                if val.classes.names != self.split.classes.names:
+                    raise ValueError(
+                        "DATASET.list_train and DATASET.list_val are of different classes, "
+                        f"{', '.join(self.split.classes.names[:8])} and "
+                        f"{', '.join(val.classes.names[:8])}; give both the same, in one order"
+                    )
+                check_sample(val, n=8, on_error=cfg.DATASET.on_error)
             weights = class_weights(cfg, self.split, progress=progress)
         self.batches_a_step = len(self.devices) * world * cfg.TRAIN.accumulate
         self.epoch_iters: int = (
@@ -686,6 +699,8 @@ class Trainer:
         log.info("epoch %d: mean IoU %.4f, accuracy %.2f%%", epoch, mean_iou, 100 * accuracy)
         if self.rank:
             return
+        if line := single_class(evaluation.matrix, self.split.classes):
+            log.warning("epoch %d: %s", epoch, line)
         for file, reason in evaluation.failed:
             log.warning("not validated: %s: %s", file, reason.removeprefix(f"{file}: "))
         # The best weights first: a run killed in between validates again, and writes them again.

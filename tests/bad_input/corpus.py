@@ -148,11 +148,8 @@ def _image_cases() -> list[Case]:
             encoded(color, "PNG", save_all=True, append_images=[color.rotate(180)]),
             good=COLOR,
         ),
-        _bytes(
-            "pages.tif",
-            encoded(color, "TIFF", save_all=True, append_images=[color.rotate(180)]),
-            good=COLOR,
-        ),
+        # The second page is a smaller copy of the first, as cameras and maps have them.
+        _bytes("preview.tif", _tiff((COLOR, 0), (COLOR[::2, ::2], 1)), good=COLOR),
         _bytes("row.png", encoded(COLOR[:1], "PNG"), good=COLOR[:1]),
         _bytes("column.png", encoded(COLOR[:, :1], "PNG"), good=COLOR[:, :1]),
         _bytes("pixel.png", encoded(COLOR[5:6, 7:8], "PNG"), good=COLOR[5:6, 7:8]),
@@ -199,6 +196,40 @@ def _image_cases() -> list[Case]:
         _bytes(
             "heights.tif", encoded(np.full((4, 4), 4000, np.float32), "TIFF"), message="no picture"
         ),
+        _bytes("overshoot.tif", encoded(GREY / np.float32(200), "TIFF"), message="is 1.17, less"),
+        _bytes(
+            "grey12.png",
+            encoded(GREY.astype(np.uint16) * 16, "PNG"),
+            message="its largest value is 3744, less than a quarter of 65535",
+        ),
+        _bytes("bytes_in_ints.tif", encoded(GREY.astype(np.int32), "TIFF"), message="value is 234"),
+        Case(
+            "rgb12.png", lambda path: _save16(path, COLOR, 16), message="value is below 3840, less"
+        ),
+        Case(
+            "rgb12.tif", lambda path: _save16(path, COLOR, 16), message="value is below 3840, less"
+        ),
+        Case(
+            "rgba12.png",
+            lambda path: _save16(path, np.dstack([COLOR, 4095 + 0 * GREY.astype(int)]), 16),
+            message="value is below 3840, less than a quarter of 65535",
+        ),
+        _bytes(
+            "pages.tif",
+            _tiff((COLOR, 2), (COLOR[::-1], 2)),
+            message="a TIFF of 2 pages of 40x24 pixels",
+        ),
+        _bytes(
+            "raw.tif",
+            _tiff((COLOR[::2, ::2], 1), (COLOR, 0)),
+            message="its first page, 20x12 pixels, is marked as a preview",
+        ),
+        _bytes("dng.tif", _tiff((COLOR, 1)), message="is marked as a preview"),
+        _bytes(
+            "bands.tif",
+            encoded(GREY[:, :5], "TIFF", save_all=True, append_images=[color] * 3),
+            message="a TIFF of 4 pages of 5x24 pixels",
+        ),
         Case("dangling.png", lambda path: path.symlink_to("gone.png"), message="a link to nothing"),
         Case("itself.png", lambda path: path.symlink_to(path.name), message="a link to nothing"),
         Case("zeros.png", lambda path: path.symlink_to("/dev/zero"), message="a folder, a pipe"),
@@ -209,8 +240,29 @@ def _image_cases() -> list[Case]:
     return handled + refused
 
 
-def _save16(path: Path, pixels: np.ndarray) -> None:
-    assert cv2.imwrite(str(path), pixels.astype(np.uint16) * 257)
+def _save16(path: Path, pixels: np.ndarray, factor: int = 257) -> None:
+    assert cv2.imwrite(str(path), (pixels.astype(int) * factor).astype(np.uint16))
+
+
+def _tiff(*pages: tuple[np.ndarray, int]) -> bytes:
+    """A TIFF of RGB pages, each with its value of the tag that says whether it is a copy."""
+    out = bytearray(b"II*\0\0\0\0\0")
+    link = 4  # where the place of the next page's directory is to be written
+    for pixels, kind in pages:
+        height, width = pixels.shape[:2]
+        data = len(out)
+        out += pixels.tobytes() + struct.pack("<3H", 8, 8, 8)
+        out += bytes(len(out) % 2)
+        struct.pack_into("<I", out, link, len(out))
+        bits = data + pixels.size
+        tags = [(254, 4, 1, kind), (256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, bits)]
+        tags += [(259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, data), (277, 3, 1, 3)]
+        tags += [(278, 4, 1, height), (279, 4, 1, pixels.size)]
+        out += struct.pack("<H", len(tags))
+        out += b"".join(struct.pack("<HHII", *tag) for tag in tags)
+        link = len(out)
+        out += bytes(4)
+    return bytes(out)
 
 
 def _exif(orientation: int) -> bytes:
@@ -294,6 +346,26 @@ def _mask_cases() -> list[Case]:
             message="label -1 is outside 0..3",
         ),
         _bytes("floats.tif", encoded(LABELS.astype(np.float32), "TIFF"), message="mode F"),
+        _bytes(
+            "pages.tif",
+            encoded(LABELS, "TIFF", save_all=True, append_images=[Image.fromarray(LABELS)]),
+            message="a TIFF of 2 pages",
+        ),
+        _bytes(
+            "animated.gif",
+            encoded(painted, "GIF", save_all=True, append_images=[painted.rotate(180)]),
+            message="a GIF of 2 pages",
+        ),
+        _bytes(
+            "lossless.webp",
+            encoded(np.dstack([LABELS] * 3), "WEBP", lossless=True),
+            good=LABELS,
+        ),
+        _bytes(
+            "lossy.webp",
+            encoded(np.full((HEIGHT, WIDTH, 3), 2, np.uint8), "WEBP", quality=80),
+            message="a WEBP mask has altered",
+        ),
         _bytes("empty.png", b"", message="empty file"),
         _bytes("cut.png", png[: len(png) * 2 // 3], message="truncated"),
         _bytes("text.png", b"0 1 2 3\n", message="of no known format"),
@@ -332,6 +404,11 @@ def _list_cases() -> list[Case]:
         _bytes("comma.odgt", line + b",\n" + line, message=r":1: not JSON"),
         _bytes("csv.odgt", b"images/a.png,masks/a.png\n", message=r":1: not JSON"),
         _bytes("array.odgt", b"[" + line + b"]", message=r":1: a record needs the key 'fpath_img'"),
+        _bytes(
+            "coco.odgt",
+            b'{"images": [], "annotations": []}',
+            message=r":1: a record needs .*; for COCO's annotations list images_dir:FILE\.json",
+        ),
         _bytes("number.odgt", b"17\n", message=r":1: a record needs the key 'fpath_img'"),
         _bytes("no_image.odgt", b'{"fpath_segm": "masks/a.png"}', message=r":1: a record needs"),
         _bytes("path_type.odgt", b'{"fpath_img": ["images/a.png"]}', message=r":1: a record needs"),
@@ -547,7 +624,7 @@ CONFIGS = [
     _bytes("long_number.yaml", b"TRAIN:\n  seed: " + b"4" * 5000, message="yaml"),
     _bytes("month.yaml", b"DIR: 2024-13-45\n", message="yaml"),
     _bytes("huge_number.yaml", b"TRAIN:\n  lr_encoder: 1" + b"0" * 400, message=r"lr_encoder is 1"),
-    Case("folder.yaml", os.mkdir, message="does not exist"),
-    Case("pipe.yaml", os.mkfifo, message="does not exist"),
+    Case("folder.yaml", os.mkdir, message="is a folder, not a configuration file"),
+    Case("pipe.yaml", os.mkfifo, message="is a pipe or a device, not a configuration file"),
 ]
 """`good`: TRAIN.seed."""

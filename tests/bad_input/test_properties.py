@@ -33,11 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def picture(width: int, height: int, mode: str, seed: int = 0) -> Image.Image:
     grey = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    if mode == "I;16":
-        return Image.fromarray(grey[:, :, 0].astype(np.uint16) * 257)
+    if mode.startswith("I"):  # values of 16 bits, the first of them bright
+        kind = np.uint16 if mode == "I;16" else np.int32
+        return Image.fromarray(grey[:, :, 0].astype(kind) * 257)
     if mode == "PA":
         return Image.fromarray(grey).convert("P").convert("PA")
-    image = Image.fromarray(grey).convert("L" if mode in "IF" else "RGB")
+    image = Image.fromarray(grey).convert("L" if mode == "F" else "RGB")
     return image.convert(mode)
 
 

@@ -206,14 +206,20 @@ def black() -> bytes:
 
 
 COCO = {"train2017.zip": {"train2017/1.jpg": b"x"}, "val2017.zip": {"val2017/2.jpg": b"x"}}
+PERSON = [{"id": 1, "name": "person"}]
+RUNS = {"size": [3, 4], "counts": [12]}
 OBJECTS = json.dumps(
-    {"images": [{"id": 1, "file_name": "1.jpg", "width": 4, "height": 3}], "annotations": []}
+    {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 4, "height": 3}],
+        "annotations": [{"image_id": 1, "category_id": 1, "segmentation": RUNS}],
+        "categories": PERSON,
+    }
 ).encode()
 SEGMENTS = json.dumps(
     {
         "images": [{"id": 1, "file_name": "1.jpg", "width": 4, "height": 3}],
         "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": []}],
-        "categories": [],
+        "categories": PERSON,
     }
 ).encode()
 # What the published archives hold, as far as the readers look; and the first image and its mask.

@@ -161,6 +161,53 @@ def test_check_command_finds_the_images_and_the_faults(
     assert "No errors." in capsys.readouterr().out
 
 
+def write_binary(root: Path, count: int = 2) -> None:
+    """Images, and masks that store 0 and 255."""
+    for folder in ("i", "m"):
+        (root / folder).mkdir()
+    for k in range(count):
+        Image.new("RGB", (4, 1)).save(root / f"i/{k}.png")
+        Image.fromarray(np.array([[0, 255, 255, 255]], np.uint8)).save(root / f"m/{k}.png")
+
+
+def test_label_maps_of_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_binary(tmp_path)
+    where = f"{tmp_path}/i:{tmp_path}/m"
+    for words in ([], ["--num-class", "2"], ["--num-class", "2", "--label-offset", "0"]):
+        assert call("check", where, *words) == 1
+        said = capsys.readouterr().out
+        assert said.count('set DATASET.num_class 2 DATASET.label_map "[[0, 0], [255, 1]]"') >= 2
+        assert "ignore_label 255" not in said
+    pairs = ["--label-map", "[[0, 0], [255, 1]]"]
+    assert call("check", where, *pairs) == 0
+    said = capsys.readouterr().out
+    assert "class 0" in said and "75.00%" in said and "warning" not in said
+    with pytest.raises(ValueError, match="class 1, but DATASET.num_class is 1"):
+        call("check", where, *pairs, "--num-class", "1")
+    with pytest.raises(ValueError, match="camvid knows what its values mean"):
+        call("check", "train", "--format", "camvid", *pairs)
+
+    Image.fromarray(np.array([[0, 1, 1, 255]], np.uint8)).save(tmp_path / "m/1.png")
+    lists = ["--images", f"{tmp_path}/i", "--labels", f"{tmp_path}/m", "--out", str(tmp_path)]
+    assert call("make-odgt", *lists, *pairs) == 0
+    said = capsys.readouterr().out
+    assert 'DATASET.num_class 2\nDATASET.label_map "[[0, 0], [255, 1]]"\n' in said
+    assert "1 training and 0 validation" in said and "m/1.png: label 1 is outside 0, 255" in said
+
+
+def test_palettes_that_number_their_colours_anew(tmp_path: Path) -> None:
+    write_binary(tmp_path)
+    for k, color in enumerate(([255, 0, 0], [0, 255, 0])):
+        mask = Image.fromarray(np.array([[0, 0, 1, 1]], np.uint8))
+        mask.putpalette([0, 0, 0, *color])
+        mask.save(tmp_path / f"m/{k}.png")
+    options = {"num_class": 2, "label_offset": 0, "progress": False, "data_format": "folder"}
+    (warning,) = check(f"{tmp_path}/i:{tmp_path}/m", **options)["warnings"]
+    assert "stored value 1 has the colour (255, 0, 0) in" in warning and "m/1.png" in warning
+    mask.save(tmp_path / "m/0.png")
+    assert check(f"{tmp_path}/i:{tmp_path}/m", **options)["warnings"] == []
+
+
 def test_check_says_where_it_looked(tmp_path: Path) -> None:
     listing = tmp_path / "x.odgt"
     listing.write_text('{"fpath_img": "nowhere/a.png", "fpath_segm": "nowhere/b.png"}\n')

@@ -255,14 +255,24 @@ def test_check_sample_warns_of_ignored_pixels(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     split = sample(tmp_path, [0] * 49 + [1], LabelMap.shifted(2))
-    (warning,) = check_sample(split)
+    warning, only = check_sample(split)
     assert warning.startswith("98 % of pixels are ignored")
+    assert only.startswith("all labelled pixels in 1 sampled masks are of one class out of 2")
     assert "98 % of pixels are ignored" in caplog.text
 
 
 def test_check_sample_warns_of_binary_masks(tmp_path: Path) -> None:
-    warnings = check_sample(sample(tmp_path, [0, 255], LabelMap.shifted(2, 0, [255])))
-    assert any("hold only {0, 255}: binary?" in warning for warning in warnings)
+    (warning,) = check_sample(sample(tmp_path, [0, 255], LabelMap.shifted(2, 0, [255])))
+    assert "hold only 0 and 255, one of which is ignored" in warning
+    assert 'set DATASET.num_class 2 DATASET.label_map "[[0, 0], [255, 1]]"' in warning
+    both = LabelMap({0: 0, 255: 1}, 2)
+    assert check_sample(sample(tmp_path, [0, 255], both)) == []
+
+
+def test_check_sample_warns_of_masks_that_lost_a_class(tmp_path: Path) -> None:
+    """0 and 1 under the published offset: 0 is nothing, and 1 the first class."""
+    (warning,) = check_sample(sample(tmp_path, [0, 1], LabelMap.shifted(2)))
+    assert "one class out of 2, class 0; check DATASET.label_map" in warning
 
 
 def test_check_sample_stops_at_unknown_labels(tmp_path: Path) -> None:

@@ -49,9 +49,26 @@ def test_an_unknown_value_in_a_gap() -> None:
         label_map(np.array([1, 5, 0]))
 
 
-def test_a_binary_mask_is_guessed() -> None:
-    with pytest.raises(ValueError, match=r"holds only \{0, 255\}: a binary mask\?"):
-        LabelMap.shifted(2, 0)(np.array([0, 255, 255], np.uint8))
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("white", [255, 65535])
+def test_a_mask_of_black_and_white_keeps_both_classes(offset: int, white: int) -> None:
+    for stored in ([0, white, white], [white]):
+        with pytest.raises(ValueError) as caught:
+            LabelMap.shifted(2, offset)(np.array(stored, np.uint16), "x.png")
+        message = str(caught.value)
+        assert f'set DATASET.num_class 2 DATASET.label_map "[[0, 0], [{white}, 1]]"' in message
+        assert "ignore_label" not in message  # which would lose one of them
+    told = DataOptions.read({"num_class": 2, "label_map": [[0, 0], [white, 1]]})
+    assert LabelMap.of_options(told)(np.array([0, white])).tolist() == [0, 1]
+
+
+def test_void_in_a_mask_of_many_classes_may_be_meant() -> None:
+    with pytest.raises(ValueError, match=r"\[255, 1\]\]\", else DATASET.ignore_label 255"):
+        LabelMap.shifted(9, 0)(np.array([0, 255], np.uint8))
+    with pytest.raises(ValueError, match="set DATASET.ignore_label 255 or a label map"):
+        LabelMap.shifted(9, 0)(np.array([0, 1, 255], np.uint8))
+    said = LabelMap.shifted(9, 0).complaint([0, 255], "x.png", others=[0, 3, 255])
+    assert "set DATASET.ignore_label 255" in said and "two classes" not in said
 
 
 def test_bad_settings_are_refused() -> None:
@@ -108,8 +125,26 @@ def test_pairs_from_the_configuration() -> None:
     assert labels.tolist() == [[-1, 0, 2, 1]]
     with pytest.raises(ValueError, match=r"x\.png: label 9 is outside 0, 7\.\.8, 26"):
         LabelMap.of_options(options)(np.array([[9]]), "x.png")
-    with pytest.raises(ValueError, match="DATASET.label_map"):
-        DataOptions.read(SimpleNamespace(label_map=[7, 8]))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "says"),
+    [
+        ([7, 8], r"label_map is \[7, 8\]; give pairs \[stored value, class\]"),
+        ([[7, 0, 1]], "give pairs"),
+        ([[0, 0.5]], "give pairs"),
+        ([["7", 0]], "give pairs"),
+        ([[True, 0]], "give pairs"),
+        ([[-1, 0]], "give pairs"),
+        ([{0: 0}], "give pairs"),
+        ([[7, 3]], r"class 3, but DATASET.num_class is 3: classes are 0\.\.2"),
+        ([[7, -2]], "class -2"),
+        ([[7, 0], [7, 1]], "has the stored value 7 twice"),
+    ],
+)
+def test_pairs_of_another_shape_are_refused(pairs: list[object], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^DATASET.label_map .*{says}|^DATASET.{says}"):
+        DataOptions.read(SimpleNamespace(num_class=3, label_map=pairs))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32])

@@ -167,6 +167,12 @@ def test_bad_matlab_files_are_one_line(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------ COCO
+def coco_categories() -> list[dict[str, Any]]:
+    """As in COCO's own annotation files, whose names a test on a real one compares."""
+    names = class_table(config("coco", Path(), 81)).names[1:]
+    return [{"id": key, "name": name} for key, name in zip(coco.ALL, names, strict=True)]
+
+
 def coco_tree(root: Path) -> dict[str, Any]:
     """One image of 6 x 8 pixels with a table, a book on it, a crowd, and a person in the crowd."""
 
@@ -193,6 +199,7 @@ def coco_tree(root: Path) -> dict[str, Any]:
             one(1, {"counts": crowd_runs, "size": [6, 8]}, crowd=1),
             one(1, box(6, 0, 7, 6)),
         ],
+        "categories": coco_categories(),
     }
     for name in ("000007", "000008"):
         put_image(root / f"images/train2017/{name}.jpg", 8, 6)
@@ -229,7 +236,7 @@ def test_coco_draws_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     again = build_split(config("coco", tmp_path, 81), "train")
     assert again.records == first.records
     left = [path.name for path in (tmp_path / "semantic_masks").rglob("*") if path.is_file()]
-    assert sorted(left) == ["000007.png", "000008.png", "train2017.odgt"]
+    assert sorted(left) == ["000007.png", "000008.png", "train2017.json", "train2017.odgt"]
 
 
 def test_coco_draws_again_what_has_changed(tmp_path: Path) -> None:
@@ -238,15 +245,23 @@ def test_coco_draws_again_what_has_changed(tmp_path: Path) -> None:
     record = build_split(cfg, "train").records[0]
     assert 74 in load_mask(record["fpath_segm"])
     file = tmp_path / "annotations/instances_train2017.json"
-    later = file.stat().st_mtime_ns + 10**12
+    earlier = file.stat().st_mtime_ns - 10**12
     content["annotations"][0]["category_id"] = 85  # the book was a clock
     file.write_text(json.dumps(content))
-    for path in (tmp_path / "semantic_masks").rglob("*"):
-        os.utime(path, ns=(later - 1, later - 1))
-    os.utime(file, ns=(later, later))
+    os.utime(file, ns=(earlier, earlier))  # put in its place, though written before
     assert build_split(cfg, "train").records[0] == record
     mask = load_mask(record["fpath_segm"])
     assert 75 in mask and 74 not in mask
+
+
+def test_masks_of_a_copied_data_set_are_not_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coco_tree(tmp_path / "a")
+    build_split(config("coco", tmp_path / "a", 81), "train")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    monkeypatch.setattr(coco, "draw", lambda *args: pytest.fail("the masks are good"))
+    assert len(build_split(config("coco", tmp_path / "b", 81), "train").records) == 2
 
 
 def test_coco_with_entries_that_lack_something(tmp_path: Path) -> None:
@@ -254,7 +269,7 @@ def test_coco_with_entries_that_lack_something(tmp_path: Path) -> None:
     file = tmp_path / "annotations/instances_train2017.json"
     for one in content["annotations"]:
         del one["iscrowd"]  # as tools write it that know no crowds
-    file.write_text(json.dumps({**content, "annotations": [*content["annotations"], {}]}))
+    file.write_text(json.dumps(content))
     mask = load_mask(build_split(config("coco", tmp_path, 81), "train").records[0]["fpath_segm"])
     assert set(np.unique(mask).tolist()) == {0, 1, 61, 74}
     del content["annotations"][0]["segmentation"]
@@ -319,13 +334,16 @@ def test_processes_that_start_together_share_the_masks(
     ]
     with ThreadPoolExecutor(3) as pool:
         calls = [
-            pool.submit(drawn_once, tmp_path, "masks.odgt", lambda: todo, "", "x.json")
+            pool.submit(drawn_once, tmp_path, "masks.odgt", lambda: todo, "", "x.json", {})
             for _ in range(3)
         ]
     assert [call.result() for call in calls] == [[one.record for one in todo]] * 3
     for k in range(100):
         assert load_mask(tmp_path / f"masks/{k}.png").tolist() == [[k]]
     assert len(drawn) < 150  # one after the other, all of them would draw most of the 100
+
+
+SCALED = [{"image_id": 7, "category_id": 1, "segmentation": [[0.1, 0, 0.9, 0, 0.9, 1]]}]
 
 
 @pytest.mark.parametrize(
@@ -341,6 +359,26 @@ def test_processes_that_start_together_share_the_masks(
         ({"id": None}, "image 000007.jpg: 'id' is None"),
         ({"id": [7]}, r"image 000007.jpg: 'id' is \[7\]"),
         ({"file_name": None}, "image 0: 'file_name' is None"),
+        ({"images": []}, "its list of images is empty"),
+        ({"annotations": []}, "its list of annotations is empty"),
+        ({"categories": None}, "has no 'categories', a list of id and name"),
+        ({"categories": [{"id": 1}]}, "entry 0 of 'categories' is {'id': 1}"),
+        ({"categories": [{"id": 1, "name": " "}]}, "entry 0 of 'categories'"),
+        (
+            {"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]},
+            "two of its categories have the id 1",
+        ),
+        (
+            {"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a "}]},
+            "two of its categories have the name 'a'",
+        ),
+        ({"category_id": 12}, "annotation 0 has category_id 12, which is none of its categories"),
+        ({"category_id": None}, "annotation 0 has category_id None"),
+        ({"category_id": "84"}, "annotation 0 has category_id '84'"),
+        ({"segmentation": []}, "annotation 0 has an empty segmentation"),
+        ({"annotations": SCALED}, "all its polygons lie within one pixel"),
+        ({"id": 8}, "images 000007.jpg and 000008.jpg both have the id 8"),
+        ({"file_name": "000008.png"}, "images 000008.png and 000008.jpg would share one mask"),
         ({"segmentation": [1, 1, 3, 1, 3, 3]}, r"000007.jpg: .*a polygon is a list .* not 1"),
         ({"segmentation": [[1, 1, 3, 1, 3, None]]}, "000007.jpg: .* at None, which is no number"),
         ({"segmentation": [[1, 1, 3, 1, 3, math.nan]]}, "000007.jpg: .* at nan, which is no"),
@@ -377,13 +415,166 @@ def test_coco_says_what_is_missing(tmp_path: Path) -> None:
     file.write_text("[")
     with pytest.raises(ValueError, match=r"instances_train2017\.json: damaged"):
         build_split(cfg, "train")
-    file.write_text('{"images": []}')
+    file.write_text('{"images": [], "categories": [{"id": 1, "name": "person"}]}')
     with pytest.raises(ValueError, match=r"has no 'annotations'; it is no annotation file"):
         build_split(cfg, "train")
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"expected annotations/instances_train2017\.json"):
         build_split(cfg, "train")
     assert not (tmp_path / "semantic_masks").exists()
+
+
+# ------------------------------------------------------------------------------ COCO, of one's own
+POLE_SIGN = [{"id": 1, "name": "pole"}, {"id": 5, "name": "sign"}]
+
+
+def own_tree(root: Path, name: str = "train.json", **changes: Any) -> dict[str, Any]:
+    """One image of 6 x 8 pixels: a pole as polygon, a sign as runs, and a crowd of signs."""
+    shape = {"image_id": 3, "iscrowd": 0}
+    pole = [[0, 0, 2, 0, 2, 6, 0, 6]]
+    sign = {"size": [6, 8], "counts": [18, 2, 4, 2, 22]}  # two columns of two pixels
+    content = {
+        "images": [{"id": 3, "file_name": "sub/a.jpg", "width": 8, "height": 6}],
+        "annotations": [
+            {**shape, "category_id": 1, "segmentation": pole},
+            {**shape, "category_id": 5, "segmentation": sign},
+            {
+                **shape,
+                "category_id": 5,
+                "iscrowd": 1,
+                "segmentation": {"size": [6, 8], "counts": [42, 6]},
+            },
+        ],
+        "categories": POLE_SIGN,
+        **changes,
+    }
+    put_image(root / "photos/sub/a.jpg", 8, 6)
+    (root / name).write_text(json.dumps(content))
+    return content
+
+
+def own_config(root: Path, num_class: int = 3, **changes: Any) -> SimpleNamespace:
+    entry = "photos:train.json"
+    return config("coco", root, num_class, list_train=entry, list_val=entry, **changes)
+
+
+def test_categories_of_ones_own_keep_their_names(tmp_path: Path) -> None:
+    own_tree(tmp_path)
+    split = build_split(own_config(tmp_path), "train")
+    assert split.classes.names == ("background", "pole", "sign")
+    assert len({tuple(color) for color in split.classes.colors.tolist()}) == 3
+    expected = np.zeros((6, 8), np.uint8)
+    expected[:, :2] = 1
+    expected[:2, 3:5] = 2
+    expected[:, 7] = 255
+    assert np.array_equal(load_mask(split.records[0]["fpath_segm"]), expected)
+    assert named(split) == ["pole", "pole", "background", "sign", "sign", *["background"] * 2, "-"]
+    assert check_sample(split) == []
+    report = check("photos:train.json", tmp_path, data_format="coco", progress=False)
+    assert report["ok"] and report["num_class"] == 3
+    assert [row["name"] for row in report["classes"]] == ["background", "pole", "sign"]
+    (tmp_path / "train.json").unlink()  # the masks and names are kept
+    again = build_split(own_config(tmp_path), "train")
+    assert again.records == split.records and again.classes.names == split.classes.names
+
+
+@pytest.mark.parametrize("num_class", [2, 21, 81, 150])
+def test_the_number_of_ones_own_categories_is_checked(tmp_path: Path, num_class: int) -> None:
+    own_tree(tmp_path)
+    message = (
+        rf"num_class is {num_class}, but .*train\.json has 2 categories \(pole, sign\), 3 classes "
+        "with background; set DATASET.num_class 3$"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_split(own_config(tmp_path, num_class), "train")
+    assert not (tmp_path / "semantic_masks").exists()
+
+
+def test_files_with_cocos_names_and_other_categories_are_not_taken_for_coco(tmp_path: Path) -> None:
+    content = coco_tree(tmp_path)
+    for one in content["annotations"]:
+        one["category_id"] = 1 if one["category_id"] == 84 else 5
+    content["categories"] = POLE_SIGN
+    file = tmp_path / "annotations/instances_train2017.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"2 categories \(pole, sign\)"):
+        build_split(config("coco", tmp_path, 81), "train")
+    assert build_split(config("coco", tmp_path, 3), "train").classes.names[1:] == ("pole", "sign")
+
+
+def test_categories_are_compared_with_cocos_by_name(tmp_path: Path) -> None:
+    """A part of COCO with ids of its own: its names decide, and `num_class` which classes."""
+    content = own_tree(tmp_path)
+    content["categories"] = [{"id": 5, "name": "person"}, {"id": 1, "name": "bus"}]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    whole = build_split(own_config(tmp_path, 81), "train")
+    assert named(whole)[:4] == ["bus", "bus", "background", "person"]
+    assert load_mask(whole.records[0]["fpath_segm"])[0, 0] == 6
+    part = build_split(own_config(tmp_path, 3), "train")
+    assert part.classes.names == ("background", "bus", "person")
+    assert named(part)[:4] == named(whole)[:4]
+    with pytest.raises(ValueError, match="set DATASET.num_class 3$"):  # not all of VOC's
+        build_split(own_config(tmp_path, 21), "train")
+
+
+def test_a_category_called_background_is_class_0(tmp_path: Path) -> None:
+    own_tree(tmp_path, categories=[{"id": 0, "name": "Background"}, *POLE_SIGN])
+    assert build_split(own_config(tmp_path), "train").classes.names[1:] == ("pole", "sign")
+
+
+def test_images_in_folders_of_their_own_do_not_share_masks(tmp_path: Path) -> None:
+    content = own_tree(tmp_path)
+    other = {"id": 4, "file_name": "other/a.jpg", "width": 8, "height": 6}
+    outside = {"id": 5, "file_name": "../a.jpg", "width": 8, "height": 6}
+    content["images"] += [other, outside]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    records = build_split(own_config(tmp_path), "train").records
+    masks = [Path(record["fpath_segm"]) for record in records]
+    assert [load_mask(mask).any() for mask in masks] == [True, False, False]
+    assert all(tmp_path / "semantic_masks" in mask.parents for mask in masks)
+    assert Path(records[2]["fpath_img"]) == tmp_path / "a.jpg"
+
+
+def test_files_of_one_list_have_the_same_categories(tmp_path: Path) -> None:
+    own_tree(tmp_path)
+    own_tree(
+        tmp_path, "more.json", categories=[{"id": 1, "name": "sign"}, {"id": 5, "name": "pole"}]
+    )
+    cfg = own_config(tmp_path)
+    cfg.list_train = ["photos:train.json", "photos:more.json"]
+    with pytest.raises(ValueError, match=r"train\.json and photos:more\.json have different cat"):
+        build_split(cfg, "train")
+    own_tree(tmp_path, "more.json")
+    assert len(build_split(cfg, "train").records) == 2
+
+
+def test_annotations_of_other_images_are_refused(tmp_path: Path) -> None:
+    images = [{"id": "3", "file_name": "sub/a.jpg", "width": 8, "height": 6}]
+    own_tree(tmp_path, images=images)
+    with pytest.raises(ValueError, match="the first has image_id 3, the first image the id '3'"):
+        build_split(own_config(tmp_path), "train")
+
+
+def test_list_entries_of_annotation_files_are_named(tmp_path: Path) -> None:
+    own_tree(tmp_path)
+    for entry, message in (
+        ("photos:none.json", r"none\.json: no such annotation file; check .*'photos:none\.json'"),
+        ("none:train.json", r"none: no such folder of images; .*'none:train\.json'"),
+        ("train.json", r"give 'images_dir:FILE\.json'"),
+        ("photos:masks", r"give 'images_dir:FILE\.json'"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            build_split(config("coco", tmp_path, 3, list_train=entry), "train")
+    for name, message in (("odgt", "coco for images_dir:FILE.json"), ("folder", "format coco")):
+        with pytest.raises(ValueError, match=message):
+            build_split(config(name, tmp_path, 3, list_train="photos:train.json"), "train")
+
+
+def test_images_that_are_missing_are_named(tmp_path: Path) -> None:
+    own_tree(tmp_path)
+    (tmp_path / "photos/sub/a.jpg").unlink()
+    report = check("photos:train.json", tmp_path, data_format="coco", progress=False)
+    assert not report["ok"] and "sub/a.jpg: no such file" in report["unreadable"][0]
 
 
 def test_cocos_classes_in_vocs_order() -> None:
@@ -430,7 +621,9 @@ def panoptic_tree(root: Path, zipped: bool = False) -> None:
     segments = [{"id": number, "category_id": 200}, {"id": 5, "category_id": 1, "iscrowd": 1}]
     annotation = {"image_id": 9, "file_name": "000009.png", "segments_info": segments}
     images = [{"id": 9, "file_name": "000009.jpg", "width": 4, "height": 1}]
-    content = {"images": images, "annotations": [annotation]}
+    names = class_table(config("coco_panoptic", Path(), 133)).names
+    categories = [{"id": key, "name": names[k]} for key, k in CLASSES.items()]
+    content = {"images": images, "annotations": [annotation], "categories": categories}
     (place / "panoptic_val2017.json").write_text(json.dumps(content))
     if zipped:
         with zipfile.ZipFile(place / "panoptic_val2017.zip", "w") as archive:
@@ -472,6 +665,14 @@ def test_coco_panoptic_says_what_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (
+            {"categories": [{"id": 1, "name": "pole"}]},
+            "its category 1 is 'pole', in COCO 'person'; .* DATASET.format folder",
+        ),
+        (
+            {"categories": [{"id": 12, "name": "street sign"}]},
+            "its category 12 .* in COCO 'unused'",
+        ),
         ({"image_id": None}, "000009.png: 'image_id' is None"),
         ({"file_name": None}, "annotation 0: 'file_name' is None"),
         ({"segments_info": None}, "000009.png: 'segments_info' is None"),
@@ -485,7 +686,8 @@ def test_damaged_coco_panoptic_is_told_in_one_line(
     panoptic_tree(tmp_path)
     file = tmp_path / "annotations/panoptic_val2017.json"
     content = json.loads(file.read_text())
-    content["annotations"][0].update(change)
+    owner = content if "categories" in change else content["annotations"][0]
+    owner.update(change)
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"panoptic_val2017\.json: {says}"):
         build_split(config("coco_panoptic", tmp_path, 133), "val")

@@ -65,6 +65,18 @@ def test_sixteen_bit_grey_is_scaled(tmp_path: Path) -> None:
     assert load_image(tmp_path / "x.png")[0, :, 1].tolist() == [0, 1, 128, 255]
 
 
+def test_the_least_bright_sixteen_bits(tmp_path: Path) -> None:
+    """A quarter of the range passes, a black picture too; between them it is another range."""
+    path = tmp_path / "x.png"
+    for highest, level in ((16384, 64), (0, 0)):  # 16384 / 257 = 63.8
+        Image.fromarray(np.array([[0, highest]], np.uint16)).save(path)
+        assert load_image(path)[0, 1].tolist() == [level] * 3
+    for highest in (16383, 4000, 1):
+        Image.fromarray(np.array([[0, highest]], np.uint16)).save(path)
+        with pytest.raises(ValueError, match=rf"x\.png: its largest value is {highest}, less than"):
+            load_image(path)
+
+
 def test_float_images(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 0.5, 1]], np.float32)).save(tmp_path / "unit.tif")
     assert load_image(tmp_path / "unit.tif")[0, :, 0].tolist() == [0, 128, 255]

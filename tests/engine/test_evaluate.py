@@ -31,6 +31,7 @@ from mit_semseg.engine.evaluate import (
     evaluate_model,
     format_report,
     merged,
+    single_class,
     val_dataset,
 )
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix, boundary_f
@@ -254,6 +255,53 @@ def test_batches_keep_every_image_and_pictures_never_collide(setup: Config, tmp_
     assert (truth[mask == 0] == 0).all()
 
 
+def test_one_class_everywhere_is_pointed_out(
+    setup: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = load_model(setup, "best.pth")
+    last = [m for m in module.decoder.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    assert last.bias is not None
+    evaluate(setup, [CPU], model=module, out_dir=tmp_path, progress=False)
+    assert "predicted as" not in caplog.text
+    with torch.no_grad():
+        last.bias[2] += 1e4
+    evaluate(setup, [CPU], model=module, out_dir=tmp_path, progress=False)
+    (said,) = [r.getMessage() for r in caplog.records if "predicted as" in r.getMessage()]
+    assert said.startswith("every pixel of all images is predicted as class 2: look at the masks")
+
+
+def test_one_class_in_figures_by_hand() -> None:
+    classes = ClassTable.of(["floor", "crack"])
+    matrix = ConfusionMatrix(2)
+    assert single_class(matrix, classes) == ""  # nothing was labelled
+    matrix.update([0, 0, 0], [0, 0, -1])
+    assert single_class(matrix, classes).startswith(
+        "every labelled pixel is floor, and every one is predicted as floor: check DATASET.label_m"
+    )
+    matrix.update([0, 1], [1, -1])  # predicted where nothing is labelled: not counted
+    assert single_class(matrix, classes).startswith("every pixel of all images is predicted as flo")
+    matrix.update([1], [0])
+    assert single_class(matrix, classes) == ""
+    alone = ConfusionMatrix(1)
+    alone.update([0], [0])
+    assert single_class(alone, ClassTable.of(["floor"])) == ""
+
+
+def test_data_with_the_classes_in_another_order_are_refused(
+    setup: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = setup.clone()
+    cfg.DATASET.classes = str(tmp_path / "names.csv")
+    ClassTable.of(["sky", "road", "car", "tree"]).save(tmp_path / "names.csv")
+    message = "class 0 of the checkpoint is 'road', of DATASET.list_val 'sky': give the data the"
+    with pytest.raises(ValueError, match=message):
+        evaluate(cfg, [CPU], out_dir=tmp_path, progress=False)
+    ClassTable.of(["road", "sky", "vehicle", "tree"]).save(tmp_path / "names.csv")
+    result = evaluate(cfg, [CPU], out_dir=tmp_path, progress=False)
+    assert [row["name"] for row in result["classes"]] == list(NAMES)
+    assert "class 2 of the checkpoint is 'car', of DATASET.list_val 'vehicle'" in caplog.text
+
+
 def test_scales_and_flip_of_the_evaluation_are_its_own(setup: Config, tmp_path: Path) -> None:
     cfg = setup.clone()
     cfg.VAL.imgSizes = [40]
@@ -265,6 +313,12 @@ def test_scales_and_flip_of_the_evaluation_are_its_own(setup: Config, tmp_path: 
     counts = published(other, flip=True)
     assert result["pixel_accuracy"] == pytest.approx(np.diag(counts).sum() / counts.sum())
     assert result["imgSizes"] == [40]
+    for section in (cfg.VAL, other.DATASET):  # one scale needs no list
+        section.imgSizes = 40
+    other.VAL.flip = True
+    for number in (cfg, other):
+        again = evaluate(number, [CPU], out_dir=tmp_path, progress=False)
+        assert again["imgSizes"] == [40] and again["mean_iou"] == result["mean_iou"]
 
 
 def test_model_in_memory_keeps_its_modes(setup: Config, tmp_path: Path) -> None:

@@ -96,6 +96,31 @@ def weights(cfg: Config, checkpoint: str) -> dict[str, torch.Tensor]:
     }
 
 
+def test_a_validation_of_one_class_is_pointed_out(
+    settings: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = settings(
+        TRAIN__num_epoch=1,
+        TRAIN__epoch_iters=1,
+        TRAIN__eval_epochs=1,
+        TRAIN__lr_encoder=0,
+        TRAIN__lr_decoder=0,
+        MODEL__weights_decoder=str(tmp_path / "decoder.pth"),
+    )
+    plain = cfg.clone()
+    plain.MODEL.weights_decoder = ""
+    decoder = ModelBuilder.from_config(plain).decoder
+    last = [m for m in decoder.modules() if isinstance(m, nn.Conv2d)][-1]
+    assert last.bias is not None
+    with torch.no_grad():
+        last.bias[2] = 1e4
+    torch.save(decoder.state_dict(), tmp_path / "decoder.pth")
+    train(cfg, [CPU], progress=False)
+    said = [record.getMessage() for record in caplog.records if "predicted" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("epoch 1: every pixel of all images is predicted as class 2: look at")
+
+
 def test_learns_and_leaves_a_whole_folder(settings: Callable[..., Config]) -> None:
     cfg = settings(
         TRAIN__num_epoch=8,

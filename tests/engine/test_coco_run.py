@@ -1,0 +1,114 @@
+"""An annotation file of one's own, from training to pictures, by the commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mit_semseg.cli import main
+from mit_semseg.segmenter import Segmenter
+
+NAMES = ["background", "pole", "sign"]
+
+
+def write(root: Path, file: str, categories: dict[int, str]) -> None:
+    """Two images of 32 x 48 pixels with a pole and a sign, whose ids `categories` says."""
+    ids = {name: key for key, name in categories.items()}
+    content: dict[str, Any] = {"images": [], "annotations": []}
+    content["categories"] = [{"id": key, "name": name} for key, name in categories.items()]
+    (root / "photos").mkdir(parents=True, exist_ok=True)
+    for k in range(2):
+        pixels = np.full((32, 48, 3), 90, np.uint8)
+        pixels[:, 8:16], pixels[8:24, 24:40] = (250, 40, 40), (40, 250, 250)
+        Image.fromarray(pixels).save(root / f"photos/{k}.png")
+        content["images"].append({"id": k, "file_name": f"{k}.png", "width": 48, "height": 32})
+        shapes = {
+            "pole": [[8, 0, 16, 0, 16, 32, 8, 32]],
+            "sign": {"size": [32, 48], "counts": [24 * 32 + 8, *[16, 16] * 15, 16, 8 * 32 + 8]},
+        }
+        content["annotations"] += [
+            {"image_id": k, "category_id": ids[name], "segmentation": shape}
+            for name, shape in shapes.items()
+        ]
+    (root / file).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> list[str]:
+    """`KEY value` pairs of a small job on `photos:train.json`."""
+    write(tmp_path / "data", "train.json", {1: "pole", 5: "sign"})
+    values = {
+        "DIR": tmp_path / "model",
+        "DATASET.format": "coco",
+        "DATASET.root_dataset": tmp_path / "data",
+        "DATASET.list_train": "photos:train.json",
+        "DATASET.list_val": "photos:train.json",
+        "DATASET.num_class": 3,
+        "DATASET.imgSizes": 32,
+        "MODEL.arch_encoder": "resnet18dilated",
+        "MODEL.arch_decoder": "c1",
+        "MODEL.fc_dim": 512,
+        "MODEL.weights_encoder": "none",
+        "TRAIN.num_epoch": 1,
+        "TRAIN.epoch_iters": 2,
+        "TRAIN.workers": 0,
+        "VAL.checkpoint": "best.pth",
+        "TEST.checkpoint": "best.pth",
+        "TEST.result": tmp_path / "out",
+        "TEST.save": "[legend,overlay]",
+    }
+    return [str(word) for pair in values.items() for word in pair]
+
+
+def command(name: str, settings: list[str], *words: str) -> int:
+    (Path(settings[1]).parent / "empty.yaml").write_text("")
+    file = str(Path(settings[1]).parent / "empty.yaml")
+    return main([name, *words, "--gpus", "cpu", "--cfg", file, *settings])
+
+
+def test_names_of_categories_reach_figures_and_pictures(
+    tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    assert main(["data", "check", "photos:train.json", "--root", str(data)]) == 0
+    said = capsys.readouterr().out
+    for name, pixels in (("pole", 2 * 8 * 32), ("sign", 2 * 16 * 16)):
+        assert f" {name} " in said and f" {pixels} " in said
+    assert command("train", settings) == 0
+    with open(tmp_path / "model/classes.csv", newline="") as file:
+        assert [row["Name"] for row in csv.DictReader(file)] == NAMES
+    assert command("eval", settings) == 0
+    report = json.loads((tmp_path / "model/result_eval/eval.json").read_text())
+    assert [row["name"] for row in report["classes"]] == NAMES
+    assert report["classes"][1]["pixel_share"] == pytest.approx(8 / 48)
+    capsys.readouterr()
+    assert command("predict", settings, "--imgs", str(data / "photos")) == 0
+    predicted = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    assert set(predicted) & set(NAMES) and "person" not in predicted
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("0.png", "1.png", "0_legend.png", "1_legend.png")
+    }
+    segmenter = Segmenter.from_checkpoint(tmp_path / "model", device="cpu")
+    assert list(segmenter.classes.names) == NAMES
+
+
+def test_validation_with_other_ids_is_refused(
+    tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same two names, numbered the other way round: figures would be of the wrong classes."""
+    write(tmp_path / "data", "val.json", {1: "sign", 5: "pole"})
+    swapped = [*settings, "DATASET.list_val", "photos:val.json"]
+    assert command("train", swapped) == 2
+    said = capsys.readouterr().err
+    assert "different classes, background, pole, sign and background, sign, pole" in said
+    assert command("train", settings) == 0
+    assert command("eval", swapped) == 2
+    assert "class 1 of the checkpoint is 'pole', of DATASET.list_val 'sign'" in (
+        capsys.readouterr().err
+    )
