@@ -45,6 +45,10 @@ def build_optimizer(cfg: Config, module: nn.Module, lr: float) -> torch.optim.Op
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Give an optimizer the momentum of a saved one; its own settings stay.
 
+    Momentum takes the memory layout of its parameter, which may be another than it was saved with
+    (TRAIN.channels_last): fused steps go through the memory of both side by side, whatever their
+    strides are.
+
     Raises:
         ValueError, KeyError: the state is that of other parameters.
     """
@@ -55,6 +59,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def poly_factor(step: int, total: int, power: float, warmup: int = 0) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from mit_semseg.config import load_config
 from mit_semseg.engine.balance import frequency_weights
 from mit_semseg.engine.optim import (
     build_optimizer,
+    load_optimizer,
     moving_average,
     parameter_groups,
     poly_factor,
@@ -67,6 +70,58 @@ def test_fused_steps_are_the_plain_ones(name: str) -> None:
             net(x).square().mean().backward()
             optimizer.step()
     torch.testing.assert_close(dict(ours.state_dict()), dict(plain.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_momentum_takes_the_layout_of_its_parameter(name: str, layout: torch.memory_format) -> None:
+    """Resumed in another layout, a run goes on as one that was never interrupted."""
+    cfg = load_config(None, ["TRAIN.optim", name])
+    torch.manual_seed(0)
+    images = torch.randn(6, 2, 3, 8, 8)
+    before = torch.contiguous_format if layout == torch.channels_last else torch.channels_last
+    nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, (3, 2))) for _ in range(2)]
+    whole, resumed = (
+        net.to(memory_format=form) for net, form in zip(nets, (before, layout), strict=True)
+    )
+
+    def steps(net: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Tensor) -> None:
+        for x in batches:
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+
+    optimizer = build_optimizer(cfg, whole, 0.05)
+    steps(whole, optimizer, images[:3])
+    resumed.load_state_dict(whole.state_dict())
+    other = build_optimizer(cfg, resumed, 0.05)
+    load_optimizer(other, copy.deepcopy(optimizer.state_dict()))
+    assert all(p.is_contiguous(memory_format=layout) for p in resumed.parameters() if p.ndim == 4)
+    for parameter, state in other.state.items():
+        momentum = [value for value in state.values() if value.ndim]
+        assert momentum and all(value.stride() == parameter.stride() for value in momentum)
+    steps(whole, optimizer, images[3:])
+    steps(resumed, other, images[3:])
+    torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_averages_and_clipping_across_layouts(layout: torch.memory_format) -> None:
+    before = torch.contiguous_format if layout == torch.channels_last else torch.channels_last
+    net = nn.Conv2d(3, 8, 3, bias=False).to(memory_format=before)
+    average = moving_average(net, 0.9)
+    average.update_parameters(net)
+    old, new = net.weight.detach().clone(), torch.randn(8, 3, 3, 3)
+    net.to(memory_format=layout).load_state_dict({"weight": new})
+    average.update_parameters(net)  # decay (1 + 1) / (10 + 1)
+    assert average.module.weight.stride() != net.weight.stride()
+    torch.testing.assert_close(average.module.weight.data, 2 / 11 * old + 9 / 11 * new)
+
+    net.weight.grad, average.module.weight.grad = new.clone(memory_format=layout), old
+    norm = torch.cat([old.flatten(), new.flatten()]).norm()
+    both = [net.weight, average.module.weight]
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(both, norm.item() / 2), norm)
+    torch.testing.assert_close(net.weight.grad, new / 2)
 
 
 def test_moving_average_by_hand() -> None:
