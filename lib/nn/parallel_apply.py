@@ -117,7 +117,7 @@ def _run(threads: Sequence[threading.Thread], run: ReplicaRun) -> None:
         with run.changed:
             left = max(_GRACE, deadline - time.monotonic())
             run.changed.wait_for(lambda: len(run.ended) == run.size, timeout=left)
-        for i in run.ended:
+        for i in tuple(run.ended):  # one that hangs may end now, after all
             if threads[i].ident is not None:
                 threads[i].join()
 
