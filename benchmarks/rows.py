@@ -282,19 +282,15 @@ class TrainStep(Row):
             keep_freed_memory()
         module = build(self.encoder, self.decoder).train().to(device)
         module = module.to(memory_format=torch.channels_last)
-        optimizers = [
-            build_optimizer(_Solver, part, 0.02)  # type: ignore[arg-type]
-            for part in (module.encoder, module.decoder)
-        ]
+        optimizer = build_optimizer(_Solver, (module, 0.02))  # type: ignore[arg-type]
         batch = self._pinned(self._bytes())
 
         def step() -> float:
             with autocast(device, self.precision):
                 loss, _ = module(async_copy_to(batch, device))
             loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             return float(loss.detach())
 
         return step

@@ -35,7 +35,8 @@ class UserScatteredDataParallel(nn.Module):
             None: all GPUs there are, else the CPU.
         output_device: where outputs are gathered; None: the first device.
         dim: dimension along which output tensors are concatenated.
-        timeout: seconds a replica waits for the others at one synchronised layer.
+        timeout: seconds a replica waits for the others at one synchronised layer; after them a
+            forward pass in which one has failed waits for none that hangs.
 
     Raises:
         ValueError: no device is given, or one does not exist.
@@ -88,7 +89,8 @@ class UserScatteredDataParallel(nn.Module):
         Raises:
             ValueError: `inputs` is no list, is empty or longer than `device_ids`, or the
                 outputs cannot be joined.
-            BaseException: whatever a replica raised, with its traceback.
+            BaseException: whatever a replica raised, with its traceback, when the threads of all
+                replicas have ended.
         """
         if not isinstance(inputs, (list, tuple)) or not 0 < len(inputs) <= len(self.device_ids):
             got = len(inputs) if isinstance(inputs, (list, tuple)) else type(inputs).__name__

@@ -14,7 +14,7 @@ from torch import nn
 
 from .exchange import ReplicaRun
 
-# How long the other replicas may take to leave after one has failed, in seconds.
+# How long the other replicas may at least take to leave after one has failed, in seconds.
 _GRACE = 2.0
 
 
@@ -26,6 +26,10 @@ def parallel_apply(
     devices: Sequence[torch.device],
 ) -> list[Any]:
     """Calls each replica in a thread of its own, under the caller's grad and autocast modes.
+
+    The threads have ended when this returns or raises: one that frees its tensors while the
+    interpreter shuts down would abort the process. Only a replica that hangs, and answers neither
+    at a synchronised layer nor by its end within the run's timeout, is left behind.
 
     Args:
         run: the run that `execute_replication_callbacks` returned for these replicas.
@@ -39,7 +43,8 @@ def parallel_apply(
 
     Raises:
         BaseException: the first error of a replica, with its own traceback and a note naming
-            the replica and its device; at most two seconds after it happened.
+            the replica and its device, when the others have left, too. KeyboardInterrupt waits
+            for them likewise; a second one does not.
     """
     outputs: list[Any] = [None] * len(replicas)
     types = {device.type for device in devices} | {"cpu"}
@@ -71,36 +76,50 @@ def parallel_apply(
         else:
             run.end(i)
 
+    threads = [
+        threading.Thread(
+            target=contextvars.copy_context().run, args=(work, i), name=f"replica-{i}", daemon=True
+        )
+        for i in range(len(replicas))
+    ]
     with _divided_cores(sum(device.type == "cpu" for device in devices)):
-        for i in range(len(replicas)):
-            context = contextvars.copy_context()
-            threading.Thread(
-                target=context.run, args=(work, i), name=f"replica-{i}", daemon=True
-            ).start()
-        _wait_for_all(run)
+        _run(threads, run)
 
     if run.failure is not None:
         i, error = run.failure
-        _add_note(error, f"raised in replica {i} of {run.size} on device {devices[i]}")
+        note = f"raised in replica {i} of {run.size} on device {devices[i]}"
+        if hanging := [str(i) for i in range(run.size) if i not in run.ended]:
+            note += f"; replica {', '.join(hanging)} did not end within {run.timeout:g} s"
+        _add_note(error, note)
         raise error
     return outputs
 
 
-def _wait_for_all(run: ReplicaRun) -> None:
-    """Returns when every replica has left, or soon after the first has failed."""
+def _run(threads: Sequence[threading.Thread], run: ReplicaRun) -> None:
+    """Starts the replicas' threads and joins them, but for those that hang after a failure."""
+    deadline = time.monotonic() + run.timeout
     try:
+        for thread in threads:
+            thread.start()
         with run.changed:
             run.changed.wait_for(lambda: run.failure is not None or len(run.ended) == run.size)
-            deadline = time.monotonic() + _GRACE
-            run.changed.wait_for(
-                lambda: len(run.ended) == run.size, timeout=deadline - time.monotonic()
-            )
     except BaseException as error:
-        # Ctrl-C in the caller must release the replicas too.
+        # Ctrl-C, or a thread that cannot be started: the replicas that run are released too.
+        for i, thread in enumerate(threads):
+            if thread.ident is None:
+                run.end(i, error)
         with run.changed:
             run.failure = run.failure or (0, error)
             run.changed.notify_all()
         raise
+    finally:
+        # Not by join alone: before Python 3.13 an interrupted join takes the thread for ended.
+        with run.changed:
+            left = max(_GRACE, deadline - time.monotonic())
+            run.changed.wait_for(lambda: len(run.ended) == run.size, timeout=left)
+        for i in tuple(run.ended):  # one that hangs may end now, after all
+            if threads[i].ident is not None:
+                threads[i].join()
 
 
 @contextmanager

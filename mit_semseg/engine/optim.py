@@ -26,24 +26,32 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
-def build_optimizer(cfg: Config, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The optimizer named by TRAIN.optim over one half of the model.
+def build_optimizer(cfg: Config, *parts: tuple[nn.Module, float]) -> torch.optim.Optimizer:
+    """The optimizer named by TRAIN.optim; one for all parts, which step together or not at all.
 
     Args:
         cfg: TRAIN.optim (SGD, Adam, AdamW), TRAIN.beta1 (momentum or first beta),
             TRAIN.weight_decay.
-        module: encoder or decoder, already on its device.
-        lr: learning rate before the schedule.
+        parts: modules, already on their device, each with its learning rate before the schedule.
+            A part makes two groups: parameters with weight decay, then those without.
     """
-    groups = parameter_groups(module, cfg.TRAIN.weight_decay)
+    groups = [
+        {**group, "lr": lr}
+        for module, lr in parts
+        for group in parameter_groups(module, cfg.TRAIN.weight_decay)
+    ]
     if cfg.TRAIN.optim == "SGD":
-        return torch.optim.SGD(groups, lr=lr, momentum=cfg.TRAIN.beta1, fused=True)
+        return torch.optim.SGD(groups, momentum=cfg.TRAIN.beta1, fused=True)
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[cfg.TRAIN.optim]
-    return kind(groups, lr=lr, betas=(cfg.TRAIN.beta1, 0.999), fused=True)
+    return kind(groups, betas=(cfg.TRAIN.beta1, 0.999), fused=True)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Give an optimizer the momentum of a saved one; its own settings stay.
+
+    Momentum takes the memory layout of its parameter, which may be another than it was saved with
+    (TRAIN.channels_last): fused steps go through the memory of both side by side, whatever their
+    strides are.
 
     Raises:
         ValueError, KeyError: the state is that of other parameters.
@@ -55,6 +63,27 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The states of one optimizer per part as the state of one over all: numbers go on.
+
+    What states of runs held before there was one optimizer: `"optimizers": [encoder, decoder]`.
+    """
+    state: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = []
+    for one in states:
+        first = sum(len(group["params"]) for group in groups)
+        state.update({first + number: kept for number, kept in one["state"].items()})
+        groups += [
+            {**group, "params": [first + number for number in group["params"]]}
+            for group in one["param_groups"]
+        ]
+    return {"state": state, "param_groups": groups}
 
 
 def poly_factor(step: int, total: int, power: float, warmup: int = 0) -> float:
@@ -72,10 +101,11 @@ def poly_factor(step: int, total: int, power: float, warmup: int = 0) -> float:
     return rise * (1.0 - step / total) ** power
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group one learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def set_learning_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
+    """Give the parts of an optimizer, two groups each, their learning rates."""
+    of_groups = [rate for rate in rates for _ in range(2)]
+    for group, rate in zip(optimizer.param_groups, of_groups, strict=True):
+        group["lr"] = rate
 
 
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:

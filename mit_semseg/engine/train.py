@@ -43,10 +43,11 @@ from mit_semseg.engine.launch import (
 )
 from mit_semseg.engine.optim import (
     build_optimizer,
+    joined_states,
     load_optimizer,
     moving_average,
     poly_factor,
-    set_learning_rate,
+    set_learning_rates,
 )
 from mit_semseg.engine.peers import lost_peers
 from mit_semseg.engine.resume import Search
@@ -68,7 +69,8 @@ from mit_semseg.models.recompute import recompute
 
 log = logging.getLogger("mit_semseg")
 
-# Steps in a row without a finite loss after which TRAIN.on_nan skip gives up, too.
+# Steps in a row without a finite loss after which TRAIN.on_nan skip gives up, too; and steps in a
+# row whose gradients fp16 cannot hold: the loss scale, which begins at 65536, is 1/16 by then.
 MOST_SKIPPED = 20
 # Batches saved for replay, at most: each holds the weights, too.
 MOST_SAVED = 3
@@ -160,6 +162,7 @@ class Trainer:
         # Of the steps of this epoch.
         self.losses: list[float] = []
         self.accuracies: list[float] = []
+        self.skipped = 0  # steps of the whole run, and those that ended it so far
         self.skipped_in_a_row = 0
         self.slowest_step = 0.0  # in seconds, but for the first
         self.bad_files: dict[str, str] = {}
@@ -244,10 +247,11 @@ class Trainer:
         # fp16 overflows without loss scaling; bf16 has the range of fp32.
         fp16 = autocast_dtype(self.device, cfg.TRAIN.precision) is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        self.optimizers = [
-            build_optimizer(cfg, self.module.encoder, cfg.TRAIN.lr_encoder),
-            build_optimizer(cfg, self.module.decoder, cfg.TRAIN.lr_decoder),
-        ]
+        self.optimizer = build_optimizer(
+            cfg,
+            (self.module.encoder, cfg.TRAIN.lr_encoder),
+            (self.module.decoder, cfg.TRAIN.lr_decoder),
+        )
         self.average = moving_average(self.module, cfg.TRAIN.ema) if cfg.TRAIN.ema else None
         self.statistics = Snapshot(self.module)
         if cfg.TRAIN.recompute:
@@ -382,6 +386,7 @@ class Trainer:
                     f"lr {rates[0]:.2g}/{rates[1]:.2g}, {meter.images / elapsed:.1f} images/s, "
                     f"waiting for data {100 * meter.waited / elapsed:.0f}%, run done in "
                     f"{tqdm.format_interval((self.max_iters - self.step) * pace)}"
+                    + (f", skipped steps: {self.skipped}" if self.skipped else "")
                 )
                 bar.set_postfix_str(figures, refresh=False)
                 bar.update()
@@ -396,6 +401,7 @@ class Trainer:
                         accuracy=_mean(self.accuracies[recent]),
                         lr_encoder=rates[0],
                         lr_decoder=rates[1],
+                        skipped=self.skipped,
                         images_per_second=meter.images / elapsed,
                         data_wait=meter.waited / elapsed,
                         seconds=self.seconds,
@@ -411,7 +417,7 @@ class Trainer:
     def _one_step(
         self, batches: Iterator[list[dict[str, Any]]], meter: _Meter
     ) -> tuple[bool, bool]:
-        """One step of the optimizers; whether all ranks are to stop, and to save, after it."""
+        """One step of the optimizer; whether all ranks are to stop, and to save, after it."""
         cfg = self.cfg
         began = time.monotonic()
         self.statistics.take()
@@ -462,8 +468,7 @@ class Trainer:
         cfg = self.cfg.TRAIN
         factor = poly_factor(step, self.max_iters, cfg.lr_pow, cfg.warmup_iters)
         rates = cfg.lr_encoder * factor, cfg.lr_decoder * factor
-        for optimizer, rate in zip(self.optimizers, rates):
-            set_learning_rate(optimizer, rate)
+        set_learning_rates(self.optimizer, *rates)
         return rates
 
     def _unsynchronised(self, part: int) -> AbstractContextManager[None]:
@@ -516,31 +521,56 @@ class Trainer:
         return bool(self.stop.asked)
 
     def _update(self) -> bool:
-        """One step of the optimizers; False when the gradients are no finite numbers.
+        """One step of the optimizer; False when the gradients are no finite numbers.
 
         Raises:
-            FloatingPointError: they are not, and TRAIN.on_nan is stop.
+            FloatingPointError: they are not, and TRAIN.on_nan is stop, or they have not been for
+                many steps.
         """
-        if self.cfg.TRAIN.clip_grad and not self._clip():
+        if self._overflows() or (self.cfg.TRAIN.clip_grad and not self._clip()):
             return False
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.module)
         return True
 
+    def _overflows(self) -> bool:
+        """Take the loss scale of fp16 out of the gradients; whether it was too high for them.
+
+        That is found on the host and the step left out here, rather than by `GradScaler.step`: it
+        lets fused optimizers run and write nothing, and the momentum of a first step of SGD, which
+        nothing was written to, would be whatever was in memory.
+        """
+        scale = self.scaler.get_scale()
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.update()
+        lowered = self.scaler.get_scale()
+        if lowered >= scale:  # always, where fp16 is not used
+            return False
+        text = (
+            f"fp16 cannot hold the gradients of step {self.step + 1} at a loss scale of {scale:g}"
+        )
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{text}, after {self.skipped_in_a_row} skipped steps; lower TRAIN.lr_encoder and "
+                "TRAIN.lr_decoder, or train with TRAIN.precision bf16 or fp32"
+            )
+        if self.rank == 0:  # all ranks have the same gradients
+            log.warning(
+                "%s: the step is skipped (%d so far), and the scale is %g now; a few such steps "
+                "are normal, at the beginning most of all",
+                text,
+                self.skipped + 1,
+                lowered,
+            )
+        return True
+
     def _clip(self) -> bool:
         """Bound the norm of the gradients; one that is infinite would spoil all of them."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.cfg.TRAIN.clip_grad)
         if bool(torch.isfinite(norm)):
             return True
-        if self.scaler.is_enabled():  # what fp16 does now and then; the scale is lowered
-            self.scaler.update()
-            return False
         text = f"the gradients of step {self.step + 1} are no finite numbers"
         if self.cfg.TRAIN.on_nan == "stop" or self.skipped_in_a_row >= MOST_SKIPPED:
             raise FloatingPointError(
@@ -607,9 +637,9 @@ class Trainer:
 
     def _give_up_step(self) -> None:
         """As if the step had not been: no gradients, and the statistics of before."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         self.statistics.put_back()
+        self.skipped += 1
         self.skipped_in_a_row += 1
 
     # ------------------------------------------------------------------ between epochs
@@ -744,13 +774,14 @@ class Trainer:
             "decoder": self.module.decoder.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optim": self.cfg.TRAIN.optim,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_states,
             "history": self.history,
             "best": self.best,
             "losses": self.losses,
             "accuracies": self.accuracies,
+            "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds,
             "config": self.cfg.dump(),
@@ -804,14 +835,16 @@ class Trainer:
                 else:
                     self.average.module.load_state_dict(self.module.state_dict())
             if state.get("optim") == self.cfg.TRAIN.optim:
-                for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-                    load_optimizer(optimizer, saved)
+                before = "optimizers" in state  # one for each half
+                saved = joined_states(state["optimizers"]) if before else state["optimizer"]
+                load_optimizer(self.optimizer, saved)
             self.scaler.load_state_dict(state.get("scaler", {}) or self.scaler.state_dict())
             # An epoch may have another number of steps now: how far the run is counts in epochs.
             self.step = state["step"] * self.epoch_iters // state["epoch_iters"]
             self.position = state["position"]
             self.losses = _numbers(state.get("losses", ()))
             self.accuracies = _numbers(state.get("accuracies", ()))
+            self.skipped = int(state.get("skipped", 0))
             self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
             self.seconds = float(state.get("seconds", 0.0))
             for part, columns in self.history.items():

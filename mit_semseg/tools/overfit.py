@@ -22,7 +22,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, build_split, streets
 from mit_semseg.dataset.train import CROP_SETTINGS
 from mit_semseg.engine.launch import autocast
-from mit_semseg.engine.optim import build_optimizer, poly_factor, set_learning_rate
+from mit_semseg.engine.optim import build_optimizer, poly_factor, set_learning_rates
 from mit_semseg.engine.run_state import seed_everything
 from mit_semseg.models import (
     DECODERS,
@@ -198,12 +198,12 @@ def _train(
     """Steps taken, and the loss of the last."""
     plain = cfg.clone()
     plain.TRAIN.optim, plain.TRAIN.weight_decay, plain.TRAIN.beta1 = "AdamW", 0.0, 0.9
-    optimizer = build_optimizer(plain, module, rate)
+    optimizer = build_optimizer(plain, (module, rate))
     truth = batch["seg_label"][0].cpu().numpy()
     device = next(module.parameters()).device
     with tqdm(range(1, steps + 1), desc=name, disable=not progress, leave=False) as bar:
         for step in bar:
-            set_learning_rate(optimizer, rate * poly_factor(step, 2 * steps, 0.9, WARMUP))
+            set_learning_rates(optimizer, rate * poly_factor(step, 2 * steps, 0.9, WARMUP))
             module.train()
             with autocast(device, cfg.TRAIN.precision):
                 loss, _ = module(dict(batch))

@@ -391,6 +391,7 @@ def test_bad_states(tmp_path: Path, model: Config, command: Command, untouched: 
         ({**good, "history": {"train": {"loss": 3}}}, unfit),
         ({**good, "losses": 3}, unfit),
         ({**good, "seconds": "x"}, unfit),
+        ({**good, "optimizer": 3}, unfit),
         ({**good, "optimizers": [3, 4]}, unfit),
         ({**good, "random": 3}, unfit),
         ({**good, "random": [{"torch": 3}]}, unfit),

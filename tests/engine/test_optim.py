@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,12 @@ from mit_semseg.config import load_config
 from mit_semseg.engine.balance import frequency_weights
 from mit_semseg.engine.optim import (
     build_optimizer,
+    joined_states,
+    load_optimizer,
     moving_average,
     parameter_groups,
     poly_factor,
+    set_learning_rates,
 )
 
 
@@ -39,7 +44,7 @@ def test_poly_schedule() -> None:
 )
 def test_optim_is_honoured(name: str, kind: type) -> None:
     cfg = load_config(None, ["TRAIN.optim", name, "TRAIN.beta1", "0.8"])
-    optimizer = build_optimizer(cfg, nn.Conv2d(1, 1, 1), 0.5)
+    optimizer = build_optimizer(cfg, (nn.Conv2d(1, 1, 1), 0.5))
     assert type(optimizer) is kind
     assert optimizer.param_groups[0]["lr"] == 0.5
     first = optimizer.param_groups[0]
@@ -59,7 +64,10 @@ def test_fused_steps_are_the_plain_ones(name: str) -> None:
         {"params": [plain.weight], "weight_decay": 0.1},
         {"params": [plain.bias], "weight_decay": 0.0},
     ]
-    optimizers = build_optimizer(cfg, ours, 0.05), kind(groups, lr=0.05, fused=False, **options)
+    optimizers = (
+        build_optimizer(cfg, (ours, 0.05)),
+        kind(groups, lr=0.05, fused=False, **options),
+    )
     for _ in range(5):
         x = torch.randn(2, 3, 6, 6)
         for net, optimizer in zip((ours, plain), optimizers):
@@ -67,6 +75,102 @@ def test_fused_steps_are_the_plain_ones(name: str) -> None:
             net(x).square().mean().backward()
             optimizer.step()
     torch.testing.assert_close(dict(ours.state_dict()), dict(plain.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_one_optimizer_is_those_of_its_parts(name: str) -> None:
+    """Also when it goes on from their states, which is what states of runs held before."""
+    cfg = load_config(None, ["TRAIN.optim", name])
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))]
+    nets += [copy.deepcopy(nets[0]) for _ in range(2)]
+    rates = 0.05, 0.01  # of the first two layers, and of the last one
+
+    def halves(net: nn.Sequential) -> tuple[nn.Module, nn.Module]:
+        return net[:2], net[2]
+
+    def one(net: nn.Sequential) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, *zip(halves(net), rates, strict=True))
+
+    def step(net: nn.Module, x: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
+        net(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    together, apart, resumed = nets
+    whole = one(together)
+    parts = [build_optimizer(cfg, part) for part in zip(halves(apart), rates, strict=True)]
+    images = torch.randn(5, 2, 3, 6, 6)
+    for x in images[:3]:
+        step(together, x, whole)
+        step(apart, x, *parts)
+    resumed.load_state_dict(apart.state_dict())
+    again = one(resumed)
+    load_optimizer(again, joined_states([copy.deepcopy(part.state_dict()) for part in parts]))
+    for part, rate in zip(parts, (0.03, 0.02), strict=True):
+        set_learning_rates(part, rate)
+    for optimizer in (whole, again):
+        set_learning_rates(optimizer, 0.03, 0.02)
+    for x in images[3:]:
+        step(together, x, whole)
+        step(apart, x, *parts)
+        step(resumed, x, again)
+    for key, value in apart.state_dict().items():
+        assert torch.equal(together.state_dict()[key], value), key
+        assert torch.equal(resumed.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_momentum_takes_the_layout_of_its_parameter(name: str, layout: torch.memory_format) -> None:
+    """Resumed in another layout, a run goes on as one that was never interrupted."""
+    cfg = load_config(None, ["TRAIN.optim", name])
+    torch.manual_seed(0)
+    images = torch.randn(6, 2, 3, 8, 8)
+    before = torch.contiguous_format if layout == torch.channels_last else torch.channels_last
+    nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, (3, 2))) for _ in range(2)]
+    whole, resumed = (
+        net.to(memory_format=form) for net, form in zip(nets, (before, layout), strict=True)
+    )
+
+    def steps(net: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Tensor) -> None:
+        for x in batches:
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+
+    optimizer = build_optimizer(cfg, (whole, 0.05))
+    steps(whole, optimizer, images[:3])
+    resumed.load_state_dict(whole.state_dict())
+    other = build_optimizer(cfg, (resumed, 0.05))
+    load_optimizer(other, copy.deepcopy(optimizer.state_dict()))
+    assert all(p.is_contiguous(memory_format=layout) for p in resumed.parameters() if p.ndim == 4)
+    for parameter, state in other.state.items():
+        momentum = [value for value in state.values() if value.ndim]
+        assert momentum and all(value.stride() == parameter.stride() for value in momentum)
+    steps(whole, optimizer, images[3:])
+    steps(resumed, other, images[3:])
+    torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_averages_and_clipping_across_layouts(layout: torch.memory_format) -> None:
+    before = torch.contiguous_format if layout == torch.channels_last else torch.channels_last
+    net = nn.Conv2d(3, 8, 3, bias=False).to(memory_format=before)
+    average = moving_average(net, 0.9)
+    average.update_parameters(net)
+    old, new = net.weight.detach().clone(), torch.randn(8, 3, 3, 3)
+    net.to(memory_format=layout).load_state_dict({"weight": new})
+    average.update_parameters(net)  # decay (1 + 1) / (10 + 1)
+    assert average.module.weight.stride() != net.weight.stride()
+    torch.testing.assert_close(average.module.weight.data, 2 / 11 * old + 9 / 11 * new)
+
+    net.weight.grad, average.module.weight.grad = new.clone(memory_format=layout), old
+    norm = torch.cat([old.flatten(), new.flatten()]).norm()
+    both = [net.weight, average.module.weight]
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(both, norm.item() / 2), norm)
+    torch.testing.assert_close(net.weight.grad, new / 2)
 
 
 def test_moving_average_by_hand() -> None:

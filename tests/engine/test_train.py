@@ -31,6 +31,7 @@ from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.reading import READINGS
 from mit_semseg.engine.checkpoint import CheckpointFolder
 from mit_semseg.engine.feed import Feed, RankSampler
+from mit_semseg.engine.optim import parameter_groups
 from mit_semseg.engine.train import Trainer, train
 from mit_semseg.losses import build_loss
 from mit_semseg.models import Decoder, Encoder, ModelBuilder, SegmentationModule
@@ -622,8 +623,10 @@ def test_states_are_written_by_time(settings: Callable[..., Config]) -> None:
     names = [file.name for file in CheckpointFolder(cfg.DIR).states()]
     assert names == ["state_step_4.pth", "state_step_3.pth"]
     state = state_of(cfg)
-    expected = {"encoder", "decoder", "optimizers", "scaler", "random", "position", "history"}
+    expected = {"encoder", "decoder", "optimizer", "scaler", "random", "position", "history"}
     assert expected | {"step", "best", "config", "max_iters"} <= state.keys()
+    described = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [key for key in state if f"`{key}`" not in described] == []
     assert set(state["random"][0]) == {"torch", "cuda", "numpy", "python"}
 
 
@@ -702,11 +705,48 @@ def test_resumed_optimizers_follow_the_configuration(
     cfg = settings(TRAIN__num_epoch=3, TRAIN__weight_decay=0.5, TRAIN__beta1=0.5)
     trainer = Trainer(cfg, [CPU], 0, 1, False, "auto")
     trainer._begin()
-    decayed, plain = trainer.optimizers[0].param_groups
+    decayed, plain = trainer.optimizer.param_groups[:2]
     assert (decayed["weight_decay"], plain["weight_decay"], decayed["momentum"]) == (0.5, 0.0, 0.5)
-    assert all("momentum_buffer" in state for state in trainer.optimizers[0].state.values())
+    assert all("momentum_buffer" in state for state in trainer.optimizer.state.values())
     result = train(settings(TRAIN__num_epoch=3, TRAIN__optim="AdamW"), [CPU], resume="auto")
     assert result["step"] == 6 and "momentum starts afresh" in caplog.text
+
+
+def test_a_state_with_two_optimizers_is_resumed_exactly(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Before, encoder and decoder had one each."""
+    whole = settings(**ENET, TRAIN__lr_decoder=0.005, DIR=str(tmp_path / "whole"))
+    train(whole, [CPU], progress=False)
+    file = tmp_path / "whole" / "state_step_2.pth"
+    state = torch.load(file, weights_only=True)
+    trainer = Trainer(settings(**ENET, DIR=str(tmp_path / "other")), [CPU], 0, 1, False, str(file))
+    trainer._begin()
+    state["optimizers"] = []
+    for half in (trainer.module.encoder, trainer.module.decoder):
+        of_half = torch.optim.SGD(parameter_groups(half, 1e-4), lr=0.02, momentum=0.9)
+        of_half.state.update({p: trainer.optimizer.state[p] for p in half.parameters()})
+        state["optimizers"].append(of_half.state_dict())
+    del state["optimizer"], state["skipped"]
+    old = tmp_path / "old.pth"
+    torch.save(state, old)
+    resumed = settings(**ENET, TRAIN__lr_decoder=0.005)
+    train(resumed, [CPU], resume=str(old), progress=False)
+    assert_same_weights(whole, resumed, "epoch_2.pth")
+
+
+def test_a_run_resumed_in_another_layout_goes_on_alike(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**ENET, "TRAIN__ema": 0.9}
+    whole = settings(**options, TRAIN__channels_last=False, DIR=str(tmp_path / "whole"))
+    train(whole, [CPU], progress=False)
+    state = str(tmp_path / "whole" / "state_step_2.pth")
+    resumed = settings(**options, TRAIN__channels_last=True)
+    train(resumed, [CPU], resume=state, progress=False)
+    # Convolutions of other layouts round differently, and BatchNorm of a few values enlarges that.
+    expected, got = weights(whole, "epoch_2.pth"), weights(resumed, "epoch_2.pth")
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_best_weights_stay_those_of_the_history(settings: Callable[..., Config]) -> None:
@@ -784,6 +824,59 @@ def test_gradients_that_are_not_finite_spoil_nothing(
         return
     train(cfg, [CPU], progress=False)
     assert all(torch.isfinite(x).all() for x in weights(cfg, "epoch_2.pth").values())
+
+
+def with_infinite_gradients(trainer: Trainer, half: str, steps: int) -> Trainer:
+    """fp16 needs a GPU; what happens when it cannot hold the gradients of one half does not."""
+    trainer.scaler = torch.amp.GradScaler("cpu")
+    parameter = list(getattr(trainer.module, half).parameters())[-1]
+    parameter.register_hook(lambda g: g * torch.inf if trainer.step < steps else g)
+    return trainer
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+def test_a_step_that_fp16_cannot_hold_leaves_no_trace(
+    settings: Callable[..., Config], caplog: pytest.LogCaptureFixture, half: str, clip_grad: float
+) -> None:
+    options: dict[str, Any] = {"TRAIN__clip_grad": clip_grad, "TRAIN__ema": 0.9}
+    cfg = settings(**ENET, **options, TRAIN__epoch_iters=1, TRAIN__num_epoch=1)
+    trainer = with_infinite_gradients(Trainer(cfg, [CPU], 0, 1, False), half, steps=1)
+    before = copy.deepcopy(trainer.module.state_dict())
+    trainer.run()
+    for key, value in trainer.module.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    state = state_of(cfg)
+    assert state["skipped"] == 1 and not state["optimizer"]["state"]
+    assert state["average"]["n_averaged"] == 0
+    (line,) = [x.message for x in caplog.records if "cannot hold" in x.message]
+    assert line.startswith("fp16 cannot hold the gradients of step 1 at a loss scale of 65536: ")
+    assert "(1 so far)" in line and "the scale is 32768 now" in line
+    (figures,) = (Path(cfg.DIR) / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(figures)["skipped"] == 1
+
+    # The next step is the first one of the optimizer.
+    more = settings(**ENET, **options, TRAIN__epoch_iters=1, TRAIN__num_epoch=2)
+    trainer = with_infinite_gradients(Trainer(more, [CPU], 0, 1, False, "auto"), half, steps=0)
+    trainer.run()
+    assert (trainer.skipped, trainer.skipped_in_a_row, trainer.step) == (1, 0, 2)
+    moved = [
+        float((p.detach() - before[n]).abs().max()) for n, p in trainer.module.named_parameters()
+    ]
+    assert 0 < max(moved) < 1, "momentum of nothing is 0"
+
+
+def test_fp16_that_never_holds_the_gradients_has_an_end(settings: Callable[..., Config]) -> None:
+    cfg = settings(**ENET, TRAIN__on_nan="skip", TRAIN__epoch_iters=9)
+    trainer = with_infinite_gradients(Trainer(cfg, [CPU], 0, 1, False), "encoder", steps=9)
+    trainer.skipped_in_a_row = 18
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^fp16 cannot hold the gradients of step 3 at a loss scale of 16384, after 20 "
+        r"skipped steps; lower TRAIN\.lr_encoder .* or train with TRAIN\.precision bf16 or fp32$",
+    ):
+        trainer.run()
+    assert trainer.skipped == 2
 
 
 def test_a_job_that_comes_back_goes_on(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections import OrderedDict, namedtuple
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -321,11 +326,15 @@ def failure(function: Any, n: int = 3, **options: Any) -> tuple[BaseException, f
 
 
 def no_replica_left() -> bool:
-    for _ in range(50):
-        if not any(t.name.startswith("replica-") for t in threading.enumerate()):
-            return True
-        time.sleep(0.02)
-    return False
+    """A thread that lives when the interpreter shuts down may abort the process."""
+    return not any(thread.name.startswith("replica-") for thread in threading.enumerate())
+
+
+class SlowToFree:
+    """What a replica's frame may hold: large tensors, which take their time to be freed."""
+
+    def __del__(self) -> None:
+        time.sleep(0.2)
 
 
 class OwnError(Exception):
@@ -359,20 +368,92 @@ def test_error_in_one_replica_reaches_the_caller(when: str, who: int) -> None:
     assert seconds < 5 and no_replica_left()
 
 
-def test_error_does_not_wait_for_a_busy_replica() -> None:
+@pytest.mark.parametrize("failing", [{1}, {0, 2}, {0, 1, 2}])
+def test_threads_have_ended_when_an_error_arrives(failing: set[int]) -> None:
+    def function(module: Call, feed: dict[str, Any]) -> Tensor:
+        held = SlowToFree()  # noqa: F841 - freed with the frame, when the replica has failed
+        if feed["id"] in failing:
+            raise KeyError(feed["id"])
+        return module.norm(feed["x"])
+
+    error, seconds = failure(function)
+    assert no_replica_left()
+    assert isinstance(error, KeyError) and error.args[0] in failing
+    assert seconds < 5
+
+
+def test_error_waits_for_a_busy_replica() -> None:
     release = threading.Event()
 
     def function(module: Call, feed: dict[str, Any]) -> Tensor:
         if feed["id"] == 1:
+            threading.Timer(2.5, release.set).start()
             raise KeyError("gone")
         if feed["id"] == 2:
             release.wait(20)
         return module.norm(feed["x"])
 
     error, seconds = failure(function)
-    release.set()
-    assert isinstance(error, KeyError)
-    assert seconds < 5 and no_replica_left()
+    assert no_replica_left() and release.is_set()
+    assert isinstance(error, KeyError) and seconds < 5
+
+
+def test_control_c_waits_for_the_replicas() -> None:
+    def function(module: Call, feed: dict[str, Any]) -> Tensor:
+        held = SlowToFree()  # noqa: F841
+        if feed["id"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+        return module.norm(feed["x"])
+
+    error, seconds = failure(function)
+    assert no_replica_left()
+    assert isinstance(error, KeyboardInterrupt) and seconds < 5
+
+
+def test_a_thread_that_cannot_start_releases_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def no_third(self: threading.Thread) -> None:
+        if self.name == "replica-2":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", no_third)
+    error, seconds = failure(lambda module, feed: module.norm(feed["x"]))
+    assert no_replica_left()
+    assert isinstance(error, RuntimeError) and "new thread" in str(error) and seconds < 5
+
+
+LEAVING = """
+import sys, torch
+from mit_semseg.lib.nn import SynchronizedBatchNorm1d, UserScatteredDataParallel
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = SynchronizedBatchNorm1d(2)
+
+    def forward(self, x):
+        held = [torch.zeros(1) for _ in range(20000)]
+        if len(x) == 3:
+            raise OSError("no such pixel")
+        return self.norm(x)
+
+UserScatteredDataParallel(Net(), ["cpu"] * 4)([torch.randn(n, 2) for n in (2, 3, 4, 3)])
+"""
+
+
+def test_a_process_whose_replica_failed_exits_with_a_traceback() -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1, done.stderr
+    assert "OSError: no such pixel" in done.stderr and "terminate called" not in done.stderr
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -408,10 +489,16 @@ def test_slow_replica_runs_into_the_timeout() -> None:
         return module.norm(feed["x"])
 
     error, seconds = failure(function, timeout=0.2)
-    release.set()
     assert isinstance(error, TimeoutError)
     assert "waited 0.2 s at norm for replica 0" in str(error)
-    assert 0.2 <= seconds < 5 and no_replica_left()
+    assert 0.2 <= seconds < 5
+    # Nothing can end a thread that hangs: its replica is named.
+    said = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    assert "replica 0 did not end within 0.2 s" in said
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == "replica-0":
+            thread.join()
 
 
 def test_works_again_after_a_failure() -> None:
