@@ -29,6 +29,10 @@ PYTHON = {
 # Without the runs of whole trainings, evaluations and faults, which take most of the time.
 QUICK = (
     "tests/lib",
+    "tests/compat",
+    "tests/engine/test_optim.py",
+    "tests/engine/test_threads.py",
+    "tests/test_segmenter.py",
     "tests/models",
     "tests/losses",
     "tests/dataset",

@@ -221,7 +221,7 @@ def _add_threads(parsers: Subparsers) -> None:
                 type=int,
                 default=None,
                 metavar="N",
-                help="compute threads of each process (the cores, fewer while others use them)",
+                help="compute threads (as many as cores, fewer while other programs use them)",
             )
 
 

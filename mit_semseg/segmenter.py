@@ -192,9 +192,7 @@ class Segmenter:
             FileNotFoundError: the folder holds no configuration or no such checkpoint.
             ValueError: weights and configuration do not fit together, or there is no such device.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = usable_device(device)  # said before the weights are read
+        device = usable_device(device)  # before the weights are read
         folder = CheckpointFolder(Path(path))
         cfg = folder.config()
         module = load_model(cfg, checkpoint or folder.best_or_latest())

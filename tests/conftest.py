@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _selects_gpu(config: pytest.Config) -> bool:
-    return "gpu" in config.option.markexpr.replace("not gpu", "")
+    return bool(config.option.markexpr == "gpu")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

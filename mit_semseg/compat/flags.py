@@ -96,6 +96,14 @@ def replacement(command: str, words: Sequence[str], program: str) -> str:
     given, rest = _parted(command, list(words))
     if not given:
         return ""
+    for name, values in given.items():
+        number = name == "num_gpus"
+        if name not in (*_SWITCHES, *_GONE) and not (
+            values and (values[0].isdecimal() or not number)
+        ):
+            new = _OPTIONS.get(name) or _KEYS[name].format(_COMMANDS[command])
+            value = "a number" if number else "a value"
+            return f"--{name} needs {value}, and has been replaced: use {new} with {value}"
     at = next((i for i, word in enumerate(rest) if word.startswith(SECTIONS)), len(rest))
     new = _Translation(command, given)
     now = shlex.join([*rest[:at], *new.options, *rest[at:], *new.pairs])
@@ -107,7 +115,7 @@ def _parted(command: str, words: list[str]) -> tuple[dict[str, list[str]], list[
     """Early flags with their values, and all other words."""
     known = {*_KEYS, *_OPTIONS, *_GONE}
     if command == "eval":
-        known.remove("workers")  # an option of today, for something else
+        known.remove("workers")  # a current option, for something else
     given: dict[str, list[str]] = {}
     rest: list[str] = []
     while words:
@@ -126,7 +134,7 @@ def _parted(command: str, words: list[str]) -> tuple[dict[str, list[str]], list[
 
 
 class _Translation:
-    """Early flags as options and `KEY value` pairs of today.
+    """Early flags as current options and `KEY value` pairs.
 
     Attributes:
         notes: what each flag has become.
@@ -149,7 +157,7 @@ class _Translation:
                 self._key(name, "TEST.result", value)
             elif name in _OPTIONS:
                 option = "--gpu" if predicting and name == "gpu_id" else _OPTIONS[name]
-                if name == "num_gpus" and value.isdecimal():
+                if name == "num_gpus":
                     values = [f"0-{int(value) - 1}" if int(value) > 1 else "0"]
                 self.notes.append(f"--{name} by {option}")
                 self.options += [option, *values]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import unittest
 from collections.abc import Callable, Sequence
 from queue import Full, Queue
 from typing import Any, NamedTuple
+from unittest import TestCase
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ class SyncMaster:
 
 
 # ------------------------------------------------------------------------------ unittest
-class TorchTestCase(unittest.TestCase):
+class TorchTestCase(TestCase):
     """A test case that can compare tensors."""
 
     def assertTensorClose(

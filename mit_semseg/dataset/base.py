@@ -463,7 +463,7 @@ def build_split(dataset_cfg: Any, which: str) -> Split:
     root = getattr(dataset_cfg, "root_dataset", "")
     records: list[Record] = []
     for entry in entries_of(dataset_cfg, which, data_format):
-        if entry.endswith(".odgt"):  # any data set can be narrowed by a list of one's own
+        if entry.endswith(".odgt"):  # any data set can be narrowed by a custom list
             records += read_odgt(locate(entry, root))
         else:
             records += data_format.records_for(Path(root), entry, options)
@@ -740,7 +740,7 @@ def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "s
         on_error: `DATASET.on_error`; with "skip" a sample that cannot be used is a warning too.
 
     Returns:
-        The warnings, which are also logged; empty when nothing is conspicuous.
+        The warnings, which are also logged; empty when nothing is suspicious.
 
     Raises:
         FileNotFoundError, ValueError: a sample cannot be used, as `load_pair` says it, or, with
@@ -785,7 +785,7 @@ def label_warnings(
     names: Sequence[str],
     num_class: int,
 ) -> list[str]:
-    """What is conspicuous about stored values, ignored pixels and the classes of the others.
+    """What is suspicious about stored values, ignored pixels and the classes of the others.
 
     Args:
         stored: values that occur.

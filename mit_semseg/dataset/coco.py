@@ -182,9 +182,13 @@ class _Place:
 
 def _categories(root: Path, place: _Place, num_class: int) -> dict[Any, str]:
     """Category id -> name, of an annotation file or as kept with its masks."""
-    kept = facts_of(root, f"{FOLDER}/coco{num_class}/{place.name}.odgt", place.source)
+    listing = f"{FOLDER}/coco{num_class}/{place.name}.odgt"
+    kept = facts_of(root, listing, place.source)
     if kept is not None:
         return dict(kept["categories"])
+    if not place.own and not (root / place.source).is_file() and (root / listing).is_file():
+        # Masks that an earlier version drew, which read COCO's categories alone.
+        return dict(zip(ALL, ClassTable.load(TABLES / "coco.csv").names[1:], strict=True))
     if place.own and not (root / place.source).is_file():
         raise FileNotFoundError(
             f"{root / place.source}: no such annotation file; check DATASET.root_dataset and the "
@@ -454,7 +458,9 @@ def coco_records(
             (("mask", mask), "would share one mask"),
         ):
             if key in seen:
-                raise ValueError(f"{path}: images {seen[key]} and {name} {what}; mend one of them")
+                raise ValueError(
+                    f"{path}: images {seen[key]} and {name} {what}; rename one of them"
+                )
             seen[key] = name
         found.append(
             (

@@ -72,7 +72,7 @@ def drawn_once(
 
     Every mask appears under its name when it is complete, and the list after all of them: an
     interrupted call is continued by the next one, and several processes may call at once. When
-    the file that they were drawn from has changed, they are drawn anew.
+    the file that they were drawn from has changed, they are drawn again.
 
     Args:
         root: folder of the data set.
@@ -88,7 +88,7 @@ def drawn_once(
     """
     path, file = root / listing, root / source
     since = _changed(file)
-    if path.is_file() and facts_of(root, listing, source) is not None:
+    if path.is_file() and (not since or facts_of(root, listing, source) is not None):
         records = read_odgt(path)
         if not since or _has_images(root, records):
             return records

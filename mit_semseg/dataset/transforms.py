@@ -131,7 +131,7 @@ def _copies(image: Image.Image, count: int) -> list[bool]:
 
 
 def _one_page(image: Image.Image, path: PathLike) -> None:
-    """Refuse a file of several frames or pages, of which one would be read in silence."""
+    """Refuse a file of several frames or pages, of which one would be read silently."""
     name = os.fspath(path)
     try:
         count: int = getattr(image, "n_frames", 1)
@@ -329,7 +329,7 @@ def to_rgb(image: Image.Image, name: str = "image", deep: bool = False) -> np.nd
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow asks for this step; the colours are the same
     pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    if deep and pixels.max() < _LEAST * 256:
+    if deep and 0 < pixels.max() < _LEAST * 256:
         raise ValueError(_too_dark(name, f"below {(int(pixels.max()) + 1) * 256}", 65535))
     return pixels
 

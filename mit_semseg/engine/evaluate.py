@@ -35,7 +35,7 @@ from mit_semseg.dataset import ClassTable, ValDataset, build_split
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
-from mit_semseg.engine.launch import autocast, cpu_count, local_ranks
+from mit_semseg.engine.launch import autocast, cpu_count, fixed_threads, local_ranks
 from mit_semseg.engine.pool import in_threads, run_here, run_pool
 from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
 from mit_semseg.engine.watchdog import reading_watchdog
@@ -208,8 +208,7 @@ def evaluate(
         folder, name = resolve_checkpoint(cfg.DIR, checkpoint)
         folder.files(name)
         classes = model_classes(cfg, checkpoint)
-        if rank == 0:
-            _compare_classes(classes, split.classes)
+        _compare_classes(classes, split.classes, quiet=rank > 0)
     out = Path(cfg.DIR) / "result_eval" if out_dir is None else Path(out_dir)
     if rank == 0:
         # Before the work: an evaluation that cannot be written is not worth its hours.
@@ -395,7 +394,7 @@ def _lanes(places: Sequence[torch.device]) -> int:
         return GPU_LANES
     # torchrun gives every rank one thread, however many cores there are.
     ranks = local_ranks()
-    cores = torch.get_num_threads() if ranks == 1 else cpu_count() // ranks
+    cores = torch.get_num_threads() if ranks == 1 else fixed_threads() or cpu_count() // ranks
     return max(1, min(MAX_LANES, cores // len(places)))
 
 
@@ -601,8 +600,8 @@ def single_class(matrix: ConfusionMatrix, classes: ClassTable) -> str:
     )
 
 
-def _compare_classes(model: ClassTable, data: ClassTable) -> None:
-    """Say where data are of other classes than a model, as far as names tell.
+def _compare_classes(model: ClassTable, data: ClassTable, quiet: bool = False) -> None:
+    """Warn, unless `quiet`, where the names of data's classes differ from those of a model.
 
     Raises:
         ValueError: the same classes have other numbers.
@@ -615,8 +614,9 @@ def _compare_classes(model: ClassTable, data: ClassTable) -> None:
         f"class {k} of the checkpoint is {model.names[k]!r}, of DATASET.list_val {data.names[k]!r}"
     )
     if sorted(model.names) == sorted(data.names):
-        raise ValueError(f"{said}: give the data the numbers that the model was trained with")
-    log.warning("%s: the table has the checkpoint's names", said)
+        raise ValueError(f"{said}: number the classes of the data as the checkpoint does")
+    if not quiet:
+        log.warning("%s: the table has the checkpoint's names", said)
 
 
 # Of the table of classes: key -> title, as wide as its column, and how a figure is written.

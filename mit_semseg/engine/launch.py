@@ -121,15 +121,18 @@ def _gpus(count: int) -> str:
     return f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU that torch can use"
 
 
-def usable_device(device: torch.device | str | int) -> torch.device:
+def usable_device(device: torch.device | str | int | None) -> torch.device:
     """A device that torch can compute on.
 
     Args:
-        device: as `torch.device` takes it; a number is that of a GPU.
+        device: as `torch.device` takes it; a number is that of a GPU. None: the first GPU, else
+            the CPU.
 
     Raises:
         ValueError: there is no such device here.
     """
+    if device is None:
+        device = "cuda" if _gpu_count() else "cpu"
     name = f"cuda:{device}" if isinstance(device, int) else str(device)
     try:
         found = torch.device(name)
@@ -143,9 +146,9 @@ def usable_device(device: torch.device | str | int) -> torch.device:
         try:
             torch.ones(1, device=found).item()
         except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).partition(". ")[0]
             raise ValueError(
-                f"device is {name!r}, which torch cannot use here ({reason:.100}); device 'cpu' "
+                f"device is {name!r}, which torch cannot use here ({reason}); device 'cpu' "
                 "runs everywhere"
             ) from error
     return found

@@ -502,7 +502,7 @@ class _Runner:
         self.cfg, self.module, self.classes, self.device = cfg, module, classes, device
         self.options = with_scales(cfg.DATASET, cfg.TEST.imgSizes)
         self.computing = Lock()
-        self.threads = ThreadTuner(enabled=device.type == "cpu")
+        self.threads = ThreadTuner(enabled=device.type == "cpu" and not cfg.TEST.compile)
 
     def load(self, batch: Sequence[_Task]) -> _Loaded:
         """Read the images of a batch; runs in a thread, while the one before is computed."""

@@ -16,13 +16,14 @@ from mit_semseg.engine.launch import fixed_threads
 
 log = logging.getLogger("mit_semseg")
 
-# A step is disturbed when it takes so many times the median of the last _WINDOW steps, or when its
-# threads wait for a core for this share of their time. So many disturbed steps among the last
-# _RECENT start a comparison.
+# A step is disturbed when its threads wait for a core for more than the share _WAITING of their
+# time; where the system does not report that, when it takes _SLOW times the median of the last
+# _WINDOW steps. So many disturbed steps among the last _RECENT start a comparison.
 _SLOW, _WAITING, _DISTURBED, _RECENT, _WINDOW = 2.0, 0.2, 3, 10, 50
 # Steps of each number of threads in a comparison, and what a change has to gain.
 _ROUNDS, _GAIN = 5, 0.9
-# Seconds until the next comparison, doubled after each, up to the second.
+# Seconds between looks at more threads, and after a comparison that changed nothing; doubled with
+# each of these, up to the second.
 _PAUSE, _LONGEST_PAUSE = 30.0, 960.0
 
 
@@ -31,18 +32,20 @@ class ThreadTuner:
 
     The threads of an operation wait for each other at its end. Where another program uses one of
     the cores, all of them wait for the thread that shares it, and fewer threads are faster. Whether
-    they are is measured: when steps take far longer than their median, or their threads wait for
-    cores (which Linux tells), a few steps are computed with each number of threads in turn, and the
-    fastest number is kept. From time to time a step with all threads shows whether the other
-    program has gone.
+    they are is measured: when threads wait for cores, as Linux reports, or elsewhere when steps
+    take far longer than their median, a few steps are computed with each number of threads in turn,
+    and the fastest number is kept. From time to time a few steps with all threads show whether the
+    other program has ended.
 
     Sums are rounded differently with every number of threads: a run with such a change equals
     another one up to rounding only. `--threads N` fixes the number.
 
     Args:
-        enabled: False where it would measure something else, such as on a GPU.
+        enabled: False where it would measure something else, such as on a GPU, or where a change
+            costs more than it saves: compiled code is compiled again for each number of threads.
         clock: seconds, as `time.monotonic` gives them.
-        usage: seconds that the threads of this process have computed, and waited for a core.
+        usage: seconds that the threads of this process have computed, and waited for a core; zeros
+            where the system does not report them.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class ThreadTuner:
         self._plan: list[int] = []  # threads of the next steps, while numbers are compared
         self._compared: dict[int, list[float]] = {}
         self._pause = _PAUSE
-        self._next = clock()
+        self._next_down = self._next_up = clock()
         self._told = False
 
     @contextlib.contextmanager
@@ -80,10 +83,11 @@ class ThreadTuner:
         finally:
             torch.set_num_threads(self.most)
         computed, waited = (max(0.0, b - a) for a, b in zip(before, self.usage()))
-        waiting = waited / (computed + waited) if waited else 0.0
-        self._measured(threads, (self.clock() - began) / work, waiting > _WAITING)
+        pace, busy = (self.clock() - began) / work, computed + waited
+        waiting = waited > _WAITING * busy if busy else None
+        self._measured(threads, pace, waiting)
 
-    def _measured(self, threads: int, pace: float, waiting: bool) -> None:
+    def _measured(self, threads: int, pace: float, waiting: bool | None) -> None:
         if self._plan:
             del self._plan[0]
             self._compared[threads].append(pace)
@@ -96,14 +100,13 @@ class ThreadTuner:
             return
         self._paces.append(pace)
         slow = pace > _SLOW * statistics.median(self._paces)
-        self._disturbed.append(slow or waiting)
-        if self.clock() < self._next:
-            return
-        if sum(self._disturbed) >= _DISTURBED and self.threads > 1:
+        self._disturbed.append(slow if waiting is None else waiting)
+        now, disturbed = self.clock(), sum(self._disturbed) >= _DISTURBED
+        if disturbed and self.threads > 1 and now >= self._next_down:
             # In turn, so that all of them meet the same load.
             self._plan = sorted({self.threads // 2, self.threads - 1, self.threads}) * _ROUNDS
             self._compared = {number: [] for number in self._plan}
-        elif self.threads < self.most:
+        elif self.threads < self.most and now >= self._next_up:
             self._plan = [self.most] * _ROUNDS
             self._compared = {self.threads: list(self._paces), self.most: []}
 
@@ -112,26 +115,25 @@ class ThreadTuner:
         mean = {number: statistics.fmean(paces) for number, paces in self._compared.items()}
         best = min(mean, key=mean.__getitem__)
         gain, fewer = mean[self.threads] / mean[best], best < self.threads
-        self._disturbed.clear()
-        if gain * _GAIN > 1:
+        changed = gain * _GAIN > 1
+        if changed:
             self.threads = best
             self._paces.clear()
-            if fewer:
-                self._say(gain)
-            else:
-                return  # and without a pause, if that was too early
-        self._next = self.clock() + self._pause
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-
-    def _say(self, gain: float) -> None:
-        if not self._told:
+        self._disturbed.clear()
+        if changed and fewer and not self._told:
+            self._told = True
             log.warning(
-                "other programs use the cores of this machine, and steps are %.1f times as fast "
-                "with fewer threads: computing with %d instead of %d until that changes. Results "
-                "may differ by rounding; --threads N fixes the number",
+                "the cores of this machine are in use by other programs: steps are %.1f times as "
+                "fast with fewer threads; computing with %d instead of %d until that changes. "
+                "Results may differ by rounding; --threads N fixes the number",
                 *(gain, self.threads, self.most),
             )
-        self._told = True
+        if changed and not fewer:
+            return  # no pause: it may have been too early
+        self._next_up = self.clock() + self._pause
+        # Still fewer threads may be faster still.
+        self._next_down = self.clock() if changed else self._next_up
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
 def thread_usage() -> tuple[float, float]:

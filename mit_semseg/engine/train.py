@@ -183,7 +183,8 @@ class Trainer:
             set_threads(fixed_threads() or cpu_count() // local_ranks())
             keep_freed_memory()
         # Ranks wait for each other: what one of them measures is not its own time.
-        self.threads = ThreadTuner(enabled=self.device.type == "cpu" and world == 1)
+        alone = self.device.type == "cpu" and world == 1
+        self.threads = ThreadTuner(enabled=alone and not cfg.TRAIN.compile)
         seed_everything(cfg.TRAIN.seed)
         with reading_watchdog(cfg.TRAIN.stall_seconds, self._name, STALLED):
             self.split = build_split(cfg.DATASET, "train")
@@ -521,7 +522,7 @@ class Trainer:
         return bool(self.stop.asked)
 
     def _update(self) -> bool:
-        """One step of the optimizer; False when the gradients are no finite numbers.
+        """One step of the optimizer; False when gradients are non-finite.
 
         Raises:
             FloatingPointError: they are not, and TRAIN.on_nan is stop, or they have not been for

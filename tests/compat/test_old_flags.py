@@ -157,3 +157,21 @@ def test_the_page_names_every_flag_and_shows_what_is_said() -> None:
     assert example is not None
     program, words, said = example.groups()
     assert replacement("train", words.split(), program) == said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--num_gpus",
+            "--num_gpus needs a number, and has been replaced: use --gpus with a number",
+        ),
+        ("--num_gpus two", "--num_gpus needs a number"),
+        (
+            "--arch_encoder --gpus 0",
+            "--arch_encoder needs a value, and has been replaced: use MODEL.",
+        ),
+    ],
+)
+def test_a_flag_without_its_value_is_named(words: str, message: str) -> None:
+    assert message in replacement("train", words.split(), "python train.py")

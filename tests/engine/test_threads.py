@@ -40,7 +40,7 @@ class Machine:
     def __init__(
         self,
         seconds: Callable[[int, int], float],
-        waiting: Callable[[int, int], float] = lambda step, threads: 0.0,
+        waiting: Callable[[int, int], float] | None = None,  # None: the system does not report it
         cores: int = 2,
     ) -> None:
         torch.set_num_threads(cores)
@@ -54,10 +54,12 @@ class Machine:
         for step in range(len(self.used), len(self.used) + steps):
             with self.tuner.step(work):
                 threads = torch.get_num_threads()
-                seconds, share = work * self.seconds(step, threads), self.waiting(step, threads)
+                seconds = work * self.seconds(step, threads)
                 self.now += seconds
-                self.waited += share * threads * seconds
-                self.computed += (1 - share) * threads * seconds
+                if self.waiting is not None:
+                    share = self.waiting(step, threads)
+                    self.waited += share * threads * seconds
+                    self.computed += (1 - share) * threads * seconds
                 self.used.append(threads)
             assert torch.get_num_threads() == self.cores  # as before, outside a step
         return set(self.used[-steps:])
@@ -70,11 +72,13 @@ def spikes(step: int, threads: int) -> float:
     return 6.0 if CHANCE[step] < 1 / 3 else 1.2
 
 
-def test_undisturbed_nothing_changes() -> None:
-    # Noise, one step in twenty slow for a reason of its own, and a loader that takes a little.
+@pytest.mark.parametrize("reported", [True, False])
+def test_undisturbed_nothing_changes(reported: bool) -> None:
+    """With noise, first steps that are slow, and a loader that takes a little of the cores."""
+    slow = {0, 1, 2, 3, 4, *range(7, 1000, 20)} if reported else set(range(7, 1000, 20))
     machine = Machine(
-        lambda step, threads: 5.0 if step % 20 == 7 else 1 + 0.3 * (step % 3),
-        lambda step, threads: 0.1,
+        lambda step, threads: 5.0 if step in slow else 1 + 0.3 * (step % 3),
+        (lambda step, threads: 0.1) if reported else None,
     )
     assert machine.run(1000) == {2}
 
@@ -139,6 +143,15 @@ def test_of_many_cores_the_taken_ones_are_given_up() -> None:
     assert set(machine.used) == {4, 7, 8}
     assert machine.run(100) <= {7, 8}
     assert machine.used[-100:].count(8) <= 3
+
+
+def test_many_cores_may_be_taken_at_once() -> None:
+    """Each comparison that pays is followed by the next one, with still fewer threads."""
+    machine = Machine(
+        lambda step, threads: 1.0 * threads, lambda step, threads: 1 - 2 / max(threads, 2), cores=32
+    )
+    machine.run(150)
+    assert machine.tuner.threads <= 2
 
 
 def test_an_error_in_a_step_leaves_all_threads() -> None:
