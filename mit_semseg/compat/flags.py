@@ -97,13 +97,12 @@ def replacement(command: str, words: Sequence[str], program: str) -> str:
     if not given:
         return ""
     for name, values in given.items():
-        number = name == "num_gpus"
-        if name not in (*_SWITCHES, *_GONE) and not (
-            values and (values[0].isdecimal() or not number)
-        ):
-            new = _OPTIONS.get(name) or _KEYS[name].format(_COMMANDS[command])
-            value = "a number" if number else "a value"
-            return f"--{name} needs {value}, and has been replaced: use {new} with {value}"
+        takes_number = name == "num_gpus"
+        wrong = not values or (takes_number and not values[0].isdecimal())
+        if wrong and name not in (*_SWITCHES, *_GONE):
+            to = _OPTIONS.get(name) or _KEYS[name].format(_COMMANDS[command])
+            value = "a number" if takes_number else "a value"
+            return f"--{name} needs {value}, and has been replaced: use {to} with {value}"
     at = next((i for i, word in enumerate(rest) if word.startswith(SECTIONS)), len(rest))
     new = _Translation(command, given)
     now = shlex.join([*rest[:at], *new.options, *rest[at:], *new.pairs])
