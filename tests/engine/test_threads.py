@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -204,3 +205,36 @@ def test_waiting_is_read_from_the_system() -> None:
         os.sched_setaffinity(0, cores)
     assert computed > 0
     assert waited > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="waiting is reported by Linux")
+def test_beside_busy_programs_half_of_one_thread_is_left() -> None:
+    """With a busy program on every core: measured, with convolutions as in training."""
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2:
+        pytest.skip("one core: there is no number of threads to choose")
+    layers = torch.nn.Sequential(*(torch.nn.Conv2d(48, 48, 3, padding=1) for _ in range(6)))
+    image = torch.randn(2, 48, 60, 80)
+
+    def rate(tuner: ThreadTuner, seconds: float) -> float:
+        steps, began = 0, time.monotonic()
+        while time.monotonic() < began + seconds:
+            with tuner.step(1.0):
+                layers(image).sum().backward()
+            steps += 1
+        return steps / (time.monotonic() - began)
+
+    torch.set_num_threads(1)
+    alone = rate(ThreadTuner(enabled=False), 5)
+    torch.set_num_threads(cores)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        tuner = ThreadTuner()
+        rate(tuner, 20)  # to notice and to compare
+        shared = rate(tuner, 20)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert shared > 0.4 * alone  # 0.5 to 0.65 were seen: a fair share is cores / (cores + 1)
