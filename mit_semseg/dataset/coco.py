@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -132,8 +132,7 @@ class Coco(DataFormat):
         place = None if split.endswith(".odgt") else _Place.of(root, split)
         if place is None or not (root / place.source).is_file():
             return self.num_class
-        names = category_names(read_json(root, place.source, "COCO"), root / place.source)
-        return len(_own(names))
+        return len(_own(_categories_in(root, place.source)))
 
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
         values = {k: k for k in range(options.num_class)} | {IGNORED: -1}
@@ -194,7 +193,18 @@ def _categories(root: Path, place: _Place, num_class: int) -> dict[Any, str]:
             f"{root / place.source}: no such annotation file; check DATASET.root_dataset and the "
             f"list entry '{place.images[0]}:{place.source}'"
         )
-    return category_names(read_json(root, place.source, "COCO"), root / place.source)
+    return _categories_in(root, place.source)
+
+
+def _categories_in(root: Path, source: str) -> dict[Any, str]:
+    """Category id -> name, of an annotation file."""
+    path = root / source
+    return _categories_since(root, source, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
+@lru_cache(maxsize=16)  # such files may have hundreds of MB
+def _categories_since(root: Path, source: str, changed: int) -> dict[Any, str]:
+    return category_names(read_json(root, source, "COCO"), root / source)
 
 
 def _own(categories: Mapping[Any, str]) -> list[str]:
