@@ -78,6 +78,7 @@ def native(width: int, height: int) -> list[str]:
     return ["DATASET.imgMaxSize", str(width), "TEST.imgSizes", f"({height},)"]
 
 
+@pytest.mark.slow
 def test_four_million_pixels(model: Callable[[int], Path], tmp_path: Path) -> None:
     cfg, save = model(20), "['index', 'overlay']"
     small = streets(tmp_path / "small.jpg", 240, 160)

@@ -67,6 +67,7 @@ def test_the_drill_of_memory_evaluates_images_of_several_sizes(
     assert len(records) == 200 and len(sizes) >= 2, sizes
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_whatever_happens(ground: Ground) -> None:
     outcome = soak(ground, 0.007, {}, say=lambda text: None)
     assert outcome.held, line(outcome)

@@ -293,7 +293,7 @@ def test_data_with_the_classes_in_another_order_are_refused(
     cfg = setup.clone()
     cfg.DATASET.classes = str(tmp_path / "names.csv")
     ClassTable.of(["sky", "road", "car", "tree"]).save(tmp_path / "names.csv")
-    message = "class 0 of the checkpoint is 'road', of DATASET.list_val 'sky': give the data the"
+    message = "class 0 of the checkpoint is 'road', of DATASET.list_val 'sky': number the"
     with pytest.raises(ValueError, match=message):
         evaluate(cfg, [CPU], out_dir=tmp_path, progress=False)
     ClassTable.of(["road", "sky", "vehicle", "tree"]).save(tmp_path / "names.csv")
