@@ -77,6 +77,6 @@ $(VENV)/.mit_semseg-bench: $(VENV)/.mit_semseg
 	touch $@
 
 clean:
-	rm -rf build dist demo bench overfit selftest *.egg-info .hypothesis .import_linter_cache \
+	rm -rf build dist demo bench overfit selftest .nox *.egg-info .hypothesis .import_linter_cache \
 		.mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
