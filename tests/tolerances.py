@@ -12,4 +12,4 @@ def rounding(x: Tensor, layers: int) -> float:
     Every layer rounds sums of terms as large as its largest value, and different kernels add these
     terms in different orders.
     """
-    return layers * torch.finfo(x.dtype).eps * float(x.abs().max())
+    return layers * torch.finfo(x.dtype).eps * float(x.detach().abs().max())

@@ -47,9 +47,9 @@ def test_position_attention_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> N
     wanted = x.flatten(2).clone()
     for b in range(2):
         for j in range(20):  # eq. 1 and 2: s_ji, and E_j
-            weights = torch.tensor([(q[b, :, j] @ k[b, :, i]).exp() for i in range(20)])
-            wanted[b, :, j] += 0.3 * (v[b] @ (weights / weights.sum()).double())
-    torch.testing.assert_close(layer(x).flatten(2), wanted, rtol=0, atol=1e-6)
+            weights = torch.stack([(q[b, :, j] @ k[b, :, i]).exp() for i in range(20)])
+            wanted[b, :, j] += 0.3 * (v[b] @ (weights / weights.sum()))
+    torch.testing.assert_close(layer(x).flatten(2), wanted)
 
 
 @torch.no_grad()

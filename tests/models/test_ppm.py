@@ -32,7 +32,7 @@ def test_a_single_value_is_normalised_with_running_statistics() -> None:
     wanted = (x - norm.running_mean.view(1, 4, 1, 1)) / (norm.running_var + 1e-5).sqrt().view(
         1, 4, 1, 1
     )
-    assert torch.allclose(norm.train()(x), wanted, atol=1e-6)
+    torch.testing.assert_close(norm.train()(x), wanted)
     assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
     with pytest.raises(ValueError, match="more than 1 value"):
         nn.BatchNorm2d(4).train()(x)
