@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mit_semseg.benchmarks.rows import CLASSES, Row, build
 from mit_semseg.benchmarks.sides import Runnable
 from mit_semseg.engine.launch import autocast
-from mit_semseg.models.inference import inference_copy
+from mit_semseg.engine.predictor import Predictor
 
 SIZE = (512, 672)  # sides that every one of the networks takes
 
@@ -84,12 +84,11 @@ class Peer(Row):
         return run
 
     def ours(self) -> Runnable:
-        device = torch.device(self.device)
-        module, image = inference_copy(build(self.encoder, self.decoder), device), self._image()
+        module, image = build(self.encoder, self.decoder), self._image()
+        predictor = Predictor(module, {}, self.device, precision=self.precision)
 
         def run() -> Tensor:
-            with autocast(device, self.precision):
-                return module.predict(image, SIZE)
+            return predictor.labels(predictor.logits([image]), SIZE)
 
         return run
 

@@ -16,29 +16,37 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mit_semseg.models import SegmentationModule
+from mit_semseg.models import Decoder, SegmentationModule
 from mit_semseg.models.depthwise import DepthwiseConv2d
-from mit_semseg.models.pyramid import PyramidConv2d
 
 
 # ------------------------------------------------------------------------------ the network
-class _JoinedConv2d(nn.Conv2d):
-    """Coarser maps are resized to the finest and joined with it before they are convolved."""
+class _AdaptivePools(Decoder):
+    """A decoder that pools with torch's own kernels."""
 
-    def forward(self, x: Tensor, coarser: Sequence[Tensor] = (), window: None = None) -> Tensor:
-        size = tuple(x.shape[-2:])
-        resized = [F.interpolate(c, size, mode="bilinear", align_corners=False) for c in coarser]
-        return super().forward(torch.cat([x, *resized], dim=1))
+    def pools(self, x: Tensor, tile: object) -> list[Tensor]:
+        return [F.adaptive_avg_pool2d(x, scale) for scale in self.pool_scales]
 
 
 def as_published(module: SegmentationModule) -> SegmentationModule:
-    """A copy with the same weights whose every convolution is torch's own, in contiguous memory."""
+    """A copy with the same weights whose every layer is torch's own, in contiguous memory."""
     plain = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
-    for layer in plain.modules():
-        if isinstance(layer, DepthwiseConv2d):
-            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
-        elif isinstance(layer, PyramidConv2d):
-            layer.__class__ = _JoinedConv2d  # type: ignore[assignment]
+    for parent in list(plain.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, DepthwiseConv2d):
+                setattr(parent, name, _plain_convolution(child))
+    kind = type(plain.decoder)
+    decoder: Decoder = nn.Module.__new__(type(kind.__name__, (_AdaptivePools, kind), {}))
+    decoder.__dict__.update(plain.decoder.__dict__)
+    plain.decoder = decoder
+    return plain
+
+
+def _plain_convolution(layer: nn.Conv2d) -> nn.Conv2d:
+    shape = layer.in_channels, layer.out_channels, layer.kernel_size
+    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+    plain = nn.Conv2d(*shape, *geometry, bias=layer.bias is not None)  # type: ignore[arg-type]
+    plain.weight, plain.bias = layer.weight, layer.bias
     return plain
 
 

@@ -253,7 +253,7 @@ def class_map(
 
     Returns:
         (N, H, W) on the logits' device; of classes that are equal, the first. On the CPU if the
-        logits are on several devices, or where theirs runs out of memory, with a warning.
+        logits are on several devices.
 
     Raises:
         ValueError: no logits, differing N or C, a size that is not two positive integers, or
@@ -264,20 +264,14 @@ def class_map(
         tensor([[[1, 1, 0, 0]]])
     """
     scales, H, W = _check(logits, size)
-    try:
-        if fused is not False:
-            reason = _why_not_fused(scales)
-            if reason is None:
-                return _fused().class_map(scales, (H, W)).to(dtype)
-            if fused:
-                fix = "leave fused at None for the plain form"
-                raise ValueError(f"fused=True, but {reason}; {fix}")
-        return _labels(scales, H, W, dtype)
-    except torch.cuda.OutOfMemoryError:
-        pass  # the error holds on to what was computed, until here
-    torch.cuda.empty_cache()
-    log.warning("out of memory for a class map of %dx%d: computing it on the CPU", W, H)
-    return _labels([x.cpu() for x in scales], H, W, dtype)
+    if fused is not False:
+        reason = _why_not_fused(scales)
+        if reason is None:
+            return _fused().class_map(scales, (H, W)).to(dtype)
+        if fused:
+            fix = "leave fused at None for the plain form"
+            raise ValueError(f"fused=True, but {reason}; {fix}")
+    return _labels(scales, H, W, dtype)
 
 
 def label_dtype(num_class: int) -> torch.dtype:

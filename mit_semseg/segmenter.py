@@ -16,19 +16,12 @@ from PIL import Image, ImageOps
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.base import load_depth_beside
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.transforms import (
-    Normalize,
-    exif_orientation,
-    is_deep,
-    load_image,
-    scaled_inputs,
-    to_rgb,
-)
+from mit_semseg.dataset.transforms import exif_orientation, is_deep, load_image, to_rgb
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
-from mit_semseg.engine.launch import autocast, usable_device
+from mit_semseg.engine.launch import usable_device
 from mit_semseg.engine.predict import area_legend, areas, render, with_scales
+from mit_semseg.engine.predictor import Predictor
 from mit_semseg.models import SegmentationModule
-from mit_semseg.models.inference import inference_copy
 from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize import color_encode, overlay
 
@@ -144,9 +137,9 @@ class Segmenter:
             classes: names and colours of its classes.
             opt: `cfg.DATASET`: the scales and how the encoder takes its input.
             device: where to compute.
-            precision: fp32 | bf16 | fp16 | auto.
+            precision: fp32 | tf32 | bf16 | fp16 | auto.
             flip: average over mirrored images too.
-            compile: compile the network (see `models.inference.inference_copy`).
+            compile: compile the network (see `engine.predictor.Predictor`).
             tile: "auto", "off", or a side in pixels: images larger than this at network scale are
                 computed in overlapping tiles; "auto" does so above 4 million pixels.
             window: slide this over images of every size, instead of tiles.
@@ -154,14 +147,18 @@ class Segmenter:
         Raises:
             ValueError: there is no such device.
         """
-        self.device = usable_device(device)
-        self.module = inference_copy(
-            module, self.device, Normalize.of(opt), compile=compile, tile=tile, window=window
+        self.predictor = Predictor(
+            module,
+            opt,
+            device,
+            precision=precision,
+            flip=flip,
+            tile=tile,
+            window=window,
+            compile=compile,
         )
         self.classes = classes
         self.opt = opt
-        self.precision = precision
-        self.flip = flip
 
     @classmethod
     def from_checkpoint(
@@ -180,7 +177,7 @@ class Segmenter:
         Args:
             path: the folder, with `config.yaml` in it.
             device: where to compute; by default the first GPU, else the CPU.
-            precision: fp32 | bf16 | fp16 | auto.
+            precision: fp32 | tf32 | bf16 | fp16 | auto.
             checkpoint: `best.pth` or `epoch_N.pth`; by default the best, else the latest.
             imgSizes: short sides in pixels that are averaged over, instead of the folder's
                 `TEST.imgSizes` or `DATASET.imgSizes`.
@@ -243,10 +240,8 @@ class Segmenter:
     def _parse(self, source: Source, depth: np.ndarray | None = None) -> Result:
         image = as_image(source)
         depth = self._depth(source, image, depth)
-        scales = scaled_inputs(image, self.opt, normalized=False, depth=depth)
-        inputs = [scale.to(self.device) for scale in scales]
-        with autocast(self.device, self.precision):
-            labels = self.module.predict(inputs, image.shape[:2], flip=self.flip)
+        logits = self.predictor.logits(self.predictor.scales(image, depth))
+        labels = self.predictor.labels(logits, image.shape[:2])
         return Result(
             image=image,
             labels=labels[0].cpu().numpy(),

@@ -6,7 +6,6 @@ import doctest
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -278,30 +277,3 @@ def test_small_types_hold_the_same_labels(classes: int, dtype: torch.dtype) -> N
     labels = scores.class_map(logits, (20, 30), dtype=dtype)
     assert labels.dtype == dtype
     assert torch.equal(labels.long(), scores.class_map(logits, (20, 30)))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_without_memory_the_class_map_is_made_on_the_cpu(
-    fused: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    logits = [torch.randn(1, 5, 6, 7)]
-    expected = scores.class_map(logits, (20, 30))
-    failures = []
-
-    def fails(*args: Any) -> Tensor:
-        if not failures:
-            failures.append(args)
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return plain(*args)
-
-    plain = scores._labels
-    if fused:  # what its own trial meets, and so does the class map
-        monkeypatch.setattr(scores, "_why_not_fused", fails)
-    else:
-        monkeypatch.setattr(scores, "_labels", fails)
-    with caplog.at_level("WARNING", logger="mit_semseg"):
-        assert torch.equal(scores.class_map(logits, (20, 30)), expected)
-    assert failures
-    assert [record.getMessage() for record in caplog.records] == [
-        "out of memory for a class map of 30x20: computing it on the CPU"
-    ]

@@ -21,6 +21,7 @@ from mit_semseg.models.encoders import resnet as resnet_encoder
 from mit_semseg.models.encoders.base import dilate
 from mit_semseg.models.layers import conv_bn_relu
 from mit_semseg.models.module import SegmentationModule, SegmentationModuleBase
+from mit_semseg.models.pyramid import Tile
 
 __all__ = [
     "C1",
@@ -119,8 +120,8 @@ class _OfWidth(Decoder):
 class _AuxiliaryInEvaluation(DeepSup):
     """As published, `use_softmax` alone decides whether the auxiliary head is computed."""
 
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        heads = super().logits(features)
+    def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
+        heads = super().logits(features, tile)
         if self.training or self.use_softmax:
             return heads
         return (*heads, self.auxiliary_logits(features))

@@ -33,15 +33,14 @@ from tqdm import tqdm
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
-from mit_semseg.engine.launch import autocast, cpu_count, fixed_threads, local_ranks
+from mit_semseg.engine.launch import cpu_count, fixed_threads, local_ranks
 from mit_semseg.engine.pool import in_threads, run_here, run_pool
 from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
+from mit_semseg.engine.predictor import Predictor
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.models import SegmentationModule
-from mit_semseg.models.inference import inference_copy
 from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize import class_bars, color_encode
 
@@ -420,15 +419,15 @@ class _Scorer:
         boundary: bool = False,
         kept: Kept | None = None,
     ) -> None:
-        # Without graphs: images come in all sizes, and from several threads.
-        self.module = inference_copy(
+        self.predictor = Predictor(
             module,
+            cfg.DATASET,
             device,
-            Normalize.of(cfg.DATASET),
-            cfg.VAL.compile,
-            replay=False,
+            precision=cfg.VAL.precision,
+            flip=cfg.VAL.flip,
             tile=cfg.VAL.tile,
             window=Sliding.of(cfg.VAL),
+            compile=cfg.VAL.compile,
         )
         self.dataset, self.cfg, self.device = dataset, cfg, device
         self.gallery, self.kept = gallery, kept
@@ -498,12 +497,9 @@ class _Scorer:
                 bad[i] = image, _reason(error, image)
         return samples, bad
 
-    @torch.no_grad()
     def _predict(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """(N, H, W) class ids."""
-        with autocast(self.device, self.cfg.VAL.precision):
-            images = [image.to(self.device) for image in images]
-            return self.module.predict(images, size, flip=self.cfg.VAL.flip)
+        return self.predictor.labels(self.predictor.logits(images), size)
 
 
 def _reason(error: BaseException, image: str) -> str:

@@ -36,14 +36,12 @@ from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.dataset.base import check_channels, load_depth_beside
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import find_depth, image_extensions, is_depth
-from mit_semseg.dataset.transforms import Normalize, image_size, load_image, scaled_inputs
+from mit_semseg.dataset.transforms import image_size, load_image
 from mit_semseg.engine.checkpoint import CLASSES, load_model, resolve_checkpoint
-from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.pool import in_threads
+from mit_semseg.engine.predictor import Predictor, out_of_memory
 from mit_semseg.engine.threads import ThreadTuner, pixels
 from mit_semseg.engine.watchdog import reading_watchdog
-from mit_semseg.models import SegmentationModule
-from mit_semseg.models.inference import inference_copy
 from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize import color_encode, legend, overlay
 
@@ -65,42 +63,6 @@ def with_scales(dataset_cfg: Config, sizes: int | Sequence[int]) -> Config:
     changed = dataset_cfg.clone()
     changed.imgSizes = list(DataOptions.read({"imgSizes": sizes}).imgSizes)
     return changed
-
-
-@torch.no_grad()
-def scale_logits(
-    module: SegmentationModule,
-    images: Sequence[Tensor],
-    device: torch.device,
-    precision: str = "fp32",
-    flip: bool = False,
-) -> tuple[list[Tensor], list[float]]:
-    """Logits of every scale (and its mirror image), and what each scale took.
-
-    Args:
-        module: in evaluation mode, on `device`.
-        images: (N, 3, h, w), one per scale, as `SegmentationModule.logits` takes them.
-        device: where to compute.
-        precision: fp32 | bf16 | fp16 | auto.
-        flip: add those of the mirrored scales (`SegmentationModule.mirrored_logits`).
-
-    Returns:
-        Logits at network resolution, (N, C, h', w') each, on `device` or, where that ran out of
-        memory, on the CPU; seconds per scale.
-    """
-    logits: list[Tensor] = []
-    seconds: list[float] = []
-    for image in images:
-        started = time.perf_counter()
-        image = image.to(device)
-        with autocast(device, precision):
-            logits.append(module.logits(image))
-            if flip:
-                logits.append(module.mirrored_logits(image))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return logits, seconds
 
 
 def stacked(
@@ -470,14 +432,17 @@ def predict(
         for file, stem in zip(files, stems, strict=True)
     ]
     classes = model_classes(cfg, checkpoint)
-    normalize = Normalize.of(cfg.DATASET)
-    module = inference_copy(
-        *(load_model(cfg, checkpoint), device, normalize),
-        compile=cfg.TEST.compile,
+    predictor = Predictor(
+        load_model(cfg, checkpoint),
+        with_scales(cfg.DATASET, cfg.TEST.imgSizes),
+        device,
+        precision=cfg.TEST.precision,
+        flip=cfg.TEST.flip,
         tile=cfg.TEST.tile,
         window=Sliding.of(cfg.TEST),
+        compile=cfg.TEST.compile,
     )
-    runner = _Runner(cfg, module, classes, device)
+    runner = _Runner(cfg, predictor, classes)
     size = cfg.TEST.batch_size
     batches = [tasks[i : i + size] for i in range(0, len(tasks), size)]
     results: list[dict[str, Any]] = []
@@ -496,13 +461,10 @@ def predict(
 class _Runner:
     """What stays the same from image to image."""
 
-    def __init__(
-        self, cfg: Config, module: SegmentationModule, classes: ClassTable, device: torch.device
-    ) -> None:
-        self.cfg, self.module, self.classes, self.device = cfg, module, classes, device
-        self.options = with_scales(cfg.DATASET, cfg.TEST.imgSizes)
+    def __init__(self, cfg: Config, predictor: Predictor, classes: ClassTable) -> None:
+        self.cfg, self.predictor, self.classes = cfg, predictor, classes
         self.computing = Lock()
-        self.threads = ThreadTuner(enabled=device.type == "cpu" and not cfg.TEST.compile)
+        self.threads = ThreadTuner(enabled=predictor.device.type == "cpu" and not cfg.TEST.compile)
 
     def load(self, batch: Sequence[_Task]) -> _Loaded:
         """Read the images of a batch; runs in a thread, while the one before is computed."""
@@ -513,8 +475,10 @@ class _Runner:
                 with self.computing if large else contextlib.nullcontext():
                     image = load_image(task.path)
                     size = (image.shape[1], image.shape[0])
-                    depth = load_depth_beside(task.path, DataOptions.read(self.options), size)
-                    inputs = scaled_inputs(image, self.options, normalized=False, depth=depth)
+                    depth = load_depth_beside(
+                        task.path, DataOptions.read(self.predictor.options), size
+                    )
+                    inputs = self.predictor.scales(image, depth)
             except (OSError, ValueError, MemoryError) as error:
                 loaded.images.append(None)
                 loaded.inputs.append([])
@@ -556,20 +520,13 @@ class _Runner:
     ) -> list[dict[str, Any]]:
         size = _size(group[0][1])
         started = time.perf_counter()
-        test = self.cfg.TEST
         dtype = scores.label_dtype(len(self.classes))
         with self.threads.step(pixels(images)):
-            logits, seconds = scale_logits(
-                self.module, images, self.device, test.precision, test.flip
-            )
-            labels = scores.class_map(logits, size, dtype=dtype).cpu().numpy()
-        if "prob" not in test.save:
+            logits = self.predictor.logits(images)
+            labels = self.predictor.labels(logits, size, dtype).cpu().numpy()
+        if "prob" not in self.cfg.TEST.save:
             logits.clear()
         elapsed = (time.perf_counter() - started) / len(group)
-        times = ", ".join(
-            f"{x.shape[3]}x{x.shape[2]} {s / len(group):.3f} s"
-            for x, s in zip(images, seconds, strict=True)
-        )
         results = []
         for n, (task, image) in enumerate(group):
             assert image is not None
@@ -581,7 +538,7 @@ class _Runner:
                 "outputs": {kind: str(path) for kind, path in task.outputs.items()},
             }
             tqdm.write(_areas_text(one))
-            tqdm.write(f"  {size[1]}x{size[0]} pixels in {elapsed:.3f} s; scales: {times}")
+            tqdm.write(f"  {size[1]}x{size[0]} pixels in {elapsed:.3f} s")
             try:
                 self._save(task, image, labels[n], [x[n : n + 1] for x in logits])
             except OSError as error:
@@ -616,13 +573,6 @@ def save_probabilities(path: PathLike, logits: Sequence[Tensor], size: tuple[int
     for y0, band in scores.probability_bands(logits, size):
         file[:, y0 : y0 + band.shape[2]] = band[0].cpu().numpy()
     file.flush()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so; torch has no type of its own for the CPU."""
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        "allocate memory" in str(error)
-    )
 
 
 def _areas_text(result: Mapping[str, Any]) -> str:

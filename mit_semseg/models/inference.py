@@ -15,9 +15,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from mit_semseg.lib.nn.transfer import map_tensors
-from mit_semseg.models.compilation import compiled_function, compiler_errors
+from mit_semseg.models.fast_decoders import fast_decoder
 from mit_semseg.models.module import SegmentationModule
-from mit_semseg.models.tiles import Sliding, TiledLogits
+from mit_semseg.precision import Precision
 
 log = logging.getLogger("mit_semseg")
 
@@ -32,42 +32,32 @@ def inference_copy(
     module: SegmentationModule,
     device: torch.device | str,
     normalize: nn.Module | None = None,
-    compile: bool = False,
-    replay: bool = True,
-    tile: str | int = "auto",
-    window: Sliding | None = None,
+    dtype: torch.dtype | None = None,
 ) -> SegmentationModule:
     """A copy of a module for prediction only: faster, with the same results.
 
-    Every BatchNorm that normalises nothing but one convolution becomes part of it, and memory is
-    laid out channels last, which convolutions prefer on every device. Under autocast the layers
-    that the encoder calls delicate stay in float32. The copy is in evaluation mode and takes no
-    gradients; the module itself is untouched, and so are its checkpoints. A network whose results
-    folding would change (custom layers can do anything) is left unfolded, with a warning.
+    Every BatchNorm that normalises nothing but one convolution becomes part of it, decoders are
+    brought into the form that is the fastest on the device, and memory is laid out channels last.
+    The copy is in evaluation mode and takes no gradients; the module itself is untouched, and so
+    are its checkpoints. A network whose results folding would change (custom layers can do
+    anything) is left unfolded, with a warning.
 
     Args:
         module: on any device, in any mode.
         device: where the copy is to compute.
         normalize: what the copy makes of bytes; None takes what the module does.
-        compile: compile the network with torch.compile: the first images wait for it.
-        replay: with `compile` on a GPU, replay sizes that repeat as CUDA graphs. A graph belongs to
-            the thread that recorded it, and every size keeps memory: for few sizes, from one
-            thread.
-        tile: "auto": the logits of images above 4 million pixels are computed in overlapping tiles
-            and blended, and memory stays bounded; a number of pixels: those of images with a
-            longer side, in tiles of that side; "off": none. See `models.tiles.TiledLogits`, also
-            for what happens when a GPU runs out of memory.
-        window: slide this over images of every size, instead of tiles.
+        dtype: what weights are cast to, once, but for the layers that the encoder keeps in float32
+            (`Encoder.fp32_layers`); None: as they are.
 
     Returns:
-        The copy, on `device`. Its `logits`, `predict` and `forward` with `segSize` are to be used;
-        `encoder` and `decoder` have other parameters than the module's.
+        The copy, on `device`. Its `logits` and `forward` with `segSize` are to be used; `encoder`
+        and `decoder` have other parameters than the module's.
 
     Raises:
-        ValueError: another `tile`.
+        ValueError: a layer cannot compute in `dtype`.
     """
     place = torch.device(device)
-    # The loss has no use here, and compiled functions cannot be copied.
+    # The loss has no use here.
     fast = SegmentationModule(
         copy.deepcopy(module.encoder),
         copy.deepcopy(module.decoder),
@@ -76,45 +66,52 @@ def inference_copy(
         mirror_pairs=module.mirror_pairs,
     )
     fast.requires_grad_(False).eval().to(place)
-    fast = _folded(fast)
+    with Precision.of("fp32", place).products():
+        fast = _folded(fast)
+    if place.type == "cpu":
+        fast.decoder = fast_decoder(fast.decoder)
     fast.to(memory_format=torch.channels_last)
-    for name in getattr(fast.encoder, "delicate", ()):  # any module may be the encoder
-        parent, _, leaf = name.rpartition(".")
-        layer = fast.encoder.get_submodule(name)
-        setattr(fast.encoder.get_submodule(parent), leaf, _Float32(layer))
-    network = _compiled(fast.logits, replay and place.type == "cuda") if compile else None
-    fast.logits = TiledLogits(fast, tile, network, window)  # type: ignore[method-assign]
+    if dtype is not None and dtype != next(fast.parameters()).dtype:
+        _cast(fast, dtype)
     return fast
 
 
-class _Float32(nn.Module):
-    """Computes a layer in float32, whatever autocast is set to."""
+@torch.no_grad()
+def _cast(module: SegmentationModule, dtype: torch.dtype) -> None:
+    """Cast encoder and decoder, but for the encoder's layers that stay in float32.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Raises:
+        ValueError: a trial run fails.
+    """
+    encoder = module.encoder
+    encoder.to(dtype)
+    module.decoder.to(dtype)
+    for name in getattr(encoder, "fp32_layers", ()):  # any module may be the encoder
+        parent, _, leaf = name.rpartition(".")
+        layer = encoder.get_submodule(name)
+        setattr(encoder.get_submodule(parent), leaf, _Float32(layer, dtype))
+    module.input_dtype = next(encoder.parameters()).dtype
+    weight = next(module.parameters())
+    try:
+        module.logits(_noise(module, _WIRING).to(weight.device))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{type(encoder).__name__} with {type(module.decoder).__name__} cannot compute in "
+            f"{dtype} ({reason}): set precision fp32, or make tensors in the type of the input"
+        ) from error
+
+
+class _Float32(nn.Module):
+    """Computes a layer in float32, and gives its result in another type."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.dtype = layer.float(), dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = self.layer(x.float())
+        y: Tensor = self.layer(x.float()).to(self.dtype)
         return y
-
-
-def _compiled(logits: Callable[[Tensor], Tensor], replay: bool) -> Callable[..., Tensor]:
-    # Not dynamic with graphs: each belongs to one size anyway.
-    compiled = (
-        compiled_function(logits, mode="reduce-overhead")
-        if replay
-        else compiled_function(logits, dynamic=True)
-    )
-
-    def run(image: Tensor) -> Tensor:
-        with compiler_errors():
-            result: Tensor = compiled(image)
-        # A graph writes its result to the same memory every time.
-        return result.clone() if replay else result
-
-    return run
 
 
 @torch.no_grad()
@@ -141,19 +138,18 @@ def _folded(module: SegmentationModule) -> SegmentationModule:
 def _trial(module: SegmentationModule) -> tuple[SegmentationModule, float]:
     """A folded copy, and how far its logits are from the module's, in standard deviations."""
     weight = next(module.parameters())
-    channels = getattr(module.encoder, "in_channels", 3)
-    generator = torch.Generator().manual_seed(0)
-
-    def image(size: tuple[int, int]) -> Tensor:
-        noise = torch.randn(1, channels, *size, generator=generator)
-        return noise.to(weight.device, weight.dtype)
-
-    wiring, *proofs = (image(size) for size in (_WIRING, *_PROOF))
+    wiring, *proofs = (_noise(module, size).to(weight) for size in (_WIRING, *_PROOF))
     expected = [module.logits(proof) for proof in proofs]
     folded = copy.deepcopy(module)
     fold_batchnorm(folded, lambda: folded.logits(wiring))
     given = [folded.logits(proof) for proof in proofs]
     return folded, max(float((a - b).abs().max() / b.std()) for a, b in zip(given, expected))
+
+
+def _noise(module: SegmentationModule, size: tuple[int, int]) -> Tensor:
+    """(1, channels, *size) normally distributed values, the same for one size."""
+    channels = getattr(module.encoder, "in_channels", 3)
+    return torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(sum(size)))
 
 
 @torch.no_grad()
@@ -178,10 +174,11 @@ def fold_batchnorm(module: nn.Module, run: Callable[[], Any]) -> int:
     pairs = _Wiring(module).pairs(run)
     for conv, norm in pairs.items():
         _fold(conv, norm)
-        # The module itself becomes the identity, by whatever name it is reached.
-        norm.__class__ = nn.Identity  # type: ignore[assignment]
-        norm._parameters.clear()
-        norm._buffers.clear()
+    folded = set(pairs.values())
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if child in folded:
+                setattr(parent, name, nn.Identity())
     return len(pairs)
 
 

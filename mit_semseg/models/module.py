@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mit_semseg import scores
 from mit_semseg.losses import functional
 from mit_semseg.models.decoders import Decoder
 from mit_semseg.models.decoders.base import crop
@@ -41,8 +40,8 @@ class SegmentationModule(SegmentationModuleBase):
     """Encoder + decoder + loss.
 
     Call `module(feed_dict)` for training and `module(feed_dict, segSize=(H, W))` for
-    probabilities; `predict` and `logits` take plain tensors. All of them work whatever the
-    decoder's `use_softmax` is.
+    probabilities; `logits` takes plain tensors. All of them work whatever the decoder's
+    `use_softmax` is. Whole images are predicted by `mit_semseg.Segmenter`.
     """
 
     def __init__(
@@ -86,6 +85,7 @@ class SegmentationModule(SegmentationModuleBase):
         self.crit = crit
         self.deep_sup_scale = deep_sup_scale
         self.normalize = normalize
+        self.input_dtype: torch.dtype | None = None  # what images are cast to; None: as they are
         self.mirror_pairs = tuple((a, b) for a, b in mirror_pairs)
         if any(not 0 <= k < net_dec.num_class for pair in self.mirror_pairs for k in pair):
             raise ValueError(
@@ -184,43 +184,6 @@ class SegmentationModule(SegmentationModuleBase):
         logits = self.decoder.logits(self.features(image))[0]
         return crop(logits, (image.shape[-2], image.shape[-1]))
 
-    def mirrored_logits(self, image: Tensor) -> Tensor:
-        """`logits` of the mirror images, mirrored back, for averaging with those of the images.
-
-        The scores of classes that a mirror turns into each other are exchanged.
-        """
-        logits = self.logits(image.flip(-1)).flip(-1)
-        if not self.mirror_pairs:
-            return logits
-        other = dict(self.mirror_pairs) | {b: a for a, b in self.mirror_pairs}
-        return logits[:, [other.get(k, k) for k in range(logits.shape[1])]]
-
-    @torch.no_grad()
-    def predict(
-        self, images: Tensor | Sequence[Tensor], segSize: tuple[int, int], flip: bool = False
-    ) -> Tensor:
-        """Class of every pixel: argmax over the mean of the softmax over scales.
-
-        Args:
-            images: (N, 3, h, w) tensors of the same images, one per scale, as for `logits`.
-            segSize: (H, W) of the result.
-            flip: mirror each scale too.
-
-        Returns:
-            (N, H, W) int64.
-
-        Raises:
-            ValueError: there is no image.
-        """
-        scales = [images] if isinstance(images, Tensor) else list(images)
-        if not scales:
-            raise ValueError("images is empty: give one (N, 3, h, w) tensor per scale")
-        logits = [self.logits(image) for image in scales]
-        if flip:
-            logits += [self.mirrored_logits(image) for image in scales]
-        # Scores may have moved to the CPU, for want of memory.
-        return scores.class_map(logits, segSize).to(scales[0].device)
-
     def prepare_scatter(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Weighs replicas by what they have to learn from.
 
@@ -265,14 +228,14 @@ class SegmentationModule(SegmentationModuleBase):
                 "MODEL.in_channels and DATASET.depth"
             )
         if images.is_floating_point():
-            return images
+            return images if self.input_dtype is None else images.to(self.input_dtype)
         if self.normalize is None:
             raise ValueError(
                 f"the images are {images.dtype}, and this module has no `normalize` for them: "
                 "give normalised float images, or build it with ModelBuilder.from_config"
             )
         normalized: Tensor = self.normalize(images, sizes)
-        return normalized
+        return normalized if self.input_dtype is None else normalized.to(self.input_dtype)
 
     def _loss(self, log_probs: Tensor, label: Tensor) -> Tensor:
         if self.crit is None:

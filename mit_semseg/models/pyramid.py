@@ -1,156 +1,35 @@
-"""Maps of several resolutions: pools, their place in a tile, and convolution without resizing."""
+"""Maps of several resolutions: their pools, their place in a tile, convolution without resizing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mit_semseg.models.matrices import MATRICES, is_plain
 
-# ------------------------------------------------------------------------------ tiles
+
 @dataclass(frozen=True)
-class Window:
-    """Where in the whole image's map a tile's map lies.
+class Tile:
+    """What a decoder knows of the whole image when it has the maps of a part of it.
 
     Attributes:
-        top, left: of its first pixel.
-        height, width: of the whole map.
+        pools: scale -> adaptive average pool of the whole image's deepest map, (N, C, s, s).
+        top, left: of the tile's first pixel in that map.
+        height, width: of that map.
     """
 
+    pools: Mapping[int, Tensor]
     top: int
     left: int
     height: int
     width: int
-
-
-class TileFeatures(list[Tensor]):
-    """Feature maps of one tile of an image, deepest last, that know the rest of the image.
-
-    A decoder that pools asks `pooled` and `window_of` and need not know whether it has a tile.
-
-    Attributes:
-        pools: scale -> adaptive average pool of the whole image's deepest map, (N, C, s, s).
-        window: where in that map the tile lies.
-    """
-
-    def __init__(self, maps: Iterable[Tensor], pools: Mapping[int, Tensor], window: Window) -> None:
-        super().__init__(maps)
-        self.pools, self.window = pools, window
-
-
-def pooled(features: list[Tensor], scales: Sequence[int]) -> list[Tensor]:
-    """Adaptive average pools of the whole image's deepest map, (N, C, s, s) for each scale s."""
-    x = features[-1]
-    if isinstance(features, TileFeatures):
-        return [features.pools[scale].to(x.dtype) for scale in scales]
-    return [F.adaptive_avg_pool2d(x, scale) for scale in scales]
-
-
-def window_of(features: list[Tensor]) -> Window | None:
-    """Where in the whole image's deepest map that of `features` lies; None: it is the whole."""
-    return features.window if isinstance(features, TileFeatures) else None
-
-
-def pool_matrix(n_in: int, n_out: int) -> Tensor:
-    """Adaptive average pooling of one axis as a matrix, (n_out, n_in) float32."""
-    edges = [(i * n_in // n_out, -(-(i + 1) * n_in // n_out)) for i in range(n_out)]
-    matrix = torch.zeros(n_out, n_in)
-    for row, (start, stop) in zip(matrix, edges, strict=True):
-        row[start:stop] = 1 / (stop - start)
-    return matrix
-
-
-def spread(x: Tensor, size: torch.Size, window: Window | None = None) -> Tensor:
-    """Bilinear resize with align_corners=False.
-
-    Args:
-        x: (N, C, h, w).
-        size: (H, W) of the result.
-        window: what of the resized map is wanted, as large as `size`; None: all of it.
-
-    Returns:
-        (N, C, H, W).
-    """
-    if window is None:
-        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-    with without_autocast(x.device):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        down = _taps(x.shape[2], size[0], wide, window.top, window.height)[1]
-        across = _taps(x.shape[3], size[1], wide, window.left, window.width)[1]
-        return (down @ wide @ across.T).to(x.dtype)
-
-
-# ------------------------------------------------------------------------------ convolution
-class PyramidConv2d(nn.Conv2d):
-    """3x3 convolution of a feature map joined with coarser maps, which are never resized.
-
-    The same parameters and results as `nn.Conv2d` on `cat([x, *resized maps], dim=1)`. Both the
-    bilinear resize and the convolution are linear, so the filter's taps may be applied to the few
-    pixels of a coarse map first, and their results be spread over the image afterwards, along one
-    axis at a time. The largest layer of PPM, and that of UPerNet, takes half the work or less.
-    """
-
-    def forward(
-        self, x: Tensor, coarser: Sequence[Tensor] = (), window: Window | None = None
-    ) -> Tensor:
-        """Convolution with zero padding, as large as x.
-
-        Args:
-            x: (N, C, H, W).
-            coarser: (N, C_k, h_k, w_k) each; the input channels after those of x, in order. With
-                none x holds all of them, as for `nn.Conv2d`.
-            window: where x lies in the map that the coarser ones cover; None: it is that map.
-
-        Returns:
-            (N, out_channels, H, W).
-        """
-        if not coarser:
-            return super().forward(x)
-        C = x.shape[1]
-        y = F.conv2d(x, self.weight[:, :C], self.bias, padding=1)
-        return y + self._spread(coarser, self.weight[:, C:], y, window).to(y.dtype)
-
-    @staticmethod
-    def _spread(
-        maps: Sequence[Tensor], weight: Tensor, like: Tensor, window: Window | None
-    ) -> Tensor:
-        """What the coarse maps add to the output, in float32 at least: (N, K, H, W).
-
-        Args:
-            maps: (N, C_k, h_k, w_k) each.
-            weight: (K, sum of C_k, 3, 3).
-            like: the output, (N, K, H, W).
-            window: where in what the maps cover the output lies.
-        """
-        N, K, H, W = like.shape
-        top, left, height, width = (0, 0, H, W) if window is None else astuple(window)
-        parts = weight.split([x.shape[1] for x in maps], dim=1)
-        pixels = [x.permute(0, 2, 3, 1) for x in maps]  # (N, h, w, C)
-        total: Tensor | None = None
-        # Row by row of the filter, so that what is held at a time stays small.
-        for row in range(3):
-            wide = []
-            for x, part in zip(pixels, parts):
-                filters = part[:, :, row].permute(2, 0, 1).flatten(0, 1)  # (3 * K, C)
-                taps = F.linear(x, filters)
-                with without_autocast(x.device):
-                    taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
-                    taps = taps.unflatten(3, (3, K)).flatten(2, 3)  # (N, h, w * 3, K)
-                    across = _taps(x.shape[2], W, taps, left, width)
-                    across = across.permute(1, 2, 0).flatten(1)  # (W, w * 3)
-                    wide.append(across @ taps)  # (N, h, W, K)
-            with without_autocast(like.device):
-                down = torch.cat(
-                    [_taps(x.shape[1], H, wide[0], top, height)[row] for x in pixels], dim=1
-                )
-                added = down @ torch.cat(wide, dim=1).flatten(2)  # (N, H, W * K)
-                total = added if total is None else total + added
-        assert total is not None
-        return total.unflatten(2, (W, K)).permute(0, 3, 1, 2)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -158,6 +37,102 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):  # such as the meta device
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+# ------------------------------------------------------------------------------ pools
+def pooled(x: Tensor, scales: Sequence[int], tile: Tile | None = None) -> list[Tensor]:
+    """Adaptive average pools of a map, (N, C, s, s) for each scale s.
+
+    As one matrix product: of four pools torch's own kernels take 1.5 times as long on a CPU, and
+    their backward pass ten times; on a GPU they are the slowest part of PPM in channels last.
+
+    Args:
+        x: (N, C, H, W).
+        scales: sides of the pools.
+        tile: x is a part of a larger map, whose pools are given back.
+    """
+    if tile is not None:
+        return [tile.pools[scale].to(x.dtype) for scale in scales]
+    if not is_plain(x):
+        return [F.adaptive_avg_pool2d(x, scale) for scale in scales]
+    H, W = x.shape[2:]
+    scales = tuple(scales)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    matrix = MATRICES.get(
+        ("pools", H, W, scales, x.dtype), x.device, lambda: _pools_matrix(H, W, scales).to(x.dtype)
+    )
+    factors = MATRICES.get(
+        ("pool factors", H, W, scales, wide), x.device, lambda: _pool_factors(H, W, scales).to(wide)
+    )
+    with without_autocast(x.device):
+        sums = matrix @ x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, cells, C)
+        means = (sums * factors).to(x.dtype)
+    cells = means.transpose(1, 2).split([s * s for s in scales], dim=2)
+    return [part.unflatten(2, (s, s)) for part, s in zip(cells, scales, strict=True)]
+
+
+def pool_cells(n_in: int, n_out: int) -> list[tuple[int, int]]:
+    """(start, stop) of the pixels of one axis that each cell of an adaptive pool covers."""
+    return [(i * n_in // n_out, -(-(i + 1) * n_in // n_out)) for i in range(n_out)]
+
+
+def pool_matrix(n_in: int, n_out: int) -> Tensor:
+    """Adaptive average pooling of one axis as a matrix, (n_out, n_in) float32."""
+    matrix = torch.zeros(n_out, n_in)
+    for row, (start, stop) in zip(matrix, pool_cells(n_in, n_out), strict=True):
+        row[start:stop] = 1 / (stop - start)
+    return matrix
+
+
+def _areas(H: int, W: int, scales: Sequence[int]) -> list[int]:
+    """Pixels of every cell of all pools, row by row."""
+    return [
+        (bottom - top) * (right - left)
+        for scale in scales
+        for top, bottom in pool_cells(H, scale)
+        for left, right in pool_cells(W, scale)
+    ]
+
+
+def _pools_matrix(H: int, W: int, scales: Sequence[int]) -> Tensor:
+    """(cells, H * W): 1 / area of the cell a pixel lies in, to the next lower power of two.
+
+    Powers of two are exact in every type, and sums of so many pixels do not overflow float16.
+    `_pool_factors` holds what is left to be multiplied by.
+    """
+    layers = []
+    for scale in scales:
+        rows, columns = ((pool_matrix(n, scale) > 0).float() for n in (H, W))
+        layers.append(torch.einsum("ih,jw->ijhw", rows, columns).flatten(2).flatten(0, 1))
+    powers = [2.0 ** -math.ceil(math.log2(area)) for area in _areas(H, W, scales)]
+    return torch.cat(layers) * torch.tensor(powers)[:, None]
+
+
+def _pool_factors(H: int, W: int, scales: Sequence[int]) -> Tensor:
+    """(cells, 1) float64, in [1, 2)."""
+    factors = [2.0 ** math.ceil(math.log2(area)) / area for area in _areas(H, W, scales)]
+    return torch.tensor(factors, dtype=torch.float64)[:, None]
+
+
+# ------------------------------------------------------------------------------ resizing
+def resize_within(x: Tensor, size: torch.Size, tile: Tile | None = None) -> Tensor:
+    """Bilinear resize with align_corners=False of a map of the whole image.
+
+    Args:
+        x: (N, C, h, w).
+        size: (H, W) of the result.
+        tile: what of the resized map is wanted, as large as `size`; None: all of it.
+
+    Returns:
+        (N, C, H, W).
+    """
+    if tile is None:
+        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    with without_autocast(x.device):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        down = _taps(x.shape[2], size[0], wide, tile.top, tile.height)[1]
+        across = _taps(x.shape[3], size[1], wide, tile.left, tile.width)[1]
+        return (down @ wide @ across.T).to(x.dtype)
 
 
 def _taps(n_in: int, n_out: int, like: Tensor, start: int = 0, whole: int | None = None) -> Tensor:
@@ -174,10 +149,79 @@ def _taps(n_in: int, n_out: int, like: Tensor, start: int = 0, whole: int | None
         (3, n_out, n_in): entry [t, i] weighs the input for output start + i + t - 1; zeros where
         that lies outside the whole axis, which is the convolution's padding.
     """
-    whole = n_out if whole is None else whole
-    output = torch.arange(start - 1, start + n_out + 1, device=like.device, dtype=like.dtype)
+    lengths = n_in, n_out, start, n_out if whole is None else whole
+    make = partial(_make_taps, *lengths, like.dtype)
+    if not is_plain(like):
+        return make().to(like.device)
+    return MATRICES.get(("taps", *lengths, like.dtype), like.device, make)
+
+
+def _make_taps(n_in: int, n_out: int, start: int, whole: int, dtype: torch.dtype) -> Tensor:
+    output = torch.arange(start - 1, start + n_out + 1, dtype=dtype)
     at = (output + 0.5) * (n_in / whole) - 0.5
-    distance = at.clamp(0, n_in - 1)[:, None] - torch.arange(n_in, device=like.device)
+    distance = at.clamp(0, n_in - 1)[:, None] - torch.arange(n_in)
     weight = (1 - distance.abs()).clamp(min=0)
     weight = weight * ((output >= 0) & (output < whole))[:, None]
     return torch.stack([weight[t : t + n_out] for t in range(3)])
+
+
+# ------------------------------------------------------------------------------ convolution
+def convolve_pyramid(
+    conv: nn.Conv2d, x: Tensor, coarser: Sequence[Tensor], tile: Tile | None = None
+) -> Tensor:
+    """`conv(cat([x, *resized maps], dim=1))` without resizing the maps.
+
+    Both the bilinear resize and the convolution are linear, so the filter's taps may be applied to
+    the few pixels of a coarse map first, and their results be resized afterwards, along one axis at
+    a time. The largest layer of PPM, and that of UPerNet, takes half the work or less.
+
+    Args:
+        conv: 3x3 with padding 1, of the channels of x and the coarser maps, in this order.
+        x: (N, C, H, W).
+        coarser: (N, C_k, h_k, w_k) each.
+        tile: where x lies in the map that the coarser ones cover; None: it is that map.
+
+    Returns:
+        (N, out_channels, H, W).
+    """
+    C = x.shape[1]
+    y = F.conv2d(x, conv.weight[:, :C], conv.bias, padding=1)
+    return y + _of_coarser(coarser, conv.weight[:, C:], y, tile).to(y.dtype)
+
+
+def _of_coarser(maps: Sequence[Tensor], weight: Tensor, like: Tensor, tile: Tile | None) -> Tensor:
+    """What the coarse maps add to the output, in float32 at least: (N, K, H, W).
+
+    Args:
+        maps: (N, C_k, h_k, w_k) each.
+        weight: (K, sum of C_k, 3, 3).
+        like: the output, (N, K, H, W).
+        tile: where in what the maps cover the output lies.
+    """
+    N, K, H, W = like.shape
+    top, left, height, width = 0, 0, H, W
+    if tile is not None:
+        top, left, height, width = tile.top, tile.left, tile.height, tile.width
+    parts = weight.split([x.shape[1] for x in maps], dim=1)
+    pixels = [x.permute(0, 2, 3, 1) for x in maps]  # (N, h, w, C)
+    total: Tensor | None = None
+    # Row by row of the filter, so that what is held at a time stays small.
+    for row in range(3):
+        wide = []
+        for x, part in zip(pixels, parts):
+            filters = part[:, :, row].permute(2, 0, 1).flatten(0, 1)  # (3 * K, C)
+            taps = F.linear(x, filters)
+            with without_autocast(x.device):
+                taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
+                taps = taps.unflatten(3, (3, K)).flatten(2, 3)  # (N, h, w * 3, K)
+                across = _taps(x.shape[2], W, taps, left, width)
+                across = across.permute(1, 2, 0).flatten(1)  # (W, w * 3)
+                wide.append(across @ taps)  # (N, h, W, K)
+        with without_autocast(like.device):
+            down = torch.cat(
+                [_taps(x.shape[1], H, wide[0], top, height)[row] for x in pixels], dim=1
+            )
+            added = down @ torch.cat(wide, dim=1).flatten(2)  # (N, H, W * K)
+            total = added if total is None else total + added
+    assert total is not None
+    return total.unflatten(2, (W, K)).permute(0, 3, 1, 2)

@@ -29,21 +29,19 @@ and other scales, is the same as without windows.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count, pairwise
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.models.module import SegmentationModule
-from mit_semseg.models.pyramid import TileFeatures, Window, pool_matrix, without_autocast
+from mit_semseg.models.pyramid import Tile, pool_matrix, without_autocast
 
 log = logging.getLogger("mit_semseg")
 
@@ -218,7 +216,7 @@ def blended(maps: Iterable[Placed]) -> Tensor:
 
     Returns:
         (N, K, H, W), in float32 at least; where that would take more than 256 MiB, in float16 with
-        the maximum over K subtracted (see `TiledLogits`).
+        the maximum over K subtracted (see `TiledNetwork`).
     """
     result: Tensor | None = None
     above: Tensor | None = None  # what the tiles above add to the next rows
@@ -249,7 +247,7 @@ def _strips(maps: Iterable[Placed]) -> Iterator[tuple[Part, Tensor]]:
 
 
 def _halved(x: Tensor) -> Tensor:
-    """In float16, from which logits may run over: at the low end only, where nothing competes."""
+    """In float16, in which logits may overflow: at the low end only, where nothing competes."""
     low = torch.finfo(torch.half).min
     return (x - x.amax(dim=1, keepdim=True)).clamp_(min=low).half()
 
@@ -290,8 +288,8 @@ class Sliding:
         return cls(height, width, settings.stride)
 
 
-class TiledLogits:
-    """`module.logits` for images of any size.
+class TiledNetwork:
+    """The logits of a network for images of any size.
 
     Called with an image it gives what the network gives, or, if the image is large, scores blended
     from tiles: in float32, in float64 where the network's are, or in float16 where all classes
@@ -299,12 +297,8 @@ class TiledLogits:
     subtracted: neither resizing nor softmax sees that, and numbers are finest around zero, where
     classes compete.
 
-    When a CUDA device runs out of memory, the image is computed again in smaller tiles, half as
-    long each time, down to 256 pixels, and then on the CPU, where its scores stay. Each step is a
-    warning. With "off" the CPU comes at once.
-
     With a sliding window images of every size are computed window by window, and blended from
-    windows as they are from tiles; when a CUDA device has no memory for one, the CPU comes at once.
+    windows as they are from tiles.
     """
 
     def __init__(
@@ -338,23 +332,13 @@ class TiledLogits:
         self.grid = math.lcm(_GRID, *getattr(module.encoder, "strides", ()))
         self.pool_scales = _declared_pools(module.decoder)
 
-    @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
         """Scores of (B, 3, H, W) images at the network's resolution, (B, num_class, h, w)."""
-        H, W = image.shape[-2:]
-        sides = self.sides(H, W)
-        for n, side in enumerate(sides, start=1):
-            try:
-                return self.compute(image, side)
-            except torch.cuda.OutOfMemoryError:
-                pass  # the error holds on to what was computed, until here
-            torch.cuda.empty_cache()
-            place = f"in tiles of {sides[n]} pixels" if n < len(sides) else "on the CPU"
-            log.warning("out of memory for an image of %dx%d: computing it %s", W, H, place)
-        return self.on_cpu.compute(image.cpu(), sides[0])
+        return self.compute(image, self.sides(*image.shape[-2:])[0])
 
     def sides(self, H: int, W: int) -> list[int | None]:
-        """Sides of tiles to try, one after the other; None stands for the whole image."""
+        """Sides of tiles to try, one after the other while memory runs out, half as long each time,
+        down to 256 pixels; None stands for the whole image, or windows."""
         if self.tile == "off" or self.window:
             return [None]
         if isinstance(self.tile, int):
@@ -371,17 +355,6 @@ class TiledLogits:
     def _on_grid(self, side: int) -> int:
         # Two cells at least, of which neighbours can share one.
         return max(side // self.grid, 2) * self.grid
-
-    @cached_property
-    def on_cpu(self) -> TiledLogits:
-        """The same for a copy of the module on the CPU."""
-        module = SegmentationModule(
-            copy.deepcopy(self.module.encoder),
-            copy.deepcopy(self.module.decoder),
-            None,
-            normalize=copy.deepcopy(self.module.normalize),
-        )
-        return TiledLogits(module.eval().to("cpu"), self.tile, window=self.window)
 
     def compute(self, image: Tensor, side: int | None) -> Tensor:
         """Scores of images, in tiles of a side if it is given."""
@@ -430,18 +403,25 @@ class TiledLogits:
     def _second_pass(self, tiling: Tiling, image: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Takes the whole image's pools; returns what computes a tile with them."""
         pools: dict[int, Tensor] = {}
-        windows = []
+        tiles = []
         for row, column, x in tiling.maps(image, lambda _, t: self.module.features(t)[-1]):
-            windows.append(Window(row.start, column.start, row.whole, column.whole))
+            tiles.append(Tile(pools, row.start, column.start, row.whole, column.whole))
             for scale in self.pool_scales:
                 share = _share_of_pool(x, row, column, scale)
                 pools[scale] = pools[scale] + share if scale in pools else share
+        decoder = cast(PoolingDecoder, self.module.decoder)
 
         def run(number: int, tile: Tensor) -> Tensor:
-            features = TileFeatures(self.module.features(tile), pools, windows[number])
-            return self.module.decoder.logits(features)[0]
+            return decoder.logits(self.module.features(tile), tiles[number])[0]
 
         return run
+
+
+class PoolingDecoder(Protocol):
+    """A decoder with `pool_scales`."""
+
+    def logits(self, features: list[Tensor], tile: Tile) -> tuple[Tensor, ...]:
+        """Scores of a tile; see `Decoder.logits`."""
 
 
 def _declared_pools(decoder: nn.Module) -> tuple[int, ...]:

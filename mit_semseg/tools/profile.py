@@ -17,10 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mit_semseg.config.node import Config
-from mit_semseg.dataset.transforms import Normalize
-from mit_semseg.engine.launch import autocast
+from mit_semseg.engine.predictor import Predictor
 from mit_semseg.models import ModelBuilder, SegmentationModule
-from mit_semseg.models.inference import inference_copy
 from mit_semseg.visualize import ratio_bars
 
 # Seconds that a measurement of speed takes at least, after a first call that does not count.
@@ -145,15 +143,14 @@ def activations(module: SegmentationModule, image: Tensor, cfg: Config) -> int:
 
 def speed(module: SegmentationModule, image: Tensor, cfg: Config) -> float:
     """Images a second, one at a time, as `predict` computes them (`VAL.precision`)."""
-    fast = inference_copy(module, image.device, Normalize.of(cfg.DATASET))
+    predictor = Predictor(module, cfg.DATASET, image.device, precision=cfg.VAL.precision)
+    predictor.logits([image])
     seconds: list[float] = []
     end = time.monotonic() + LEAST_SECONDS
-    with torch.inference_mode(), autocast(image.device, cfg.VAL.precision):
-        fast.logits(image)
-        while len(seconds) < LEAST_CALLS or time.monotonic() < end:
-            began = _now(image.device)
-            fast.logits(image)
-            seconds.append(_now(image.device) - began)
+    while len(seconds) < LEAST_CALLS or time.monotonic() < end:
+        began = _now(image.device)
+        predictor.logits([image])
+        seconds.append(_now(image.device) - began)
     return 1 / statistics.median(seconds)
 
 

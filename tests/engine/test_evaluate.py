@@ -34,8 +34,9 @@ from mit_semseg.engine.evaluate import (
     single_class,
     val_dataset,
 )
+from mit_semseg.engine.predictor import Predictor
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix, boundary_f
-from mit_semseg.models.tiles import Sliding, TiledLogits
+from mit_semseg.models.tiles import Sliding, TiledNetwork
 
 CPU = torch.device("cpu")
 NAMES = ("road", "sky", "car", "tree")  # tree occurs nowhere
@@ -131,11 +132,13 @@ def test_outlines_are_scored_when_asked_for(
     cfg = setup.clone()
     cfg.VAL.boundary = True
     module, dataset = load_model(cfg, "best.pth"), val_dataset(cfg)
+    predictor = Predictor(module, cfg.DATASET, CPU)
     scores = []
     for k in range(len(dataset)):
         sample = dataset[k]
         label = sample["seg_label"][0]
-        pred = module.predict(sample["img_data"], (label.shape[0], label.shape[1]))[0]
+        logits = predictor.logits(sample["img_data"])
+        pred = predictor.labels(logits, (label.shape[0], label.shape[1]))[0]
         scores.append(boundary_f(pred, label, 4))
     expected = np.nanmean(scores, axis=0)
 
@@ -521,7 +524,7 @@ def test_windows_slide_over_every_scale(
     module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
     found = evaluate_model(module, data, cfg, CPU, progress=False).matrix.matrix
     counts = np.zeros((4, 4), dtype=np.int64)
-    slide = TiledLogits(module, window=Sliding(64, 96, 0.5))
+    slide = TiledNetwork(module, window=Sliding(64, 96, 0.5))
     for sample in (data[k] for k in range(len(data))):
         label = sample["seg_label"][0].numpy()
         images = list(sample["img_data"])

@@ -27,6 +27,7 @@ from mit_semseg.engine.predict import (
     render,
     result_endings,
 )
+from mit_semseg.engine.predictor import Predictor
 
 CPU = torch.device("cpu")
 NAMES = ("wall", "floor", "lamp", "plant")
@@ -182,9 +183,8 @@ def test_what_no_memory_is_enough_for_is_reported(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     """Last of all, after tiles and the CPU; torch's error on the CPU has no type of its own."""
-    from mit_semseg.engine import predict as engine
 
-    plain, calls = engine.scale_logits, []
+    plain, calls = Predictor.logits, []
 
     def scarce(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
@@ -192,7 +192,7 @@ def test_what_no_memory_is_enough_for_is_reported(
             raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(engine, "scale_logits", scarce)
+    monkeypatch.setattr(Predictor, "logits", scarce)
     for name in "ab":
         photo(tmp_path / f"{name}.png")
     results = predict(cfg, tmp_path, CPU, result=tmp_path / "out", progress=False)
@@ -203,12 +203,11 @@ def test_what_no_memory_is_enough_for_is_reported(
 def test_other_errors_are_not_taken_for_want_of_memory(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mit_semseg.engine import predict as engine
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(engine, "scale_logits", broken)
+    monkeypatch.setattr(Predictor, "logits", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         predict(cfg, photo(tmp_path / "a.png"), CPU, result=tmp_path / "out", progress=False)
 
@@ -233,7 +232,7 @@ def test_large_images_are_not_read_while_others_are_computed(
     from mit_semseg.engine import predict as engine
 
     monkeypatch.setattr(engine, "_LARGE", 64 * 48 - 1)
-    plain, busy, seen = engine.scale_logits, [], []
+    plain, busy, seen = Predictor.logits, [], []
 
     def computing(*args: Any, **kwargs: Any) -> Any:
         busy.append(1)
@@ -246,7 +245,7 @@ def test_large_images_are_not_read_while_others_are_computed(
         seen.append(bool(busy))
         return load_image(path)
 
-    monkeypatch.setattr(engine, "scale_logits", computing)
+    monkeypatch.setattr(Predictor, "logits", computing)
     monkeypatch.setattr(engine, "load_image", reading)
     for k in range(4):
         photo(tmp_path / "in" / f"{k}.png", seed=k)

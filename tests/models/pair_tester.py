@@ -154,6 +154,10 @@ class PairTester:
             assert given.dtype == torch.float32
             torch.testing.assert_close(given.exp().sum(1), torch.ones(1, 40, 30))
             assert (given - expected).abs().mean() / expected.std() < limit
+            # With weights of that type, as in prediction.
+            fast = inference.inference_copy(module, "cpu", dtype=dtype)
+            cast = fast({"img_data": image}, segSize=(40, 30)).log()
+            assert (cast - expected).abs().mean() / expected.std() < limit
 
     @pytest.mark.slow
     def test_learns_one_image_by_heart(self) -> None:
@@ -167,7 +171,8 @@ class PairTester:
             loss.backward()
             optimizer.step()
             if step % 10 == 0:
-                predicted = module.eval().predict(image, (64, 96))
+                with torch.no_grad():
+                    predicted = module.eval()({"img_data": image}, segSize=(64, 96)).argmax(1)
                 reached.append((predicted == label).double().mean().item())
                 if reached[-1] >= self.right:
                     return

@@ -10,7 +10,7 @@ from pair_tester import PairTester
 
 from mit_semseg.models import DECODERS, ENCODERS, check_pair
 from mit_semseg.models.decoders.bisenet import AttentionRefinement, FeatureFusion
-from mit_semseg.models.pyramid import TileFeatures, Window
+from mit_semseg.models.pyramid import Tile
 
 
 class TestBiSeNetEncoder(EncoderTester):
@@ -69,7 +69,7 @@ def test_a_tile_knows_the_mean_of_the_whole_image() -> None:
     seen = []
     decoder.tail.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     mean = torch.randn(1, 8, 1, 1)
-    decoder.logits(TileFeatures(maps, {1: mean}, Window(0, 0, 8, 8)))
+    decoder.logits(maps, Tile({1: mean}, 0, 0, 8, 8))
     decoder.logits(maps)
     assert torch.equal(seen[0], mean)
     torch.testing.assert_close(seen[1], maps[-1].mean((2, 3), keepdim=True))

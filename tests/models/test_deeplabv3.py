@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mit_semseg.models import DECODERS
 from mit_semseg.models.decoders.deeplabv3 import ASPP
-from mit_semseg.models.pyramid import TileFeatures, Window
+from mit_semseg.models.pyramid import Tile
 
 
 class TestDeepLabV3(DecoderTester):
@@ -110,8 +110,7 @@ def test_a_tile_knows_the_mean_of_the_whole_image(arch: str) -> None:
     decoder = randomised(DECODERS.get(arch)((3, 6), num_class=3, strides=(4, 16)))
     whole = [torch.randn(1, 3, 16, 80).double(), torch.randn(1, 6, 4, 20).double()]
     pools = {1: whole[-1].mean((2, 3), keepdim=True)}
-    tile = TileFeatures(whole, pools, Window(0, 0, 4, 20))
     (wanted,) = decoder.logits(whole)
-    torch.testing.assert_close(decoder.logits(tile)[0], wanted)
-    other = TileFeatures(whole, {1: pools[1] + 1}, Window(0, 0, 4, 20))
-    assert not torch.allclose(decoder.logits(other)[0], wanted)
+    torch.testing.assert_close(decoder.logits(whole, Tile(pools, 0, 0, 4, 20))[0], wanted)
+    other = Tile({1: pools[1] + 1}, 0, 0, 4, 20)
+    assert not torch.allclose(decoder.logits(whole, other)[0], wanted)

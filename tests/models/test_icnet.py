@@ -13,7 +13,7 @@ from tolerances import rounding
 from mit_semseg.losses import build_loss
 from mit_semseg.models import DECODERS, ENCODERS, Encoder, SegmentationModule, check_pair
 from mit_semseg.models.decoders.icnet import CascadeFusion
-from mit_semseg.models.pyramid import TileFeatures, Window
+from mit_semseg.models.pyramid import Tile
 
 
 class TestICNetEncoder(EncoderTester):
@@ -106,7 +106,7 @@ def test_a_tile_knows_the_pools_of_the_whole_image() -> None:
     left = [x[..., : x.shape[-1] // 2] for x in maps]
     pools = {scale: F.adaptive_avg_pool2d(maps[-1], scale) for scale in decoder.pool_scales}
     (whole,) = decoder.logits(maps)
-    (tile,) = decoder.logits(TileFeatures(left, pools, Window(0, 0, 16, 32)))
+    (tile,) = decoder.logits(left, Tile(pools, 0, 0, 16, 32))
     (blind,) = decoder.logits(left)
     # Away from the cut, where convolutions see the other half.
     far = (..., slice(0, 96))

@@ -17,11 +17,11 @@ from pair_tester import build_pair
 from tolerances import rounding
 from torch import Tensor, nn
 
+from mit_semseg.engine.predictor import Predictor
 from mit_semseg.lib.nn import UserScatteredDataParallel
 from mit_semseg.losses import build_loss, functional
 from mit_semseg.models import Decoder, Encoder, ModelBuilder, SegmentationModule
 from mit_semseg.models.decoders import Auxiliary
-from mit_semseg.models.inference import inference_copy
 
 CLASSES = 4
 
@@ -253,12 +253,10 @@ def test_inference_follows_the_published_procedure(use_softmax: bool) -> None:
         wanted = published_procedure(module, images, (29, 35))
         probabilities = module({"img_data": images[0]}, segSize=(29, 35))
     assert torch.allclose(probabilities, published_procedure(module, images[:1], (29, 35)))
-    labels = module.predict(images, (29, 35))
+    predictor = Predictor(module, {}, "cpu")
+    labels = predictor.labels(predictor.logits(images), (29, 35))
     assert labels.dtype == torch.int64
     assert torch.equal(labels, wanted.argmax(1))
-    assert torch.equal(
-        module.predict(images[0], (29, 35)), module.predict(images[:1], segSize=(29, 35))
-    )
 
 
 def test_flipping_averages_over_the_mirrored_images() -> None:
@@ -267,7 +265,8 @@ def test_flipping_averages_over_the_mirrored_images() -> None:
     with torch.no_grad():
         straight = published_procedure(module, [image], (20, 20))
         mirrored = published_procedure(module, [image.flip(-1)], (20, 20)).flip(-1)
-    labels = module.predict([image], (20, 20), flip=True)
+    predictor = Predictor(module, {}, "cpu", flip=True)
+    labels = predictor.labels(predictor.logits([image]), (20, 20))
     assert torch.equal(labels, (straight + mirrored).argmax(1))
 
 
@@ -281,9 +280,11 @@ def test_flipping_exchanges_left_and_right() -> None:
         mirrored = published_procedure(plain, [image.flip(-1)], (20, 20)).flip(-1)
     mirrored[:, 1], mirrored[:, 3] = mirrored[:, 3].clone(), mirrored[:, 1].clone()
     wanted = (straight + mirrored).argmax(1)
-    assert torch.equal(module.predict([image], (20, 20), flip=True), wanted)
-    assert torch.equal(inference_copy(module, "cpu").predict([image], (20, 20), flip=True), wanted)
-    assert not torch.equal(plain.predict([image], (20, 20), flip=True), wanted)
+    labels = []
+    for one in (module, plain):
+        predictor = Predictor(one, {}, "cpu", flip=True)
+        labels.append(predictor.labels(predictor.logits([image]), (20, 20)))
+    assert torch.equal(labels[0], wanted) and not torch.equal(labels[1], wanted)
 
 
 def test_mirror_pairs_of_classes_that_do_not_exist() -> None:
@@ -342,7 +343,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="no 'img_data'"):
         module({"seg_label": data["seg_label"]}, segSize=(8, 8))
     with pytest.raises(ValueError, match="images is empty"):
-        module.predict([], (8, 8))
+        Predictor(tiny(), {}, "cpu").logits([])
     with pytest.raises(ValueError, match="crit is None"):
         SegmentationModule(TinyEncoder(), TinyDecoder(), None).double().eval()(data)
     with pytest.raises(ValueError, match="deep_sup_scale"):

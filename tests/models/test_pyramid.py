@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import rounding
+from torch import nn
 
-from mit_semseg.models.pyramid import PyramidConv2d, TileFeatures, Window, pooled, spread, window_of
+from mit_semseg.models import matrices
+from mit_semseg.models.pyramid import Tile, convolve_pyramid, pooled, resize_within
 
 POOLS = ((1, 1), (2, 2), (3, 3), (6, 6))
 LEVELS = ((29, 38), (15, 19), (7, 10))
@@ -23,14 +26,14 @@ def test_coarser_maps_are_joined_as_if_they_were_resized(
     size: tuple[int, int], coarser: Sequence[tuple[int, int]], channels_last: bool
 ) -> None:
     torch.manual_seed(0)
-    conv = PyramidConv2d(8 + len(coarser) * 4, 6, 3, padding=1).double()
+    conv = nn.Conv2d(8 + len(coarser) * 4, 6, 3, padding=1).double()
     if channels_last:
         conv = conv.to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
     maps = [torch.randn(2, 4, *s, dtype=torch.float64, requires_grad=True) for s in coarser]
     resized = [F.interpolate(one, size, mode="bilinear", align_corners=False) for one in maps]
     plain = F.conv2d(torch.cat([x, *resized], dim=1), conv.weight, conv.bias, padding=1)
-    fast = conv(x, maps)
+    fast = convolve_pyramid(conv, x, maps)
     torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
     towards = torch.randn_like(plain)
     inputs = [x, *maps, *conv.parameters()]
@@ -42,7 +45,7 @@ def test_coarser_maps_are_joined_as_if_they_were_resized(
 
 def test_joining_rounds_no_more_than_the_plain_convolution_in_bfloat16() -> None:
     torch.manual_seed(0)
-    conv = PyramidConv2d(64 + 4 * 16, 8, 3, padding=1)
+    conv = nn.Conv2d(64 + 4 * 16, 8, 3, padding=1)
     x, size = torch.randn(1, 64, 20, 30), (20, 30)
     pools = [torch.randn(1, 16, s, s) for s in (1, 2, 3, 6)]
     resized = [F.interpolate(pool, size, mode="bilinear", align_corners=False) for pool in pools]
@@ -50,7 +53,7 @@ def test_joining_rounds_no_more_than_the_plain_convolution_in_bfloat16() -> None
     exact = F.conv2d(joined, conv.weight, conv.bias, padding=1)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         plain = F.conv2d(joined, conv.weight, conv.bias, padding=1).float() - exact
-        fast = conv(x, pools)
+        fast = convolve_pyramid(conv, x, pools)
     assert fast.dtype == torch.bfloat16
     assert (fast.float() - exact).square().mean() < 2 * plain.square().mean()
 
@@ -64,24 +67,81 @@ def test_a_tile_is_joined_as_in_the_whole(
 ) -> None:
     """Away from the tile's own edges, at which x is padded."""
     torch.manual_seed(0)
-    conv = PyramidConv2d(8 + 4 * 4, 6, 3, padding=1).double()
+    conv = nn.Conv2d(8 + 4 * 4, 6, 3, padding=1).double()
     x = torch.randn(2, 8, *whole, dtype=torch.float64)
     maps = [torch.randn(2, 4, *s, dtype=torch.float64) for s in POOLS]
     conv.weight.data[:, :8] = 0  # so that they show what the coarser maps add up to the very edge
     here = (..., slice(*rows), slice(*columns))
-    window = Window(rows[0], columns[0], *whole)
-    torch.testing.assert_close(conv(x[here], maps, window), conv(x, maps)[here])
+    tile = Tile({}, rows[0], columns[0], *whole)
+    given = convolve_pyramid(conv, x[here], maps, tile)
+    torch.testing.assert_close(given, convolve_pyramid(conv, x, maps)[here])
     for one in maps:
         resized = F.interpolate(one, whole, mode="bilinear", align_corners=False)
-        torch.testing.assert_close(spread(one, x[here].shape[2:], window), resized[here])
+        torch.testing.assert_close(resize_within(one, x[here].shape[2:], tile), resized[here])
 
 
 def test_a_tile_has_the_pools_of_the_whole() -> None:
-    x = torch.randn(1, 3, 8, 9)
-    plain = [torch.zeros(1), x]
-    assert window_of(plain) is None
-    for scale, pool in zip((1, 6), pooled(plain, (1, 6))):
-        assert torch.equal(pool, F.adaptive_avg_pool2d(x, scale))
     given = {1: torch.ones(1, 3, 1, 1)}
-    tile = TileFeatures(plain, given, Window(2, 3, 20, 30))
-    assert pooled(tile, (1,))[0] is given[1] and window_of(tile) == Window(2, 3, 20, 30)
+    tile = Tile(given, 2, 3, 20, 30)
+    assert torch.equal(pooled(torch.randn(1, 3, 8, 9), (1,), tile)[0], given[1])
+
+
+SIZES = ((1, 1), (5, 7), (6, 6), (38, 51), (64, 84))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pools_are_torchs(size: tuple[int, int], dtype: torch.dtype, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, *size).add_(100).to(dtype)  # sums of many such overflow float16
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    scales = (1, 2, 3, 6)
+    wide = x.detach().double().requires_grad_()
+    wanted = [F.adaptive_avg_pool2d(wide, scale) for scale in scales]
+    given = pooled(x, scales)
+    for a, b in zip(given, wanted, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=rounding(x, 4))
+    towards = [torch.randn_like(b) for b in wanted]
+    (mine,) = torch.autograd.grad(given, x, [one.to(dtype) for one in towards])
+    (its,) = torch.autograd.grad(wanted, wide, towards)
+    off = rounding(its.to(dtype), 4)
+    torch.testing.assert_close(mine.double(), its, rtol=0, atol=max(off, 1e-12))
+
+
+def test_pools_are_taken_from_a_kept_matrix_but_not_while_compiling() -> None:
+    x = torch.randn(1, 3, 21, 13)
+    pooled(x, (1, 2))
+    before = {id(one) for held in matrices.MATRICES._held.values() for one in held.values()}
+    pooled(x, (1, 2))
+    after = {id(one) for held in matrices.MATRICES._held.values() for one in held.values()}
+    assert before == after
+    symbolic = x.to("meta")
+    assert [tuple(y.shape) for y in pooled(symbolic, (1, 2))] == [(1, 3, 1, 1), (1, 3, 2, 2)]
+
+
+def test_matrices_made_in_inference_mode_may_be_trained_with() -> None:
+    x = torch.randn(1, 3, 22, 13)
+    with torch.inference_mode():
+        pooled(x, (1, 2))
+    x.requires_grad_()
+    sum(y.sum() for y in pooled(x, (1, 2))).backward()
+    assert x.grad is not None
+
+
+def test_the_least_recently_used_matrices_are_dropped() -> None:
+    cache, device = matrices.MatrixCache(limit=1000), torch.device("cpu")
+    made = []
+
+    def make(n: int) -> Callable[[], torch.Tensor]:
+        return lambda: made.append(n) or torch.full((100,), float(n))  # 400 bytes
+
+    for n in (1, 2, 1, 3, 1, 2):
+        assert cache.get(n, device, make(n))[0] == n
+    assert made == [1, 2, 3, 2]
+    with cache.recorded() as used:
+        cache.get(2, device, make(2))
+    assert [x[0] for x in used] == [2]

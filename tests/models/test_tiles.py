@@ -1,12 +1,10 @@
-"""Images in tiles: weights, places, pools of the whole image, and what is done without memory."""
+"""Images in tiles and windows: weights, places, and pools of the whole image."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,11 +21,11 @@ from mit_semseg import scores
 from mit_semseg.config import load_config
 from mit_semseg.dataset.transforms import Normalize, as_batch, load_image, load_mask, resize_image
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
+from mit_semseg.engine.predictor import Predictor
 from mit_semseg.models import DECODERS, Decoder, Encoder, SegmentationModule, tiles
 from mit_semseg.models.decoders.upernet import UPerNet
-from mit_semseg.models.inference import inference_copy
 from mit_semseg.models.pyramid import pool_matrix
-from mit_semseg.models.tiles import Sliding, TiledLogits, parts, spans, window_spans
+from mit_semseg.models.tiles import Sliding, TiledNetwork, parts, spans, window_spans
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("SEMSEG_DATA", ROOT.parent / "shared" / "data"))
@@ -154,7 +152,7 @@ def test_a_network_without_surroundings_is_computed_exactly(H: int, W: int, tile
     """Of any size, 1 pixel wide, and no multiple of the stride."""
     module = pointwise()
     image = torch.randn(2, 3, H, W, dtype=torch.float64, generator=torch.Generator().manual_seed(H))
-    given_, whole = TiledLogits(module, tile)(image), module.logits(image)
+    given_, whole = TiledNetwork(module, tile)(image), module.logits(image)
     assert given_.dtype == torch.float64
     # Tiles are weighted in float32.
     torch.testing.assert_close(given_, whole, rtol=0, atol=rounding(whole.float(), 8))
@@ -180,10 +178,10 @@ def test_what_is_far_from_the_edges_of_tiles_is_the_same(
     image[..., size[1] // 2 :] += 2  # pools of tiles would differ from those of the image
     whole = module.logits(image)
     atol = 2e-5 * float(whole.std())
-    torch.testing.assert_close(TiledLogits(module, 256)(image), whole, rtol=0, atol=atol)
+    torch.testing.assert_close(TiledNetwork(module, 256)(image), whole, rtol=0, atol=atol)
     if decoder != "c1" and max(size) > 500:
         monkeypatch.setattr(tiles, "_declared_pools", lambda decoder: ())
-        assert (TiledLogits(module, 256)(image) - whole).abs().max() > 100 * atol
+        assert (TiledNetwork(module, 256)(image) - whole).abs().max() > 100 * atol
 
 
 @torch.no_grad()
@@ -192,7 +190,7 @@ def test_reduced_precision_and_batches() -> None:
     image = torch.rand(2, 3, 300, 520)
     whole = module.logits(image)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        reduced = TiledLogits(module, 256)(image)
+        reduced = TiledNetwork(module, 256)(image)
     assert reduced.dtype == torch.float32
     assert (reduced - whole).abs().mean() < 0.02 * whole.std()
 
@@ -207,11 +205,11 @@ def test_scores_of_many_classes_are_kept_in_half_precision(
     whole = module.logits(image)
     assert whole.abs().max() > 65504
     monkeypatch.setattr(tiles, "_IN_FLOAT32", 100)
-    half = TiledLogits(module, 96)(image)
+    half = TiledNetwork(module, 96)(image)
     assert half.dtype == torch.float16 and half.isfinite().all()
     for scale in (1.0, 1e-5):  # between two classes that compete it is as fine as float32
         module.decoder.head.weight.mul_(scale)
-        given_ = scores.class_map([TiledLogits(module, 96)(image)], (400, 500))
+        given_ = scores.class_map([TiledNetwork(module, 96)(image)], (400, 500))
         wanted = scores.class_map([module.logits(image)], (400, 500))
         assert (given_ == wanted).float().mean() > 0.9999
 
@@ -233,9 +231,10 @@ def photographs(pattern: str, number: int, height: int) -> list[Tensor]:
 def agreement(module: SegmentationModule, tile: int, image: Tensor) -> float:
     """Share of pixels that get the class they get without tiles."""
     size = (image.shape[2], image.shape[3])
-    fast = inference_copy(module, "cpu", Normalize(), tile=tile)
-    whole = inference_copy(module, "cpu", Normalize(), tile="off")
-    labels = [one.predict(image, size) for one in (fast, whole)]
+    labels = []
+    for one in (tile, "off"):
+        predictor = Predictor(module, {}, "cpu", tile=one)
+        labels.append(predictor.labels(predictor.logits([image]), size))
     assert len(labels[1].unique()) >= 3
     return float((labels[0] == labels[1]).float().mean())
 
@@ -333,7 +332,7 @@ def test_only_large_images_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     for tile, sizes in expected.items():
         for image, size in zip((torch.zeros(1, 3, 200, 300), torch.zeros(1, 3, 201, 301)), sizes):
             seen.clear()
-            TiledLogits(module, tile, network)(image)
+            TiledNetwork(module, tile, network)(image)
             if size is None:
                 assert len(seen) > 1 and max(max(one) for one in seen) <= (300, 128)[tile != 300]
             else:
@@ -343,19 +342,7 @@ def test_only_large_images_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tile", ["on", "", 0, 63, -1, 512.0, True, None])
 def test_other_settings_are_refused(tile: Any) -> None:
     with pytest.raises(ValueError, match=r"tile is .*; use 'auto', 'off' or a side of 64"):
-        inference_copy(pointwise().float(), "cpu", tile=tile)
-
-
-def test_the_copy_for_inference_takes_tiles() -> None:
-    module = module_of(Local(), "ppm", width=8)
-    image = torch.rand(1, 3, 300, 520)
-    tiled, whole = (inference_copy(module, "cpu", tile=x) for x in (256, "off"))
-    expected = whole.logits(image)
-    given_ = tiled.logits(image)
-    assert not torch.equal(given_, expected)
-    torch.testing.assert_close(given_, expected, rtol=0, atol=float(1e-4 * expected.std()))
-    assert torch.equal(whole.logits(image), TiledLogits(whole, "off")(image))
-    assert tiled.predict([image], (300, 520), flip=True).shape == (1, 300, 520)
+        TiledNetwork(pointwise(), tile)
 
 
 class Valid(Encoder):
@@ -376,7 +363,7 @@ def test_what_cannot_be_tiled_is_computed_whole(caplog: pytest.LogCaptureFixture
     module = SegmentationModule(Valid(), Linear1x1(6), None).eval()
     image = torch.rand(1, 3, 100, 130)
     with caplog.at_level(logging.WARNING, logger="mit_semseg"):
-        assert torch.equal(TiledLogits(module, 64)(image), module.logits(image))
+        assert torch.equal(TiledNetwork(module, 64)(image), module.logits(image))
     assert "130x100 is computed whole, not in tiles: the network makes" in caplog.text
 
 
@@ -456,7 +443,7 @@ def test_windows_are_those_of_a_naive_loop(
     """Decoders that pool do it in every window: it is an image of its own."""
     module = module_of(Local(), decoder, **({"width": 8} if decoder == "ppm" else {})).double()
     image = torch.rand(2, 3, *size, dtype=torch.float64)
-    given_ = TiledLogits(module, window=Sliding(*sides, stride))(image)
+    given_ = TiledNetwork(module, window=Sliding(*sides, stride))(image)
     expected = naive_windows(module, image, sides, steps)
     torch.testing.assert_close(given_, expected, rtol=0, atol=rounding(expected.float(), 8))
     assert not torch.allclose(given_, module.logits(image), rtol=0, atol=1e-3)
@@ -472,35 +459,19 @@ def test_windows_are_of_exactly_that_size_and_beyond_the_image_is_the_mean_colou
         return module.logits(image)
 
     image = torch.randint(0, 256, (2, 3, 120, 200), dtype=torch.uint8)
-    given_ = TiledLogits(module, 64, network, Sliding(96, 128))(image)
+    given_ = TiledNetwork(module, 64, network, Sliding(96, 128))(image)
     assert {tuple(x.shape) for x in seen} == {(2, 3, 96, 128)} and len(seen) == 2 * 3
     assert given_.shape == (2, 5, 30, 50)
     beyond = seen[-1][:, :, 120 - 32 :]
     assert not beyond.any() and seen[-1][:, :, : 120 - 32, : 200 - 96].all()
-    floats = TiledLogits(module, window=Sliding(96, 128))(Normalize()(image))
+    floats = TiledNetwork(module, window=Sliding(96, 128))(Normalize()(image))
     torch.testing.assert_close(floats, given_)
-
-
-@torch.no_grad()
-def test_windows_in_the_copy_for_inference() -> None:
-    """With mirror images and several scales, labels are those of the plain procedure."""
-    module = module_of(Local(), "ppm", width=8)
-    fast = inference_copy(module, "cpu", window=Sliding(96, 96, 0.5))
-    scales = [torch.rand(1, 3, 120, 160), torch.rand(1, 3, 200, 264)]
-    labels = fast.predict(scales, (150, 200), flip=True)
-    total = torch.zeros(1, 5, 150, 200)
-    for x in scales:
-        for image, back in ((x, False), (x.flip(-1), True)):
-            y = naive_windows(module, image, (96, 96), (32, 32))
-            y = F.interpolate(y.flip(-1) if back else y, (150, 200), mode="bilinear")
-            total += y.softmax(1)
-    assert (labels == total.argmax(1)).float().mean() > 0.999
 
 
 def test_windows_that_cannot_work_are_refused() -> None:
     module = pointwise().float()
     with pytest.raises(ValueError, match=r"\(13, 12\) pixels of a window of \(100, 96\).* 32"):
-        TiledLogits(module, window=Sliding(100, 96))(torch.rand(1, 3, 200, 200))
+        TiledNetwork(module, window=Sliding(100, 96))(torch.rand(1, 3, 200, 200))
     with pytest.raises(ValueError, match=r"window is \[32, 96\]; use sides of 64 pixels"):
         Sliding(32, 96)
     for stride in (0.0, 1.5):
@@ -521,85 +492,3 @@ def test_windows_in_the_configuration(section: str) -> None:
     for key, value in (("window", "512"), ("window", "(32, 96)"), ("stride", "0"), ("stride", "2")):
         with pytest.raises(ValueError, match=rf"{section}\.{key} is"):
             asked(f"{section}.{key}", value)
-
-
-@torch.no_grad()
-def test_a_window_without_memory_is_computed_on_the_cpu(
-    scarce: Callable[..., SegmentationModule], caplog: pytest.LogCaptureFixture
-) -> None:
-    module, image = scarce(room=0, patience=1), torch.rand(1, 3, 200, 200)
-    with caplog.at_level(logging.WARNING, logger="mit_semseg"):
-        given_ = TiledLogits(module, window=Sliding(96, 96, 0.5))(image)
-    assert [record.getMessage() for record in caplog.records] == [
-        "out of memory for an image of 200x200: computing it on the CPU"
-    ]
-    Scarce.room = 10**9
-    torch.testing.assert_close(given_, naive_windows(module, image, (96, 96), (32, 32)))
-
-
-# ------------------------------------------------------------------------------ out of memory
-class Scarce(Local):
-    """Has memory for some pixels only, until it has failed so often that it must be elsewhere."""
-
-    failures: ClassVar[list[tuple[int, int]]] = []
-    room: ClassVar[int] = 0
-    patience: ClassVar[int] = 100
-
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
-        H, W = images.shape[2:]
-        if self.room < H * W and len(self.failures) < self.patience:
-            self.failures.append((H, W))
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super().feature_maps(images)
-
-
-@pytest.fixture
-def scarce() -> Callable[..., SegmentationModule]:
-    def build(room: int, patience: int = 100) -> SegmentationModule:
-        Scarce.failures.clear()
-        Scarce.room, Scarce.patience = room, patience
-        return module_of(Scarce(), "ppm", width=8)
-
-    return build
-
-
-@pytest.mark.parametrize(
-    ("tile", "room", "patience", "steps"),
-    [
-        ("auto", 1100 * 700, 100, []),
-        ("auto", 560 * 560, 100, ["in tiles of 544 pixels"]),
-        ("auto", 300 * 300, 100, ["in tiles of 544 pixels", "in tiles of 256 pixels"]),
-        (512, 300 * 300, 100, ["in tiles of 256 pixels"]),
-        ("auto", 0, 3, ["in tiles of 544 pixels", "in tiles of 256 pixels", "on the CPU"]),
-        ("off", 0, 1, ["on the CPU"]),
-        (128, 0, 1, ["on the CPU"]),
-    ],
-)
-@torch.no_grad()
-def test_smaller_tiles_then_the_cpu(
-    scarce: Callable[..., SegmentationModule],
-    caplog: pytest.LogCaptureFixture,
-    tile: Any,
-    room: int,
-    patience: int,
-    steps: list[str],
-) -> None:
-    module = scarce(room, patience)
-    image = torch.rand(1, 3, 700, 1100)
-    with caplog.at_level(logging.WARNING, logger="mit_semseg"):
-        given_ = TiledLogits(module, tile)(image)
-    said = [record.getMessage() for record in caplog.records]
-    assert said == [f"out of memory for an image of 1100x700: computing it {x}" for x in steps]
-    Scarce.room = 10**9
-    whole = module.logits(image)
-    torch.testing.assert_close(given_, whole, rtol=0, atol=float(1e-4 * whole.std()))
-
-
-def test_without_memory_anywhere_it_is_an_error(
-    scarce: Callable[..., SegmentationModule],
-) -> None:
-    module = scarce(room=0)
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        TiledLogits(module)(torch.rand(1, 3, 300, 300))
-    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())

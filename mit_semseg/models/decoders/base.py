@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.layers import resize
+from mit_semseg.models.pyramid import Tile, pooled
 from mit_semseg.registry import Registry
 
 DECODERS = Registry("decoder")
@@ -61,9 +62,9 @@ class Decoder(nn.Module):
         needs: feature maps it reads, at least; a pair that cannot work is refused by it.
         only: encoders it was made for, by name; empty: all that emit enough feature maps.
         auxiliary: its heads beside the main one, in the order of `logits`.
-        pool_scales: sides of the grids that it averages the deepest map over, taken from
-            `models.pyramid.pooled`: what a tile of an image must know of the whole (see
-            `models.tiles`).
+        pool_scales: sides of the grids that it averages the deepest map over, taken from `pools`:
+            what a tile of an image must know of the whole. Its `logits` then takes a second
+            argument, `tile` (see `models.pyramid.Tile`).
 
     Deviations:
         - Bilinear interpolation does not align the corners (`align_corners=False`), as in the
@@ -122,6 +123,11 @@ class Decoder(nn.Module):
     def with_classes(self, num_class: int) -> Decoder:
         """A new decoder of this kind for another number of classes."""
         return type(self)(self.channels, num_class=num_class, strides=self.strides)
+
+    def pools(self, x: Tensor, tile: Tile | None) -> list[Tensor]:
+        """Adaptive average pools at `pool_scales`, (B, C, s, s) each, of the whole image's map of
+        which x, (B, C, h, w), is a tile, or all of it."""
+        return pooled(x, self.pool_scales, tile)
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """Scores of the main head first; those of `auxiliary` after it, in training only.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, init_weights
 from mit_semseg.models.decoders.ppm import PooledBatchNorm2d
 from mit_semseg.models.layers import conv_bn_relu, resize
-from mit_semseg.models.pyramid import pooled
+from mit_semseg.models.pyramid import Tile
 
 
 class AttentionRefinement(nn.Module):
@@ -106,9 +106,9 @@ class BiSeNet(Decoder):
         self.conv_last_deepest = head(width, 2 * width, num_class)
         init_weights(self)
 
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+    def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
         spatial, middle, deepest = features[-3:]
-        (mean,) = pooled(features, self.pool_scales)
+        (mean,) = self.pools(deepest, tile)
         context = self.refine_deepest(deepest) + self.tail(mean)
         upper = self.smooth_deepest(resize(context, middle.shape[2:]))
         context = self.refine_middle(middle) + upper

@@ -12,7 +12,7 @@ from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.fcn_head import FCNAuxiliary
 from mit_semseg.models.decoders.ppm import PooledBatchNorm2d
 from mit_semseg.models.layers import conv_bn_relu
-from mit_semseg.models.pyramid import pooled
+from mit_semseg.models.pyramid import Tile
 
 # Dilations at output stride 16.
 RATES = (6, 12, 18)
@@ -102,8 +102,8 @@ class DeepLabV3(Decoder):
         """Dilations of ASPP."""
         return aspp_rates(self.strides)
 
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        (mean,) = pooled(features, self.pool_scales)
+    def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
+        (mean,) = self.pools(features[-1], tile)
         return (self.conv_last(self.cbr(self.aspp(features[-1], mean))),)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.deeplabv3 import ASPP, aspp_rates
 from mit_semseg.models.layers import conv_bn_relu, resize
-from mit_semseg.models.pyramid import pooled
+from mit_semseg.models.pyramid import Tile
 
 
 def low_level(strides: Sequence[int] | None) -> int:
@@ -58,8 +58,8 @@ class DeepLabV3Plus(Decoder):
         self.conv_last = nn.Conv2d(256, num_class, 1)
         init_weights(self)
 
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        (mean,) = pooled(features, self.pool_scales)
+    def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
+        (mean,) = self.pools(features[-1], tile)
         low = self.low(features[self.low_level])
         deep = resize(self.aspp(features[-1], mean), low.shape[-2:])
         return (self.conv_last(self.fuse(torch.cat([low, deep], dim=1))),)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mit_semseg.models.decoders.base import Auxiliary, Decoder, init_weights
 from mit_semseg.models.layers import conv_bn_relu
+from mit_semseg.models.pyramid import Tile
 
 
 class DeepSup(Decoder):
@@ -42,8 +43,10 @@ class DeepSup(Decoder):
         """Channels between the head's two convolutions."""
         return max(self.channels[self.quarter_of] // 4, 1)
 
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        heads = super().logits(features)
+    def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
+        # Only decoders that pool take a tile.
+        given = (features,) if tile is None else (features, tile)
+        heads = super().logits(*given)
         return (*heads, self.auxiliary_logits(features)) if self.training else heads
 
     def auxiliary_logits(self, features: list[Tensor]) -> Tensor:

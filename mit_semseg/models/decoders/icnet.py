@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, init_weights
 from mit_semseg.models.layers import conv_bn_relu, resize
-from mit_semseg.models.pyramid import pooled, spread, window_of
+from mit_semseg.models.pyramid import Tile, resize_within
 
 
 class CascadeFusion(nn.Module):
@@ -71,11 +71,10 @@ class ICNet(Decoder):
         self.conv_last_quarter = nn.Conv2d(2 * width, num_class, 1)
         init_weights(self)
 
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+    def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
         full, half, quarter = features[-3:]
-        whole, size = window_of(features), quarter.shape[2:]
-        for pool in pooled(features, self.pool_scales):
-            quarter = quarter + spread(pool, size, whole)
+        for pool in self.pools(quarter, tile):
+            quarter = quarter + resize_within(pool, quarter.shape[2:], tile)
         coarse, fused_half = self.fuse_half(self.reduce(quarter), half)
         middle, fused_full = self.fuse_full(fused_half, full)
         H, W = full.shape[2:]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.deepsup import DeepSup
-from mit_semseg.models.pyramid import PyramidConv2d, pooled, window_of
+from mit_semseg.models.pyramid import Tile, resize_within
 
 
 class PooledBatchNorm2d(SynchronizedBatchNorm2d):
@@ -67,7 +68,7 @@ class PPM(Decoder):
         )
         joined = n_in + len(pool_scales) * width
         self.conv_last = nn.Sequential(
-            PyramidConv2d(joined, width, 3, padding=1, bias=False),
+            nn.Conv2d(joined, width, 3, padding=1, bias=False),
             SynchronizedBatchNorm2d(width),
             nn.ReLU(inplace=True),
             nn.Dropout2d(0.1),
@@ -75,14 +76,16 @@ class PPM(Decoder):
         )
         init_weights(self)
 
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        join, *layers = self.conv_last
+    def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
+        x = features[-1]
+        context = [resize_within(y, x.shape[2:], tile) for y in self.pyramid(x, tile)]
+        return (self.conv_last(torch.cat([x, *context], dim=1)),)
+
+    def pyramid(self, x: Tensor, tile: Tile | None) -> list[Tensor]:
+        """What each branch makes of its pool, (B, width, s, s)."""
         # Each branch begins with the same pooling again, which leaves a pooled map as it is.
-        pools = zip(self.ppm, pooled(features, self.pool_scales), strict=True)
-        y = join(features[-1], [branch(x) for branch, x in pools], window_of(features))
-        for layer in layers:
-            y = layer(y)
-        return (y,)
+        pools = self.pools(x, tile)
+        return [branch(pool) for branch, pool in zip(self.ppm, pools, strict=True)]
 
 
 @DECODERS.register("ppm_deepsup", "ppm_bilinear_deepsup")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.layers import conv_bn_relu, resize
-from mit_semseg.models.pyramid import PyramidConv2d, pooled, spread, window_of
+from mit_semseg.models.pyramid import Tile, resize_within
 
 
 @DECODERS.register("upernet")
@@ -51,18 +51,24 @@ class UPerNet(Decoder):
         self.fpn_in = nn.ModuleList(conv_bn_relu(n_in, fpn_dim, 1) for n_in in lower)
         # Published names have one more level of nesting here and in conv_last.
         self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn_relu(fpn_dim, fpn_dim)) for _ in lower)
-        join = PyramidConv2d(len(channels) * fpn_dim, fpn_dim, 3, padding=1, bias=False)
+        join = nn.Conv2d(len(channels) * fpn_dim, fpn_dim, 3, padding=1, bias=False)
         self.conv_last = nn.Sequential(
             nn.Sequential(join, BatchNorm2d(fpn_dim), nn.ReLU(inplace=True)),
             nn.Conv2d(fpn_dim, num_class, 1),
         )
         init_weights(self)
 
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+    def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
+        finest, *coarser = self.levels(features, tile)
+        resized = [resize(level, finest.shape[2:]) for level in coarser]
+        return (self.conv_last(torch.cat([finest, *resized], dim=1)),)
+
+    def levels(self, features: list[Tensor], tile: Tile | None) -> list[Tensor]:
+        """The feature pyramid, (B, fpn_dim, h, w) each, finest first."""
         *lower, x = features
-        pools = zip(self.ppm_conv, pooled(features, self.pool_scales), strict=True)
+        pools = zip(self.ppm_conv, self.pools(x, tile), strict=True)
         # Unlike in PPM a pooled map is resized before its convolution.
-        context = [conv(spread(pool, x.shape[-2:], window_of(features))) for conv, pool in pools]
+        context = [conv(resize_within(pool, x.shape[2:], tile)) for conv, pool in pools]
         top = self.ppm_last_conv(torch.cat([x, *context], dim=1))
 
         levels = [top]
@@ -70,13 +76,9 @@ class UPerNet(Decoder):
             reversed(lower), reversed(self.fpn_in), reversed(self.fpn_out), strict=True
         ):
             side = lateral_in(lateral)
-            top = side + resize(top, side.shape[-2:])
+            top = side + resize(top, side.shape[2:])
             levels.append(smooth(top))
-
-        finest, *coarser = reversed(levels)
-        fuse, classify = self.conv_last
-        join, norm, relu = cast(nn.Sequential, fuse)
-        return (classify(relu(norm(join(finest, coarser)))),)
+        return levels[::-1]
 
 
 @DECODERS.register("upernet_lite")

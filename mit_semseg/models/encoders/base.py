@@ -21,8 +21,8 @@ class Encoder(nn.Module):
     Attributes:
         channels: channels of each feature map, deepest last.
         strides: image pixels per feature map pixel, of each feature map.
-        delicate: submodules that prediction in reduced precision leaves in float32, because their
-            rounding shows in the labels.
+        fp32_layers: submodules that prediction in reduced precision leaves in float32, because
+            their rounding shows in the labels.
         only: decoders that can read what it emits, by name; empty: all of them. An encoder whose
             maps are not all features, such as pooling indices, or of whose branches a part would
             not be trained by a decoder that leaves maps unread, names those here.
@@ -37,7 +37,7 @@ class Encoder(nn.Module):
 
     channels: ClassVar[tuple[int, ...]]
     strides: ClassVar[tuple[int, ...]]
-    delicate: ClassVar[tuple[str, ...]] = ()
+    fp32_layers: ClassVar[tuple[str, ...]] = ()
     only: ClassVar[tuple[str, ...]] = ()
     in_channels: int = 3  # of the images
 

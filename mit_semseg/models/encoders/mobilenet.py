@@ -70,7 +70,7 @@ class MobileNetV2(Encoder):
     taps = (2, 4, 7, 14, 17)  # indices into `features` of what is emitted
     # The first depthwise filters take differences of nearly equal values: three quarters of the
     # labels that bfloat16 changes, it changes here.
-    delicate = ("features.0", "features.1")
+    fp32_layers = ("features.0", "features.1")
 
     def __init__(self) -> None:
         super().__init__()

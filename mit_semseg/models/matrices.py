@@ -1,0 +1,91 @@
+"""Matrices that follow from the size of an image alone, kept from one image to the next."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor holds numbers: not one of a compiler or a trace, whose sizes may be symbols
+    and whose results must not be kept."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and type(x) in (Tensor, nn.Parameter)
+
+
+class MatrixCache:
+    """Constant tensors by key and device; the least recently used go when memory is full.
+
+    Args:
+        limit: bytes on each device.
+    """
+
+    def __init__(self, limit: int = 64 << 20) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._held: dict[torch.device, OrderedDict[Hashable, Tensor]] = {}
+        self._bytes: dict[torch.device, int] = {}
+        self._recorders: dict[int, list[Tensor]] = {}  # by thread
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """The matrix of a key, made on the CPU when it is not there yet.
+
+        Args:
+            key: names the matrix, with its type.
+            device: where it is wanted.
+            make: computes it.
+        """
+        if device.type == "cuda":
+            # What one stream has copied another may read too early.
+            key = key, torch.cuda.current_stream(device).cuda_stream
+        with self._lock:
+            held = self._held.setdefault(device, OrderedDict())
+            matrix = held.get(key)
+            if matrix is not None:
+                held.move_to_end(key)
+        if matrix is None:
+            # Whoever asks first may be in inference mode, and the next one in training.
+            with torch.inference_mode(False):
+                matrix = to_device(make(), device)
+            self._put(held, key, device, matrix)
+        recorder = self._recorders.get(threading.get_ident())
+        if recorder is not None:
+            recorder.append(matrix)
+        return matrix
+
+    def _put(
+        self, held: OrderedDict[Hashable, Tensor], key: Hashable, device: torch.device, x: Tensor
+    ) -> None:
+        with self._lock:
+            if key not in held:
+                self._bytes[device] = self._bytes.get(device, 0) + x.nbytes
+            held[key] = x
+            while self._bytes[device] > self.limit and len(held) > 1:
+                _, dropped = held.popitem(last=False)
+                self._bytes[device] -= dropped.nbytes
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """The matrices that this thread takes meanwhile: a CUDA graph reads them as long as it
+        lives, and has to keep them."""
+        used: list[Tensor] = []
+        self._recorders[threading.get_ident()] = used
+        try:
+            yield used
+        finally:
+            del self._recorders[threading.get_ident()]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; the host does not wait for the copy to a GPU."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+MATRICES = MatrixCache()

@@ -1,0 +1,77 @@
+"""What a precision means on a device: the type of weights and activations, and TensorFloat-32."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "auto")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 runs faster than float32 on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(capability and capability())
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How convolutions and matrix products are computed.
+
+    Attributes:
+        device: where.
+        dtype: of weights and activations, or what autocast takes in training.
+        tf32: float32 products are rounded to TensorFloat-32, ten bits of mantissa, on GPUs that
+            have it. Without it they are true float32: torch's own default has TF32 convolutions.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    tf32: bool
+
+    @classmethod
+    def of(cls, name: str, device: torch.device) -> Precision:
+        """The precision of a name on a device.
+
+        Args:
+            name: fp32, true float32; tf32, float32 with TF32 products (fp32 on the CPU); bf16;
+                fp16; auto, bf16 where it is fast, else tf32.
+            device: where to compute.
+
+        Raises:
+            ValueError: an unknown name, or fp16 on the CPU.
+        """
+        if name not in PRECISIONS:
+            raise ValueError(f"precision is {name!r}; it is fp32, tf32, bf16, fp16 or auto")
+        if name == "fp16" and device.type == "cpu":
+            raise ValueError("precision fp16 needs a GPU; on the CPU use bf16 or fp32")
+        if name == "auto":
+            name = "bf16" if has_fast_bf16(device) else "tf32"
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return cls(device, dtypes.get(name, torch.float32), tf32=name != "fp32")
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Autocast to the type, for training; weights stay in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def products(self) -> AbstractContextManager[object]:
+        """What is computed in here follows `tf32`, which is a setting of the whole process."""
+        return contextlib.nullcontext() if self.device.type != "cuda" else _tf32(self.tf32)
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
