@@ -18,7 +18,7 @@ from mit_semseg.benchmarks import precision
 from mit_semseg.benchmarks import rows as r
 from mit_semseg.benchmarks.peers import PEERS, Peer
 from mit_semseg.benchmarks.sides import SideError, Timing, convolution_rate, machine, take_turns
-from mit_semseg.engine.launch import has_fast_bf16
+from mit_semseg.precision import has_fast_bf16
 from mit_semseg.visualize import ratio_bars
 
 RESNET: dict[str, Any] = {"encoder": "resnet50dilated", "decoder": "ppm_deepsup"}

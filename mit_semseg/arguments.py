@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
 # What an override may begin with, among the images of `predict`.
 SECTIONS = ("DIR", "DATASET.", "MODEL.", "TRAIN.", "VAL.", "TEST.")
-PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "auto")
 # Data sets as the help shows them: those to download, and all formats. What is accepted is for
 # the registry to say, once the command runs; a test holds these beside it.
 SOURCES = (

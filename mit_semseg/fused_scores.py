@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
+from mit_semseg.matrices import to_device
+
 # What triton raises when it cannot compile or launch: errors of its own; no driver, no C compiler
 # or a GPU it does not know; a compiler that fails; no place for its cache; and, from a release
 # that differs from those this was written for, whatever Python does about a changed interface.
@@ -275,10 +277,12 @@ def class_map(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     (N, C, _, _), (H, W), S = scales[0].shape, size, len(scales)
     device = scales[0].device
     # Addresses and strides in a table: one compiled kernel for any number of scales and any size.
-    table = torch.tensor([[x.data_ptr(), *x.stride(), *x.shape[2:]] for x in scales]).to(device)
+    table = to_device(
+        torch.tensor([[x.data_ptr(), *x.stride(), *x.shape[2:]] for x in scales]), device
+    )
     # Divided in float32, as torch does.
     sides = torch.tensor([x.shape[2:] for x in scales], dtype=torch.float32)
-    steps = (sides / torch.tensor([H, W])).to(device)
+    steps = to_device(sides / torch.tensor([H, W]), device)
     softmax = S > 1
     rows = max(1, min(H, (_STATISTICS // (S * N) if softmax else 1 << 30) // W))
     peaks, weights = torch.empty(2, S * N * rows * W if softmax else 1, device=device)

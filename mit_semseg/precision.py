@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "auto")
+from mit_semseg.arguments import PRECISIONS
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mit_semseg.matrices import to_device
+
 log = logging.getLogger("mit_semseg")
 
 # Elements of one band (all samples and classes): small enough for a processor's cache, large
@@ -70,7 +72,7 @@ class _Scale:
         self.logits, self.W, self.dtype = logits, W, dtype
         above, below, weight = interpolation_weights(logits.shape[2], H, dtype)
         self.above, self.below = above.tolist(), below.tolist()
-        self.weight = weight.to(logits.device).view(H, 1, 1, 1)
+        self.weight = to_device(weight, logits.device).view(H, 1, 1, 1)
         self.wide: dict[int, Tensor] = {}
 
     def _widen(self, *rows: int) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode as CN
 
+from mit_semseg.arguments import PRECISIONS
 from mit_semseg.registry import closest
 
 RECIPES = Path("config")  # below the working folder, in a checkout
@@ -41,9 +42,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "TRAIN.on_nan": ("stop", "skip"),
     "DATASET.color_order": ("RGB", "BGR"),
     "TRAIN.optim": ("SGD", "Adam", "AdamW"),
-    "TRAIN.precision": ("fp32", "bf16", "fp16", "auto"),
-    "VAL.precision": ("fp32", "bf16", "fp16", "auto"),
-    "TEST.precision": ("fp32", "bf16", "fp16", "auto"),
+    "TRAIN.precision": PRECISIONS,
+    "VAL.precision": PRECISIONS,
+    "TEST.precision": PRECISIONS,
 }
 SAVE_KINDS = ("color", "index", "overlay", "prob", "side", "legend")
 

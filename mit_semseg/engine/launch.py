@@ -22,11 +22,10 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import FORMATS
 from mit_semseg.dataset.base import check_channels
 from mit_semseg.models import ENCODERS, Encoder, check_aux_weights, check_pair
+from mit_semseg.precision import Precision
 from mit_semseg.utils import parse_devices
 
 log = logging.getLogger("mit_semseg")
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def read_config(path: str | Path | None, opts: list[str] | None = None) -> Config:
@@ -221,35 +220,9 @@ def job_name() -> str:
     return "" if name == "none" else name
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 runs faster than float32 on a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(capability and capability())
-
-
-def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
-    """The reduced type of a precision on a device, None for float32.
-
-    Raises:
-        ValueError: an unknown precision, or fp16 on the CPU, which torch does not train in.
-    """
-    if precision not in ("fp32", "auto", *PRECISIONS):
-        raise ValueError(f"precision is {precision!r}; it is fp32, bf16, fp16 or auto")
-    if precision == "auto":
-        return torch.bfloat16 if has_fast_bf16(device) else None
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision fp16 needs a GPU; on the CPU use bf16 or fp32")
-    return PRECISIONS.get(precision)
-
-
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """The autocast context of a precision: fp32 | bf16 | fp16 | auto."""
-    dtype = autocast_dtype(device, precision)
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    """The autocast context of a precision (see `precision.Precision`)."""
+    return Precision.of(precision, device).autocast()
 
 
 # Where the ranks of this process's group say good-bye; None outside a group.

@@ -14,11 +14,11 @@ from torch import Tensor
 from mit_semseg import scores
 from mit_semseg.dataset.transforms import Normalize, scaled_inputs
 from mit_semseg.engine.launch import usable_device
+from mit_semseg.matrices import to_device
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.compilation import compiled_function, compiler_errors
 from mit_semseg.models.graphs import GraphedNetwork
 from mit_semseg.models.inference import inference_copy
-from mit_semseg.models.matrices import to_device
 from mit_semseg.models.tiles import Sliding, TiledNetwork
 from mit_semseg.precision import Precision
 

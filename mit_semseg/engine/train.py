@@ -34,7 +34,6 @@ from mit_semseg.engine.feed import Feed
 from mit_semseg.engine.journal import Journal
 from mit_semseg.engine.launch import (
     autocast,
-    autocast_dtype,
     cpu_count,
     fixed_threads,
     keep_freed_memory,
@@ -66,6 +65,7 @@ from mit_semseg.lib.nn import UserScatteredDataParallel, async_copy_to
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.compilation import compile_for_training, compiler_errors
 from mit_semseg.models.recompute import recompute
+from mit_semseg.precision import Precision
 
 log = logging.getLogger("mit_semseg")
 
@@ -246,7 +246,7 @@ class Trainer:
         if cfg.TRAIN.channels_last:
             self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # fp16 overflows without loss scaling; bf16 has the range of fp32.
-        fp16 = autocast_dtype(self.device, cfg.TRAIN.precision) is torch.float16
+        fp16 = Precision.of(cfg.TRAIN.precision, self.device).dtype is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.optimizer = build_optimizer(
             cfg,

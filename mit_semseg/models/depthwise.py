@@ -1,4 +1,4 @@
-"""Depthwise convolution whose backward pass is as fast as its forward pass on the CPU."""
+"""Depthwise convolution by way of kernels that are fast, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ class DepthwiseConv2d(nn.Conv2d):
 
     oneDNN has no fast backward kernels for dilated or strided depthwise convolutions: the
     gradient of one dilated bfloat16 layer costs hundreds of its forward passes. Both gradients
-    are therefore put in terms of kernels that are fast. Off the CPU, and when no gradient is
-    wanted, this is `nn.Conv2d`.
+    are therefore put in terms of kernels that are fast. On a GPU dilated ones are computed in
+    contiguous memory. Elsewhere, and on the CPU when no gradient is wanted, this is `nn.Conv2d`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cuda" and self.groups == self.in_channels and self.dilation != (1, 1):
+            return planar_conv2d(self, x)
         if not self._worth_it(x):
             return super().forward(x)
         weight = self.weight
@@ -59,6 +61,19 @@ class DepthwiseConv2d(nn.Conv2d):
         return self.groups == self.in_channels == self.out_channels and all(
             p <= r for p, r in zip(geometry.padding, reach)
         )
+
+
+def planar_conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A depthwise convolution in contiguous memory; the result is laid out as x is.
+
+    Channels last, cuDNN takes its direct kernel for grouped convolutions, a millisecond a call for
+    dilated ones on an H200; contiguous, torch takes its own depthwise kernel. Both the map and the
+    filters have to be so: a filter of one channel may be taken for either layout by its strides.
+    """
+    weight = layer.weight.flatten().view(layer.weight.shape)
+    y = layer._conv_forward(x.contiguous(), weight, layer.bias)
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
 class _Depthwise(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mit_semseg.models.matrices import MATRICES
+from mit_semseg.matrices import MATRICES
 
 log = logging.getLogger("mit_semseg")
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mit_semseg.models.matrices import MATRICES, is_plain
+from mit_semseg.matrices import MATRICES, is_plain
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,7 @@ from processes import free_port
 
 from mit_semseg.engine import launch
 from mit_semseg.engine.launch import (
-    autocast,
-    autocast_dtype,
     cpu_count,
-    has_fast_bf16,
     keep_freed_memory,
     leave_process_group,
     rank_devices,
@@ -138,78 +135,6 @@ def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ctypes, "CDLL", OtherLibrary)
     keep_freed_memory()
     assert asked == [None]
-
-
-# ------------------------------------------------------------------------------ precision
-@pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize(
-    ("device", "precision", "expected"),
-    [
-        (CPU, "fp32", None),
-        (CPU, "bf16", torch.bfloat16),
-        (GPU, "fp32", None),
-        (GPU, "bf16", torch.bfloat16),
-        (GPU, "fp16", torch.float16),
-    ],
-)
-def test_a_named_precision_is_what_it_says(
-    monkeypatch: pytest.MonkeyPatch,
-    fast: bool,
-    device: torch.device,
-    precision: str,
-    expected: torch.dtype | None,
-) -> None:
-    monkeypatch.setattr(launch, "has_fast_bf16", lambda device: fast)
-    assert autocast_dtype(device, precision) is expected
-
-
-@pytest.mark.parametrize("device", [CPU, GPU])
-@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, None)])
-def test_auto_takes_bf16_where_it_is_fast(
-    monkeypatch: pytest.MonkeyPatch,
-    device: torch.device,
-    fast: bool,
-    expected: torch.dtype | None,
-) -> None:
-    monkeypatch.setattr(launch, "has_fast_bf16", lambda device: fast)
-    assert autocast_dtype(device, "auto") is expected
-
-
-def test_fp16_is_refused_on_the_cpu() -> None:
-    with pytest.raises(ValueError, match=r"fp16 needs a GPU; on the CPU use bf16 or fp32"):
-        autocast_dtype(CPU, "fp16")
-
-
-@pytest.mark.parametrize(
-    ("capability", "fast"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)]
-)
-def test_gpus_have_fast_bf16_from_ampere_on(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fast: bool
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_fast_bf16(GPU) is fast
-
-
-@pytest.mark.parametrize("supported", [True, False, None])
-def test_a_cpu_without_the_instructions_has_no_fast_bf16(
-    monkeypatch: pytest.MonkeyPatch, supported: bool | None
-) -> None:
-    name = "_is_avx512_bf16_supported"
-    if supported is None:  # a torch that does not tell
-        monkeypatch.delattr(torch.cpu, name, raising=False)
-    else:
-        monkeypatch.setattr(torch.cpu, name, lambda: supported, raising=False)
-    assert has_fast_bf16(CPU) is bool(supported)
-
-
-@pytest.mark.parametrize(
-    ("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
-)
-def test_autocast_computes_in_it(precision: str, expected: torch.dtype) -> None:
-    a = torch.ones(2, 2)
-    with autocast(CPU, precision):
-        assert (a @ a).dtype is expected
-    assert (a @ a).dtype is torch.float32
 
 
 # ------------------------------------------------------------------------------ ranks

@@ -16,7 +16,6 @@ from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.models import DECODERS, Encoder, ModelBuilder, SegmentationModule
 from mit_semseg.models.tiles import Sliding, TiledNetwork
-from mit_semseg.precision import Precision
 
 CPU = torch.device("cpu")
 
@@ -126,28 +125,6 @@ def test_reduced_precision_holds_reduced_weights() -> None:
     assert reduced.dtype == torch.bfloat16
     assert (reduced.float() - exact).abs().mean() < 0.02 * exact.std()
     assert {p.dtype for p in module.parameters()} == {torch.float32}
-
-
-def test_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {name: Precision.of(name, CPU) for name in ("fp32", "tf32", "bf16")}
-    assert [x.dtype for x in found.values()] == [torch.float32, torch.float32, torch.bfloat16]
-    assert [x.tf32 for x in found.values()] == [False, True, True]
-    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("mit_semseg.precision.has_fast_bf16", lambda device, fast=fast: fast)
-        assert Precision.of("auto", CPU).dtype == dtype
-    with pytest.raises(ValueError, match="precision fp16 needs a GPU; on the CPU use bf16"):
-        Precision.of("fp16", CPU)
-    with pytest.raises(ValueError, match="precision is 'fp8'; it is fp32, tf32, bf16, fp16"):
-        Precision.of("fp8", CPU)
-
-
-def test_fp32_is_true_float32_and_the_setting_is_put_back() -> None:
-    cuda, cudnn, matmul = torch.device("cuda"), torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    for name in ("fp32", "tf32"):
-        with Precision.of(name, cuda).products():
-            assert cudnn.allow_tf32 == matmul.allow_tf32 == (name == "tf32")
-        assert (cudnn.allow_tf32, matmul.allow_tf32) == before
 
 
 # ------------------------------------------------------------------------------ out of memory

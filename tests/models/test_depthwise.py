@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from mit_semseg.models.depthwise import DepthwiseConv2d
+from mit_semseg.models.depthwise import DepthwiseConv2d, planar_conv2d
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -77,3 +78,41 @@ def test_what_the_fast_path_does_not_know_goes_torchs_way(options, shape):
     ours(x).square().sum().backward()
     oracle(x).square().sum().backward()
     torch.testing.assert_close(ours.weight.grad, oracle.weight.grad)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_contiguous_memory_it_is_the_same(layout: torch.memory_format) -> None:
+    """What a GPU computes dilated layers by."""
+    torch.manual_seed(0)
+    conv = DepthwiseConv2d(6, 6, 3, padding=2, dilation=2, groups=6, bias=False).double()
+    conv.to(memory_format=layout)
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64).contiguous(memory_format=layout)
+    x.requires_grad_()
+    given, wanted = planar_conv2d(conv, x), F.conv2d(x, conv.weight, None, 1, 2, 2, 6)
+    assert given.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(given, wanted)
+    towards = torch.randn_like(wanted)
+    inputs = [x, conv.weight]
+    mine, its = (torch.autograd.grad(y, inputs, towards) for y in (given, wanted))
+    torch.testing.assert_close(mine, its)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_computes_dilated_layers_faster_than_cudnn(dtype: torch.dtype) -> None:
+    conv = DepthwiseConv2d(384, 384, 3, padding=2, dilation=2, groups=384, bias=False)
+    conv.to("cuda", dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+    x = torch.randn(1, 384, 64, 84, device="cuda", dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    milliseconds = []
+    for run in (conv, lambda x: F.conv2d(x, conv.weight, None, 1, 2, 2, 384)) * 2:
+        run(x)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(20):
+            run(x)
+        end.record()
+        torch.cuda.synchronize()
+        milliseconds.append(start.elapsed_time(end) / 20)
+    print(f"{dtype}: planar {milliseconds[2]:.3f} ms, channels last {milliseconds[3]:.3f} ms")
+    assert milliseconds[2] < milliseconds[3]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tolerances import rounding
 from torch import nn
 
-from mit_semseg.models import matrices
+from mit_semseg import matrices
 from mit_semseg.models.pyramid import Tile, convolve_pyramid, pooled, resize_within
 
 POOLS = ((1, 1), (2, 2), (3, 3), (6, 6))

@@ -1,0 +1,106 @@
+"""What the names of precisions mean on each device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mit_semseg import precision
+from mit_semseg.arguments import PRECISIONS
+from mit_semseg.precision import Precision, has_fast_bf16
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(
+    ("device", "name", "dtype", "tf32"),
+    [
+        (CPU, "fp32", torch.float32, False),
+        (CPU, "tf32", torch.float32, True),
+        (CPU, "bf16", torch.bfloat16, True),
+        (GPU, "fp32", torch.float32, False),
+        (GPU, "tf32", torch.float32, True),
+        (GPU, "bf16", torch.bfloat16, True),
+        (GPU, "fp16", torch.float16, True),
+    ],
+)
+def test_a_named_precision_is_what_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+    fast: bool,
+    device: torch.device,
+    name: str,
+    dtype: torch.dtype,
+    tf32: bool,
+) -> None:
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: fast)
+    assert name in PRECISIONS
+    assert Precision.of(name, device) == Precision(device, dtype, tf32)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize(("fast", "name"), [(True, "bf16"), (False, "tf32")])
+def test_auto_takes_bf16_where_it_is_fast(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, fast: bool, name: str
+) -> None:
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: fast)
+    assert Precision.of("auto", device) == Precision.of(name, device)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"fp16 needs a GPU; on the CPU use bf16 or fp32"):
+        Precision.of("fp16", CPU)
+    with pytest.raises(ValueError, match="precision is 'fp8'; it is fp32, tf32, bf16, fp16"):
+        Precision.of("fp8", CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "fast"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)]
+)
+def test_gpus_have_fast_bf16_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_fast_bf16(GPU) is fast
+
+
+@pytest.mark.parametrize("supported", [True, False, None])
+def test_a_cpu_without_the_instructions_has_no_fast_bf16(
+    monkeypatch: pytest.MonkeyPatch, supported: bool | None
+) -> None:
+    name = "_is_avx512_bf16_supported"
+    if supported is None:  # a torch that does not tell
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, name, lambda: supported, raising=False)
+    assert has_fast_bf16(CPU) is bool(supported)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_autocast_computes_in_it(name: str, expected: torch.dtype) -> None:
+    a = torch.ones(2, 2)
+    with Precision.of(name, CPU).autocast():
+        assert (a @ a).dtype is expected
+    assert (a @ a).dtype is torch.float32
+
+
+def test_products_follow_the_precision_and_the_setting_is_put_back() -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    for name in ("fp32", "tf32"):
+        with Precision.of(name, GPU).products():
+            assert cudnn.allow_tf32 == matmul.allow_tf32 == (name == "tf32")
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == before
+
+
+@pytest.mark.gpu
+def test_fp32_is_true_float32() -> None:
+    a = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) + 1
+    exact = a.double() @ a.double()
+    weight, image = a.cuda()[:, :, None, None], a.cuda()[None, :, :, None]
+    for name in ("fp32", "tf32"):
+        with Precision.of(name, GPU).products():
+            products = (a.cuda() @ a.cuda(), torch.nn.functional.conv2d(image, weight)[0, :, :, 0])
+        for product in products:
+            off = float((product.double().cpu() - exact).abs().max())
+            assert (off < 1e-4) == (name == "fp32")
