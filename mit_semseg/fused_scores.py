@@ -136,13 +136,20 @@ def _statistics_kernel(
         table, steps, like, scale, n, y0 + at // W, at % W
     )
     peak = _logit(ul, ur, ll, lr, down, across, 0 * stride_c)
-    total = tl.full([P], 1.0, tl.float32)
-    for c in range(1, C):
-        logit = _logit(ul, ur, ll, lr, down, across, c * stride_c)
-        # One exponential a class: of the smaller against the larger.
-        ratio = tl.exp(-tl.abs(logit - peak))
-        total = tl.where(logit > peak, total * ratio + 1.0, total + ratio)
-        peak = tl.maximum(peak, logit)
+    total = tl.zeros([P], tl.float32)
+    # Four classes at once: their loads do not wait for each other.
+    for first in range(0, C, 4):
+        # Beyond the last class the last one again, which then counts nothing.
+        x0 = _logit(ul, ur, ll, lr, down, across, first * stride_c)
+        x1 = _logit(ul, ur, ll, lr, down, across, tl.minimum(first + 1, C - 1) * stride_c)
+        x2 = _logit(ul, ur, ll, lr, down, across, tl.minimum(first + 2, C - 1) * stride_c)
+        x3 = _logit(ul, ur, ll, lr, down, across, tl.minimum(first + 3, C - 1) * stride_c)
+        higher = tl.maximum(peak, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
+        total = total * tl.exp(peak - higher) + tl.exp(x0 - higher)
+        total += tl.where(first + 1 < C, tl.exp(x1 - higher), 0.0)
+        total += tl.where(first + 2 < C, tl.exp(x2 - higher), 0.0)
+        total += tl.where(first + 3 < C, tl.exp(x3 - higher), 0.0)
+        peak = higher
     out = (scale * tl.num_programs(2) + n) * count + pixel
     tl.store(peaks + out, peak, mask=pixel < count)
     tl.store(weights + out, 1.0 / total, mask=pixel < count)
