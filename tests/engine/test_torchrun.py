@@ -71,7 +71,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     rank_devices([CPU], 60)
     module = network()
-    parallel = nn.parallel.DistributedDataParallel(module)
+    parallel = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
     with counted() as numbers:
         loss, accuracy = parallel(batch_of(rank))
         loss.backward()
@@ -93,21 +93,21 @@ def one_rank(rank: int, port: int, folder: str) -> None:
 def counted() -> Iterator[dict[str, list[int]]]:
     """Bytes of every exchange but for the gradients', by kind, while the context lasts."""
     numbers: dict[str, list[int]] = {"all_reduce": [], "all_gather": []}
-    before = dist.all_reduce, dist.all_gather
+    before = dist.all_reduce, dist.all_gather_into_tensor
 
     def reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
         numbers["all_reduce"].append(tensor.nbytes)
         return before[0](tensor, *args, **options)
 
-    def gather(parts: list[Tensor], tensor: Tensor, *args: Any, **options: Any) -> Any:
+    def gather(together: Tensor, tensor: Tensor, *args: Any, **options: Any) -> Any:
         numbers["all_gather"].append(tensor.nbytes)
-        return before[1](parts, tensor, *args, **options)
+        return before[1](together, tensor, *args, **options)
 
-    dist.all_reduce, dist.all_gather = reduce, gather
+    dist.all_reduce, dist.all_gather_into_tensor = reduce, gather
     try:
         yield numbers
     finally:
-        dist.all_reduce, dist.all_gather = before
+        dist.all_reduce, dist.all_gather_into_tensor = before
 
 
 class RaggedBatchNorm(nn.Module):
