@@ -205,9 +205,16 @@ def _merge_processes(merged: Tensor, count: int, group: dist.ProcessGroup) -> tu
     )
     # Flat: gloo gives each rank a piece of what it gathers, which is to have the input's shape.
     gathered = packed.new_empty(dist.get_world_size(group) * len(packed))
-    dist.all_gather_into_tensor(gathered, packed, group=group)
+    _all_gather(gathered, packed, group)
     moments, total = merge_ranks(gathered.view(-1, len(packed)))
     return moments.to(merged.dtype), total
+
+
+def _all_gather(gathered: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    """One collective into one tensor, which both gloo and NCCL have since torch 2.0."""
+    # torch 2.14 has renamed it.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    getattr(dist, name)(gathered, own, group=group)
 
 
 class Normalize(Function):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mit_semseg.config import load_config
 from mit_semseg.dataset import streets
 from mit_semseg.engine.launch import leave_process_group, rank_devices
+from mit_semseg.lib.nn import sync_function
 from mit_semseg.models import ModelBuilder, SegmentationModule
 
 CPU = torch.device("cpu")
@@ -93,21 +94,21 @@ def one_rank(rank: int, port: int, folder: str) -> None:
 def counted() -> Iterator[dict[str, list[int]]]:
     """Bytes of every exchange but for the gradients', by kind, while the context lasts."""
     numbers: dict[str, list[int]] = {"all_reduce": [], "all_gather": []}
-    before = dist.all_reduce, dist.all_gather_into_tensor
+    before = dist.all_reduce, sync_function._all_gather
 
     def reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
         numbers["all_reduce"].append(tensor.nbytes)
         return before[0](tensor, *args, **options)
 
-    def gather(together: Tensor, tensor: Tensor, *args: Any, **options: Any) -> Any:
-        numbers["all_gather"].append(tensor.nbytes)
-        return before[1](together, tensor, *args, **options)
+    def gather(together: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+        numbers["all_gather"].append(own.nbytes)
+        before[1](together, own, group)
 
-    dist.all_reduce, dist.all_gather_into_tensor = reduce, gather
+    dist.all_reduce, sync_function._all_gather = reduce, gather
     try:
         yield numbers
     finally:
-        dist.all_reduce, dist.all_gather_into_tensor = before
+        dist.all_reduce, sync_function._all_gather = before
 
 
 class RaggedBatchNorm(nn.Module):
