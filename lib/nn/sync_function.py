@@ -161,7 +161,7 @@ class MergeMoments(Function):
         home = moments[0].device
         merged = merge_replicas([part.to(home) for part in moments], counts)
         total = sum(counts)
-        count = torch.full((), total, dtype=torch.float64)
+        count = torch.full((), total, dtype=torch.float64, device="cpu")
         if group is not None:
             merged, count = _merge_processes(merged, total, group)
             # The union can be too small only where this process's part is: then alone, when an
