@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -134,13 +134,26 @@ def _environment(folder: str, count: int, patience: int) -> Iterator[None]:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Puts back the signal handlers that the launcher replaces."""
-    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
+    """Puts back the signal handlers that the launcher replaces, once it is done.
+
+    It would replace those of nohup and of a shell's background, too, by which signals are ignored,
+    and end the run when the terminal is closed: these it cannot replace.
+    """
+    replace = signal.signal
+    before: dict[Any, Any] = {}
+
+    def noted(number: Any, handler: Any) -> Any:
+        now = signal.getsignal(number)
+        if now is signal.SIG_IGN:
+            return now
+        before.setdefault(number, now)
+        return replace(number, handler)
+
+    signal.signal = noted  # type: ignore[assignment]
     try:
         yield
     finally:
+        signal.signal = replace
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -42,7 +42,8 @@ def start(
 
     def begin(name: str, parallel: str, **changes: Any) -> tuple[Command, Path]:
         config = job.config(name, TRAIN__parallel=parallel, **changes)
-        words = [sys.executable, tmp_path / RANK, "--cfg", config]
+        nohup = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
+        words = [*nohup, sys.executable, tmp_path / RANK, "--cfg", config]
         commands.append(Command(words, tmp_path / f"{name}.txt"))
         return commands[-1], tmp_path / name
 
@@ -78,6 +79,8 @@ def test_a_signal_to_the_command_saves_the_state(
 ) -> None:
     command, folder = start("stopped", "processes", **LONG)
     command.until(lambda: len(steps_of(folder)) >= 2, 120)
+    command.process.send_signal(signal.SIGHUP)  # which nohup has told it to ignore
+    command.until(lambda: len(steps_of(folder)) >= 4, 120)
     command.process.send_signal(number)
     assert command.code(40) == 0, command.text()
     command.assert_nothing_left(2)
