@@ -7,11 +7,11 @@ directions, and every node does its share in a single pass over the activations:
                \\                  /
                 `--> MergeMoments-'            (one node for all replicas)
 
-Forward: each replica's mean and centred sum; their merge; the normalisation. Backward, the same
-way back: `Normalize` sends the sums of g and of g * xhat of its replica, `MergeMoments` adds
-them up over all replicas and processes, `LocalMoments` forms the input gradient. The "gradients"
-between these nodes are those messages; only the three together are the derivative. As no node
-blocks in backward, one thread may run all replicas' backward, as it does on the CPU.
+Forward: each replica's mean and variance; their merge; the normalisation. Backward, the same way
+back: `Normalize` sends the sums of g and of g * (x - mean) of its replica, `MergeMoments` makes
+them means over all replicas and processes, `LocalMoments` forms the input gradient. The
+"gradients" between these nodes are those messages; only the three together are the derivative. As
+no node blocks in backward, one thread may run all replicas' backward, as it does on the CPU.
 
 Moments are merged as in Chan, Golub & LeVeque 1979 (STAN-CS-79-773): sums around the mean,
 never E[x^2] - E[x]^2, which cancels.
@@ -23,6 +23,7 @@ process group count stays on the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def merge_ranks(gathered: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LocalMoments(Function):
-    """x -> (x, its moments); backward forms the gradient of x from the merged sums."""
+    """x -> (x, its moments); backward forms the gradient of x from the merged means."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, found: list[Statistics]) -> tuple[Tensor, Tensor]:
@@ -133,11 +134,12 @@ class LocalMoments(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor | None, sums: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor | None, means: Tensor | None) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        if sums is None:
+        if means is None:
             return None, None  # no replica's output was used
-        return _input_gradient(torch.zeros_like(x) if g is None else g, x, sums, ctx.found[0]), None
+        g = torch.zeros_like(x) if g is None else g
+        return _input_gradient(g, x, means, ctx.found[0]), None
 
 
 class MergeMoments(Function):
@@ -180,7 +182,7 @@ class MergeMoments(Function):
             for device in dict.fromkeys(part.device for part in moments)
         }
         found.extend(on_device[part.device] for part in moments)
-        ctx.group = group
+        ctx.group, ctx.count = group, count
         ctx.devices = [part.device for part in moments]
         ctx.set_materialize_grads(False)
         # Only the graph is wanted of these: the numbers are in `found`.
@@ -189,13 +191,11 @@ class MergeMoments(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *sums: Tensor | None) -> tuple[Tensor | None, ...]:
-        first, *others = (part.to(ctx.devices[0]) for part in sums if part is not None)
-        total = first.clone()  # it is added to in place, and is autograd's
-        for part in others:
-            total += part
+        parts = [part.to(ctx.devices[0]) for part in sums if part is not None]
+        means = reduce(torch.add, parts) / ctx.count
         if ctx.group is not None:
-            dist.all_reduce(total, group=ctx.group)
-        return (None,) * 5 + tuple(total.to(device) for device in ctx.devices)
+            dist.all_reduce(means, group=ctx.group)
+        return (None,) * 5 + tuple(means.to(device) for device in ctx.devices)
 
 
 def _merge_processes(merged: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -218,7 +218,7 @@ def _all_gather(gathered: Tensor, own: Tensor, group: dist.ProcessGroup) -> None
 
 
 class Normalize(Function):
-    """(x, tie to the others, weight, bias) -> y; backward sends its sums of g and g * xhat."""
+    """(x, tie to the others, weight, bias) -> y; backward sends sums of g and g * (x - mean)."""
 
     @staticmethod
     def forward(
@@ -246,50 +246,56 @@ class Normalize(Function):
         x, _ = ctx.saved_tensors
         g = _laid_out_like(g, x)
         s: Statistics = ctx.statistics
-        sum_g, sum_g_xhat = _gradient_sums(g, x, s)
+        sum_g, sum_g_centred = _gradient_sums(g, x, s)
         needs_x, needs_sums, needs_weight, needs_bias, _ = ctx.needs_input_grad
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             g if needs_x else None,
-            torch.stack([sum_g, sum_g_xhat]) if needs_sums else None,
-            sum_g_xhat.to(weight_dtype) if needs_weight else None,
+            torch.stack([sum_g, sum_g_centred]) if needs_sums else None,
+            (sum_g_centred * s.invstd).to(weight_dtype) if needs_weight else None,
             sum_g.to(bias_dtype) if needs_bias else None,
             None,
         )
 
 
 def _gradient_sums(g: Tensor, x: Tensor, s: Statistics) -> tuple[Tensor, Tensor]:
-    """Sums of g and of g * xhat per channel over one replica, each (C,)."""
+    """Sums of g and of g * (x - mean) per channel over one replica, each (C,)."""
     if not x.numel():
         return torch.zeros_like(s.mean), torch.zeros_like(s.mean)
     if x.is_cuda:
         sum_g, sum_g_centred, _, _ = torch.batch_norm_backward_reduce(
             g, x, s.mean, s.invstd, s.weight, True, False, False
         )
-        return sum_g, sum_g_centred * s.invstd
+        return sum_g, sum_g_centred
     # Evaluation-mode backward: its parameter gradients are the two sums, in one fused pass.
     _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
         g, x, s.weight, s.mean, s.var, None, None, False, s.eps, [False, True, True]
     )
-    return sum_g, sum_g_xhat
+    return sum_g, sum_g_xhat / s.invstd
 
 
-def _input_gradient(g: Tensor, x: Tensor, sums: Tensor, s: Statistics) -> Tensor:
-    """w / std * (g - mean(g) - xhat * mean(g * xhat)), with means over the whole batch."""
+def _input_gradient(g: Tensor, x: Tensor, means: Tensor, s: Statistics) -> Tensor:
+    """w / std * (g - mean(g) - xhat * mean(g * xhat)).
+
+    Args:
+        g, x: of one replica.
+        means: of g and of g * (x - mean) over the whole batch, (2, C).
+        s: of the whole batch.
+    """
     if not x.numel():
         return torch.zeros_like(x)
-    mean_g, mean_g_xhat = (sums / s.count).unbind(0)
+    mean_g, mean_g_centred = means.unbind(0)
     if s.free is not None:
-        mean_g_xhat = mean_g_xhat * s.free
+        mean_g_centred = mean_g_centred * s.free
     if x.is_cuda:
         # The kernel divides by the sum of the counts it is given, as int32.
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(
-            g, x, s.mean, s.invstd, s.weight, mean_g, mean_g_xhat / s.invstd, one
+            g, x, s.mean, s.invstd, s.weight, mean_g, mean_g_centred, one
         )
     scale = s.scale
     # Two fused passes: an affine map of x, by the kernel that normalises, then the term in g.
-    shift, slope = -scale * mean_g, -scale * mean_g_xhat
+    shift, slope = -scale * mean_g, -scale * s.invstd * mean_g_centred
     affine = F.batch_norm(x, s.mean, s.var, slope, shift, False, 0.0, s.eps)
     return affine.addcmul_(g, scale.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)))
 
