@@ -10,6 +10,7 @@ import atexit
 import io
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,12 +20,13 @@ from mit_semseg.compat.flags import replacement
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train, on one process or as one rank of torchrun."""
+    """Train, in one process, in one for each GPU, or as one rank of either launcher."""
     if args.resume.startswith(SECTIONS) and not os.path.exists(args.resume):
         # `--resume TRAIN.num_epoch 30`: the first override, taken for a path.
         args.opts.insert(0, args.resume)
         args.resume = "auto"
     opts = _overrides(args)
+    from mit_semseg.engine import processes
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.launch import (
         job_name,
@@ -32,17 +34,27 @@ def run_train(args: argparse.Namespace) -> int:
         rank_devices,
         read_config,
         resolve_devices,
+        use_device,
     )
-    from mit_semseg.engine.signals import ignore_stops
+    from mit_semseg.engine.signals import die_with_parent, ignore_stops
     from mit_semseg.engine.train import train
     from mit_semseg.utils import setup_logger
 
     cfg = read_config(args.cfg, opts)
     devices = resolve_devices(args.devices)
+    if processes.wanted(cfg.TRAIN.parallel, devices):
+        make_writable(cfg.DIR, "DIR")
+        return processes.start(args.words, len(devices), cfg.TRAIN.stall_seconds)
+    if processes.started_here():
+        die_with_parent(signal.SIGTERM)
     rank, world, devices = rank_devices(devices, cfg.TRAIN.stall_seconds)
+    use_device(devices[0])
     if rank == 0:
         make_writable(cfg.DIR, "DIR")
-    setup_logger(rank, named=world > 1, folder=cfg.DIR)
+    # The log of a command is the same, whether it drives GPUs by threads or by processes.
+    setup_logger(
+        rank, named=world > 1 and not (processes.started_here() and rank == 0), folder=cfg.DIR
+    )
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         args.resume = args.resume or "auto"  # torchrun began anew because a rank was lost
     atexit.register(ignore_stops)
@@ -82,7 +94,10 @@ def _called(command: str) -> str:
     script = os.path.basename(sys.argv[0])
     if not script.endswith(".py") or script == "__main__.py":
         return f"mit-semseg {command}"
-    run = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    from mit_semseg.engine.processes import started_here
+
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ and not started_here()
+    run = "torchrun ..." if torchrun else "python"
     words = [sys.argv[0], *([command] if sys.argv[1:2] == [command] else [])]
     return f"{run} {shlex.join(words)}"
 
@@ -97,6 +112,7 @@ def run_eval(args: argparse.Namespace) -> int:
         rank_devices,
         read_config,
         resolve_devices,
+        use_device,
     )
     from mit_semseg.utils import setup_logger
 
@@ -108,6 +124,8 @@ def run_eval(args: argparse.Namespace) -> int:
         make_writable(args.out or cfg.DIR, "--out" if args.out else "DIR")
     if args.single_process:
         devices, workers = devices[:1], 1
+    if len(devices) * workers == 1:  # otherwise the work is done by other processes
+        use_device(devices[0])
     place = {"out_dir": args.out, "rank": rank, "world": world}
     result = evaluate(cfg, devices, workers=workers, keep=args.keep, **place)
     leave_process_group()
@@ -119,7 +137,7 @@ def run_predict(args: argparse.Namespace) -> int:
     images, more = split_overrides(args.imgs)
     opts = _overrides(args, more)
     from mit_semseg.engine.checkpoint import make_writable
-    from mit_semseg.engine.launch import read_config, resolve_devices
+    from mit_semseg.engine.launch import read_config, resolve_devices, use_device
     from mit_semseg.engine.predict import predict
     from mit_semseg.utils import setup_logger
 
@@ -127,8 +145,9 @@ def run_predict(args: argparse.Namespace) -> int:
     cfg = read_config(args.cfg, opts)
     make_writable(cfg.TEST.result, "TEST.result")
     # One image runs on one device; by default the first there is.
-    devices = resolve_devices(args.devices, "--gpu")[:1]
-    results = predict(cfg, images, devices[0])
+    device = resolve_devices(args.devices, "--gpu")[0]
+    use_device(device)
+    results = predict(cfg, images, device)
     return 1 if any("error" in result for result in results) else 0
 
 
@@ -154,7 +173,7 @@ def run_overfit(args: argparse.Namespace) -> int:
     """Learn one image by heart; 1 when a model does not."""
     opts = _overrides(args)
     from mit_semseg.engine.checkpoint import make_writable
-    from mit_semseg.engine.launch import read_config, resolve_devices
+    from mit_semseg.engine.launch import read_config, resolve_devices, use_device
     from mit_semseg.tools.overfit import TARGET, run
     from mit_semseg.utils import setup_logger
 
@@ -162,6 +181,7 @@ def run_overfit(args: argparse.Namespace) -> int:
     cfg = read_config(args.cfg, opts)
     make_writable(args.out, "--out")
     device = resolve_devices(args.devices)[0]
+    use_device(device)
     name = os.path.splitext(os.path.basename(args.cfg))[0]
     size = {"steps": args.steps, "side": args.side}
     found = run(cfg, device, args.out, every=args.every, only=args.only, name=name, **size)
@@ -174,14 +194,16 @@ def run_profile(args: argparse.Namespace) -> int:
     for file in files:
         _look_at(file, opts)
     from mit_semseg.engine.checkpoint import make_writable
-    from mit_semseg.engine.launch import read_config, resolve_devices
+    from mit_semseg.engine.launch import read_config, resolve_devices, use_device
     from mit_semseg.tools.profile import run
     from mit_semseg.tools.recipes import named
 
     recipes = {name: read_config(file, opts) for name, file in named(files).items()}
     if args.out:
         make_writable(args.out, "--out")
-    found = run(recipes, resolve_devices(args.devices)[0], tuple(args.size), args.out)
+    device = resolve_devices(args.devices)[0]
+    use_device(device)
+    found = run(recipes, device, tuple(args.size), args.out)
     return 0 if len(found) == len(recipes) else 1
 
 
@@ -261,14 +283,20 @@ def script(*command: str) -> int:
 
 def guarded(run: Callable[[], int]) -> int:
     """Call `run`; what the user can mend is printed as one line instead of a traceback."""
+    from mit_semseg.engine.processes import report, started_here
+
+    status, said, lost = 0, "", False
     try:
-        return run()
+        status = run()
     except KeyboardInterrupt:
-        print(f"{_who()}interrupted", file=sys.stderr)
-        return 130
+        status, said = 130, "interrupted"
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"{_who()}error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        status, said, lost = 2, _one_line(error), isinstance(error, ConnectionError)
+    if started_here():
+        report(status, said if status == 2 else "", lost)
+    elif said:
+        print(f"{_who()}{'error: ' if status == 2 else ''}{said}", file=sys.stderr)
+    return status
 
 
 def _who() -> str:
@@ -288,6 +316,7 @@ def _dispatch(arguments: list[str]) -> int:
         from mit_semseg.engine.launch import fix_threads
 
         fix_threads(args.threads)
+    args.words = arguments
     return COMMANDS[args.command](args)
 
 

@@ -73,7 +73,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     def __data_parallel_replicate__(self, ctx: CallbackContext, copy_id: int) -> None:
         """Tells this replica where to meet its siblings."""
-        self._replica = (ctx, copy_id)
+        self.__dict__["_replica"] = (ctx, copy_id)  # nn.Module's own way is slow
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `input`, (N, C) or (N, C, ...); same shape and dtype."""
@@ -96,14 +96,10 @@ class _SynchronizedBatchNorm(_BatchNorm):
         def merge(parts: list[tuple[Tensor, int]]) -> list[tuple[Tensor, Statistics]]:
             statistics: list[Statistics] = []
             clamp = self.eps_mode == "clamp"
+            counts = [n for _, n in parts]
             ties = MergeMoments.apply(
-                [n for _, n in parts], group, self.eps, clamp, statistics, *(m for m, _ in parts)
+                counts, group, self.eps, clamp, statistics, *(m for m, _ in parts)
             )
-            if statistics[0].count <= 1:
-                raise ValueError(
-                    "Expected more than 1 value per channel when training, "
-                    f"got input size {tuple(input.shape)}"
-                )
             return list(zip(ties, statistics, strict=True))
 
         if self._replica is None:
@@ -129,12 +125,12 @@ class _SynchronizedBatchNorm(_BatchNorm):
     def _update_running(self, statistics: Statistics) -> None:
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
-        factor = self.momentum
+        factor: float | Tensor = self.momentum or 0.0
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if factor is None:
-                factor = 1.0 / float(self.num_batches_tracked)
-        factor = factor or 0.0
+            if self.momentum is None:
+                # Computed where the count is: the host would have to wait for it.
+                factor = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
         self.running_mean.lerp_(statistics.mean.to(self.running_mean.dtype), factor)
         self.running_var.lerp_(statistics.unbiased_var.to(self.running_var.dtype), factor)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from .exchange import ReplicaRun
 from .parallel_apply import parallel_apply
+from .replica_threads import ReplicaThreads
 from .replicate import execute_replication_callbacks, keep_buffers, replicate
 from .transfer import gather, parse_device, scatter
 
@@ -22,7 +23,8 @@ class UserScatteredDataParallel(nn.Module):
 
     Unlike `torch.nn.DataParallel`, which cuts one batch into equal parts, the elements may have
     any sizes, and the devices may be the CPU and may repeat. Synchronised layers in the module
-    see all replicas. One input runs on the module itself, without threads.
+    see all replicas. One input runs on the module itself, without threads. The others have a thread
+    for each replica, which lasts as long as this object.
 
     Before the inputs are copied, `module.prepare_scatter(inputs) -> inputs` is called if the
     module has it: the only moment when one place sees the whole list.
@@ -73,6 +75,7 @@ class UserScatteredDataParallel(nn.Module):
         )
         self.dim = dim
         self.timeout = timeout
+        self._threads = ReplicaThreads()
 
     def forward(self, inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Runs the replicas.
@@ -89,8 +92,8 @@ class UserScatteredDataParallel(nn.Module):
         Raises:
             ValueError: `inputs` is no list, is empty or longer than `device_ids`, or the
                 outputs cannot be joined.
-            BaseException: whatever a replica raised, with its traceback, when the threads of all
-                replicas have ended.
+            BaseException: whatever a replica raised, with its traceback, when all replicas have
+                ended.
         """
         if not isinstance(inputs, (list, tuple)) or not 0 < len(inputs) <= len(self.device_ids):
             got = len(inputs) if isinstance(inputs, (list, tuple)) else type(inputs).__name__
@@ -111,7 +114,7 @@ class UserScatteredDataParallel(nn.Module):
             replicas = replicate(self.module, devices)
             run = execute_replication_callbacks(replicas, self.timeout)
             arguments = [(element,) for element in scattered]
-            outputs = parallel_apply(run, replicas, arguments, all_kwargs, devices)
+            outputs = parallel_apply(self._threads, run, replicas, arguments, all_kwargs, devices)
             keep_buffers(self.module, replicas[0])
         return gather(outputs, self.output_device, self.dim)
 
@@ -132,7 +135,9 @@ def _parallel_apply(
     run: ReplicaRun = replicas[0].__dict__["_replica_run"]
     devices = [parse_device(device) for device in self.device_ids[: len(replicas)]]
     all_kwargs: Sequence[Mapping[str, Any]] = kwargs or [{}] * len(replicas)
-    return parallel_apply(run, replicas, inputs, all_kwargs, devices)
+    # Kept with the torch module, which knows of no threads when it is made.
+    threads: ReplicaThreads = self.__dict__.setdefault("_replica_threads", ReplicaThreads())
+    return parallel_apply(threads, run, replicas, inputs, all_kwargs, devices)
 
 
 class DataParallelWithCallback(nn.DataParallel):

@@ -1,37 +1,44 @@
-"""One thread per replica, and one exception for the caller."""
+"""Replicas run side by side, and one exception for the caller."""
 
 from __future__ import annotations
 
 import contextvars
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from .exchange import ReplicaRun
+from .replica_threads import ReplicaThread, ReplicaThreads
 
 # How long the other replicas may at least take to leave after one has failed, in seconds.
 _GRACE = 2.0
 
 
 def parallel_apply(
+    threads: ReplicaThreads,
     run: ReplicaRun,
     replicas: Sequence[nn.Module],
     inputs: Sequence[tuple[Any, ...]],
     kwargs: Sequence[Mapping[str, Any]],
     devices: Sequence[torch.device],
 ) -> list[Any]:
-    """Calls each replica in a thread of its own, under the caller's grad and autocast modes.
+    """Calls each replica in its thread, under the caller's grad and autocast modes and streams.
 
-    The threads have ended when this returns or raises: one that frees its tensors while the
-    interpreter shuts down would abort the process. Only a replica that hangs, and answers neither
-    at a synchronised layer nor by its end within the run's timeout, is left behind.
+    Replica 0 has a thread of its own too. In the caller's it would save one, but when it hung so
+    would the caller, which now raises after the run's timeout; and Control-C would break off
+    replica 0 at any line instead of letting it come to an end.
+
+    The threads have nothing left to free when this returns or raises. Only a replica that hangs,
+    and answers neither at a synchronised layer nor by its end within the run's timeout, is left
+    behind.
 
     Args:
+        threads: those of the module.
         run: the run that `execute_replication_callbacks` returned for these replicas.
         replicas: one module per input.
         inputs: positional arguments of each replica.
@@ -54,36 +61,41 @@ def parallel_apply(
     ]
     cache = torch.is_autocast_cache_enabled()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    streams = [torch.cuda.current_stream(d) if d.type == "cuda" else None for d in devices]
+    # Of all devices: where replicas meet, one works on those of the others.
+    streams = [torch.cuda.current_stream(d) for d in dict.fromkeys(devices) if d.type == "cuda"]
 
-    def call(i: int) -> Any:
+    def call(i: int, cores: int) -> Any:
+        if torch.get_num_threads() != cores:
+            torch.set_num_threads(cores)
+        # Its own last, whose device becomes the current one. Nobody needs the thread's earlier
+        # ones: going back to them would open a context on a GPU that is not used.
+        for stream in sorted(streams, key=lambda stream: stream.device == devices[i]):
+            torch.cuda.set_stream(stream)
         with ExitStack() as stack:
             if inference:
                 stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.set_grad_enabled(grad))
             for kind, dtype, enabled in autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled, cache))
-            if streams[i] is not None:
-                stack.enter_context(torch.cuda.device(devices[i]))
-                stack.enter_context(torch.cuda.stream(streams[i]))
             return replicas[i](*inputs[i], **kwargs[i])
 
-    def work(i: int) -> None:
+    def work(i: int, cores: int) -> None:
         try:
-            outputs[i] = call(i)
+            outputs[i] = call(i, cores)
         except BaseException as error:  # noqa: BLE001 - carried to the caller, who raises it
             run.end(i, error)
         else:
             run.end(i)
 
-    threads = [
-        threading.Thread(
-            target=contextvars.copy_context().run, args=(work, i), name=f"replica-{i}", daemon=True
-        )
-        for i in range(len(replicas))
-    ]
-    with _divided_cores(sum(device.type == "cpu" for device in devices)):
-        _run(threads, run)
+    with _divided_cores(sum(device.type == "cpu" for device in devices)) as cores:
+        jobs = [
+            partial(contextvars.copy_context().run, work, i, cores) for i in range(len(replicas))
+        ]
+        taken = threads.take(len(replicas))
+        try:
+            _run(taken, jobs, run)
+        finally:
+            threads.give_back(taken)
 
     if run.failure is not None:
         i, error = run.failure
@@ -95,47 +107,39 @@ def parallel_apply(
     return outputs
 
 
-def _run(threads: Sequence[threading.Thread], run: ReplicaRun) -> None:
-    """Starts the replicas' threads and joins them, but for those that hang after a failure."""
+def _run(
+    threads: Sequence[ReplicaThread], jobs: Sequence[Callable[[], None]], run: ReplicaRun
+) -> None:
+    """Has the jobs done; waits for all of them, but for those that hang after a failure."""
     deadline = time.monotonic() + run.timeout
     try:
-        for thread in threads:
-            thread.start()
+        for thread, job in zip(threads, jobs, strict=True):
+            thread.run(job)
         with run.changed:
             run.changed.wait_for(lambda: run.failure is not None or len(run.ended) == run.size)
     except BaseException as error:
-        # Ctrl-C, or a thread that cannot be started: the replicas that run are released too.
-        for i, thread in enumerate(threads):
-            if thread.ident is None:
-                run.end(i, error)
+        # Control-C: the replicas that run are released too.
         with run.changed:
             run.failure = run.failure or (0, error)
             run.changed.notify_all()
         raise
     finally:
-        # Not by join alone: before Python 3.13 an interrupted join takes the thread for ended.
-        with run.changed:
-            left = max(_GRACE, deadline - time.monotonic())
-            run.changed.wait_for(lambda: len(run.ended) == run.size, timeout=left)
-        for i in tuple(run.ended):  # one that hangs may end now, after all
-            if threads[i].ident is not None:
-                threads[i].join()
+        deadline = max(deadline, time.monotonic() + _GRACE)
+        for thread in threads:
+            thread.free.wait(max(0.0, deadline - time.monotonic()))
 
 
 @contextmanager
-def _divided_cores(cpu_replicas: int) -> Iterator[None]:
-    """Lets CPU replicas share the cores instead of each claiming all of them."""
+def _divided_cores(cpu_replicas: int) -> Iterator[int]:
+    """How many cores a replica is to use: those on the CPU share them."""
     total = torch.get_num_threads()
     share = max(1, total // max(1, cpu_replicas))
-    if share == total:
-        yield
-        return
-    # New threads start with the process-wide count; the caller's own comes back below.
-    torch.set_num_threads(share)
     try:
-        yield
+        yield share
     finally:
-        torch.set_num_threads(total)
+        # A replica's thread that sets its own number sets that of threads to come with it.
+        if share != total:
+            torch.set_num_threads(total)
 
 
 def _add_note(error: BaseException, note: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,9 @@ def replicate(module: nn.Module, devices: Sequence[torch.device]) -> list[nn.Mod
     Raises:
         ValueError: a parameter or buffer is not on `devices[0]`.
     """
-    parameters: list[Tensor] = list(dict.fromkeys(module.parameters()))
-    buffers: list[Tensor] = list(dict.fromkeys(module.buffers()))
+    originals = list(module.modules())
+    parameters = _distinct(original._parameters for original in originals)
+    buffers = _distinct(original._buffers for original in originals)
     for tensor in parameters + buffers:
         if tensor.device != devices[0]:
             raise ValueError(
@@ -38,10 +40,29 @@ def replicate(module: nn.Module, devices: Sequence[torch.device]) -> list[nn.Mod
     replicas = []
     for copy_id, device in enumerate(devices):
         tensors: dict[Tensor, Tensor] = dict(zip(parameters, parameters_on[device], strict=True))
-        for buffer in buffers:
-            tensors[buffer] = buffer if copy_id == 0 else buffer.detach().to(device, copy=True)
-        replicas.append(_copy_tree(module, tensors))
+        own = _copies_of_buffers(buffers, device) if copy_id else buffers
+        tensors.update(zip(buffers, own, strict=True))
+        replicas.append(_copy_tree(originals, tensors))
     return replicas
+
+
+def _distinct(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """The tensors of modules, each once."""
+    tensors = (tensor for group in groups for tensor in group.values() if tensor is not None)
+    return list(dict.fromkeys(tensors))
+
+
+@torch.no_grad()
+def _copies_of_buffers(buffers: list[Tensor], device: torch.device) -> list[Tensor]:
+    copies = [torch.empty_like(buffer, device=device) for buffer in buffers]
+    by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for copy, buffer in zip(copies, buffers, strict=True):
+        to, source = by_type.setdefault(buffer.dtype, ([], []))
+        to.append(copy)
+        source.append(buffer)
+    for to, source in by_type.values():
+        torch._foreach_copy_(to, source)  # one kernel for hundreds of vectors on one device
+    return copies
 
 
 def _copies_per_device(
@@ -62,22 +83,42 @@ def _copies_per_device(
     return copies
 
 
-def _copy_tree(module: nn.Module, tensors: dict[Tensor, Tensor]) -> nn.Module:
-    """Copies a module and its children, with every tensor replaced by its counterpart."""
-    originals = list(module.modules())
-    copies = {original: original._replicate_for_data_parallel() for original in originals}
+def _copy_tree(originals: list[nn.Module], tensors: dict[Tensor, Tensor]) -> nn.Module:
+    """Copies a module, the first of all its submodules, with every tensor replaced."""
+    copies = {original: _shallow_copy(original) for original in originals}
     for original, copy in copies.items():
         for key, child in original._modules.items():
             copy._modules[key] = None if child is None else copies[child]
+        # Modules that keep lists of their own parameters (RNNs) follow when they are set. That is
+        # slow, so it is left out where the class does not look.
+        notices = type(original).__setattr__ is not nn.Module.__setattr__
         for key, parameter in original._parameters.items():
-            # setattr lets modules that keep their own lists (RNNs) follow; a plain tensor then
-            # moves to _parameters, so that parameters() of a copy works as for any module.
-            setattr(copy, key, None if parameter is None else tensors[parameter])
-            copy.__dict__.pop(key, None)
-            copy._parameters[key] = None if parameter is None else tensors[parameter]  # type: ignore[assignment]
+            tensor = None if parameter is None else tensors[parameter]
+            if notices:
+                setattr(copy, key, tensor)
+                copy.__dict__.pop(key, None)
+            # A plain tensor belongs here too: parameters() of a copy works as for any module.
+            copy._parameters[key] = tensor  # type: ignore[assignment]
         for key, buffer in original._buffers.items():
             copy._buffers[key] = None if buffer is None else tensors[buffer]
-    return copies[module]
+    return copies[originals[0]]
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """What `nn.Module._replicate_for_data_parallel` returns, without its detours, which take as
+    long as a small network."""
+    kind = type(module)
+    if kind._replicate_for_data_parallel is not nn.Module._replicate_for_data_parallel:
+        return module._replicate_for_data_parallel()
+    copy = kind.__new__(kind)
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__.update(
+        _parameters={},
+        _buffers=dict(module._buffers),
+        _modules=dict(module._modules),
+        _is_replica=True,
+    )
+    return copy
 
 
 def keep_buffers(module: nn.Module, replica: nn.Module) -> None:
@@ -103,10 +144,18 @@ def execute_replication_callbacks(
         The run the contexts belong to.
     """
     run = ReplicaRun(len(modules), timeout)
-    contexts = [CallbackContext(run, name) for name, _ in modules[0].named_modules()]
-    for copy_id, replica in enumerate(modules):
-        for context, submodule in zip(contexts, replica.modules(), strict=True):
-            callback = getattr(submodule, "__data_parallel_replicate__", None)
-            if callback is not None:
-                callback(context, copy_id)
+    trees = [list(module.modules()) for module in modules]
+    for place, (name, first) in enumerate(modules[0].named_modules()):
+        if _callback(first) is None:
+            continue
+        context = CallbackContext(run, name)
+        for copy_id, tree in enumerate(trees):
+            _callback(tree[place])(context, copy_id)
     return run
+
+
+def _callback(module: nn.Module) -> Any:
+    # Not by getattr alone: a module takes long to say that it lacks an attribute.
+    name = "__data_parallel_replicate__"
+    known = hasattr(type(module), name) or name in module.__dict__
+    return getattr(module, name) if known else None

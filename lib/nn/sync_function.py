@@ -7,19 +7,23 @@ directions, and every node does its share in a single pass over the activations:
                \\                  /
                 `--> MergeMoments-'            (one node for all replicas)
 
-Forward: each replica's mean and centred sum; their merge; the normalisation. Backward, the same
-way back: `Normalize` sends the sums of g and of g * xhat of its replica, `MergeMoments` adds
-them up over all replicas and processes, `LocalMoments` forms the input gradient. The "gradients"
-between these nodes are those messages; only the three together are the derivative. As no node
-blocks in backward, one thread may run all replicas' backward, as it does on the CPU.
+Forward: each replica's mean and variance; their merge; the normalisation. Backward, the same way
+back: `Normalize` sends the sums of g and of g * (x - mean) of its replica, `MergeMoments` makes
+them means over all replicas and processes, `LocalMoments` forms the input gradient. The
+"gradients" between these nodes are those messages; only the three together are the derivative. As
+no node blocks in backward, one thread may run all replicas' backward, as it does on the CPU.
 
 Moments are merged as in Chan, Golub & LeVeque 1979 (STAN-CS-79-773): sums around the mean,
 never E[x^2] - E[x]^2, which cancels.
+
+Nothing here waits for the device. The sizes of replicas are known on the host; what the ranks of a
+process group count stays on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -33,22 +37,27 @@ from torch.autograd.function import once_differentiable
 class Statistics:
     """What the replicas on one device know about the whole batch, for one call of one layer.
 
+    Args:
+        moments: mean and biased variance of the whole batch, (2, C).
+        count: values per channel in the whole batch, 0-dim float64; on the device of the moments
+            or, where the host knows it, on the host, whence it is a number to every kernel.
+        eps: added to `var` under the root; positive, as torch's batch norm demands.
+        clamp: the variance is max(var, eps), not var + eps.
+
     Attributes:
         mean: of the whole batch, (C,).
-        sum_squares: of the deviations from that mean, (C,).
-        count: values per channel in the whole batch.
-        var: biased variance, (C,); clamped: its excess over eps, so that var + eps is the variance
-            or eps, whichever is larger.
-        eps: added to `var` under the root; positive, as torch's batch norm demands.
+        biased_var: of the whole batch, (C,).
+        var: the same; clamped: its excess over eps, so that var + eps is the variance or eps,
+            whichever is larger.
         free: where `var` was above the floor, (C,) bool; None: everywhere.
         invstd: 1 / sqrt(var + eps), (C,).
         weight: of the layer, in the dtype of the mean; set by `Normalize` for the backward pass.
     """
 
-    def __init__(self, merged: Tensor, count: int, eps: float, clamp: bool) -> None:
-        self.mean, self.sum_squares = merged.unbind(0)
+    def __init__(self, moments: Tensor, count: Tensor, eps: float, clamp: bool) -> None:
+        self.mean, self.biased_var = moments.unbind(0)
         self.count = count
-        self.var = self.sum_squares / max(1, count)
+        self.var = self.biased_var
         self.eps = eps
         self.free: Tensor | None = None
         if clamp:
@@ -66,33 +75,54 @@ class Statistics:
     @property
     def unbiased_var(self) -> Tensor:
         """The variance that running statistics keep, (C,)."""
-        return self.sum_squares / (self.count - 1)
+        return self.biased_var * (self.count / (self.count - 1))
 
 
 def local_moments(x: Tensor) -> Tensor:
-    """Mean and centred sum of squares per channel, (2, C); float32 for half precisions."""
+    """Mean and biased variance per channel, (2, C); float32 for half precisions."""
     channels = x.shape[1]
     half = x.dtype in (torch.float16, torch.bfloat16)
     if not x.numel():
         return x.new_zeros(2, channels, dtype=torch.float32 if half else x.dtype)
     # Unused running statistics: the results take their dtype.
     dummy = x.new_zeros(channels, dtype=torch.float32) if half else None
-    mean, var = torch.batch_norm_update_stats(x, dummy, dummy, 0.0)
-    return torch.stack([mean, var * (x.numel() // channels)])
+    return torch.stack(torch.batch_norm_update_stats(x, dummy, dummy, 0.0))
 
 
-def merge_moments(moments: Tensor, counts: Sequence[int]) -> Tensor:
-    """Mean and centred sum of squares of the union of N batches, (N, 2, C) -> (2, C)."""
-    n = moments.new_tensor(counts).unsqueeze(1)
-    means, squares = moments.unbind(1)
-    # Around the first mean, so that equal means stay exactly equal. No matrix product here:
-    # autocast would take it to half precision, TF32 to ten bits.
-    mean = means[0] + ((means - means[0]) * (n / max(1, sum(counts)))).sum(0)
-    return torch.stack([mean, (squares + n * (means - mean).square()).sum(0)])
+def merge_replicas(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Mean and biased variance of the union of batches, each (2, C), whose sizes the host knows."""
+    merged, total = parts[0], counts[0]
+    for part, count in zip(parts[1:], counts[1:], strict=True):
+        total += count
+        share = count / max(1, total)
+        apart = part[0] - merged[0]
+        # Means and variances are averaged by the same weights; a difference of the means adds to
+        # the variance. No matrix product: autocast would take it to half precision.
+        merged = torch.lerp(merged, part, share)
+        merged[1].addcmul_(apart, apart, value=share * (1 - share))
+    return merged
+
+
+def merge_ranks(gathered: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for batches whose sizes only the device knows.
+
+    Args:
+        gathered: (N, 2 C + 1) float64: means, variances and the number of values of each batch.
+
+    Returns:
+        (moments (2, C), 0-dim number of values), both float64.
+    """
+    count = gathered[:, -1].sum()
+    means, variances = gathered[:, :-1].unflatten(1, (2, -1)).unbind(1)
+    shares = (gathered[:, -1] / count.clamp(min=1)).unsqueeze(1)
+    # Around the first mean, so that equal means stay exactly equal.
+    mean = means[0] + ((means - means[0]) * shares).sum(0)
+    variance = ((variances + (means - mean).square()) * shares).sum(0)
+    return torch.stack([mean, variance]), count
 
 
 class LocalMoments(Function):
-    """x -> (x, its moments); backward forms the gradient of x from the merged sums."""
+    """x -> (x, its moments); backward forms the gradient of x from the merged means."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, found: list[Statistics]) -> tuple[Tensor, Tensor]:
@@ -104,11 +134,12 @@ class LocalMoments(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor | None, sums: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor | None, means: Tensor | None) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        if sums is None:
+        if means is None:
             return None, None  # no replica's output was used
-        return _input_gradient(torch.zeros_like(x) if g is None else g, x, sums, ctx.found[0]), None
+        g = torch.zeros_like(x) if g is None else g
+        return _input_gradient(g, x, means, ctx.found[0]), None
 
 
 class MergeMoments(Function):
@@ -124,18 +155,34 @@ class MergeMoments(Function):
         found: list[Statistics],
         *moments: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Fills `found` with the statistics for each replica; shared where devices are."""
+        """Fills `found` with the statistics for each replica; shared where devices are.
+
+        Raises:
+            ValueError: the union holds one value per channel, or none.
+        """
         home = moments[0].device
-        merged = merge_moments(torch.stack([part.to(home) for part in moments]), counts)
-        count = sum(counts)
+        merged = merge_replicas([part.to(home) for part in moments], counts)
+        total = sum(counts)
+        count = torch.full((), total, dtype=torch.float64, device="cpu")
         if group is not None:
-            merged, count = _merge_processes(merged, count, group)
+            merged, count = _merge_processes(merged, total, group)
+            # The union can be too small only where this process's part is: then alone, when an
+            # error is about to be raised anyway, the host looks at what the device has counted.
+            if total <= 1:
+                total = int(count)
+        if total <= 1:
+            raise ValueError("Expected more than 1 value per channel when training")
         on_device = {
-            device: Statistics(merged.to(device), count, eps, clamp)
+            device: Statistics(
+                merged.to(device),
+                count if count.device.type == "cpu" else count.to(device),
+                eps,
+                clamp,
+            )
             for device in dict.fromkeys(part.device for part in moments)
         }
         found.extend(on_device[part.device] for part in moments)
-        ctx.group = group
+        ctx.group, ctx.count = group, count
         ctx.devices = [part.device for part in moments]
         ctx.set_materialize_grads(False)
         # Only the graph is wanted of these: the numbers are in `found`.
@@ -145,25 +192,33 @@ class MergeMoments(Function):
     @once_differentiable
     def backward(ctx: Any, *sums: Tensor | None) -> tuple[Tensor | None, ...]:
         parts = [part.to(ctx.devices[0]) for part in sums if part is not None]
-        total = torch.stack(parts).sum(0)
+        means = reduce(torch.add, parts) / ctx.count
         if ctx.group is not None:
-            dist.all_reduce(total, group=ctx.group)
-        return (None,) * 5 + tuple(total.to(device) for device in ctx.devices)
+            dist.all_reduce(means, group=ctx.group)
+        return (None,) * 5 + tuple(means.to(device) for device in ctx.devices)
 
 
-def _merge_processes(merged: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, int]:
+def _merge_processes(merged: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Merges one process's moments with those of the others; float64 keeps counts exact."""
-    channels = merged.shape[1]
-    packed = torch.cat([merged.double().flatten(), merged.new_tensor([count]).double()])
-    parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, packed, group=group)
-    counts = [int(n) for n in torch.stack([part[-1] for part in parts]).tolist()]
-    moments = torch.stack([part[:-1].view(2, channels) for part in parts])
-    return merge_moments(moments, counts).to(merged.dtype), sum(counts)
+    packed = torch.cat(
+        [merged.double().flatten(), merged.new_full((1,), count, dtype=torch.float64)]
+    )
+    # Flat: gloo gives each rank a piece of what it gathers, which is to have the input's shape.
+    gathered = packed.new_empty(dist.get_world_size(group) * len(packed))
+    _all_gather(gathered, packed, group)
+    moments, total = merge_ranks(gathered.view(-1, len(packed)))
+    return moments.to(merged.dtype), total
+
+
+def _all_gather(gathered: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    """One collective into one tensor, which both gloo and NCCL have since torch 2.0."""
+    # torch 2.14 has renamed it.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    getattr(dist, name)(gathered, own, group=group)
 
 
 class Normalize(Function):
-    """(x, tie to the others, weight, bias) -> y; backward sends its sums of g and g * xhat."""
+    """(x, tie to the others, weight, bias) -> y; backward sends sums of g and g * (x - mean)."""
 
     @staticmethod
     def forward(
@@ -191,51 +246,57 @@ class Normalize(Function):
         x, _ = ctx.saved_tensors
         g = _laid_out_like(g, x)
         s: Statistics = ctx.statistics
-        sum_g, sum_g_xhat = _gradient_sums(g, x, s)
+        sum_g, sum_g_centred = _gradient_sums(g, x, s)
         needs_x, needs_sums, needs_weight, needs_bias, _ = ctx.needs_input_grad
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             g if needs_x else None,
-            torch.stack([sum_g, sum_g_xhat]) if needs_sums else None,
-            sum_g_xhat.to(weight_dtype) if needs_weight else None,
+            torch.stack([sum_g, sum_g_centred]) if needs_sums else None,
+            (sum_g_centred * s.invstd).to(weight_dtype) if needs_weight else None,
             sum_g.to(bias_dtype) if needs_bias else None,
             None,
         )
 
 
 def _gradient_sums(g: Tensor, x: Tensor, s: Statistics) -> tuple[Tensor, Tensor]:
-    """Sums of g and of g * xhat per channel over one replica, each (C,)."""
+    """Sums of g and of g * (x - mean) per channel over one replica, each (C,)."""
     if not x.numel():
         return torch.zeros_like(s.mean), torch.zeros_like(s.mean)
     if x.is_cuda:
         sum_g, sum_g_centred, _, _ = torch.batch_norm_backward_reduce(
             g, x, s.mean, s.invstd, s.weight, True, False, False
         )
-        return sum_g, sum_g_centred * s.invstd
+        return sum_g, sum_g_centred
     # Evaluation-mode backward: its parameter gradients are the two sums, in one fused pass.
     _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
         g, x, s.weight, s.mean, s.var, None, None, False, s.eps, [False, True, True]
     )
-    return sum_g, sum_g_xhat
+    return sum_g, sum_g_xhat / s.invstd
 
 
-def _input_gradient(g: Tensor, x: Tensor, sums: Tensor, s: Statistics) -> Tensor:
-    """w / std * (g - mean(g) - xhat * mean(g * xhat)), with means over the whole batch."""
+def _input_gradient(g: Tensor, x: Tensor, means: Tensor, s: Statistics) -> Tensor:
+    """w / std * (g - mean(g) - xhat * mean(g * xhat)).
+
+    Args:
+        g, x: of one replica.
+        means: of g and of g * (x - mean) over the whole batch, (2, C).
+        s: of the whole batch.
+    """
     if not x.numel():
         return torch.zeros_like(x)
-    sum_g, sum_g_xhat = sums.unbind(0)
+    mean_g, mean_g_centred = means.unbind(0)
     if s.free is not None:
-        sum_g_xhat = sum_g_xhat * s.free
+        mean_g_centred = mean_g_centred * s.free
     if x.is_cuda:
-        # The kernel divides by the sum of the counts it is given.
-        count = torch.full((1,), s.count, dtype=torch.int32, device=x.device)
+        # The kernel divides by the sum of the counts it is given, as int32.
+        one = torch.ones(1, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(
-            g, x, s.mean, s.invstd, s.weight, sum_g, sum_g_xhat / s.invstd, count
+            g, x, s.mean, s.invstd, s.weight, mean_g, mean_g_centred, one
         )
     scale = s.scale
     # Two fused passes: an affine map of x, by the kernel that normalises, then the term in g.
-    share = scale / -s.count
-    affine = F.batch_norm(x, s.mean, s.var, sum_g_xhat * share, sum_g * share, False, 0.0, s.eps)
+    shift, slope = -scale * mean_g, -scale * s.invstd * mean_g_centred
+    affine = F.batch_norm(x, s.mean, s.var, slope, shift, False, 0.0, s.eps)
     return affine.addcmul_(g, scale.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)))
 
 

@@ -86,7 +86,9 @@ def scatter(inputs: Sequence[Any], devices: Sequence[torch.device]) -> list[Any]
             scattered.append(async_copy_to(element, device))
             continue
         main = torch.cuda.current_stream(device)
-        side = _side_streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in _side_streams:
+            _side_streams[device] = torch.cuda.Stream(device)
+        side = _side_streams[device]
         if _holds_cuda(element):
             side.wait_stream(main)  # the source may still be computed there
         with torch.cuda.stream(side):

@@ -141,6 +141,10 @@ _C.TRAIN.recompute = False
 # Compile encoder and decoder (torch.compile) for images of any size, which takes minutes. One
 # device and process; needs a C++ compiler, on a GPU Triton. Measure whether it pays.
 _C.TRAIN.compile = False
+# auto | processes | replicas: how one command drives several GPUs. processes: one process for each,
+# as torchrun would start them; replicas: one process with a thread for each. auto takes processes
+# where torch has NCCL. Without effect on one device, and under torchrun.
+_C.TRAIN.parallel = "auto"
 # Data loading processes per device.
 _C.TRAIN.workers = 16
 # Steps between figures in metrics.jsonl.

@@ -41,6 +41,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "DATASET.batching": ("aspect", "crop"),
     "TRAIN.on_nan": ("stop", "skip"),
     "DATASET.color_order": ("RGB", "BGR"),
+    "TRAIN.parallel": ("auto", "processes", "replicas"),
     "TRAIN.optim": ("SGD", "Adam", "AdamW"),
     "TRAIN.precision": PRECISIONS,
     "VAL.precision": PRECISIONS,

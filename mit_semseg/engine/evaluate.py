@@ -34,7 +34,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
-from mit_semseg.engine.launch import cpu_count, fixed_threads, local_ranks
+from mit_semseg.engine.launch import cpu_count, fixed_threads, local_ranks, use_device
 from mit_semseg.engine.pool import in_threads, run_here, run_pool
 from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
 from mit_semseg.engine.predictor import Predictor
@@ -399,6 +399,7 @@ def _lanes(places: Sequence[torch.device]) -> int:
 
 def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[Scored, None, Evaluation]:
     """A process of its own: model and data are built where they are used."""
+    use_device(job.device)
     module = load_model(job.cfg, job.checkpoint)
     data = val_dataset(job.cfg)
     gallery = _Gallery(data, job.pictures, job.colors) if job.pictures else None

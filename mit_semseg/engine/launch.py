@@ -21,6 +21,7 @@ from mit_semseg.config import get_defaults, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import FORMATS
 from mit_semseg.dataset.base import check_channels
+from mit_semseg.engine.processes import started_here
 from mit_semseg.models import ENCODERS, Encoder, check_aux_weights, check_pair
 from mit_semseg.precision import Precision
 from mit_semseg.utils import parse_devices
@@ -41,7 +42,7 @@ def read_config(path: str | Path | None, opts: list[str] | None = None) -> Confi
     FORMATS.get(cfg.DATASET.format)
     check_channels(cfg.MODEL.in_channels, cfg.DATASET)
     _check_windows(cfg)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and not started_here():
         for line in without_effect(cfg):
             log.warning("%s", line)
     return cfg
@@ -96,19 +97,25 @@ def resolve_devices(gpus: str | None, option: str = "--gpus") -> list[torch.devi
     Raises:
         ValueError: a GPU is named that this machine does not have.
     """
-    count = _gpu_count()
-    if gpus is None:
-        return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
-    names = parse_devices(gpus)
-    if names == ["cpu"]:
+    names = [] if gpus is None else parse_devices(gpus)
+    if names == ["cpu"]:  # without a look at GPUs, which starts their driver
         return [torch.device("cpu")]
     if "cpu" in names:
         raise ValueError(f"{option} {gpus}: name GPUs or cpu, not both")
+    count = _gpu_count()
+    if gpus is None:
+        return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
     indices = [int(name.removeprefix("gpu")) for name in names]
     if max(indices) >= count:
         fix = "the first is 0" if count else f"{option} cpu runs without one"
         raise ValueError(f"{option} {gpus}, but this machine has {_gpus(count)}; {fix}")
     return [torch.device("cuda", i) for i in indices]
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU the current one, before anything opens a context on GPU 0; nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _gpu_count() -> int:
@@ -137,8 +144,7 @@ def usable_device(device: torch.device | str | int | None) -> torch.device:
         found = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device is {name!r}; give 'cpu', 'cuda' or 'cuda:0'") from error
-    count = _gpu_count()
-    if found.type == "cuda" and (found.index or 0) >= count:
+    if found.type == "cuda" and (found.index or 0) >= (count := _gpu_count()):
         fix = "the first is 'cuda:0'" if count else "device 'cpu' runs without one"
         raise ValueError(f"device is {name!r}, but this machine has {_gpus(count)}; {fix}")
     if found.type not in ("cpu", "cuda"):
@@ -258,7 +264,7 @@ def rank_devices(
                 f"named: use --nproc-per-node {len(devices)}"
             )
         devices = [devices[local]]
-        torch.cuda.set_device(devices[0])
+        use_device(devices[0])
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_seconds)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))

@@ -16,7 +16,7 @@ from mit_semseg.config.node import Config, keys
 # Settings that change no weight.
 _HARMLESS = {
     *("DIR", "TRAIN.workers", "TRAIN.start_epoch", "TRAIN.keep", "TRAIN.checkpoint_minutes"),
-    *("TRAIN.stall_seconds", "TRAIN.disp_iter", "TRAIN.eval_epochs"),
+    *("TRAIN.stall_seconds", "TRAIN.disp_iter", "TRAIN.eval_epochs", "TRAIN.parallel"),
 }
 
 

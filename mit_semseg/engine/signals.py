@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from mit_semseg.engine.processes import started_here
+
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -58,8 +60,10 @@ class StopRequest:
                 raise KeyboardInterrupt
             return
         self.asked = signal.Signals(number).name
-        # Not through print: the signal may have come in the middle of one.
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _said(self.asked))
+        # Of ranks that a command has started all are asked, and the first one speaks for them.
+        if not started_here() or os.environ["RANK"] == "0":
+            # Not through print: the signal may have come in the middle of one.
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _said(self.asked))
         if self._on_ask is not None:
             self._on_ask()
 

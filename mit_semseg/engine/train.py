@@ -264,7 +264,9 @@ class Trainer:
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             with self._peers():
-                self.parallel = nn.parallel.DistributedDataParallel(self.module, device_ids=ids)
+                self.parallel = nn.parallel.DistributedDataParallel(
+                    self.module, device_ids=ids, broadcast_buffers=False
+                )
         elif len(self.devices) > 1:
             self.parallel = UserScatteredDataParallel(
                 self.module, device_ids=self.devices, timeout=cfg.TRAIN.stall_seconds

@@ -188,7 +188,7 @@ class SegmentationModule(SegmentationModuleBase):
         """Weighs replicas by what they have to learn from.
 
         Args:
-            batches: one dict per replica, on any device.
+            batches: one dict per replica, on any device; labels are counted where they are.
 
         Returns:
             New dicts with `loss_weight`, `acc_weight` and `own_weights`, such that the plain mean
@@ -197,7 +197,9 @@ class SegmentationModule(SegmentationModuleBase):
         """
         if not all("seg_label" in batch for batch in batches):
             return [dict(batch) for batch in batches]
-        sums = torch.stack([self._denominators(batch["seg_label"]).cpu() for batch in batches])
+        labels = [batch["seg_label"] for batch in batches]
+        # On the host as a rule, as the loader gives them; those on GPUs are not waited for.
+        sums = torch.stack([self._denominators(label).to(labels[0].device) for label in labels])
         weights = _shares(sums, sums.sum(0), len(batches))
         return [
             {**batch, "loss_weight": weight[0], "acc_weight": weight[1], "own_weights": weight[2:]}

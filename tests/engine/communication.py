@@ -48,7 +48,7 @@ class Traffic:
     def statistics_sent(self, ranks: int) -> float:
         """Bytes each rank sends for batch normalisation, in rings.
 
-        Forward each layer gathers mean, sum of squares and count from all ranks, in float64;
+        Forward each layer gathers mean, variance and count from all ranks, in float64;
         backward it sums two gradients a channel over them, in float32.
         """
         gathered = (ranks - 1) * 8 * (2 * self.channels + self.layers)

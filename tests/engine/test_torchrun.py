@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +21,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from communication import table, traffic_of
+from jobs import SIZES, Job, layout, phrases, steps_of
 from processes import ROOT, Command, free_port, kill, needs_proc, torchrun
 from torch import Tensor, nn
 
-from mit_semseg.config import dump_config, load_config
+from mit_semseg.config import load_config
 from mit_semseg.dataset import streets
 from mit_semseg.engine.launch import leave_process_group, rank_devices
+from mit_semseg.lib.nn import sync_function
 from mit_semseg.models import ModelBuilder, SegmentationModule
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     rank_devices([CPU], 60)
     module = network()
-    parallel = nn.parallel.DistributedDataParallel(module)
+    parallel = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
     with counted() as numbers:
         loss, accuracy = parallel(batch_of(rank))
         loss.backward()
@@ -93,21 +94,21 @@ def one_rank(rank: int, port: int, folder: str) -> None:
 def counted() -> Iterator[dict[str, list[int]]]:
     """Bytes of every exchange but for the gradients', by kind, while the context lasts."""
     numbers: dict[str, list[int]] = {"all_reduce": [], "all_gather": []}
-    before = dist.all_reduce, dist.all_gather
+    before = dist.all_reduce, sync_function._all_gather
 
     def reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
         numbers["all_reduce"].append(tensor.nbytes)
         return before[0](tensor, *args, **options)
 
-    def gather(parts: list[Tensor], tensor: Tensor, *args: Any, **options: Any) -> Any:
-        numbers["all_gather"].append(tensor.nbytes)
-        return before[1](parts, tensor, *args, **options)
+    def gather(together: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+        numbers["all_gather"].append(own.nbytes)
+        before[1](together, own, group)
 
-    dist.all_reduce, dist.all_gather = reduce, gather
+    dist.all_reduce, sync_function._all_gather = reduce, gather
     try:
         yield numbers
     finally:
-        dist.all_reduce, dist.all_gather = before
+        dist.all_reduce, sync_function._all_gather = before
 
 
 class RaggedBatchNorm(nn.Module):
@@ -238,56 +239,6 @@ def noted(self, index):
 TrainDataset.__getitem__ = noted
 sys.exit(main(["train", *sys.argv[1:]]))
 """
-SIZES = [(48, 64), (64, 48), (48, 48), (40, 64), (64, 40), (56, 64)]
-
-
-class Job:
-    """A small training on six images; `run` it in one process or in several ranks."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.data = root / "data"
-
-    def config(self, name: str, **changes: Any) -> Path:
-        """The configuration of a run in a folder of its own, as a file."""
-        settings: dict[str, Any] = {
-            "DIR": str(self.root / name),
-            "DATASET.root_dataset": str(self.data),
-            "DATASET.list_train": str(self.data / "val.odgt"),
-            "DATASET.list_val": str(self.data / "val.odgt"),
-            "DATASET.num_class": 4,
-            "DATASET.label_offset": 0,
-            "DATASET.imgSizes": [32],
-            "MODEL.arch_encoder": "resnet18dilated",
-            "MODEL.arch_decoder": "c1",
-            "MODEL.fc_dim": 512,
-            "MODEL.weights_encoder": "none",
-            "TRAIN.num_epoch": 1,
-            "TRAIN.epoch_iters": "auto",
-            "TRAIN.batch_size_per_gpu": 1,
-            "TRAIN.workers": 0,
-            "TRAIN.disp_iter": 1,
-            "VAL.checkpoint": "epoch_1.pth",
-            "VAL.timeout": 60,
-            **{key.replace("__", "."): value for key, value in changes.items()},
-        }
-        cfg = load_config(None, [word for pair in settings.items() for word in pair])
-        file = self.root / f"{name}.yaml"
-        dump_config(cfg, file)
-        return file
-
-    def run(self, *words: str | Path, ranks: int = 1) -> Command:
-        """Start a script, under torchrun for more than one rank, and wait for its end."""
-        start = [sys.executable]
-        if ranks > 1:
-            start = torchrun("--standalone", "--nproc-per-node", str(ranks))
-        log = self.root / f"log{len(list(self.root.glob('log*')))}.txt"
-        command = Command([*start, *words], log, SEEN=str(self.root / f"seen_of_{ranks}_"))
-        try:
-            command.code(120)
-        finally:
-            command.destroy()
-        return command
 
 
 @pytest.fixture(scope="module")
@@ -315,21 +266,6 @@ def test_ranks_never_see_the_same_sample_in_one_pass(job: tuple[Job, Command, Co
     assert len(set(everything)) == len(everything) == len(SIZES)
     assert [len(one) for one in seen] == [len(SIZES) // 2] * 2
     assert sorted(seen[0] + seen[1]) == everything
-
-
-def layout(folder: Path) -> set[str]:
-    """Names of the files, where steps are counted as shares of the run."""
-    return {
-        re.sub(r"state_step_\d+", "state_step", path.relative_to(folder).as_posix())
-        for path in folder.rglob("*")
-    }
-
-
-def phrases(folder: Path) -> list[str]:
-    """The log without times, numbers and the lines of single steps."""
-    lines = (folder / "log.txt").read_text().splitlines()
-    said = [line.split("] ", 1)[1] for line in lines if ", step " not in line]
-    return [re.sub(r"[\d.]+", "#", line) for line in said]
 
 
 def test_ranks_leave_the_files_and_figures_of_one_process(
@@ -412,14 +348,6 @@ def host(job: Job, name: str, config: Path, port: int, *options: str, **where: A
         config,
     ]
     return Command(words, job.root / f"{name}.txt", **where.get("environment", {}))
-
-
-def steps_of(folder: Path) -> list[int]:
-    """Steps in the figures, in the order in which they were written."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    figures = [json.loads(line) for line in lines if line.endswith("}")]
-    return [one["step"] for one in figures if one["kind"] == "train"]
 
 
 LONG = {"TRAIN__num_epoch": 200, "TRAIN__eval_epochs": 0, "TRAIN__keep": 1}

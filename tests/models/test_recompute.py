@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel, sync_function
 from mit_semseg.models import ENCODERS, ModelBuilder
 from mit_semseg.models.recompute import recompute, units
 
@@ -213,16 +213,16 @@ def one_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=file, rank=rank, world_size=WORLD)
     results = []
     exchanges: list[int] = []
-    gather = dist.all_gather
+    gather = sync_function._all_gather
 
     def counted(*args: Any, **options: Any) -> Any:
         exchanges[-1] += 1
         return gather(*args, **options)
 
-    dist.all_gather = counted
+    sync_function._all_gather = counted
     for module in blocks(drop=0.0):
         exchanges.append(0)
-        parallel = nn.parallel.DistributedDataParallel(module)
+        parallel = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
         generator = torch.Generator().manual_seed(rank)
         for _ in range(2):
             x = torch.randn(rank + 1, 3, 6, 5, dtype=torch.float64, generator=generator)

@@ -1,0 +1,225 @@
+"""One process for each device of a command: ranks of torch's elastic launcher on this machine.
+
+The command starts itself once for each device (`start`). A rank runs as under torchrun, but tells
+the command how it ended (`report`), which says it once to the user, for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# Names, in ranks, the folder of their reports.
+_REPORTS = "MIT_SEMSEG_REPORTS"
+
+
+def started_here() -> bool:
+    """Whether this process is a rank that a command of this package has started, not torchrun."""
+    return _REPORTS in os.environ
+
+
+def wanted(parallel: str, devices: Sequence[torch.device]) -> bool:
+    """Whether this command is to start a process for each of its devices.
+
+    Args:
+        parallel: `TRAIN.parallel`.
+        devices: those named on the command line.
+
+    Raises:
+        ValueError: it is to, and torch cannot connect processes on these devices.
+    """
+    if "RANK" in os.environ or len(devices) == 1 or parallel == "replicas":
+        return False
+    import torch.distributed as dist
+
+    on_gpus = devices[0].type == "cuda"
+    able = dist.is_available() and (dist.is_nccl_available() if on_gpus else True)
+    if parallel == "processes" and not able:
+        raise ValueError(
+            "TRAIN.parallel processes needs a torch with NCCL, which this one lacks: set "
+            "TRAIN.parallel replicas"
+        )
+    return able and (on_gpus or parallel == "processes")
+
+
+def start(words: Sequence[str], count: int, patience: int) -> int:
+    """Run this command in `count` ranks to their end.
+
+    SIGINT and SIGTERM are passed on to the ranks, which finish their step and save.
+
+    Args:
+        words: arguments of this command.
+        count: ranks, one for each device named in them.
+        patience: seconds that ranks have to end after a signal; 30 on torch without
+            TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ChildProcessError: a rank failed; the message is that of the rank whose failure was the
+            cause.
+        KeyboardInterrupt: a rank was interrupted.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # It tells of every signal and failure, with rows of equal signs around.
+    log = logging.getLogger("torch.distributed.elastic")
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id="none",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+    )
+    python, *rest = _command(words)
+    codes: dict[int, int] = {}
+    caught = 0
+    with tempfile.TemporaryDirectory(prefix="mit_semseg_") as folder:
+        with _handlers_kept(), _environment(folder, count, patience):
+            try:
+                elastic_launch(config, python)(*rest)
+            except ChildFailedError as error:
+                codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            except SignalException as error:
+                caught = int(error.sigval)
+        reports = {int(file.stem): _read(file) for file in Path(folder).glob("*.json")}
+    return _status(reports, codes, count, caught)
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    """The line that started this process; where a program has called the command, one like it."""
+    if sys.argv[1:] in (list(words), list(words)[1:]):
+        return [sys.executable, *sys.orig_argv[1:]]
+    return [sys.executable, "-m", "mit_semseg.cli", *words]
+
+
+@contextmanager
+def _environment(folder: str, count: int, patience: int) -> Iterator[None]:
+    """What ranks and launcher are to find in the environment."""
+    from mit_semseg.engine.launch import cpu_count
+
+    before = dict(os.environ)
+    os.environ[_REPORTS] = folder
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(patience)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // count)))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Puts back the signal handlers that the launcher replaces, once it is done.
+
+    It would replace those of nohup and of a shell's background, too, by which signals are ignored,
+    and end the run when the terminal is closed: these it cannot replace.
+    """
+    replace = signal.signal
+    before: dict[Any, Any] = {}
+
+    def noted(number: Any, handler: Any) -> Any:
+        now = signal.getsignal(number)
+        if now is signal.SIG_IGN:
+            return now
+        before.setdefault(number, now)
+        return replace(number, handler)
+
+    signal.signal = noted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = replace
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Report:
+    """How a rank ended.
+
+    Attributes:
+        status: its exit status.
+        error: what it has to say; "" without an error.
+        lost: it only lost another rank, whose report says more.
+        time: in seconds since the epoch.
+    """
+
+    status: int
+    error: str = ""
+    lost: bool = False
+    time: float = 0.0
+
+
+def report(status: int, error: str = "", lost: bool = False) -> None:
+    """Tell the command that has started this rank how the rank ends."""
+    file = Path(os.environ[_REPORTS]) / f"{os.environ['RANK']}.json"
+    said = Report(status, error, lost, time.time())
+    try:
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(asdict(said)), encoding="utf-8")
+        part.replace(file)
+    except OSError:  # the command has gone, and its folder with it
+        print(f"rank {file.stem}: {error}", file=sys.stderr)
+
+
+def _read(file: Path) -> Report:
+    return Report(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def _status(
+    reports: Mapping[int, Report], codes: Mapping[int, int], count: int, caught: int
+) -> int:
+    """The exit status of all ranks together.
+
+    Args:
+        reports: by rank, of those that came to an orderly end.
+        codes: exit codes of ranks that the launcher found to have failed.
+        count: ranks that were started.
+        caught: the signal that ended the launcher, or 0.
+    """
+    causes = {rank: one for rank, one in reports.items() if one.error and not one.lost}
+    if causes:
+        rank = min(causes, key=lambda rank: causes[rank].time)
+        raise ChildProcessError(f"rank {rank}: {causes[rank].error}")
+    silent = {rank: code for rank, code in codes.items() if rank not in reports}
+    for rank, code in silent.items():
+        if code < 0:
+            raise ChildProcessError(
+                f"rank {rank} was ended by signal {signal.Signals(-code).name}; --resume auto goes "
+                "on from the newest checkpoint"
+            )
+        return code  # the rank itself has said why
+    for rank, one in reports.items():
+        if one.error:
+            raise ChildProcessError(f"rank {rank}: {one.error}")
+    if caught and len(reports) < count:
+        return 128 + caught
+    status = max((one.status for one in reports.values()), default=0)
+    if status == 130:
+        raise KeyboardInterrupt
+    return status
