@@ -32,12 +32,13 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
-from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.options import DataOptions, with_scales
 from mit_semseg.dataset.transforms import Normalize
-from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
+from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
+from mit_semseg.engine.inputs import common_base, output_stems
 from mit_semseg.engine.launch import autocast, cpu_count, fixed_threads, local_ranks
-from mit_semseg.engine.pool import in_threads, run_here, run_pool
-from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
+from mit_semseg.engine.pipeline import in_threads, stacked
+from mit_semseg.engine.pool import run_here, run_pool
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.models import SegmentationModule

@@ -17,16 +17,13 @@ from PIL import Image
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.transforms import load_image, scaled_inputs
+from mit_semseg.engine import predict as engine
 from mit_semseg.engine.checkpoint import load_model
-from mit_semseg.engine.predict import (
-    areas,
-    find_images,
-    index_image,
-    output_stems,
-    predict,
-    render,
-    result_endings,
-)
+from mit_semseg.engine.inputs import find_images, output_stems, result_endings
+from mit_semseg.engine.predict import predict
+from mit_semseg.engine.predictor import Predictor
+from mit_semseg.visualize import results as drawing
+from mit_semseg.visualize.results import areas, index_image, render
 
 CPU = torch.device("cpu")
 NAMES = ("wall", "floor", "lamp", "plant")
@@ -182,9 +179,7 @@ def test_what_no_memory_is_enough_for_is_reported(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     """Last of all, after tiles and the CPU; torch's error on the CPU has no type of its own."""
-    from mit_semseg.engine import predict as engine
-
-    plain, calls = engine.scale_logits, []
+    plain, calls = Predictor.logits, []
 
     def scarce(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
@@ -192,7 +187,7 @@ def test_what_no_memory_is_enough_for_is_reported(
             raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(engine, "scale_logits", scarce)
+    monkeypatch.setattr(Predictor, "logits", scarce)
     for name in "ab":
         photo(tmp_path / f"{name}.png")
     results = predict(cfg, tmp_path, CPU, result=tmp_path / "out", progress=False)
@@ -203,12 +198,10 @@ def test_what_no_memory_is_enough_for_is_reported(
 def test_other_errors_are_not_taken_for_want_of_memory(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mit_semseg.engine import predict as engine
-
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(engine, "scale_logits", broken)
+    monkeypatch.setattr(Predictor, "logits", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         predict(cfg, photo(tmp_path / "a.png"), CPU, result=tmp_path / "out", progress=False)
 
@@ -230,10 +223,8 @@ def test_images_may_be_computed_in_tiles(cfg: Config, tmp_path: Path) -> None:
 def test_large_images_are_not_read_while_others_are_computed(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mit_semseg.engine import predict as engine
-
     monkeypatch.setattr(engine, "_LARGE", 64 * 48 - 1)
-    plain, busy, seen = engine.scale_logits, [], []
+    plain, busy, seen = Predictor.logits, [], []
 
     def computing(*args: Any, **kwargs: Any) -> Any:
         busy.append(1)
@@ -246,7 +237,7 @@ def test_large_images_are_not_read_while_others_are_computed(
         seen.append(bool(busy))
         return load_image(path)
 
-    monkeypatch.setattr(engine, "scale_logits", computing)
+    monkeypatch.setattr(Predictor, "logits", computing)
     monkeypatch.setattr(engine, "load_image", reading)
     for k in range(4):
         photo(tmp_path / "in" / f"{k}.png", seed=k)
@@ -363,15 +354,13 @@ def test_bad_settings_are_refused(cfg: Config, tmp_path: Path) -> None:
 def test_pictures_in_bands_are_the_same(
     kind: str, dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mit_semseg.engine import predict as engine
-
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (37, 20, 3)).astype(np.uint8)
     labels = rng.integers(0, 4, (37, 20)).astype(dtype)
     table = ClassTable.of(NAMES)
     whole = render(kind, image, labels, table)
     shares = areas(labels, NAMES)
-    monkeypatch.setattr(engine, "_BAND", 100)
+    monkeypatch.setattr(drawing, "_BAND", 100)
     np.testing.assert_array_equal(np.asarray(render(kind, image, labels, table)), np.asarray(whole))
     assert (
         areas(labels, NAMES)
