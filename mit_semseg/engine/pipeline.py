@@ -8,11 +8,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mit_semseg.engine.launch import cores_each
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -87,6 +90,42 @@ class HandedOn(Generic[R]):
         """Wait for the results of all calls."""
         while self._held:
             yield self._held.popleft().result()
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads beside the one that computes, and how far they are ahead of it and behind.
+
+    Attributes:
+        readers: read what is computed next.
+        writers: do what is left to do on the host.
+    """
+
+    readers: int
+    writers: int
+
+    @classmethod
+    def of(cls, device: torch.device, processes: int) -> Threads:
+        """As the cores of each of so many processes allow; on the CPU the network needs them."""
+        cores = cores_each(processes)
+        if device.type == "cpu":
+            return cls(2, max(1, cores // 8))
+        return cls(min(8, max(2, cores // 2)), min(16, max(2, cores)))
+
+    @property
+    def read_ahead(self) -> int:
+        """Tasks that are read, or being read, beyond the one that is computed."""
+        return self.readers
+
+    @property
+    def unwritten(self) -> int:
+        """Tasks that may have been computed and not written."""
+        return self.writers + 2
+
+    @property
+    def held(self) -> int:
+        """Tasks that may be taken before there is a first result."""
+        return self.read_ahead + 1 + self.unwritten
 
 
 class Budget:

@@ -39,13 +39,13 @@ from mit_semseg.engine.inputs import (
     result_endings,
     without_depths,
 )
-from mit_semseg.engine.launch import cores_each
 from mit_semseg.engine.peers import found_by_rank_0, results_of_ranks
 from mit_semseg.engine.pipeline import (
     Budget,
     HandedOn,
     HostCopy,
     Stopwatch,
+    Threads,
     enter_device,
     in_threads,
     on_device,
@@ -199,7 +199,7 @@ def _run(jobs: Sequence[Job], batches: Sequence[Batch], report: _Report) -> None
             batches,
             report.add,
             describe=lambda batch: ", ".join(str(task.path) for task in batch[1]),
-            ahead=max(_Threads.of(job.device, job.processes).held for job in jobs),
+            ahead=max(Threads.of(job.device, job.processes).held for job in jobs),
         )
     elif jobs:
         run_here(partial(_work, jobs[0]), batches, report.add)
@@ -211,37 +211,6 @@ def _work(job: Job, batches: Iterator[Batch]) -> Generator[tuple[int, list[Resul
     advice = "look at these files, or raise TEST.timeout"
     with reading_watchdog(job.cfg.TEST.timeout, job.name, advice):
         yield from _Pipeline(job).run(batches)
-
-
-@dataclass(frozen=True)
-class _Threads:
-    """Threads beside the one that computes, and how far they are ahead of it and behind."""
-
-    readers: int
-    writers: int
-
-    @classmethod
-    def of(cls, device: torch.device, processes: int) -> _Threads:
-        """As many as the cores are good for; on the CPU the network needs them itself."""
-        cores = cores_each(processes)
-        if device.type == "cpu":
-            return cls(2, max(1, cores // 8))
-        return cls(min(8, max(2, cores // 2)), min(16, max(2, cores)))
-
-    @property
-    def read_ahead(self) -> int:
-        """Batches that are read, or being read, beyond the one that is computed."""
-        return self.readers
-
-    @property
-    def unwritten(self) -> int:
-        """Batches that have been computed and are not written."""
-        return self.writers + 2
-
-    @property
-    def held(self) -> int:
-        """Batches on their way, at most."""
-        return self.read_ahead + 1 + self.unwritten
 
 
 @dataclass
@@ -292,7 +261,7 @@ class _Pipeline:
             window=Sliding.of(cfg.TEST),
             compile=cfg.TEST.compile,
         )
-        self.threads = _Threads.of(job.device, job.processes)
+        self.threads = Threads.of(job.device, job.processes)
         self.budget = Budget(_IN_MEMORY)
         self.tuner = ThreadTuner(enabled=job.device.type == "cpu" and not cfg.TEST.compile)
 

@@ -24,14 +24,13 @@ from PIL import Image
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset
 from mit_semseg.engine.checkpoint import load_model
+from mit_semseg.engine.eval_report import format_report, single_class
 from mit_semseg.engine.evaluate import (
     Evaluation,
     Interrupted,
     evaluate,
     evaluate_model,
-    format_report,
     merged,
-    single_class,
     val_dataset,
 )
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix, boundary_f
