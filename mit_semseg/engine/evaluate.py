@@ -34,19 +34,18 @@ from mit_semseg.engine.eval_report import format_report, single_class, summarize
 from mit_semseg.engine.inputs import common_base, output_stems
 from mit_semseg.engine.launch import cpu_count, fixed_threads, local_ranks
 from mit_semseg.engine.peers import results_of_ranks
-from mit_semseg.engine.pipeline import (
-    HandedOn,
+from mit_semseg.engine.pipeline import HandedOn, in_threads
+from mit_semseg.engine.pool import run_here, run_pool
+from mit_semseg.engine.predictor import Predictor
+from mit_semseg.engine.transfer import (
     HostCopy,
     Stopwatch,
     Threads,
     enter_device,
-    in_threads,
     on_device,
     pinned,
     stacked,
 )
-from mit_semseg.engine.pool import run_here, run_pool
-from mit_semseg.engine.predictor import Predictor
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.models import SegmentationModule

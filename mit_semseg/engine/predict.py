@@ -40,21 +40,19 @@ from mit_semseg.engine.inputs import (
     without_depths,
 )
 from mit_semseg.engine.peers import found_by_rank_0, results_of_ranks
-from mit_semseg.engine.pipeline import (
-    Budget,
-    HandedOn,
+from mit_semseg.engine.pipeline import Budget, HandedOn, in_threads
+from mit_semseg.engine.pool import run_here, run_pool
+from mit_semseg.engine.predictor import Predictor
+from mit_semseg.engine.threads import ThreadTuner, pixels
+from mit_semseg.engine.transfer import (
     HostCopy,
     Stopwatch,
     Threads,
     enter_device,
-    in_threads,
     on_device,
     pinned,
     stacked,
 )
-from mit_semseg.engine.pool import run_here, run_pool
-from mit_semseg.engine.predictor import Predictor
-from mit_semseg.engine.threads import ThreadTuner, pixels
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize.results import areas, save_result

@@ -6,11 +6,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
-import torch
 
-from mit_semseg.engine.pipeline import Budget, HandedOn, HostCopy, Stopwatch, pinned
+from mit_semseg.engine.pipeline import Budget, HandedOn
 
 
 def test_results_come_in_the_order_of_the_calls() -> None:
@@ -79,34 +77,3 @@ def test_nobody_waits_for_memory_at_the_end() -> None:
     budget.close()
     waiting.join(5)
     assert not waiting.is_alive()
-
-
-def test_on_the_cpu_nothing_is_copied_or_pinned() -> None:
-    device = torch.device("cpu")
-    labels = torch.arange(6).view(2, 3)
-    assert pinned(labels, device) is labels
-    np.testing.assert_array_equal(HostCopy(labels).array(), labels.numpy())
-    watch = Stopwatch(device)
-    time.sleep(0.02)
-    assert 0.02 <= watch.stop().seconds() < 5
-
-
-@pytest.mark.gpu
-def test_a_gpu_is_not_waited_for() -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    x = torch.rand(4096, 4096, device=device)
-    torch.mm(x, x)
-    torch.cuda.synchronize()
-    watch = Stopwatch(device)
-    y = x
-    for _ in range(50):
-        y = torch.mm(x, y) / 2048
-    copy, event = HostCopy(y), torch.cuda.Event()
-    event.record()
-    watch.stop()
-    assert not event.query(), "the copy is on its way while this thread goes on"
-    with ThreadPoolExecutor(1) as other:
-        array = other.submit(copy.array).result()
-    np.testing.assert_array_equal(array, y.cpu().numpy())
-    assert copy.wait().is_pinned() and watch.seconds() > 0.01
-    assert pinned(torch.ones(3), device).is_pinned()

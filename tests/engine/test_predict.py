@@ -27,9 +27,9 @@ from mit_semseg.dataset.transforms import load_image, scaled_inputs
 from mit_semseg.engine import predict as engine
 from mit_semseg.engine.checkpoint import load_model
 from mit_semseg.engine.inputs import find_images
-from mit_semseg.engine.pipeline import Threads
 from mit_semseg.engine.predict import predict
 from mit_semseg.engine.predictor import Predictor
+from mit_semseg.engine.transfer import Threads
 from mit_semseg.segmenter import Segmenter
 from mit_semseg.visualize.results import save_result
 
