@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gpus",  # as the other commands call it
         dest="devices",
         default=None,
-        help="number of a GPU, or cpu (default: GPU 0 if any)",
+        help="0, 0-3 (which share the images) or cpu (default: GPU 0 if any)",
     )
     _add_config(predict, "TEST")
 

@@ -133,21 +133,32 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def run_predict(args: argparse.Namespace) -> int:
-    """Predict; 1 when some images failed."""
+    """Predict, one process a device or one rank of torchrun; 1 when some images failed."""
     images, more = split_overrides(args.imgs)
     opts = _overrides(args, more)
     from mit_semseg.engine.checkpoint import make_writable
-    from mit_semseg.engine.launch import read_config, resolve_devices, use_device
+    from mit_semseg.engine.launch import (
+        leave_process_group,
+        rank_devices,
+        read_config,
+        resolve_devices,
+        use_device,
+    )
     from mit_semseg.engine.predict import predict
     from mit_semseg.utils import setup_logger
 
     setup_logger()
     cfg = read_config(args.cfg, opts)
-    make_writable(cfg.TEST.result, "TEST.result")
-    # One image runs on one device; by default the first there is.
-    device = resolve_devices(args.devices, "--gpu")[0]
-    use_device(device)
-    results = predict(cfg, images, device)
+    devices = resolve_devices(args.devices, "--gpu")
+    rank, world, devices = rank_devices(devices, cfg.TEST.timeout)
+    setup_logger(rank, named=world > 1)
+    if rank == 0:
+        make_writable(cfg.TEST.result, "TEST.result")
+    if args.devices is None:
+        devices = devices[:1]  # as published; mostly there are few images
+    use_device(devices[0])
+    results = predict(cfg, images, devices, rank=rank, world=world)
+    leave_process_group()
     return 1 if any("error" in result for result in results) else 0
 
 

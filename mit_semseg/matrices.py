@@ -83,7 +83,7 @@ class MatrixCache:
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device; the host does not wait for the copy to a GPU."""
-    if device.type != "cuda":
+    if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 

@@ -15,15 +15,15 @@ from PIL import Image, ImageOps
 
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.base import load_depth_beside
-from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.options import DataOptions, with_scales
 from mit_semseg.dataset.transforms import exif_orientation, is_deep, load_image, to_rgb
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
 from mit_semseg.engine.launch import usable_device
-from mit_semseg.engine.predict import area_legend, areas, render, with_scales
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize import color_encode, overlay
+from mit_semseg.visualize.results import area_legend, areas, render
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
 # Picture formats that give back the numbers they were given: others lose some, or (GIF) renumber.

@@ -170,6 +170,20 @@ def test_wrong_matrices_are_refused() -> None:
                 function(torch.tensor([[1, -5], [0, 1]]))
 
 
+def test_counts_without_checks_are_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pred = torch.randint(7, (3, 40, 50), generator=generator, dtype=torch.uint8)
+    label = torch.randint(-1, 7, (3, 40, 50), generator=generator)
+    checked, unchecked = ConfusionMatrix(7), ConfusionMatrix(7, "cpu")
+    for _ in range(2):
+        checked.update(pred, label)
+        unchecked.update(pred, label, check=False)
+    assert torch.equal(checked.matrix, unchecked.matrix)
+    copy = unchecked.cpu()
+    unchecked.update(pred, label, check=False)
+    assert torch.equal(copy.matrix, checked.matrix), "a copy, not a view"
+
+
 @pytest.mark.gpu
 def test_cuda_predictions_and_cpu_labels() -> None:
     counts = ConfusionMatrix(4)

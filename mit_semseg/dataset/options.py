@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
+
+from mit_semseg.config.node import Config
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -171,3 +173,12 @@ class DataOptions:
                 f"multiples of DATASET.padding_constant {multiple}, such as "
                 f"{[-(-side // multiple) * multiple for side in self.crop_size]}"
             )
+
+
+def with_scales(dataset_cfg: Config, sizes: int | Sequence[int]) -> Config:
+    """`cfg.DATASET` with other `imgSizes`, one or several; unchanged when `sizes` is empty."""
+    if isinstance(sizes, Sequence) and not sizes:
+        return dataset_cfg
+    changed = dataset_cfg.clone()
+    changed.imgSizes = list(DataOptions.read({"imgSizes": sizes}).imgSizes)
+    return changed

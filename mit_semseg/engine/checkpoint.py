@@ -434,6 +434,25 @@ def resolve_checkpoint(directory: str | Path, checkpoint: str) -> tuple[Checkpoi
     return CheckpointFolder(path.parent), path.name
 
 
+def model_classes(cfg: Config, checkpoint: str) -> ClassTable:
+    """Names and colours: those beside the checkpoint, else the configuration's data set's.
+
+    Raises:
+        ValueError: the table has not `DATASET.num_class` rows.
+    """
+    folder, _ = resolve_checkpoint(cfg.DIR, checkpoint)
+    file = folder.path / CLASSES
+    if not file.is_file():
+        return class_table(cfg.DATASET)
+    table = ClassTable.load(file)
+    if len(table) != cfg.DATASET.num_class:
+        raise ValueError(
+            f"{file} has {len(table)} classes, but DATASET.num_class is {cfg.DATASET.num_class}; "
+            "use the configuration this checkpoint was trained with"
+        )
+    return table
+
+
 def load_model(cfg: Config, checkpoint: str) -> SegmentationModule:
     """The model of a configuration with a checkpoint's weights, in evaluation mode on the CPU.
 

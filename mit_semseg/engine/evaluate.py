@@ -2,6 +2,7 @@
 
 With `VAL.boundary` there is a sum of boundary F-scores beside it, merged in the same way.
 
+On a GPU images are read by threads and computed by one thread; the counts stay there to the end.
 On the CPU every image is computed by a single thread, several images side by side: convolutions
 round differently with every number of threads, and the figures must depend on neither the number
 of processes nor the cores they have.
@@ -9,47 +10,53 @@ of processes nor the cores they have.
 
 from __future__ import annotations
 
-import csv
-import json
+import contextlib
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
-from mit_semseg.dataset.options import DataOptions
-from mit_semseg.engine.checkpoint import load_model, resolve_checkpoint
+from mit_semseg.dataset.options import DataOptions, with_scales
+from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
+from mit_semseg.engine.eval_report import format_report, single_class, summarize, write_report
+from mit_semseg.engine.inputs import common_base, output_stems
 from mit_semseg.engine.launch import cpu_count, fixed_threads, local_ranks, use_device
-from mit_semseg.engine.pool import in_threads, run_here, run_pool
-from mit_semseg.engine.predict import common_base, model_classes, output_stems, stacked, with_scales
+from mit_semseg.engine.peers import results_of_ranks
+from mit_semseg.engine.pipeline import HandedOn, in_threads
+from mit_semseg.engine.pool import run_here, run_pool
 from mit_semseg.engine.predictor import Predictor
+from mit_semseg.engine.transfer import (
+    HostCopy,
+    Stopwatch,
+    Threads,
+    on_device,
+    pinned,
+    stacked,
+)
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.tiles import Sliding
-from mit_semseg.visualize import class_bars, color_encode
+from mit_semseg.scores import label_dtype
+from mit_semseg.visualize import color_encode, side_by_side
+from mit_semseg.visualize.results import write_png
 
 log = logging.getLogger("mit_semseg")
 
 # Most images a process works on at a time on the CPU, where each takes memory of its own.
 MAX_LANES = 8
-# On a GPU one is computed while the others are read.
-GPU_LANES = 3
 
 # Indices of the images that share one call of `work`; results do not depend on who gets which.
 Chunk = Sequence[int]
@@ -112,7 +119,8 @@ class Job:
     cfg: Config
     checkpoint: str
     device: torch.device
-    lanes: int  # images at work side by side
+    lanes: int  # images that are computed side by side on the CPU
+    processes: int  # among which the cores of this rank are divided
     pictures: Path | None
     colors: np.ndarray
     kept: Kept | None = None
@@ -223,39 +231,20 @@ def evaluate(
         _Progress("evaluating", chunks, progress and rank == 0, tell=True) as on_result,
         reading_watchdog(cfg.VAL.timeout, name, "look at these files, or raise VAL.timeout"),
     ):
-        lanes = _lanes(places)
         if model is not None:
             data = val_dataset(cfg)
             gallery = _Gallery(data, pictures, classes.colors) if pictures else None
             scorer = _Scorer(model, data, cfg, devices[0], gallery, cfg.VAL.boundary, kept)
-            work = partial(scorer.run, _lanes(devices[:1]))
-            parts = [run_here(work, chunks, on_result)]
-        elif len(places) == 1:
-            job = Job(cfg, checkpoint, places[0], lanes, pictures, classes.colors, kept)
-            parts = [run_here(partial(_work, job), chunks, on_result)]
+            parts = [run_here(partial(scorer.run, _lanes(devices[:1])), chunks, on_result)]
         else:
-            parts = run_pool(
-                _work,
-                [
-                    Job(cfg, checkpoint, device, lanes, pictures, classes.colors, kept)
-                    for device in places
-                ],
-                chunks,
-                on_result,
-                describe=lambda chunk: ", ".join(str(split.records[i]["fpath_img"]) for i in chunk),
-                ahead=lanes,
-                timeout=cfg.VAL.timeout,
-            )
-    try:
+            lanes, processes = _lanes(places), len(places)
+            jobs = [
+                Job(cfg, checkpoint, device, lanes, processes, pictures, classes.colors, kept)
+                for device in places
+            ]
+            parts = _parts(jobs, chunks, split.records, on_result)
+    with results_of_ranks(rank, "scored its images", "VAL.timeout", cfg.VAL.timeout):
         whole = merged(sum(parts[1:], parts[0]), devices[0])
-    except RuntimeError as error:
-        if world == 1:
-            raise
-        raise ConnectionError(
-            f"rank {rank} has scored its images, but lost another rank "
-            f"({' '.join(str(error).split())[:120]}); what that one printed says why. Ranks wait "
-            f"for each other for VAL.timeout {cfg.VAL.timeout:g} s"
-        ) from error
     if len(whole.bad) == count:
         image, reason = whole.failed[0]
         raise ValueError(f"none of the {count} images can be used; the first: {image}: {reason}")
@@ -276,7 +265,7 @@ def evaluate(
         if line := single_class(whole.matrix, classes):
             log.warning("%s", line)
         print(format_report(result))
-        _write(result, classes, out)
+        write_report(result, classes, out)
         print(f"Figures in {out}")
     return result
 
@@ -348,6 +337,25 @@ def merged(evaluation: Evaluation, device: torch.device) -> Evaluation:
     return replace(total, bad=everyone, seconds=sum(seconds), processes=sum(processes))
 
 
+def _compare_classes(model: ClassTable, data: ClassTable, quiet: bool = False) -> None:
+    """Warn, unless `quiet`, where the names of data's classes differ from those of a model.
+
+    Raises:
+        ValueError: the same classes have other numbers.
+    """
+    numbered = ClassTable.numbered(len(model)).names
+    if model.names == data.names or numbered in (model.names, data.names):
+        return
+    k = next(k for k in range(len(model)) if model.names[k] != data.names[k])
+    said = (
+        f"class {k} of the checkpoint is {model.names[k]!r}, of DATASET.list_val {data.names[k]!r}"
+    )
+    if sorted(model.names) == sorted(data.names):
+        raise ValueError(f"{said}: number the classes of the data as the checkpoint does")
+    if not quiet:
+        log.warning("%s: the table has the checkpoint's names", said)
+
+
 class _Progress:
     """A bar that also reports the images that are left out, and asks whether to go on."""
 
@@ -388,13 +396,33 @@ def _chunks(count: int, size: int) -> list[Chunk]:
 
 
 def _lanes(places: Sequence[torch.device]) -> int:
-    """Images at work side by side in each process: the cores are divided among the processes."""
-    if any(place.type != "cpu" for place in places):
-        return GPU_LANES
+    """Images that each process computes side by side on the CPU, whose cores they share."""
     # torchrun gives every rank one thread, however many cores there are.
     ranks = local_ranks()
     cores = torch.get_num_threads() if ranks == 1 else fixed_threads() or cpu_count() // ranks
     return max(1, min(MAX_LANES, cores // len(places)))
+
+
+def _parts(
+    jobs: Sequence[Job],
+    chunks: Sequence[Chunk],
+    records: Sequence[Mapping[str, Any]],
+    on_result: Callable[[Scored], None],
+) -> list[Evaluation]:
+    """What each job has scored; a single one in this process."""
+    if len(jobs) == 1:
+        return [run_here(partial(_work, jobs[0]), chunks, on_result)]
+    first = jobs[0]
+    on_cpu = first.device.type == "cpu"
+    return run_pool(
+        _work,
+        jobs,
+        chunks,
+        on_result,
+        describe=lambda chunk: ", ".join(str(records[i]["fpath_img"]) for i in chunk),
+        ahead=first.lanes if on_cpu else Threads.of(first.device, first.processes).held,
+        timeout=first.cfg.VAL.timeout,
+    )
 
 
 def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[Scored, None, Evaluation]:
@@ -403,8 +431,29 @@ def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[Scored, None, Evaluatio
     module = load_model(job.cfg, job.checkpoint)
     data = val_dataset(job.cfg)
     gallery = _Gallery(data, job.pictures, job.colors) if job.pictures else None
-    scorer = _Scorer(module, data, job.cfg, job.device, gallery, job.cfg.VAL.boundary, job.kept)
+    scorer = _Scorer(
+        *(module, data, job.cfg, job.device),
+        *(gallery, job.cfg.VAL.boundary, job.kept, job.processes),
+    )
     return (yield from scorer.run(job.lanes, tasks))
+
+
+@dataclass
+class _Group:
+    """Images of a chunk that are computed together: the scales of equal shape."""
+
+    numbers: list[int]
+    scales: list[Tensor]  # (N, 3, h, w) each
+    truth: Tensor  # (N, H, W), -1 where ignored
+
+
+@dataclass
+class _Read:
+    """The images of a chunk; `bad` has (image, error) of those that cannot be used."""
+
+    groups: list[_Group] = field(default_factory=list)
+    pictures: dict[int, np.ndarray] = field(default_factory=dict)
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 class _Scorer:
@@ -419,32 +468,39 @@ class _Scorer:
         gallery: _Gallery | None = None,
         boundary: bool = False,
         kept: Kept | None = None,
+        processes: int = 1,
     ) -> None:
         self.predictor = Predictor(
-            module,
-            cfg.DATASET,
-            device,
+            *(module, with_scales(cfg.DATASET, cfg.VAL.imgSizes), device),
             precision=cfg.VAL.precision,
             flip=cfg.VAL.flip,
             tile=cfg.VAL.tile,
             window=Sliding.of(cfg.VAL),
             compile=cfg.VAL.compile,
         )
-        self.dataset, self.cfg, self.device = dataset, cfg, device
+        self.dataset, self.device = dataset, device
         self.gallery, self.kept = gallery, kept
-        num_class = cfg.DATASET.num_class
-        scores = BoundaryScore(num_class) if boundary else None
-        self.nothing = Evaluation(ConfusionMatrix(num_class), processes=0, boundary=scores)
-        # One forward pass at a time on a GPU, whose memory must hold it.
-        self.turn = Lock() if device.type != "cpu" else nullcontext()
+        self.num_class = cfg.DATASET.num_class
+        self.dtype = label_dtype(self.num_class)
+        self.threads = Threads.of(device, processes)
+        score = BoundaryScore(self.num_class) if boundary else None
+        self.nothing = Evaluation(ConfusionMatrix(self.num_class), processes=0, boundary=score)
 
-    def run(self, lanes: int, tasks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
+    def run(self, lanes: int, chunks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
         """Score chunks: yields what is to be told of each, returns the sum."""
+        if self.device.type == "cpu":
+            return (yield from self.side_by_side(lanes, chunks))
+        return (yield from self.in_order(chunks))
+
+    def side_by_side(
+        self, lanes: int, chunks: Iterable[Chunk]
+    ) -> Generator[Scored, None, Evaluation]:
+        """Several chunks at a time, each by one thread, which reads, computes and counts."""
         total = replace(self.nothing.empty(), processes=1)
         threads = torch.get_num_threads()
         try:
             for chunk, scored in in_threads(
-                self.score, tasks, threads=lanes, ahead=lanes, initializer=self._single_threaded
+                self._scored, chunks, threads=lanes, ahead=lanes, initializer=_single_threaded
             ):
                 part = scored.result()
                 total += part
@@ -454,53 +510,102 @@ class _Scorer:
             torch.set_num_threads(threads)
         return total
 
-    def _single_threaded(self) -> None:
-        if self.device.type == "cpu":
-            torch.set_num_threads(1)
+    def in_order(self, chunks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
+        """One chunk after the other, computed by the calling thread, which waits for no result."""
+        total = replace(self.nothing.empty(), processes=1)
+        counts = ConfusionMatrix(self.num_class, self.device)
+        watches: list[Stopwatch] = []
+        threads, enter = self.threads, partial(use_device, self.device)
+        reading = in_threads(self._read, chunks, threads.readers, threads.read_ahead, enter)
+        finishing: HandedOn[Evaluation] = HandedOn(threads.writers, threads.unwritten, enter)
+        with on_device(self.device), finishing, contextlib.closing(reading):
+            for chunk, future in reading:
+                read = future.result()
+                total.bad.update(read.bad)
+                copies = []
+                for group in read.groups:
+                    watch = Stopwatch(self.device)
+                    predicted = self._predicted(group)
+                    watches.append(watch.stop())
+                    truth = group.truth.to(self.device, non_blocking=True)
+                    # Masks are checked when they are read, and classes are predicted in range.
+                    counts.update(predicted, truth, check=False)
+                    if self._on_host:
+                        copies.append(HostCopy(predicted))
+                if copies:
+                    for part in finishing.add(self._finished, read, copies):
+                        total += part
+                yield len(chunk), read.bad
+            for part in finishing.rest():
+                total += part
+        return replace(
+            total, matrix=counts.cpu(), seconds=sum(watch.seconds() for watch in watches)
+        )
 
-    def score(self, chunk: Chunk) -> Evaluation:
-        """The evaluation of some images; those whose files cannot be used are left out."""
+    def _scored(self, chunk: Chunk) -> Evaluation:
+        """The evaluation of a chunk, in one of the threads of `side_by_side`."""
+        read = self._read(chunk)
+        part = replace(self.nothing.empty(), bad=read.bad)
+        copies = []
+        for group in read.groups:
+            watch = Stopwatch(self.device)
+            predicted = self._predicted(group)
+            part.seconds += watch.stop().seconds()
+            part.matrix.update(predicted, group.truth)
+            copies.append(HostCopy(predicted))
+        return part + self._finished(read, copies) if self._on_host else part
+
+    @property
+    def _on_host(self) -> bool:
+        """Whether anybody needs the class maps themselves."""
+        parts = (self.nothing.boundary, self.gallery, self.kept)
+        return any(part is not None for part in parts)
+
+    def _finished(self, read: _Read, copies: Sequence[HostCopy]) -> Evaluation:
+        """What is made of the class maps on the host."""
         part = self.nothing.empty()
-        samples, part.bad = self._read(chunk)
-        labels = {i: sample["seg_label"] for i, sample in samples.items()}
-        numbers = list(samples)
-        sizes = [(labels[i].shape[1], labels[i].shape[2]) for i in numbers]
-        for positions, images in stacked([samples[i]["img_data"] for i in numbers], sizes):
-            with self.turn:
-                started = time.perf_counter()
-                predicted = self._predict(images, sizes[positions[0]])
-                if self.device.type == "cuda":  # the call returns before the GPU is done
-                    torch.cuda.synchronize(self.device)
-                part.seconds += time.perf_counter() - started
-            # Counted where it was computed: only the counts come back from a GPU.
-            indices = [numbers[position] for position in positions]
-            truth = torch.cat([labels[i] for i in indices]).to(self.device)
-            part.matrix.update(predicted, truth)
+        for group, copy in zip(read.groups, copies, strict=True):
+            predicted = copy.wait()
             if self.kept is not None:
-                self.kept.add(indices, predicted)
-            if part.boundary is None and self.gallery is None:
-                continue
-            for i, one in zip(indices, predicted.cpu(), strict=True):
+                self.kept.add(group.numbers, predicted)
+            for i, one, truth in zip(group.numbers, predicted, group.truth, strict=True):
                 if part.boundary is not None:
-                    part.boundary.update(one, labels[i][0])
+                    part.boundary.update(one, truth)
                 if self.gallery is not None:
-                    self.gallery.add(i, samples[i], one)
+                    self.gallery.add(i, read.pictures[i], truth, one)
         return part
 
-    def _read(self, chunk: Chunk) -> tuple[dict[int, dict[str, Any]], dict[int, tuple[str, str]]]:
-        """Samples by their number in the list, and (image, error) of those that cannot be read."""
-        samples, bad = {}, {}
+    def _read(self, chunk: Chunk) -> _Read:
+        """The images of a chunk, those of equal shape stacked."""
+        read, samples = _Read(), {}
         for i in chunk:
             try:
                 samples[i] = self.dataset[i]
             except (OSError, ValueError) as error:
                 image = str(self.dataset.list_sample[i]["fpath_img"])
-                bad[i] = image, _reason(error, image)
-        return samples, bad
+                read.bad[i] = image, _reason(error, image)
+        if self.gallery is not None:
+            read.pictures = {i: sample["img_ori"] for i, sample in samples.items()}
+        numbers = list(samples)
+        truths = [samples[i]["seg_label"] for i in numbers]
+        sizes = [(truth.shape[1], truth.shape[2]) for truth in truths]
+        inputs = [samples[i]["img_data"] for i in numbers]
+        for positions, scales in stacked(inputs, sizes):
+            truth = pinned(torch.cat([truths[p] for p in positions]), self.device)
+            scales = [pinned(scale, self.device) for scale in scales]
+            read.groups.append(_Group([numbers[p] for p in positions], scales, truth))
+        return read
 
-    def _predict(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """(N, H, W) class ids."""
-        return self.predictor.labels(self.predictor.logits(images), size)
+    def _predicted(self, group: _Group) -> Tensor:
+        """(N, H, W) class ids, on the device unless its memory was too small."""
+        size = (group.truth.shape[1], group.truth.shape[2])
+        predicted = self.predictor.labels(self.predictor.logits(group.scales), size, self.dtype)
+        group.scales.clear()  # needed no more
+        return predicted
+
+
+def _single_threaded() -> None:
+    torch.set_num_threads(1)
 
 
 def _reason(error: BaseException, image: str) -> str:
@@ -521,186 +626,9 @@ class _Gallery:
         self.paths = [Path(f"{stem}.png") for stem in stems]
         self.colors = colors
 
-    def add(self, index: int, sample: Mapping[str, Any], predicted: Tensor) -> None:
+    def add(self, index: int, image: np.ndarray, truth: Tensor, predicted: Tensor) -> None:
         """Write the picture of image number `index`."""
         path = self.paths[index]
         path.parent.mkdir(parents=True, exist_ok=True)
-        truth = color_encode(sample["seg_label"][0].numpy(), self.colors)
-        picture = [sample["img_ori"], truth, color_encode(predicted.numpy(), self.colors)]
-        Image.fromarray(np.concatenate(picture, axis=1)).save(path)
-
-
-# ------------------------------------------------------------------------------ figures
-FIGURES = (
-    "mean_iou",
-    "mean_iou_all_classes",
-    "pixel_accuracy",
-    "class_accuracy",
-    "fw_iou",
-    "mean_dice",
-)
-
-
-def summarize(
-    matrix: ConfusionMatrix, classes: ClassTable, boundary: BoundaryScore | None = None
-) -> dict[str, Any]:
-    """The figures of a confusion matrix as plain numbers, and one dict per class.
-
-    Returns:
-        `mean_iou`, `mean_iou_all_classes`, `pixel_accuracy`, `class_accuracy`, `fw_iou`,
-        `mean_dice`; `pixels`, the number of labelled ones; and `classes`, a list of `index`,
-        `name`, `iou`, `dice`, `accuracy` (NaN where the class does not occur), `pixel_share` and
-        `predicted_share`. With `boundary` also `mean_boundary_f`, and `boundary_f` of each class.
-    """
-    figures = matrix.compute()
-    labelled, predicted = matrix.matrix.sum(1), matrix.matrix.sum(0)
-    total = int(labelled.sum())
-    rows = [
-        {
-            "index": k,
-            "name": name,
-            "iou": float(figures["iou"][k]),
-            "dice": float(figures["dice"][k]),
-            "accuracy": float(figures["recall"][k]),
-            "pixel_share": int(labelled[k]) / total if total else math.nan,
-            "predicted_share": int(predicted[k]) / total if total else math.nan,
-        }
-        for k, name in enumerate(classes.names)
-    ]
-    outlines = {} if boundary is None else boundary.compute()
-    for row, score in zip(rows, outlines.pop("boundary_f", ())):
-        row["boundary_f"] = float(score)
-    return {
-        **{key: float(figures[key]) for key in FIGURES},
-        **outlines,
-        "pixels": total,
-        "classes": rows,
-    }
-
-
-def single_class(matrix: ConfusionMatrix, classes: ClassTable) -> str:
-    """What to say when one class is predicted everywhere; "" when it is not."""
-    labelled, predicted = matrix.matrix.sum(1), matrix.matrix.sum(0)
-    if matrix.num_class == 1 or int((predicted > 0).sum()) != 1:
-        return ""
-    name = classes.names[int(predicted.argmax())]
-    if int((labelled > 0).sum()) == 1:
-        return (
-            f"every labelled pixel is {classes.names[int(labelled.argmax())]}, and every one is "
-            f"predicted as {name}: check DATASET.label_map, DATASET.label_offset and "
-            "DATASET.ignore_label (mit-semseg data check)"
-        )
-    return (
-        f"every pixel of all images is predicted as {name}: look at the masks (mit-semseg data "
-        "check), train for longer or at a lower TRAIN.lr_encoder and TRAIN.lr_decoder, or set "
-        "TRAIN.class_weights"
-    )
-
-
-def _compare_classes(model: ClassTable, data: ClassTable, quiet: bool = False) -> None:
-    """Warn, unless `quiet`, where the names of data's classes differ from those of a model.
-
-    Raises:
-        ValueError: the same classes have other numbers.
-    """
-    numbered = ClassTable.numbered(len(model)).names
-    if model.names == data.names or numbered in (model.names, data.names):
-        return
-    k = next(k for k in range(len(model)) if model.names[k] != data.names[k])
-    said = (
-        f"class {k} of the checkpoint is {model.names[k]!r}, of DATASET.list_val {data.names[k]!r}"
-    )
-    if sorted(model.names) == sorted(data.names):
-        raise ValueError(f"{said}: number the classes of the data as the checkpoint does")
-    if not quiet:
-        log.warning("%s: the table has the checkpoint's names", said)
-
-
-# Of the table of classes: key -> title, as wide as its column, and how a figure is written.
-COLUMNS = {
-    "iou": ("    IoU", ".4f"),
-    "dice": ("   Dice", ".4f"),
-    "boundary_f": ("boundary F", ".4f"),
-    "accuracy": ("accuracy", ".2%"),
-    "pixel_share": (" pixels", ".2%"),
-}
-
-
-def format_report(result: Mapping[str, Any]) -> str:
-    """The per-class table and the summary, as text; figures without meaning read `n/a`."""
-    rows = result["classes"]
-    width = max(len("class"), *(len(row["name"]) for row in rows))
-    columns = [key for key in COLUMNS if key in rows[0]]
-    titles = "".join(f"  {COLUMNS[key][0]}" for key in columns)
-    lines = [f"{'#':>4}  {'class':<{width}}{titles}"]
-    for row in rows:
-        cells = "".join(f"  {_cell(row[key], *COLUMNS[key])}" for key in columns)
-        lines.append(f"{row['index']:>4}  {row['name']:<{width}}{cells}")
-    absent = sum(math.isnan(row["iou"]) for row in rows)
-    window = ""
-    if result.get("window"):
-        window = ", in windows of {}x{}".format(*result["window"])
-    outlines = ""
-    if "mean_boundary_f" in result:
-        outlines = f", mean boundary F-score: {_figure(result['mean_boundary_f'], '.4f')}"
-    lines += [
-        "",
-        "[Eval Summary]:",
-        f"Mean IoU: {result['mean_iou']:.4f}, Accuracy: {100 * result['pixel_accuracy']:.2f}%, "
-        f"Inference Time: {result['seconds_per_image']:.4f}s",
-        f"Mean IoU of all {len(rows)} classes: {result['mean_iou_all_classes']:.4f} "
-        f"(as published: the {absent} absent ones count as 0)",
-        f"Class accuracy: {100 * result['class_accuracy']:.2f}%, "
-        f"frequency-weighted IoU: {result['fw_iou']:.4f}",
-        f"Mean Dice: {result['mean_dice']:.4f}{outlines}",
-        f"{result['images']} images, {result['pixels']} labelled pixels, scales "
-        f"{', '.join(map(str, result['imgSizes']))}{', flipped too' if result['flip'] else ''}"
-        f"{window}, "
-        f"{result['seconds']:.1f} s in {result['processes']} "
-        f"process{'es' if result['processes'] > 1 else ''}",
-    ]
-    if result["failed"]:
-        failed = result["failed"]
-        lines.append(f"{len(failed)} of {result['images'] + len(failed)} images failed:")
-        lines += [f"  {one['image']}: {one['error']}" for one in failed]
-    if not result["pixels"]:
-        lines.append(
-            "No pixel is labelled: check DATASET.label_offset and DATASET.ignore_label, or run "
-            "`mit-semseg data check` on the list"
-        )
-    return "\n".join(lines)
-
-
-def _cell(value: float, title: str, spec: str) -> str:
-    return f"{_figure(value, spec):>{len(title)}}"
-
-
-def _figure(value: float, spec: str) -> str:
-    return "n/a" if math.isnan(value) else format(value, spec)
-
-
-# Pictures: key -> what it is called.
-BARS = {"iou": "IoU", "dice": "Dice", "boundary_f": "Boundary F-score"}
-
-
-def _write(result: Mapping[str, Any], classes: ClassTable, out: Path) -> None:
-    (out / "eval.json").write_text(json.dumps(_without_nan(result), indent=2) + "\n", "utf-8")
-    with open(out / "eval.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(result["classes"][0]), lineterminator="\n")
-        writer.writeheader()
-        # An empty cell is what spreadsheets and pandas read as "no value".
-        writer.writerows(_without_nan(row, none="") for row in result["classes"])
-    for key, title in BARS.items():
-        values = [row[key] for row in result["classes"] if key in row]
-        if values:
-            picture = out / f"class_{key}.png"
-            class_bars(classes.names, values, classes.colors, picture, title=f"{title} per class")
-
-
-def _without_nan(value: Any, none: Any = None) -> Any:
-    """NaN is no JSON."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item, none) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item, none) for item in value]
-    return none if isinstance(value, float) and math.isnan(value) else value
+        maps = (color_encode(labels.numpy(), self.colors) for labels in (truth, predicted))
+        write_png(path, side_by_side(image, *maps))

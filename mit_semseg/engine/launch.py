@@ -214,6 +214,11 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def cores_each(processes: int = 1) -> int:
+    """Cores for each of so many processes of this rank, at least one."""
+    return max(1, cpu_count() // (local_ranks() * processes))
+
+
 def local_ranks() -> int:
     """Ranks of torchrun on this machine, which share its cores; 1 outside torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -17,14 +17,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any
 
 # What runs in a worker: (its setup, its tasks) -> one result per task, then one final value.
 Work = Callable[[Any, Iterator[Any]], Generator[Any, None, Any]]
-T = TypeVar("T")
-R = TypeVar("R")
 
 # Mistakes in the user's files stay what they are, so that callers can treat them as such.
 USER_ERRORS: dict[str, type[Exception]] = {
@@ -92,36 +89,6 @@ def run_pool(
         return _collect(workers, pending, on_result, describe, timeout)
     finally:
         _end(workers)
-
-
-def in_threads(
-    function: Callable[[T], R],
-    tasks: Iterable[T],
-    threads: int = 2,
-    ahead: int = 2,
-    initializer: Callable[[], None] | None = None,
-) -> Iterator[tuple[T, Future[R]]]:
-    """Tasks in order with what `function` makes of them, at work in threads meanwhile.
-
-    Args:
-        function: called with each task in one of the threads.
-        tasks: taken one by one as there is room.
-        threads: calls that run side by side.
-        ahead: tasks taken beyond the one that is yielded.
-        initializer: called once in each thread.
-    """
-    with ThreadPoolExecutor(threads, initializer=initializer) as executor:
-        held: deque[tuple[T, Future[R]]] = deque()
-        try:
-            for task in tasks:
-                held.append((task, executor.submit(function, task)))
-                if len(held) > ahead:
-                    yield held.popleft()
-            while held:
-                yield held.popleft()
-        finally:
-            for _, future in held:
-                future.cancel()
 
 
 class _Worker:

@@ -32,7 +32,7 @@ class Predictor:
     device runs out of memory, the image is computed again in smaller tiles, half as long each time,
     down to 256 pixels; on a GPU then on the CPU. Each step is a warning.
 
-    `logits` and `labels` are to be called from one thread; `scales` may be from others.
+    On a GPU `logits` and `labels` are to be called from one thread; `scales` may be from others.
 
     Example:
         >>> p = Predictor(module, cfg.DATASET, "cpu")  # doctest: +SKIP
@@ -132,16 +132,17 @@ class Predictor:
             dtype: of the class map (see `scores.label_dtype`).
 
         Returns:
-            (N, H, W), on the device of the logits, or on the CPU where that has too little memory.
+            (N, H, W), on the device; computed on the CPU where that has too little memory.
         """
         try:
-            return scores.class_map(logits, size, dtype=dtype)
+            return scores.class_map(logits, size, dtype=dtype).to(self.device)
         except torch.cuda.OutOfMemoryError:
             pass  # the error holds on to what was computed, until here
         torch.cuda.empty_cache()
         H, W = size
         log.warning("out of memory for a class map of %dx%d: computing it on the CPU", W, H)
-        return scores.class_map([x.cpu() for x in logits], size, dtype=dtype)
+        labels = scores.class_map([x.cpu() for x in logits], size, dtype=dtype)
+        return labels.to(self.device)
 
     def _logits(self, image: Tensor) -> Tensor:
         H, W = image.shape[-2:]

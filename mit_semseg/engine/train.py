@@ -23,13 +23,8 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, build_split, check_sample
 from mit_semseg.engine.balance import class_weights
 from mit_semseg.engine.checkpoint import CheckpointFolder, atomic_save
-from mit_semseg.engine.evaluate import (
-    Interrupted,
-    evaluate_model,
-    merged,
-    single_class,
-    val_dataset,
-)
+from mit_semseg.engine.eval_report import single_class
+from mit_semseg.engine.evaluate import Interrupted, evaluate_model, merged, val_dataset
 from mit_semseg.engine.feed import Feed
 from mit_semseg.engine.journal import Journal
 from mit_semseg.engine.launch import (

@@ -17,9 +17,10 @@ class ConfusionMatrix:
 
     Args:
         num_class: number of classes K.
+        device: where the counts are kept; on a GPU they are fetched by nothing but `compute`.
 
     Attributes:
-        matrix: (K, K) int64 on the CPU, row = label, column = prediction.
+        matrix: (K, K) int64 on `device`, row = label, column = prediction.
 
     Raises:
         ValueError: num_class is below 1.
@@ -31,23 +32,31 @@ class ConfusionMatrix:
         tensor([0.5000, 0.5000,    nan], dtype=torch.float64)
     """
 
-    def __init__(self, num_class: int) -> None:
+    def __init__(self, num_class: int, device: torch.device | str = "cpu") -> None:
         if num_class < 1:
             raise ValueError(f"num_class is {num_class}; give at least 1")
         self.num_class = num_class
-        self.matrix = torch.zeros(num_class, num_class, dtype=torch.int64)
+        self.matrix = torch.zeros(num_class, num_class, dtype=torch.int64, device=device)
 
-    def update(self, pred: Tensor | Any, label: Tensor | Any) -> None:
+    def update(self, pred: Tensor | Any, label: Tensor | Any, check: bool = True) -> None:
         """Count a prediction.
 
         Args:
             pred: class ids in 0..K-1, integer tensor or array of any shape.
             label: class ids of the same shape, -1 where a pixel is ignored.
+            check: see `functional.confusion_matrix`.
 
         Raises:
             ValueError: shapes differ, values are no integers, or an id is out of range.
         """
-        self.matrix += F.confusion_matrix(pred, label, self.num_class).cpu()
+        counts = F.confusion_matrix(pred, label, self.num_class, check)
+        self.matrix += counts.to(self.matrix.device)
+
+    def cpu(self) -> ConfusionMatrix:
+        """The same counts on the CPU."""
+        result = ConfusionMatrix(self.num_class)
+        result.matrix += self.matrix.cpu()
+        return result
 
     def __add__(self, other: ConfusionMatrix) -> ConfusionMatrix:
         if not isinstance(other, ConfusionMatrix):
@@ -56,7 +65,7 @@ class ConfusionMatrix:
             raise ValueError(
                 f"cannot add confusion matrices of {self.num_class} and {other.num_class} classes"
             )
-        result = ConfusionMatrix(self.num_class)
+        result = ConfusionMatrix(self.num_class, self.matrix.device)
         result.matrix = self.matrix + other.matrix
         return result
 
@@ -77,7 +86,7 @@ class ConfusionMatrix:
             for absent ones as published, `pixel_accuracy`, `class_accuracy` (mean recall),
             `fw_iou`; NaN when nothing was counted.
         """
-        m = self.matrix
+        m = self.matrix.cpu()
         return {
             "iou": F.class_iou(m),
             "dice": F.class_dice(m),

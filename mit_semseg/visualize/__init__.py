@@ -1,4 +1,4 @@
-"""Palettes, coloured label maps, legends and charts; NumPy and Pillow only."""
+"""Palettes, coloured label maps, legends and charts."""
 
 from mit_semseg.visualize.charts import class_bars, curves, loss_curves, ratio_bars
 from mit_semseg.visualize.palette import color_encode, overlay, palette, side_by_side

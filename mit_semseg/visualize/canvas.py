@@ -29,6 +29,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
+@lru_cache(maxsize=4096)
 def text_width(text: str, size: int) -> float:
     """Width of a line of text, in pixels."""
     return _font(size * _SCALE).getlength(text) / _SCALE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -50,17 +51,40 @@ def legend(
         )
     columns = max(1, math.ceil(len(names) / 30))
     rows = max(1, math.ceil(len(names) / columns))
-    name_width = min(240.0, max((text_width(str(name), 13) for name in names), default=80))
+    name_width = min(240, max((math.ceil(text_width(str(name), 13)) for name in names), default=80))
     column = 34 + name_width + (70 if areas is not None else 10)
-    sheet = Canvas(24 + column * columns + 16 * (columns - 1), 20 + _PITCH * rows)
+    size = (20 + _PITCH * rows, 24 + column * columns + 16 * (columns - 1))
     if not len(names):
-        sheet.text(12, 10 + _PITCH / 2, "nothing labelled", 13, MUTED)
+        empty = Canvas(size[1], size[0])
+        empty.text(12, 10 + _PITCH / 2, "nothing labelled", 13, MUTED)
+        return write_png(empty.array(), path)
+    sheet = np.full((*size, 3), 255, dtype=np.uint8)
     for k, name in enumerate(names):
-        x, y = 12 + (k // rows) * (column + 16), 10 + _PITCH * (k % rows + 0.5)
-        _entry(sheet, x, y, fit_text(str(name), 13, name_width), colors[k])
+        x, y = 12 + (k // rows) * (column + 16), 10 + _PITCH * (k % rows)
+        color = tuple(int(v) for v in colors[k])
+        row = _row(fit_text(str(name), 13, name_width), color, 26 + name_width)
+        sheet[y : y + _PITCH, x : x + row.shape[1]] = row
         if areas is not None:
-            sheet.text(x + column - 6, y, _percent(areas[k]), 13, MUTED, anchor="rm")
-    return write_png(sheet.array(), path)
+            share = _share(_percent(areas[k]))
+            sheet[y : y + _PITCH, x + column - share.shape[1] : x + column] = share
+    return write_png(sheet, path)
+
+
+# Legends of a folder of images are made of the same pieces: they are drawn once.
+@lru_cache(maxsize=1024)
+def _row(name: str, color: tuple[int, ...], width: int) -> np.ndarray:
+    """Colour and name of a class, (24, width, 3) uint8."""
+    sheet = Canvas(width, _PITCH)
+    _entry(sheet, 0, _PITCH / 2, name, color)
+    return sheet.array()
+
+
+@lru_cache(maxsize=2048)
+def _share(text: str) -> np.ndarray:
+    """The area of a class, (24, 70, 3) uint8, at the right end."""
+    sheet = Canvas(70, _PITCH)
+    sheet.text(64, _PITCH / 2, text, 13, MUTED, anchor="rm")
+    return sheet.array()
 
 
 def prediction_sheet(
@@ -141,7 +165,8 @@ def prediction_sheet(
     shares = np.bincount(pred[pred >= 0].reshape(-1), minlength=len(names)) / pred.size
     for r, k in enumerate(shown):
         y = head + 22 + _PITCH * (r + 0.5)
-        _entry(sheet, x, y, fit_text(str(names[k]), 13, name_width), colors[k])
+        color = tuple(int(v) for v in colors[k])
+        _entry(sheet, x, y, fit_text(str(names[k]), 13, name_width), color)
         sheet.text(x + side - 14, y, _percent(shares[k]), 13, MUTED, anchor="rm")
     if extra > 0:
         y = head + 22 + _PITCH * (len(shown) + 0.5)
@@ -169,8 +194,8 @@ def _mistakes(img: np.ndarray, valid: np.ndarray, wrong: np.ndarray) -> np.ndarr
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def _entry(sheet: Canvas, x: float, y: float, name: str, color: np.ndarray) -> None:
-    sheet.box(x, y - 8, 16, 16, tuple(int(v) for v in color), radius=3, rim=RULE)
+def _entry(sheet: Canvas, x: float, y: float, name: str, color: tuple[int, ...]) -> None:
+    sheet.box(x, y - 8, 16, 16, color, radius=3, rim=RULE)
     sheet.text(x + 26, y, name, 13)
 
 

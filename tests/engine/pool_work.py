@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from mit_semseg.engine.pool import in_threads
+from mit_semseg.engine.pipeline import in_threads
 
 
 def squares(setup: int, tasks: Iterator[int]) -> Iterator[int]:

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,19 @@ from PIL import Image
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset
 from mit_semseg.engine.checkpoint import load_model
+from mit_semseg.engine.eval_report import format_report, single_class
 from mit_semseg.engine.evaluate import (
     Evaluation,
     Interrupted,
+    Kept,
+    _Gallery,
+    _Scorer,
     evaluate,
     evaluate_model,
-    format_report,
     merged,
-    single_class,
     val_dataset,
 )
+from mit_semseg.engine.pool import run_here
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix, boundary_f
 from mit_semseg.models.tiles import Sliding, TiledNetwork
@@ -570,3 +574,77 @@ def test_killed_worker_ends_the_evaluation(setup: Config, tmp_path: Path) -> Non
     assert time.monotonic() - killed[0] < 10
     killer.join()
     assert not multiprocessing.active_children()
+
+
+# ------------------------------------------------------------------------------ as on a GPU
+def test_one_thread_computes_and_counts_are_fetched_once(
+    setup: Config, tmp_path: Path, make_images: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU, on the CPU, against the way of the CPU."""
+    cfg = damaged(setup, tmp_path, make_images)
+    cfg.VAL.batch_size = 2
+    module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
+    kept = Kept(tmp_path / "labels", (0, 4))
+    gallery = _Gallery(data, tmp_path / "pictures", ClassTable.of(NAMES).colors)
+    threads: set[int] = set()
+    checks: list[bool] = []
+    fetched: list[ConfusionMatrix] = []
+    logits, update, cpu = Predictor.logits, ConfusionMatrix.update, ConfusionMatrix.cpu
+
+    def watched(self: Predictor, scales: Any) -> Any:
+        threads.add(threading.get_ident())
+        return logits(self, scales)
+
+    def counted(self: ConfusionMatrix, pred: Any, label: Any, check: bool = True) -> None:
+        checks.append(check)
+        update(self, pred, label, check)
+
+    def fetch(self: ConfusionMatrix) -> ConfusionMatrix:
+        fetched.append(self)
+        return cpu(self)
+
+    monkeypatch.setattr(Predictor, "logits", watched)
+    monkeypatch.setattr(ConfusionMatrix, "update", counted)
+    monkeypatch.setattr(ConfusionMatrix, "cpu", fetch)
+    chunks = [range(2), range(2, 4), range(4, 5)]
+    told: list[Any] = []
+    scorer = _Scorer(module, data, cfg, CPU, gallery, True, kept)
+    found = run_here(scorer.in_order, chunks, told.append)
+    assert threads == {threading.get_ident()} and len(fetched) == 1 and set(checks) == {False}
+    assert [count for count, _ in told] == [2, 2, 1] and found.processes == 1
+    assert [sorted(bad) for _, bad in told] == [[1], [3], []] and found.seconds > 0
+    pictures = {path.name: path.read_bytes() for path in tmp_path.glob("pictures/*/*.png")}
+    assert sorted(pictures) == ["0.png", "2.png", "4.png"]
+    assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == ["0.npy", "4.npy"]
+
+    other = run_here(partial(scorer.side_by_side, 2), chunks, told.append)
+    assert found.failed == other.failed and len(other.failed) == 2
+    # Convolutions round by the number of threads.
+    counts = found.matrix.matrix, other.matrix.matrix
+    assert torch.equal(counts[0].sum(1), counts[1].sum(1))
+    assert int((counts[0] - counts[1]).abs().sum()) <= 1e-3 * int(counts[0].sum())
+    assert found.boundary is not None and other.boundary is not None
+    assert torch.equal(found.boundary.images, other.boundary.images)
+
+
+@pytest.mark.gpu
+def test_validations_on_a_gpu_leave_host_memory_as_it_was(
+    setup: Config, tmp_path: Path, make_images: Callable[..., None]
+) -> None:
+    sizes = [(48 + 8 * (k % 7), 64 + 8 * (k % 5)) for k in range(60)]
+    make_images(tmp_path, sizes)
+    cfg = setup.clone()
+    cfg.DATASET.root_dataset, cfg.DATASET.list_val = str(tmp_path), str(tmp_path / "val.odgt")
+    module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
+    device = torch.device("cuda:0")
+    on_cpu = evaluate_model(module, data, cfg, CPU, progress=False).matrix.matrix
+    memory = []
+    for _ in range(4):
+        found = evaluate_model(module, data, cfg, device, progress=False)
+        status = Path("/proc/self/status").read_text()
+        memory.append(int(status.partition("VmRSS:")[2].split()[0]) / 1024)
+        assert torch.equal(found.matrix.matrix.sum(1), on_cpu.sum(1)) and found.seconds > 0
+        moved = int((found.matrix.matrix - on_cpu).abs().sum())
+        assert moved <= 2e-2 * int(on_cpu.sum())
+    # The first one starts CUDA and meets every shape.
+    assert max(memory[1:]) - memory[0] < 40, memory

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+import re
+import signal
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +19,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import Command, free_port, torchrun
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.transforms import load_image, scaled_inputs
+from mit_semseg.engine import predict as engine
 from mit_semseg.engine.checkpoint import load_model
-from mit_semseg.engine.predict import (
-    areas,
-    find_images,
-    index_image,
-    output_stems,
-    predict,
-    render,
-    result_endings,
-)
+from mit_semseg.engine.inputs import find_images
+from mit_semseg.engine.predict import predict
 from mit_semseg.engine.predictor import Predictor
+from mit_semseg.engine.transfer import Threads
+from mit_semseg.segmenter import Segmenter
+from mit_semseg.visualize.results import save_result
 
 CPU = torch.device("cpu")
 NAMES = ("wall", "floor", "lamp", "plant")
@@ -183,7 +187,6 @@ def test_what_no_memory_is_enough_for_is_reported(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     """Last of all, after tiles and the CPU; torch's error on the CPU has no type of its own."""
-
     plain, calls = Predictor.logits, []
 
     def scarce(*args: Any, **kwargs: Any) -> Any:
@@ -203,7 +206,6 @@ def test_what_no_memory_is_enough_for_is_reported(
 def test_other_errors_are_not_taken_for_want_of_memory(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("shapes do not fit")
 
@@ -229,8 +231,6 @@ def test_images_may_be_computed_in_tiles(cfg: Config, tmp_path: Path) -> None:
 def test_large_images_are_not_read_while_others_are_computed(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mit_semseg.engine import predict as engine
-
     monkeypatch.setattr(engine, "_LARGE", 64 * 48 - 1)
     plain, busy, seen = Predictor.logits, [], []
 
@@ -251,6 +251,233 @@ def test_large_images_are_not_read_while_others_are_computed(
         photo(tmp_path / "in" / f"{k}.png", seed=k)
     predict(cfg, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
     assert seen == [False] * 4
+
+
+# ------------------------------------------------------------------------------ the pipeline
+@pytest.fixture
+def several_writers(monkeypatch: pytest.MonkeyPatch) -> Threads:
+    """More threads than a CPU gets."""
+    threads = Threads(readers=2, writers=3)
+    monkeypatch.setattr(Threads, "of", lambda device, processes: threads)
+    return threads
+
+
+def test_images_are_computed_by_one_thread_and_written_by_others_in_order(
+    cfg: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    several_writers: Threads,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = [photo(tmp_path / "in" / f"{k}.png", seed=k) for k in range(8)]
+    threads: dict[str, set[int]] = {"read": set(), "logits": set(), "labels": set(), "write": set()}
+    written: list[str] = []
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            threads[name].add(threading.get_ident())
+            return function(*args, **kwargs)
+
+        return call
+
+    def slow(path: Path, *args: Any) -> None:
+        time.sleep(0.3 if path.name == "0.png" else 0)
+        save_result(path, *args)
+        written.append(path.name)
+
+    monkeypatch.setattr(engine, "load_image", watched("read", load_image))
+    monkeypatch.setattr(engine, "save_result", watched("write", slow))
+    for name in ("logits", "labels"):
+        monkeypatch.setattr(Predictor, name, watched(name, getattr(Predictor, name)))
+    results = predict(
+        with_save(cfg, "color"), tmp_path / "in", CPU, result=tmp_path / "out", progress=False
+    )
+    assert [Path(one["image"]) for one in results] == images
+    assert sorted(written) == [image.name for image in images] and written[0] != "0.png"
+    printed = re.findall(r"Predictions in \[(.*)\]", capsys.readouterr().out)
+    assert printed == [str(image) for image in images]
+    assert threads["logits"] == threads["labels"] == {threading.get_ident()}
+    assert len(threads["write"]) > 1 and not threads["write"] & threads["read"]
+    assert threading.get_ident() not in threads["write"] | threads["read"]
+
+
+def test_reading_does_not_run_away_from_writing(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several_writers: Threads
+) -> None:
+    for k in range(24):
+        photo(tmp_path / "in" / f"{k:02}.png", seed=k)
+    counts, most = {"read": 0, "written": 0}, [0]
+
+    def reading(path: Path) -> np.ndarray:
+        counts["read"] += 1
+        most[0] = max(most[0], counts["read"] - counts["written"])
+        return load_image(path)
+
+    def writing(*args: Any) -> None:
+        time.sleep(0.1)
+        counts["written"] += 1
+
+    monkeypatch.setattr(engine, "load_image", reading)
+    monkeypatch.setattr(engine, "save_result", writing)
+    changed = with_save(cfg, "color")
+    predict(changed, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
+    assert most[0] <= several_writers.held + 1 < 24
+    # So many pixels, however many images that is.
+    counts.update(read=0, written=0)
+    most[0] = 0
+    monkeypatch.setattr(engine, "_IN_MEMORY", 3 * 64 * 48)
+    predict(changed, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
+    assert most[0] == 3
+
+
+def test_what_cannot_be_written_is_reported_with_its_image(
+    cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no full device")
+    for name in "abc":
+        photo(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b_legend.png").symlink_to("/dev/full")
+    changed = with_save(cfg, "color", "legend")
+    results = predict(changed, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
+    assert ["error" in one for one in results] == [False, True, False]
+    assert "No space left on device" in results[1]["error"]
+    assert "b_legend.png" in results[1]["error"]
+    printed = capsys.readouterr().out
+    assert "1 of 3 images failed" in printed and "2 images parsed" in printed
+
+
+@pytest.mark.parametrize("error", [MemoryError, ZeroDivisionError, KeyboardInterrupt])
+def test_errors_of_writers(
+    cfg: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    several_writers: Threads,
+    error: type[BaseException],
+) -> None:
+    """Too little memory is one image's; anything else ends the run, and all its threads."""
+
+    def broken(path: Path, *args: Any) -> None:
+        if path.name == "3.png":
+            raise error("while drawing")
+
+    for k in range(9):
+        photo(tmp_path / "in" / f"{k}.png", seed=k)
+    monkeypatch.setattr(engine, "save_result", broken)
+    run = partial(
+        *(predict, with_save(cfg, "color"), tmp_path / "in", CPU),
+        result=tmp_path / "out",
+        progress=False,
+    )
+    threads = threading.active_count()
+    if error is MemoryError:
+        failed = [one for one in run() if "error" in one]
+        assert len(failed) == 1 and failed[0]["error"].startswith("out of memory: lower")
+    else:
+        with pytest.raises(error, match="while drawing"):
+            run()
+    assert threading.active_count() == threads
+
+
+def test_control_c_ends_all_threads(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = Predictor.logits, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    for k in range(9):
+        photo(tmp_path / "in" / f"{k}.png", seed=k)
+    monkeypatch.setattr(Predictor, "logits", interrupted)
+    # Readers wait for memory, which nobody gives back any more.
+    monkeypatch.setattr(engine, "_LARGE", 0)
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        predict(cfg, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
+    assert threading.active_count() == threads
+
+
+def test_several_devices_share_the_images(
+    cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k, size in enumerate([(64, 48), (48, 64), (64, 48), (72, 40), (64, 48)]):
+        photo(tmp_path / "in" / f"{k}.png", size, seed=k)
+    (tmp_path / "in" / "5.png").write_text("no picture")
+    changed = with_save(cfg, "index")
+    one = predict(changed, tmp_path / "in", CPU, result=tmp_path / "a", progress=False)
+    first = capsys.readouterr().out
+    two = predict(changed, tmp_path / "in", [CPU, CPU], result=tmp_path / "b", progress=False)
+    second = capsys.readouterr().out
+    assert [x["image"] for x in two] == [x["image"] for x in one]
+    assert ["error" in x for x in two] == [False] * 5 + [True]
+    assert two[5]["error"] == one[5]["error"]
+    for a, b in zip(one[:5], two[:5], strict=True):
+        labels = [np.asarray(Image.open(x["outputs"]["index"])) for x in (a, b)]
+        assert (labels[0] == labels[1]).mean() > 0.99
+    order = [re.findall(r"Predictions in \[.*(\d)\.png\]", text) for text in (first, second)]
+    assert order == [list("01234")] * 2
+    assert "5 images parsed" in second and "1 of 6 images failed" in second
+    with pytest.raises(ValueError, match="device is empty"):
+        predict(changed, tmp_path / "in", [], result=tmp_path / "c", progress=False)
+
+
+def test_a_device_that_dies_ends_the_run(cfg: Config, tmp_path: Path) -> None:
+    for k in range(40):
+        photo(tmp_path / "in" / f"{k:02}.png", seed=k)
+
+    def kill_one() -> None:
+        while not (alive := multiprocessing.active_children()):
+            time.sleep(0.05)
+        os.kill(alive[0].pid or 0, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(ChildProcessError, match=r"SIGKILL.* while it held .*\.png"):
+        predict(cfg, tmp_path / "in", [CPU, CPU], result=tmp_path / "out", progress=False)
+    killer.join()
+    assert not multiprocessing.active_children()
+
+
+def test_ranks_share_the_images(cfg: Config, tmp_path: Path) -> None:
+    """By the command line; the results lie among the images, where other ranks look for some."""
+    for k in range(5):
+        photo(tmp_path / "in" / f"{k}.png", seed=k)
+    (tmp_path / "in" / "x.png").write_text("no picture")
+    words = [*("test.py", "--gpu", "cpu", "--cfg", f"{cfg.DIR}/config.yaml", "--imgs")]
+    words += [str(tmp_path / "in"), "TEST.result", str(tmp_path / "in"), "TEST.save", "['index']"]
+    start = torchrun("--nproc-per-node", "2", "--master-port", str(free_port()))
+    command = Command([*start, *words], tmp_path / "log.txt")
+    try:
+        assert command.code(240) != 0, "an image failed"
+    finally:
+        command.destroy()
+    said = command.text()
+    assert said.count("5 images parsed") == 1 and said.count("1 of 6 images failed") == 1
+    assert sorted(re.findall(r"Predictions in \[.*/(.)\.png\]", said)) == list("01234")
+    written = sorted(path.name for path in (tmp_path / "in").glob("?_png.png"))
+    assert written == [f"{k}_png.png" for k in range(5)]
+
+
+@pytest.mark.gpu
+def test_a_folder_on_a_gpu_is_what_segmenter_says(cfg: Config, tmp_path: Path) -> None:
+    sizes = [(64, 48), (48, 64), (64, 48), (160, 120)]
+    images = [photo(tmp_path / "in" / f"{k:02}.png", sizes[k % 4], seed=k) for k in range(24)]
+    device = torch.device("cuda:0")
+    results = predict(
+        with_save(cfg, "index"), tmp_path / "in", device, result=tmp_path / "out", progress=False
+    )
+    segmenter = Segmenter.from_checkpoint(cfg.DIR, device=device)
+    for one, image in zip(results, images, strict=True):
+        labels = np.asarray(Image.open(one["outputs"]["index"])).astype(int)
+        expected = segmenter(image).labels + cfg.DATASET.label_offset
+        # Kernels may be chosen anew for each call: labels differ where classes tie.
+        assert labels.shape == expected.shape and (labels == expected).mean() > 0.995
+        assert one["seconds"] > 0
 
 
 # ------------------------------------------------------------------------------ names
@@ -286,119 +513,9 @@ def test_relative_paths_are_kept(cfg: Config, tmp_path: Path) -> None:
     assert len(files) == 3
 
 
-@pytest.mark.parametrize(
-    ("files", "endings", "expected"),
-    [
-        (["a.jpg", "b.png"], [".png"], ["a", "b"]),
-        (["a.jpg", "a.png", "a.tif"], [".png"], ["a_jpg", "a_png", "a_tif"]),
-        (["s/a.jpg", "t/a.jpg"], [".png"], ["s/a", "t/a"]),
-        (["A.jpg", "a.jpg"], [".png"], ["A_jpg", "a_jpg_2"]),
-        # `a.jpg` and its legend beside an image of that very name.
-        (["a.jpg", "a_legend.jpg"], [".png", "_legend.png"], ["a", "a_legend_jpg"]),
-        (["a_color.jpg", "a.jpg"], ["_color.png", "_index.png"], ["a_color", "a"]),
-        (["a"], [".png"], ["a"]),
-    ],
-)
-def test_names(tmp_path: Path, files: list[str], endings: list[str], expected: list[str]) -> None:
-    stems = output_stems([tmp_path / f for f in files], tmp_path, tmp_path / "out", endings)
-    assert stems == [tmp_path / "out" / x for x in expected]
-    results = {f"{stem}{end}".casefold() for stem in stems for end in endings}
-    assert len(results) == len(stems) * len(endings)
-
-
-def test_result_through_a_link_to_an_input_is_refused_too(tmp_path: Path) -> None:
-    image = photo(tmp_path / "in" / "a.png")
-    (tmp_path / "out").symlink_to(tmp_path / "in")
-    (stem,) = output_stems([image], tmp_path / "in", tmp_path / "out", [".png"])
-    assert stem.name == "a_png"
-
-
-def test_endings() -> None:
-    assert result_endings(["side"]) == {"side": ".png"}
-    assert result_endings(["prob"]) == {"prob": ".npy"}
-    assert result_endings(["side", "legend"]) == {"side": ".png", "legend": "_legend.png"}
-    assert result_endings(["color", "prob"]) == {"color": "_color.png", "prob": "_prob.npy"}
-
-
-# ------------------------------------------------------------------------------ finding
-def test_find_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = photo(tmp_path / "s" / "a.JPG"), photo(tmp_path / "s" / "t" / "b.tiff")
-    odd = tmp_path / "s" / "c.data"
-    odd.write_bytes(a.read_bytes())
-    (tmp_path / "s" / ".hidden.png").write_bytes(a.read_bytes())
-    assert find_images(tmp_path / "s") == ([a, b], tmp_path / "s")
-    assert find_images(str(tmp_path / "s" / "**" / "*.*")) == ([a, b], tmp_path / "s")
-    assert find_images(odd) == ([odd], tmp_path / "s"), "a file that is named is taken"
-    assert find_images([a, b, a, tmp_path / "s"]) == ([a, b], tmp_path / "s")
-    monkeypatch.chdir(tmp_path / "s")
-    assert find_images("*.JPG") == ([Path("a.JPG")], tmp_path / "s")
-    # A name with brackets is that file before it is a pattern.
-    odd_name = photo(tmp_path / "s" / "u" / "img[1].png")
-    assert find_images(odd_name)[0] == [odd_name]
-
-
-def test_nothing_found_says_what_is_there(tmp_path: Path) -> None:
-    for k in range(12):
-        (tmp_path / f"{k}.txt").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"found 0 images; saw 12 \.txt"):
-        find_images(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg: no such file or folder"):
-        find_images(tmp_path / "nowhere.jpg")
-    with pytest.raises(FileNotFoundError, match=r"\*\.jpg: found 0 images; saw no files"):
-        find_images(str(tmp_path / "*.jpg"))
-
-
 def test_bad_settings_are_refused(cfg: Config, tmp_path: Path) -> None:
     path = photo(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"TEST\.save.*colour.*choose from color, index"):
         predict(with_save(cfg, "colour"), path, CPU, result=tmp_path, progress=False)
     with pytest.raises(FileNotFoundError, match=r"epoch_3\.pth.*best\.pth"):
         predict(cfg, path, CPU, checkpoint="epoch_3.pth", result=tmp_path, progress=False)
-
-
-# ------------------------------------------------------------------------------ pieces
-@pytest.mark.parametrize("kind", ["color", "overlay", "side"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
-def test_pictures_in_bands_are_the_same(
-    kind: str, dtype: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mit_semseg.engine import predict as engine
-
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (37, 20, 3)).astype(np.uint8)
-    labels = rng.integers(0, 4, (37, 20)).astype(dtype)
-    table = ClassTable.of(NAMES)
-    whole = render(kind, image, labels, table)
-    shares = areas(labels, NAMES)
-    monkeypatch.setattr(engine, "_BAND", 100)
-    np.testing.assert_array_equal(np.asarray(render(kind, image, labels, table)), np.asarray(whole))
-    assert (
-        areas(labels, NAMES)
-        == shares
-        == {NAMES[k]: pytest.approx((labels == k).mean()) for k in range(4)}
-    )
-
-
-def test_areas_by_hand() -> None:
-    labels = np.array([[0, 0, 2, 2], [2, 2, 2, 2], [1, 3, -1, 2]])
-    found = areas(labels, ["wall", "lamp", "floor", "lamp"])
-    assert list(found.items()) == [
-        *(("floor", pytest.approx(7 / 12)), ("wall", pytest.approx(2 / 12))),
-        ("lamp", pytest.approx(2 / 12)),
-    ]
-
-
-@pytest.mark.parametrize(("count", "offset"), [(3, 0), (3, 1), (255, 1), (300, 0), (256, 1)])
-def test_index_files_hold_class_ids(tmp_path: Path, count: int, offset: int) -> None:
-    labels = np.arange(count).reshape(1, -1)
-    colors = np.random.default_rng(0).integers(0, 256, (count, 3)).astype(np.uint8)
-    index_image(labels, colors, offset).save(tmp_path / "i.png")
-    image = Image.open(tmp_path / "i.png")
-    np.testing.assert_array_equal(np.asarray(image).astype(int), labels + offset)
-    if count + offset <= 256:
-        np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[0], colors)
-
-
-def test_unknown_picture_is_refused() -> None:
-    with pytest.raises(ValueError, match="'outline' is no kind"):
-        render("outline", np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), int), ClassTable.of("ab"))

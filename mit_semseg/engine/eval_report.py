@@ -1,0 +1,170 @@
+"""What an evaluation reports: figures as plain numbers, a table, and files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mit_semseg.dataset import ClassTable
+from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
+from mit_semseg.visualize import class_bars
+
+FIGURES = (
+    "mean_iou",
+    "mean_iou_all_classes",
+    "pixel_accuracy",
+    "class_accuracy",
+    "fw_iou",
+    "mean_dice",
+)
+
+
+def summarize(
+    matrix: ConfusionMatrix, classes: ClassTable, boundary: BoundaryScore | None = None
+) -> dict[str, Any]:
+    """The figures of a confusion matrix as plain numbers, and one dict per class.
+
+    Returns:
+        `mean_iou`, `mean_iou_all_classes`, `pixel_accuracy`, `class_accuracy`, `fw_iou`,
+        `mean_dice`; `pixels`, the number of labelled ones; and `classes`, a list of `index`,
+        `name`, `iou`, `dice`, `accuracy` (NaN where the class does not occur), `pixel_share` and
+        `predicted_share`. With `boundary` also `mean_boundary_f`, and `boundary_f` of each class.
+    """
+    figures = matrix.compute()
+    labelled, predicted = matrix.matrix.sum(1), matrix.matrix.sum(0)
+    total = int(labelled.sum())
+    rows = [
+        {
+            "index": k,
+            "name": name,
+            "iou": float(figures["iou"][k]),
+            "dice": float(figures["dice"][k]),
+            "accuracy": float(figures["recall"][k]),
+            "pixel_share": int(labelled[k]) / total if total else math.nan,
+            "predicted_share": int(predicted[k]) / total if total else math.nan,
+        }
+        for k, name in enumerate(classes.names)
+    ]
+    outlines = {} if boundary is None else boundary.compute()
+    for row, score in zip(rows, outlines.pop("boundary_f", ())):
+        row["boundary_f"] = float(score)
+    return {
+        **{key: float(figures[key]) for key in FIGURES},
+        **outlines,
+        "pixels": total,
+        "classes": rows,
+    }
+
+
+def single_class(matrix: ConfusionMatrix, classes: ClassTable) -> str:
+    """What to say when one class is predicted everywhere; "" when it is not."""
+    labelled, predicted = matrix.matrix.sum(1), matrix.matrix.sum(0)
+    if matrix.num_class == 1 or int((predicted > 0).sum()) != 1:
+        return ""
+    name = classes.names[int(predicted.argmax())]
+    if int((labelled > 0).sum()) == 1:
+        return (
+            f"every labelled pixel is {classes.names[int(labelled.argmax())]}, and every one is "
+            f"predicted as {name}: check DATASET.label_map, DATASET.label_offset and "
+            "DATASET.ignore_label (mit-semseg data check)"
+        )
+    return (
+        f"every pixel of all images is predicted as {name}: look at the masks (mit-semseg data "
+        "check), train for longer or at a lower TRAIN.lr_encoder and TRAIN.lr_decoder, or set "
+        "TRAIN.class_weights"
+    )
+
+
+# Of the table of classes: key -> title, as wide as its column, and how a figure is written.
+COLUMNS = {
+    "iou": ("    IoU", ".4f"),
+    "dice": ("   Dice", ".4f"),
+    "boundary_f": ("boundary F", ".4f"),
+    "accuracy": ("accuracy", ".2%"),
+    "pixel_share": (" pixels", ".2%"),
+}
+
+
+def format_report(result: Mapping[str, Any]) -> str:
+    """The per-class table and the summary, as text; figures without meaning read `n/a`."""
+    rows = result["classes"]
+    width = max(len("class"), *(len(row["name"]) for row in rows))
+    columns = [key for key in COLUMNS if key in rows[0]]
+    titles = "".join(f"  {COLUMNS[key][0]}" for key in columns)
+    lines = [f"{'#':>4}  {'class':<{width}}{titles}"]
+    for row in rows:
+        cells = "".join(f"  {_cell(row[key], *COLUMNS[key])}" for key in columns)
+        lines.append(f"{row['index']:>4}  {row['name']:<{width}}{cells}")
+    absent = sum(math.isnan(row["iou"]) for row in rows)
+    window = ""
+    if result.get("window"):
+        window = ", in windows of {}x{}".format(*result["window"])
+    outlines = ""
+    if "mean_boundary_f" in result:
+        outlines = f", mean boundary F-score: {_figure(result['mean_boundary_f'], '.4f')}"
+    lines += [
+        "",
+        "[Eval Summary]:",
+        f"Mean IoU: {result['mean_iou']:.4f}, Accuracy: {100 * result['pixel_accuracy']:.2f}%, "
+        f"Inference Time: {result['seconds_per_image']:.4f}s",
+        f"Mean IoU of all {len(rows)} classes: {result['mean_iou_all_classes']:.4f} "
+        f"(as published: the {absent} absent ones count as 0)",
+        f"Class accuracy: {100 * result['class_accuracy']:.2f}%, "
+        f"frequency-weighted IoU: {result['fw_iou']:.4f}",
+        f"Mean Dice: {result['mean_dice']:.4f}{outlines}",
+        f"{result['images']} images, {result['pixels']} labelled pixels, scales "
+        f"{', '.join(map(str, result['imgSizes']))}{', flipped too' if result['flip'] else ''}"
+        f"{window}, "
+        f"{result['seconds']:.1f} s in {result['processes']} "
+        f"process{'es' if result['processes'] > 1 else ''}",
+    ]
+    if result["failed"]:
+        failed = result["failed"]
+        lines.append(f"{len(failed)} of {result['images'] + len(failed)} images failed:")
+        lines += [f"  {one['image']}: {one['error']}" for one in failed]
+    if not result["pixels"]:
+        lines.append(
+            "No pixel is labelled: check DATASET.label_offset and DATASET.ignore_label, or run "
+            "`mit-semseg data check` on the list"
+        )
+    return "\n".join(lines)
+
+
+def _cell(value: float, title: str, spec: str) -> str:
+    return f"{_figure(value, spec):>{len(title)}}"
+
+
+def _figure(value: float, spec: str) -> str:
+    return "n/a" if math.isnan(value) else format(value, spec)
+
+
+# Pictures: key -> what it is called.
+BARS = {"iou": "IoU", "dice": "Dice", "boundary_f": "Boundary F-score"}
+
+
+def write_report(result: Mapping[str, Any], classes: ClassTable, out: Path) -> None:
+    """Write `eval.json`, `eval.csv` and a bar chart of each figure that classes have."""
+    (out / "eval.json").write_text(json.dumps(_without_nan(result), indent=2) + "\n", "utf-8")
+    with open(out / "eval.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(result["classes"][0]), lineterminator="\n")
+        writer.writeheader()
+        # An empty cell is what spreadsheets and pandas read as "no value".
+        writer.writerows(_without_nan(row, none="") for row in result["classes"])
+    for key, title in BARS.items():
+        values = [row[key] for row in result["classes"] if key in row]
+        if values:
+            picture = out / f"class_{key}.png"
+            class_bars(classes.names, values, classes.colors, picture, title=f"{title} per class")
+
+
+def _without_nan(value: Any, none: Any = None) -> Any:
+    """NaN is no JSON."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item, none) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item, none) for item in value]
+    return none if isinstance(value, float) and math.isnan(value) else value

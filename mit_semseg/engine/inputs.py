@@ -1,0 +1,183 @@
+"""Images that the user names, and where their results go.
+
+Every result is named after its image: `street.jpg` gives `street.png`, below the result folder
+at the same relative path as the image below the given folder. With several kinds in `TEST.save`
+each file says which it is: `street_color.png`, `street_index.png`, `street_prob.npy`. Two images
+that differ in extension only, or an image that already has the name of the result, give
+`street_jpg.png`, so that results never collide and no input is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from mit_semseg.dataset.records import find_depth, image_extensions, is_depth
+
+# Pillow identifies these by name but holds no decoder for them.
+UNDECODABLE = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg"}
+PathLike = str | os.PathLike[str]
+
+
+def find_images(
+    imgs: PathLike | Iterable[PathLike], skip: PathLike = ""
+) -> tuple[list[Path], Path]:
+    """Images that a file, a folder (searched recursively), a glob, or a list of these names.
+
+    Args:
+        imgs: what to look for; a file that is named itself may have any extension.
+        skip: a result folder; what lies in it is left out when it lies inside a given folder.
+
+    Returns:
+        The files without duplicates, and the folder that their results keep their place below:
+        the given folder, a file's folder, or what all the entries have in common.
+
+    Raises:
+        FileNotFoundError: an entry matches nothing, or no image; what is there is counted.
+    """
+    entries = [imgs] if isinstance(imgs, (str, os.PathLike)) else list(imgs)
+    if not entries:
+        raise FileNotFoundError("found 0 images: no path was given")
+    found: dict[str, Path] = {}
+    bases = []
+    for entry in entries:
+        base, files = _expand(os.fspath(entry), Path(skip).resolve() if skip else None)
+        bases.append(base)
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values()), common_base(bases)
+
+
+def without_depths(files: Sequence[Path]) -> list[Path]:
+    """The colour images among some files, when depth images may lie beside them.
+
+    Raises:
+        FileNotFoundError: none of them has a depth image.
+    """
+    images = [file for file in files if not is_depth(file)]
+    if not any(find_depth(file) for file in images):
+        raise FileNotFoundError(
+            f"none of {len(images)} images has depth, which DATASET.depth asks for: put "
+            "x_depth.png beside x.jpg, or depth/x.png beside the folder of x.jpg"
+        )
+    return images
+
+
+def _expand(entry: str, skip: Path | None) -> tuple[Path, list[Path]]:
+    """The folder an entry stands for, and its images in order."""
+    path = Path(entry).expanduser()
+    if path.is_file():
+        return path.parent, [path]
+    if path.is_dir():
+        base, files = path, _walk(path, skip)
+    elif glob.has_magic(str(path)):
+        base = Path(*_plain_parts(path))
+        files = []
+        for match in map(Path, sorted(glob.glob(str(path), recursive=True))):
+            files += _walk(match, skip) if match.is_dir() else [match]
+    else:
+        raise FileNotFoundError(f"{entry}: no such file or folder")
+    known = image_extensions() - UNDECODABLE
+    images = [file for file in files if file.suffix.lower() in known]
+    if not images:
+        kinds = Counter(file.suffix.lower() or "extensionless" for file in files)
+        saw = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+        raise FileNotFoundError(f"{entry}: found 0 images; saw {saw or 'no files'}")
+    return base, images
+
+
+def _walk(folder: Path, skip: Path | None) -> list[Path]:
+    """All files below a folder, but for hidden ones and a result folder inside it."""
+    root = folder.resolve()
+    files = []
+    for directory, names, contents in os.walk(folder):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        here = Path(directory).resolve()
+        if skip is not None and here != root and here == skip:
+            names.clear()
+            continue
+        files += [Path(directory, name) for name in sorted(contents) if not name.startswith(".")]
+    return files
+
+
+def _plain_parts(path: Path) -> list[str]:
+    """The leading folders of a glob that hold no wildcard."""
+    parts: list[str] = []
+    for part in path.parts[:-1]:
+        if glob.has_magic(part):
+            break
+        parts.append(part)
+    return parts
+
+
+def common_base(folders: Iterable[PathLike]) -> Path:
+    """The deepest folder that all of these lie in."""
+    absolute = [os.path.abspath(folder) for folder in folders]
+    return Path(os.path.commonpath(absolute))
+
+
+def output_stems(
+    files: Sequence[PathLike],
+    base: PathLike,
+    out: PathLike,
+    endings: Sequence[str],
+    inputs: Iterable[PathLike] | None = None,
+) -> list[Path]:
+    """Where each file's results go: a path to which `endings` are appended.
+
+    Args:
+        files: the images.
+        base: folder they are named relative to.
+        out: folder of the results.
+        endings: such as `[".png"]` or `["_color.png", "_legend.png"]`.
+        inputs: files that must stay as they are; default `files`.
+
+    Returns:
+        One path per file: `out/relative/stem`, or `out/relative/stem_ext` (and `_2`, `_3`, ...)
+        where the stem is not unique or a result would fall on an input. Letter case counts as
+        equal, since many file systems hold it so.
+    """
+
+    def key(path: str) -> str:
+        return os.path.realpath(path).casefold()
+
+    relatives = [
+        Path(os.path.relpath(os.path.abspath(file), os.path.abspath(base))) for file in files
+    ]
+    shared = Counter(str(relative.with_suffix("")).casefold() for relative in relatives)
+    taken = {key(os.fspath(file)) for file in (files if inputs is None else inputs)}
+    stems = []
+    for relative in relatives:
+        plain = os.path.join(out, relative.with_suffix(""))
+        marked = f"{plain}_{relative.suffix.lstrip('.') or 'file'}"
+        alone = shared[str(relative.with_suffix("")).casefold()] == 1
+        for stem in _candidates(plain, marked, alone):
+            results = {key(stem + ending) for ending in endings}
+            if not results & taken:
+                break
+        taken |= results
+        stems.append(Path(stem))
+    return stems
+
+
+def _candidates(plain: str, marked: str, alone: bool) -> Iterator[str]:
+    if alone:
+        yield plain
+    yield marked
+    number = 2
+    while True:
+        yield f"{marked}_{number}"
+        number += 1
+
+
+def result_endings(kinds: Sequence[str]) -> dict[str, str]:
+    """Kind -> end of its file's name; a single picture needs no mark, a legend always has one."""
+    several = len([kind for kind in kinds if kind != "legend"]) > 1
+    endings = {}
+    for kind in kinds:
+        mark = f"_{kind}" if several or kind == "legend" else ""
+        endings[kind] = mark + (".npy" if kind == "prob" else ".png")
+    return endings
