@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from reads import gpu_waits, reads_of
 from torch import nn
 
 from mit_semseg.cli import main
@@ -1104,3 +1105,135 @@ def test_a_loader_names_the_batch_that_is_waited_for(
     assert heard == [loader.data.files(0), ["a.png"]]
     assert loader.files() == [], "a batch is computed, and nothing is read"
     loader.close()
+
+
+# ------------------------------------------------------------------------------ waiting
+def test_a_step_of_a_run_waits_once(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`test_step.py` says when; here it is that nothing around the step waits, either."""
+    options = {"TRAIN__ema": 0.9, "TRAIN__clip_grad": 1.0, "TRAIN__accumulate": 2}
+    take_step = Trainer._step
+    found: list[list[str]] = []
+
+    def counted(self: Trainer, *args: Any) -> StepResult:
+        with reads_of(self.parts.step.module, monkeypatch) as reads:
+            result = take_step(self, *args)
+        found.append(reads.found)
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    # Samples are made in another process.
+    train(settings(**ENET, **options, TRAIN__workers=1), [CPU], progress=False)
+    assert found == [["tolist"]] * 4
+
+
+# ------------------------------------------------------------------------------ on a GPU
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "fc_dim"),
+    [("resnet18dilated", "ppm_deepsup", 512), ("mobilenetv2dilated", "c1_deepsup", 320)],
+)
+def test_a_gpu_is_waited_for_once_a_step(
+    settings: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    encoder: str,
+    decoder: str,
+    fc_dim: int,
+) -> None:
+    network = {"arch_encoder": encoder, "arch_decoder": decoder, "fc_dim": fc_dim}
+    options = {"ema": 0.9, "clip_grad": 1.0, "accumulate": 2, "precision": precision}
+    changes = {f"MODEL__{key}": value for key, value in network.items()}
+    changes |= {f"TRAIN__{key}": value for key, value in options.items()}
+    take_step = Trainer._step
+    found: list[list[str]] = []
+
+    def counted(self: Trainer, *args: Any) -> StepResult:
+        with gpu_waits() as said:
+            result = take_step(self, *args)
+        found.append(said)
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    train(settings(**changes, TRAIN__epoch_iters=4, TRAIN__workers=1), [GPU], progress=False)
+    # The first steps may set up libraries.
+    assert [len(said) for said in found[2:]] == [1] * (len(found) - 2), found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optim", ["SGD", "AdamW"])
+@pytest.mark.parametrize("layouts", [(True, False), (False, True)])
+@pytest.mark.parametrize("devices", [(CPU, GPU), (GPU, CPU), (GPU, GPU)])
+def test_a_run_resumes_on_another_device_and_in_another_layout(
+    settings: Callable[..., Config],
+    tmp_path: Path,
+    devices: tuple[torch.device, torch.device],
+    layouts: tuple[bool, bool],
+    optim: str,
+) -> None:
+    options: dict[str, Any] = {**ENET, "TRAIN__ema": 0.9, "TRAIN__optim": optim}
+    first, second = (
+        settings(**options, TRAIN__channels_last=layout, DIR=str(tmp_path / name))
+        for layout, name in zip(layouts, ("first", "second"))
+    )
+    train(first, [devices[0]], progress=False)
+    file = str(tmp_path / "first" / "state_step_2.pth")
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    trainer = trainer_of(second, [devices[1]], resume=file)
+    trainer.resume()
+    step = trainer.parts.step
+    assert step.average is not None
+    for half in ("encoder", "decoder"):
+        for key, value in getattr(step.module, half).state_dict().items():
+            assert torch.equal(value.cpu(), saved[half][key]), key
+    for key, value in step.average.state_dict().items():
+        assert torch.equal(value.cpu(), saved["average"][key]), key
+    parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
+    for number, parameter in enumerate(parameters):
+        for name, value in step.optimizer.state[parameter].items():
+            assert torch.equal(value.cpu(), saved["optimizer"]["state"][number][name].cpu())
+            if value.shape == parameter.shape:
+                assert value.device == parameter.device and value.stride() == parameter.stride()
+    assert train(second, [devices[1]], resume=file, progress=False)["step"] == 4
+    assert all(torch.isfinite(x).all() for x in weights(second, "epoch_2.pth").values())
+
+
+@pytest.mark.gpu
+def test_a_loader_that_is_killed_under_pinned_memory_is_named(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches come through a thread that pins them, which must not hide the death."""
+    item = TrainDataset.__getitem__
+
+    def die(self: TrainDataset, index: int) -> dict[str, Any]:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(self, index)
+
+    monkeypatch.setattr(TrainDataset, "__getitem__", die)
+    began = time.monotonic()
+    with pytest.raises(ChildProcessError, match=r"ended with signal SIGKILL .*resume auto"):
+        train(settings(TRAIN__workers=1, TRAIN__epoch_iters=9), [GPU], progress=False)
+    assert time.monotonic() - began < 30
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.gpu
+def test_fp16_on_a_gpu_overflows_and_goes_on(
+    settings: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = settings(**ENET, TRAIN__precision="fp16", TRAIN__ema=0.9)
+    trainer = trainer_of(cfg, [GPU])
+    step = trainer.parts.step
+    parameter = list(step.module.encoder.parameters())[-1]
+    parameter.register_hook(lambda g: g * torch.inf if trainer.progress.step == 1 else g)
+    trainer.fit()
+    assert (trainer.progress.skipped, trainer.progress.step) == (1, 4)
+    assert step.average is not None and step.average.updates == 3
+    assert "fp16 cannot hold the gradients of step 2" in caplog.text
+    assert all(torch.isfinite(x).all() for x in weights(cfg, "epoch_2.pth").values())

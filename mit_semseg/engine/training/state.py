@@ -13,10 +13,10 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
-# Settings that change no weight.
+# Settings that change no weight, or its rounding only.
 _HARMLESS = {
     *("DIR", "TRAIN.workers", "TRAIN.start_epoch", "TRAIN.keep", "TRAIN.checkpoint_minutes"),
-    *("TRAIN.stall_seconds", "TRAIN.disp_iter", "TRAIN.eval_epochs"),
+    *("TRAIN.stall_seconds", "TRAIN.disp_iter", "TRAIN.eval_epochs", "TRAIN.channels_last"),
 }
 
 
