@@ -45,7 +45,10 @@ from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.compilation import compile_for_training
 from mit_semseg.models.recompute import recompute
 
-# Batches on a GPU are padded to multiples of this, so that they are of a few shapes.
+# Batches on a GPU are padded to multiples of this: for every shape cuDNN looks for plans anew, and
+# torch keeps 10,000 of them, those of about a hundred shapes. Batches of 2 images of sizes as in
+# ADE20K are of 423 shapes in 5000 steps, of 133 in multiples of 32 and of 72 in multiples of 64,
+# which have 12 % more pixels (32: 5 %).
 SHAPE_BUCKET = 64
 
 
