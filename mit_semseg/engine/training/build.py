@@ -163,8 +163,9 @@ def build(
         batches_a_step=settings.batches_a_step,
     )
     step = _step(cfg, place, _initial(cfg, weights, earlier.may_exist()), folder)
-    figures = Progress(settings.epoch_iters, settings.epoch_iters * settings.num_epoch), History()
-    random = RandomNumbers(cfg.TRAIN.seed, place.devices, rank, world, figures[0])
+    passed = Progress(settings.epoch_iters, settings.epoch_iters * settings.num_epoch)
+    history = History()
+    random = RandomNumbers(cfg.TRAIN.seed, place.devices, rank, world, passed)
     return Parts(
         place=place,
         settings=settings,
@@ -180,10 +181,10 @@ def build(
         step=step,
         validate=validate,
         classes=split.classes,
-        progress=figures[0],
-        history=figures[1],
+        progress=passed,
+        history=history,
         random=random,
-        state=_state(settings, step, *figures, random),
+        state=_state(settings, step, passed, history, random),
         folder=folder,
         lock=lock,
         describe=partial(folder.prepare, cfg, split.classes),

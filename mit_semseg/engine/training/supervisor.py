@@ -107,7 +107,7 @@ class Supervisor:
 
     def _shorten_limit(self) -> None:
         if self.silent_loss and self.slowest_step and self._watchdog is not None:
-            self._watchdog.hurry(max(STOP_GRACE, 3 * self.slowest_step))
+            self._watchdog.shorten_limit(max(STOP_GRACE, 3 * self.slowest_step))
 
 
 @contextmanager
