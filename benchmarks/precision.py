@@ -15,9 +15,9 @@ import torch
 from mit_semseg.benchmarks.rows import Row, equal_labels
 from mit_semseg.benchmarks.sides import Runnable, Timing
 from mit_semseg.dataset import load_image, streets
-from mit_semseg.engine.journal import METRICS, read_metrics
 from mit_semseg.engine.launch import read_config
 from mit_semseg.engine.train import train
+from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.segmenter import Segmenter
 from mit_semseg.visualize import loss_curves
 

@@ -26,7 +26,7 @@ from mit_semseg.benchmarks.sides import Runnable, Timing
 from mit_semseg.dataset import ClassTable, TrainDataset, streets
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.engine.launch import autocast, keep_freed_memory
-from mit_semseg.engine.optim import build_optimizer
+from mit_semseg.engine.training.optim import build_optimizer
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel, async_copy_to
 from mit_semseg.losses import build_loss
 from mit_semseg.metrics import ConfusionMatrix
@@ -221,15 +221,6 @@ class Prediction(Row):
 
 
 # ------------------------------------------------------------------------------ training
-class _Solver:
-    """The part of a configuration that optimizers read."""
-
-    class TRAIN:
-        optim = "SGD"
-        beta1 = 0.9
-        weight_decay = 1e-4
-
-
 @dataclass(frozen=True)
 class TrainStep(Row):
     """One step on a batch that is in memory."""
@@ -282,7 +273,7 @@ class TrainStep(Row):
             keep_freed_memory()
         module = build(self.encoder, self.decoder).train().to(device)
         module = module.to(memory_format=torch.channels_last)
-        optimizer = build_optimizer(_Solver, (module, 0.02))  # type: ignore[arg-type]
+        optimizer = build_optimizer("SGD", (module, 0.02))
         batch = self._pinned(self._bytes())
 
         def step() -> float:

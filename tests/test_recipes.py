@@ -15,7 +15,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset.base import FORMATS, DataFormat
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.download import DownloadError
-from mit_semseg.engine.balance import SCHEMES
+from mit_semseg.engine.training.balance import SCHEMES
 from mit_semseg.losses import build_loss
 from mit_semseg.models import ModelBuilder
 from mit_semseg.models.builder import check_pair

@@ -112,14 +112,14 @@ def test_a_collection_copies_no_page_shared_with_loading_processes(ground: Groun
     """What the drill of memory would find after some thousand steps, at once."""
     code = (
         "import gc, sys; from mit_semseg.selftest.job import Ground\n"
-        "from mit_semseg.engine.feed import Feed; from mit_semseg.engine.train import Trainer\n"
+        "from mit_semseg.engine.training.build import build\n"
         "from mit_semseg.selftest.memory import proportional_mib\n"
         "import os, torch; from mit_semseg.config import load_config\n"
-        "t = Trainer(load_config(sys.argv[1]), [torch.device('cpu')], 0, 1, False)\n"
-        "feed = Feed(t.data, t.cfg, t.devices, 0, 1, 0, 100)\n"
-        "next(iter(feed))\n"
+        "parts = build(load_config(sys.argv[1]), [torch.device('cpu')], progress=False)\n"
+        "loader = parts.loader(first=0, micro_steps=100)\n"
+        "next(iter(loader))\n"
         "before = proportional_mib(os.getpid()); gc.collect()\n"
-        "print(proportional_mib(os.getpid()) - before); feed.close()"
+        "print(proportional_mib(os.getpid()) - before); loader.close()"
     )
     job = ground.job("collection", TRAIN__workers=1)
     grown = subprocess.run(

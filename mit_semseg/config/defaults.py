@@ -134,7 +134,12 @@ _C.TRAIN.accumulate = 1
 _C.TRAIN.clip_grad = 0.0
 # fp32 | bf16 | fp16 | auto (bf16 where the hardware is fast at it, else fp32).
 _C.TRAIN.precision = "fp32"
-_C.TRAIN.channels_last = True
+# Memory format channels last: True | False | auto (on a GPU in bf16 and fp16 for networks without
+# depthwise convolutions, on a CPU always).
+_C.TRAIN.channels_last = "auto"
+# auto | off | pixels: batches are padded to multiples of this, so that a GPU meets few shapes, for
+# each of which it has to look for kernels; auto is 64 on a GPU, off on a CPU and with crop_size.
+_C.TRAIN.shape_bucket = "auto"
 # Keep only what enters the encoder's blocks and compute what they hold again in the backward
 # pass: less memory for more time.
 _C.TRAIN.recompute = False

@@ -223,6 +223,14 @@ def coerce(key: str, default: Any, value: Any, source: str) -> Any:
         if value == "auto" or (_is_number(value) and value >= 1):
             return value if value == "auto" else int(value)
         raise ValueError(f"{source}: {key} is {value!r}; give a number of steps or auto")
+    if key == "TRAIN.channels_last":
+        if value == "auto" or isinstance(value, bool):
+            return value
+        raise ValueError(f"{source}: {key} is {value!r}; give True, False or auto")
+    if key == "TRAIN.shape_bucket":
+        if value in ("auto", "off") or (_is_number(value) and value >= 1 and value == int(value)):
+            return value if isinstance(value, str) else int(value)
+        raise ValueError(f"{source}: {key} is {value!r}; give auto, off or pixels, such as 32")
     if key in ("VAL.tile", "TEST.tile"):
         if value in ("auto", "off") or (_is_number(value) and value >= 64):
             return value if isinstance(value, str) else int(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -78,6 +79,8 @@ class TrainDataset(BaseDataset):
         label_map: stored value -> class; by default from `label_offset` and `ignore_label`.
         normalized: False leaves images as uint8 for `Normalize` to finish on the device: a quarter
             of the memory, and less work for the loading process.
+        pad_to: sides of a batch are multiples of this as well as of `padding_constant`; what is
+            added is ignored like all padding.
         part: which part of the list: `max_sample`, `start_idx`, `end_idx`, see `BaseDataset`.
 
     Raises:
@@ -94,6 +97,7 @@ class TrainDataset(BaseDataset):
         seed: int = 304,
         label_map: LabelMap | None = None,
         normalized: bool = True,
+        pad_to: int = 1,
         **part: int,
     ) -> None:
         options = DataOptions.read(opt)
@@ -104,12 +108,15 @@ class TrainDataset(BaseDataset):
             )
         if batch_per_gpu < 1:
             raise ValueError(f"TRAIN.batch_size_per_gpu is {batch_per_gpu}; it must be at least 1")
+        if pad_to < 1:
+            raise ValueError(f"TRAIN.shape_bucket is {pad_to}; it must be at least 1")
         if seed < 0:
             raise ValueError(f"TRAIN.seed is {seed}; it must be 0 or more")
         self.root_dataset = os.fspath(root_dataset)
         self.batch_per_gpu = batch_per_gpu
         self.seed = seed
         self.normalized = normalized
+        self._multiple = math.lcm(options.padding_constant, pad_to)
         super().__init__(odgt, options, label_map=label_map, **part)
         self.list_sample = with_sizes(self.list_sample, self.root_dataset, options.on_error)
         self.num_sample = len(self.list_sample)
@@ -246,8 +253,7 @@ class TrainDataset(BaseDataset):
         rate = options.segm_downsampling_rate
         sizes = [image.shape[:2] for image, _, _ in samples]
         H, W = (
-            round_up(max(side), options.padding_constant)
-            for side in zip(*sizes, options.crop_size or (1, 1))
+            round_up(max(side), self._multiple) for side in zip(*sizes, options.crop_size or (1, 1))
         )
         B = len(samples)
         images = torch.zeros(B, H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)

@@ -1,14 +1,11 @@
-"""Folders of checkpoints: written atomically under the published names, read back whole."""
+"""Folders of models: written atomically under the published names, read back whole."""
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import re
 import secrets
 import shutil
-import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,28 +18,10 @@ from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.models import ModelBuilder, SegmentationModule
-from mit_semseg.weights import load_checked, load_into, read_state_dict
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs out of one folder
-    fcntl = None  # type: ignore[assignment]
-
-log = logging.getLogger("mit_semseg")
+from mit_semseg.weights import load_into, read_state_dict
 
 CONFIG = "config.yaml"
 CLASSES = "classes.csv"
-LOCK = ".lock"
-JOB = ".job"
-# What a training leaves beside configuration and class table.
-RUN_FILES = (
-    *("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", "state_step_*.pth"),
-    *("nonfinite_*.pth", "metrics.jsonl", "curves.png"),
-)
-# A newer one may be cut off by what nothing survives, a failing disk: then the one before counts.
-KEPT_STATES = 2
-# Folders that runs of this process use: its locks keep out other processes only.
-_OCCUPIED: set[Path] = set()
 
 
 def atomic_save(files: Mapping[Path, Any]) -> None:
@@ -128,13 +107,11 @@ def make_writable(folder: str | Path, what: str) -> None:
 class CheckpointFolder:
     """One model's folder: `config.yaml`, `classes.csv` and `{encoder,decoder}_NAME.pth` pairs.
 
-    NAME is `epoch_N` or `best`; `history_epoch_N.pth` holds the curves, and `state_step_N.pth` the
-    whole run as it stood after N steps.
+    NAME is `epoch_N` or `best`. What a run keeps beside them is `training.checkpoints.RunFolder`'s.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock: IO[str] | None = None
 
     def config(self) -> Config:
         """The configuration the model was trained with, DIR set to this folder."""
@@ -190,109 +167,6 @@ class CheckpointFolder:
         dump_config(cfg, self.path / CONFIG)
         classes.save(self.path / CLASSES)
 
-    def occupy(self) -> None:
-        """Make the folder ready for a run, and keep every other run out while this one lives.
-
-        What an earlier run was writing when it was killed is removed.
-
-        Raises:
-            ValueError: another run is using the folder.
-            OSError: the folder cannot be made or written to.
-        """
-        make_writable(self.path, "DIR")
-        place = self.path.resolve()
-        if place in _OCCUPIED:
-            raise ValueError(f"{self.path} is in use by another run of this process: end it first")
-        lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-        if fcntl is not None:
-            try:
-                # Of this process alone: children that outlive it hold nothing.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                lock.close()
-                raise ValueError(
-                    f"{self.path} is in use by {holder}: wait for it, end it, or give another DIR"
-                ) from error
-            except OSError as error:
-                log.warning("nothing keeps other runs out of %s (%s)", self.path, error.strerror)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        self._lock = lock
-        _OCCUPIED.add(place)
-        for pattern in RUN_FILES:
-            for unfinished in self.path.glob(f".{pattern}.*"):
-                unfinished.unlink()
-
-    def leave(self) -> None:
-        """Let other runs use the folder again."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-            _OCCUPIED.discard(self.path.resolve())
-
-    def job(self) -> str:
-        """Which job of torchrun has a run here that is not completed; "" for none."""
-        file = self.path / JOB
-        return file.read_text(encoding="utf-8") if file.is_file() else ""
-
-    def note_job(self, job: str) -> None:
-        """Write down whose run this is; "" when it is completed."""
-        if job:
-            (self.path / JOB).write_text(job, encoding="utf-8")
-        else:
-            (self.path / JOB).unlink(missing_ok=True)
-
-    def set_aside(self) -> None:
-        """Move an earlier run's files to `earlier_N` below, so that a new one neither mixes with
-        nor destroys them."""
-        self._move_aside([f for pattern in RUN_FILES for f in self.path.glob(pattern)])
-
-    def set_aside_after(self, step: int, epoch: int, best: bool) -> None:
-        """Move what is newer than a place in the run that it goes back to, and copy its figures.
-
-        Args:
-            step: the newest state that stays.
-            epoch: the newest epoch that stays.
-            best: whether the best weights are newer, too.
-        """
-        files = [file for file in self.states() if _step(file) > step]
-        for file in self.path.glob("*_epoch_*.pth"):
-            match = re.search(r"_epoch_(\d+)\.pth$", file.name)
-            if match and int(match[1]) > epoch:
-                files.append(file)
-        if best:
-            files += self.path.glob("??coder_best.pth")
-        aside = self._move_aside(files)
-        if aside is not None and (self.path / "metrics.jsonl").is_file():
-            shutil.copyfile(self.path / "metrics.jsonl", aside / "metrics.jsonl")
-
-    def make_best(self, epoch: int) -> None:
-        """Take the weights of an epoch for the best; where they are gone nothing is done."""
-        if f"epoch_{epoch}.pth" in self.names():
-            for kind in ("encoder", "decoder"):
-                shutil.copyfile(
-                    self.path / f"{kind}_epoch_{epoch}.pth", self.path / f"{kind}_best.pth"
-                )
-
-    def _move_aside(self, files: list[Path]) -> Path | None:
-        if not any(file.suffix == ".pth" for file in files):
-            return None
-        number = 1
-        while (self.path / f"earlier_{number}").exists():
-            number += 1
-        aside = self.path / f"earlier_{number}"
-        aside.mkdir()
-        for file in files:
-            file.rename(aside / file.name)
-        for name in (CONFIG, CLASSES):
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, aside / name)
-        log.warning("%s held an earlier run, which is now in %s", self.path, aside)
-        return aside
-
     def save(self, name: str, encoder: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:
         """Write one checkpoint; `name` is `epoch_N.pth` or `best.pth`."""
         atomic_save(
@@ -302,86 +176,12 @@ class CheckpointFolder:
             }
         )
 
-    def save_history(self, epoch: int, history: Mapping[str, Any]) -> None:
-        """Write the curves up to an epoch."""
-        atomic_save({self.path / f"history_epoch_{epoch}.pth": dict(history)})
-
-    def load_history(self, epoch: int) -> dict[str, Any]:
-        """The curves up to an epoch; empty where there are none, or they are damaged."""
-        file = self.path / f"history_epoch_{epoch}.pth"
-        try:
-            return load_state(file) if file.is_file() else {}
-        except ValueError as error:
-            log.warning("%s", error)
-            return {}
-
-    def save_state(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write the state of a run after `step` steps; the newest two stay."""
-        newest = self.path / f"state_step_{step}.pth"
-        atomic_save({newest: dict(state)})
-        for old in self.states()[KEPT_STATES:]:
-            old.unlink()
-        return newest
-
-    def states(self) -> list[Path]:
-        """Files of states, the newest first."""
-        files = [p for p in self.path.glob("state_step_*.pth") if re.fullmatch(_STATE, p.name)]
-        return sorted(files, key=_step, reverse=True)
-
-    def newest_state(self, mend: bool = True) -> tuple[Path, dict[str, Any]] | None:
-        """The newest state that is whole; None where there is no state at all.
-
-        A damaged one is named, passed over, and renamed to end in `.damaged`, unless `mend` is
-        False, for folders that are not one's own.
-
-        Raises:
-            ValueError: there are states, and all of them are damaged.
-        """
-        states = self.states()
-        for file in states:
-            try:
-                return file, load_state(file)
-            except ValueError as error:
-                if _may_pass(error.__cause__):
-                    raise
-                log.warning("%s; the one before is taken", error)
-                if mend:
-                    file.replace(f"{file}.damaged")
-        if states:
-            raise ValueError(
-                f"all {len(states)} states in {self.path} are damaged: continue from an epoch's "
-                "weights with TRAIN.start_epoch N, or start anew without --resume"
-            )
-        return None
-
     def latest_epoch(self) -> int:
         """The newest epoch whose weights are there, 0 when there is none."""
         epochs = [
             int(m[1]) for name in self.names() if (m := re.fullmatch(r"epoch_(\d+)\.pth", name))
         ]
         return max(epochs, default=0)
-
-    def drop_epochs(self, keep: int) -> None:
-        """Remove all but the newest `keep` epoch checkpoints; 0 keeps all."""
-        epochs = [name for name in self.names() if name.startswith("epoch_")]
-        for name in epochs[:-keep] if keep else []:
-            for kind in ("encoder", "decoder", "history"):
-                (self.path / f"{kind}_{name}").unlink(missing_ok=True)
-
-
-def load_state(file: Path) -> dict[str, Any]:
-    """What `atomic_save` wrote, on the CPU.
-
-    Raises:
-        ValueError: the file is damaged, or something else.
-        FileNotFoundError: it does not exist.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
-    state = load_checked(file)
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} holds a {type(state).__name__}, which is no state of a run")
-    return state
 
 
 def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> Path:
@@ -488,24 +288,9 @@ def load_whole(module: nn.Module, file: Path, what: str) -> None:
         )
 
 
-_STATE = r"state_step_(\d+)\.pth"
-
-
-def _step(file: Path) -> int:
-    match = re.fullmatch(_STATE, file.name)
-    return int(match[1]) if match else -1
-
-
 def _order(name: str) -> tuple[int, str]:
     match = re.fullmatch(r"epoch_(\d+)\.pth", name)
     return (int(match[1]), name) if match else (10**9 if name == "best.pth" else -1, name)
-
-
-def _may_pass(cause: BaseException | None) -> bool:
-    """Whether a file that cannot be read now may be whole."""
-    passing = (errno.ENOMEM, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT)
-    no_answer = isinstance(cause, OSError) and cause.errno in passing
-    return no_answer or isinstance(cause, MemoryError)
 
 
 def _listing(path: Path) -> str:

@@ -78,7 +78,7 @@ class Watchdog:
         self._awaited, self._what = awaited, what
         self._last: object = None
         # What counts the time and what sets it back are two threads; and a signal may come, and
-        # call `hurry`, in the middle of `progress`.
+        # call `shorten_limit`, in the middle of `progress`.
         self._lock = threading.RLock()
         self._limit = seconds
         self._waited = 0.0
@@ -100,8 +100,8 @@ class Watchdog:
             self._what = what
             self._waited = 0.0
 
-    def hurry(self, seconds: float) -> None:
-        """From now on wait this long at most."""
+    def shorten_limit(self, seconds: float) -> None:
+        """Wait this long at most from now on."""
         with self._lock:
             self._limit = min(self._limit, seconds)
             self._waited = 0.0
@@ -131,14 +131,14 @@ class Watchdog:
                     if awaited is None or awaited != self._last:
                         self._waited = 0.0
                     self._last = awaited
-                barks = self._waited > self._limit * self._patience
+                stalled = self._waited > self._limit * self._patience
                 said = f"no progress for {self._waited:.0f} s, waiting for {self._what}"
             before = now
-            if barks:
-                self._bark(said)
+            if stalled:
+                self._abort(said)
                 return
 
-    def _bark(self, said: str) -> None:
+    def _abort(self, said: str) -> None:
         # Whoever reads standard error may hang as well: speak for some seconds at most.
         speech = threading.Thread(target=self._speak, args=(said,), daemon=True)
         speech.start()

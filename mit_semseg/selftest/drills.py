@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from mit_semseg.engine.checkpoint import load_state
 from mit_semseg.engine.launch import autocast
+from mit_semseg.engine.training.checkpoints import load_state
 from mit_semseg.models import ModelBuilder
 from mit_semseg.selftest.job import Finished, Ground, Job, Running, environment
 

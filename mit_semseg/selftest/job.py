@@ -20,8 +20,8 @@ import torch
 
 from mit_semseg.config import dump_config, load_config
 from mit_semseg.dataset import streets
-from mit_semseg.engine.checkpoint import CheckpointFolder, load_state
-from mit_semseg.engine.journal import METRICS, read_metrics
+from mit_semseg.engine.training.checkpoints import RunFolder, load_state
+from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.weights import check_archive
 
 # What differs between two runs that are otherwise the same.
@@ -109,9 +109,9 @@ class Job:
         dump_config(self.cfg, file)
 
     @property
-    def folder(self) -> CheckpointFolder:
+    def folder(self) -> RunFolder:
         """Its checkpoint folder."""
-        return CheckpointFolder(self.cfg.DIR)
+        return RunFolder(self.cfg.DIR)
 
     def start(self, command: str, *options: str, launcher: Sequence[str] = ()) -> Running:
         """Start `train` or `eval` on one compute thread per core that is free for it.

@@ -22,8 +22,8 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, build_split, streets
 from mit_semseg.dataset.train import CROP_SETTINGS
 from mit_semseg.engine.launch import autocast
-from mit_semseg.engine.optim import build_optimizer, poly_factor, set_learning_rates
-from mit_semseg.engine.run_state import seed_everything
+from mit_semseg.engine.training.optim import build_optimizer, poly_factor, set_learning_rates
+from mit_semseg.engine.training.state import seed_everything
 from mit_semseg.models import (
     DECODERS,
     ENCODERS,
@@ -196,9 +196,7 @@ def _train(
     progress: bool,
 ) -> tuple[int, float]:
     """Steps taken, and the loss of the last."""
-    plain = cfg.clone()
-    plain.TRAIN.optim, plain.TRAIN.weight_decay, plain.TRAIN.beta1 = "AdamW", 0.0, 0.9
-    optimizer = build_optimizer(plain, (module, rate))
+    optimizer = build_optimizer("AdamW", (module, rate), weight_decay=0.0)
     truth = batch["seg_label"][0].cpu().numpy()
     device = next(module.parameters()).device
     with tqdm(range(1, steps + 1), desc=name, disable=not progress, leave=False) as bar:

@@ -24,8 +24,8 @@ from mit_semseg.dataset import ValDataset, build_split
 from mit_semseg.dataset.base import distinct_colors
 from mit_semseg.engine.checkpoint import make_writable
 from mit_semseg.engine.evaluate import Kept, val_dataset
-from mit_semseg.engine.journal import METRICS, read_metrics
 from mit_semseg.engine.launch import fixed_threads, read_config
+from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.tools.recipes import fingerprint, named
 from mit_semseg.visualize import class_bars
 from mit_semseg.visualize.report import paint, picture_grid

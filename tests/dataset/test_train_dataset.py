@@ -90,6 +90,30 @@ def test_padding_is_ignored_never_class_0(
     assert counts == {1: 60 * 24 + 30 * 24, -1: 2 * 24 * 64 - 90 * 24}
 
 
+def test_padding_to_larger_multiples_changes_the_padding_only(
+    tmp_path: Path, write_pair: Writer, options: Options
+) -> None:
+    records = [write_pair(f"s{k}", (50 + 9 * k, 30)) for k in range(4)]
+    opt = options(imgSizes=[24, 32], padding_constant=24, segm_downsampling_rate=4)
+    tight, padded = (
+        TrainDataset(tmp_path, records, opt, batch_per_gpu=2, normalized=False, pad_to=pad_to)
+        for pad_to in (1, 64)
+    )
+    for k in range(8):
+        expected, batch = tight[k], padded[k]
+        h, w = expected["img_data"].shape[2:]
+        assert batch["img_data"].shape[2:] == (192, 192), "multiples of 24 and of 64"
+        assert torch.equal(batch["img_data"][:, :, :h, :w], expected["img_data"])
+        assert torch.equal(batch["img_size"], expected["img_size"])
+        assert not batch["img_data"][:, :, h:].any() and not batch["img_data"][:, :, :, w:].any()
+        h, w = expected["seg_label"].shape[1:]
+        assert batch["seg_label"].shape[1:] == (48, 48)
+        assert torch.equal(batch["seg_label"][:, :h, :w], expected["seg_label"])
+        assert (batch["seg_label"][:, h:] == -1).all() and (
+            batch["seg_label"][:, :, w:] == -1
+        ).all()
+
+
 def test_batches_are_of_one_orientation(
     tmp_path: Path, mixed: list[dict[str, Any]], options: Options
 ) -> None:

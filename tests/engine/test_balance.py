@@ -16,8 +16,8 @@ from PIL import Image
 from mit_semseg.config import load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import Split, build_split
-from mit_semseg.engine import balance
-from mit_semseg.engine.balance import class_weights, enet_weights
+from mit_semseg.engine.training import balance
+from mit_semseg.engine.training.balance import class_weights, enet_weights
 from mit_semseg.losses import build_loss
 
 SIZES = [(48, 64), (64, 48), (40, 72)]
@@ -143,7 +143,8 @@ def test_a_sample_reaches_from_end_to_end(
     monkeypatch.setattr(balance, "_count", count_none)
     split = build_split(cfg.DATASET, "train")
     records = [{"fpath_img": str(k), "fpath_segm": f"{k}.png"} for k in range(count)]
-    balance._frequencies(cfg, Split(records, split.classes, split.label_map), False)
+    data = Split(records, split.classes, split.label_map)
+    balance._frequencies(Path(cfg.DIR) / balance.CACHE, data, 4, False, False)
     assert len(seen) == min(count, 1000) and sorted(set(seen)) == seen
     assert seen[0] == 0 and count - seen[-1] <= 3
     assert max(np.diff(seen), default=1) <= 3
@@ -165,7 +166,7 @@ def test_classes_that_the_sample_lacks_are_looked_for_in_more_masks(
     records = [{"fpath_img": str(k), "fpath_segm": f"{k}.png"} for k in range(40)]
     data = Split(records, split.classes, split.label_map)
     for _ in range(2):  # the second time from the cache
-        pixels, _ = balance._frequencies(cfg, data, False)
+        pixels, _ = balance._frequencies(Path(cfg.DIR) / balance.CACHE, data, 4, False, False)
         assert pixels.tolist() == [5, 5, 5, 1] and counted == [10, 40]
 
 

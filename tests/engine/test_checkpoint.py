@@ -26,6 +26,8 @@ from mit_semseg.engine.checkpoint import (
     make_writable,
     resolve_checkpoint,
 )
+from mit_semseg.engine.training.checkpoints import RunFolder
+from mit_semseg.engine.training.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("wall", "floor", "tree", "sky")
@@ -53,13 +55,13 @@ def elsewhere(
     return cfg, halves
 
 
-def touch(folder: Path, *names: str) -> CheckpointFolder:
+def touch(folder: Path, *names: str) -> RunFolder:
     for name in names:
         (folder / name).touch()
-    return CheckpointFolder(folder)
+    return RunFolder(folder)
 
 
-def pairs(folder: Path, *names: str) -> CheckpointFolder:
+def pairs(folder: Path, *names: str) -> RunFolder:
     return touch(folder, *(f"{half}_{name}" for half in ("encoder", "decoder") for name in names))
 
 
@@ -197,7 +199,7 @@ def test_old_epochs_are_dropped_whole(tmp_path: Path, keep: int, left: list[int]
 
 
 def test_the_newest_two_states_are_kept(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path)
+    folder = RunFolder(tmp_path)
     assert folder.newest_state() is None
     for step in (9, 10, 200):
         folder.save_state(step, {"step": torch.tensor(step)})
@@ -225,7 +227,7 @@ def damage(file: Path, how: str) -> None:
 def test_a_damaged_state_is_named_and_the_one_before_taken(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = CheckpointFolder(tmp_path)
+    folder = RunFolder(tmp_path)
     for step in (5, 7):
         folder.save_state(step, {"step": step, "weights": torch.arange(1000.0)})
     damage(tmp_path / "state_step_7.pth", how)
@@ -242,7 +244,7 @@ def test_a_damaged_state_is_named_and_the_one_before_taken(
 def test_a_full_disk_leaves_the_earlier_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = CheckpointFolder(tmp_path)
+    folder = RunFolder(tmp_path)
     folder.save_state(1, {"step": 1})
     # /dev/full is a disk without room: what goes through the file's buffer fails there.
     real = os.fdopen
@@ -257,35 +259,37 @@ def test_a_full_disk_leaves_the_earlier_files(
 
 
 def test_one_run_at_a_time_uses_a_folder(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path / "model")
+    lock = RunLock(tmp_path / "model")
     leftover = tmp_path / "model" / ".state_step_7.pth.abc123"
     leftover.parent.mkdir()
     leftover.write_bytes(b"half of a state")
     other = (
-        "import sys; from mit_semseg.engine.checkpoint import CheckpointFolder\n"
-        "try: CheckpointFolder(sys.argv[1]).occupy()\n"
+        "import sys; from pathlib import Path\n"
+        "from mit_semseg.engine.training.run_lock import RunLock\n"
+        "try: RunLock(Path(sys.argv[1])).acquire()\n"
         "except ValueError as error: print(error)"
     )
 
     def ask() -> str:
-        command = [sys.executable, "-c", other, str(folder.path)]
+        command = [sys.executable, "-c", other, str(lock.folder)]
         return subprocess.run(
             command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=60
         ).stdout
 
-    folder.occupy()
+    lock.acquire()
+    RunFolder(lock.folder).remove_unfinished()
     assert not leftover.exists(), "what a killed run was writing is of no use"
     assert f"model is in use by process {os.getpid()} on " in ask()
     with pytest.raises(ValueError, match="in use by another run of this process"):
-        CheckpointFolder(folder.path).occupy()
-    folder.leave()
+        RunLock(lock.folder).acquire()
+    lock.release()
     assert ask() == ""
 
 
 def test_a_state_that_cannot_be_read_now_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = CheckpointFolder(tmp_path)
+    folder = RunFolder(tmp_path)
     folder.save_state(1, {"step": 1})
 
     def no_memory(*args: Any, **options: Any) -> Any:
@@ -304,9 +308,9 @@ def test_without_locks_a_run_goes_on_with_a_warning(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
-    folder = CheckpointFolder(tmp_path)
-    folder.occupy()
-    folder.leave()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
     assert "No locks available" in caplog.text
 
 
@@ -315,7 +319,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "c").write_text("a file")
     with pytest.raises(OSError, match=r"DIR .*c/d cannot be written to \(.*\): give another"):
-        CheckpointFolder(tmp_path / "c" / "d").occupy()
+        RunLock(tmp_path / "c" / "d").acquire()
     with pytest.raises(OSError, match=r"--out /proc/self/results cannot be written to"):
         make_writable("/proc/self/results", "--out")
 

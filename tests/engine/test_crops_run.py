@@ -15,9 +15,11 @@ import yaml
 from mit_semseg.cli import main
 from mit_semseg.config import load_config
 from mit_semseg.config.node import Config
-from mit_semseg.engine import feed
 from mit_semseg.engine.checkpoint import CheckpointFolder
-from mit_semseg.engine.train import Trainer, train
+from mit_semseg.engine.train import train
+from mit_semseg.engine.training import loader
+from mit_semseg.engine.training.build import build
+from mit_semseg.engine.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -92,14 +94,14 @@ def test_a_resumed_run_is_identical_for_any_number_of_workers(
     then: int,
 ) -> None:
     """On the CPU there are at most half as many loading processes as cores."""
-    monkeypatch.setattr(feed, "cpu_count", lambda: cores)
-    begin, started = feed.Feed.__init__, []
+    monkeypatch.setattr(loader, "cpu_count", lambda: cores)
+    begin, started = loader.TrainLoader.__init__, []
 
-    def begun(self: feed.Feed, *args: Any) -> None:
-        begin(self, *args)
+    def begun(self: loader.TrainLoader, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
         started.append(len(multiprocessing.active_children()))
 
-    monkeypatch.setattr(feed.Feed, "__init__", begun)
+    monkeypatch.setattr(loader.TrainLoader, "__init__", begun)
 
     def settings(name: str, workers: int) -> Config:
         opts = ["DIR", str(tmp_path / name), "TRAIN.num_epoch", "2", "TRAIN.epoch_iters", "2"]
@@ -110,7 +112,7 @@ def test_a_resumed_run_is_identical_for_any_number_of_workers(
     whole = settings("whole", 0)
     train(whole, [CPU], progress=False)
     cut = settings("cut", first)
-    trainer = Trainer(cut, [CPU], 0, 1, False)
+    trainer = Trainer(build(cut, [CPU], progress=False))
     finish = trainer._finish_epoch
 
     def stop(epoch: int) -> None:
@@ -119,7 +121,7 @@ def test_a_resumed_run_is_identical_for_any_number_of_workers(
 
     trainer._finish_epoch = stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+        trainer.fit()
     assert "epoch_2.pth" not in CheckpointFolder(cut.DIR).names()
     train(settings("cut", 2), [CPU], resume=True, progress=False)
     assert started == [0, first, then]

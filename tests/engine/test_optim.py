@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from mit_semseg.config import load_config
-from mit_semseg.engine.balance import frequency_weights
-from mit_semseg.engine.optim import (
+from mit_semseg.engine.training.balance import frequency_weights
+from mit_semseg.engine.training.optim import (
+    MovingAverage,
     build_optimizer,
     joined_states,
     load_optimizer,
-    moving_average,
     parameter_groups,
     poly_factor,
     set_learning_rates,
@@ -43,8 +42,7 @@ def test_poly_schedule() -> None:
     [("SGD", torch.optim.SGD), ("Adam", torch.optim.Adam), ("AdamW", torch.optim.AdamW)],
 )
 def test_optim_is_honoured(name: str, kind: type) -> None:
-    cfg = load_config(None, ["TRAIN.optim", name, "TRAIN.beta1", "0.8"])
-    optimizer = build_optimizer(cfg, (nn.Conv2d(1, 1, 1), 0.5))
+    optimizer = build_optimizer(name, (nn.Conv2d(1, 1, 1), 0.5), beta1=0.8)
     assert type(optimizer) is kind
     assert optimizer.param_groups[0]["lr"] == 0.5
     first = optimizer.param_groups[0]
@@ -54,7 +52,6 @@ def test_optim_is_honoured(name: str, kind: type) -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_fused_steps_are_the_plain_ones(name: str) -> None:
-    cfg = load_config(None, ["TRAIN.optim", name, "TRAIN.weight_decay", "0.1"])
     torch.manual_seed(0)
     ours, plain = nn.Conv2d(3, 5, 3), nn.Conv2d(3, 5, 3)
     plain.load_state_dict(ours.state_dict())
@@ -65,7 +62,7 @@ def test_fused_steps_are_the_plain_ones(name: str) -> None:
         {"params": [plain.bias], "weight_decay": 0.0},
     ]
     optimizers = (
-        build_optimizer(cfg, (ours, 0.05)),
+        build_optimizer(name, (ours, 0.05), weight_decay=0.1),
         kind(groups, lr=0.05, fused=False, **options),
     )
     for _ in range(5):
@@ -80,7 +77,6 @@ def test_fused_steps_are_the_plain_ones(name: str) -> None:
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_one_optimizer_is_those_of_its_parts(name: str) -> None:
     """Also when it goes on from their states, which is what states of runs held before."""
-    cfg = load_config(None, ["TRAIN.optim", name])
     torch.manual_seed(0)
     nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))]
     nets += [copy.deepcopy(nets[0]) for _ in range(2)]
@@ -90,7 +86,7 @@ def test_one_optimizer_is_those_of_its_parts(name: str) -> None:
         return net[:2], net[2]
 
     def one(net: nn.Sequential) -> torch.optim.Optimizer:
-        return build_optimizer(cfg, *zip(halves(net), rates, strict=True))
+        return build_optimizer(name, *zip(halves(net), rates, strict=True))
 
     def step(net: nn.Module, x: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
         net(x).square().mean().backward()
@@ -100,7 +96,7 @@ def test_one_optimizer_is_those_of_its_parts(name: str) -> None:
 
     together, apart, resumed = nets
     whole = one(together)
-    parts = [build_optimizer(cfg, part) for part in zip(halves(apart), rates, strict=True)]
+    parts = [build_optimizer(name, part) for part in zip(halves(apart), rates, strict=True)]
     images = torch.randn(5, 2, 3, 6, 6)
     for x in images[:3]:
         step(together, x, whole)
@@ -125,7 +121,6 @@ def test_one_optimizer_is_those_of_its_parts(name: str) -> None:
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_momentum_takes_the_layout_of_its_parameter(name: str, layout: torch.memory_format) -> None:
     """Resumed in another layout, a run goes on as one that was never interrupted."""
-    cfg = load_config(None, ["TRAIN.optim", name])
     torch.manual_seed(0)
     images = torch.randn(6, 2, 3, 8, 8)
     before = torch.contiguous_format if layout == torch.channels_last else torch.channels_last
@@ -140,10 +135,10 @@ def test_momentum_takes_the_layout_of_its_parameter(name: str, layout: torch.mem
             net(x).square().mean().backward()
             optimizer.step()
 
-    optimizer = build_optimizer(cfg, (whole, 0.05))
+    optimizer = build_optimizer(name, (whole, 0.05))
     steps(whole, optimizer, images[:3])
     resumed.load_state_dict(whole.state_dict())
-    other = build_optimizer(cfg, (resumed, 0.05))
+    other = build_optimizer(name, (resumed, 0.05))
     load_optimizer(other, copy.deepcopy(optimizer.state_dict()))
     assert all(p.is_contiguous(memory_format=layout) for p in resumed.parameters() if p.ndim == 4)
     for parameter, state in other.state.items():
@@ -158,11 +153,11 @@ def test_momentum_takes_the_layout_of_its_parameter(name: str, layout: torch.mem
 def test_averages_and_clipping_across_layouts(layout: torch.memory_format) -> None:
     before = torch.contiguous_format if layout == torch.channels_last else torch.channels_last
     net = nn.Conv2d(3, 8, 3, bias=False).to(memory_format=before)
-    average = moving_average(net, 0.9)
-    average.update_parameters(net)
+    average = MovingAverage(net, 0.9)
+    average.update()
     old, new = net.weight.detach().clone(), torch.randn(8, 3, 3, 3)
     net.to(memory_format=layout).load_state_dict({"weight": new})
-    average.update_parameters(net)  # decay (1 + 1) / (10 + 1)
+    average.update()  # decay (1 + 1) / (10 + 1)
     assert average.module.weight.stride() != net.weight.stride()
     torch.testing.assert_close(average.module.weight.data, 2 / 11 * old + 9 / 11 * new)
 
@@ -177,18 +172,18 @@ def test_moving_average_by_hand() -> None:
     net = nn.Linear(1, 1, bias=False)
     net.register_buffer("count", torch.zeros((), dtype=torch.int64))
     net.weight.data.fill_(1.0)
-    average = moving_average(net, 0.9)
-    average.update_parameters(net)  # the first update copies
+    average = MovingAverage(net, 0.9)
+    average.update()  # the first update copies
     net.weight.data.fill_(2.0)
     net.count.fill_(7)
-    average.update_parameters(net)  # decay (1 + 1) / (10 + 1)
+    average.update()  # decay (1 + 1) / (10 + 1)
     assert average.module.weight.item() == pytest.approx(2 / 11 * 1 + 9 / 11 * 2)
     assert average.module.count.item() == 7
     for _ in range(200):
-        average.update_parameters(net)
+        average.update()
     before = average.module.weight.item()
     net.weight.data.fill_(3.0)
-    average.update_parameters(net)  # by now the decay is 0.9
+    average.update()  # by now the decay is 0.9
     assert average.module.weight.item() == pytest.approx(0.9 * before + 0.1 * 3)
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.queues import Queue as MultiprocessingQueue
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from reads import gpu_waits, reads_of
 from torch import nn
 
 from mit_semseg.cli import main
@@ -29,10 +30,14 @@ from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.reading import READINGS
-from mit_semseg.engine.checkpoint import CheckpointFolder
-from mit_semseg.engine.feed import Feed, RankSampler
-from mit_semseg.engine.optim import parameter_groups
-from mit_semseg.engine.train import Trainer, train
+from mit_semseg.engine.train import train
+from mit_semseg.engine.training.build import build
+from mit_semseg.engine.training.checkpoints import RunFolder
+from mit_semseg.engine.training.loader import RankSampler
+from mit_semseg.engine.training.optim import parameter_groups
+from mit_semseg.engine.training.state import Progress
+from mit_semseg.engine.training.step import StepResult, TrainStep
+from mit_semseg.engine.training.trainer import Trainer
 from mit_semseg.losses import build_loss
 from mit_semseg.models import Decoder, Encoder, ModelBuilder, SegmentationModule
 from mit_semseg.models.compilation import compile_for_training, compiler_errors
@@ -88,8 +93,14 @@ def settings(tmp_path: Path, make_images: Callable[..., None]) -> Callable[..., 
     return build
 
 
+def trainer_of(
+    cfg: Config, devices: Sequence[torch.device] = (CPU,), resume: str = "", job: str = ""
+) -> Trainer:
+    return Trainer(build(cfg, devices, progress=False, resume=resume, job=job))
+
+
 def weights(cfg: Config, checkpoint: str) -> dict[str, torch.Tensor]:
-    files = CheckpointFolder(cfg.DIR).files(checkpoint)
+    files = RunFolder(cfg.DIR).files(checkpoint)
     return {
         f"{file.name[:7]}.{key}": value
         for file in files
@@ -138,7 +149,7 @@ def test_learns_and_leaves_a_whole_folder(settings: Callable[..., Config]) -> No
     assert losses[-1] < 0.5 * losses[0]
     # Chance is 0.14 on four classes; the images are their masks in grey with noise.
     assert result["best_mean_iou"] > 0.5
-    folder = CheckpointFolder(cfg.DIR)
+    folder = RunFolder(cfg.DIR)
     assert folder.names() == ["epoch_7.pth", "epoch_8.pth", "best.pth"]
     assert folder.config().TRAIN.optim == "AdamW"
     assert len(folder.classes().names) == 4
@@ -157,18 +168,21 @@ def test_the_memory_of_a_training_is_free_when_it_ends(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainers: list[weakref.ref[Trainer]] = []
-    run = Trainer.run
+    networks: list[weakref.ref[nn.Module]] = []
+    fit = Trainer.fit
 
     def watched(self: Trainer) -> dict[str, Any]:
         trainers.append(weakref.ref(self))
-        return run(self)
+        networks.append(weakref.ref(self.parts.step.module))
+        return fit(self)
 
-    monkeypatch.setattr(Trainer, "run", watched)
+    monkeypatch.setattr(Trainer, "fit", watched)
     gc.collect()
     gc.disable()  # it must go without the collector, whose next full pass may be hours away
     try:
         train(settings(**ENET, TRAIN__eval_epochs=1, TRAIN__workers=1), [CPU], progress=False)
         assert [trainer() for trainer in trainers] == [None]
+        assert [network() for network in networks] == [None]
     finally:
         gc.enable()
 
@@ -180,7 +194,7 @@ def test_a_resumed_run_is_identical(settings: Callable[..., Config], ema: float)
     train(whole, [CPU], progress=False)
 
     cut = settings(**common, DIR=settings().DIR + "_cut")
-    trainer = Trainer(cut, [CPU], 0, 1, False)
+    trainer = trainer_of(cut)
     finish = trainer._finish_epoch
 
     def stop_after_two(epoch: int) -> None:
@@ -190,7 +204,7 @@ def test_a_resumed_run_is_identical(settings: Callable[..., Config], ema: float)
 
     trainer._finish_epoch = stop_after_two  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+        trainer.fit()
     train(cut, [CPU], resume=True, progress=False)
 
     expected, got = weights(whole, "epoch_3.pth"), weights(cut, "epoch_3.pth")
@@ -218,9 +232,11 @@ def test_weights_alone_start_the_average_too(settings: Callable[..., Config]) ->
     cfg = settings(TRAIN__num_epoch=1)
     train(cfg, [CPU], progress=False)
     (Path(cfg.DIR) / "state_step_2.pth").unlink()
-    trainer = Trainer(settings(TRAIN__num_epoch=2, TRAIN__ema=0.9), [CPU], 0, 1, False, "auto")
-    trainer._begin()
-    for averaged, own in zip(trainer.evaluated.parameters(), trainer.module.parameters()):
+    trainer = trainer_of(settings(TRAIN__num_epoch=2, TRAIN__ema=0.9), resume="auto")
+    trainer.resume()
+    step = trainer.parts.step
+    for averaged, own in zip(step.evaluated.parameters(), step.module.parameters()):
+        assert averaged is not own
         torch.testing.assert_close(averaged, own)
 
 
@@ -280,8 +296,9 @@ def test_fixed_batchnorm_keeps_its_statistics(settings: Callable[..., Config]) -
 
 
 def test_auto_epoch_is_one_pass(settings: Callable[..., Config]) -> None:
-    assert Trainer(settings(TRAIN__epoch_iters="auto"), [CPU], 0, 1, False).epoch_iters == 2
-    assert Trainer(settings(TRAIN__epoch_iters="auto"), [CPU] * 2, 0, 1, False).epoch_iters == 1
+    cfg = settings(TRAIN__epoch_iters="auto")
+    assert build(cfg, [CPU]).progress.epoch_iters == 2
+    assert build(cfg, [CPU] * 2).progress.epoch_iters == 1
 
 
 def test_non_finite_loss_names_the_files(settings: Callable[..., Config]) -> None:
@@ -333,7 +350,7 @@ def test_compilation_needs_one_device(settings: Callable[..., Config]) -> None:
     cfg = settings(TRAIN__compile=True)
     for devices, world in (([CPU, CPU], 1), ([CPU], 2)):
         with pytest.raises(ValueError, match=r"with 2 devices.*set TRAIN\.compile False"):
-            Trainer(cfg, devices, 0, world, False)
+            build(cfg, devices, 0, world)
 
 
 @pytest.mark.parametrize(
@@ -499,8 +516,8 @@ def test_an_earlier_run_is_set_aside(settings: Callable[..., Config]) -> None:
     train(cfg, [CPU], progress=False)
     before = (Path(cfg.DIR) / "encoder_epoch_2.pth").read_bytes()
     train(settings(TRAIN__num_epoch=1), [CPU], progress=False)
-    assert CheckpointFolder(cfg.DIR).names() == ["epoch_1.pth"]
-    aside = CheckpointFolder(Path(cfg.DIR) / "earlier_1")
+    assert RunFolder(cfg.DIR).names() == ["epoch_1.pth"]
+    aside = RunFolder(Path(cfg.DIR) / "earlier_1")
     assert aside.names() == ["epoch_1.pth", "epoch_2.pth"]
     assert (aside.path / "encoder_epoch_2.pth").read_bytes() == before
     assert aside.config().TRAIN.num_epoch == 2
@@ -521,7 +538,7 @@ def test_a_half_written_last_line_does_not_stop_a_resumed_run(
 
 # ------------------------------------------------------------------------------ survival
 def state_of(cfg: Config) -> dict[str, Any]:
-    found = CheckpointFolder(cfg.DIR).newest_state()
+    found = RunFolder(cfg.DIR).newest_state()
     assert found is not None
     return found[1]
 
@@ -535,14 +552,20 @@ def assert_same_weights(one: Config, other: Config, checkpoint: str) -> None:
 
 def signal_after(steps: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send this process a signal in the middle of a step."""
-    forward_backward = Trainer._forward_backward
+    take_step, add = Trainer._step, TrainStep.add
+    running: list[Trainer] = []
 
-    def and_signal(self: Trainer, batch: list[dict[str, Any]]) -> Any:
-        if self.step == steps and not self.stop.asked:
+    def remember(self: Trainer, *args: Any) -> Any:
+        running[:] = [self]
+        return take_step(self, *args)
+
+    def and_signal(self: TrainStep, batch: list[dict[str, Any]]) -> None:
+        if running[0].progress.step == steps and not running[0].parts.supervisor.asked:
             os.kill(os.getpid(), number)
-        return forward_backward(self, batch)
+        add(self, batch)
 
-    monkeypatch.setattr(Trainer, "_forward_backward", and_signal)
+    monkeypatch.setattr(Trainer, "_step", remember)
+    monkeypatch.setattr(TrainStep, "add", and_signal)
 
 
 @pytest.mark.parametrize(
@@ -597,30 +620,38 @@ def test_a_command_that_is_told_to_stop_says_how_to_go_on(
     assert "Training done: " in said.out
 
 
+def with_scaler(trainer: Trainer, scaler: torch.amp.GradScaler) -> Trainer:
+    """fp16 needs a GPU; the scaling of its loss does not."""
+    trainer.parts.step.scaler = scaler
+    trainer.parts.state.register("scaler", scaler)
+    return trainer
+
+
 def test_a_state_holds_the_loss_scaling(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fp16 needs a GPU; what is saved of its scaling does not."""
 
     def trainer(resume: str) -> Trainer:
-        one = Trainer(settings(**ENET), [CPU], 0, 1, False, resume)
-        one.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-        return one
+        one = trainer_of(settings(**ENET), resume=resume)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        return with_scaler(one, scaler)
 
     cut, resumed = trainer(""), trainer("auto")
     signal_after(2, signal.SIGTERM, monkeypatch)
-    cut.run()
-    resumed._begin()
-    assert resumed.step == 3
-    assert cut.scaler.get_scale() == 2048.0, "it has grown after two of the three steps"
-    assert resumed.scaler.state_dict() == cut.scaler.state_dict()
-    assert resumed.scaler.state_dict()["_growth_tracker"] == 1
+    cut.fit()
+    resumed.resume()
+    assert resumed.progress.step == 3
+    scalers = [one.parts.step.scaler for one in (cut, resumed)]
+    assert scalers[0].get_scale() == 2048.0, "it has grown after two of the three steps"
+    assert scalers[1].state_dict() == scalers[0].state_dict()
+    assert scalers[1].state_dict()["_growth_tracker"] == 1
 
 
 def test_states_are_written_by_time(settings: Callable[..., Config]) -> None:
     cfg = settings(TRAIN__epoch_iters=4, TRAIN__num_epoch=1, TRAIN__checkpoint_minutes=1e-9)
     train(cfg, [CPU], progress=False)
-    names = [file.name for file in CheckpointFolder(cfg.DIR).states()]
+    names = [file.name for file in RunFolder(cfg.DIR).states()]
     assert names == ["state_step_4.pth", "state_step_3.pth"]
     state = state_of(cfg)
     expected = {"encoder", "decoder", "optimizer", "scaler", "random", "position", "history"}
@@ -648,7 +679,7 @@ def test_resume_takes_a_file_or_a_folder(settings: Callable[..., Config], tmp_pa
 def test_a_run_that_goes_back_keeps_what_it_leaves(settings: Callable[..., Config]) -> None:
     cfg = settings(TRAIN__num_epoch=3)
     train(cfg, [CPU], progress=False)
-    folder = CheckpointFolder(cfg.DIR)
+    folder = RunFolder(cfg.DIR)
     before = weights(cfg, "epoch_3.pth")
     train(settings(TRAIN__num_epoch=2, TRAIN__start_epoch=2), [CPU], progress=False)
     assert folder.names() == ["epoch_1.pth", "epoch_2.pth"]
@@ -668,11 +699,11 @@ def test_other_devices_go_on_at_the_same_place_of_the_data(
     cfg = settings(TRAIN__epoch_iters="auto", TRAIN__num_epoch=1)
     train(cfg, [CPU], progress=False)  # 2 steps, each a batch of 2 of the 4 images
     more = settings(TRAIN__epoch_iters="auto", TRAIN__num_epoch=2, TRAIN__lr_encoder=0.01)
-    trainer = Trainer(more, [CPU, CPU], 0, 1, False, "auto")
-    assert trainer.epoch_iters == 1
+    trainer = trainer_of(more, [CPU, CPU], resume="auto")
+    assert trainer.progress.epoch_iters == 1
     caplog.set_level("INFO", logger="mit_semseg")
-    trainer._begin()
-    assert (trainer.step, trainer.position) == (1, 2)
+    trainer.resume()
+    assert (trainer.progress.step, trainer.progress.position) == (1, 2)
     assert "TRAIN.lr_encoder was 0.02, and is 0.01 now" in caplog.text
     assert "TRAIN.workers" not in caplog.text
 
@@ -684,13 +715,13 @@ def test_an_epoch_of_another_length_keeps_the_place(
     with monkeypatch.context() as patch:
         signal_after(6, signal.SIGTERM, patch)
         train(long, [CPU], progress=False)
-    folder = CheckpointFolder(long.DIR)
+    folder = RunFolder(long.DIR)
     short = settings(TRAIN__epoch_iters=2)
     for _ in range(2):  # also when it is killed before it writes a state of its own
-        trainer = Trainer(short, [CPU], 0, 1, False, "auto")
-        trainer._begin()
+        trainer = trainer_of(short, resume="auto")
+        trainer.resume()
         # 7 of 8 steps; what is left of the epoch is 1 of 2, not none.
-        assert (trainer.step, trainer.position) == (1, 7)
+        assert (trainer.progress.step, trainer.progress.position) == (1, 7)
         assert [file.name for file in folder.states()] == ["state_step_1.pth"]
     result = train(short, [CPU], resume="auto", progress=False)
     assert result["history"]["train"]["epoch"] == [1, 2]
@@ -703,11 +734,12 @@ def test_resumed_optimizers_follow_the_configuration(
 ) -> None:
     train(settings(), [CPU], progress=False)
     cfg = settings(TRAIN__num_epoch=3, TRAIN__weight_decay=0.5, TRAIN__beta1=0.5)
-    trainer = Trainer(cfg, [CPU], 0, 1, False, "auto")
-    trainer._begin()
-    decayed, plain = trainer.optimizer.param_groups[:2]
+    trainer = trainer_of(cfg, resume="auto")
+    trainer.resume()
+    optimizer = trainer.parts.step.optimizer
+    decayed, plain = optimizer.param_groups[:2]
     assert (decayed["weight_decay"], plain["weight_decay"], decayed["momentum"]) == (0.5, 0.0, 0.5)
-    assert all("momentum_buffer" in state for state in trainer.optimizer.state.values())
+    assert all("momentum_buffer" in state for state in optimizer.state.values())
     result = train(settings(TRAIN__num_epoch=3, TRAIN__optim="AdamW"), [CPU], resume="auto")
     assert result["step"] == 6 and "momentum starts afresh" in caplog.text
 
@@ -720,12 +752,13 @@ def test_a_state_with_two_optimizers_is_resumed_exactly(
     train(whole, [CPU], progress=False)
     file = tmp_path / "whole" / "state_step_2.pth"
     state = torch.load(file, weights_only=True)
-    trainer = Trainer(settings(**ENET, DIR=str(tmp_path / "other")), [CPU], 0, 1, False, str(file))
-    trainer._begin()
+    trainer = trainer_of(settings(**ENET, DIR=str(tmp_path / "other")), resume=str(file))
+    trainer.resume()
     state["optimizers"] = []
-    for half in (trainer.module.encoder, trainer.module.decoder):
+    step = trainer.parts.step
+    for half in (step.module.encoder, step.module.decoder):
         of_half = torch.optim.SGD(parameter_groups(half, 1e-4), lr=0.02, momentum=0.9)
-        of_half.state.update({p: trainer.optimizer.state[p] for p in half.parameters()})
+        of_half.state.update({p: step.optimizer.state[p] for p in half.parameters()})
         state["optimizers"].append(of_half.state_dict())
     del state["optimizer"], state["skipped"]
     old = tmp_path / "old.pth"
@@ -752,11 +785,10 @@ def test_a_run_resumed_in_another_layout_goes_on_alike(
 def test_best_weights_stay_those_of_the_history(settings: Callable[..., Config]) -> None:
     cfg = settings(TRAIN__num_epoch=4, TRAIN__eval_epochs=1)
     scores = train(cfg, [CPU], progress=False)["history"]["val"]["mean_iou"]
-    folder = CheckpointFolder(cfg.DIR)
+    folder = RunFolder(cfg.DIR)
     best = 1 + scores.index(max(scores))
     back = settings(TRAIN__num_epoch=4, TRAIN__eval_epochs=1, TRAIN__start_epoch=best - 1 or 1)
-    trainer = Trainer(back, [CPU], 0, 1, False)
-    trainer._begin()
+    trainer_of(back).resume()
     aside = folder.path / "earlier_1"
     assert (aside / "metrics.jsonl").is_file()
     if best > 1:
@@ -786,20 +818,20 @@ def test_a_resumed_run_needs_no_initial_weights(
 def test_weights_that_are_not_finite_replace_no_state(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = Trainer._update
+    finish = TrainStep.finish
 
-    def spoil(self: Trainer) -> bool:
-        done = update(self)
-        if self.step == 3:
+    def spoil(self: TrainStep, progress: Progress, **flags: bool) -> StepResult:
+        done = finish(self, progress, **flags)
+        if progress.step == 3:
             with torch.no_grad():
                 next(self.module.parameters()).fill_(torch.nan)
         return done
 
-    monkeypatch.setattr(Trainer, "_update", spoil)
+    monkeypatch.setattr(TrainStep, "finish", spoil)
     cfg = settings()
     with pytest.raises(FloatingPointError, match="after step 4 the weights are no finite numbers"):
         train(cfg, [CPU], progress=False)
-    assert [file.name for file in CheckpointFolder(cfg.DIR).states()] == ["state_step_2.pth"]
+    assert [file.name for file in RunFolder(cfg.DIR).states()] == ["state_step_2.pth"]
 
 
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
@@ -828,10 +860,9 @@ def test_gradients_that_are_not_finite_spoil_nothing(
 
 def with_infinite_gradients(trainer: Trainer, half: str, steps: int) -> Trainer:
     """fp16 needs a GPU; what happens when it cannot hold the gradients of one half does not."""
-    trainer.scaler = torch.amp.GradScaler("cpu")
-    parameter = list(getattr(trainer.module, half).parameters())[-1]
-    parameter.register_hook(lambda g: g * torch.inf if trainer.step < steps else g)
-    return trainer
+    parameter = list(getattr(trainer.parts.step.module, half).parameters())[-1]
+    parameter.register_hook(lambda g: g * torch.inf if trainer.progress.step < steps else g)
+    return with_scaler(trainer, torch.amp.GradScaler("cpu"))
 
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
@@ -841,10 +872,11 @@ def test_a_step_that_fp16_cannot_hold_leaves_no_trace(
 ) -> None:
     options: dict[str, Any] = {"TRAIN__clip_grad": clip_grad, "TRAIN__ema": 0.9}
     cfg = settings(**ENET, **options, TRAIN__epoch_iters=1, TRAIN__num_epoch=1)
-    trainer = with_infinite_gradients(Trainer(cfg, [CPU], 0, 1, False), half, steps=1)
-    before = copy.deepcopy(trainer.module.state_dict())
-    trainer.run()
-    for key, value in trainer.module.state_dict().items():
+    trainer = with_infinite_gradients(trainer_of(cfg), half, steps=1)
+    module = trainer.parts.step.module
+    before = copy.deepcopy(module.state_dict())
+    trainer.fit()
+    for key, value in module.state_dict().items():
         assert torch.equal(value, before[key]), key
     state = state_of(cfg)
     assert state["skipped"] == 1 and not state["optimizer"]["state"]
@@ -857,26 +889,25 @@ def test_a_step_that_fp16_cannot_hold_leaves_no_trace(
 
     # The next step is the first one of the optimizer.
     more = settings(**ENET, **options, TRAIN__epoch_iters=1, TRAIN__num_epoch=2)
-    trainer = with_infinite_gradients(Trainer(more, [CPU], 0, 1, False, "auto"), half, steps=0)
-    trainer.run()
-    assert (trainer.skipped, trainer.skipped_in_a_row, trainer.step) == (1, 0, 2)
-    moved = [
-        float((p.detach() - before[n]).abs().max()) for n, p in trainer.module.named_parameters()
-    ]
+    trainer = with_infinite_gradients(trainer_of(more, resume="auto"), half, steps=0)
+    trainer.fit()
+    progress, module = trainer.progress, trainer.parts.step.module
+    assert (progress.skipped, progress.skipped_in_a_row, progress.step) == (1, 0, 2)
+    moved = [float((p.detach() - before[n]).abs().max()) for n, p in module.named_parameters()]
     assert 0 < max(moved) < 1, "momentum of nothing is 0"
 
 
 def test_fp16_that_never_holds_the_gradients_has_an_end(settings: Callable[..., Config]) -> None:
     cfg = settings(**ENET, TRAIN__on_nan="skip", TRAIN__epoch_iters=9)
-    trainer = with_infinite_gradients(Trainer(cfg, [CPU], 0, 1, False), "encoder", steps=9)
-    trainer.skipped_in_a_row = 18
+    trainer = with_infinite_gradients(trainer_of(cfg), "encoder", steps=9)
+    trainer.progress.skipped_in_a_row = 18
     with pytest.raises(
         FloatingPointError,
         match=r"^fp16 cannot hold the gradients of step 3 at a loss scale of 16384, after 20 "
         r"skipped steps; lower TRAIN\.lr_encoder .* or train with TRAIN\.precision bf16 or fp32$",
     ):
-        trainer.run()
-    assert trainer.skipped == 2
+        trainer.fit()
+    assert trainer.progress.skipped == 2
 
 
 def test_a_job_that_comes_back_goes_on(
@@ -891,13 +922,13 @@ def test_a_job_that_comes_back_goes_on(
         train(cfg, [CPU], resume=first, job="job 7", progress=False)
     assert state_of(cfg)["step"] == 3
     # Restarted with the same command it is not thrown back to where the command says.
-    trainer = Trainer(cfg, [CPU], 0, 1, False, first, "job 7")
-    trainer._begin()
-    assert trainer.step == 3
-    trainer.run()
-    other = Trainer(cfg, [CPU], 0, 1, False, "", "job 7")  # completed: a new one starts anew
-    other._begin()
-    assert other.step == 0 and (Path(cfg.DIR) / "earlier_1").is_dir()
+    trainer = trainer_of(cfg, resume=first, job="job 7")
+    trainer.resume()
+    assert trainer.progress.step == 3
+    trainer.fit()
+    other = trainer_of(cfg, job="job 7")  # completed: a new one starts anew
+    other.resume()
+    assert other.progress.step == 0 and (Path(cfg.DIR) / "earlier_1").is_dir()
 
 
 def test_a_state_of_another_network_is_refused(settings: Callable[..., Config]) -> None:
@@ -1056,22 +1087,137 @@ def test_an_exception_in_a_replica_ends_the_run_at_once(
     assert caught.value.__traceback__ is not None
 
 
-def test_a_feed_names_the_batch_that_is_waited_for(
+def test_a_loader_names_the_batch_that_is_waited_for(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(settings(), [CPU], 0, 1, False)
-    feed = Feed(trainer.data, trainer.cfg, trainer.devices, 0, 1, 0, 4)
+    loader = build(settings(), [CPU]).loader(first=0, micro_steps=4)
     heard: list[list[str]] = []
     item = TrainDataset.__getitem__
 
     def getitem(self: TrainDataset, index: int) -> dict[str, Any]:
-        heard.append(feed.files())
+        heard.append(loader.files())
         with READINGS.of("a.png"):
-            heard.append(feed.files())
+            heard.append(loader.files())
         return item(self, index)
 
     monkeypatch.setattr(TrainDataset, "__getitem__", getitem)
-    next(iter(feed))
-    assert heard == [trainer.data.files(0), ["a.png"]]
-    assert feed.files() == [], "a batch is computed, and nothing is read"
-    feed.close()
+    next(iter(loader))
+    assert heard == [loader.data.files(0), ["a.png"]]
+    assert loader.files() == [], "a batch is computed, and nothing is read"
+    loader.close()
+
+
+# ------------------------------------------------------------------------------ waiting
+def test_a_step_of_a_run_waits_once(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`test_step.py` says when; here it is that nothing around the step waits, either."""
+    options = {"TRAIN__ema": 0.9, "TRAIN__clip_grad": 1.0, "TRAIN__accumulate": 2}
+    take_step = Trainer._step
+    found: list[list[str]] = []
+
+    def counted(self: Trainer, *args: Any) -> StepResult:
+        with reads_of(self.parts.step.module, monkeypatch) as reads:
+            result = take_step(self, *args)
+        found.append(reads.found)
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    # Samples are made in another process.
+    train(settings(**ENET, **options, TRAIN__workers=1), [CPU], progress=False)
+    assert found == [["tolist"]] * 4
+
+
+# ------------------------------------------------------------------------------ on a GPU
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "fc_dim"),
+    [("resnet18dilated", "ppm_deepsup", 512), ("mobilenetv2dilated", "c1_deepsup", 320)],
+)
+def test_a_gpu_is_waited_for_once_a_step(
+    settings: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    encoder: str,
+    decoder: str,
+    fc_dim: int,
+) -> None:
+    network = {"arch_encoder": encoder, "arch_decoder": decoder, "fc_dim": fc_dim}
+    options = {"ema": 0.9, "clip_grad": 1.0, "accumulate": 2, "precision": precision}
+    changes = {f"MODEL__{key}": value for key, value in network.items()}
+    changes |= {f"TRAIN__{key}": value for key, value in options.items()}
+    take_step = Trainer._step
+    found: list[list[str]] = []
+
+    def counted(self: Trainer, *args: Any) -> StepResult:
+        with gpu_waits() as said:
+            result = take_step(self, *args)
+        found.append(said)
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    train(settings(**changes, TRAIN__epoch_iters=4, TRAIN__workers=1), [GPU], progress=False)
+    # The first steps may set up libraries.
+    assert [len(said) for said in found[2:]] == [1] * (len(found) - 2), found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optim", ["SGD", "AdamW"])
+@pytest.mark.parametrize("layouts", [(True, False), (False, True)])
+@pytest.mark.parametrize("devices", [(CPU, GPU), (GPU, CPU), (GPU, GPU)])
+def test_a_run_resumes_on_another_device_and_in_another_layout(
+    settings: Callable[..., Config],
+    tmp_path: Path,
+    devices: tuple[torch.device, torch.device],
+    layouts: tuple[bool, bool],
+    optim: str,
+) -> None:
+    options: dict[str, Any] = {**ENET, "TRAIN__ema": 0.9, "TRAIN__optim": optim}
+    first, second = (
+        settings(**options, TRAIN__channels_last=layout, DIR=str(tmp_path / name))
+        for layout, name in zip(layouts, ("first", "second"))
+    )
+    train(first, [devices[0]], progress=False)
+    file = str(tmp_path / "first" / "state_step_2.pth")
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    trainer = trainer_of(second, [devices[1]], resume=file)
+    trainer.resume()
+    step = trainer.parts.step
+    assert step.average is not None
+    for half in ("encoder", "decoder"):
+        for key, value in getattr(step.module, half).state_dict().items():
+            assert torch.equal(value.cpu(), saved[half][key]), key
+    for key, value in step.average.state_dict().items():
+        assert torch.equal(value.cpu(), saved["average"][key]), key
+    parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
+    for number, parameter in enumerate(parameters):
+        for name, value in step.optimizer.state[parameter].items():
+            assert torch.equal(value.cpu(), saved["optimizer"]["state"][number][name].cpu())
+            if value.shape == parameter.shape:
+                assert value.device == parameter.device and value.stride() == parameter.stride()
+    assert train(second, [devices[1]], resume=file, progress=False)["step"] == 4
+    assert all(torch.isfinite(x).all() for x in weights(second, "epoch_2.pth").values())
+
+
+@pytest.mark.gpu
+def test_a_loader_that_is_killed_under_pinned_memory_is_named(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches come through a thread that pins them, which must not hide the death."""
+    item = TrainDataset.__getitem__
+
+    def die(self: TrainDataset, index: int) -> dict[str, Any]:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(self, index)
+
+    monkeypatch.setattr(TrainDataset, "__getitem__", die)
+    began = time.monotonic()
+    with pytest.raises(ChildProcessError, match=r"ended with signal SIGKILL .*resume auto"):
+        train(settings(TRAIN__workers=1, TRAIN__epoch_iters=9), [GPU], progress=False)
+    assert time.monotonic() - began < 30
+    assert not multiprocessing.active_children()

@@ -84,17 +84,17 @@ def test_a_file_counts_from_when_it_is_opened(capfd: pytest.CaptureFixture[str])
     assert "waiting for a file to be read; being read: slow.png; look at it" in said
 
 
-def test_it_can_be_told_to_hurry() -> None:
+def test_its_limit_can_be_shortened() -> None:
     end = Ended()
     with Watchdog(60, end=end) as dog:
-        dog.hurry(0.2)
+        dog.shorten_limit(0.2)
         assert end.event.wait(10)
 
 
 @pytest.mark.timeout(20)
-def test_a_signal_may_tell_it_to_hurry_at_any_moment() -> None:
+def test_a_signal_may_shorten_its_limit_at_any_moment() -> None:
     with Watchdog(60, end=Ended()) as dog, dog._lock:  # as in the middle of `progress`
-        dog.hurry(30)
+        dog.shorten_limit(30)
 
 
 def _read(note: Callable[[str], None], name: str, ready: threading.Event) -> None:

@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest state, or the newest weights, that an earlier one has left."""
+"""Where a run resumes: the newest state, or the newest weights, that an earlier one has left."""
 
 from __future__ import annotations
 
@@ -7,40 +7,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mit_semseg.engine.checkpoint import CheckpointFolder, load_state, load_whole
+from mit_semseg.engine.checkpoint import load_whole
+from mit_semseg.engine.training.checkpoints import RunFolder, load_state
+from mit_semseg.engine.training.run_lock import RunLock
 from mit_semseg.models import SegmentationModule
 
 log = logging.getLogger("mit_semseg")
 
 
-class Earlier(NamedTuple):
+class EarlierRun(NamedTuple):
     """A place in an earlier run."""
 
     file: Path
-    state: dict[str, Any]  # what `Trainer` saves, or the part of it that weights can tell
+    state: dict[str, Any]  # as `RunState` has it, or the part of it that weights can tell
 
 
 @dataclass(frozen=True)
-class Search:
-    """What a new run looks for.
+class EarlierRuns:
+    """What a new run may resume from.
 
     Attributes:
         folder: its own.
+        lock: of that folder.
         resume: "auto", a state file, a folder with one, or "" to start anew.
-        job: the name of its job, which goes on from its own states whatever `resume` says.
+        job: the name of its job, which resumes its own states whatever `resume` says.
         start_epoch: TRAIN.start_epoch; 0 for none.
         epoch_iters: steps of an epoch.
         batches_a_step: batches that all ranks together take for one.
     """
 
-    folder: CheckpointFolder
+    folder: RunFolder
+    lock: RunLock
     resume: str
     job: str
     start_epoch: int
     epoch_iters: int
     batches_a_step: int
 
-    def may_find(self) -> bool:
+    def may_exist(self) -> bool:
         """Whether there is anything to look for, as far as can be said without reading it."""
         if self.resume not in ("", "auto"):
             return True
@@ -49,10 +53,10 @@ class Search:
 
     @property
     def _comes_back(self) -> bool:
-        return bool(self.job) and self.folder.job() == self.job
+        return bool(self.job) and self.lock.job() == self.job
 
-    def find(self, module: SegmentationModule) -> Earlier | None:
-        """The place to go on from; None to start anew.
+    def find(self, module: SegmentationModule) -> EarlierRun | None:
+        """The place to resume from; None to start anew.
 
         Args:
             module: has to fit published weights, which it gets where there is no state.
@@ -75,36 +79,36 @@ class Search:
         epoch, inside = divmod(earlier.state["step"], earlier.state["epoch_iters"])
         if not inside:
             # It may have been validated after the state was written.
-            later = CheckpointFolder(earlier.file.parent).load_history(epoch)
+            later = RunFolder(earlier.file.parent).load_history(epoch)
             earlier.state["history"] = {**earlier.state["history"], **later}
         return earlier
 
-    def _in(self, resume: str, module: SegmentationModule) -> Earlier | None:
+    def _in(self, resume: str, module: SegmentationModule) -> EarlierRun | None:
         """What `--resume` names; nothing where auto finds nothing."""
         place = self.folder.path if resume == "auto" else Path(resume)
         if place.is_file():
-            return Earlier(place, load_state(place))
+            return EarlierRun(place, load_state(place))
         if not place.is_dir():
             raise FileNotFoundError(
                 f"--resume {resume}: no such file or folder; give auto, a state_step_N.pth, or a "
                 "folder that holds one"
             )
-        folder = CheckpointFolder(place)
+        folder = RunFolder(place)
         if found := folder.newest_state(mend=resume == "auto"):
-            return Earlier(*found)
+            return EarlierRun(*found)
         if latest := folder.latest_epoch():
             return self._weights(folder, latest, module)
         if resume == "auto":
             return None
         raise FileNotFoundError(f"--resume {resume}: the folder holds no state_step_N.pth")
 
-    def _at_epoch(self, module: SegmentationModule) -> Earlier:
+    def _at_epoch(self, module: SegmentationModule) -> EarlierRun:
         file = self.folder.path / f"state_step_{self.start_epoch * self.epoch_iters}.pth"
         if file.is_file():
-            return Earlier(file, load_state(file))
+            return EarlierRun(file, load_state(file))
         return self._weights(self.folder, self.start_epoch, module)
 
-    def _weights(self, folder: CheckpointFolder, epoch: int, module: SegmentationModule) -> Earlier:
+    def _weights(self, folder: RunFolder, epoch: int, module: SegmentationModule) -> EarlierRun:
         """What the published files of an epoch hold, in the form of a state."""
         encoder, decoder = folder.files(f"epoch_{epoch}.pth")
         load_whole(module.encoder, encoder, "encoder")
@@ -122,10 +126,10 @@ class Search:
             "decoder": module.decoder.state_dict(),
             "history": folder.load_history(epoch),
         }
-        return Earlier(encoder, state)
+        return EarlierRun(encoder, state)
 
 
-def _check(earlier: Earlier) -> None:
+def _check(earlier: EarlierRun) -> None:
     """Refuse what another program has saved; whether a state fits the run is seen later."""
     state = earlier.state
     wrong = [

@@ -1,4 +1,4 @@
-"""The figures of a run: one JSON line each in `metrics.jsonl`, and the curves drawn from them."""
+"""The figures of a run: `metrics.jsonl`, the columns of its epochs, and the curves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,72 @@ METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 
 
-class Journal:
+def best_validation(scores: Iterable[tuple[float, float]]) -> tuple[int, float] | None:
+    """The epoch with the highest finite mean IoU, the last of equals, and that mean IoU.
+
+    Args:
+        scores: (epoch, mean IoU) of every validation.
+    """
+    finite = [(mean_iou, epoch) for epoch, mean_iou in scores if math.isfinite(mean_iou)]
+    if not finite:
+        return None
+    mean_iou, epoch = max(finite)
+    return int(epoch), mean_iou
+
+
+class History:
+    """What a run has come to, epoch by epoch, in the published layout.
+
+    As part of the state of a run these are the entries `history` and `best`.
+
+    Attributes:
+        columns: "train" (epoch, loss, acc) and "val" (epoch, mean_iou, pixel_accuracy).
+    """
+
+    def __init__(self) -> None:
+        self.columns: dict[str, dict[str, list[float]]] = {
+            "train": {"epoch": [], "loss": [], "acc": []},
+            "val": {"epoch": [], "mean_iou": [], "pixel_accuracy": []},
+        }
+
+    def add(self, part: str, *values: float) -> None:
+        """Add a line to "train" or "val"."""
+        for column, value in zip(self.columns[part].values(), values, strict=True):
+            column.append(float(value))
+
+    def is_validated(self, epoch: int) -> bool:
+        """Whether "val" has the epoch."""
+        return epoch in self.columns["val"]["epoch"]
+
+    def forget_validations(self) -> None:
+        """Empty "val"."""
+        for column in self.columns["val"].values():
+            column.clear()
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Epoch and mean IoU of the best validation."""
+        val = self.columns["val"]
+        return best_validation(zip(val["epoch"], val["mean_iou"]))
+
+    @property
+    def best_mean_iou(self) -> float | None:
+        """The mean IoU of the best validation."""
+        return self.best[1] if self.best else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The columns; and the best mean IoU, which follows from them."""
+        return {"history": self.columns, "best": self.best_mean_iou}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the columns of an earlier run."""
+        for part, columns in self.columns.items():
+            for key, column in state["history"].get(part, {}).items():
+                if key in columns:
+                    columns[key] = [float(value) for value in column]
+
+
+class MetricsLog:
     """`metrics.jsonl` and `curves.png` of a checkpoint folder; ranks above 0 write nothing."""
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -36,13 +102,13 @@ class Journal:
                 ) from error
 
     def best_epoch(self) -> int:
-        """The epoch with the highest validated mean IoU, the last of equals; 0 without any."""
+        """The epoch of the best validation; 0 without any."""
         try:
             lines = read_metrics(self.file)
         except (FileNotFoundError, ValueError):
             return 0
-        scores = [(x["mean_iou"], x["epoch"]) for x in lines if x.get("kind") == "val"]
-        return int(max((s for s in scores if math.isfinite(s[0])), default=(0.0, 0))[1])
+        best = best_validation((x["epoch"], x["mean_iou"]) for x in lines if x.get("kind") == "val")
+        return best[0] if best else 0
 
     def forget(self, step: int, epoch: int) -> None:
         """Drop figures of what a resumed run does again: steps after `step`, validations after

@@ -96,24 +96,27 @@ def class_weights(cfg: Config, split: Split, *, progress: bool = True) -> Tensor
         raise ValueError(
             f"TRAIN.class_weights is {wanted!r}; it takes none, {', '.join(SCHEMES)} or a list"
         )
-    pixels, images = _frequencies(cfg, split, progress)
+    cache, skip = Path(cfg.DIR) / CACHE, cfg.DATASET.on_error == "skip"
+    pixels, images = _frequencies(cache, split, num_class, skip, progress)
     if wanted == "enet":
         return enet_weights(pixels)
     return frequency_weights(pixels, images, 1.0 if wanted == "median" else 0.5)
 
 
-def _frequencies(cfg: Config, split: Split, progress: bool) -> tuple[np.ndarray, np.ndarray]:
+def _frequencies(
+    file: Path, split: Split, num_class: int, skip: bool, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of each class, and of the images it occurs in: from the cache, or counted."""
-    records, file = split.records, Path(cfg.DIR) / CACHE
+    records = split.records
     # From end to end: lists are sorted by city, by film.
     sizes = sorted({min(len(records), size) for size in SAMPLES})
     samples = [[records[k * len(records) // size] for k in range(size)] for size in sizes]
-    keys = [_fingerprint(sample, split, cfg.DATASET.num_class) for sample in samples]
+    keys = [_fingerprint(sample, split, num_class) for sample in samples]
     for key in keys:
         if (known := _read(file, key)) is not None:
             return known
     for key, sample in zip(keys, samples, strict=True):
-        counted = key, *_count(sample, split, cfg.DATASET, progress)
+        counted = key, *_count(sample, split, num_class, skip, progress)
         if counted[1].all():
             break
     _write(file, *counted)
@@ -121,16 +124,15 @@ def _frequencies(cfg: Config, split: Split, progress: bool) -> tuple[np.ndarray,
 
 
 def _count(
-    records: Sequence[Record], split: Split, dataset_cfg: Config, progress: bool
+    records: Sequence[Record], split: Split, num_class: int, skip: bool, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    num_class = dataset_cfg.num_class
     pixels, images = np.zeros(num_class, dtype=np.int64), np.zeros(num_class, dtype=np.int64)
     for record in tqdm(records, desc="class frequencies", disable=not progress, leave=False):
         path = paths_of(record)[1]
         try:
             label = split.label_map(load_mask(path), path)
         except (OSError, ValueError) as error:
-            if dataset_cfg.on_error != "skip":
+            if not skip:
                 raise
             log.warning("not counted for TRAIN.class_weights: %s", error)
             continue

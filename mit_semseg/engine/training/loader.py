@@ -1,9 +1,10 @@
-"""What a training eats: batches of one rank, in order, from any place of the endless stream."""
+"""Batches of one rank, in order, from any place of the endless stream."""
 
 from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.reading import READINGS
 from mit_semseg.engine.launch import cpu_count, local_ranks, set_threads
 from mit_semseg.engine.signals import leave_to_parent
 from mit_semseg.engine.watchdog import ReadingBoard
 from mit_semseg.lib.nn import user_scattered_collate
+
+log = logging.getLogger("mit_semseg")
 
 
 class RankSampler(Sampler[int]):
@@ -48,39 +50,47 @@ class RankSampler(Sampler[int]):
             yield from range(mine, mine + self.devices)
 
 
-class Feed:
+class TrainLoader:
     """One rank's batches for all the steps of a run; close it to end its processes.
 
     Args:
         data: the stream.
-        cfg: the configuration; `TRAIN.workers`, `accumulate`, `stall_seconds` and `seed` apply.
         devices: of this rank.
         rank, world: place among the ranks.
+        workers: loading processes per device, at most what the cores allow.
+        stall_seconds: how long a batch may take.
         first: number of the first batch that any rank takes.
-        steps: steps that the run has left.
+        micro_steps: how many there are, each of one batch per device.
+
+    Attributes:
+        bad_files: files that could not be used, with the reason.
 
     Iterating yields, for every micro-step, one batch dict per device; it raises
     ChildProcessError when a loading process died and TimeoutError when no batch came for
-    `TRAIN.stall_seconds`, naming the files.
+    `stall_seconds`, naming the files. Each file in whose place another sample was taken is logged
+    once.
     """
 
     def __init__(
         self,
         data: TrainDataset,
-        cfg: Config,
         devices: Sequence[torch.device],
         rank: int,
         world: int,
+        *,
+        workers: int,
+        stall_seconds: int,
         first: int,
-        steps: int,
+        micro_steps: int,
     ) -> None:
-        self.data, self.cfg = data, cfg
-        self.sampler = RankSampler(first, steps * cfg.TRAIN.accumulate, len(devices), rank, world)
+        self.data, self.stall_seconds = data, stall_seconds
+        self.sampler = RankSampler(first, micro_steps, len(devices), rank, world)
+        self.bad_files: dict[str, str] = {}
         # On the CPU the loader shares the cores with the network: more processes only get in
         # each other's way.
         on_cpu = devices[0].type == "cpu"
         cores = cpu_count() // 2 if on_cpu else cpu_count()
-        workers = min(cfg.TRAIN.workers * len(devices), max(1, cores // local_ranks()))
+        workers = min(workers * len(devices), max(1, cores // local_ranks()))
         self.board = ReadingBoard(workers)
         self.loader = DataLoader(
             data,
@@ -89,11 +99,11 @@ class Feed:
             collate_fn=user_scattered_collate,
             num_workers=workers,
             pin_memory=devices[0].type == "cuda",
-            timeout=cfg.TRAIN.stall_seconds if workers else 0,
+            timeout=stall_seconds if workers else 0,
             worker_init_fn=partial(_start_worker, self.board),
             # A generator of its own: otherwise starting the loader would draw from the one that
             # dropout uses, and a resumed run would differ.
-            generator=torch.Generator().manual_seed(cfg.TRAIN.seed),
+            generator=torch.Generator().manual_seed(data.seed),
         )
         # The collector writes to every object it looks at, and the page that it lies on, shared
         # with the loading processes until then, is copied: 40 MiB for each of them.
@@ -135,13 +145,21 @@ class Feed:
                 files = self.files()
                 self.kill()  # those that hang do not go by themselves
                 raise TimeoutError(
-                    f"no batch for {self.cfg.TRAIN.stall_seconds} s; the loader stands at "
+                    f"no batch for {self.stall_seconds} s; the loader stands at "
                     f"{', '.join(files)}: raise TRAIN.stall_seconds, lower TRAIN.workers, or look "
                     "at these files"
                 ) from error
             finally:
                 self._waiting = False
+            for item in batch:
+                self._report(item.pop("skipped", []))
             yield batch
+
+    def _report(self, skipped: Sequence[tuple[str, str]]) -> None:
+        for file, reason in skipped:
+            if file not in self.bad_files:
+                log.warning("left out, and another sample taken instead: %s", reason)
+                self.bad_files[file] = reason
 
     def _on_child(self, number: int, frame: FrameType | None) -> None:
         if self._waiting:

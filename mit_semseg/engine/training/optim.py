@@ -1,0 +1,198 @@
+"""Optimizers, the poly schedule and the running average of weights."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Convolution and linear weights with weight decay, every other parameter without."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for child in module.modules():
+        takes_decay = isinstance(child, (nn.Linear, nn.modules.conv._ConvNd))
+        for name, parameter in child.named_parameters(recurse=False):
+            (decayed if takes_decay and name == "weight" else plain).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    kind: str, *parts: tuple[nn.Module, float], beta1: float = 0.9, weight_decay: float = 1e-4
+) -> torch.optim.Optimizer:
+    """One optimizer for all parts, which step together or not at all.
+
+    Args:
+        kind: SGD, Adam or AdamW.
+        parts: modules, already on their device, each with its learning rate before the schedule.
+            A part makes two groups: parameters with weight decay, then those without.
+        beta1: momentum of SGD, first beta of the others.
+        weight_decay: of convolution and linear weights.
+    """
+    groups = [
+        {**group, "lr": lr}
+        for module, lr in parts
+        for group in parameter_groups(module, weight_decay)
+    ]
+    if kind == "SGD":
+        return torch.optim.SGD(groups, momentum=beta1, fused=True)
+    return {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[kind](
+        groups, betas=(beta1, 0.999), fused=True
+    )
+
+
+class OptimizerState:
+    """An optimizer as part of the state of a run: the entries `optim`, its kind, and `optimizer`.
+
+    Of a state of another kind nothing is taken: momentum starts afresh.
+    """
+
+    def __init__(self, kind: str, optimizer: torch.optim.Optimizer) -> None:
+        self.kind, self.optimizer = kind, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both entries."""
+        return {"optim": self.kind, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the momentum; the settings stay."""
+        if state.get("optim") == self.kind:
+            before = "optimizers" in state  # one for each half
+            saved = joined_states(state["optimizers"]) if before else state["optimizer"]
+            load_optimizer(self.optimizer, saved)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer the momentum of a saved one; its own settings stay.
+
+    Momentum takes the memory layout of its parameter, which may be another than it was saved with
+    (TRAIN.channels_last): fused steps go through the memory of both side by side, whatever their
+    strides are.
+
+    Raises:
+        ValueError, KeyError: the state is that of other parameters.
+    """
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The states of one optimizer per part as the state of one over all: numbers go on.
+
+    What states of runs held before there was one optimizer: `"optimizers": [encoder, decoder]`.
+    """
+    state: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = []
+    for one in states:
+        first = sum(len(group["params"]) for group in groups)
+        state.update({first + number: kept for number, kept in one["state"].items()})
+        groups += [
+            {**group, "params": [first + number for number in group["params"]]}
+            for group in one["param_groups"]
+        ]
+    return {"state": state, "param_groups": groups}
+
+
+def poly_factor(step: int, total: int, power: float, warmup: int = 0) -> float:
+    """Factor on the learning rate at a step: (1 - step / total) ** power after a linear rise.
+
+    Paper: Chen et al. 2017 (DeepLab), arXiv:1606.00915, sec. 4.3.
+
+    Args:
+        step: from 0 to total - 1.
+        total: steps of the whole run.
+        power: exponent, 0.9 as published.
+        warmup: steps of the linear rise; 0 = none.
+    """
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return rise * (1.0 - step / total) ** power
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
+    """Give the parts of an optimizer, two groups each, their learning rates."""
+    of_groups = [rate for rate in rates for _ in range(2)]
+    for group, rate in zip(optimizer.param_groups, of_groups, strict=True):
+        group["lr"] = rate
+
+
+class MovingAverage(Generic[M]):
+    """An exponential moving average of all weights and running statistics of a module.
+
+    The first update copies. The decay then grows with the number of updates, (1 + n) / (10 + n),
+    up to `decay`, so that the random start does not linger. Updates are counted on the host, so
+    that none of them waits for the device; `torch.optim.swa_utils.AveragedModel`, whose state
+    dict this has, reads its counter there.
+
+    Args:
+        module: on its device, in its layout; what it becomes is averaged.
+        decay: within [0, 1).
+
+    Attributes:
+        module: a copy with the averages.
+        updates: how many there were.
+    """
+
+    def __init__(self, module: M, decay: float) -> None:
+        self.module, self.decay, self.updates = copy.deepcopy(module), decay, 0
+        self._live = module
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the module by one step."""
+        weight = 1.0 - min(self.decay, (1.0 + self.updates) / (10.0 + self.updates))
+        # Tensors of one type at a time.
+        pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for old, new in zip(_tensors(self.module), _tensors(self._live), strict=True):
+            averages, current = pairs.setdefault(old.dtype, ([], []))
+            averages.append(old)
+            current.append(new)
+        for dtype, (averages, current) in pairs.items():
+            if self.updates and dtype.is_floating_point:
+                torch._foreach_lerp_(averages, current, weight)
+            else:
+                torch._foreach_copy_(averages, current)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`n_averaged`, the number of updates, and `module.NAME` for every tensor."""
+        tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        return {"n_averaged": torch.tensor(self.updates), **tensors}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from an earlier average.
+
+        Raises:
+            KeyError, RuntimeError: the state is that of another module.
+        """
+        self.updates = int(state["n_averaged"])
+        tensors = {name: value for name, value in state.items() if name != "n_averaged"}
+        self.module.load_state_dict(
+            {name.removeprefix("module."): value for name, value in tensors.items()}
+        )
+
+    def restart(self) -> None:
+        """Take the module's present weights for the average."""
+        self.module.load_state_dict(self._live.state_dict())
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())

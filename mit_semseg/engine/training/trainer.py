@@ -1,0 +1,405 @@
+"""The loop of a training: epochs of steps, their checkpoints and validations."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from mit_semseg.engine.evaluate import Evaluation, Interrupted, merged, single_class
+from mit_semseg.engine.threads import pixels
+from mit_semseg.engine.training.build import Parts
+from mit_semseg.engine.training.optim import poly_factor, set_learning_rates
+from mit_semseg.engine.training.state import Progress, differences, is_finite
+from mit_semseg.engine.training.step import StepResult
+from mit_semseg.models import SegmentationModule
+
+log = logging.getLogger("mit_semseg")
+
+# Compiling, in the first steps, takes minutes.
+COMPILING_STEPS = 10
+
+Batches = Iterator[list[dict[str, Any]]]
+
+
+class Trainer:
+    """One run; `fit` is the whole of it, the other methods its parts in order."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.settings, self.place = parts.settings, parts.place
+        self.progress, self.history = parts.progress, parts.history
+        self.saved_at = time.monotonic()
+        self.steps_here = 0  # in this process
+
+    def fit(self) -> dict[str, Any]:
+        """All epochs; returns what `train` does."""
+        parts, progress = self.parts, self.progress
+        if self.place.rank == 0:
+            parts.lock.acquire()
+            parts.folder.remove_unfinished()
+        try:
+            self.resume()
+            at = f", from step {progress.step} on" if progress.step else ""
+            log.info("training %s%s", self.settings.summary, at)
+            loader = parts.loader(
+                first=progress.position,
+                micro_steps=(progress.max_iters - progress.step) * self.settings.accumulate,
+            )
+            with parts.supervisor.watching(loader.files, loader.kill):
+                try:
+                    self._epochs(iter(loader), loader.bad_files)
+                finally:
+                    with parts.supervisor.waiting("the loading processes to end"):
+                        loader.close()
+            return self._result()
+        finally:
+            parts.lock.release()
+
+    # ------------------------------------------------------------------ the beginning
+
+    def resume(self) -> None:
+        """Take up an earlier run, or start a new one; rank 0 reads, and tells the others."""
+        parts = self.parts
+        found = parts.earlier.find(parts.step.module) if self.place.rank == 0 else None
+        file, state = found or (None, None)
+        here = file is not None and file.parent.resolve() == parts.folder.path.resolve()
+        if self.place.world > 1:
+            told: list[Any] = [state, here]
+            with parts.supervisor.waiting("the first rank to find a state", others=True):
+                dist.broadcast_object_list(told, src=0)
+            state, here = told
+        if state is not None:
+            self._restore(state, file)
+        if self.place.rank == 0:
+            self._clear_folder(state["step"] if state is not None and here else None)
+        if state is None or (here and state["step"] == self.progress.step):
+            return
+        # The place has another number or folder now: from here on it is found by that.
+        if not here:
+            self.history.forget_validations()  # best.pth is elsewhere
+        elif self.place.rank == 0:
+            for other in parts.folder.states():
+                if other != file:
+                    other.unlink()
+        self._save_state()
+        if self.place.rank == 0:
+            parts.folder.set_aside_after(self.progress.step, self.progress.epoch, best=False)
+
+    def _restore(self, state: dict[str, Any], file: Path | None) -> None:
+        """Become the run that wrote a state; `file` is for messages."""
+        progress, settings = self.progress, self.settings
+        try:
+            self.parts.state.load_state_dict(state)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} does not fit this run ({' '.join(str(error).split())[:200]}): resume "
+                "with the configuration it was written with"
+            ) from error
+        if progress.step > progress.max_iters:
+            raise ValueError(
+                f"{file} is in epoch {progress.step / progress.epoch_iters:.3g}, and "
+                f"TRAIN.num_epoch is {settings.num_epoch}: raise TRAIN.num_epoch to train on"
+            )
+        if self.place.rank == 0 and file is not None:
+            log.info("resuming from %s: step %d of %d", file, progress.step, progress.max_iters)
+            if state.get("optim", settings.optim) != settings.optim:
+                log.warning("the state is of another optimizer: momentum starts afresh")
+            for line in differences(state.get("config", ""), settings.config):
+                log.warning("since %s was written: %s", file.name, line)
+
+    def _clear_folder(self, resumed_step: int | None) -> None:
+        """Set aside what is of another run, or newer than the place where this one resumes.
+
+        Args:
+            resumed_step: of the state, if it lies in this folder.
+        """
+        parts, epoch = self.parts, self.progress.epoch
+        if resumed_step is None:
+            parts.folder.set_aside()
+        else:
+            newer = parts.metrics.best_epoch() > epoch
+            parts.folder.set_aside_after(resumed_step, epoch, newer)
+            if newer:
+                parts.folder.make_best(self.history.best[0] if self.history.best else 0)
+            parts.metrics.forget(
+                self.progress.step, epoch - 1 if self._is_to_validate(epoch) else epoch
+            )
+        parts.describe()
+        parts.lock.note_job(parts.earlier.job)
+
+    # ------------------------------------------------------------------ epochs and steps
+
+    def _epochs(self, batches: Batches, bad_files: dict[str, str]) -> None:
+        progress = self.progress
+        if progress.step and not progress.inside:
+            # The run was stopped after the last step of an epoch, before all was written.
+            self._finish_epoch(progress.epoch)
+        while not progress.done and not self._is_asked_to_stop():
+            epoch = progress.epoch + 1
+            if not progress.inside:
+                self.parts.random.begin_epoch()
+                progress.losses, progress.accuracies = [], []
+            began, seconds = time.monotonic(), progress.seconds
+            self._epoch(epoch, batches)
+            progress.seconds = seconds + time.monotonic() - began
+            if progress.inside:
+                break
+            self.history.add("train", epoch, _mean(progress.losses), _mean(progress.accuracies))
+            if bad_files and self.place.rank == 0:
+                log.warning("%d files could not be used so far", len(bad_files))
+            self._save_state()
+            self._finish_epoch(epoch)
+        self.parts.metrics.draw()
+
+    def _epoch(self, epoch: int, batches: Batches) -> None:
+        """Steps up to the end of an epoch, or to a request to stop, which is answered."""
+        progress, settings, place = self.progress, self.settings, self.place
+        last, seconds = epoch * progress.epoch_iters, progress.seconds
+        title = f"epoch {epoch}/{settings.num_epoch}"
+        pace = _Pace(progress.step)
+        self.parts.step.training_mode()
+        with (
+            _cudnn_benchmark(settings.fixed_size),
+            tqdm(
+                total=progress.epoch_iters,
+                initial=progress.inside,
+                desc=title,
+                disable=not place.progress,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            while progress.step < last:
+                rates = self._set_rates()
+                result = self._step(batches, pace)
+                pace.elapsed = time.monotonic() - pace.began
+                progress.seconds = seconds + pace.elapsed
+                said = pace.text(progress, rates)
+                bar.set_postfix_str(said, refresh=False)
+                bar.update()
+                if progress.step % settings.disp_iter == 0 or progress.step == last:
+                    # An epoch shorter than disp_iter leaves a line, too.
+                    self.parts.metrics.record(
+                        kind="train",
+                        epoch=epoch,
+                        **pace.figures(progress, rates, settings.disp_iter),
+                    )
+                    if not place.progress and place.rank == 0:
+                        log.info(
+                            "%s, step %d of %d: %s",
+                            *(title, progress.step, progress.max_iters, said),
+                        )
+                if progress.step < last and (result.stop or result.save):
+                    self._save_state()
+                if result.stop:
+                    self.parts.supervisor.asked_elsewhere()
+                    return
+
+    def _set_rates(self) -> tuple[float, float]:
+        """The learning rates of the next step."""
+        settings, progress = self.settings, self.progress
+        factor = poly_factor(
+            progress.step, progress.max_iters, settings.lr_pow, settings.warmup_iters
+        )
+        rates = settings.lr_encoder * factor, settings.lr_decoder * factor
+        set_learning_rates(self.parts.step.optimizer, *rates)
+        return rates
+
+    def _step(self, batches: Batches, pace: _Pace) -> StepResult:
+        """One step of the optimizer."""
+        parts, progress, place = self.parts, self.progress, self.place
+        supervisor, settings = parts.supervisor, self.settings
+        began = time.monotonic()
+        number = supervisor.step = progress.step + 1
+        computed = f"step {number} to be computed" + (" by all ranks" * (place.world > 1))
+        compiles = settings.compile and self.steps_here < COMPILING_STEPS
+        for _ in range(settings.accumulate):
+            asked = time.monotonic()
+            with supervisor.waiting(f"a batch of step {number}"):
+                batch = next(batches)
+            pace.waited += time.monotonic() - asked
+            pace.images += sum(len(item["img_data"]) for item in batch) * place.world
+            with (
+                supervisor.waiting(computed, patient=compiles, others=True),
+                parts.threads.step(pixels(item["img_data"] for item in batch)),
+            ):
+                parts.step.add(batch)
+        with supervisor.waiting(computed, others=True):
+            minutes = settings.checkpoint_minutes
+            due = bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
+            result = parts.step.finish(progress, stop=bool(supervisor.asked), save=due)
+        progress.advance(result.loss, result.accuracy, result.updated, settings.batches_a_step)
+        if self.steps_here:
+            supervisor.slowest_step = max(supervisor.slowest_step, time.monotonic() - began)
+        self.steps_here += 1
+        return result
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether any rank is."""
+        supervisor = self.parts.supervisor
+        if self.place.world > 1:
+            with supervisor.waiting("the other ranks", others=True):
+                asked = torch.tensor(float(bool(supervisor.asked)), device=self.place.device)
+                dist.all_reduce(asked)
+            if asked.item():
+                supervisor.asked_elsewhere()
+        return bool(supervisor.asked)
+
+    # ------------------------------------------------------------------ between epochs
+
+    def _save_state(self) -> None:
+        """Everything that a resumed run needs, as it is after this step.
+
+        Raises:
+            FloatingPointError: there is no use in it: what was saved before is kept instead.
+        """
+        parts, step = self.parts, self.progress.step
+        if not is_finite(parts.step.module):
+            raise FloatingPointError(
+                f"after step {step} the weights are no finite numbers; nothing was saved "
+                "since they were: lower TRAIN.lr_encoder and TRAIN.lr_decoder, set "
+                "TRAIN.clip_grad, or train with TRAIN.precision fp32"
+            )
+        with parts.supervisor.waiting("the run to be saved", patient=True, others=True):
+            state = parts.state.state_dict()
+            if self.place.rank == 0:
+                parts.folder.save_state(step, state)
+        self.saved_at = time.monotonic()
+
+    def _finish_epoch(self, epoch: int) -> None:
+        """Write the published files of an epoch, and validate it if that has not been done."""
+        parts = self.parts
+        if self.place.rank == 0:
+            with parts.supervisor.waiting("the weights to be saved", patient=True):
+                parts.folder.save(f"epoch_{epoch}.pth", *_halves(parts.step.evaluated))
+                parts.folder.save_history(epoch, self.history.columns)
+                parts.folder.drop_epochs(self.settings.keep)
+                parts.metrics.draw()
+        if self._is_to_validate(epoch):
+            self._validate(epoch)
+            parts.metrics.draw()
+
+    def _is_to_validate(self, epoch: int) -> bool:
+        """Whether an epoch is to be validated, and has not been."""
+        if self.parts.validate is None or self.history.is_validated(epoch):
+            return False
+        return epoch % self.settings.eval_epochs == 0 or epoch == self.settings.num_epoch
+
+    def _validate(self, epoch: int) -> None:
+        """Score an epoch, every rank a share of the images; a request to stop gives it up, and the
+        resumed run begins it again."""
+        parts, place, supervisor = self.parts, self.place, self.parts.supervisor
+        assert parts.validate is not None
+
+        def stop() -> bool:
+            supervisor.progress()
+            # Several ranks score their shares to the end: whoever left would wait for the others.
+            return bool(supervisor.asked) and place.world == 1
+
+        net = parts.step.evaluated
+        try:
+            with supervisor.waiting("an image to be validated"):
+                evaluation: Evaluation = parts.validate(net, stop=stop)
+        except Interrupted:
+            log.info("validation of epoch %d is given up", epoch)
+            return
+        with supervisor.waiting("the other ranks' validation", others=True):
+            evaluation = merged(evaluation, place.device)
+        scores = evaluation.matrix.compute()
+        mean_iou, accuracy = float(scores["mean_iou"]), float(scores["pixel_accuracy"])
+        self.history.add("val", epoch, mean_iou, accuracy)
+        log.info("epoch %d: mean IoU %.4f, accuracy %.2f%%", epoch, mean_iou, 100 * accuracy)
+        if place.rank:
+            return
+        if line := single_class(evaluation.matrix, parts.classes):
+            log.warning("epoch %d: %s", epoch, line)
+        for file, reason in evaluation.failed:
+            log.warning("not validated: %s: %s", file, reason.removeprefix(f"{file}: "))
+        # The best weights first: a run killed in between validates again, and writes them again.
+        if self.history.best == (epoch, mean_iou) or "best.pth" not in parts.folder.names():
+            parts.folder.save("best.pth", *_halves(net))
+        parts.metrics.record(kind="val", epoch=epoch, mean_iou=mean_iou, pixel_accuracy=accuracy)
+        parts.folder.save_history(epoch, self.history.columns)
+
+    def _result(self) -> dict[str, Any]:
+        parts, progress = self.parts, self.progress
+        has_best = "best.pth" in parts.folder.names()
+        name = "best.pth" if has_best else f"epoch_{self.settings.num_epoch}.pth"
+        complete = progress.done and not self._is_to_validate(self.settings.num_epoch)
+        if complete and self.place.rank == 0:
+            parts.lock.note_job("")
+        return {
+            "best_mean_iou": self.history.best_mean_iou,
+            "checkpoint": name if progress.done else f"state_step_{progress.step}.pth",
+            "history": self.history.columns,
+            "step": progress.step,
+            "steps": progress.max_iters,
+            "stopped": "" if complete else parts.supervisor.asked,
+        }
+
+
+@dataclass
+class _Pace:
+    """How fast an epoch goes, and what its bar, its log and metrics.jsonl say of it."""
+
+    first: int  # step that it began with
+    began: float = field(default_factory=time.monotonic)
+    elapsed: float = 0.0  # seconds
+    waited: float = 0.0  # seconds, for data
+    images: int = 0
+
+    def text(self, progress: Progress, rates: tuple[float, float]) -> str:
+        """Figures of the last steps, in words."""
+        pace = self.elapsed / (progress.step - self.first)
+        return (
+            f"loss {_mean(progress.losses[-20:]):.3f}, "
+            f"accuracy {100 * _mean(progress.accuracies[-20:]):.1f}%, "
+            f"lr {rates[0]:.2g}/{rates[1]:.2g}, {self.images / self.elapsed:.1f} images/s, "
+            f"waiting for data {100 * self.waited / self.elapsed:.0f}%, run done in "
+            f"{tqdm.format_interval((progress.max_iters - progress.step) * pace)}"
+            + (f", skipped steps: {progress.skipped}" if progress.skipped else "")
+        )
+
+    def figures(self, progress: Progress, rates: tuple[float, float], n: int) -> dict[str, Any]:
+        """A line of metrics.jsonl, of the last n steps."""
+        return {
+            "step": progress.step,
+            "loss": _mean(progress.losses[-n:]),
+            "accuracy": _mean(progress.accuracies[-n:]),
+            "lr_encoder": rates[0],
+            "lr_decoder": rates[1],
+            "skipped": progress.skipped,
+            "images_per_second": self.images / self.elapsed,
+            "data_wait": self.waited / self.elapsed,
+            "seconds": progress.seconds,
+        }
+
+
+def _halves(net: SegmentationModule) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state dicts of encoder and decoder."""
+    return net.encoder.state_dict(), net.decoder.state_dict()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
+
+
+@contextmanager
+def _cudnn_benchmark(wanted: bool) -> Iterator[None]:
+    """Let cuDNN try its algorithms out, which pays where every batch is of the same size."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted or before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -1,0 +1,79 @@
+"""When the host waits for a device: counted on the CPU by operators, on a GPU by torch itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mit_semseg.losses import functional
+
+
+class Reads(TorchDispatchMode):
+    """Counts the moments when the host would wait for a device.
+
+    Attributes:
+        found: the operator of each.
+        before_backward: those that came while some parameter had no gradient.
+    """
+
+    # Operators whose result, or the size of it, the host has to know.
+    WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.parameters = list(module.parameters())
+        self.found: list[str] = []
+        self.before_backward: list[str] = []
+
+    def note(self, name: str) -> None:
+        self.found.append(name)
+        if any(parameter.grad is None for parameter in self.parameters):
+            self.before_backward.append(name)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        masked = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if masked or name in self.WAITING:
+            self.note(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def reads_of(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
+    """The reads within, while a module is trained; `tolist` is no operator, and watched apart."""
+    tolist = Tensor.tolist
+    with Reads(module) as reads, monkeypatch.context() as patch:
+
+        def watched(self: Tensor) -> Any:
+            reads.note("tolist")
+            return tolist(self)
+
+        patch.setattr(Tensor, "tolist", watched)
+        # On the CPU alone losses look at their labels.
+        patch.setattr(functional, "_check_label", lambda *args: None)
+        yield reads
+
+
+@contextmanager
+def gpu_waits() -> Iterator[list[str]]:
+    """What torch says within whenever the host waits for a GPU."""
+    found: list[str] = []
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            said = [str(warning.message) for warning in caught]
+            found += [text for text in said if "called a synchronizing" in text]
