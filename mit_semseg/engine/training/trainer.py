@@ -296,8 +296,8 @@ class Trainer:
         return epoch % self.settings.eval_epochs == 0 or epoch == self.settings.num_epoch
 
     def _validate(self, epoch: int) -> None:
-        """Score an epoch, every rank a share of the images; a request to stop gives it up, and the
-        resumed run begins it again."""
+        """Score an epoch, every rank a share of the images; a request to stop aborts it, and the
+        resumed run validates again."""
         parts, place, supervisor = self.parts, self.place, self.parts.supervisor
         assert parts.validate is not None
 
