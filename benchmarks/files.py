@@ -116,6 +116,7 @@ class Throughput(Row):
         size: of the images.
         few: images of the shorter of two runs, whose difference counts.
         most: images of the longer one, at most.
+        scale: short side that the network sees; 0: the configuration's.
         rate: images per second that are asked for where there are `cores`.
     """
 
@@ -126,6 +127,7 @@ class Throughput(Row):
     size: tuple[int, int] = (360, 480)
     few: int = 16
     most: int = 480
+    scale: int = 0
     rate: float | None = None
     cores: int = 16
     weights: str = str(CAMVID_WEIGHTS)
@@ -145,6 +147,8 @@ class Throughput(Row):
     def config(self, settings: Mapping[str, Any]) -> Config:
         """That of the weights, with other settings."""
         settings = {"DIR": self.weights, **settings}
+        if self.scale:
+            settings |= {"TEST.imgSizes": [self.scale], "VAL.imgSizes": [self.scale]}
         file = Path(self.weights) / "config.yaml"
         return read_config(file, [str(x) for pair in settings.items() for x in pair])
 

@@ -41,6 +41,7 @@ class Sizes:
         shapes: new ones that are trained on.
         folder: height and width of the images in files.
         files: images of the shorter run over them, and of the longer one at most.
+        scale: short side of these for the network; 0: the configuration's.
         peer: height and width of what other toolkits are given.
         burst: seconds of calls that are timed as one.
         haste: what seconds of budgets are divided by.
@@ -53,6 +54,7 @@ class Sizes:
     shapes: int = 60
     folder: tuple[int, int] = (360, 480)
     files: tuple[int, int] = (16, 480)
+    scale: int = 0
     peer: tuple[int, int] = SIZE
     burst: float = 0.25
     haste: float = 1.0
@@ -88,6 +90,7 @@ def gpu_rows(sizes: Sizes = FULL) -> list[Row]:
         "size": sizes.folder,
         "few": sizes.files[0],
         "most": sizes.files[1],
+        "scale": sizes.scale,
         "budget": 14,
     }
     rows = [

@@ -65,9 +65,9 @@ def test_bursts_are_timed_in_turn_and_their_processes_kept(tmp_path: Path) -> No
     a, b = timings["A"], timings["B"]
     warm = "AB" + "A" * 3 + "B" * 3  # the first call, two more, and one to see how long it takes
     assert file.read_text().startswith(warm + 2 * ("A" * a.calls + "B" * b.calls))
-    assert 1 < b.calls < a.calls <= 20
+    assert 1 < a.calls <= 20 and 1 < b.calls <= 7
     assert len(a.seconds) == len(b.seconds) == 2
-    assert 0.01 <= a.median < 0.03 <= b.median  # of a call, not of a burst
+    assert 0.03 <= b.median < 0.03 * b.calls  # of a call, not of a burst
     assert took["A"].result == 2**18
     assert before["A"] != after["A"] and before["B"] == after["B"]
 
@@ -312,43 +312,39 @@ TINY = gpu.Sizes(
     shapes=3,
     folder=(64, 96),
     files=(2, 6),
+    scale=64,
     peer=(64, 64),
     burst=0.01,
-    haste=20.0,
+    haste=10.0,
 )
 
 
-def is_small(row: rows.Row) -> bool:
-    """Whether a row is quick on a CPU: those of the large networks do the same with others."""
-    encoder = getattr(row, "encoder", "mobilenetv2dilated")
-    return encoder == "mobilenetv2dilated" or isinstance(row, Replicas)
+def light(row: rows.Row) -> rows.Row:
+    """The same on a CPU that other programs keep busy."""
+    row = replace(row, threads=1, repeats=min(1, row.repeats), precision="fp32")
+    return replace(row, **gpu.MOBILENET) if hasattr(row, "encoder") else row  # type: ignore[arg-type]
 
 
+@pytest.mark.timeout(900)  # dozens of short calls, each of which other programs may hold up
 def test_the_rows_of_a_gpu_run_on_a_cpu_on_little(tmp_path: Path) -> None:
-    small = [row for row in gpu.gpu_rows(TINY) if is_small(row)]
-    small = [
-        replace(row, encoder="mobilenetv2dilated", decoder="c1_deepsup")
-        if isinstance(row, Replicas)
-        else row
-        for row in small
-    ]
+    # One of each kind; synchronised BatchNorm is a row of the CPU's too, and has one size only.
+    rows_of_gpu = [row for row in gpu.gpu_rows(TINY) if not isinstance(row, rows.SyncBatchNorm)]
+    small = list({type(row): light(row) for row in rows_of_gpu}.values())
     broken_peer = replace(gpu.gpu_peers(TINY)[-1], build_peer=broken, package="torch")
     absent = replace(gpu.gpu_peers(TINY)[0], package="no_such_package")
     chosen = [*small[:1], broken_peer, absent, *small[1:]]
     outcomes = command.run(chosen, tmp_path, device="cpu", limit=600.0)
-    kinds = {type(row) for row in gpu.gpu_rows()}
-    assert {type(row) for row in small} == kinds
     assert [one.title for one in outcomes] == [row.title for row in small]
     written = json.loads((tmp_path / "bench.json").read_text())
     assert len(written["not_run"]) == 2
     assert "failed: OSError: no such thing" in written["not_run"][0]
     assert "no_such_package is not installed" in written["not_run"][1]
     assert written["seconds"] >= sum(one.row_seconds for one in outcomes) > 0
-    by_type = dict(zip((type(row) for row in small), outcomes))
+    by_type = {type(row): one for row, one in zip(small, outcomes, strict=True)}
     for one in outcomes:
         assert one.seconds > 0 and one.busy is None
     assert by_type[rows.Prediction].utilisation
-    assert by_type[NewShapes].asked.startswith("3 shapes: ")
+    assert "shapes: at most 1.5 x a known one" in by_type[NewShapes].asked
     assert by_type[NewShapes].ratio and by_type[NewShapes].images_per_second
     assert by_type[FolderPrediction].images_per_second
     assert by_type[Replicas].published_seconds
@@ -361,13 +357,13 @@ def test_no_row_is_begun_that_does_not_fit_into_the_time(tmp_path: Path) -> None
     assert "no time was left" in json.loads((tmp_path / "bench.json").read_text())["not_run"][0]
 
 
-def test_replicas_take_the_steps_of_a_single_model() -> None:
-    """In what the rows call, two replicas of equal batches give the loss of one."""
+def test_replicas_of_equal_batches_have_the_loss_of_one() -> None:
     batch = Replicas(batch=(2, 64, 64))._batch()
     single = Training("mobilenetv2dilated", "c1_deepsup", "cpu", "fp32")
     double = Training("mobilenetv2dilated", "c1_deepsup", "cpu", "fp32", replicas=2)
-    for _ in range(2):
-        assert double(batch, batch) == pytest.approx(single(batch), rel=1e-4)
+    first = single(batch)
+    assert double(batch, batch) == pytest.approx(first, rel=1e-4)
+    assert single(batch) != first  # the step was taken
 
 
 def test_results_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
