@@ -30,6 +30,7 @@ class Clock:
         result = None
         began = time.perf_counter()
         for _ in range(calls):
+            result = None  # not held while the next is computed
             result = call()
         return (time.perf_counter() - began) / calls, result
 
@@ -64,6 +65,7 @@ class GpuClock(Clock):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(calls):
+            result = None
             result = call()
         end.record()
         end.synchronize()

@@ -150,9 +150,9 @@ def run(
     rates = _rates(device)
     print(f"{machine(device)}; torch {torch.__version__}")
     for name, rate in rates.items():
-        print(f"convolutions in {name}: {rate / 1e9:.0f} GFLOP/s")
+        print(f"convolutions in {name}: {rate / 1e12:.3g} TFLOP/s")
     outcomes, skipped = [], []
-    processes = None if limit is None else Processes(patience=max(60.0, limit / 2))
+    processes = None if limit is None else Processes()
     try:
         with tqdm(rows, unit="row", dynamic_ncols=True) as bar:
             for row in bar:
@@ -161,7 +161,7 @@ def run(
                     skipped.append(f"{row.title}: {row.missing}")
                     continue
                 left = math.inf if limit is None else limit - (time.monotonic() - began)
-                if row.budget > left and len(rows) > 1:
+                if row.budget > left:
                     skipped.append(f"{row.title}: no time was left; name it with --only")
                     continue
                 try:
@@ -225,6 +225,7 @@ def measure(
         flops=row.counted,
         limit=row.budget,
         burst=row.burst,
+        patience=None if processes is None else max(60.0, 3 * row.budget),
         processes=processes,
     )
     timings = row.measured(timed)

@@ -140,6 +140,11 @@ class Throughput(Row):
             return f"there are no weights in {self.weights}"
         return ""
 
+    @property
+    def place(self) -> torch.device:
+        """The device as commands name it."""
+        return torch.device("cpu") if self.device == "cpu" else torch.device(self.device, 0)
+
     @abstractmethod
     def process(self, folder: Path, files: list[tuple[str, str]]) -> None:
         """Work on some images, given with their masks, and write into a folder."""
@@ -212,9 +217,8 @@ class FolderPrediction(Throughput):
     def process(self, folder: Path, files: list[tuple[str, str]]) -> None:
         save = ["color", "overlay", "legend"]
         cfg = self.config({"TEST.save": save, "TEST.precision": self.precision})
-        device = torch.device(self.device)
         images = [image for image, _ in files]
-        results = predict(cfg, images, device, result=folder, progress=False)
+        results = predict(cfg, images, self.place, result=folder, progress=False)
         failed = [one["error"] for one in results if "error" in one]
         if failed:
             raise RuntimeError(failed[0])
@@ -247,7 +251,7 @@ class Evaluating(Throughput):
                 "VAL.precision": self.precision,
             }
         )
-        evaluate(cfg, [torch.device(self.device)], progress=False, out_dir=folder)
+        evaluate(cfg, [self.place], progress=False, out_dir=folder)
 
 
 def _copied(pair: tuple[str, str], folder: Path) -> tuple[str, str]:

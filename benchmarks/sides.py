@@ -42,8 +42,8 @@ class Timing:
     Attributes:
         seconds: of a call, from every timed call or burst of calls.
         calls: in a burst.
-        extra_mib: peak memory beyond what was held before the first call, in MiB, of that call or,
-            with bursts, of all calls; None where the system does not tell.
+        extra_mib: peak memory beyond what preparing has left, in MiB, of the first call or, with
+            bursts, of all calls; None where the system does not tell.
         flops: floating-point operations of one call, 0 when there is nothing to count.
         kernel_seconds: of a call, in which a GPU computes; None where that cannot be told.
         result: what a call returned.
@@ -75,6 +75,7 @@ def take_turns(
     flops: bool = False,
     limit: float = 60.0,
     burst: float = 0.0,
+    patience: float | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Timing]:
     """Runs every side in turn, A B A B, after calls of each that are not counted.
@@ -88,6 +89,7 @@ def take_turns(
         limit: seconds after which no further round is begun, so that slow rows end. With bursts
             they count from the beginning, else from the first round.
         burst: seconds of calls in a row that are timed as one; 0 times single calls.
+        patience: seconds after which a side that does not answer is ended; None waits for ever.
         processes: of the sides, kept for the next call; default: new ones, for this call only.
 
     Raises:
@@ -97,7 +99,7 @@ def take_turns(
     timings = {name: Timing() for name in sides}
     began = time.monotonic()
     try:
-        turns = {name: held.get(name) for name in sides}
+        turns = {name: held.get(name, patience) for name in sides}
         for name, prepare in sides.items():
             turns[name].ask("prepare", prepare, device, threads)
             # Before a network is recorded as a graph, whose operations no counter sees.
@@ -133,20 +135,16 @@ def take_turns(
 
 
 class Processes:
-    """The processes of sides by name, each started when it is first asked for.
+    """The processes of sides by name, each started when it is first asked for."""
 
-    Args:
-        patience: seconds after which a side that does not answer is ended; None waits for ever.
-    """
-
-    def __init__(self, patience: float | None = None) -> None:
-        self.patience = patience
+    def __init__(self) -> None:
         self.sides: dict[str, _Side] = {}
 
-    def get(self, name: str) -> _Side:
+    def get(self, name: str, patience: float | None) -> _Side:
         """The process of a side; a new one where an earlier one has failed."""
         if name not in self.sides or not self.sides[name].process.is_alive():
-            self.sides[name] = _Side(self.patience)
+            self.sides[name] = _Side()
+        self.sides[name].patience = patience
         return self.sides[name]
 
     def stop(self) -> None:
@@ -157,9 +155,9 @@ class Processes:
 
 
 class _Side:
-    def __init__(self, patience: float | None) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.patience = patience
+        self.patience: float | None = None
         self.pipe, theirs = context.Pipe()
         # Not a daemon, which may have no children, such as a loader's workers; when this process
         # ends, the pipe closes, and so does the other.
@@ -226,15 +224,16 @@ class _Work:
         self.clock = clock_of(device)
         set_threads(threads or self.cores)
         self.call = prepare()
+        self.clock.mark_memory()
 
     def first(self) -> tuple[float | None, float]:
         """Memory, in MiB, and seconds of the first call."""
-        self.clock.mark_memory()
         seconds = self.run(1)
         return self.clock.peak_mib(), seconds
 
     def run(self, calls: int) -> float:
         """Seconds of one of so many calls."""
+        self.result = None
         seconds, self.result = self.clock.timed(self.call, calls)
         return seconds
 

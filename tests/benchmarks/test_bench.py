@@ -49,7 +49,7 @@ def test_sides_take_turns(tmp_path: Path) -> None:
 def test_bursts_are_timed_in_turn_and_their_processes_kept(tmp_path: Path) -> None:
     file = tmp_path / "order"
     sides = {name: partial(note, file, name) for name in "AB"}
-    processes = Processes(patience=60)
+    processes = Processes()
     try:
         timings = take_turns(sides, 2, burst=0.2, processes=processes)
         before = {name: side.process.pid for name, side in processes.sides.items()}
@@ -77,10 +77,10 @@ def stuck() -> Callable[[], None]:
 
 
 def test_a_side_that_hangs_is_ended() -> None:
-    processes = Processes(patience=20)
+    processes = Processes()
     began = time.monotonic()
     with pytest.raises(SideError, match="no answer for 20 s"):
-        take_turns({"A": stuck}, 1, processes=processes)
+        take_turns({"A": stuck}, 1, patience=20, processes=processes)
     assert time.monotonic() - began < 120
     assert not processes.sides["A"].process.is_alive()
 
