@@ -1,7 +1,7 @@
 # make demo  set up an environment and run the whole toolkit on rendered street scenes
 # make test  set up an environment, check the code and run the tests
 # make test-versions: the quick part of them on every supported torch; make test-gpu: on a GPU
-# make bench measure against the published procedure and other toolkits
+# make bench measure against the published procedure and other toolkits; DEVICE=cuda: on a GPU
 # make overfit let every registered model learn one image by heart, into docs/overfit
 # make selftest break small jobs on purpose; make soak: for two hours
 # VENV=path  use (or create) another environment than .venv
@@ -9,6 +9,7 @@
 
 VENV ?= .venv
 PYTHON ?= python3
+DEVICE ?= cpu
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow test-gpu test-versions bench overfit selftest soak lint format clean
@@ -33,7 +34,7 @@ test-versions: $(VENV)/.mit_semseg-dev
 	$(BIN)/nox
 
 bench: $(VENV)/.mit_semseg-bench
-	$(BIN)/mit-semseg bench
+	$(BIN)/mit-semseg bench --device $(DEVICE)
 
 overfit: $(VENV)/.mit_semseg
 	$(BIN)/mit-semseg overfit --every --out overfit; status=$$?; \

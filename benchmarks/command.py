@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,25 @@ from tqdm import tqdm
 from mit_semseg import __version__
 from mit_semseg.benchmarks import precision
 from mit_semseg.benchmarks import rows as r
-from mit_semseg.benchmarks.peers import PEERS, Peer
-from mit_semseg.benchmarks.sides import SideError, Timing, convolution_rate, machine, take_turns
+from mit_semseg.benchmarks.files import Loading
+from mit_semseg.benchmarks.gpu import gpu_peers, gpu_rows
+from mit_semseg.benchmarks.peers import Peer, peers
+from mit_semseg.benchmarks.sides import (
+    Processes,
+    SideError,
+    Timing,
+    convolution_rate,
+    machine,
+    take_turns,
+)
+from mit_semseg.benchmarks.training import TrainStep
 from mit_semseg.precision import has_fast_bf16
 from mit_semseg.visualize import ratio_bars
+
+# Groups whose ratios are no speed against another procedure.
+NOT_DRAWN = ("Start", "Parallel", "Precision", "New shapes")
+# After which no further row is begun on a GPU.
+GPU_SECONDS = 230.0
 
 RESNET: dict[str, Any] = {"encoder": "resnet50dilated", "decoder": "ppm_deepsup"}
 HELP = ("-m", "mit_semseg.cli", "--help")
@@ -34,10 +50,10 @@ ON_CPU: tuple[r.Row, ...] = (
     r.Prediction(target=3),
     r.Prediction(target=3, precision="bf16", **RESNET),
     r.Prediction(target=1.6, **RESNET),
-    r.TrainStep(target=2, precision="bf16", images=2),
-    r.TrainStep(target=2.5, precision="bf16", images=2, **RESNET),
-    r.Loading(target=2),
-    r.Loading(normalised=True),
+    TrainStep(target=2, precision="bf16", images=2),
+    TrainStep(target=2.5, precision="bf16", images=2, **RESNET),
+    Loading(target=2),
+    Loading(normalised=True),
     r.Counting(target=10),
     r.Colours(target=4),
     r.SyncBatchNorm(),
@@ -51,18 +67,6 @@ ON_CPU: tuple[r.Row, ...] = (
     r.Startup(name="mit-semseg --help", command=HELP, baseline=""),
     r.Startup(name="mit-semseg with a wrong argument", command=MISTAKE, baseline=""),
 )
-# On an accelerator more is asked.
-ON_DEVICE: tuple[r.Row, ...] = (
-    r.ClassMap(target=6, limit_mib=64, repeats=9),
-    r.ClassMap(target=5, limit_mib=64, scales=(512,), repeats=9),
-    r.LargeClassMap(repeats=1),
-    r.Prediction(target=5, precision="auto"),
-    r.Prediction(target=5, precision="auto", **RESNET),
-    r.TrainStep(target=3, precision="auto", batch=(8, 448, 608), images=8, repeats=20),
-    r.TrainStep(target=3, precision="auto", batch=(8, 448, 608), images=8, repeats=20, **RESNET),
-    r.Counting(target=10),
-    r.SyncBatchNorm(),
-)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Outcome:
     Seconds are medians, memory is in MiB. The floor is the time that the floating-point operations
     of our network would take at the measured rate of convolutions; `utilisation` (model FLOP
     utilisation) is how much of that rate is reached with the operations of the published network.
+    Busy is the share of the time in which a GPU computes; `row_seconds` is all that the row took.
     """
 
     group: str
@@ -89,13 +94,16 @@ class Outcome:
     utilisation: float | None
     equal_labels: float | None
     calls: int
+    published_busy: float | None = None
+    busy: float | None = None
+    row_seconds: float = 0.0
 
 
 def bench(device: str, out: str | Path, *, quick: bool = False, only: str = "") -> list[Outcome]:
     """Run the rows of a device, print them, and write bench.json, bench.md and bench.png.
 
     Args:
-        device: cpu or cuda.
+        device: cpu or cuda; on cuda the whole takes about four minutes.
         out: folder of the results.
         quick: two calls of each side, and no other toolkits.
         only: only rows with this in their group or name, in any case.
@@ -103,37 +111,70 @@ def bench(device: str, out: str | Path, *, quick: bool = False, only: str = "") 
     Raises:
         ValueError: there is no such device, or no such row.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    on_cpu = device == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that torch can use; use cpu")
-    rows = list(ON_CPU if device == "cpu" else ON_DEVICE)
+    rows = list(ON_CPU) if on_cpu else gpu_rows()
     if not quick:
-        rows += PEERS
+        rows += peers(("fp32", "bf16")) if on_cpu else gpu_peers()
         rows += precision.rows(Path(out), device)
-    rows = [dataclasses.replace(row, device=device) for row in rows]
+    rows = [replace(row, device=device) for row in rows]
     named = [row for row in rows if only.lower() in f"{row.group} {row.title}".lower()]
     if not named:
         raise ValueError(f"--only {only}: no row is called so; see {', '.join(_names(rows))}")
+    return run(named, out, device=device, quick=quick, limit=None if on_cpu else GPU_SECONDS)
+
+
+def run(
+    rows: Sequence[r.Row],
+    out: str | Path,
+    *,
+    device: str,
+    quick: bool = False,
+    limit: float | None = None,
+) -> list[Outcome]:
+    """Run some rows of a device, as `bench` does.
+
+    Args:
+        rows: all of this device.
+        out: folder of the results.
+        device: cpu or cuda.
+        quick: two calls of each side.
+        limit: seconds of the whole: a row whose budget does not fit in any more is left out. With
+            it the sides keep their processes from row to row, which takes less time, and one that
+            hangs is ended.
+    """
+    began = time.monotonic()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     rates = _rates(device)
     print(f"{machine(device)}; torch {torch.__version__}")
     for name, rate in rates.items():
-        print(f"convolutions in {name}: {rate / 1e9:.0f} GFLOP/s")
+        print(f"convolutions in {name}: {rate / 1e12:.3g} TFLOP/s")
     outcomes, skipped = [], []
-    with tqdm(named, unit="row", dynamic_ncols=True) as bar:
-        for row in bar:
-            bar.set_description(f"{row.group}: {row.title}"[:60])
-            if row.missing:
-                skipped.append(f"{row.title}: {row.missing}")
-                continue
-            try:
-                outcomes.append(measure(row, rates, quick))
-            except SideError as error:  # the other rows are worth having all the same
-                reason = str(error).strip().splitlines()[-1]
-                tqdm.write(f"{row.title}: failed\n{error}")
-                skipped.append(f"{row.title}: {reason}")
-                continue
-            tqdm.write(line(outcomes[-1]))
+    processes = None if limit is None else Processes()
+    try:
+        with tqdm(rows, unit="row", dynamic_ncols=True) as bar:
+            for row in bar:
+                bar.set_description(f"{row.group}: {row.title}"[:60])
+                if row.missing:
+                    skipped.append(f"{row.title}: {row.missing}")
+                    continue
+                left = math.inf if limit is None else limit - (time.monotonic() - began)
+                if row.budget > left:
+                    skipped.append(f"{row.title}: no time was left; name it with --only")
+                    continue
+                try:
+                    outcomes.append(measure(row, rates, quick, processes))
+                except SideError as error:  # the other rows are worth having all the same
+                    reason = str(error).strip().splitlines()[-1]
+                    tqdm.write(f"{row.title}: failed\n{error}")
+                    skipped.append(f"{row.title}: failed: {reason}")
+                    continue
+                tqdm.write(line(outcomes[-1]))
+    finally:
+        if processes is not None:
+            processes.stop()
     text = table(outcomes, skipped)
     print(f"\n{text}")
     about = {
@@ -143,8 +184,10 @@ def bench(device: str, out: str | Path, *, quick: bool = False, only: str = "") 
         "mit_semseg": __version__,
         "quick": quick,
         "convolutions_gflops": {name: rate / 1e9 for name, rate in rates.items()},
+        "seconds": time.monotonic() - began,
     }
     _write(out, about, outcomes, skipped, text)
+    print(f"Measured in {about['seconds']:.0f} s")
     return outcomes
 
 
@@ -153,45 +196,66 @@ def _names(rows: Sequence[r.Row]) -> list[str]:
 
 
 def _rates(device: str) -> dict[str, float]:
-    rates = {"fp32": convolution_rate(torch.float32, device)}
-    if has_fast_bf16(torch.device(device)):
-        rates["bf16"] = convolution_rate(torch.bfloat16, device)
-    return rates
+    """FLOP/s of convolutions in the precisions that rows are in."""
+    fast = has_fast_bf16(torch.device(device))
+    if device == "cpu":
+        return {name: convolution_rate(name) for name in ("fp32", *(["bf16"] if fast else []))}
+    names = [*(["bf16", "tf32"] if fast else []), "fp16", "fp32"]
+    return {name: convolution_rate(name, device, seconds=0.3) for name in names}
 
 
-def measure(row: r.Row, rates: dict[str, float], quick: bool = False) -> Outcome:
+def _rate(precision: str, rates: Mapping[str, float]) -> float:
+    """The rate of a precision; "auto" is bfloat16 where that is fast."""
+    return next(rates[name] for name in (precision, "bf16", "tf32", "fp32") if name in rates)
+
+
+def measure(
+    row: r.Row,
+    rates: Mapping[str, float],
+    quick: bool = False,
+    processes: Processes | None = None,
+) -> Outcome:
     """Run one row."""
-    timings = take_turns(
+    began = time.monotonic()
+    timed = take_turns(
         row.sides(),
         min(row.repeats, 2) if quick else row.repeats,
         device=row.device,
         threads=row.threads,
         flops=row.counted,
+        limit=row.budget,
+        burst=row.burst,
+        patience=None if processes is None else max(60.0, 3 * row.budget),
+        processes=processes,
     )
+    timings = row.measured(timed)
     ours = timings["ours"]
     theirs = timings.get("published", Timing())
+    compared = bool(theirs.seconds)
     asked, met = row.judge(timings)
-    # "auto" is bfloat16 where that is fast.
-    dtype = row.precision if row.precision in rates else "bf16" if "bf16" in rates else "fp32"
-    floor = ours.flops / rates[dtype] if ours.flops else None
+    rate = _rate(row.precision, rates)
+    floor = ours.flops / rate if ours.flops else None
     # Work that we save on the same network is not counted as work that we do.
     work = ours.flops if isinstance(row, Peer) else theirs.flops or ours.flops
     return Outcome(
         group=row.group,
         title=row.title,
         baseline=row.baseline,
-        published_seconds=theirs.median if theirs.seconds else None,
+        published_seconds=theirs.median if compared else None,
         seconds=ours.median,
-        ratio=theirs.median / ours.median if theirs.seconds else None,
+        ratio=theirs.median / ours.median if compared else None,
         asked=asked,
         met=met,
         published_mib=theirs.extra_mib,
         mib=ours.extra_mib,
         images_per_second=row.images / ours.median if row.images else None,
         over_floor=ours.median / floor if floor else None,
-        utilisation=work / ours.median / rates[dtype] if work else None,
-        equal_labels=row.agreement(theirs.result, ours.result) if theirs.seconds else None,
-        calls=len(ours.seconds),
+        utilisation=work / ours.median / rate if work else None,
+        equal_labels=row.agreement(theirs.result, ours.result) if compared else None,
+        calls=len(ours.seconds) * ours.calls,
+        published_busy=theirs.busy if compared else None,
+        busy=ours.busy,
+        row_seconds=time.monotonic() - began,
     )
 
 
@@ -215,31 +279,34 @@ def line(one: Outcome) -> str:
     return f"{one.title}: {against}ours {_seconds(one.seconds)}{ratio}{asked}"
 
 
+COLUMNS: dict[str, Callable[[Outcome], str]] = {
+    "what": lambda one: one.title,
+    "against": lambda one: one.baseline,
+    "theirs": lambda one: _seconds(one.published_seconds),
+    "ours": lambda one: _seconds(one.seconds),
+    "ratio": lambda one: _figure(one.ratio, ".2f", " x"),
+    "asked": lambda one: one.asked,
+    "met": lambda one: {None: "", True: "yes", False: "**no**"}[one.met],
+    "memory theirs": lambda one: _figure(one.published_mib, ".0f", " MiB"),
+    "memory ours": lambda one: _figure(one.mib, ".0f", " MiB"),
+    "images/s": lambda one: _figure(one.images_per_second, ".3g"),
+    "over floor": lambda one: _figure(one.over_floor, ".2f", " x"),
+    "utilisation": lambda one: _figure(one.utilisation, ".0%"),
+    "labels equal": lambda one: _figure(one.equal_labels, ".4%"),
+}
+GPU_COLUMNS: dict[str, Callable[[Outcome], str]] = {
+    "GPU busy theirs": lambda one: _figure(one.published_busy, ".0%"),
+    "GPU busy ours": lambda one: _figure(one.busy, ".0%"),
+}
+
+
 def table(outcomes: Sequence[Outcome], skipped: Sequence[str] = ()) -> str:
     """All rows as a Markdown table."""
-    heads = (
-        *("what", "against", "theirs", "ours", "ratio", "asked", "met"),
-        *("memory theirs", "memory ours", "images/s", "over floor", "utilisation"),
-        "labels equal",
-    )
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    on_gpu = any(one.busy is not None for one in outcomes)
+    columns = {**COLUMNS, **(GPU_COLUMNS if on_gpu else {})}
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for one in outcomes:
-        cells = (
-            one.title,
-            one.baseline,
-            _seconds(one.published_seconds),
-            _seconds(one.seconds),
-            _figure(one.ratio, ".2f", " x"),
-            one.asked,
-            {None: "", True: "yes", False: "**no**"}[one.met],
-            _figure(one.published_mib, ".0f", " MiB"),
-            _figure(one.mib, ".0f", " MiB"),
-            _figure(one.images_per_second, ".3g"),
-            _figure(one.over_floor, ".2f", " x"),
-            _figure(one.utilisation, ".0%"),
-            _figure(one.equal_labels, ".4%"),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cell(one) for cell in columns.values())} |")
     return "\n".join([*lines, *(f"\nNot run: {reason}" for reason in skipped)])
 
 
@@ -256,7 +323,7 @@ def _write(
     bars = [
         (one.group, f"{one.title} (against {one.baseline})", one.ratio)
         for one in outcomes
-        if one.ratio and one.group not in ("Start", "Parallel", "Precision")
+        if one.ratio and one.group not in NOT_DRAWN
     ]
     if bars:
         ratio_bars(bars, out / "bench.png", title=f"Times faster, on {about['machine']}")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mit_semseg.benchmarks.clock import Runnable
 from mit_semseg.benchmarks.rows import CLASSES, Row, build
-from mit_semseg.benchmarks.sides import Runnable
-from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.predictor import Predictor
+from mit_semseg.precision import Precision
 
 SIZE = (512, 672)  # sides that every one of the networks takes
 
@@ -56,12 +56,14 @@ class Peer(Row):
     decoder: str = "upernet"
     repeats: int = 4
     counted: bool = True
+    size: tuple[int, int] = SIZE
 
     group = "Peers"
 
     @property
     def title(self) -> str:  # type: ignore[override]
-        return f"{self.encoder} + {self.decoder}, {SIZE[1]}x{SIZE[0]}, {self.precision}"
+        height, width = self.size
+        return f"{self.encoder} + {self.decoder}, {width}x{height}, {self.precision}"
 
     @property
     def missing(self) -> str:
@@ -71,14 +73,15 @@ class Peer(Row):
 
     def _image(self) -> Tensor:
         torch.manual_seed(0)
-        return torch.randn(1, 3, *SIZE, device=self.device)
+        return torch.randn(1, 3, *self.size, device=self.device)
 
     def published(self) -> Runnable:
         net, image = self.build_peer().eval().to(self.device), self._image()
+        precision = Precision.of(self.precision, torch.device(self.device))
 
         @torch.no_grad()
         def run() -> Tensor:
-            with autocast(torch.device(self.device), self.precision):
+            with precision.products(), precision.autocast():
                 return net(image).argmax(1)
 
         return run
@@ -88,7 +91,7 @@ class Peer(Row):
         predictor = Predictor(module, {}, self.device, precision=self.precision)
 
         def run() -> Tensor:
-            return predictor.labels(predictor.logits([image]), SIZE)
+            return predictor.labels(predictor.logits([image]), self.size)
 
         return run
 
@@ -114,8 +117,10 @@ def _torchvision(precision: str) -> Peer:
     )
 
 
-PEERS = (
-    # A pyramid of 512 channels as published, and one of 256, which is the peer's width too.
-    *(_smp(decoder, p) for decoder in ("upernet", "upernet_lite") for p in ("fp32", "bf16")),
-    *(_torchvision(p) for p in ("fp32", "bf16")),
-)
+def peers(precisions: Sequence[str]) -> list[Peer]:
+    """The rows of this module in each of some precisions."""
+    return [
+        # A pyramid of 512 channels as published, and one of 256, which is the peer's width too.
+        *(_smp(decoder, p) for decoder in ("upernet", "upernet_lite") for p in precisions),
+        *(_torchvision(p) for p in precisions),
+    ]

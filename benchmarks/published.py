@@ -1,14 +1,16 @@
 """The published procedure, re-expressed over our own modules, to be compared with.
 
 float32, contiguous memory, one image at a time, scores of all classes at full size, NumPy for
-figures and colours, Pillow for images. Networks compute the same function with the same weights
-as ours; `as_published` takes our faster layers out of them.
+figures and colours, Pillow for images. On GPUs that have TensorFloat-32, convolutions take it and
+matrix products do not: torch's own setting, which its users have. Networks compute the same
+function with the same weights as ours; `as_published` takes our faster layers out of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +20,18 @@ from torch import Tensor, nn
 
 from mit_semseg.models import Decoder, SegmentationModule
 from mit_semseg.models.depthwise import DepthwiseConv2d
+
+
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """TensorFloat-32 where torch takes it unless it is told otherwise."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32, matmul.allow_tf32 = True, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 # ------------------------------------------------------------------------------ the network
@@ -71,6 +85,7 @@ def class_map(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
+@torch_defaults()
 def predict(
     module: SegmentationModule, image: np.ndarray, sizes: Sequence[int], longest: int = 1000
 ) -> np.ndarray:
@@ -98,6 +113,7 @@ def predict(
     return labels[0].cpu().numpy()
 
 
+@torch_defaults()
 def train_step(
     module: SegmentationModule,
     optimizers: Sequence[torch.optim.Optimizer],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,22 +21,23 @@ from torch import Tensor, nn
 
 from mit_semseg import scores
 from mit_semseg.benchmarks import published
-from mit_semseg.benchmarks.sides import Runnable, Timing
-from mit_semseg.dataset import ClassTable, TrainDataset, streets
+from mit_semseg.benchmarks.clock import Runnable
+from mit_semseg.benchmarks.sides import Timing
+from mit_semseg.dataset import ClassTable, streets
 from mit_semseg.dataset.transforms import Normalize
-from mit_semseg.engine.launch import autocast, keep_freed_memory
-from mit_semseg.engine.training.optim import build_optimizer
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel, async_copy_to
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel
 from mit_semseg.losses import build_loss
 from mit_semseg.metrics import ConfusionMatrix
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.segmenter import Segmenter
 from mit_semseg.visualize import color_encode, palette
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+CAMVID_WEIGHTS = REPOSITORY / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
 # What the figures of the field are given for: an ADE20K photograph and its 150 classes.
 HEIGHT, WIDTH, CLASSES = 512, 683, 150
 SCALES = (300, 375, 450, 525, 600)
-WIDTHS = {"mobilenetv2dilated": 320}  # of the last feature map; 2048 for the others
+WIDTHS = {"mobilenetv2dilated": 320, "hrnetv2": 720}  # of the last feature map; others: 2048
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Row(ABC):
         counted: floating-point operations are counted, and the distance to the floor is told.
         precision: of ours, and of the floor it is held against.
         images: in one call, where images per second mean something.
+        budget: seconds after which no further round is begun.
+        burst: seconds of calls in a row that are timed as one; 0 times single calls.
     """
 
     device: str = "cpu"
@@ -63,6 +65,8 @@ class Row(ABC):
     counted: bool = False
     precision: str = "fp32"
     images: int = 0
+    budget: float = 60.0
+    burst: float = 0.0
 
     group = ""
     title = ""
@@ -72,9 +76,9 @@ class Row(ABC):
         """Why the row cannot be run here; "" when it can."""
         return ""
 
-    @abstractmethod
     def published(self) -> Runnable:
-        """What the other side does."""
+        """What the other side does; rows without one do not have it."""
+        raise NotImplementedError(f"{self.title}: nothing is done beside it")
 
     @abstractmethod
     def ours(self) -> Runnable:
@@ -84,6 +88,10 @@ class Row(ABC):
         """All that take turns: "published", unless there is no baseline, and "ours"."""
         theirs = {"published": self.published} if self.baseline else {}
         return {**theirs, "ours": self.ours}
+
+    def measured(self, timings: dict[str, Timing]) -> dict[str, Timing]:
+        """What the sides took, from what was timed; another for rows that time themselves."""
+        return timings
 
     def agreement(self, theirs: Any, ours: Any) -> float | None:
         """Share of equal labels, where both sides give labels."""
@@ -189,6 +197,7 @@ class Prediction(Row):
     encoder: str = "mobilenetv2dilated"
     decoder: str = "c1_deepsup"
     scales: tuple[int, ...] = SCALES
+    size: tuple[int, int] = (HEIGHT, WIDTH)
     counted: bool = True
     images: int = 1
 
@@ -202,17 +211,21 @@ class Prediction(Row):
     def published(self) -> Runnable:
         plain = published.as_published(build(self.encoder, self.decoder)).eval()
         plain.decoder.use_softmax = True
-        return partial(published.predict, plain.to(self.device), photograph(), self.scales)
+        image = photograph(*self.size)
+        return partial(published.predict, plain.to(self.device), image, self.scales)
 
     def ours(self) -> Runnable:
+        return self._segmenter(self.precision)
+
+    def _segmenter(self, precision: str) -> Runnable:
         segmenter = Segmenter(
             build(self.encoder, self.decoder),
             ClassTable.numbered(CLASSES),
             {"imgSizes": self.scales},
             device=self.device,
-            precision=self.precision,
+            precision=precision,
         )
-        image = photograph()
+        image = photograph(*self.size)
         return lambda: segmenter(image).labels
 
     def agreement(self, theirs: Any, ours: Any) -> float | None:
@@ -220,150 +233,21 @@ class Prediction(Row):
         return equal_labels(theirs, ours) if self.precision == "fp32" else None
 
 
-# ------------------------------------------------------------------------------ training
 @dataclass(frozen=True)
-class TrainStep(Row):
-    """One step on a batch that is in memory."""
+class FasterPrecision(Prediction):
+    """One image in less precision and in float32, both ours."""
 
-    encoder: str = "mobilenetv2dilated"
-    decoder: str = "c1_deepsup"
-    batch: tuple[int, int, int] = (2, 448, 608)
-    counted: bool = True
-    repeats: int = 4
-
-    group = "Training"
+    baseline: str = "ours in fp32"
 
     @property
     def title(self) -> str:  # type: ignore[override]
-        count, height, width = self.batch
-        return f"{self.encoder} + {self.decoder}, {count}x{height}x{width}, {self.precision}"
-
-    def _bytes(self) -> dict[str, Tensor]:
-        count, height, width = self.batch
-        drawn = [streets.render(k, (height, width)) for k in range(count)]
-        images = torch.stack([torch.from_numpy(image) for image, _ in drawn])
-        labels = torch.stack([torch.from_numpy(label.astype(np.int64)) for _, label in drawn])
-        return {
-            "img_data": images.permute(0, 3, 1, 2),
-            "img_size": torch.tensor([[height, width]] * count),
-            "seg_label": labels[:, 4::8, 4::8].contiguous() - 1,
-        }
-
-    def _pinned(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As a loader hands batches over."""
-        if self.device == "cpu":
-            return batch
-        return {key: value.pin_memory() for key, value in batch.items()}
+        return f"{super().title}, against fp32"
 
     def published(self) -> Runnable:
-        module = published.as_published(build(self.encoder, self.decoder)).train().to(self.device)
-        batch = self._bytes()
-        normalize = Normalize.of({})
-        batch["img_data"] = normalize(batch["img_data"], batch.pop("img_size")).contiguous()
-        batch = self._pinned(batch)
-        optimizers = [
-            torch.optim.SGD(part.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
-            for part in (module.encoder, module.decoder)
-        ]
-        return lambda: published.train_step(module, optimizers, async_copy_to(batch, self.device))
-
-    def ours(self) -> Runnable:
-        device = torch.device(self.device)
-        if device.type == "cpu":
-            keep_freed_memory()
-        module = build(self.encoder, self.decoder).train().to(device)
-        module = module.to(memory_format=torch.channels_last)
-        optimizer = build_optimizer("SGD", (module, 0.02))
-        batch = self._pinned(self._bytes())
-
-        def step() -> float:
-            with autocast(device, self.precision):
-                loss, _ = module(async_copy_to(batch, device))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return float(loss.detach())
-
-        return step
+        return self._segmenter("fp32")
 
 
 # ------------------------------------------------------------------------------ around the network
-def write_scenes(folder: Path, count: int, seed: int) -> list[tuple[str, str]]:
-    """Photograph-like JPEGs of ADE20K's size, with their masks."""
-    from PIL import Image
-
-    rng = np.random.default_rng(seed)
-    pairs = []
-    for k in range(count):
-        image, label = streets.render((seed, k), (HEIGHT, WIDTH))
-        # Film grain: a rendered picture is smoother, and so quicker to decode, than a photograph.
-        grain = rng.normal(0, 6, (HEIGHT, WIDTH, 1))
-        noisy = np.clip(image + grain, 0, 255).astype(np.uint8)
-        paths = str(folder / f"{k}.jpg"), str(folder / f"{k}.png")
-        Image.fromarray(noisy).save(paths[0], quality=90)
-        Image.fromarray(label.astype(np.uint8)).save(paths[1])
-        pairs.append(paths)
-    return pairs
-
-
-@dataclass(frozen=True)
-class Loading(Row):
-    """Files to training batches of two, on one core."""
-
-    threads: int = 1
-    repeats: int = 7
-    images: int = 16  # on disk, and in one pass
-
-    normalised: bool = False  # on the same core too, rather than on the device
-
-    group = "Data"
-
-    @property
-    def title(self) -> str:  # type: ignore[override]
-        place = "on the same core too" if self.normalised else "left to the device"
-        return f"{WIDTH}x{HEIGHT} JPEGs to batches, one worker core, normalisation {place}"
-
-    def _dataset(self, folder: str) -> TrainDataset:
-        records = [
-            {"fpath_img": image, "fpath_segm": mask, "width": WIDTH, "height": HEIGHT}
-            for image, mask in write_scenes(Path(folder), self.images, 1)
-        ]
-        return TrainDataset("", records, {}, batch_per_gpu=2, normalized=False)
-
-    def published(self) -> Runnable:
-        folder = tempfile.TemporaryDirectory(prefix="bench-")
-        data = self._dataset(folder.name)
-        files = {record["fpath_img"]: record["fpath_segm"] for record in data.list_sample}
-        # The same images in the same batches; sizes and flips as many times, drawn anew.
-        batches = [[(x, files[x]) for x in data.files(i)] for i in range(data.batches_per_pass)]
-        rng = np.random.default_rng(0)
-
-        def one_pass() -> None:
-            assert folder  # which lives as long as it is read
-            for pairs in batches:
-                flips = (rng.random(len(pairs)) < 0.5).tolist()
-                published.training_batch(pairs, int(rng.choice(SCALES)), 1000, flips)
-
-        return one_pass
-
-    def ours(self) -> Runnable:
-        folder = tempfile.TemporaryDirectory(prefix="bench-")
-        data = self._dataset(folder.name)
-        normalize = Normalize.of({})
-        start = 0
-
-        def one_pass() -> None:
-            assert folder  # which lives as long as it is read
-            nonlocal start
-            for i in range(data.batches_per_pass):
-                batch = data[start + i]
-                if self.normalised:
-                    normalize(batch["img_data"], batch["img_size"])
-            start += data.batches_per_pass
-
-        return one_pass
-
-
 @dataclass(frozen=True)
 class Counting(Row):
     """Prediction and label -> what is accumulated."""

@@ -1,4 +1,4 @@
-"""Two procedures, each in a process of its own, that take turns.
+"""Procedures in processes of their own, that take turns.
 
 A process of its own keeps what one side does to the memory allocator, to thread pools and to
 caches away from the other, and makes its peak memory its own.
@@ -6,9 +6,6 @@ caches away from the other, and makes its peak memory its own.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import math
 import multiprocessing
 import os
@@ -23,11 +20,15 @@ from typing import Any
 
 import torch
 
+from mit_semseg.benchmarks.clock import Clock, Runnable, clock_of
 from mit_semseg.engine.launch import set_threads
 from mit_semseg.lib.utils import as_numpy
+from mit_semseg.precision import Precision
 
-Runnable = Callable[[], Any]
-MIB = 2**20
+# Calls of a burst and of a profile, at most.
+MOST_CALLS, PROFILED_CALLS = 200, 5
+# Calls after the first that are not counted: on a GPU the second may record a graph.
+WARM_CALLS = 2
 
 
 class SideError(RuntimeError):
@@ -39,21 +40,30 @@ class Timing:
     """What one side took.
 
     Attributes:
-        seconds: of every timed call.
-        extra_mib: peak memory of the first call beyond what was held before it, in MiB; None
-            where the system does not tell.
+        seconds: of a call, from every timed call or burst of calls.
+        calls: in a burst.
+        extra_mib: peak memory beyond what preparing has left, in MiB, of the first call or, with
+            bursts, of all calls; None where the system does not tell.
         flops: floating-point operations of one call, 0 when there is nothing to count.
+        kernel_seconds: of a call, in which a GPU computes; None where that cannot be told.
         result: what a call returned.
     """
 
     seconds: list[float] = field(default_factory=list)
+    calls: int = 1
     extra_mib: float | None = None
     flops: int = 0
+    kernel_seconds: float | None = None
     result: Any = None
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def busy(self) -> float | None:
+        """Share of the time in which a GPU computes."""
+        return None if self.kernel_seconds is None else self.kernel_seconds / self.median
 
 
 def take_turns(
@@ -64,64 +74,118 @@ def take_turns(
     threads: int = 0,
     flops: bool = False,
     limit: float = 60.0,
+    burst: float = 0.0,
+    patience: float | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Timing]:
-    """Runs every side in turn, A B A B, after a first call of each that is not counted.
+    """Runs every side in turn, A B A B, after calls of each that are not counted.
 
     Args:
         sides: name -> picklable function that prepares a side and returns what is to be timed.
-        repeats: timed calls of every side after the first; with 0 the first is what counts.
+        repeats: timed calls or bursts of every side after the first call; with 0 that counts.
         device: cpu or cuda; of what is timed.
         threads: compute threads of each side; 0 = the cores there are.
         flops: count the floating-point operations of a call.
-        limit: seconds after which no further round is begun, so that slow rows end.
+        limit: seconds after which no further round is begun, so that slow rows end. With bursts
+            they count from the beginning, else from the first round.
+        burst: seconds of calls in a row that are timed as one; 0 times single calls.
+        patience: seconds after which a side that does not answer is ended; None waits for ever.
+        processes: of the sides, kept for the next call; default: new ones, for this call only.
 
     Raises:
-        SideError: a side raised, or its process died.
+        SideError: a side raised, its process died, or it hangs.
     """
-    processes = {name: _Side(prepare, device, threads) for name, prepare in sides.items()}
+    held = processes or Processes()
     timings = {name: Timing() for name in sides}
+    began = time.monotonic()
     try:
-        for name, process in processes.items():
-            timings[name].extra_mib, first = process.ask("first")
+        turns = {name: held.get(name, patience) for name in sides}
+        for name, prepare in sides.items():
+            turns[name].ask("prepare", prepare, device, threads)
+            # Before a network is recorded as a graph, whose operations no counter sees.
+            if flops and burst:
+                timings[name].flops = turns[name].ask("flops")
+            timings[name].extra_mib, first = turns[name].ask("first")
             if not repeats:
                 timings[name].seconds.append(first)
-        began = time.monotonic()
+        if burst and repeats:
+            for name, side in turns.items():
+                side.ask("run", WARM_CALLS)
+                fitting = round(burst / max(side.ask("run", 1), 1e-6))
+                timings[name].calls = max(1, min(MOST_CALLS, fitting))
+        if not burst:
+            began = time.monotonic()
         for done in range(repeats):
-            if done >= 2 and time.monotonic() - began > limit:
+            if done >= (1 if burst else 2) and time.monotonic() - began > limit:
                 break
-            for name, process in processes.items():
-                timings[name].seconds.append(process.ask("run"))
-        for name, process in processes.items():
-            timings[name].result = process.ask("result")
-            timings[name].flops = process.ask("flops") if flops else 0
+            for name, side in turns.items():
+                timings[name].seconds.append(side.ask("run", timings[name].calls))
+        for name, side in turns.items():
+            one = timings[name]
+            one.result = side.ask("last")
+            if burst and repeats:
+                one.extra_mib = side.ask("peak")
+                one.kernel_seconds = side.ask("kernels", min(one.calls, PROFILED_CALLS))
+            elif flops:
+                one.flops = side.ask("flops")
     finally:
-        for process in processes.values():
-            process.stop()
+        if processes is None:
+            held.stop()
     return timings
 
 
+class Processes:
+    """The processes of sides by name, each started when it is first asked for."""
+
+    def __init__(self) -> None:
+        self.sides: dict[str, _Side] = {}
+
+    def get(self, name: str, patience: float | None) -> _Side:
+        """The process of a side; a new one where an earlier one has failed."""
+        if name not in self.sides or not self.sides[name].process.is_alive():
+            self.sides[name] = _Side()
+        self.sides[name].patience = patience
+        return self.sides[name]
+
+    def stop(self) -> None:
+        """End all of them."""
+        for side in self.sides.values():
+            side.stop()
+        self.sides.clear()
+
+
 class _Side:
-    def __init__(self, prepare: Callable[[], Runnable], device: str, threads: int) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
+        self.patience: float | None = None
         self.pipe, theirs = context.Pipe()
         # Not a daemon, which may have no children, such as a loader's workers; when this process
         # ends, the pipe closes, and so does the other.
-        self.process = context.Process(target=_serve, args=(prepare, device, threads, theirs))
+        self.process = context.Process(target=_serve, args=(theirs,))
         self.process.start()
         theirs.close()
 
-    def ask(self, what: str) -> Any:
+    def ask(self, what: str, *arguments: Any) -> Any:
+        """Have the process do something; it is ended when it fails."""
         try:
-            self.pipe.send(what)
+            self.pipe.send((what, arguments))
+            if self.patience is not None and not self.pipe.poll(self.patience):
+                self.process.kill()
+                self.stop()
+                raise SideError(f"no answer for {self.patience:g} s")
             kind, value = self.pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join(5)
-            raise SideError(f"the process died with exit code {self.process.exitcode}") from None
+            code = self.process.exitcode
+            self.stop()
+            raise SideError(f"the process died with exit code {code}") from None
         if kind == "error":
+            self.stop()
             raise SideError(value)
         return value
 
     def stop(self) -> None:
+        """End the process."""
         self.pipe.close()
         self.process.join(5)
         if self.process.is_alive():
@@ -129,78 +193,65 @@ class _Side:
             self.process.join()
 
 
-def _serve(prepare: Callable[[], Runnable], device: str, threads: int, pipe: Connection) -> None:
-    call: Runnable | None = None
-    result: Any = None
+def _serve(pipe: Connection) -> None:
+    work = _Work()
     while True:
         try:
-            what = pipe.recv()
+            what, arguments = pipe.recv()
         except EOFError:
             return
         try:
-            if call is None:
-                set_threads(threads or torch.get_num_threads())
-                call = prepare()
-            answer: Any = None
-            if what == "first":
-                memory, seconds, result = _peak(call, device)
-                answer = memory, seconds
-            elif what == "run":
-                answer, result = _timed(call, device)
-            elif what == "result":
-                answer = as_numpy(result)
-            elif what == "flops":
-                answer = count_flops(call)
+            answer = getattr(work, what)(*arguments)
         except Exception:  # noqa: BLE001 - whatever it is belongs to the parent
             pipe.send(("error", traceback.format_exc()))
             return
         pipe.send(("ok", answer))
 
 
-def _timed(call: Runnable, device: str) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = call()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, result
+class _Work:
+    """What the process of a side does, one method for each thing that it is asked."""
 
+    def __init__(self) -> None:
+        self.cores = torch.get_num_threads()
+        self.clock = Clock()
+        self.call: Runnable = lambda: None
+        self.result: Any = None
 
-def _peak(call: Runnable, device: str) -> tuple[float | None, float, Any]:
-    """Most memory of one call beyond what was held, in MiB; its seconds and its result."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        seconds, result = _timed(call, device)
-        return (torch.cuda.max_memory_allocated() - held) / MIB, seconds, result
-    before = _reset_high_water_mark()
-    seconds, result = _timed(call, device)
-    after = _status("VmHWM")
-    known = before is not None and after is not None
-    return (after - before if known else None), seconds, result  # type: ignore[operator]
+    def prepare(self, prepare: Callable[[], Runnable], device: str, threads: int) -> None:
+        """Become a side, after what was there before is gone."""
+        self.call, self.result = (lambda: None), None
+        self.clock.release()
+        self.clock = clock_of(device)
+        set_threads(threads or self.cores)
+        self.call = prepare()
+        self.clock.mark_memory()
 
+    def first(self) -> tuple[float | None, float]:
+        """Memory, in MiB, and seconds of the first call."""
+        seconds = self.run(1)
+        return self.clock.peak_mib(), seconds
 
-def _reset_high_water_mark() -> float | None:
-    # What preparing has freed goes back to the system, or a call could hide in it.
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _status("VmRSS")
+    def run(self, calls: int) -> float:
+        """Seconds of one of so many calls."""
+        self.result = None
+        seconds, self.result = self.clock.timed(self.call, calls)
+        return seconds
 
+    def peak(self) -> float | None:
+        """Memory of all calls so far, in MiB."""
+        return self.clock.peak_mib()
 
-def _status(key: str) -> float | None:
-    """A line of /proc/self/status in MiB, None where there is no such file."""
-    path = Path("/proc/self/status")
-    if not path.exists():
-        return None
-    for line in path.read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) / 1024
-    return None
+    def kernels(self, calls: int) -> float | None:
+        """Seconds of a call in which a GPU computes."""
+        return self.clock.kernel_seconds(self.call, calls)
+
+    def last(self) -> Any:
+        """What the last call returned."""
+        return as_numpy(self.result)
+
+    def flops(self) -> int:
+        """Floating-point operations of a call."""
+        return count_flops(self.call)
 
 
 def count_flops(call: Runnable) -> int:
@@ -224,22 +275,30 @@ def _convolution_backward_flops(
     return 2 * math.prod(grad) * math.prod(weight[1:]) * (wants_x + wants_weight)
 
 
-def convolution_rate(dtype: torch.dtype, device: str = "cpu", seconds: float = 1.5) -> float:
-    """FLOP/s that this machine reaches on a 3x3 convolution of 256 channels, channels last.
+def convolution_rate(precision: str, device: str = "cpu", seconds: float = 1.5) -> float:
+    """FLOP/s that a device reaches on a 3x3 convolution of 256 channels, channels last.
 
     What networks of convolutions cannot pass, and so the floor of their time.
+
+    Args:
+        precision: fp32, tf32, bf16 or fp16 (see `precision.Precision`).
+        device: cpu or cuda.
+        seconds: to measure for.
     """
-    x = torch.randn(1 if device == "cpu" else 16, 256, 64, 96, device=device, dtype=dtype)
+    products = Precision.of(precision, torch.device(device))
+    clock, on_cpu = clock_of(device), device == "cpu"
+    images, calls = (1, 1) if on_cpu else (16, 100)
+    x = torch.randn(images, 256, 64, 96, device=device, dtype=products.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    layer = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False).to(device, dtype)
+    layer = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False).to(device, products.dtype)
     layer = layer.to(memory_format=torch.channels_last)
-    work = 2 * x.shape[0] * 64 * 96 * 256 * 256 * 9
-    rates = []
-    with torch.no_grad():
-        layer(x)
+    work = 2 * images * 64 * 96 * 256 * 256 * 9
+    rates: list[float] = []
+    with torch.no_grad(), products.products():
+        clock.timed(lambda: layer(x), calls)
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            rates.append(work / _timed(lambda: layer(x), device)[0])
+        while not rates or time.monotonic() < end:
+            rates.append(work / clock.timed(lambda: layer(x), calls)[0])
     return statistics.median(rates)
 
 

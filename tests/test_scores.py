@@ -263,6 +263,47 @@ def test_cuda_gives_the_same() -> None:
     assert (reference.amax(1) - reference.gather(1, labels[:, None])[:, 0]).max() <= 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [None, False])
+def test_cuda_gives_class_0_for_nan(fused: bool | None) -> None:
+    logits = random_logits((2, 150, 6, 8), (2, 150, 9, 12))
+    for x in logits:
+        x[:, :, :2] = float("nan")
+    size = (60, 80)
+    for scales in (logits, logits[:1]):
+        labels = scores.class_map([x.cuda() for x in scales], size, fused=fused).cpu()
+        reference = published(scales, size)
+        unknown = reference.isnan().any(1)
+        assert unknown.any() and not unknown.all()
+        assert (labels[unknown] == 0).all()
+        chosen = reference.gather(1, labels[:, None])[:, 0]
+        assert (reference.amax(1) - chosen)[~unknown].max() <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_cuda_reaches_logits_beyond_32_bits(
+    fused: bool | None, layout: torch.memory_format
+) -> None:
+    side = 3800
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of GPU memory")
+    shape = (1, 150, side, side)
+    logits = torch.empty(shape, dtype=torch.float16, device="cuda", memory_format=layout)
+    assert logits.numel() > 2**31
+    for row in range(0, side, 100):  # torch's own kernels are spared such sizes
+        logits[:, :, row : row + 100].normal_()
+    labels = scores.class_map([logits], (side, side), fused=fused, dtype=torch.uint8)
+    # At the logits' own size nothing is between them, and the plain form is a maximum.
+    for row in (0, 1899, 3700):
+        band = logits[:, :, row : row + 100].float()
+        chosen = band.gather(1, labels[:, None, row : row + 100].long())
+        assert torch.equal(chosen[:, 0], band.amax(1))
+    del logits, band
+    torch.cuda.empty_cache()
+
+
 def test_examples_run() -> None:
     result = doctest.testmod(scores)
     assert result.attempted > 0

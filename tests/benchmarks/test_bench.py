@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from mit_semseg.benchmarks import command, rows
+from mit_semseg.benchmarks import command, gpu, published, rows
+from mit_semseg.benchmarks.clock import GpuClock, covered, kernel_spans
+from mit_semseg.benchmarks.files import FolderPrediction
 from mit_semseg.benchmarks.sides import (
+    Processes,
     SideError,
     Timing,
     convolution_rate,
     count_flops,
     take_turns,
 )
+from mit_semseg.benchmarks.training import NewShapes, Replicas, Training
 
 
 def note(path: Path, name: str) -> Callable[[], None]:
@@ -39,6 +44,45 @@ def test_sides_take_turns(tmp_path: Path) -> None:
     assert file.read_text() == "AB" * 4  # the first call of each is not counted
     assert len(timings["A"].seconds) == len(timings["B"].seconds) == 3
     assert 0.01 <= timings["A"].median < timings["B"].median
+
+
+def test_bursts_are_timed_in_turn_and_their_processes_kept(tmp_path: Path) -> None:
+    file = tmp_path / "order"
+    sides = {name: partial(note, file, name) for name in "AB"}
+    processes = Processes()
+    try:
+        timings = take_turns(sides, 2, burst=0.2, processes=processes)
+        before = {name: side.process.pid for name, side in processes.sides.items()}
+        took = take_turns({"A": partial(allocate, 1)}, 0, processes=processes)
+        assert processes.sides["A"].process.pid == before["A"]
+        # A side that fails gets a new process, and the other stays.
+        with pytest.raises(SideError, match="exit code 3"):
+            take_turns({"A": dying}, 1, processes=processes)
+        take_turns(sides, 1, processes=processes)
+        after = {name: side.process.pid for name, side in processes.sides.items()}
+    finally:
+        processes.stop()
+    a, b = timings["A"], timings["B"]
+    warm = "AB" + "A" * 3 + "B" * 3  # the first call, two more, and one to see how long it takes
+    assert file.read_text().startswith(warm + 2 * ("A" * a.calls + "B" * b.calls))
+    assert 1 < a.calls <= 20 and 1 < b.calls <= 7
+    assert len(a.seconds) == len(b.seconds) == 2
+    assert 0.03 <= b.median < 0.03 * b.calls  # of a call, not of a burst
+    assert took["A"].result == 2**18
+    assert before["A"] != after["A"] and before["B"] == after["B"]
+
+
+def stuck() -> Callable[[], None]:
+    return partial(time.sleep, 600)
+
+
+def test_a_side_that_hangs_is_ended() -> None:
+    processes = Processes()
+    began = time.monotonic()
+    with pytest.raises(SideError, match="no answer for 20 s"):
+        take_turns({"A": stuck}, 1, patience=20, processes=processes)
+    assert time.monotonic() - began < 120
+    assert not processes.sides["A"].process.is_alive()
 
 
 def allocate(mib: int) -> Callable[[], float]:
@@ -82,7 +126,7 @@ def test_operations_of_a_convolution_are_counted() -> None:
     depthwise = torch.nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
     image = torch.zeros(1, 6, 10, 10, requires_grad=True)
     assert count_flops(lambda: depthwise(image).sum().backward()) == 3 * 2 * 6 * 100 * 9
-    assert convolution_rate(torch.float32, seconds=0.05) > 1e8
+    assert convolution_rate("fp32", seconds=0.05) > 1e8
 
 
 def timings(theirs: float, ours: float, mib: float = 0.0) -> dict[str, Timing]:
@@ -102,10 +146,45 @@ def test_targets_are_judged() -> None:
     slower = rows.SyncBatchNorm()
     assert slower.judge(timings(1, 1.19))[1] is True
     assert slower.judge(timings(1, 1.21))[1] is False
+    replicas = Replicas()
+    assert replicas.judge(timings(1, 1.19))[1] is True
+    assert replicas.judge(timings(1, 1.21))[1] is False
     start = rows.Startup(name="x", limit=0.2)
     assert start.judge(timings(1, 1.1))[1] is True
     assert start.judge(timings(1, 1.3))[1] is False
     assert start.judge({"ours": Timing([0.3])})[1] is False
+
+
+def shapes_timings(row: NewShapes, new: float, known: float) -> dict[str, Timing]:
+    result = {"new": new, "known": known, "kernels": known / 2, "shapes": 50}
+    return row.measured({"ours": Timing([99.0], extra_mib=7, result=result)})
+
+
+def test_new_shapes_are_judged_against_known_ones() -> None:
+    row = NewShapes(count=8, rate=260)
+    assert row.judge(shapes_timings(row, 0.0449, 0.03))[1] is True
+    assert row.judge(shapes_timings(row, 0.0451, 0.03))[1] is False
+    assert row.judge(shapes_timings(row, 0.04, 0.0308))[1] is False  # 259.7 images/s
+    measured = shapes_timings(row, 0.06, 0.03)
+    asked = "50 shapes: at most 1.5 x a known one (2.00 x); known, 260 images/s (267)"
+    assert row.judge(measured) == (asked, False)
+    assert measured["published"].median == 0.03 and measured["ours"].median == 0.06
+    assert measured["published"].busy == 0.5 and measured["ours"].extra_mib == 7
+    # All are different, of sizes that networks of stride 8 take, and no longer than 1000.
+    drawn = row.drawn()
+    assert len(set(drawn)) == 60
+    assert all(side % 8 == 0 and side <= 1000 for shape in drawn for side in shape)
+
+
+def test_files_are_judged_where_there_are_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = FolderPrediction(rate=90, cores=1)
+    result = {"seconds": 1 / 91, "kernels": None}
+    assert row.judge(row.measured({"ours": Timing([9.0], result=result)}))[1] is True
+    result["seconds"] = 1 / 89
+    slow = row.measured({"ours": Timing([9.0], result=result)})
+    assert row.judge(slow)[1] is False
+    asked, met = FolderPrediction(rate=90, cores=10**6).judge(slow)
+    assert met is None and "with 1000000 cores, here are" in asked
 
 
 def test_the_rows_state_the_targets() -> None:
@@ -120,6 +199,171 @@ def test_the_rows_state_the_targets() -> None:
         "resnet50dilated + ppm_deepsup, 2x448x608, bf16": 2.5,
     }
     assert wanted.items() <= {row.title: row.target for row in command.ON_CPU}.items()
+
+
+def test_the_rows_of_a_gpu_state_the_targets_and_fit_into_four_minutes() -> None:
+    all_rows = [*gpu.gpu_rows(), *gpu.gpu_peers()]
+    wanted = {
+        "class map of 683x512, 150 classes, 5 scales": 6,
+        "class map of 683x512, 150 classes, one scale": 5,
+        "resnet50dilated + ppm_deepsup, 5 scales, bf16": 6,
+        "mobilenetv2dilated + c1_deepsup, 5 scales, bf16": 8,
+        "resnet50dilated + ppm_deepsup, one scale, bf16, against fp32": 1.5,
+        "mobilenetv2dilated + c1_deepsup, one scale, bf16, against fp32": 1.5,
+    }
+    assert wanted.items() <= {row.title: row.target for row in all_rows}.items()
+    assert sum(row.budget for row in all_rows) < command.GPU_SECONDS
+    assert len({row.title for row in all_rows}) == len(all_rows)
+    for row in all_rows:
+        assert row.baseline in (gpu.PUBLISHED, "") or not row.baseline.startswith("published")
+
+
+# ------------------------------------------------------------------------------ clocks
+class Event:
+    """One of torch.cuda's, on a clock that each recording moves on by 30 ms."""
+
+    now = 0.0
+    log: list[str] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Event.now += 30
+        self.at = Event.now
+        Event.log.append("record")
+
+    def synchronize(self) -> None:
+        Event.log.append("wait")
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+def test_a_gpu_times_bursts_with_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    Event.log.clear()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: Event.log.append("wait"))
+    calls = iter(range(100))
+
+    def call() -> int:
+        Event.log.append("call")
+        return next(calls)
+
+    assert GpuClock().timed(call, 3) == (0.01, 2)  # 30 ms for three
+    assert Event.log == ["wait", "record", "call", "call", "call", "record", "wait"]
+
+
+def test_kernels_side_by_side_are_counted_once() -> None:
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.8)]) == 4
+    assert covered([]) == 0
+
+
+def test_kernels_are_told_from_the_rest_of_a_profile() -> None:
+    on_cpu = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.profiler.profile(activities=on_cpu) as profiled,
+        torch.profiler.record_function("mine"),
+    ):
+        torch.ones(3).add(1)
+    events = list(profiled.events() or ())
+    assert len(events) >= 2 and kernel_spans(events) == []  # none of them is a GPU's
+    for event in events:
+        event.device_type = torch.autograd.DeviceType.CUDA
+    spans = kernel_spans(events)
+    assert 0 < len(spans) < len(events)  # what was marked is no kernel
+    assert all(0 <= start <= end for start, end in spans)
+    events[-1].name = "Memcpy HtoD (Pinned -> Device)"
+    assert len(kernel_spans(events)) == len(spans) - 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured() -> None:
+    a, clock = torch.randn(4096, 4096, device="cuda"), GpuClock()
+    clock.timed(lambda: a @ a, 3)
+    clock.mark_memory()
+    seconds, product = clock.timed(lambda: a @ a, 50)
+    # One kernel after the other, and 2 x 4096 ** 3 operations in each.
+    assert product.shape == a.shape and 1e12 < 2 * 4096**3 / seconds < 3e15
+    kernels = clock.kernel_seconds(lambda: a @ a, 20)
+    assert kernels is not None and 0.7 < kernels / seconds < 1.2
+    peak = clock.peak_mib()
+    assert peak is not None and 64 <= peak < 64 * 4
+
+
+def test_the_published_side_has_torchs_own_settings() -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32, matmul.allow_tf32 = False, True
+        with published.torch_defaults():
+            assert (cudnn.allow_tf32, matmul.allow_tf32) == (True, False)
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == (False, True)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+# ------------------------------------------------------------------------------ a GPU's rows
+TINY = gpu.Sizes(
+    image=(64, 96),
+    large=(120, 160),
+    scales=(32, 64),
+    batch=(2, 64, 64),
+    shapes=3,
+    folder=(64, 96),
+    files=(2, 6),
+    scale=64,
+    peer=(64, 64),
+    burst=0.01,
+    haste=10.0,
+)
+
+
+def light(row: rows.Row) -> rows.Row:
+    """The same on a CPU that other programs keep busy."""
+    row = replace(row, threads=1, repeats=min(1, row.repeats), precision="fp32")
+    return replace(row, **gpu.MOBILENET) if hasattr(row, "encoder") else row  # type: ignore[arg-type]
+
+
+@pytest.mark.timeout(900)  # dozens of short calls, each of which other programs may hold up
+def test_the_rows_of_a_gpu_run_on_a_cpu_on_little(tmp_path: Path) -> None:
+    # One of each kind; synchronised BatchNorm is a row of the CPU's too, and has one size only.
+    rows_of_gpu = [row for row in gpu.gpu_rows(TINY) if not isinstance(row, rows.SyncBatchNorm)]
+    small = list({type(row): light(row) for row in rows_of_gpu}.values())
+    broken_peer = replace(gpu.gpu_peers(TINY)[-1], build_peer=broken, package="torch")
+    absent = replace(gpu.gpu_peers(TINY)[0], package="no_such_package")
+    chosen = [*small[:1], broken_peer, absent, *small[1:]]
+    outcomes = command.run(chosen, tmp_path, device="cpu", limit=600.0)
+    assert [one.title for one in outcomes] == [row.title for row in small]
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert len(written["not_run"]) == 2
+    assert "failed: OSError: no such thing" in written["not_run"][0]
+    assert "no_such_package is not installed" in written["not_run"][1]
+    assert written["seconds"] >= sum(one.row_seconds for one in outcomes) > 0
+    by_type = {type(row): one for row, one in zip(small, outcomes, strict=True)}
+    for one in outcomes:
+        assert one.seconds > 0 and one.busy is None
+    assert by_type[rows.Prediction].utilisation
+    assert "shapes: at most 1.5 x a known one" in by_type[NewShapes].asked
+    assert by_type[NewShapes].ratio and by_type[NewShapes].images_per_second
+    assert by_type[FolderPrediction].images_per_second
+    assert by_type[Replicas].published_seconds
+
+
+def test_no_row_is_begun_that_does_not_fit_into_the_time(tmp_path: Path) -> None:
+    long = replace(rows.Colours(), budget=500.0)
+    outcomes = command.run([rows.Colours(budget=1.0), long], tmp_path, device="cpu", limit=300.0)
+    assert len(outcomes) == 1
+    assert "no time was left" in json.loads((tmp_path / "bench.json").read_text())["not_run"][0]
+
+
+def test_replicas_of_equal_batches_have_the_loss_of_one() -> None:
+    batch = Replicas(batch=(2, 64, 64))._batch()
+    single = Training("mobilenetv2dilated", "c1_deepsup", "cpu", "fp32")
+    double = Training("mobilenetv2dilated", "c1_deepsup", "cpu", "fp32", replicas=2)
+    first = single(batch)
+    assert double(batch, batch) == pytest.approx(first, rel=1e-4)
+    assert single(batch) != first  # the step was taken
 
 
 def test_results_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

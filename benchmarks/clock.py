@@ -1,0 +1,146 @@
+"""How time and memory of a device are measured: a CPU's by the host, a GPU's by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+Runnable = Callable[[], Any]
+MIB = 2**20
+
+
+def clock_of(device: str) -> Clock:
+    """The clock of a device, cpu or cuda."""
+    return Clock() if device == "cpu" else GpuClock()
+
+
+class Clock:
+    """Of the CPU: the host's time, and the memory of this process."""
+
+    def timed(self, call: Runnable, calls: int = 1) -> tuple[float, Any]:
+        """Seconds of one of so many calls in a row, and what the last of them returned."""
+        result = None
+        began = time.perf_counter()
+        for _ in range(calls):
+            result = None  # not held while the next is computed
+            result = call()
+        return (time.perf_counter() - began) / calls, result
+
+    def mark_memory(self) -> None:
+        """Begin to watch the memory that is taken from here on."""
+        self.held = _reset_high_water_mark()
+
+    def peak_mib(self) -> float | None:
+        """Most memory since `mark_memory` beyond what was held then, in MiB; None: not known."""
+        peak = _status("VmHWM")
+        return None if self.held is None or peak is None else peak - self.held
+
+    def kernel_seconds(self, call: Runnable, calls: int = 1) -> float | None:
+        """Seconds of a call in which the device computes; None where that cannot be told."""
+        return None
+
+    def release(self) -> None:
+        """Give back the memory of what is no longer used."""
+        gc.collect()
+
+
+class GpuClock(Clock):
+    """Of the current GPU: its own events, and the memory that torch has allocated there."""
+
+    def timed(self, call: Runnable, calls: int = 1) -> tuple[float, Any]:
+        """As on the CPU, from the first call's start to the end of all work, on the GPU's clock.
+
+        The host waits before and after the calls, not between them.
+        """
+        result = None
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            result = None
+            result = call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / calls, result
+
+    def mark_memory(self) -> None:
+        """As on the CPU."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.held = torch.cuda.memory_allocated()
+
+    def peak_mib(self) -> float | None:
+        """As on the CPU."""
+        return (torch.cuda.max_memory_allocated() - (self.held or 0)) / MIB
+
+    def kernel_seconds(self, call: Runnable, calls: int = 1) -> float | None:
+        """As on the CPU, from a profile. Profiling slows the host, and kernels hardly at all: to
+        be set against seconds that were measured without it."""
+        from torch.profiler import ProfilerActivity, profile
+
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            for _ in range(calls):
+                call()
+            torch.cuda.synchronize()
+        spans = kernel_spans(profiled.events() or ())
+        return covered(spans) * 1e-6 / calls if spans else None
+
+    def release(self) -> None:
+        """As on the CPU."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def kernel_spans(events: Iterable[Any]) -> list[tuple[float, float]]:
+    """Start and end of the kernels among a profile's events, in microseconds.
+
+    Copies are no kernels, and neither are the ranges that `record_function` marks on a GPU.
+    """
+    return [
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))
+        and not getattr(event, "is_user_annotation", False)
+    ]
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals: kernels of several streams run side by side."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _reset_high_water_mark() -> float | None:
+    # What preparing has freed goes back to the system, or a call could hide in it.
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _status("VmRSS")
+
+
+def _status(key: str) -> float | None:
+    """A line of /proc/self/status in MiB, None where there is no such file."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return None
+    for line in path.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) / 1024
+    return None

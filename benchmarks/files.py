@@ -1,0 +1,264 @@
+"""Rows that begin with files: loading, and the commands that predict and evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mit_semseg.benchmarks import published
+from mit_semseg.benchmarks.clock import Runnable, clock_of
+from mit_semseg.benchmarks.rows import CAMVID_WEIGHTS, HEIGHT, SCALES, WIDTH, Row
+from mit_semseg.benchmarks.sides import Timing
+from mit_semseg.config.node import Config
+from mit_semseg.dataset import TrainDataset, streets
+from mit_semseg.dataset.transforms import Normalize
+from mit_semseg.engine.evaluate import evaluate
+from mit_semseg.engine.launch import cpu_count, read_config
+from mit_semseg.engine.predict import predict
+
+
+def write_scenes(
+    folder: Path, count: int, seed: int, size: tuple[int, int] = (HEIGHT, WIDTH)
+) -> list[tuple[str, str]]:
+    """Photograph-like JPEGs, of ADE20K's size by default, with their masks."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for k in range(count):
+        image, label = streets.render((seed, k), size)
+        # Film grain: a rendered picture is smoother, and so quicker to decode, than a photograph.
+        grain = rng.normal(0, 6, (*size, 1))
+        noisy = np.clip(image + grain, 0, 255).astype(np.uint8)
+        paths = str(folder / f"{k}.jpg"), str(folder / f"{k}.png")
+        Image.fromarray(noisy).save(paths[0], quality=90)
+        Image.fromarray(label.astype(np.uint8)).save(paths[1])
+        pairs.append(paths)
+    return pairs
+
+
+@dataclass(frozen=True)
+class Loading(Row):
+    """Files to training batches of two, on one core."""
+
+    threads: int = 1
+    repeats: int = 7
+    images: int = 16  # on disk, and in one pass
+
+    normalised: bool = False  # on the same core too, rather than on the device
+
+    group = "Data"
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        place = "on the same core too" if self.normalised else "left to the device"
+        return f"{WIDTH}x{HEIGHT} JPEGs to batches, one worker core, normalisation {place}"
+
+    def _dataset(self, folder: str) -> TrainDataset:
+        records = [
+            {"fpath_img": image, "fpath_segm": mask, "width": WIDTH, "height": HEIGHT}
+            for image, mask in write_scenes(Path(folder), self.images, 1)
+        ]
+        return TrainDataset("", records, {}, batch_per_gpu=2, normalized=False)
+
+    def published(self) -> Runnable:
+        folder = tempfile.TemporaryDirectory(prefix="bench-")
+        data = self._dataset(folder.name)
+        files = {record["fpath_img"]: record["fpath_segm"] for record in data.list_sample}
+        # The same images in the same batches; sizes and flips as many times, drawn anew.
+        batches = [[(x, files[x]) for x in data.files(i)] for i in range(data.batches_per_pass)]
+        rng = np.random.default_rng(0)
+
+        def one_pass() -> None:
+            assert folder  # which lives as long as it is read
+            for pairs in batches:
+                flips = (rng.random(len(pairs)) < 0.5).tolist()
+                published.training_batch(pairs, int(rng.choice(SCALES)), 1000, flips)
+
+        return one_pass
+
+    def ours(self) -> Runnable:
+        folder = tempfile.TemporaryDirectory(prefix="bench-")
+        data = self._dataset(folder.name)
+        normalize = Normalize.of({})
+        start = 0
+
+        def one_pass() -> None:
+            assert folder  # which lives as long as it is read
+            nonlocal start
+            for i in range(data.batches_per_pass):
+                batch = data[start + i]
+                if self.normalised:
+                    normalize(batch["img_data"], batch["img_size"])
+            start += data.batches_per_pass
+
+        return one_pass
+
+
+@dataclass(frozen=True)
+class Throughput(Row):
+    """Images per second of a command's function, beyond the first few of a run, so that loading
+    the model is left out.
+
+    Attributes:
+        size: of the images.
+        few: images of the shorter of two runs, whose difference counts.
+        most: images of the longer one, at most.
+        scale: short side that the network sees; 0: the configuration's.
+        rate: images per second that are asked for where there are `cores`.
+    """
+
+    baseline: str = ""
+    precision: str = "auto"
+    repeats: int = 0
+    images: int = 1
+    size: tuple[int, int] = (360, 480)
+    few: int = 16
+    most: int = 480
+    scale: int = 0
+    rate: float | None = None
+    cores: int = 16
+    weights: str = str(CAMVID_WEIGHTS)
+
+    group = "Files"
+
+    @property
+    def missing(self) -> str:
+        if not (Path(self.weights) / "config.yaml").is_file():
+            return f"there are no weights in {self.weights}"
+        return ""
+
+    @property
+    def place(self) -> torch.device:
+        """The device as commands name it."""
+        return torch.device("cpu") if self.device == "cpu" else torch.device(self.device, 0)
+
+    @abstractmethod
+    def process(self, folder: Path, files: list[tuple[str, str]]) -> None:
+        """Work on some images, given with their masks, and write into a folder."""
+
+    def config(self, settings: Mapping[str, Any]) -> Config:
+        """That of the weights, with other settings."""
+        settings = {"DIR": self.weights, **settings}
+        if self.scale:
+            settings |= {"TEST.imgSizes": [self.scale], "VAL.imgSizes": [self.scale]}
+        file = Path(self.weights) / "config.yaml"
+        return read_config(file, [str(x) for pair in settings.items() for x in pair])
+
+    def ours(self) -> Runnable:
+        folder = tempfile.TemporaryDirectory(prefix="bench-")
+        root = Path(folder.name)
+        scenes = write_scenes(root, min(16, self.most), 2, self.size)
+        n = len(scenes)
+        files = [_copied(scenes[k % n], root / f"copy{k // n}") for k in range(self.most)]
+        clock = clock_of(self.device)
+
+        def work(count: int) -> None:
+            # What commands print is for people.
+            silent = contextlib.redirect_stdout(io.StringIO())
+            with silent, tempfile.TemporaryDirectory(dir=root) as out:
+                self.process(Path(out), files[:count])
+
+        def run() -> dict[str, Any]:
+            assert folder  # which lives as long as it is read
+            work(self.few)
+            base, _ = clock.timed(partial(work, self.few))
+            fitting = int(0.5 * self.budget * self.few / base)
+            count = max(2 * self.few, min(self.most, fitting))
+            total, _ = clock.timed(partial(work, count))
+            more = count - self.few
+            kernels = clock.kernel_seconds(partial(work, self.few))
+            return {
+                # Nothing is gained by more images where starting is all there is.
+                "seconds": (total - base) / more if total > base else total / count,
+                "kernels": None if kernels is None else kernels / self.few,
+            }
+
+        return run
+
+    def measured(self, timings: dict[str, Timing]) -> dict[str, Timing]:
+        one = timings["ours"]
+        kernels = one.result["kernels"]
+        kernels = None if kernels is None else float(kernels)
+        return {
+            "ours": replace(one, seconds=[float(one.result["seconds"])], kernel_seconds=kernels)
+        }
+
+    def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
+        if self.rate is None:
+            return "", None
+        asked = f"at least {self.rate:g} images/s with {self.cores} cores"
+        if cpu_count() < self.cores:
+            return f"{asked}, here are {cpu_count()}", None
+        return asked, 1 / timings["ours"].median >= self.rate
+
+
+@dataclass(frozen=True)
+class FolderPrediction(Throughput):
+    """`mit-semseg predict` of a folder, three pictures an image."""
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        height, width = self.size
+        return f"test.py, {width}x{height} images, color + overlay + legend"
+
+    def process(self, folder: Path, files: list[tuple[str, str]]) -> None:
+        save = ["color", "overlay", "legend"]
+        cfg = self.config({"TEST.save": save, "TEST.precision": self.precision})
+        images = [image for image, _ in files]
+        results = predict(cfg, images, self.place, result=folder, progress=False)
+        failed = [one["error"] for one in results if "error" in one]
+        if failed:
+            raise RuntimeError(failed[0])
+
+
+@dataclass(frozen=True)
+class Evaluating(Throughput):
+    """`mit-semseg eval` of a list."""
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        height, width = self.size
+        return f"eval_multipro.py, {width}x{height} images, own scale"
+
+    def process(self, folder: Path, files: list[tuple[str, str]]) -> None:
+        height, width = self.size
+        records = [
+            {"fpath_img": image, "fpath_segm": mask, "width": width, "height": height}
+            for image, mask in files
+        ]
+        listed = folder / "list.odgt"
+        listed.write_text("".join(json.dumps(record) + "\n" for record in records))
+        cfg = self.config(
+            {
+                "DATASET.format": "odgt",
+                "DATASET.root_dataset": folder,
+                "DATASET.list_train": listed,
+                "DATASET.list_val": listed,
+                "DATASET.classes": Path(self.weights) / "classes.csv",
+                "VAL.precision": self.precision,
+            }
+        )
+        evaluate(cfg, [self.place], progress=False, out_dir=folder)
+
+
+def _copied(pair: tuple[str, str], folder: Path) -> tuple[str, str]:
+    """The same image and mask under another name."""
+    folder.mkdir(exist_ok=True)
+    made = []
+    for file in map(Path, pair):
+        made.append(str(folder / file.name))
+        shutil.copyfile(file, made[-1])
+    return made[0], made[1]
