@@ -103,7 +103,7 @@ def bench(device: str, out: str | Path, *, quick: bool = False, only: str = "") 
     """Run the rows of a device, print them, and write bench.json, bench.md and bench.png.
 
     Args:
-        device: cpu or cuda; on cuda the whole takes about four minutes.
+        device: cpu or cuda; on cuda no row is begun that does not fit into four minutes.
         out: folder of the results.
         quick: two calls of each side, and no other toolkits.
         only: only rows with this in their group or name, in any case.

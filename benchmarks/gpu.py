@@ -1,4 +1,4 @@
-"""What `mit-semseg bench --device cuda` measures, in about four minutes."""
+"""What `mit-semseg bench --device cuda` measures, within a budget of four minutes."""
 
 from __future__ import annotations
 
