@@ -156,7 +156,8 @@ def run_predict(args: argparse.Namespace) -> int:
         make_writable(cfg.TEST.result, "TEST.result")
     if args.devices is None:
         devices = devices[:1]  # as published; mostly there are few images
-    use_device(devices[0])
+    if len(devices) == 1:  # otherwise the work is done by other processes
+        use_device(devices[0])
     results = predict(cfg, images, devices, rank=rank, world=world)
     leave_process_group()
     return 1 if any("error" in result for result in results) else 0

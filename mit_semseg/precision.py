@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,8 +29,9 @@ class Precision:
     Attributes:
         device: where.
         dtype: of weights and activations, or what autocast takes in training.
-        tf32: float32 products are rounded to TensorFloat-32, ten bits of mantissa, on GPUs that
-            have it. Without it they are true float32: torch's own default has TF32 convolutions.
+        tf32: products of float32 are rounded to TensorFloat-32, ten bits of mantissa, on GPUs
+            that have it. Without it they are true float32, also those of the layers that stay in
+            float32 with a reduced type: torch's own default has TF32 convolutions.
     """
 
     device: torch.device
@@ -54,7 +57,7 @@ class Precision:
         if name == "auto":
             name = "bf16" if has_fast_bf16(device) else "tf32"
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return cls(device, dtypes.get(name, torch.float32), tf32=name != "fp32")
+        return cls(device, dtypes.get(name, torch.float32), tf32=name == "tf32")
 
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast to the type, for training; weights stay in float32."""
@@ -63,15 +66,60 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def products(self) -> AbstractContextManager[object]:
-        """What is computed in here follows `tf32`, which is a setting of the whole process."""
+        """What is computed in here follows `tf32`, which is a setting of the whole process: of
+        threads that compute at the same time the last one to enter decides."""
         return contextlib.nullcontext() if self.device.type != "cuda" else _tf32(self.tf32)
+
+
+_lock = threading.Lock()
+_inside = 0
+_outer: Callable[[], None] = lambda: None  # noqa: E731
 
 
 @contextlib.contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    global _inside, _outer
+    with _lock:
+        if not _inside:
+            _outer = _remembered()
+        _inside += 1
+        _set_tf32(allowed)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _outer()
+
+
+def _set_tf32(allowed: bool) -> None:
+    if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9: whoever reads the old names may fail
+        for part in _parts():
+            part.fp32_precision = "tf32" if allowed else "ieee"
+    else:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def _remembered() -> Callable[[], None]:
+    """Puts the present setting back when it is called."""
+    if hasattr(torch.backends.cudnn, "conv"):
+        before = [part.fp32_precision for part in _parts()]
+
+        def restore() -> None:
+            for part, value in zip(_parts(), before, strict=True):
+                part.fp32_precision = value
+
+        return restore
+    conv, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    def restore_old() -> None:
+        torch.backends.cudnn.allow_tf32 = conv
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+    return restore_old
+
+
+def _parts() -> list[Any]:
+    backends: Any = torch.backends
+    return [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]

@@ -18,11 +18,11 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
     [
         (CPU, "fp32", torch.float32, False),
         (CPU, "tf32", torch.float32, True),
-        (CPU, "bf16", torch.bfloat16, True),
+        (CPU, "bf16", torch.bfloat16, False),
         (GPU, "fp32", torch.float32, False),
         (GPU, "tf32", torch.float32, True),
-        (GPU, "bf16", torch.bfloat16, True),
-        (GPU, "fp16", torch.float16, True),
+        (GPU, "bf16", torch.bfloat16, False),
+        (GPU, "fp16", torch.float16, False),
     ],
 )
 def test_a_named_precision_is_what_it_says(
@@ -84,13 +84,46 @@ def test_autocast_computes_in_it(name: str, expected: torch.dtype) -> None:
     assert (a @ a).dtype is torch.float32
 
 
-def test_products_follow_the_precision_and_the_setting_is_put_back() -> None:
+def settings() -> list[object]:
+    """What torch says of TF32, by the names this release has."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    for name in ("fp32", "tf32"):
-        with Precision.of(name, GPU).products():
-            assert cudnn.allow_tf32 == matmul.allow_tf32 == (name == "tf32")
-        assert (cudnn.allow_tf32, matmul.allow_tf32) == before
+    if hasattr(cudnn, "conv"):
+        return [cudnn.conv.fp32_precision, matmul.fp32_precision]
+    return [cudnn.allow_tf32, matmul.allow_tf32]
+
+
+def test_products_follow_the_precision_and_the_setting_is_put_back() -> None:
+    before = settings()
+    exact, fast = Precision.of("fp32", GPU).products(), Precision.of("tf32", GPU).products()
+    with exact:
+        assert settings()[0] in ("ieee", False) and settings()[1] in ("ieee", False)
+    assert settings() == before
+    with fast:
+        assert settings()[0] in ("tf32", True) and settings()[1] in ("tf32", True)
+    assert settings() == before
+
+
+def test_threads_that_overlap_leave_the_setting_as_it_was() -> None:
+    before = settings()
+    first, second = Precision.of("fp32", GPU).products(), Precision.of("tf32", GPU).products()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings()[0] in ("tf32", True)
+    second.__exit__(None, None, None)
+    assert settings() == before
+
+
+def test_other_ways_of_setting_it_still_work() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for name in ("medium", "high", "highest"):
+            torch.set_float32_matmul_precision(name)
+            with Precision.of("fp32", GPU).products():
+                pass
+            assert torch.get_float32_matmul_precision() == name
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ class Statistics:
     Args:
         moments: mean and biased variance of the whole batch, (2, C).
         count: values per channel in the whole batch, 0-dim float64; on the device of the moments
-            or, where the host knows it, on the host, whence it is a number to every kernel.
+            or, where the host knows it, on the host, so that kernels take it as a plain number.
         eps: added to `var` under the root; positive, as torch's batch norm demands.
         clamp: the variance is max(var, eps), not var + eps.
 

@@ -132,7 +132,7 @@ _C.TRAIN.ema = 0.0
 _C.TRAIN.accumulate = 1
 # Gradient norm is clipped to this; 0 = off.
 _C.TRAIN.clip_grad = 0.0
-# fp32 | bf16 | fp16 | auto (bf16 where the hardware is fast at it, else fp32).
+# fp32 | tf32 | bf16 | fp16 | auto (bf16 where the hardware is fast at it, else tf32).
 _C.TRAIN.precision = "fp32"
 # Memory format channels last: True | False | auto (on a GPU in bf16 and fp16 for networks without
 # depthwise convolutions, on a CPU always).
@@ -174,7 +174,7 @@ _C.VAL.visualize = False
 # "epoch_N.pth" or "best.pth" in DIR; with a folder in it, that folder instead of DIR.
 _C.VAL.checkpoint = "epoch_20.pth"
 _C.VAL.batch_size = 1
-# fp32 | bf16 | fp16 | auto
+# fp32 | tf32 | bf16 | fp16 | auto
 _C.VAL.precision = "fp32"
 # Compile the network before use: pays for many images of few sizes.
 _C.VAL.compile = False

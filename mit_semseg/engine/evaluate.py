@@ -527,6 +527,9 @@ class _Scorer:
                     watch = Stopwatch(self.device)
                     predicted = self._predicted(group)
                     watches.append(watch.stop())
+                    if len(watches) > threads.unwritten:
+                        # Launching runs far ahead of computing, and all it reads stays in memory.
+                        watches[-threads.unwritten].seconds()
                     truth = group.truth.to(self.device, non_blocking=True)
                     # Masks are checked when they are read, and classes are predicted in range.
                     counts.update(predicted, truth, check=False)

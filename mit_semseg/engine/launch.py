@@ -23,7 +23,6 @@ from mit_semseg.dataset import FORMATS
 from mit_semseg.dataset.base import check_channels
 from mit_semseg.engine.processes import started_here
 from mit_semseg.models import ENCODERS, Encoder, check_aux_weights, check_pair
-from mit_semseg.precision import Precision
 from mit_semseg.utils import parse_devices
 
 log = logging.getLogger("mit_semseg")
@@ -229,11 +228,6 @@ def job_name() -> str:
     where it gives every job the same name."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return "" if name == "none" else name
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """The autocast context of a precision (see `precision.Precision`)."""
-    return Precision.of(precision, device).autocast()
 
 
 # Where the ranks of this process's group say good-bye; None outside a group.

@@ -174,6 +174,8 @@ def _jobs(
 ) -> list[Job]:
     """One for each device, as long as there are batches for them."""
     devices = [device] if isinstance(device, torch.device) else list(device)
+    if isinstance(device, str):
+        raise ValueError(f"device is {device!r}; give torch.device({device!r}), or a list of them")
     if not devices:
         raise ValueError("device is empty; give at least torch.device('cpu')")
     devices = devices[:batches]

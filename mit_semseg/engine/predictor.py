@@ -33,6 +33,8 @@ class Predictor:
     down to 256 pixels; on a GPU then on the CPU. Each step is a warning.
 
     On a GPU `logits` and `labels` are to be called from one thread; `scales` may be from others.
+    Whether products are rounded to TF32 is a setting of the whole process: predictors of different
+    precisions are not for several threads at once.
 
     Example:
         >>> p = Predictor(module, cfg.DATASET, "cpu")  # doctest: +SKIP
@@ -138,7 +140,7 @@ class Predictor:
             return scores.class_map(logits, size, dtype=dtype).to(self.device)
         except torch.cuda.OutOfMemoryError:
             pass  # the error holds on to what was computed, until here
-        torch.cuda.empty_cache()
+        self._free_memory()
         H, W = size
         log.warning("out of memory for a class map of %dx%d: computing it on the CPU", W, H)
         labels = scores.class_map([x.cpu() for x in logits], size, dtype=dtype)
@@ -155,11 +157,17 @@ class Predictor:
                     raise
                 if n == len(sides) and self.device.type == "cpu":
                     raise MemoryError(" ".join(str(error).split())) from error
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._free_memory()
             place = f"in tiles of {sides[n]} pixels" if n < len(sides) else "on the CPU"
             log.warning("out of memory for an image of %dx%d: computing it %s", W, H, place)
         return self._on_cpu.compute(image.cpu(), sides[0])
+
+    def _free_memory(self) -> None:
+        """Give up what is kept for later; after an error, which holds on to what it met."""
+        if isinstance(self.tiled.network, GraphedNetwork):
+            self.tiled.network.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @cached_property
     def _on_cpu(self) -> TiledNetwork:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 16  # pixels
+_PIECE, _DEVICE_PIECE = 1 << 16, 1 << 22  # pixels, on a CPU and elsewhere
 
 
 def _integers(values: Any, name: str) -> Tensor:
@@ -80,9 +80,12 @@ def confusion_matrix(
 
 def _count_unchecked(pred: Tensor, label: Tensor, num_class: int) -> Tensor:
     """As `_count_on_cpu`; unlike bincount this has a result of known size."""
-    cells = torch.add(pred, label, alpha=num_class).add_(num_class)
     counts = torch.zeros((num_class + 1) * num_class, dtype=torch.int64, device=pred.device)
-    return counts.scatter_add_(0, cells, torch.ones_like(cells))
+    pieces = (x.split(_DEVICE_PIECE) for x in (pred, label))  # they take 24 bytes a pixel
+    for some_pred, some_label in zip(*pieces, strict=True):
+        cells = torch.add(some_pred, some_label, alpha=num_class).add_(num_class)
+        counts.scatter_add_(0, cells, torch.ones_like(cells))
+    return counts
 
 
 def _count_on_cpu(pred: np.ndarray, label: np.ndarray, num_class: int) -> Tensor:

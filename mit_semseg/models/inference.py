@@ -6,7 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from mit_semseg.lib.nn.transfer import map_tensors
 from mit_semseg.models.fast_decoders import fast_decoder
 from mit_semseg.models.module import SegmentationModule
-from mit_semseg.precision import Precision
 
 log = logging.getLogger("mit_semseg")
+M = TypeVar("M", bound=nn.Module)
 
 # Sizes of the images that show how a network is wired, and that folding changed nothing:
 # multiples of every stride.
@@ -57,23 +57,31 @@ def inference_copy(
         ValueError: a layer cannot compute in `dtype`.
     """
     place = torch.device(device)
-    # The loss has no use here.
+    # The loss has no use here. On the CPU, where there is memory for the trial of folding.
     fast = SegmentationModule(
-        copy.deepcopy(module.encoder),
-        copy.deepcopy(module.decoder),
+        _copied(module.encoder),
+        _copied(module.decoder),
         None,
         normalize=copy.deepcopy(module.normalize if normalize is None else normalize),
         mirror_pairs=module.mirror_pairs,
     )
-    fast.requires_grad_(False).eval().to(place)
-    with Precision.of("fp32", place).products():
-        fast = _folded(fast)
+    fast = _folded(fast.eval())
     if place.type == "cpu":
         fast.decoder = fast_decoder(fast.decoder)
-    fast.to(memory_format=torch.channels_last)
-    if dtype is not None and dtype != next(fast.parameters()).dtype:
+    fast.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if dtype is not None and any(p.dtype != dtype for p in fast.parameters()):
         _cast(fast, dtype)
     return fast
+
+
+def _copied(module: M) -> M:
+    """A deep copy on the CPU whose parameters take no gradients."""
+    tensors: dict[int, Any] = {}
+    for x in module.parameters():
+        tensors[id(x)] = nn.Parameter(x.detach().to("cpu", copy=True), requires_grad=False)
+    for y in module.buffers():
+        tensors[id(y)] = y.detach().to("cpu", copy=True)
+    return copy.deepcopy(module, tensors)
 
 
 @torch.no_grad()
@@ -84,12 +92,15 @@ def _cast(module: SegmentationModule, dtype: torch.dtype) -> None:
         ValueError: a trial run fails.
     """
     encoder = module.encoder
+    names = getattr(encoder, "fp32_layers", ())  # any module may be the encoder
+    exact = {name: encoder.get_submodule(name) for name in names}
+    for name in exact:
+        _replace(encoder, name, nn.Identity())
     encoder.to(dtype)
     module.decoder.to(dtype)
-    for name in getattr(encoder, "fp32_layers", ()):  # any module may be the encoder
-        parent, _, leaf = name.rpartition(".")
-        layer = encoder.get_submodule(name)
-        setattr(encoder.get_submodule(parent), leaf, _Float32(layer, dtype))
+    for name, layer in exact.items():
+        layer = layer.layer if isinstance(layer, _Float32) else layer
+        _replace(encoder, name, layer if dtype == torch.float32 else _Float32(layer, dtype))
     module.input_dtype = next(encoder.parameters()).dtype
     weight = next(module.parameters())
     try:
@@ -100,6 +111,11 @@ def _cast(module: SegmentationModule, dtype: torch.dtype) -> None:
             f"{type(encoder).__name__} with {type(module.decoder).__name__} cannot compute in "
             f"{dtype} ({reason}): set precision fp32, or make tensors in the type of the input"
         ) from error
+
+
+def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, layer)
 
 
 class _Float32(nn.Module):

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mit_semseg.matrices import to_device
 from mit_semseg.models.module import SegmentationModule
 from mit_semseg.models.pyramid import Tile, pool_matrix, without_autocast
 
@@ -241,9 +242,9 @@ def _strips(maps: Iterable[Placed]) -> Iterator[tuple[Part, Tensor]]:
         if column.start == 0:
             dtype = torch.promote_types(x.dtype, torch.float32)
             strip = x.new_zeros(N, K, h, column.whole, dtype=dtype)
-        strip[..., column.start : column.stop] += x * column.weights.to(strip)
+        strip[..., column.start : column.stop] += x * to_device(column.weights, x.device)
         if column.stop == column.whole:
-            yield row, strip.mul_(row.weights.to(strip)[:, None])
+            yield row, strip.mul_(to_device(row.weights, x.device)[:, None])
 
 
 def _halved(x: Tensor) -> Tensor:
@@ -433,7 +434,9 @@ def _share_of_pool(x: Tensor, row: Part, column: Part, scale: int) -> Tensor:
     with without_autocast(x.device):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         down, across = (
-            (pool_matrix(part.whole, scale)[:, part.start : part.stop] * part.weights).to(x)
+            to_device(
+                pool_matrix(part.whole, scale)[:, part.start : part.stop] * part.weights, x.device
+            ).to(x.dtype)
             for part in (row, column)
         )
         return down @ x @ across.T

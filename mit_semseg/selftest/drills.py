@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.training.checkpoints import load_state
 from mit_semseg.models import ModelBuilder
+from mit_semseg.precision import Precision
 from mit_semseg.selftest.job import Finished, Ground, Job, Running, environment
 
 # Seconds within which a broken command has to end.
@@ -371,6 +371,6 @@ def replay(job: Job, file: Path) -> torch.Tensor:
     module = ModelBuilder.from_config(job.cfg, inference=False)
     module.encoder.load_state_dict(saved["encoder"])
     module.decoder.load_state_dict(saved["decoder"])
-    with torch.no_grad(), autocast(torch.device("cpu"), job.cfg.TRAIN.precision):
+    with torch.no_grad(), Precision.of(job.cfg.TRAIN.precision, torch.device("cpu")).autocast():
         loss, _ = module.train()(saved["batch"][0])
     return loss

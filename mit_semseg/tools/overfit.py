@@ -21,7 +21,6 @@ from mit_semseg.config import get_defaults
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, build_split, streets
 from mit_semseg.dataset.train import CROP_SETTINGS
-from mit_semseg.engine.launch import autocast
 from mit_semseg.engine.training.optim import build_optimizer, poly_factor, set_learning_rates
 from mit_semseg.engine.training.state import seed_everything
 from mit_semseg.models import (
@@ -33,6 +32,7 @@ from mit_semseg.models import (
     check_pair,
 )
 from mit_semseg.models.papers import PAPER_MODELS
+from mit_semseg.precision import Precision
 from mit_semseg.tools.recipes import fingerprint
 from mit_semseg.visualize.report import Sample, contact_sheet, paint, picture_grid
 
@@ -198,12 +198,12 @@ def _train(
     """Steps taken, and the loss of the last."""
     optimizer = build_optimizer("AdamW", (module, rate), weight_decay=0.0)
     truth = batch["seg_label"][0].cpu().numpy()
-    device = next(module.parameters()).device
+    precision = Precision.of(cfg.TRAIN.precision, next(module.parameters()).device)
     with tqdm(range(1, steps + 1), desc=name, disable=not progress, leave=False) as bar:
         for step in bar:
             set_learning_rates(optimizer, rate * poly_factor(step, 2 * steps, 0.9, WARMUP))
             module.train()
-            with autocast(device, cfg.TRAIN.precision):
+            with precision.products(), precision.autocast():
                 loss, _ = module(dict(batch))
             if not torch.isfinite(loss):
                 return step, loss.item()

@@ -263,7 +263,7 @@ def test_replayed_graphs_compute_the_same(trained: SegmentationModule, compile: 
     predictor = Predictor(trained, {}, "cuda", precision="fp32", compile=compile)
     eager = Predictor(trained, {}, "cuda", precision="fp32")
     eager.tiled.network = eager.module.logits
-    sizes = [(64, 96), (96, 64), (64, 96), (64, 96), (96, 64), (96, 64), (72, 80), (64, 96)]
+    sizes = 4 * [(64, 96), (96, 64)] + [(72, 80), (64, 96)]
     for k, size in enumerate(sizes):
         image = pixels(*size).roll(k, 3)
         (given,), (wanted,) = predictor.logits([image]), eager.logits([image])
@@ -276,11 +276,35 @@ def test_replayed_graphs_compute_the_same(trained: SegmentationModule, compile: 
 def test_graphs_hold_bounded_memory(trained: SegmentationModule) -> None:
     predictor = Predictor(trained, {}, "cuda", precision="bf16")
     graphs = predictor.tiled.network
-    graphs.limit = 0
-    for side in range(64, 320, 32):
-        for _ in range(2):
+    for side in range(64, 64 + 40 * 8, 8):
+        for _ in range(4):
             predictor.logits([pixels(side, side)])
-        assert len(graphs.graphs) == 1
+    assert len(graphs.graphs) == 32
+    graphs.limit = 0
+    for _ in range(4):
+        predictor.logits([pixels(48, 48)])
+    assert len(graphs.graphs) == 1
+
+
+@pytest.mark.gpu
+def test_a_network_that_cannot_be_recorded_is_computed(
+    trained: SegmentationModule, caplog: pytest.LogCaptureFixture
+) -> None:
+    predictor = Predictor(trained, {}, "cuda")
+    plain = predictor.module.logits
+
+    def reads(image: Tensor) -> Tensor:
+        logits = plain(image)
+        return logits * (1 + 0 * float(logits.mean()))
+
+    predictor.tiled.network.network = reads
+    stream = torch.cuda.current_stream()
+    with caplog.at_level(logging.WARNING, logger="mit_semseg"):
+        found = [predictor.logits([pixels(64, 96)])[0] for _ in range(5)]
+    assert "cannot be recorded" in caplog.text
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    assert all(torch.equal(x, found[0]) for x in found)
 
 
 @pytest.mark.gpu
@@ -289,7 +313,7 @@ def test_a_gpu_gives_the_labels_of_the_cpu(trained: SegmentationModule, precisio
     image = pixels(120, 160)
     exact = Predictor(trained, {}, CPU).logits([image])[0]
     predictor = Predictor(trained, {}, "cuda", precision=precision)
-    for _ in range(3):
+    for _ in range(4):
         given = predictor.logits([image])[0].float().cpu()
     limit = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 0.1, "fp16": 2e-2}[precision]
     assert (given - exact).abs().mean() < limit * exact.std()
@@ -299,7 +323,7 @@ def test_a_gpu_gives_the_labels_of_the_cpu(trained: SegmentationModule, precisio
 def test_an_image_is_synchronised_with_a_handful_of_times(trained: SegmentationModule) -> None:
     predictor = Predictor(trained, {}, "cuda", precision="bf16", flip=True)
     scales = [pixels(64, 96), pixels(96, 144), pixels(128, 192)]
-    for _ in range(3):
+    for _ in range(4):
         predictor.labels(predictor.logits(scales), (100, 150))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -203,6 +203,13 @@ def test_some_layers_stay_in_float32() -> None:
     assert len(single) == 3  # the stem, and the two convolutions of the first block
     assert all(name.startswith(("features.0.", "features.1.")) for name in single)
     assert {p.dtype for p in module.parameters()} == {torch.float32}
+    # They were never rounded; and such a copy can be cast to float32 again.
+    folded = inference_copy(module, "cpu")
+    for name, value in folded.encoder.features[1].state_dict().items():
+        assert torch.equal(fast.encoder.features[1].layer.state_dict()[name], value)
+    again = inference_copy(fast, "cpu", dtype=torch.float32)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert again.logits(torch.randn(1, 3, 64, 64)).dtype == torch.float32
 
 
 class Casts(TorchDispatchMode):
