@@ -253,8 +253,8 @@ def test_tiles_are_the_folders_or_ones_own(cfg: Config, array: np.ndarray) -> No
         Segmenter.from_checkpoint(cfg.DIR, device="cpu", imgSizes=[48], tile=tile)
         for tile in ("off", 64, None)
     )
-    assert whole.module.logits.tile == "off" and tiled.module.logits.tile == 64
-    assert plain.module.logits.tile == cfg.TEST.tile == "auto"
+    assert whole.predictor.tiled.tile == "off" and tiled.predictor.tiled.tile == 64
+    assert plain.predictor.tiled.tile == cfg.TEST.tile == "auto"
     np.testing.assert_array_equal(plain(wide).labels, whole(wide).labels)
     # imgMaxSize is 80: more than one tile.
     assert (tiled(wide).labels != whole(wide).labels).any()

@@ -144,13 +144,15 @@ def execute_replication_callbacks(
         The run the contexts belong to.
     """
     run = ReplicaRun(len(modules), timeout)
-    trees = [list(module.modules()) for module in modules]
-    for place, (name, first) in enumerate(modules[0].named_modules()):
-        if _callback(first) is None:
-            continue
-        context = CallbackContext(run, name)
-        for copy_id, tree in enumerate(trees):
-            _callback(tree[place])(context, copy_id)
+    contexts = {
+        place: CallbackContext(run, name)
+        for place, (name, module) in enumerate(modules[0].named_modules())
+        if _callback(module) is not None
+    }
+    for copy_id, replica in enumerate(modules):
+        for place, module in enumerate(replica.modules()):
+            if place in contexts:
+                _callback(module)(contexts[place], copy_id)
     return run
 
 
