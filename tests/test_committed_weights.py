@@ -37,7 +37,7 @@ def test_the_recipe_is_what_was_trained() -> None:
     recipe, trained = load_config(RECIPE), CheckpointFolder(CAMVID).config()
     assert recipe.DATASET == trained.DATASET
     # On the CPU, where it was trained, what is the default now is what was the default then.
-    assert {**recipe.TRAIN, "channels_last": True} == dict(trained.TRAIN)
+    assert dict(trained.TRAIN) == {**recipe.TRAIN, "channels_last": True}
     assert recipe.TRAIN.channels_last == "auto"
     assert recipe.VAL.imgSizes == trained.VAL.imgSizes
 
