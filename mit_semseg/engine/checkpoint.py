@@ -152,14 +152,19 @@ class CheckpointFolder:
         files = self.path / f"encoder_{checkpoint}", self.path / f"decoder_{checkpoint}"
         for file in files:
             if not file.is_file():
-                have = ", ".join(self.names())
-                raise FileNotFoundError(
-                    f"{file} does not exist; {self.path} has {have}"
-                    if have
-                    else f"{file} does not exist; {self.path} holds {_listing(self.path)}: train "
-                    f"first, or put encoder_{checkpoint} and decoder_{checkpoint} there"
-                )
+                raise FileNotFoundError(f"{file} does not exist; {self._instead(checkpoint)}")
         return files
+
+    def _instead(self, checkpoint: str) -> str:
+        """What there is in place of a checkpoint that is missing, and what to do."""
+        if have := ", ".join(self.names()):
+            return f"{self.path} has {have}"
+        if earlier := sorted(self.path.glob(f"earlier_*/encoder_{checkpoint}")):
+            return f"an earlier run has left its own in {earlier[-1].parent}"
+        return (
+            f"{self.path} holds {_listing(self.path)}: train first, or put encoder_{checkpoint} "
+            f"and decoder_{checkpoint} there"
+        )
 
     def prepare(self, cfg: Config, classes: ClassTable) -> None:
         """Create the folder with configuration, class names and palette."""

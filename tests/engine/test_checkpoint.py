@@ -131,6 +131,10 @@ def test_a_missing_checkpoint_is_answered_with_those_there_are(tmp_path: Path) -
         folder.files("epoch_20.pth")
     wanted = tmp_path / "encoder_epoch_20.pth"
     assert str(error.value) == f"{wanted} does not exist; {tmp_path} has epoch_2.pth, best.pth"
+    (tmp_path / "new" / "earlier_1").mkdir(parents=True)
+    pairs(tmp_path / "new" / "earlier_1", "best.pth")
+    with pytest.raises(FileNotFoundError, match=r"an earlier run has left its own in .*earlier_1"):
+        CheckpointFolder(tmp_path / "new").files("best.pth")
     with pytest.raises(FileNotFoundError, match=r"decoder_epoch_3\.pth does not exist"):
         folder.files("epoch_3.pth")
 

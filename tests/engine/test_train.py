@@ -515,12 +515,15 @@ def test_an_earlier_run_is_set_aside(settings: Callable[..., Config]) -> None:
     cfg = settings(TRAIN__num_epoch=2)
     train(cfg, [CPU], progress=False)
     before = (Path(cfg.DIR) / "encoder_epoch_2.pth").read_bytes()
+    (Path(cfg.DIR) / "result_eval").mkdir()
     train(settings(TRAIN__num_epoch=1), [CPU], progress=False)
     assert RunFolder(cfg.DIR).names() == ["epoch_1.pth"]
     aside = RunFolder(Path(cfg.DIR) / "earlier_1")
     assert aside.names() == ["epoch_1.pth", "epoch_2.pth"]
     assert (aside.path / "encoder_epoch_2.pth").read_bytes() == before
     assert aside.config().TRAIN.num_epoch == 2
+    # What an evaluation of it found is none of the new run's.
+    assert (aside.path / "result_eval").is_dir() and not (Path(cfg.DIR) / "result_eval").exists()
 
 
 def test_a_half_written_last_line_does_not_stop_a_resumed_run(

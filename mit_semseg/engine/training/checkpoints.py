@@ -17,6 +17,7 @@ from mit_semseg.weights import load_checked
 log = logging.getLogger("mit_semseg")
 
 # What a training leaves beside configuration and class table.
+EVALUATION = "result_eval"  # folder of the figures of `evaluate`
 RUN_FILES = (
     *("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", "state_step_*.pth"),
     *("nonfinite_*.pth", METRICS, CURVES),
@@ -117,7 +118,8 @@ class RunFolder(CheckpointFolder):
     def set_aside(self) -> None:
         """Move an earlier run's files to `earlier_N` below, so that a new one neither mixes with
         nor destroys them."""
-        self._move_aside([f for pattern in RUN_FILES for f in self.path.glob(pattern)])
+        found = [f for pattern in (*RUN_FILES, EVALUATION) for f in self.path.glob(pattern)]
+        self._move_aside(found)
 
     def set_aside_after(self, step: int, epoch: int, best: bool) -> None:
         """Move what is newer than a place in the run that it goes back to, and copy its figures.
