@@ -326,6 +326,7 @@ def light(row: rows.Row) -> rows.Row:
 
 
 @pytest.mark.timeout(900)  # dozens of short calls, each of which other programs may hold up
+@pytest.mark.slow
 def test_the_rows_of_a_gpu_run_on_a_cpu_on_little(tmp_path: Path) -> None:
     # One of each kind; synchronised BatchNorm is a row of the CPU's too, and has one size only.
     rows_of_gpu = [row for row in gpu.gpu_rows(TINY) if not isinstance(row, rows.SyncBatchNorm)]
