@@ -111,11 +111,11 @@ def _remembered() -> Callable[[], None]:
                 part.fp32_precision = value
 
         return restore
-    conv, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    conv, matmul = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
     def restore_old() -> None:
         torch.backends.cudnn.allow_tf32 = conv
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.set_float32_matmul_precision(matmul)
 
     return restore_old
 
