@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_tools(commands: Subparsers) -> None:
-    overfit = commands.add_parser("overfit", help="let a model learn one image by heart")
+    overfit = commands.add_parser("overfit", help="let a model overfit one image")
     _add_gpus(overfit)
     overfit.add_argument(
         "--every", action="store_true", help="every registered model, on a rendered scene"

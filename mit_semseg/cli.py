@@ -182,7 +182,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_overfit(args: argparse.Namespace) -> int:
-    """Learn one image by heart; 1 when a model does not."""
+    """Overfit one image; 1 when a model does not."""
     opts = _overrides(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.launch import read_config, resolve_devices, use_device

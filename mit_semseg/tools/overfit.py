@@ -1,4 +1,4 @@
-"""`mit-semseg overfit`: a model that cannot learn one image by heart will not learn many."""
+"""`mit-semseg overfit`: a model that cannot overfit one image will not learn many."""
 
 from __future__ import annotations
 
@@ -420,7 +420,7 @@ def _write(
             f"| {one.name} | {100 * one.accuracy:.2f} % | {one.steps} | {one.rate:g} | "
             f"{one.seconds:.0f} |"
         )
-    title = "One image, learned by heart"
+    title = "Overfitting one image"
     page = [f"# {title}", "", *rows, "", "![Predictions](overfit.png)"]
     (folder / "overfit.md").write_text("\n".join(page) + "\n", "utf-8")
     plain = [_figures(one) for one in found]
