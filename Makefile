@@ -12,7 +12,7 @@ PYTHON ?= python3
 DEVICE ?= cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu test-versions bench overfit selftest soak lint format clean
+.PHONY: demo test test-slow test-gpu test-versions bench overfit selftest soak lint types format clean
 
 demo: $(VENV)/.mit_semseg
 	PYTHON=$(BIN)/python bash demo_test.sh
@@ -47,11 +47,18 @@ selftest: $(VENV)/.mit_semseg
 soak: $(VENV)/.mit_semseg
 	$(BIN)/mit-semseg selftest --only soak --soak 2
 
-lint: $(VENV)/.mit_semseg-dev
+lint: $(VENV)/.mit_semseg-dev types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+
+# mypy and import-linter read files, and know nothing of package-dir in pyproject.toml: they get
+# the package as it is installed, with lib/ and benchmarks/ in it.
+types: $(VENV)/.mit_semseg-dev
+	rm -rf build/package
+	$(BIN)/python setup.py --quiet build_py --build-lib build/package
+	cp pyproject.toml build/package
+	cd build/package && $(abspath $(BIN))/mypy --cache-dir $(CURDIR)/.mypy_cache
+	cd build/package && $(abspath $(BIN))/lint-imports --cache-dir $(CURDIR)/.import_linter_cache
 
 format: $(VENV)/.mit_semseg-dev
 	$(BIN)/ruff format .

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mit_semseg import __version__
 from mit_semseg.arguments import SECTIONS, build_parser
 from mit_semseg.compat.flags import replacement
 
@@ -319,6 +320,7 @@ def _who() -> str:
 def _dispatch(arguments: list[str]) -> int:
     _refuse_early_flags(arguments)
     parser = build_parser()
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(args, "recipes") and rest[0].startswith(SECTIONS)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import mit_semseg
 from mit_semseg import arguments as shown
 from mit_semseg import cli
 from mit_semseg.cli import main, split_overrides
@@ -27,6 +28,13 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         main([*command, "--help"])
     assert stop.value.code == 0
     assert "usage: mit-semseg" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"mit-semseg {mit_semseg.__version__}\n"
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval_multipro.py", "eval.py", "test.py"])
@@ -46,6 +54,7 @@ def test_scripts_keep_the_published_names(script: str) -> None:
 HEAVY = "torch", "torchvision", "numpy", "cv2", "scipy", "PIL"
 MISTAKES = [
     (["--help"], 0),
+    (["--version"], 0),
     (["nonsense"], 2),
     (["train", "--nonsense"], 2),
     (["train", "--arch_encoder", "resnet50"], 2),

@@ -5,15 +5,14 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
-import os
 import re
 from pathlib import Path
 
 import pytest
-from source_tree import ROOT, git, source_files
+from source_tree import ROOT, source_files
 
 FILES = source_files()
-PYTHON = [file for file in FILES if file.suffix == ".py" and not (ROOT / file).is_symlink()]
+PYTHON = [file for file in FILES if file.suffix == ".py"]
 SCRIPTS = [file for file in PYTHON if len(file.parts) == 1]
 MEGABYTE = 2**20
 
@@ -56,7 +55,7 @@ def test_no_file_is_large() -> None:
     large = [
         str(file)
         for file in FILES
-        if file.parts[0] != "weights" and (ROOT / file).lstat().st_size > MEGABYTE
+        if file.parts[0] != "weights" and (ROOT / file).stat().st_size > MEGABYTE
     ]
     assert not large
 
@@ -64,7 +63,7 @@ def test_no_file_is_large() -> None:
 def test_no_file_knows_the_machine_it_was_written_on() -> None:
     told = []
     for file in FILES:
-        data = b"" if (ROOT / file).is_symlink() else (ROOT / file).read_bytes()
+        data = (ROOT / file).read_bytes()
         # This file spells out what it looks for; what holds a zero byte is no text.
         if file.name == Path(__file__).name or b"\0" in data:
             continue
@@ -88,14 +87,23 @@ def test_what_a_machine_path_is(line: str, found: bool) -> None:
     assert bool(MACHINE_PATH.search(line)) is found
 
 
+def test_no_file_is_a_link() -> None:
+    """Clones on Windows, and some archives, have text files in their place."""
+    assert not [str(file) for file in FILES if (ROOT / file).is_symlink()]
+
+
 @pytest.mark.parametrize("room", ["lib", "benchmarks"])
-def test_a_room_beside_the_package_has_two_doors(room: str) -> None:
-    """Only a symlink keeps `lib/` and `mit_semseg.lib` the same files in a checkout."""
-    door = ROOT / "mit_semseg" / room
-    assert door.is_symlink()
-    assert os.readlink(door) == f"../{room}"
-    if (ROOT / ".git").exists():
-        assert git("ls-files", "--stage", f"mit_semseg/{room}").startswith("120000 ")
+def test_a_folder_beside_the_package_begins_with_nothing(room: str) -> None:
+    """Installed, `<room>/__init__.py` is run; in a checkout the package's own in its place."""
+    body = ast.parse((ROOT / room / "__init__.py").read_text()).body
+    assert not [
+        ast.unparse(node) for node in body[1:] if "__name__ == 'lib'" not in ast.unparse(node)
+    ]
+
+
+def test_lib_is_not_imported_twice() -> None:
+    with pytest.raises(ImportError, match="import mit_semseg.lib in place of lib"):
+        importlib.import_module("lib")
 
 
 def test_the_readme_begins_with_what_to_type() -> None:
