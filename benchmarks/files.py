@@ -22,8 +22,9 @@ from mit_semseg.benchmarks.clock import Runnable, clock_of
 from mit_semseg.benchmarks.rows import CAMVID_WEIGHTS, HEIGHT, SCALES, WIDTH, Row
 from mit_semseg.benchmarks.sides import Timing
 from mit_semseg.config.node import Config
-from mit_semseg.dataset import TrainDataset, streets
+from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.transforms import Normalize
+from mit_semseg.demo import streets
 from mit_semseg.engine.evaluate import evaluate
 from mit_semseg.engine.launch import cpu_count, read_config
 from mit_semseg.engine.predict import predict

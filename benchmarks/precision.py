@@ -15,7 +15,8 @@ import torch
 from mit_semseg.benchmarks.clock import Runnable
 from mit_semseg.benchmarks.rows import CAMVID_WEIGHTS, REPOSITORY, Row, equal_labels
 from mit_semseg.benchmarks.sides import Timing
-from mit_semseg.dataset import load_image, streets
+from mit_semseg.dataset import load_image
+from mit_semseg.demo import streets
 from mit_semseg.engine.launch import read_config
 from mit_semseg.engine.train import train
 from mit_semseg.engine.training.metrics_log import METRICS, read_metrics

@@ -23,8 +23,9 @@ from mit_semseg import scores
 from mit_semseg.benchmarks import published
 from mit_semseg.benchmarks.clock import Runnable
 from mit_semseg.benchmarks.sides import Timing
-from mit_semseg.dataset import ClassTable, streets
+from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.transforms import Normalize
+from mit_semseg.demo import streets
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel
 from mit_semseg.losses import build_loss
 from mit_semseg.metrics import ConfusionMatrix

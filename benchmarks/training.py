@@ -17,8 +17,8 @@ from mit_semseg.benchmarks import published
 from mit_semseg.benchmarks.clock import Runnable, clock_of
 from mit_semseg.benchmarks.rows import CLASSES, SCALES, Row, build
 from mit_semseg.benchmarks.sides import Timing
-from mit_semseg.dataset import streets
 from mit_semseg.dataset.transforms import Normalize
+from mit_semseg.demo import streets
 from mit_semseg.engine.launch import keep_freed_memory
 from mit_semseg.engine.training import step
 from mit_semseg.engine.training.build import keeps_channels_last, shape_bucket

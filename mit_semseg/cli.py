@@ -252,7 +252,7 @@ def run_demo(args: argparse.Namespace) -> int:
     """Render the demo's data, or show what came of them."""
     if args.action == "page":
         _look_at(args.cfg)
-    from mit_semseg.engine.demo import run
+    from mit_semseg.demo.command import run
 
     return run(args)
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from mit_semseg.config.node import Config
-from mit_semseg.dataset.streets import render
 from mit_semseg.dataset.transforms import load_image
+from mit_semseg.demo.streets import render
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SEMSEG_DATA", ROOT.parent / "shared" / "data")) / "CamVid" / "val"

@@ -190,7 +190,7 @@ def test_demo_page_from_the_files_of_a_run(tmp_path: Path, capsys: pytest.Captur
     """What render, train.py, eval_multipro.py and test.py leave behind is all the page needs."""
     from mit_semseg.cli import main
     from mit_semseg.config import dump_config, load_config
-    from mit_semseg.dataset import streets
+    from mit_semseg.demo import streets
 
     data, ckpt, result = (tmp_path / name for name in ("data", "ckpt", "predictions"))
     arguments = ["--out", str(data), "--train", "1", "--val", "2", "--size", "64", "96"]

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from mit_semseg.config import dump_config, load_config
-from mit_semseg.dataset import streets
+from mit_semseg.demo import streets
 from mit_semseg.engine.training.checkpoints import RunFolder, load_state
 from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.weights import check_archive

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from mit_semseg.config import get_defaults
 from mit_semseg.config.node import Config
-from mit_semseg.dataset import TrainDataset, build_split, streets
+from mit_semseg.dataset import TrainDataset, build_split
 from mit_semseg.dataset.train import CROP_SETTINGS
+from mit_semseg.demo import streets
 from mit_semseg.engine.training.optim import build_optimizer, poly_factor, set_learning_rates
 from mit_semseg.engine.training.state import seed_everything
 from mit_semseg.models import (

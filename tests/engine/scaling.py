@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mit_semseg.dataset import streets
+from mit_semseg.demo import streets
 from mit_semseg.engine.launch import cpu_count
 
 ROOT = Path(__file__).resolve().parents[2]

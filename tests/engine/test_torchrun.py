@@ -26,7 +26,7 @@ from processes import ROOT, Command, free_port, kill, needs_proc, torchrun
 from torch import Tensor, nn
 
 from mit_semseg.config import load_config
-from mit_semseg.dataset import streets
+from mit_semseg.demo import streets
 from mit_semseg.engine.launch import leave_process_group, rank_devices
 from mit_semseg.lib.nn import sync_function
 from mit_semseg.models import ModelBuilder, SegmentationModule

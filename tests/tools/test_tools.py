@@ -19,7 +19,7 @@ from torch import nn
 from mit_semseg.cli import main
 from mit_semseg.config import dump_config, get_defaults, load_config
 from mit_semseg.config.node import Config
-from mit_semseg.dataset import streets
+from mit_semseg.demo import streets
 from mit_semseg.engine.evaluate import Kept, evaluate
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
 from mit_semseg.models.papers import PAPER_MODELS

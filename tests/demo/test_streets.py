@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mit_semseg.dataset import streets
+from mit_semseg.demo import classes, streets
+from mit_semseg.demo.canvas import SAMPLES, Canvas
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_sizes_and_types(size: tuple[int, int]) -> None:
     image, label = streets.render(1, size)
     assert image.shape == (*size, 3) and image.dtype == np.uint8
     assert label.shape == size and label.dtype == np.uint8
-    assert label.max() <= len(streets.CLASSES)
+    assert label.max() <= len(classes.CLASSES)
 
 
 def test_a_size_without_room_for_a_street_is_refused() -> None:
@@ -51,24 +52,24 @@ def test_every_class_occurs_and_the_large_ones_in_every_scene(
 ) -> None:
     counts = np.stack([np.bincount(label.ravel(), minlength=11) for _, label in scenes])
     assert (counts.sum(0) > 0).all(), "a class, or the ignored value, never occurs"
-    for cls in (streets.SKY, streets.ROAD, streets.PAVEMENT):
+    for cls in (classes.SKY, classes.ROAD, classes.PAVEMENT):
         assert (counts[:, cls + 1] > 0).all()
     assert (counts.sum(0) / counts.sum() > 0.002).all()
 
 
 def test_sky_lies_over_road(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
     for _, label in scenes:
-        sky_rows, road_rows = (np.nonzero(label == c + 1)[0] for c in (streets.SKY, streets.ROAD))
+        sky_rows, road_rows = (np.nonzero(label == c + 1)[0] for c in (classes.SKY, classes.ROAD))
         assert sky_rows.mean() < road_rows.mean()
 
 
 def test_labels_are_exact_where_the_picture_has_an_edge() -> None:
     """One polygon with corners in pixels: its labels are the pixels whose centre it holds."""
-    canvas = streets._Canvas(20, 20)
+    canvas = Canvas(20, 20)
     corners = np.array([(3.0, 2.0), (17.0, 6.0), (8.0, 18.0)])
-    canvas.fill(corners, (250.0, 0.0, 0.0), streets.CAR)
-    middle = streets.SAMPLES // 2
-    label = canvas.label[middle :: streets.SAMPLES, middle :: streets.SAMPLES]
+    canvas.fill(corners, (250.0, 0.0, 0.0), classes.CAR)
+    middle = SAMPLES // 2
+    label = canvas.label[middle::SAMPLES, middle::SAMPLES]
 
     def side(a: np.ndarray, b: np.ndarray, x: float, y: float) -> float:
         return float((b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0]))
@@ -81,17 +82,17 @@ def test_labels_are_exact_where_the_picture_has_an_edge() -> None:
             distances = np.array(edges) / lengths  # pixels, positive inside
             # OpenCV also fills samples that the outline touches: half a sample of doubt.
             if distances.min() > 0.2:
-                assert label[row, column] == streets.CAR + 1
+                assert label[row, column] == classes.CAR + 1
             elif distances.min() < -0.4:
                 assert label[row, column] == 0
 
 
 def test_picture_is_antialiased_and_labels_are_not() -> None:
-    canvas = streets._Canvas(40, 40)
-    canvas.fill(np.array([(5.0, 5.0), (35.0, 9.0), (20.0, 36.0)]), (255.0,) * 3, streets.SIGN)
+    canvas = Canvas(40, 40)
+    canvas.fill(np.array([(5.0, 5.0), (35.0, 9.0), (20.0, 36.0)]), (255.0,) * 3, classes.SIGN)
     image = cv2.resize(canvas.image, (40, 40), interpolation=cv2.INTER_AREA)
     assert len(np.unique(image)) > 2
-    assert set(np.unique(canvas.label)) == {0, streets.SIGN + 1}
+    assert set(np.unique(canvas.label)) == {0, classes.SIGN + 1}
 
 
 def test_write_makes_a_data_set(tmp_path) -> None:
@@ -112,7 +113,7 @@ def test_write_makes_a_data_set(tmp_path) -> None:
     assert np.array_equal(written, image)
     with (root / "classes.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["Name"] for row in rows] == [name for name, _ in streets.CLASSES]
+    assert [row["Name"] for row in rows] == [name for name, _ in classes.CLASSES]
     assert [row["Idx"] for row in rows] == [str(i + 1) for i in range(len(rows))]
 
 
@@ -128,12 +129,12 @@ def test_written_set_reads_back_through_the_library(tmp_path) -> None:
             *("DATASET.list_train", str(root / "training.odgt")),
             *("DATASET.list_val", str(root / "validation.odgt")),
             *("DATASET.classes", str(root / "classes.csv")),
-            *("DATASET.num_class", str(len(streets.CLASSES))),
+            *("DATASET.num_class", str(len(classes.CLASSES))),
         ],
     )
     split = build_split(cfg.DATASET, "val")
-    assert split.classes.names == tuple(name for name, _ in streets.CLASSES)
-    assert split.classes.colors.tolist() == [list(color) for _, color in streets.CLASSES]
+    assert split.classes.names == tuple(name for name, _ in classes.CLASSES)
+    assert split.classes.colors.tolist() == [list(color) for _, color in classes.CLASSES]
     _, label = streets.render((304, 1, 0), (64, 96))
     assert np.array_equal(split.label_map(label), label.astype(int) - 1)
 

@@ -1,12 +1,7 @@
-"""`mit-semseg demo render | page`: the first and the last step of the demo.
-
-What lies between them, training, evaluation and prediction, are the commands that everybody runs.
-"""
+"""The page of the demo: figures, curves and predictions of a model that was trained."""
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import platform
 from pathlib import Path
@@ -15,25 +10,11 @@ import numpy as np
 import torch
 
 from mit_semseg.config.node import Config
-from mit_semseg.dataset import streets
 from mit_semseg.dataset.base import build_split
 from mit_semseg.dataset.transforms import load_image, load_mask
-from mit_semseg.engine.launch import cpu_count, read_config
+from mit_semseg.engine.launch import cpu_count
 from mit_semseg.models import ModelBuilder
 from mit_semseg.visualize.report import Sample, contact_sheet, write_page
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run one of the subcommands."""
-    if args.action == "render":
-        root = streets.write(args.out, args.train, args.val, args.seed, tuple(args.size))
-        print(f"{args.train} scenes to train on and {args.val} held out in {root}")
-        return 0
-    page = show(
-        read_config(args.cfg), args.evaluation, args.out, args.images, _commands(args.commands)
-    )
-    print(f"Open {page}")
-    return 0
 
 
 def show(
@@ -120,13 +101,6 @@ def _samples(cfg: Config, count: int) -> list[Sample]:
             )
         )
     return samples
-
-
-def _commands(file: str) -> list[tuple[str, float | None]]:
-    if not file:
-        return []
-    with open(file, newline="", encoding="utf-8") as lines:
-        return [(row[1], float(row[0])) for row in csv.reader(lines, delimiter="\t") if row]
 
 
 def _read(file: Path, command: str) -> str:

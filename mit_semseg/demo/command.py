@@ -1,0 +1,34 @@
+"""`mit-semseg demo render | page`: the first and the last step of the demo.
+
+The steps between them, training, evaluation and prediction, are the commands that everybody runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+
+from mit_semseg.demo import streets
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one of the subcommands."""
+    if args.action == "render":
+        root = streets.write(args.out, args.train, args.val, args.seed, tuple(args.size))
+        print(f"{args.train} scenes to train on and {args.val} held out in {root}")
+        return 0
+    from mit_semseg.demo.page import show
+    from mit_semseg.engine.launch import read_config
+
+    page = show(
+        read_config(args.cfg), args.evaluation, args.out, args.images, _commands(args.commands)
+    )
+    print(f"Open {page}")
+    return 0
+
+
+def _commands(file: str) -> list[tuple[str, float | None]]:
+    if not file:
+        return []
+    with open(file, newline="", encoding="utf-8") as lines:
+        return [(row[1], float(row[0])) for row in csv.reader(lines, delimiter="\t") if row]
