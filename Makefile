@@ -52,7 +52,7 @@ lint: $(VENV)/.mit_semseg-dev types
 	$(BIN)/ruff format --check .
 
 # mypy and import-linter read files, and know nothing of package-dir in pyproject.toml: they get
-# the package as it is installed, with lib/ and benchmarks/ in it.
+# the package as it is installed, with lib/ in it.
 types: $(VENV)/.mit_semseg-dev
 	rm -rf build/package
 	$(BIN)/python setup.py --quiet build_py --build-lib build/package

@@ -85,8 +85,8 @@ def test_the_wheel_holds_every_module_and_table_and_nothing_else(wheel: Path) ->
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = set()
     for file in source_files():
-        # Folders beside the package are part of it.
-        if file.parts[0] in ("lib", "benchmarks"):
+        # This folder beside the package is part of it.
+        if file.parts[0] == "lib":
             expected.add(f"mit_semseg/{file.as_posix()}")
         elif file.parts[0] == "mit_semseg":
             expected.add(file.as_posix())
@@ -111,7 +111,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
 
 STANDS_ALONE = """
 import json, multiprocessing, sys
-import mit_semseg, mit_semseg.benchmarks.published, mit_semseg.lib.nn, mit_semseg.lib.utils
+import mit_semseg, mit_semseg.lib.nn, mit_semseg.lib.utils
 from mit_semseg import Segmenter
 from mit_semseg.config import load_config
 from mit_semseg.dataset import class_table
@@ -139,10 +139,8 @@ def test_the_package_stands_alone(
     strangers = {n: f for n, f in files.items() if not f.startswith(f"{folder}{os.sep}")}
     assert not strangers, "imported from elsewhere"
     assert len(files) > 40
-    for room in ("lib/nn/__init__.py", "benchmarks/published.py"):
-        inside = "mit_semseg" if place == "installed" else ""
-        name = f"mit_semseg.{room.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
-        assert Path(files[name]) == folder / inside / room
+    inside = "mit_semseg" if place == "installed" else ""
+    assert Path(files["mit_semseg.lib.nn"]) == folder / inside / "lib/nn/__init__.py"
     assert not has_lib, "importing lib directly makes a second copy of every class"
     assert len(classes) == 150
     assert classes[0] == "wall"

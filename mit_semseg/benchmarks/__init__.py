@@ -1,8 +1,1 @@
-"""Where a checkout finds `mit_semseg.benchmarks`: in the folder `benchmarks/` beside the package.
-
-An installed package has the modules of that folder in this place (see pyproject.toml).
-"""
-
-from pathlib import Path
-
-__path__ = [str(Path(__file__).resolve().parents[2] / "benchmarks")]
+"""What `mit-semseg bench` measures: the published procedure and ours, taking turns."""

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mit_semseg.benchmarks import command, gpu, published, rows
-from mit_semseg.benchmarks.clock import GpuClock, covered, kernel_spans
+from mit_semseg.benchmarks import clock, command, gpu, published, rows
+from mit_semseg.benchmarks.clock import GpuClock, OtherPrograms, covered, kernel_spans
 from mit_semseg.benchmarks.files import FolderPrediction
 from mit_semseg.benchmarks.sides import (
     Processes,
@@ -367,15 +367,47 @@ def test_replicas_of_equal_batches_have_the_loss_of_one() -> None:
     assert single(batch) != first  # the step was taken
 
 
-def test_results_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="Linux tells in /proc")
+def test_other_programs_are_what_is_left_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = tmp_path / "stat"
+    core = min(os.sched_getaffinity(0))
+    absent = max(os.sched_getaffinity(0)) + 1
+    # Ticks of user, nice, system, idle, iowait, irq, softirq, steal, guest.
+    stat.write_text(f"cpu{core} 100 20 30 999 999 4 5 6 999\ncpu{absent} {'9 ' * 9}\nintr 7\n")
+    assert clock.busy_seconds(stat) == pytest.approx(165 / os.sysconf("SC_CLK_TCK"))
+    assert clock.busy_seconds(tmp_path / "none") is None
+
+    busy, own, now = iter((100.0, 103.0)), iter((1.0, 1.5)), iter((0.0, 2.0))
+    monkeypatch.setattr(clock, "busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(os, "times", lambda: (0.25, 0.0, 0.0, 0.0, 9.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    assert OtherPrograms(lambda: next(own)).cores() == 1.25  # of 3 s in 2, 0.5 are ours
+
+
+@pytest.mark.parametrize(("cores", "said"), [(1.25, True), (0.1, False)])
+def test_results_are_written(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    cores: float,
+    said: bool,
+) -> None:
+    monkeypatch.setattr(OtherPrograms, "cores", lambda self: cores)
     outcomes = command.bench("cpu", tmp_path, quick=True, only="colours")
     assert [one.group for one in outcomes] == ["Figures"]
     assert outcomes[0].equal_labels == 1
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["rows"][0]["ratio"] == outcomes[0].ratio
     assert written["convolutions_gflops"]["fp32"] > 0
-    assert "| colours of 683x512" in (tmp_path / "bench.md").read_text()
-    assert "Results in" in capsys.readouterr().out
+    assert written["other_cores"] == written["rows"][0]["other_cores"] == cores
+    table = (tmp_path / "bench.md").read_text()
+    assert "| colours of 683x512" in table
+    printed = capsys.readouterr().out
+    assert "Results in" in printed
+    assert ("warning: other programs use 1.2 of the cores" in printed) is said
+    assert ("| cores of other programs |" in table and "| 1.2 |" in table) is said
     with Image.open(tmp_path / "bench.png") as picture:
         assert picture.width > 400
 

@@ -147,6 +147,11 @@ class Processes:
         self.sides[name].patience = patience
         return self.sides[name]
 
+    def computed(self) -> float:
+        """Seconds that those which are alive have computed."""
+        alive = [side for side in self.sides.values() if side.process.is_alive()]
+        return float(sum(side.ask("computed") for side in alive))
+
     def stop(self) -> None:
         """End all of them."""
         for side in self.sides.values():
@@ -244,6 +249,10 @@ class _Work:
     def kernels(self, calls: int) -> float | None:
         """Seconds of a call in which a GPU computes."""
         return self.clock.kernel_seconds(self.call, calls)
+
+    def computed(self) -> float:
+        """Seconds that this process and its ended children have computed."""
+        return sum(os.times()[:4])
 
     def last(self) -> Any:
         """What the last call returned."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -98,6 +99,44 @@ class GpuClock(Clock):
         """As on the CPU."""
         gc.collect()
         torch.cuda.empty_cache()
+
+
+class OtherPrograms:
+    """How many of the cores that this process may use are taken by programs that are not its own.
+
+    Args:
+        own: seconds that living children have computed; those of ended ones are known.
+    """
+
+    def __init__(self, own: Callable[[], float] = lambda: 0.0) -> None:
+        self._own = own
+        self._began, self._before = time.monotonic(), self._seconds()
+
+    def cores(self) -> float | None:
+        """Their mean number since this was made; None where the system does not tell."""
+        now = self._seconds()
+        if now is None or self._before is None:
+            return None
+        return max(0.0, (now - self._before) / (time.monotonic() - self._began))
+
+    def _seconds(self) -> float | None:
+        busy = busy_seconds()
+        return None if busy is None else busy - sum(os.times()[:4]) - self._own()
+
+
+def busy_seconds(file: Path = Path("/proc/stat")) -> float | None:
+    """Seconds that the cores which this process may use have computed since the machine started.
+
+    None where the system does not tell (elsewhere than on Linux).
+    """
+    try:
+        lines = [line.split() for line in file.read_text().splitlines()]
+        mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    except (OSError, AttributeError):
+        return None
+    # user, nice, system, (idle, iowait,) irq, softirq, steal
+    ticks = sum(sum(map(int, [*x[1:4], *x[6:9]])) for x in lines if x and x[0] in mine)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def kernel_spans(events: Iterable[Any]) -> list[tuple[float, float]]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mit_semseg import __version__
 from mit_semseg.benchmarks import precision
 from mit_semseg.benchmarks import rows as r
+from mit_semseg.benchmarks.clock import OtherPrograms
 from mit_semseg.benchmarks.files import Loading
 from mit_semseg.benchmarks.gpu import gpu_peers, gpu_rows
 from mit_semseg.benchmarks.peers import Peer, peers
@@ -36,6 +37,8 @@ from mit_semseg.visualize import ratio_bars
 NOT_DRAWN = ("Start", "Parallel", "Precision", "New shapes")
 # After which no further row is begun on a GPU.
 GPU_SECONDS = 230.0
+# Cores that other programs may take before it is said: with more of them the ratios change.
+OTHER_CORES = 0.2
 
 RESNET: dict[str, Any] = {"encoder": "resnet50dilated", "decoder": "ppm_deepsup"}
 HELP = ("-m", "mit_semseg.cli", "--help")
@@ -76,7 +79,8 @@ class Outcome:
     Seconds are medians, memory is in MiB. The floor is the time that the floating-point operations
     of our network would take at the measured rate of convolutions; `utilisation` (model FLOP
     utilisation) is how much of that rate is reached with the operations of the published network.
-    Busy is the share of the time in which a GPU computes; `row_seconds` is all that the row took.
+    Busy is the share of the time in which a GPU computes; `row_seconds` is all that the row took,
+    and `other_cores` how many cores other programs used meanwhile.
     """
 
     group: str
@@ -97,6 +101,7 @@ class Outcome:
     published_busy: float | None = None
     busy: float | None = None
     row_seconds: float = 0.0
+    other_cores: float | None = None
 
 
 def bench(device: str, out: str | Path, *, quick: bool = False, only: str = "") -> list[Outcome]:
@@ -147,8 +152,9 @@ def run(
     began = time.monotonic()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    rates = _rates(device)
     print(f"{machine(device)}; torch {torch.__version__}")
+    others = _others()
+    rates = _rates(device)
     for name, rate in rates.items():
         print(f"convolutions in {name}: {rate / 1e12:.3g} TFLOP/s")
     outcomes, skipped = [], []
@@ -183,12 +189,26 @@ def run(
         "torch": str(torch.__version__),
         "mit_semseg": __version__,
         "quick": quick,
+        "other_cores": others,
         "convolutions_gflops": {name: rate / 1e9 for name, rate in rates.items()},
         "seconds": time.monotonic() - began,
     }
     _write(out, about, outcomes, skipped, text)
     print(f"Measured in {about['seconds']:.0f} s")
     return outcomes
+
+
+def _others(seconds: float = 1.0) -> float | None:
+    """Cores that other programs use now; said when they are enough to change ratios."""
+    others = OtherPrograms()
+    time.sleep(seconds)
+    cores = others.cores()
+    if cores is not None and cores > OTHER_CORES:
+        print(
+            f"warning: other programs use {cores:.1f} of the cores: seconds and ratios are not "
+            "those of an idle machine"
+        )
+    return cores
 
 
 def _names(rows: Sequence[r.Row]) -> list[str]:
@@ -217,6 +237,7 @@ def measure(
 ) -> Outcome:
     """Run one row."""
     began = time.monotonic()
+    others = OtherPrograms(processes.computed) if processes else OtherPrograms()
     timed = take_turns(
         row.sides(),
         min(row.repeats, 2) if quick else row.repeats,
@@ -256,6 +277,7 @@ def measure(
         published_busy=theirs.busy if compared else None,
         busy=ours.busy,
         row_seconds=time.monotonic() - began,
+        other_cores=others.cores(),
     )
 
 
@@ -294,6 +316,9 @@ COLUMNS: dict[str, Callable[[Outcome], str]] = {
     "utilisation": lambda one: _figure(one.utilisation, ".0%"),
     "labels equal": lambda one: _figure(one.equal_labels, ".4%"),
 }
+LOAD_COLUMN: dict[str, Callable[[Outcome], str]] = {
+    "cores of other programs": lambda one: _figure(one.other_cores, ".1f"),
+}
 GPU_COLUMNS: dict[str, Callable[[Outcome], str]] = {
     "GPU busy theirs": lambda one: _figure(one.published_busy, ".0%"),
     "GPU busy ours": lambda one: _figure(one.busy, ".0%"),
@@ -303,7 +328,8 @@ GPU_COLUMNS: dict[str, Callable[[Outcome], str]] = {
 def table(outcomes: Sequence[Outcome], skipped: Sequence[str] = ()) -> str:
     """All rows as a Markdown table."""
     on_gpu = any(one.busy is not None for one in outcomes)
-    columns = {**COLUMNS, **(GPU_COLUMNS if on_gpu else {})}
+    disturbed = any((one.other_cores or 0) > OTHER_CORES for one in outcomes)
+    columns = {**COLUMNS, **(GPU_COLUMNS if on_gpu else {}), **(LOAD_COLUMN if disturbed else {})}
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for one in outcomes:
         lines.append(f"| {' | '.join(cell(one) for cell in columns.values())} |")

@@ -33,7 +33,7 @@ from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.segmenter import Segmenter
 from mit_semseg.visualize import color_encode, palette
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 CAMVID_WEIGHTS = REPOSITORY / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
 # What the figures of the field are given for: an ADE20K photograph and its 150 classes.
 HEIGHT, WIDTH, CLASSES = 512, 683, 150

@@ -173,7 +173,7 @@ def rows(out: Path, device: str) -> list[Row]:
         out: folder of the benchmark's results, where the demo is trained.
         device: cpu or cuda.
     """
-    data = Path(os.environ.get("SEMSEG_DATA", REPOSITORY.parent / "shared" / "data"))
+    data = Path(os.environ.get("SEMSEG_DATA", "$SEMSEG_DATA"))
     # On a GPU the whole has some minutes, of which these take theirs.
     trained, labelled = (60.0, 60.0) if device == "cpu" else (120.0, 10.0)
     curves = Curves(precision="bf16", folder=str(out / "demo"), budget=trained)

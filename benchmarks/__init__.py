@@ -1,1 +1,0 @@
-"""What `mit-semseg bench` measures: the published procedure and ours, taking turns."""
