@@ -253,7 +253,7 @@ def test_a_recipe_asks_for_weights_that_there_are(
     def refuse(*args: object, **options: object) -> Path:
         raise DownloadError("no network")
 
-    monkeypatch.setattr(weights, "fetch", refuse)
+    monkeypatch.setattr(weights.sources, "fetch", refuse)
     model = recipe(path).MODEL
     module = torch.nn.Module()  # nothing is loaded into it: the download comes first
     if model.arch_encoder in INNER:

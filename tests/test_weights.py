@@ -13,22 +13,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mit_semseg import weights
 from mit_semseg.download import DownloadError
 from mit_semseg.models import Decoder
 from mit_semseg.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    WEIGHTS,
     convert_tfslim_mobilenet,
     fetch_published,
     imagenet_weights,
     load_decoder,
     load_encoder,
     load_into,
+    loading,
     published_checkpoint,
     read_state_dict,
     rename_torchvision_mobilenet,
     resolve,
+    sources,
 )
 
 REAL = (
@@ -185,7 +187,7 @@ def test_a_full_match_is_told_without_alarm(caplog: pytest.LogCaptureFixture) ->
 def test_it_is_printed_where_no_logging_is_set_up(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(weights, "logger", logging.Logger("silent"))
+    monkeypatch.setattr(loading, "logger", logging.Logger("silent"))
     load_into(Head(), Head().state_dict(), what="decoder", file="w.pth")
     assert (
         capsys.readouterr().out
@@ -266,7 +268,7 @@ def test_dilation_does_not_change_the_weights(arch: str) -> None:
 
 
 def test_every_source_says_where_it_comes_from() -> None:
-    for source in weights.WEIGHTS.values():
+    for source in WEIGHTS.values():
         assert source.urls
         assert source.file == source.urls[0].rsplit("/", 1)[-1]
         assert source.licence
@@ -453,7 +455,7 @@ def test_torchvision_weights_from_a_mirror_and_from_a_file(
 
     # The published file's digest is in its name, and ours is another file.
     torch.save(source.state_dict(), host / "mobilenet_v2-b0353104.pth")
-    monkeypatch.setattr(weights, "_mirrored", lambda name, urls: [f"{_mirror()}{name}"])
+    monkeypatch.setattr(sources, "mirrored", lambda name, urls: [f"{_mirror()}{name}"])
     with pytest.raises(DownloadError, match="expected b0353104"):
         load_encoder(target, "mobilenetv2dilated", "torchvision:mobilenet_v2")
 

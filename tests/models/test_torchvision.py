@@ -13,7 +13,6 @@ import torchvision
 from tolerances import rounding
 from torch import nn
 
-from mit_semseg import weights
 from mit_semseg.dataset.base import table_of
 from mit_semseg.models import ENCODERS, Decoder, Encoder, ModelBuilder, SegmentationModule
 from mit_semseg.models.decoders.fcn import FCN
@@ -23,6 +22,7 @@ from mit_semseg.weights import (
     load_decoder,
     load_encoder,
     load_into,
+    sources,
     torchvision_decoder,
     torchvision_encoder,
 )
@@ -133,7 +133,7 @@ def test_by_name_and_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         asked.append([*urls, dest.name, str(sha256)])
         return path
 
-    monkeypatch.setattr(weights, "fetch", fetch)
+    monkeypatch.setattr(sources, "fetch", fetch)
     monkeypatch.delenv("MIT_SEMSEG_MIRROR", raising=False)
     file = "deeplabv3_mobilenet_v3_large-fc3c493d.pth"
     for source in (f"torchvision:{name}", f"torchvision:{path}"):
@@ -280,7 +280,7 @@ def test_imagenet_weights_without_a_name_are_torchvisions(
     state = published("resnet34").state_dict()
     path = tmp_path / "resnet34-b627a593.pth"
     torch.save(state, path)
-    monkeypatch.setattr(weights, "fetch", lambda urls, dest, sha256=None: path)
+    monkeypatch.setattr(sources, "fetch", lambda urls, dest, sha256=None: path)
     report = load_encoder(ENCODERS.get("resnet34dilated")(), "resnet34dilated", "")
     assert report is not None
     assert (report.ok, report.unexpected) == (True, [])
@@ -291,7 +291,7 @@ def test_imagenet_weights_without_a_name_are_torchvisions(
 def test_a_plain_file_of_torchvisions_densenet_is_recognised(
     by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(sources, "cache_dir", lambda: tmp_path / "cache")
     with torch.device("meta"):
         encoder = ENCODERS.get("densenet121")().to_empty(device="cpu")
     state = {k: torch.ones(v.shape) for k, v in encoder.state_dict().items()}
@@ -328,7 +328,7 @@ def test_a_backbone_among_branches_takes_its_own(
 ) -> None:
     source = ENCODERS.get("resnet18")()
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    monkeypatch.setattr(weights, "fetch", lambda urls, dest, sha256=None: tmp_path / "w.pth")
+    monkeypatch.setattr(sources, "fetch", lambda urls, dest, sha256=None: tmp_path / "w.pth")
     target = ENCODERS.get("bisenet_resnet18")()
     report = load_encoder(target, "bisenet_resnet18", "")
     assert report is not None and report.ok

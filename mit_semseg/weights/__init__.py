@@ -1,0 +1,56 @@
+"""Names, paths and urls of weights -> a verified local file -> loaded tensors, with a report."""
+
+from mit_semseg.weights.archive import check_archive, load_checked, read_state_dict
+from mit_semseg.weights.loading import LoadReport, load_decoder, load_encoder, load_into
+from mit_semseg.weights.published import (
+    PUBLISHED,
+    SAMPLE_IMAGE,
+    fetch_published,
+    published_checkpoint,
+)
+from mit_semseg.weights.sources import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MIRROR,
+    TORCHVISION,
+    WEIGHTS,
+    TorchvisionSource,
+    WeightSource,
+    cache_dir,
+    imagenet_weights,
+    resolve,
+)
+from mit_semseg.weights.tfslim import convert_tfslim_mobilenet
+from mit_semseg.weights.torchvision import (
+    rename_torchvision_mobilenet,
+    torchvision_decoder,
+    torchvision_encoder,
+)
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MIRROR",
+    "PUBLISHED",
+    "SAMPLE_IMAGE",
+    "TORCHVISION",
+    "WEIGHTS",
+    "LoadReport",
+    "TorchvisionSource",
+    "WeightSource",
+    "cache_dir",
+    "check_archive",
+    "convert_tfslim_mobilenet",
+    "fetch_published",
+    "imagenet_weights",
+    "load_checked",
+    "load_decoder",
+    "load_encoder",
+    "load_into",
+    "published_checkpoint",
+    "read_state_dict",
+    "rename_torchvision_mobilenet",
+    "resolve",
+    "torchvision_decoder",
+    "torchvision_encoder",
+]

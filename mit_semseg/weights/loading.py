@@ -1,0 +1,313 @@
+"""Named tensors into encoders and decoders, with a report of every one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.weights.archive import few, read_state_dict
+from mit_semseg.weights.sources import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INSIDE,
+    TORCHVISION,
+    backbone_of,
+    fetch_imagenet,
+    fetch_torchvision,
+    resolve,
+)
+from mit_semseg.weights.tfslim import convert_tfslim_mobilenet
+from mit_semseg.weights.torchvision import MOBILENET_KEY, torchvision_decoder, torchvision_encoder
+
+logger = logging.getLogger("mit_semseg")
+
+# Bookkeeping of the published SyncBN, of no use to any other.
+_BOOKKEEPING = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor.
+
+    Attributes:
+        what: which part of the model, e.g. "encoder".
+        file: where the tensors came from.
+        matched: loaded.
+        missing: in the module and not in the file: left at their initial values.
+        unexpected: in the file and not in the module.
+        mismatched: tensors for another number of classes: left at initial values.
+        dropped: bookkeeping of the published SyncBN.
+    """
+
+    what: str
+    file: str
+    matched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tensor of the module was loaded."""
+        return not self.missing and not self.mismatched
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.matched)} tensors matched"]
+        for label, names in (
+            ("missing", self.missing),
+            ("left over", self.unexpected),
+            ("skipped, another number of classes", self.mismatched),
+        ):
+            parts.append(f"{len(names)} {label}{few(names)}")
+        if not self.mismatched:
+            parts.pop()
+        return f"{self.what} from {self.file}: {', '.join(parts)}"
+
+
+def _say(line: str, problem: bool) -> None:
+    """Logs; prints where nobody has set logging up, since the user is to see it either way."""
+    if not logger.hasHandlers():
+        print(line)
+    elif problem:
+        logger.warning(line)
+    else:
+        logger.info(line)
+
+
+def _weighty(own: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that a file has to have: counters of batches may be missing."""
+    counters = (*_BOOKKEEPING, "num_batches_tracked")
+    return [key for key in own if key.rsplit(".", 1)[-1] not in counters]
+
+
+def _other_classes(module: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names of the tensors that would fit if the module told another number of classes apart."""
+    own = module.state_dict()
+    shapes = {k: (own[k].shape, v.shape) for k, v in tensors.items() if k in own}
+    differing = {k: (ours, theirs) for k, (ours, theirs) in shapes.items() if ours != theirs}
+    find: Callable[[], dict[str, tuple[int, ...]]] | None = getattr(module, "class_tensors", None)
+    if not differing or find is None:
+        return set()
+    by_class = find()
+    return {
+        key
+        for key, (ours, theirs) in differing.items()
+        if len(ours) == len(theirs)
+        and all(ours[i] == theirs[i] or i in by_class.get(key, ()) for i in range(len(ours)))
+    }
+
+
+def load_into(
+    module: nn.Module,
+    source: str | Path | Mapping[str, Any],
+    *,
+    what: str,
+    file: str = "",
+    strict: bool = False,
+) -> LoadReport:
+    """Loads what fits and says what matched, what was missing and what was left over.
+
+    What is for another number of classes (see `Decoder.class_tensors`) is skipped; every other
+    difference of shape is an error. Values are cast to the module's dtype.
+
+    Args:
+        module: takes the tensors; stays on its device.
+        source: a weight file, or a mapping of names to tensors.
+        what: which part of the model, for the report, e.g. "encoder".
+        file: name to report when `source` is a mapping.
+        strict: a missing tensor or another number of classes is an error.
+
+    Returns:
+        What became of every tensor; its one line is logged, or printed without logging set up.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: nothing matches, a shape differs, a value is not finite, or `strict` and a
+            tensor is missing.
+    """
+    tensors = read_state_dict(source, file)
+    name = file or (str(source) if not isinstance(source, Mapping) else "the given tensors")
+    report = LoadReport(what, name)
+    own = module.state_dict()
+    other_classes = _other_classes(module, tensors)
+    fitting: dict[str, Tensor] = {}
+    wrong: list[str] = []
+
+    for key, value in tensors.items():
+        if key.rsplit(".", 1)[-1] in _BOOKKEEPING:
+            report.dropped.append(key)
+        elif key not in own:
+            report.unexpected.append(key)
+        elif value.shape == own[key].shape:
+            fitting[key] = value
+        elif key in other_classes:
+            report.mismatched.append(key)
+        else:
+            wrong.append(f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}")
+
+    if wrong:
+        raise ValueError(
+            f"{name} does not fit the {what}: {len(wrong)} tensors differ in shape"
+            f"{few(wrong, 3)}; check the architecture, MODEL.fc_dim and MODEL.in_channels"
+        )
+    if not fitting and not report.mismatched:
+        raise ValueError(
+            f"{name} does not fit the {what}: no tensor name matches; it has{few(list(tensors))}, "
+            f"the {what} has{few(list(own))}"
+        )
+    for key, value in fitting.items():
+        if value.is_complex() != own[key].is_complex():
+            raise ValueError(f"{name} does not fit the {what}: {key} is of {value.dtype}")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} is damaged: {key} holds values that are not finite")
+
+    report.matched = list(fitting)
+    report.missing = [key for key in _weighty(own) if key not in tensors]
+    if strict and not report.ok:
+        raise ValueError(f"{report}")
+    module.load_state_dict(fitting, strict=False)
+    _say(str(report), problem=not report.ok)
+    return report
+
+
+def load_encoder(
+    encoder: nn.Module,
+    arch: str,
+    weights: str | Path,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> LoadReport | None:
+    """Initialises an encoder.
+
+    Args:
+        encoder: takes the weights.
+        arch: its name, e.g. "resnet50dilated".
+        weights: "" for the published ImageNet weights of `arch` (downloaded once), "none" for
+            random ones, "torchvision:NAME" (see `TORCHVISION`), "torchvision:PATH" or
+            "torchvision:URL" for a file under torchvision's names, "tfslim:PATH" (MobileNetV2
+            trained by TF-slim, likewise), else a path or url. Torchvision's names are recognised,
+            but those of MobileNetV2. Where the encoder reads further image channels and the file
+            has three, filters are widened as by `encoders.base.widen_input`.
+        mean: what the input is shifted by, RGB in [0, 1]; only "tfslim:" depends on it.
+        std: what the input is divided by; only "tfslim:" depends on it.
+
+    Returns:
+        The report, or None for random weights.
+
+    Raises:
+        ValueError: the weights do not belong to this architecture, or half of them are missing.
+        FileNotFoundError: the path does not exist.
+        DownloadError: the file could not be downloaded.
+    """
+    text = str(weights)
+    if text.lower() == "none":
+        return None
+    kind, _, rest = text.partition(":")
+    if kind == "torchvision":
+        path = fetch_torchvision(rest, encoder=arch)
+        state = torchvision_encoder(read_state_dict(path))
+        return _initialise(encoder, arch, state, f"{path} (torchvision)")
+    if kind == "tfslim":
+        _only_mobilenet(arch, text)
+        path = resolve(rest)
+        state = convert_tfslim_mobilenet(read_state_dict(path), mean=mean, std=std)
+        return _initialise(encoder, arch, state, f"{path} (TF-slim)")
+    if text == "" and arch.lower() in INSIDE:
+        inner, part = INSIDE[arch.lower()]
+        return load_encoder(encoder.get_submodule(part), inner, "")
+    path = resolve(text) if text else fetch_imagenet(arch)
+    state = read_state_dict(path)
+    renamed = _of_torchvision(path, state, encoder)
+    file = str(path) if renamed is None else f"{path} (torchvision)"
+    return _initialise(encoder, arch, state if renamed is None else renamed, file)
+
+
+def _of_torchvision(
+    path: Path, state: Mapping[str, Tensor], encoder: nn.Module
+) -> dict[str, Tensor] | None:
+    """The state under the names used here, if it has torchvision's."""
+    renamed = torchvision_encoder(state)
+    own = encoder.state_dict().keys()
+    if any(path.name.endswith(source.file) for source in TORCHVISION.values()):
+        return renamed
+    # A MobileNetV2 under torchvision's names may be TF-slim's, which expects another input.
+    told = len(own & renamed.keys()) > len(own & state.keys()) and MOBILENET_KEY not in state
+    return renamed if told else None
+
+
+def _initialise(
+    encoder: nn.Module, arch: str, state: Mapping[str, Tensor], file: str
+) -> LoadReport:
+    """Loads an initialisation, which may have fewer image channels, and may not be mostly missing.
+
+    Raises:
+        ValueError: the encoder has at least twice as many tensors as are found in the file.
+    """
+    own = encoder.state_dict()
+    wanted = _weighty(own)
+    found = [key for key in wanted if key in state]
+    if 0 < 2 * len(found) < len(wanted):
+        path = file.removesuffix(" (torchvision)").removesuffix(" (TF-slim)")
+        raise ValueError(
+            f"{file} does not fit encoder {arch}: it has {len(found)} of its {len(wanted)} tensors"
+            f" (it has {len(state)}{few(list(state), 2)}): set MODEL.weights_encoder to weights "
+            f"of {arch}, or to 'torchvision:{path}' or 'tfslim:{path}' if it is under such names"
+        )
+    fitting = {k: _widened(v, own[k].shape) if k in own else v for k, v in state.items()}
+    return load_into(encoder, fitting, what="encoder", file=file)
+
+
+def _widened(value: Tensor, shape: torch.Size) -> Tensor:
+    """Filters of red, green and blue with what an encoder for further image channels adds."""
+    further = shape[1] - 3 if len(shape) == 4 else 0
+    if further <= 0 or value.shape != (shape[0], 3, *shape[2:]):
+        return value
+    return torch.cat([value, value.mean(1, keepdim=True).expand(-1, further, -1, -1)], dim=1)
+
+
+def load_decoder(decoder: nn.Module, arch: str, weights: str | Path) -> LoadReport | None:
+    """Initialises a decoder.
+
+    Args:
+        decoder: takes the weights.
+        arch: its name, e.g. "ppm_deepsup".
+        weights: "" or "none" leaves it random; "torchvision:NAME" takes the head of a model in
+            `TORCHVISION`, "torchvision:PATH" or "torchvision:URL" that in a file of one;
+            else a path or url.
+
+    Returns:
+        The report, or None for random weights.
+
+    Raises:
+        ValueError: the weights do not belong to this decoder.
+        FileNotFoundError: the path does not exist.
+        DownloadError: the file could not be downloaded.
+    """
+    text = str(weights)
+    if text.lower() in ("", "none"):
+        return None
+    what = f"decoder {arch}"
+    kind, _, rest = text.partition(":")
+    if kind == "torchvision":
+        path = fetch_torchvision(rest, decoder=arch)
+        file = f"{path} (torchvision)"
+        return load_into(
+            decoder, torchvision_decoder(read_state_dict(path), file), what=what, file=file
+        )
+    return load_into(decoder, resolve(text), what=what)
+
+
+def _only_mobilenet(arch: str, weights: str) -> None:
+    if backbone_of(arch) != "mobilenetv2":
+        raise ValueError(
+            f"{weights!r} holds a MobileNetV2 and cannot initialise encoder {arch!r}; use it "
+            f"with mobilenetv2dilated"
+        )

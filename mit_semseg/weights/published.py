@@ -1,0 +1,78 @@
+"""Checkpoints of the published toolkit: whole models trained on ADE20K."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mit_semseg.download import fetch
+from mit_semseg.registry import closest
+from mit_semseg.weights.archive import read_state_dict
+from mit_semseg.weights.sources import HOST, mirrored
+
+PUBLISHED: dict[str, int] = {
+    "ade20k-mobilenetv2dilated-c1_deepsup": 20,
+    "ade20k-resnet18dilated-c1_deepsup": 20,
+    "ade20k-resnet18dilated-ppm_deepsup": 20,
+    "ade20k-resnet50dilated-ppm_deepsup": 20,
+    "ade20k-resnet101dilated-ppm_deepsup": 25,
+    "ade20k-resnet50-upernet": 30,
+    "ade20k-resnet101-upernet": 50,
+    "ade20k-hrnetv2-c1": 30,
+}
+"""Configurations with published ADE20K checkpoints, and the epoch that was scored."""
+
+SAMPLE_IMAGE = (
+    "http://sceneparsing.csail.mit.edu/data/ADEChallengeData2016/images/validation/"
+    "ADE_val_00001519.jpg"
+)
+
+
+def published_checkpoint(config_name: str) -> tuple[list[str], list[str]]:
+    """Urls of the encoder and of the decoder of a published ADE20K model.
+
+    Args:
+        config_name: e.g. "ade20k-resnet50dilated-ppm_deepsup".
+
+    Raises:
+        ValueError: nothing is published under this name.
+    """
+    # The recipe's file name is shorter than the published folder's.
+    config_name = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}.get(config_name, config_name)
+    if config_name not in PUBLISHED:
+        raise ValueError(
+            f"no checkpoint is published for {config_name!r}; there are "
+            f"{', '.join(sorted(PUBLISHED))}{closest(config_name, list(PUBLISHED))}"
+        )
+    urls = []
+    for part in ("encoder", "decoder"):
+        path = f"{config_name}/{part}_epoch_{PUBLISHED[config_name]}.pth"
+        urls.append(mirrored(path, [f"{HOST}pytorch/{path}"]))
+    return urls[0], urls[1]
+
+
+def fetch_published(name: str, dest_dir: str | Path, *, image: bool = True) -> list[Path]:
+    """Downloads a published ADE20K model, and the sample image, into a folder.
+
+    Args:
+        name: e.g. "ade20k-resnet50dilated-ppm_deepsup".
+        dest_dir: takes `encoder_epoch_N.pth`, `decoder_epoch_N.pth` and `ADE_val_00001519.jpg`.
+        image: fetch the sample image too.
+
+    Returns:
+        Paths of the encoder, the decoder and the image.
+
+    Raises:
+        ValueError: nothing is published under this name.
+        DownloadError: a file could not be downloaded.
+    """
+    dest = Path(dest_dir)
+    paths = []
+    for urls in published_checkpoint(name):
+        path = fetch(urls, dest / urls[-1].rsplit("/", 1)[-1])
+        read_state_dict(path)  # no digest is published: at least a whole file of tensors
+        paths.append(path)
+    if image:
+        paths.append(
+            fetch(mirrored("ADE_val_00001519.jpg", [SAMPLE_IMAGE]), dest / "ADE_val_00001519.jpg")
+        )
+    return paths

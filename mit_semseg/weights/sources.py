@@ -1,0 +1,311 @@
+"""Where weights are published, and how a name, a path or a url becomes a local file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import urllib.parse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mit_semseg.download import DownloadError, fetch
+from mit_semseg.registry import closest
+from mit_semseg.weights.archive import not_found
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MIRROR = "MIT_SEMSEG_MIRROR"
+HOST = "http://sceneparsing.csail.mit.edu/model/"
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where ImageNet weights come from and what they expect.
+
+    Attributes:
+        file: name in the cache.
+        urls: mirrors, in order of preference.
+        sha256: digest or its first digits; None where none was published.
+        licence: of the weights, as far as their publisher states one.
+        paper: of the architecture.
+        mean: subtracted from RGB in [0, 1].
+        std: divided by.
+        data: what they were trained on.
+    """
+
+    file: str
+    urls: tuple[str, ...]
+    sha256: str | None
+    licence: str
+    paper: str
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    data: str = "ImageNet-1k classification (ILSVRC 2012)"
+
+
+def _csail(file: str, paper: str) -> WeightSource:
+    url = f"{HOST}pretrained_resnet/{file}"
+    return WeightSource(
+        file=file,
+        urls=(url,),  # http only: the host's certificate is for another name
+        sha256=None,
+        licence="BSD-3-Clause (the published toolkit's; none is stated for the file itself)",
+        paper=paper,
+    )
+
+
+@dataclass(frozen=True)
+class TorchvisionSource(WeightSource):
+    """Weights of torchvision, under its names (see `torchvision_encoder`, `torchvision_decoder`).
+
+    Attributes:
+        encoder: the backbone that takes them.
+        decoders: those that take the head, or some layers of it; empty where it is not used.
+    """
+
+    encoder: str = ""
+    decoders: tuple[str, ...] = ()
+
+    @property
+    def segments(self) -> bool:
+        """Whether it is a segmentation model, and not one of ImageNet's classes."""
+        return self.data != WeightSource.data
+
+
+def _torchvision(
+    file: str,
+    encoder: str,
+    paper: str,
+    decoders: tuple[str, ...] = (),
+    data: str = WeightSource.data,
+) -> TorchvisionSource:
+    return TorchvisionSource(
+        file=file,
+        urls=(f"https://download.pytorch.org/models/{file}",),
+        sha256=_digest_in_name(file),
+        licence="BSD-3-Clause (torchvision's; none is stated for the file itself)",
+        paper=paper,
+        data=data,
+        encoder=encoder,
+        decoders=decoders,
+    )
+
+
+def _digest_in_name(name: str) -> str | None:
+    """`mobilenet_v2-b0353104.pth` -> `b0353104`, torch hub's convention."""
+    match = re.search(r"-([0-9a-f]{8,64})\.(pth|pt|bin)$", name)
+    return match[1] if match else None
+
+
+_RESNET = "He et al. 2016, arXiv:1512.03385"
+_VGG = "Simonyan & Zisserman 2015, arXiv:1409.1556"
+_DENSENET = "Huang et al. 2017, arXiv:1608.06993"
+_FCN = "Long et al. 2015, arXiv:1411.4038"
+_DEEPLAB = "Chen et al. 2017, arXiv:1706.05587"
+_COCO = "COCO train2017, images with the 20 classes of Pascal VOC; 21 classes with background"
+_on_coco = partial(_torchvision, data=_COCO)
+_VGG_HEADS = ("fcn32s", "fcn16s", "fcn8s")
+_FCN_HEADS = ("fcn_head", "fcn_head_deepsup")
+_DEEPLAB_HEADS = ("deeplabv3", "deeplabv3_deepsup")
+
+TORCHVISION: dict[str, TorchvisionSource] = {
+    "vgg16": _torchvision("vgg16-397923af.pth", "vgg16", _VGG, _VGG_HEADS),
+    "vgg16_bn": _torchvision("vgg16_bn-6c64b313.pth", "vgg16_bn", _VGG, _VGG_HEADS),
+    "resnet18": _torchvision("resnet18-f37072fd.pth", "torchvision_resnet18", _RESNET),
+    "resnet34": _torchvision("resnet34-b627a593.pth", "resnet34", _RESNET),
+    "resnet50": _torchvision("resnet50-0676ba61.pth", "torchvision_resnet50", _RESNET),
+    "resnet101": _torchvision("resnet101-63fe2227.pth", "torchvision_resnet101", _RESNET),
+    "resnet152": _torchvision("resnet152-394f9c45.pth", "resnet152", _RESNET),
+    "resnext50_32x4d": _torchvision(
+        "resnext50_32x4d-7cdf4587.pth", "resnext50", "Xie et al. 2017, arXiv:1611.05431"
+    ),
+    "densenet121": _torchvision("densenet121-a639ec97.pth", "densenet121", _DENSENET),
+    "densenet161": _torchvision("densenet161-8d451a50.pth", "densenet161", _DENSENET),
+    "densenet169": _torchvision("densenet169-b2777c0a.pth", "densenet169", _DENSENET),
+    "densenet201": _torchvision("densenet201-c1103571.pth", "densenet201", _DENSENET),
+    "mobilenet_v2": _torchvision(
+        "mobilenet_v2-b0353104.pth", "mobilenetv2", "Sandler et al. 2018, arXiv:1801.04381"
+    ),
+    "mobilenet_v3_large": _torchvision(
+        "mobilenet_v3_large-8738ca79.pth",
+        "mobilenetv3_large",
+        "Howard et al. 2019, arXiv:1905.02244",
+    ),
+    "fcn_resnet50": _on_coco(
+        "fcn_resnet50_coco-1167a1af.pth", "torchvision_resnet50", _FCN, _FCN_HEADS
+    ),
+    "fcn_resnet101": _on_coco(
+        "fcn_resnet101_coco-7ecb50ca.pth", "torchvision_resnet101", _FCN, _FCN_HEADS
+    ),
+    "deeplabv3_resnet50": _on_coco(
+        "deeplabv3_resnet50_coco-cd0a2569.pth", "torchvision_resnet50", _DEEPLAB, _DEEPLAB_HEADS
+    ),
+    "deeplabv3_resnet101": _on_coco(
+        "deeplabv3_resnet101_coco-586e9e4e.pth", "torchvision_resnet101", _DEEPLAB, _DEEPLAB_HEADS
+    ),
+    "deeplabv3_mobilenet_v3_large": _on_coco(
+        "deeplabv3_mobilenet_v3_large-fc3c493d.pth",
+        "mobilenetv3_large",
+        _DEEPLAB,
+        ("deeplabv3_wide_deepsup",),
+    ),
+}
+"""Torchvision's weights by its names, the first of each: `MODEL.weights_encoder torchvision:NAME`.
+
+Those of a segmentation model are for encoder and decoder both, and the encoder has output stride 8
+(`torchvision_resnet50dilated`) or, for MobileNetV3, 16 (`mobilenetv3_large_dilated16`). Its 21
+classes are those of Pascal VOC in their order, as in the class table of data format voc2012: 0 is
+background, then come aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow,
+diningtable, dog, horse, motorbike, person, pottedplant, sheep, sofa, train and, 20, tvmonitor.
+"""
+
+WEIGHTS: dict[str, WeightSource] = {
+    "resnet18": _csail("resnet18-imagenet.pth", "He et al. 2016, arXiv:1512.03385"),
+    "resnet50": _csail("resnet50-imagenet.pth", "He et al. 2016, arXiv:1512.03385"),
+    "resnet101": _csail("resnet101-imagenet.pth", "He et al. 2016, arXiv:1512.03385"),
+    "resnext101": _csail("resnext101-imagenet.pth", "Xie et al. 2017, arXiv:1611.05431"),
+    "mobilenetv2": _csail("mobilenet_v2.pth.tar", "Sandler et al. 2018, arXiv:1801.04381"),
+    "hrnetv2": _csail("hrnetv2_w48-imagenet.pth", "Wang et al. 2020, arXiv:1908.07919"),
+    "drn_c_26": WeightSource(
+        file="drn_c_26-ddedf421.pth",
+        urls=("http://dl.yf.io/drn/drn_c_26-ddedf421.pth",),
+        sha256="ddedf421",
+        licence="BSD-3-Clause (the published code's; none is stated for the file itself)",
+        paper="Yu et al. 2017, arXiv:1705.09914",
+    ),
+}
+"""Published ImageNet weights by backbone; dilation does not change the weights.
+
+Where the published toolkit has none, they are torchvision's.
+"""
+for _source in TORCHVISION.values():
+    if not _source.segments:
+        WEIGHTS.setdefault(_source.encoder, _source)
+
+
+# Encoders of several branches, one of which is a published backbone: that, and its name in them.
+INSIDE = {
+    "bisenet_resnet18": ("resnet18", "context"),
+    "icnet_resnet50": ("resnet50", "backbone"),
+}
+
+
+def backbone_of(arch: str) -> str:
+    """`resnet50dilated`, ... -> `resnet50`; `vgg16_bn_indices` -> `vgg16_bn`."""
+    return re.sub(r"(_?dilated(8|16)?|_indices)$", "", arch.lower())
+
+
+def imagenet_weights(arch: str) -> WeightSource:
+    """Where the published ImageNet weights of an encoder are.
+
+    Raises:
+        ValueError: none are published for this encoder.
+    """
+    name = backbone_of(arch)
+    if name not in WEIGHTS:
+        raise ValueError(
+            f"no ImageNet weights are published for encoder {arch!r} (they are for "
+            f"{', '.join(sorted(WEIGHTS))}): set MODEL.weights_encoder to 'none', a path or a url"
+            f"{closest(name, list(WEIGHTS))}"
+        )
+    return WEIGHTS[name]
+
+
+def cache_dir() -> Path:
+    """Folder of downloaded weights: `checkpoints` under the torch hub folder (TORCH_HOME)."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def mirrored(path: str, urls: Sequence[str]) -> list[str]:
+    """The urls, after the user's own mirror where MIT_SEMSEG_MIRROR names its base url."""
+    base = os.environ.get(MIRROR, "").rstrip("/")
+    return ([f"{base}/{path}"] if base else []) + list(urls)
+
+
+def _is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://", "file://"))
+
+
+def resolve(source: str | Path) -> Path:
+    """Turns an encoder name, a path or a url into a local file, downloading it when needed.
+
+    Args:
+        source: a backbone or encoder name (its published ImageNet weights), a url, or a path.
+
+    Returns:
+        Path of an existing file.
+
+    Raises:
+        FileNotFoundError: the path does not exist; lists the weight files beside it.
+        DownloadError: the file could not be downloaded.
+    """
+    text = str(source)
+    if _is_url(text):
+        name = urllib.parse.urlsplit(text).path.rsplit("/", 1)[-1] or "weights.pth"
+        # Many urls end in the same name (encoder_epoch_20.pth).
+        return fetch(
+            text,
+            cache_dir() / f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-{name}",
+            sha256=_digest_in_name(name),
+        )
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    if isinstance(source, str) and backbone_of(text) in WEIGHTS:
+        return fetch_imagenet(text)
+    raise FileNotFoundError(not_found(path))
+
+
+def fetch_imagenet(arch: str) -> Path:
+    """The file of `imagenet_weights(arch)`, downloaded once."""
+    known = imagenet_weights(arch)
+    try:
+        return fetch(
+            mirrored(known.file, known.urls), cache_dir() / known.file, sha256=known.sha256
+        )
+    except DownloadError as e:
+        other = ", 'torchvision:mobilenet_v2'" if backbone_of(arch) == "mobilenetv2" else ""
+        raise DownloadError(
+            e.reason,
+            f"{str(e).removeprefix(e.reason)}; or set MODEL.weights_encoder to 'none' (random)"
+            f"{other} or a file you have",
+        ) from e
+
+
+def fetch_torchvision(name: str, *, encoder: str = "", decoder: str = "") -> Path:
+    """The file behind "torchvision:NAME", which must hold weights of this encoder or decoder."""
+    if _is_url(name) or Path(name).expanduser().exists():
+        return resolve(name)
+    if name not in TORCHVISION:
+        raise ValueError(
+            f"unknown weights 'torchvision:{name}' (known: {', '.join(sorted(TORCHVISION))}; "
+            f"a file of them as 'torchvision:PATH'){closest(name, list(TORCHVISION))}"
+        )
+    source = TORCHVISION[name]
+    if encoder and backbone_of(encoder) != source.encoder:
+        raise ValueError(
+            f"'torchvision:{name}' cannot initialise encoder {encoder!r}: "
+            f"{_other_stem(name, encoder)}set MODEL.arch_encoder to {source.encoder} or a dilated "
+            f"form of it"
+        )
+    if decoder and decoder not in source.decoders:
+        fix = "MODEL.weights_decoder to 'none': it holds ImageNet weights"
+        if source.segments:
+            fix = f"MODEL.arch_decoder to {' or '.join(source.decoders)}"
+        raise ValueError(f"'torchvision:{name}' cannot initialise decoder {decoder!r}: set {fix}")
+    return fetch(
+        mirrored(source.file, source.urls), cache_dir() / source.file, sha256=source.sha256
+    )
+
+
+def _other_stem(name: str, encoder: str) -> str:
+    """Why two ResNets that have nearly the same name are not the same."""
+    deep = ("resnet18", "resnet50", "resnet101", "resnext101")
+    if not name.startswith("res") or backbone_of(encoder) not in deep:
+        return ""
+    return "torchvision's ResNets begin with one 7x7 convolution, this one with three 3x3; "

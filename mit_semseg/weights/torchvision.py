@@ -1,0 +1,97 @@
+"""Names of torchvision's models -> the names used here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+MOBILENET_KEY = (
+    "features.1.conv.0.0.weight"  # only torchvision's MobileNetV2 has a tensor of this name
+)
+
+
+def torchvision_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a torchvision model, under the names that the encoders here have.
+
+    Args:
+        state: of a classification model, or of a segmentation model with a backbone.
+
+    Returns:
+        New mapping, without classifiers; a model under other names comes back as it is.
+    """
+    if any(key.startswith("backbone.") for key in state):
+        state = {k.removeprefix("backbone."): v for k, v in state.items() if "classifier" not in k}
+        if "0.0.weight" in state:  # MobileNetV3, whose blocks are numbered in `features`
+            state = {f"features.{k}": v for k, v in state.items()}
+    if MOBILENET_KEY in state:
+        return rename_torchvision_mobilenet(state)
+    # The published DenseNets are older than their module names: denselayer1.norm.1 is norm1 now.
+    dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+    heads = ("classifier.", "fc.")
+    return {dotted.sub(r"\1\2.", k): v for k, v in state.items() if not k.startswith(heads)}
+
+
+def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") -> dict[str, Tensor]:
+    """The head of a torchvision model, under the names of the decoders here.
+
+    FCN's and DeepLabv3's for `fcn_head*` and `deeplabv3*`; the first two layers of VGG16's
+    classifier, as convolutions, for `fcn32s`, `fcn16s` and `fcn8s`.
+
+    Args:
+        state: of the whole model.
+        file: to name in the error.
+
+    Raises:
+        ValueError: there is no such head.
+    """
+    first = state.get("classifier.0.weight")
+    if first is not None and first.ndim == 2 and first.shape[1] % (7 * 7) == 0:  # VGG's
+        return {
+            "fc6.weight": first.unflatten(1, (-1, 7, 7)),
+            "fc6.bias": state["classifier.0.bias"],
+            "fc7.weight": state["classifier.3.weight"][:, :, None, None],
+            "fc7.bias": state["classifier.3.bias"],
+        }
+    names = {"classifier.0": "cbr.0", "classifier.1": "cbr.1"}
+    if "classifier.0.project.0.weight" in state:
+        names = {"classifier.0": "aspp", "classifier.1": "cbr.0", "classifier.2": "cbr.1"}
+    names |= {
+        "classifier.4": "conv_last",
+        "aux_classifier.0": "cbr_deepsup.0",
+        "aux_classifier.1": "cbr_deepsup.1",
+        "aux_classifier.4": "conv_last_deepsup",
+    }
+    renamed = {}
+    for key, value in state.items():
+        layer = ".".join(key.split(".")[:2])
+        if layer in names:
+            renamed[names[layer] + key.removeprefix(layer)] = value
+    if "conv_last.weight" not in renamed:
+        raise ValueError(f"{file} holds no head of torchvision's FCN, DeepLabv3 or VGG16")
+    return renamed
+
+
+def rename_torchvision_mobilenet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Torchvision's MobileNetV2 names -> the published ones; the classifier is left out.
+
+    Both have the same layers in the same order. Torchvision nests each conv-BN-ReLU6 of a block
+    (`conv.0.1` is the BN of the first), the published encoder counts them through (`conv.1`).
+    """
+    nested = re.compile(r"features\.(\d+)\.conv\.(\d+)\.(\d+)\.(\w+)")
+    plain = re.compile(r"features\.(\d+)\.conv\.(\d+)\.(\w+)")
+    triples: dict[str, int] = {}
+    for key in state:
+        if m := nested.fullmatch(key):
+            triples[m[1]] = max(triples.get(m[1], 0), int(m[2]) + 1)
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith(("features.18.", "classifier.")):
+            continue
+        if m := nested.fullmatch(key):
+            key = f"features.{m[1]}.conv.{3 * int(m[2]) + int(m[3])}.{m[4]}"
+        elif (m := plain.fullmatch(key)) and m[1] in triples:
+            key = f"features.{m[1]}.conv.{int(m[2]) + 2 * triples[m[1]]}.{m[3]}"
+        renamed[key] = value
+    return renamed
