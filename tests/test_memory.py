@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mit_semseg.config.node import Config
-from mit_semseg.dataset.transforms import load_image
+from mit_semseg.dataset.images import load_image
 from mit_semseg.demo.streets import render
 
 ROOT = Path(__file__).resolve().parents[1]

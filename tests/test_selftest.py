@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mit_semseg.dataset.images import image_size
 from mit_semseg.dataset.records import read_odgt
-from mit_semseg.dataset.transforms import image_size
 from mit_semseg.selftest.command import DRILLS, line, selftest
 from mit_semseg.selftest.drills import Outcome
 from mit_semseg.selftest.job import Ground, Job, Running

@@ -14,21 +14,16 @@ from mit_semseg.dataset import (
     voc2012,
     voc_aug,
 )
-from mit_semseg.dataset.base import (
-    FORMATS,
-    ClassTable,
-    DataFormat,
-    LabelMap,
-    Split,
-    build_split,
-    check_sample,
-    class_table,
-)
+from mit_semseg.dataset.base import FORMATS, DataFormat
+from mit_semseg.dataset.base_dataset import BaseDataset, imresize
+from mit_semseg.dataset.classes import ClassTable
+from mit_semseg.dataset.images import load_image, load_mask
+from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.records import Record, read_odgt
-from mit_semseg.dataset.samples import BaseDataset, imresize
+from mit_semseg.dataset.split import Split, build_split, check_sample, class_table
 from mit_semseg.dataset.test import TestDataset
 from mit_semseg.dataset.train import TrainDataset
-from mit_semseg.dataset.transforms import load_image, load_mask, scaled_inputs
+from mit_semseg.dataset.transforms import scaled_inputs
 from mit_semseg.dataset.val import ValDataset
 
 __all__ = [

@@ -17,17 +17,10 @@ import numpy as np
 from PIL import Image
 
 from mit_semseg.dataset import coco
-from mit_semseg.dataset.base import (
-    FORMATS,
-    TABLES,
-    Archive,
-    ClassTable,
-    DataFormat,
-    LabelMap,
-    Source,
-    table_of,
-)
+from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
+from mit_semseg.dataset.classes import TABLES, ClassTable, table_of
 from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once
+from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record
 

@@ -6,9 +6,11 @@ import argparse
 import json
 from typing import Any
 
-from mit_semseg.dataset.base import FORMATS, ClassTable, build_split
+from mit_semseg.dataset.base import FORMATS
+from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.downloads import download, sources
 from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.split import build_split
 from mit_semseg.dataset.tools import check, describe_check, describe_made, make_odgt
 from mit_semseg.registry import closest
 

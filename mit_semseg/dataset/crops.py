@@ -14,8 +14,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from mit_semseg.dataset.base import Picture, Sample
 from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.samples import Picture, Sample
 from mit_semseg.dataset.transforms import color_jitter, random_window
 
 _SIGMA = (0.1, 2.0)  # of the blur, in pixels

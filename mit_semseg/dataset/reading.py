@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+PathLike = str | os.PathLike[str]
+
 
 class Readings:
     """Files that the threads of this process are reading.
@@ -23,7 +25,7 @@ class Readings:
         self._numbers = itertools.count()
 
     @contextmanager
-    def of(self, path: str | os.PathLike[str]) -> Iterator[None]:
+    def of(self, path: PathLike) -> Iterator[None]:
         """The calling thread reads `path`; one file may be read while another is open."""
         thread = threading.get_ident()
         before = self._files.get(thread)

@@ -12,9 +12,8 @@ from typing import Any, TypedDict
 
 from PIL import Image
 
-from mit_semseg.dataset.transforms import image_size
-
-PathLike = str | os.PathLike[str]
+from mit_semseg.dataset.images import image_size
+from mit_semseg.dataset.reading import PathLike
 
 _NAMED = 3  # bad files that a warning names
 

@@ -1,154 +1,228 @@
-"""What the three data sets share: the list of their records, and names that are published."""
+"""The files of a record as arrays: image, mask and depth, checked against each other."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from mit_semseg.dataset.base import LabelMap
+from mit_semseg.dataset.base import FORMATS
+from mit_semseg.dataset.images import ImageFile, load_depth, stored_values
+from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, read_records
-from mit_semseg.dataset.transforms import round_up
-
-if TYPE_CHECKING:
-    from torchvision.transforms import Normalize
-
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+from mit_semseg.dataset.reading import PathLike
+from mit_semseg.dataset.records import Record, find_depth
 
 
-def imresize(im: Image.Image, size: tuple[int, int], interp: str = "bilinear") -> Image.Image:
-    """A Pillow image resized to `size`, (width, height), by Pillow.
-
-    The data sets of this package resize by `transforms.resize_image`, within one grey level of it.
+def paths_of(record: Record, root: PathLike = "") -> tuple[str, str]:
+    """Image and mask file of a record.
 
     Raises:
-        ValueError: `interp` is neither nearest, bilinear nor bicubic.
+        ValueError: the list gives no mask.
     """
-    if interp not in _FILTERS:
-        raise ValueError(f"interp is {interp!r}; use {', '.join(map(repr, _FILTERS))}")
-    return im.resize(size, _FILTERS[interp])
+    if "fpath_segm" not in record:
+        raise ValueError(f"{record['fpath_img']}: the list gives no mask; add 'fpath_segm'")
+    return os.path.join(root, record["fpath_img"]), os.path.join(root, record["fpath_segm"])
 
 
-class BaseDataset(Dataset[dict[str, Any]]):
-    """A list of records, and how one image and one mask become tensors.
-
-    `TrainDataset`, `ValDataset` and `TestDataset` take the list from here. They make their tensors
-    in faster ways with the same results, and do not call the methods below, which are there for
-    data sets of one's own.
+def load_values(record: Record, root: PathLike, size: tuple[int, int]) -> np.ndarray:
+    """Stored mask values of a record, checked to be of the size they should be.
 
     Args:
-        odgt: list file, list files, or records.
-        opt: `cfg.DATASET`, or any object with some of its attributes.
-        label_map: stored value -> class; by default from `label_offset` and `ignore_label`.
-        part: which part of the list, see `parse_input_list`.
+        record: with a mask.
+        root: folder that relative paths are relative to.
+        size: (width, height) of the image file, upright by EXIF.
 
-    Attributes:
-        list_sample: the records.
-        num_sample: how many there are.
+    Returns:
+        (H, W) integers of the mask file's own type, maybe read-only.
 
     Raises:
-        FileNotFoundError, ValueError: the list or an option cannot be used.
+        FileNotFoundError: the mask is missing.
+        ValueError: it is unreadable, or sizes disagree; the file is named.
+    """
+    image_path, mask_path = paths_of(record, root)
+    width, height = size
+    raw = stored_values(mask_path)
+    if "width" in record and (record["width"], record["height"]) != (width, height):
+        raise ValueError(
+            f"{image_path}: {width}x{height} pixels (upright by EXIF), but its list says "
+            f"{record['width']}x{record['height']}; correct the list (mit-semseg data make-odgt)"
+        )
+    if raw.shape != (height, width):
+        raise ValueError(
+            f"{mask_path}: {raw.shape[1]}x{raw.shape[0]} pixels, but its image {image_path} has "
+            f"{width}x{height} (upright by EXIF); masks must be as large as their images"
+        )
+    return raw
+
+
+def load_raw(record: Record, root: PathLike = "") -> tuple[np.ndarray, np.ndarray]:
+    """Image and stored mask values of a record, checked to be of the size they should be.
+
+    Returns:
+        (H, W, 3) uint8 RGB and (H, W) integers of the mask file's own type, maybe read-only.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is unreadable, or sizes disagree; the file is named.
+    """
+    image_path, _ = paths_of(record, root)
+    with ImageFile(image_path) as file:
+        raw = load_values(record, root, file.size)
+        return file.pixels(), raw
+
+
+def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.ndarray, np.ndarray]:
+    """Image and class ids of a record.
+
+    Returns:
+        (H, W, 3) uint8 RGB and (H, W) int64 with -1 = ignored.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_raw`; ValueError also for an unknown stored value.
+    """
+    image, raw = load_raw(record, root)
+    return image, label_map(raw, paths_of(record, root)[1])
+
+
+def depth_scale(options: DataOptions) -> float | str:
+    """`options.depth_scale`, or where it is "auto" that of `options.format`."""
+    if options.depth_scale != "auto":
+        return options.depth_scale
+    own: float | str | None = FORMATS.get(options.format)().depth_scale
+    return 1000.0 if own is None else own
+
+
+def load_depth_of(
+    record: Record, root: PathLike, options: DataOptions, size: tuple[int, int]
+) -> np.ndarray | None:
+    """Depth of a record, checked to be of the size it should be.
+
+    Args:
+        record: with `fpath_depth`.
+        root: folder that relative paths are relative to.
+        options: whether there is to be depth, and how it is stored.
+        size: (width, height) of the image file, upright by EXIF.
+
+    Returns:
+        (H, W) float32 in metres, 0 where there is none; None unless `options.depth`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the record names none, it is unreadable, or sizes disagree.
+    """
+    if not options.depth:
+        return None
+    if "fpath_depth" not in record:
+        raise ValueError(
+            f"{record['fpath_img']}: the list gives no depth; add 'fpath_depth', or set "
+            "DATASET.depth False"
+        )
+    path = os.path.join(root, record["fpath_depth"])
+    depth = load_depth(path, depth_scale(options))
+    if depth.shape != size[::-1]:
+        raise ValueError(
+            f"{path}: {depth.shape[1]}x{depth.shape[0]} pixels, but its image "
+            f"{record['fpath_img']} has {size[0]}x{size[1]}; depth must be as large as its image"
+        )
+    return depth
+
+
+def load_depth_beside(
+    image: PathLike, options: DataOptions, size: tuple[int, int]
+) -> np.ndarray | None:
+    """As `load_depth_of`, of the depth image that `find_depth` finds for an image file."""
+    if not options.depth:
+        return None
+    depth = find_depth(image)
+    if depth is None:
+        stem = Path(image).stem
+        raise FileNotFoundError(
+            f"{os.fspath(image)}: no depth image; put {stem}_depth.png beside it, or "
+            f"depth/{stem}.png beside its folder"
+        )
+    record = Record(fpath_img=os.fspath(image), fpath_depth=os.fspath(depth))
+    return load_depth_of(record, "", options, size)
+
+
+# Image (h, w, 3) uint8, labels, and, with DATASET.depth, normalised depth (h, w) float32.
+Sample = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image at the size that it is trained at, and where its labels are to be looked up.
+
+    Attributes:
+        image: (h, w, 3) uint8 RGB.
+        depth: (h, w) float32, normalised; None where there is none.
+        stored: the mask as its file has it, (H, W) integers, checked.
+        rows, columns: h and w indices: where in `stored` the label of each pixel of the image is.
+        label_map: stored value -> class id or -1.
+        mask_path: the mask's file, named in errors.
     """
 
-    root_dataset: str = ""  # folder that relative paths are relative to
-    list_sample: list[Record]
-    num_sample: int
+    image: np.ndarray
+    depth: np.ndarray | None
+    stored: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    label_map: LabelMap
+    mask_path: str
 
-    def __init__(
-        self, odgt: Any, opt: Any, *, label_map: LabelMap | None = None, **part: int
-    ) -> None:
-        self.options = DataOptions.read(opt)
-        self.label_map = label_map or LabelMap.of_options(self.options)
-        self.parse_input_list(odgt, **part)
+    def mirrored(self) -> Picture:
+        """The whole picture with left and right swapped, in classes too; before it is cut."""
+        return replace(
+            self,
+            image=_mirrored(self.image),
+            depth=None if self.depth is None else _mirrored(self.depth),
+            columns=self.stored.shape[1] - 1 - self.columns,
+            label_map=self.label_map.mirrored,
+        )
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        hooks = ("img_transform", "segm_transform", "round2nearest_multiple")
-        changed = [name for name in hooks if getattr(cls, name) is not getattr(BaseDataset, name)]
-        if changed and cls.__getitem__.__module__.startswith("mit_semseg."):
-            raise TypeError(
-                f"{cls.__name__}.{changed[0]} would never be called: use DATASET.mean, std, "
-                "label_offset, label_map or padding_constant, or write __getitem__, too"
-            )
+    def cut(self, down: slice, right: slice) -> Picture:
+        """The part of it in these rows and columns."""
+        return replace(
+            self,
+            image=self.image[down, right],
+            depth=None if self.depth is None else self.depth[down, right],
+            rows=self.rows[down],
+            columns=self.columns[right],
+        )
 
-    def __len__(self) -> int:
-        return self.num_sample
+    def labels(self, rate: int = 1) -> np.ndarray:
+        """Class ids, int64 with -1 ignored, of the pixel in the middle of each rate x rate block.
 
-    def parse_input_list(
-        self, odgt: Any, max_sample: int = -1, start_idx: int = -1, end_idx: int = -1
-    ) -> None:
-        """Reads `list_sample` and `num_sample`.
-
-        Args:
-            odgt: list file, list files, or records.
-            max_sample: the first records only, so many; 0 or less: all.
-            start_idx, end_idx: of those, the ones from `start_idx` on and before `end_idx`; a
-                negative number in either: all.
-
-        Raises:
-            FileNotFoundError, ValueError: a list cannot be read, or nothing is left of it.
+        It is what Pillow's nearest resize by 1/rate takes of labels that are padded to a multiple
+        of `rate`; only those are ever looked up.
         """
-        records = read_records(odgt, self.root_dataset)
-        count = len(records)
-        if max_sample > 0:
-            records = records[:max_sample]
-        if start_idx >= 0 and end_idx >= 0:
-            records = records[start_idx:end_idx]
-        if not records:
-            raise ValueError(
-                f"max_sample {max_sample}, start_idx {start_idx} and end_idx {end_idx} leave none "
-                f"of the {count} records of the list; start_idx must be below end_idx and {count}"
-            )
-        self.list_sample, self.num_sample = records, len(records)
+        rows, columns = self.rows[rate // 2 :: rate], self.columns[rate // 2 :: rate]
+        return self.label_map(self.stored[rows][:, columns], self.mask_path)
 
-    @property
-    def imgSizes(self) -> tuple[int, ...]:
-        """Short sides in pixels."""
-        return self.options.imgSizes
 
-    @property
-    def imgMaxSize(self) -> int:
-        """The long side never passes this, in pixels."""
-        return self.options.imgMaxSize
+def _mirrored(image: np.ndarray) -> np.ndarray:
+    """An image or depth with left and right swapped; by torch, which is 20 times as fast."""
+    return torch.from_numpy(image).flip(1).numpy()
 
-    @property
-    def padding_constant(self) -> int:
-        """Sides of the network's input are multiples of this."""
-        return self.options.padding_constant
 
-    @property
-    def normalize(self) -> Normalize:
-        """torchvision's transform of a (3, H, W) image in [0, 1], in `color_order`."""
-        from torchvision.transforms import Normalize  # slow to import
+class BatchStyle(Protocol):
+    """How a sample is made of a picture: the one step in which the batch styles differ.
 
-        mean, std, unit = self.options.mean, self.options.std, self.options.value_range
-        return Normalize([m / unit for m in mean], [s / unit for s in std])
+    Called with a function that reads the picture, its short side at the first argument unless its
+    long side would pass the second; the short side drawn for the batch; and the generator that
+    every random number is to be drawn from.
 
-    def img_transform(self, img: Image.Image | np.ndarray) -> Tensor:
-        """An RGB image, (H, W, 3) in 0..255, as the encoder expects it: (3, H, W) float32."""
-        pixels = np.asarray(img, dtype=np.float32) / 255
-        if self.options.color_order == "BGR":
-            pixels = pixels[:, :, ::-1]
-        normalized: Tensor = self.normalize(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
-        return normalized
+    Attributes:
+        by_orientation: a batch holds images of one orientation only.
+    """
 
-    def segm_transform(self, segm: Image.Image | np.ndarray) -> Tensor:
-        """A mask as stored, (H, W) integers, as class ids: (H, W) int64 with -1 ignored.
+    by_orientation: bool
 
-        Raises:
-            ValueError: a stored value is neither a class nor ignored.
-        """
-        return torch.from_numpy(self.label_map(np.asarray(segm)))
-
-    def round2nearest_multiple(self, x: int, p: int) -> int:
-        """The smallest multiple of `p` that is at least `x`."""
-        return round_up(x, p)
+    def __call__(
+        self, read: Callable[[float, float], Picture], short: int, rng: np.random.Generator
+    ) -> Sample: ...

@@ -14,15 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mit_semseg.dataset.base import (
-    FORMATS,
-    Archive,
-    ClassTable,
-    DataFormat,
-    LabelMap,
-    Source,
-    table_of,
-)
+from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
+from mit_semseg.dataset.classes import ClassTable, table_of
+from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import DEPTH_FOLDERS, Record, only_image
 
@@ -43,7 +37,7 @@ class SunRgbd(DataFormat):
 
     A frame is a folder with an `image`, a `depth`, and a `depth_bfx`, whose holes are filled and
     which is preferred. Depth is stored as 16-bit millimetres with the bits rotated (see
-    `transforms.load_depth`); whether it is used is `DATASET.depth`'s to say.
+    `images.load_depth`); whether it is used is `DATASET.depth`'s to say.
     """
 
     source = Source(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mit_semseg.dataset.base import load_depth_of
-from mit_semseg.dataset.samples import BaseDataset
-from mit_semseg.dataset.transforms import load_image, scaled_inputs
+from mit_semseg.dataset.base_dataset import BaseDataset
+from mit_semseg.dataset.images import load_image
+from mit_semseg.dataset.samples import load_depth_of
+from mit_semseg.dataset.transforms import scaled_inputs
 
 
 class TestDataset(BaseDataset):

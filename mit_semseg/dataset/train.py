@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from mit_semseg.dataset.base import (
+from mit_semseg.dataset.base_dataset import BaseDataset
+from mit_semseg.dataset.images import ImageFile
+from mit_semseg.dataset.label_map import LabelMap
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.records import Record, with_sizes
+from mit_semseg.dataset.samples import (
     BatchStyle,
-    LabelMap,
     Picture,
     Sample,
     load_depth_of,
     load_values,
     paths_of,
 )
-from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, with_sizes
-from mit_semseg.dataset.samples import BaseDataset
 from mit_semseg.dataset.transforms import (
-    ImageFile,
     Normalize,
     color_jitter,
     fitted_size,

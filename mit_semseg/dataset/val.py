@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from mit_semseg.dataset.base import LabelMap, load_depth_of, load_pair
-from mit_semseg.dataset.samples import BaseDataset
+from mit_semseg.dataset.base_dataset import BaseDataset
+from mit_semseg.dataset.label_map import LabelMap
+from mit_semseg.dataset.samples import load_depth_of, load_pair
 from mit_semseg.dataset.transforms import scaled_inputs
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mit_semseg.config import get_defaults, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import FORMATS
-from mit_semseg.dataset.base import check_channels
+from mit_semseg.dataset.split import check_channels
 from mit_semseg.engine.processes import started_here
 from mit_semseg.models import ENCODERS, Encoder, check_aux_weights, check_pair
 from mit_semseg.utils import parse_devices

@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mit_semseg.dataset.base import FORMATS, check_channels
+from mit_semseg.dataset.base import FORMATS
+from mit_semseg.dataset.split import check_channels
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.losses import build_loss
 from mit_semseg.models.decoders import DECODERS, Decoder

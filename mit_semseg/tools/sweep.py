@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ValDataset, build_split
-from mit_semseg.dataset.base import distinct_colors
+from mit_semseg.dataset.classes import distinct_colors
 from mit_semseg.engine.checkpoint import make_writable
 from mit_semseg.engine.evaluate import Kept, val_dataset
 from mit_semseg.engine.launch import fixed_threads, read_config

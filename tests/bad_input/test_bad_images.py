@@ -16,8 +16,8 @@ from corpus import COLOR, Case
 from PIL import Image
 
 from mit_semseg.dataset import TrainDataset, ValDataset
+from mit_semseg.dataset.images import ImageFile, image_size, load_image
 from mit_semseg.dataset.records import list_images
-from mit_semseg.dataset.transforms import ImageFile, image_size, load_image
 
 Untouched = Callable[..., AbstractContextManager[None]]
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, ValDataset
-from mit_semseg.dataset.transforms import image_size, load_image, load_mask, scaled_inputs
+from mit_semseg.dataset.images import image_size, load_image, load_mask
+from mit_semseg.dataset.transforms import scaled_inputs
 from mit_semseg.segmenter import Segmenter
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "I;16", "F")

@@ -15,9 +15,10 @@ from PIL import Image
 from mit_semseg.cli import main
 from mit_semseg.config import dump_config, load_config
 from mit_semseg.dataset import TestDataset, TrainDataset, ValDataset, build_split, check_sample
-from mit_semseg.dataset.base import check_channels
+from mit_semseg.dataset.images import load_depth
 from mit_semseg.dataset.records import find_depth, is_depth, read_odgt, write_odgt
-from mit_semseg.dataset.transforms import load_depth, normalize_depth, resize_depth
+from mit_semseg.dataset.split import check_channels
+from mit_semseg.dataset.transforms import normalize_depth, resize_depth
 
 MEAN, STD = 2.0, 0.5
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mit_semseg.dataset.base import ClassTable, LabelMap
+from mit_semseg.dataset.classes import ClassTable
+from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
 
 

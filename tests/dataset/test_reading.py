@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import scipy.io
 
-from mit_semseg.dataset.reading import Readings
-from mit_semseg.dataset.transforms import READINGS, ImageFile, load_depth, load_image, load_mask
+from mit_semseg.dataset.images import ImageFile, load_depth, load_image, load_mask
+from mit_semseg.dataset.reading import READINGS, Readings
 
 
 def test_one_file_is_read_while_another_is_open() -> None:

@@ -19,9 +19,10 @@ from oracles import normalize
 from PIL import Image
 
 from mit_semseg.dataset import TrainDataset
+from mit_semseg.dataset.images import load_image, load_mask
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.reading import READINGS
-from mit_semseg.dataset.transforms import Normalize, load_image, load_mask
+from mit_semseg.dataset.transforms import Normalize
 
 Options = Callable[..., SimpleNamespace]
 Writer = Callable[..., dict[str, Any]]

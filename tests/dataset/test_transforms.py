@@ -14,16 +14,13 @@ from oracles import normalize
 from PIL import Image, ImageOps
 from tolerances import rounding
 
+from mit_semseg.dataset.images import ImageFile, image_size, load_image, load_mask
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.transforms import (
-    ImageFile,
     Normalize,
     as_batch,
     color_jitter,
     fitted_size,
-    image_size,
-    load_image,
-    load_mask,
     nearest_index,
     resize_image,
     round_up,

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mit_semseg.dataset import LabelMap, TestDataset, ValDataset
-from mit_semseg.dataset.transforms import Normalize, load_image, load_mask, scaled_inputs
+from mit_semseg.dataset.images import load_image, load_mask
+from mit_semseg.dataset.transforms import Normalize, scaled_inputs
 
 Options = Callable[..., SimpleNamespace]
 Writer = Callable[..., dict[str, Any]]

@@ -23,7 +23,8 @@ from processes import Command, free_port, torchrun
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
-from mit_semseg.dataset.transforms import load_image, scaled_inputs
+from mit_semseg.dataset.images import load_image
+from mit_semseg.dataset.transforms import scaled_inputs
 from mit_semseg.engine import predict as engine
 from mit_semseg.engine.checkpoint import load_model
 from mit_semseg.engine.inputs import find_images

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mit_semseg.config import load_config
 from mit_semseg.config.node import Config
-from mit_semseg.dataset import read_odgt, transforms
+from mit_semseg.dataset import images, read_odgt
 from mit_semseg.engine.evaluate import evaluate
 from mit_semseg.engine.predict import predict
 from mit_semseg.engine.train import train
@@ -30,7 +30,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Hang:
     until a watchdog ends the process. What is returned gets the exit status."""
     ended = threading.Event()
     statuses: list[int] = []
-    open_file = transforms._open
+    open_file = images._open
 
     def end(status: int) -> None:
         statuses.append(status)
@@ -39,7 +39,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Hang:
     def hang(file: str, after: int = 0) -> list[int]:
         opened, here = 0, os.getpid()  # loading processes have a time limit of their own
 
-        def slow(path: transforms.PathLike) -> Image.Image:
+        def slow(path: images.PathLike) -> Image.Image:
             nonlocal opened
             if os.fspath(path).endswith(file) and os.getpid() == here:
                 opened += 1
@@ -47,7 +47,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Hang:
                     assert ended.wait(20), f"nobody ended the reading of {path}"
             return open_file(path)
 
-        monkeypatch.setattr(transforms, "_open", slow)
+        monkeypatch.setattr(images, "_open", slow)
         return statuses
 
     begin = Watchdog.__init__

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mit_semseg import scores
 from mit_semseg.config import load_config
-from mit_semseg.dataset.transforms import Normalize, as_batch, load_image, load_mask, resize_image
+from mit_semseg.dataset.images import load_image, load_mask
+from mit_semseg.dataset.transforms import Normalize, as_batch, resize_image
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.models import DECODERS, Decoder, Encoder, SegmentationModule, tiles

@@ -13,7 +13,7 @@ import torchvision
 from tolerances import rounding
 from torch import nn
 
-from mit_semseg.dataset.base import table_of
+from mit_semseg.dataset.classes import table_of
 from mit_semseg.models import ENCODERS, Decoder, Encoder, ModelBuilder, SegmentationModule
 from mit_semseg.models.decoders.fcn import FCN
 from mit_semseg.models.inference import inference_copy

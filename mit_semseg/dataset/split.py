@@ -1,0 +1,192 @@
+"""The training or validation data of a configuration: records, classes and label map."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mit_semseg.dataset.base import FORMATS, DataFormat
+from mit_semseg.dataset.classes import ClassTable
+from mit_semseg.dataset.label_map import LabelMap, label_warnings
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.reading import PathLike
+from mit_semseg.dataset.records import Record, locate, read_odgt
+from mit_semseg.dataset.samples import load_depth_of, load_raw, paths_of
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split of a data set.
+
+    Attributes:
+        records: samples, with absolute paths.
+        classes: names and colours.
+        label_map: stored value -> class id or -1.
+    """
+
+    records: list[Record]
+    classes: ClassTable
+    label_map: LabelMap
+
+
+def entries_of(dataset_cfg: Any, which: str, data_format: DataFormat) -> list[str]:
+    """The entries of `list_train` or `list_val`, default lists turned into splits."""
+    lists = getattr(dataset_cfg, f"list_{which}")
+    entries = [lists] if isinstance(lists, str) else lists
+    return [data_format.default_splits.get(entry, entry) for entry in entries]
+
+
+def class_table(dataset_cfg: Any, which: str = "train") -> ClassTable:
+    """The class table of a configuration: `DATASET.classes`, else the data set's own.
+
+    Args:
+        dataset_cfg: `cfg.DATASET`.
+        which: `"train"` or `"val"`: where the files of a data set name its classes, those of
+            `list_train` or `list_val`.
+
+    Raises:
+        FileNotFoundError: `DATASET.classes`, or a file that names the classes, does not exist.
+        ValueError: unknown format, or the table does not have `num_class` rows.
+    """
+    options = DataOptions.read(dataset_cfg)
+    data_format: DataFormat = FORMATS.get(getattr(dataset_cfg, "format", "odgt"))()
+    root = Path(getattr(dataset_cfg, "root_dataset", ""))
+    own = data_format.classes_for(root, entries_of(dataset_cfg, which, data_format), options)
+    path = getattr(dataset_cfg, "classes", "")
+    if not path:
+        return own
+    table = ClassTable.load(locate(path, root, "DATASET.classes"))
+    if len(table) != options.num_class:
+        raise ValueError(
+            f"{path} has {len(table)} classes, but DATASET.num_class is {options.num_class}; "
+            "make them equal"
+        )
+    return table
+
+
+def build_split(dataset_cfg: Any, which: str) -> Split:
+    """Records, classes and label map of the training or validation data of a configuration.
+
+    Args:
+        dataset_cfg: `cfg.DATASET`.
+        which: `"train"` or `"val"`: reads `list_train` or `list_val`.
+
+    Raises:
+        FileNotFoundError: a list or folder is missing.
+        ValueError: an unknown format, a bad list, or a class count that does not fit.
+    """
+    if which not in ("train", "val"):
+        raise ValueError(f"a split is 'train' or 'val', not {which!r}")
+    options = DataOptions.read(dataset_cfg)
+    classes = class_table(dataset_cfg, which)
+    data_format: DataFormat = FORMATS.get(getattr(dataset_cfg, "format", "odgt"))()
+    root = getattr(dataset_cfg, "root_dataset", "")
+    records: list[Record] = []
+    for entry in entries_of(dataset_cfg, which, data_format):
+        if entry.endswith(".odgt"):  # any data set can be narrowed by a custom list
+            records += read_odgt(locate(entry, root))
+        else:
+            records += data_format.records_for(Path(root), entry, options)
+    if not records:
+        lists = getattr(dataset_cfg, f"list_{which}")
+        raise ValueError(f"DATASET.list_{which} is {lists!r}: it names no records")
+    if options.depth:
+        flat = [record["fpath_img"] for record in records if "fpath_depth" not in record]
+        if flat:
+            raise ValueError(
+                f"DATASET.depth is True, but DATASET.list_{which} gives no depth for {len(flat)} "
+                f"of {len(records)} images, the first is {flat[0]}; add 'fpath_depth' to the list"
+            )
+    else:
+        for record in records:
+            record.pop("fpath_depth", None)
+    label_map = data_format.label_map(records, options).ignoring(options.ignore_label)
+    if data_format.mirror_pairs:
+        label_map = label_map.pairing(data_format.mirror_pairs)
+    return Split([absolute(record, root) for record in records], classes, label_map)
+
+
+def absolute(record: Record, root: PathLike) -> Record:
+    """The record with its paths made absolute, from `root`."""
+    full = record.copy()
+    for key in ("fpath_img", "fpath_segm", "fpath_depth"):
+        if key in record:
+            path = os.path.abspath(os.path.join(root, record[key]))  # type: ignore[literal-required]
+            full[key] = path  # type: ignore[literal-required]
+    return full
+
+
+def check_channels(in_channels: int, dataset_cfg: Any) -> None:
+    """Refuse a number of input channels that the data set does not have.
+
+    Args:
+        in_channels: `MODEL.in_channels`.
+        dataset_cfg: `cfg.DATASET`.
+
+    Raises:
+        ValueError: `MODEL.in_channels` and `DATASET.depth` disagree, or the format has no depth.
+    """
+    options = DataOptions.read(dataset_cfg)
+    if options.depth and FORMATS.get(options.format)().depth_scale is None:
+        with_depth = [n for n in FORMATS.names() if FORMATS.get(n)().depth_scale is not None]
+        raise ValueError(
+            f"DATASET.depth is True, but DATASET.format {options.format} has no depth; it is in "
+            f"{' and '.join(with_depth)} (lists with 'fpath_depth')"
+        )
+    if in_channels != 3 + options.depth:
+        raise ValueError(
+            f"MODEL.in_channels is {in_channels} and DATASET.depth {options.depth}: set "
+            f"MODEL.in_channels {3 + options.depth}, or DATASET.depth {not options.depth}"
+        )
+
+
+def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "stop") -> list[str]:
+    """Load up to `n` random samples before a long run starts, and warn of what looks wrong.
+
+    Args:
+        split: the samples.
+        n: how many to load at most.
+        seed: of the choice.
+        on_error: `DATASET.on_error`; with "skip" a sample that cannot be used is a warning too.
+
+    Returns:
+        The warnings, which are also logged; empty when nothing is suspicious.
+
+    Raises:
+        FileNotFoundError, ValueError: a sample cannot be used, as `load_pair` says it, or, with
+            "skip", none of those that were loaded.
+    """
+    count = min(n, len(split.records))
+    chosen = np.random.default_rng(seed).choice(len(split.records), count, replace=False)
+    stored: set[int] = set()
+    seen: set[int] = set()
+    ignored = pixels = 0
+    warnings: list[str] = []
+    for index in sorted(chosen.tolist()):
+        record = split.records[index]
+        try:
+            _, raw = load_raw(record)
+            ids = split.label_map(raw, paths_of(record)[1])
+            if "fpath_depth" in record:  # how it is stored does not matter here
+                as_read = DataOptions(depth=True, depth_scale=1)
+                load_depth_of(record, "", as_read, (ids.shape[1], ids.shape[0]))
+        except (OSError, ValueError) as error:
+            warnings.append(str(error))
+            if on_error != "skip" or len(warnings) == count:
+                raise
+            continue
+        stored.update(np.unique(raw).tolist())
+        seen.update(np.unique(ids).tolist())
+        ignored += int(np.count_nonzero(ids < 0))
+        pixels += ids.size
+    where = f"{count - len(warnings)} sampled masks"
+    names = [split.classes.names[k] for k in seen - {-1}]
+    warnings += label_warnings(stored, ignored, pixels, where, names, len(split.classes))
+    for warning in warnings:
+        logging.getLogger("mit_semseg").warning("%s", warning)
+    return warnings
