@@ -18,6 +18,7 @@ from typing import Any
 from mit_semseg import __version__
 from mit_semseg.arguments import SECTIONS, build_parser
 from mit_semseg.compat.flags import replacement
+from mit_semseg.errors import one_line
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -29,14 +30,9 @@ def run_train(args: argparse.Namespace) -> int:
     opts = _overrides(args)
     from mit_semseg.engine import processes
     from mit_semseg.engine.checkpoint import make_writable
-    from mit_semseg.engine.launch import (
-        job_name,
-        leave_process_group,
-        rank_devices,
-        read_config,
-        resolve_devices,
-        use_device,
-    )
+    from mit_semseg.engine.devices import resolve_devices, use_device
+    from mit_semseg.engine.launch import read_config
+    from mit_semseg.engine.rendezvous import job_name, join_process_group, leave_process_group
     from mit_semseg.engine.signals import die_with_parent, ignore_stops
     from mit_semseg.engine.train import train
     from mit_semseg.utils import setup_logger
@@ -48,7 +44,7 @@ def run_train(args: argparse.Namespace) -> int:
         return processes.start(args.words, len(devices), cfg.TRAIN.stall_seconds)
     if processes.started_here():
         die_with_parent(signal.SIGTERM)
-    rank, world, devices = rank_devices(devices, cfg.TRAIN.stall_seconds)
+    rank, world, devices = join_process_group(devices, cfg.TRAIN.stall_seconds)
     use_device(devices[0])
     if rank == 0:
         make_writable(cfg.DIR, "DIR")
@@ -107,19 +103,15 @@ def run_eval(args: argparse.Namespace) -> int:
     """Evaluate, one worker process a device or one rank of torchrun; 1 when some images failed."""
     opts = _overrides(args)
     from mit_semseg.engine.checkpoint import make_writable
+    from mit_semseg.engine.devices import resolve_devices, use_device
     from mit_semseg.engine.evaluate import evaluate
-    from mit_semseg.engine.launch import (
-        leave_process_group,
-        rank_devices,
-        read_config,
-        resolve_devices,
-        use_device,
-    )
+    from mit_semseg.engine.launch import read_config
+    from mit_semseg.engine.rendezvous import join_process_group, leave_process_group
     from mit_semseg.utils import setup_logger
 
     cfg = read_config(args.cfg, opts)
     devices, workers = resolve_devices(args.devices), args.workers
-    rank, world, devices = rank_devices(devices, cfg.VAL.timeout)
+    rank, world, devices = join_process_group(devices, cfg.VAL.timeout)
     setup_logger(rank, named=world > 1)
     if rank == 0:
         make_writable(args.out or cfg.DIR, "--out" if args.out else "DIR")
@@ -138,20 +130,16 @@ def run_predict(args: argparse.Namespace) -> int:
     images, more = split_overrides(args.imgs)
     opts = _overrides(args, more)
     from mit_semseg.engine.checkpoint import make_writable
-    from mit_semseg.engine.launch import (
-        leave_process_group,
-        rank_devices,
-        read_config,
-        resolve_devices,
-        use_device,
-    )
+    from mit_semseg.engine.devices import resolve_devices, use_device
+    from mit_semseg.engine.launch import read_config
     from mit_semseg.engine.predict import predict
+    from mit_semseg.engine.rendezvous import join_process_group, leave_process_group
     from mit_semseg.utils import setup_logger
 
     setup_logger()
     cfg = read_config(args.cfg, opts)
     devices = resolve_devices(args.devices, "--gpu")
-    rank, world, devices = rank_devices(devices, cfg.TEST.timeout)
+    rank, world, devices = join_process_group(devices, cfg.TEST.timeout)
     setup_logger(rank, named=world > 1)
     if rank == 0:
         make_writable(cfg.TEST.result, "TEST.result")
@@ -186,7 +174,8 @@ def run_overfit(args: argparse.Namespace) -> int:
     """Overfit one image; 1 when a model does not."""
     opts = _overrides(args)
     from mit_semseg.engine.checkpoint import make_writable
-    from mit_semseg.engine.launch import read_config, resolve_devices, use_device
+    from mit_semseg.engine.devices import resolve_devices, use_device
+    from mit_semseg.engine.launch import read_config
     from mit_semseg.tools.overfit import TARGET, run
     from mit_semseg.utils import setup_logger
 
@@ -207,7 +196,8 @@ def run_profile(args: argparse.Namespace) -> int:
     for file in files:
         _look_at(file, opts)
     from mit_semseg.engine.checkpoint import make_writable
-    from mit_semseg.engine.launch import read_config, resolve_devices, use_device
+    from mit_semseg.engine.devices import resolve_devices, use_device
+    from mit_semseg.engine.launch import read_config
     from mit_semseg.tools.profile import run
     from mit_semseg.tools.recipes import named
 
@@ -304,7 +294,7 @@ def guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         status, said = 130, "interrupted"
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        status, said, lost = 2, _one_line(error), isinstance(error, ConnectionError)
+        status, said, lost = 2, one_line(error), isinstance(error, ConnectionError)
     if started_here():
         report(status, said if status == 2 else "", lost)
     elif said:
@@ -327,7 +317,7 @@ def _dispatch(arguments: list[str]) -> int:
     if rest:  # argparse takes the words before the first option for recipes: overrides came later
         args.recipes += rest
     if args.threads is not None:
-        from mit_semseg.engine.launch import fix_threads
+        from mit_semseg.engine.cpu import fix_threads
 
         fix_threads(args.threads)
     args.words = arguments
@@ -342,18 +332,6 @@ def _refuse_early_flags(arguments: list[str]) -> None:
         words = words[1:]  # put there by eval.py
     if advice := replacement(command, words, _called(command)):
         raise ValueError(advice)
-
-
-def _one_line(error: BaseException) -> str:
-    # Errors out of loader processes carry a whole traceback; its last line is the message.
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    last = lines[-1]
-    name, _, rest = last.partition(": ")
-    return (
-        rest if len(lines) > 1 and name.endswith("Error") else last if len(lines) > 1 else lines[0]
-    )
 
 
 def _overrides(args: argparse.Namespace, more: Sequence[str] = ()) -> list[str]:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mit_semseg.errors import one_line
 from mit_semseg.matrices import to_device
 
 log = logging.getLogger("mit_semseg")
@@ -210,7 +211,7 @@ def _try_fused(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         fused = _fused()
     except ImportError as error:
-        return _one_line(error)
+        return one_line(error, 300, named=True)
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 11, 5, 7), (2, 11, 9, 4)]
     logits = [(4 * torch.randn(x, generator=generator)).to(device, dtype) for x in shapes]
@@ -221,7 +222,7 @@ def _try_fused(device: torch.device, dtype: torch.dtype) -> str | None:
         except torch.cuda.OutOfMemoryError:
             raise  # says nothing about the kernels
         except fused.FAILURES as error:
-            return _one_line(error)
+            return one_line(error, 300, named=True)
         if labels.min() < 0 or labels.max() >= shapes[0][1]:
             return f"it gives labels from {int(labels.min())} to {int(labels.max())}"
         expected = probabilities(scales, (H, W)).cpu()
@@ -230,10 +231,6 @@ def _try_fused(device: torch.device, dtype: torch.dtype) -> str | None:
         if not gap.max() <= 1e-5:
             return f"its labels are less probable than the plain form's, by up to {gap.max():.1e}"
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: " + " ".join(str(error).split())[:300]
 
 
 @torch.no_grad()

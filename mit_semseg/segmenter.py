@@ -18,7 +18,7 @@ from mit_semseg.dataset.images import exif_orientation, is_deep, load_image, to_
 from mit_semseg.dataset.options import DataOptions, with_scales
 from mit_semseg.dataset.samples import load_depth_beside
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
-from mit_semseg.engine.launch import usable_device
+from mit_semseg.engine.devices import usable_device
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.tiles import Sliding

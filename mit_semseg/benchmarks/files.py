@@ -25,8 +25,9 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.demo import streets
+from mit_semseg.engine.cpu import cpu_count
 from mit_semseg.engine.evaluate import evaluate
-from mit_semseg.engine.launch import cpu_count, read_config
+from mit_semseg.engine.launch import read_config
 from mit_semseg.engine.predict import predict
 
 

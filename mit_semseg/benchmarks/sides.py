@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mit_semseg.benchmarks.clock import Clock, Runnable, clock_of
-from mit_semseg.engine.launch import set_threads
+from mit_semseg.engine.cpu import set_threads
 from mit_semseg.lib.utils import as_numpy
 from mit_semseg.precision import Precision
 

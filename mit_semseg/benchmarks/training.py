@@ -19,7 +19,7 @@ from mit_semseg.benchmarks.rows import CLASSES, SCALES, Row, build
 from mit_semseg.benchmarks.sides import Timing
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.demo import streets
-from mit_semseg.engine.launch import keep_freed_memory
+from mit_semseg.engine.cpu import keep_freed_memory
 from mit_semseg.engine.training import step
 from mit_semseg.engine.training.build import keeps_channels_last, shape_bucket
 from mit_semseg.engine.training.optim import build_optimizer

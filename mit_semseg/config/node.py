@@ -13,6 +13,7 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from mit_semseg.arguments import PRECISIONS
+from mit_semseg.errors import one_line
 from mit_semseg.registry import closest
 
 RECIPES = Path("config")  # below the working folder, in a checkout
@@ -90,7 +91,7 @@ class Config(CN):
         try:
             tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a safe one
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no valid yaml: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} is no valid yaml: {one_line(error)}") from error
         if tree is None:
             return
         if not isinstance(tree, Mapping):

@@ -24,6 +24,7 @@ from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once, facts_of
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, two_places
+from mit_semseg.errors import one_line
 
 # COCO's category ids of classes 1, 2, ...: all 80, and the 20 of Pascal VOC in VOC's order.
 _NEVER = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
@@ -380,7 +381,7 @@ def read_json(root: Path, name: str, title: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: damaged ({one_line(error)})") from error
     for key in ("images", "annotations"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):

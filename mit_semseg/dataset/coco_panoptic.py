@@ -23,6 +23,7 @@ from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record
+from mit_semseg.errors import one_line
 
 # Category ids in class order: the things, then stuff; similar kinds of stuff have been merged.
 STUFF = (
@@ -131,7 +132,7 @@ class _Pictures:
             with Image.open(where) as picture:
                 return np.asarray(picture.convert("RGB"))
         except (OSError, KeyError, zipfile.BadZipFile) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise ValueError(f"{self.folder / name}: cannot be read ({reason})") from error
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
 from mit_semseg.dataset.records import Record, with_sizes, write_odgt
 from mit_semseg.download import DownloadError, fetch
+from mit_semseg.errors import one_line
 
 # What Python raises on damaged archives; RuntimeError where a flag claims encryption.
 _DAMAGED = (
@@ -152,7 +153,7 @@ def unpack(file: Path, dest: Path, member: str = "", *, progress: bool = True) -
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _write(file, name, size, content, target)
     except _DAMAGED as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ValueError(
             f"{file}: a damaged archive ({reason}); delete it and try again"
         ) from error

@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 
 from mit_semseg.dataset.reading import READINGS, PathLike
 from mit_semseg.dataset.transforms import resize_image
+from mit_semseg.errors import one_line
 
 # What Pillow raises on broken files, by format and by where they are broken.
 _UNREADABLE = (
@@ -155,7 +156,7 @@ def _damaged(path: PathLike, error: BaseException) -> ValueError:
 
 def _reason(error: BaseException, name: str) -> str:
     """What Pillow says, in one line, without the name that stands before it anyway."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return "of no known format" if text.startswith("cannot identify") else text.replace(name, "it")
 
 

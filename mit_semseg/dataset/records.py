@@ -14,6 +14,7 @@ from PIL import Image
 
 from mit_semseg.dataset.images import image_size
 from mit_semseg.dataset.reading import PathLike
+from mit_semseg.errors import one_line
 
 _NAMED = 3  # bad files that a warning names
 
@@ -82,8 +83,9 @@ def _parse(line: str, where: str) -> Record:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:  # numbers of 5000 digits, 1000 brackets
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{where}: not JSON ({reason}); a list has one record a line") from error
+        raise ValueError(
+            f"{where}: not JSON ({one_line(error)}); a list has one record a line"
+        ) from error
     return check_record(entry, where)
 
 

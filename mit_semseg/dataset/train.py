@@ -35,6 +35,7 @@ from mit_semseg.dataset.transforms import (
     resize_depth,
     round_up,
 )
+from mit_semseg.errors import one_line
 
 # Separate streams of random numbers: the order of a pass, what happens to a batch, and what takes
 # the place of a sample that cannot be used.
@@ -215,7 +216,7 @@ class TrainDataset(BaseDataset):
         except (OSError, ValueError) as error:
             if self.options.on_error != "skip":
                 raise
-            reason = _one_line(error)
+            reason = one_line(error)
             skipped.append((self.list_sample[number]["fpath_img"], reason))
         rng = np.random.default_rng(instead)
         same, other = self._groups if number in self._groups[0] else self._groups[::-1]
@@ -225,7 +226,7 @@ class TrainDataset(BaseDataset):
             try:
                 return candidate, self._style(partial(self._read, record), short, rng)
             except (OSError, ValueError) as error:
-                skipped.append((record["fpath_img"], _one_line(error)))
+                skipped.append((record["fpath_img"], one_line(error)))
         raise ValueError(
             f"{reason}; nor can any of {len(drawn)} others drawn in its place be used: so many bad "
             "samples are not skipped, look for the cause (mit-semseg data check)"
@@ -321,7 +322,3 @@ def batch_style(options: DataOptions) -> BatchStyle:
                 "DATASET.%s has no effect: it is for DATASET.batching crop", key
             )
     return AspectPreserving(options)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

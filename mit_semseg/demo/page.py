@@ -12,7 +12,7 @@ import torch
 from mit_semseg.config.node import Config
 from mit_semseg.dataset.images import load_image, load_mask
 from mit_semseg.dataset.split import build_split
-from mit_semseg.engine.launch import cpu_count
+from mit_semseg.engine.cpu import cpu_count
 from mit_semseg.models import ModelBuilder
 from mit_semseg.visualize.report import Sample, contact_sheet, write_page
 

@@ -30,9 +30,10 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
 from mit_semseg.dataset.options import DataOptions, with_scales
 from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
+from mit_semseg.engine.cpu import cpu_count, fixed_threads, local_ranks
+from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.eval_report import format_report, single_class, summarize, write_report
 from mit_semseg.engine.inputs import common_base, output_stems
-from mit_semseg.engine.launch import cpu_count, fixed_threads, local_ranks, use_device
 from mit_semseg.engine.peers import results_of_ranks
 from mit_semseg.engine.pipeline import HandedOn, in_threads
 from mit_semseg.engine.pool import run_here, run_pool
@@ -46,6 +47,7 @@ from mit_semseg.engine.transfer import (
     stacked,
 )
 from mit_semseg.engine.watchdog import reading_watchdog
+from mit_semseg.errors import one_line
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.tiles import Sliding
@@ -182,7 +184,7 @@ def evaluate(
             default `result_eval` in `cfg.DIR`.
         keep: class ids of so many images, spread over the list, are kept in its folder `labels`
             (see `Kept`).
-        rank, world: place in torchrun's process group (`launch.rank_devices`). Each rank scores its
+        rank, world: place in torchrun's process group (`join_process_group`). Each rank scores its
             share of the images on its devices; rank 0 alone prints and writes.
 
     Returns:
@@ -586,7 +588,7 @@ class _Scorer:
                 samples[i] = self.dataset[i]
             except (OSError, ValueError) as error:
                 image = str(self.dataset.list_sample[i]["fpath_img"])
-                read.bad[i] = image, _reason(error, image)
+                read.bad[i] = image, one_line(error).removeprefix(f"{image}: ")
         if self.gallery is not None:
             read.pictures = {i: sample["img_ori"] for i, sample in samples.items()}
         numbers = list(samples)
@@ -609,12 +611,6 @@ class _Scorer:
 
 def _single_threaded() -> None:
     torch.set_num_threads(1)
-
-
-def _reason(error: BaseException, image: str) -> str:
-    """One line, without the name that stands in front of it anyway."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line.removeprefix(f"{image}: ")
 
 
 class _Gallery:

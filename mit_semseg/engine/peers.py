@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from mit_semseg.errors import one_line
+
 T = TypeVar("T")
 
 
@@ -52,6 +54,6 @@ def results_of_ranks(rank: int, done: str, key: str, seconds: float) -> Iterator
     except RuntimeError as error:
         raise ConnectionError(
             f"rank {rank} has {done}, but lost another rank "
-            f"({' '.join(str(error).split())[:120]}); what that one printed says why. Ranks wait "
+            f"({one_line(error, 120)}); what that one printed says why. Ranks wait "
             f"for each other for {key} {seconds:g} s"
         ) from error

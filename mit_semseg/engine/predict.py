@@ -33,6 +33,7 @@ from mit_semseg.dataset.options import DataOptions, with_scales
 from mit_semseg.dataset.samples import load_depth_beside
 from mit_semseg.dataset.split import check_channels
 from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
+from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.inputs import (
     PathLike,
     find_images,
@@ -40,7 +41,6 @@ from mit_semseg.engine.inputs import (
     result_endings,
     without_depths,
 )
-from mit_semseg.engine.launch import use_device
 from mit_semseg.engine.peers import found_by_rank_0, results_of_ranks
 from mit_semseg.engine.pipeline import Budget, HandedOn, in_threads
 from mit_semseg.engine.pool import run_here, run_pool
@@ -55,6 +55,7 @@ from mit_semseg.engine.transfer import (
     stacked,
 )
 from mit_semseg.engine.watchdog import reading_watchdog
+from mit_semseg.errors import one_line
 from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize.results import areas, save_result
 
@@ -110,7 +111,7 @@ def predict(
         checkpoint: instead of `TEST.checkpoint`.
         result: folder of the results, instead of `TEST.result`.
         progress: show a bar.
-        rank, world: place in torchrun's process group (`launch.rank_devices`). Rank 0 looks for the
+        rank, world: place in torchrun's process group (`join_process_group`). Rank 0 looks for the
             images, each rank parses its share of them, rank 0 prints the summary.
 
     Returns:
@@ -306,7 +307,7 @@ class _Pipeline:
                 depth = load_depth_beside(task.path, self.options, size)
                 inputs[i] = self.predictor.scales(image, depth)
             except (OSError, ValueError, MemoryError) as error:
-                read.errors[i] = _reason(error)
+                read.errors[i] = one_line(error)
             else:
                 read.images[i] = image
         images = [(i, image) for i, image in enumerate(read.images) if image is not None]
@@ -325,7 +326,7 @@ class _Pipeline:
             try:
                 sizes.append(math.prod(image_size(task.path)))
             except (OSError, ValueError, MemoryError) as error:
-                read.errors[i] = _reason(error)
+                read.errors[i] = one_line(error)
         return self.budget.total if max(sizes) > _LARGE else sum(sizes)
 
     def _compute(self, read: _Read) -> list[_Computed]:
@@ -357,7 +358,7 @@ class _Pipeline:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     save_probabilities(path, [x[n : n + 1] for x in logits], group.size)
                 except OSError as error:
-                    read.errors[i] = _reason(error)
+                    read.errors[i] = one_line(error)
         number = len(group.positions)
         scales = [
             (scale.shape[3], scale.shape[2], None if took is None else took / number)
@@ -407,7 +408,7 @@ class _Pipeline:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     save_result(path, kind, image, labels, self.classes, offset)
         except OSError as error:
-            return {"image": str(task.path), "error": _reason(error)}
+            return {"image": str(task.path), "error": one_line(error)}
         except MemoryError as error:
             return {"image": str(task.path), "error": _no_memory(error)}
         return {
@@ -440,10 +441,6 @@ def save_probabilities(path: PathLike, logits: Sequence[Tensor], size: tuple[int
 def _no_memory(error: BaseException) -> str:
     fix = "lower DATASET.imgMaxSize, TEST.imgSizes or TEST.batch_size"
     return f"out of memory: {fix} ({error})"
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ------------------------------------------------------------------------------ what is printed

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mit_semseg import scores
 from mit_semseg.dataset.transforms import Normalize, scaled_inputs
-from mit_semseg.engine.launch import usable_device
+from mit_semseg.engine.devices import usable_device
+from mit_semseg.errors import one_line
 from mit_semseg.matrices import to_device
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.compilation import compiled_function, compiler_errors
@@ -156,7 +157,7 @@ class Predictor:
                 if not out_of_memory(error):
                     raise
                 if n == len(sides) and self.device.type == "cpu":
-                    raise MemoryError(" ".join(str(error).split())) from error
+                    raise MemoryError(one_line(error)) from error
             self._free_memory()
             place = f"in tiles of {sides[n]} pixels" if n < len(sides) else "on the CPU"
             log.warning("out of memory for an image of %dx%d: computing it %s", W, H, place)

@@ -119,7 +119,7 @@ def _command(words: Sequence[str]) -> list[str]:
 @contextmanager
 def _environment(folder: str, count: int, patience: int) -> Iterator[None]:
     """What ranks and launcher are to find in the environment."""
-    from mit_semseg.engine.launch import cpu_count
+    from mit_semseg.engine.cpu import cpu_count
 
     before = dict(os.environ)
     os.environ[_REPORTS] = folder

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from mit_semseg.engine.launch import fixed_threads
+from mit_semseg.engine.cpu import fixed_threads
 
 log = logging.getLogger("mit_semseg")
 

@@ -10,6 +10,7 @@ import torch
 from mit_semseg.config.node import Config
 from mit_semseg.engine.training.build import build
 from mit_semseg.engine.training.trainer import Trainer
+from mit_semseg.errors import one_line
 
 
 def train(
@@ -31,7 +32,7 @@ def train(
     Args:
         cfg: a checked configuration (`launch.read_config`).
         devices: devices of this process; several are driven by UserScatteredDataParallel.
-        rank, world: place in torchrun's process group (`launch.rank_devices`).
+        rank, world: place in torchrun's process group (`rendezvous.join_process_group`).
         resume: "auto" or True continues from the newest state in `cfg.DIR` that is whole, and
             starts anew where there is none; otherwise a state file, or a folder with one.
         job: name of the job that this run is part of (`launch.job_name`): one that comes back
@@ -60,7 +61,7 @@ def train(
         return Trainer(parts).fit()
     except torch.cuda.OutOfMemoryError as error:
         raise MemoryError(
-            f"{' '.join(str(error).split())[:200]}: lower TRAIN.batch_size_per_gpu (and raise "
+            f"{one_line(error, 200)}: lower TRAIN.batch_size_per_gpu (and raise "
             "TRAIN.accumulate), set TRAIN.precision bf16 or TRAIN.recompute True, or lower "
             "DATASET.imgMaxSize"
         ) from error

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mit_semseg.engine.launch import cores_each
+from mit_semseg.engine.cpu import cores_each
 
 
 @dataclass(frozen=True)

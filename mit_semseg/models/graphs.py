@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mit_semseg.errors import one_line
 from mit_semseg.matrices import MATRICES
 
 log = logging.getLogger("mit_semseg")
@@ -97,7 +98,7 @@ class GraphedNetwork:
         except RuntimeError as error:
             self.recordable = False
             self.release()
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             log.warning("CUDA graphs are not used, the network cannot be recorded: %s", reason)
             return None
         finally:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
+from mit_semseg.errors import one_line
 from mit_semseg.lib.nn.transfer import map_tensors
 from mit_semseg.models.fast_decoders import fast_decoder
 from mit_semseg.models.module import SegmentationModule
@@ -106,7 +107,7 @@ def _cast(module: SegmentationModule, dtype: torch.dtype) -> None:
     try:
         module.logits(_noise(module, _WIRING).to(weight.device))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(
             f"{type(encoder).__name__} with {type(module.decoder).__name__} cannot compute in "
             f"{dtype} ({reason}): set precision fp32, or make tensors in the type of the input"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mit_semseg.engine.launch import cpu_count
+from mit_semseg.engine.cpu import cpu_count
 from mit_semseg.selftest import drills, memory
 from mit_semseg.selftest.drills import Drill, Outcome
 from mit_semseg.selftest.job import Ground, Running

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.engine.predictor import Predictor
+from mit_semseg.errors import one_line
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.visualize import ratio_bars
 
@@ -102,7 +103,7 @@ def _reach(name: str, size: tuple[int, int]) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(error, 200)
         raise ValueError(
             f"--size {size[0]} {size[1]}: {name} works with no such image ({reason}); give a "
             "larger one, of sides that are multiples of 32"
@@ -196,7 +197,7 @@ def run(
         except (ValueError, RuntimeError) as error:  # one of those is torch.OutOfMemoryError
             if len(recipes) == 1:
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            reason = one_line(error, 200)
             tqdm.write(f"error: {name} is left out: {reason}", file=sys.stderr)
             continue
         if out:

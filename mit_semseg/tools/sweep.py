@@ -23,8 +23,9 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ValDataset, build_split
 from mit_semseg.dataset.classes import distinct_colors
 from mit_semseg.engine.checkpoint import make_writable
+from mit_semseg.engine.cpu import fixed_threads
 from mit_semseg.engine.evaluate import Kept, val_dataset
-from mit_semseg.engine.launch import fixed_threads, read_config
+from mit_semseg.engine.launch import read_config
 from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.tools.recipes import fingerprint, named
 from mit_semseg.visualize import class_bars

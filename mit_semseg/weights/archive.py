@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mit_semseg.errors import one_line
+
 _ZIP = b"PK\x03\x04"  # how an archive of torch.save begins
 # What Python raises on broken archives, by where they are broken. RuntimeError: a flag that was
 # flipped claims encryption, or a method of compression nobody knows.
@@ -120,7 +122,7 @@ def _why(error: BaseException) -> str:
         return f"it asks for {named[1]}, which is no tensor; save a state_dict() instead"
     if not text or "weights_only" in text:
         return "no file of torch.save"
-    return f"{type(error).__name__}: {text.strip().splitlines()[0][:100]}"
+    return one_line(error, 120, named=True)
 
 
 def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mit_semseg.demo import streets
-from mit_semseg.engine.launch import cpu_count
+from mit_semseg.engine.cpu import cpu_count
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8  # of an epoch, of which there are two; the first has the start in it

@@ -19,17 +19,11 @@ import torch
 import torch.distributed as dist
 from processes import free_port
 
-from mit_semseg.engine import launch
-from mit_semseg.engine.launch import (
-    cpu_count,
-    keep_freed_memory,
-    leave_process_group,
-    rank_devices,
-    read_config,
-    resolve_devices,
-    set_threads,
-    without_effect,
-)
+from mit_semseg.engine import cpu, rendezvous
+from mit_semseg.engine.cpu import cpu_count, keep_freed_memory, set_threads
+from mit_semseg.engine.devices import resolve_devices
+from mit_semseg.engine.launch import read_config, without_effect
+from mit_semseg.engine.rendezvous import join_process_group, leave_process_group
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -120,9 +114,9 @@ def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -
 
 def test_ranks_of_a_machine_are_those_torchrun_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert launch.local_ranks() == 1
+    assert cpu.local_ranks() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert launch.local_ranks() == 4
+    assert cpu.local_ranks() == 4
 
 
 def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,8 +138,8 @@ def test_outside_torchrun_there_is_one_rank_with_every_device(
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
-    assert rank_devices(devices) == (0, 1, devices)
-    assert rank_devices([CPU]) == (0, 1, [CPU])
+    assert join_process_group(devices) == (0, 1, devices)
+    assert join_process_group([CPU]) == (0, 1, [CPU])
     assert not dist.is_initialized()
 
 
@@ -153,7 +147,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in (("RANK", "2"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"rank 2 on this machine, which has 2 GPUs.*-node 2"):
-        rank_devices([torch.device("cuda", 0), torch.device("cuda", 1)])
+        join_process_group([torch.device("cuda", 0), torch.device("cuda", 1)])
     assert not dist.is_initialized()
 
 
@@ -169,9 +163,9 @@ def test_under_torchrun_a_rank_joins_the_group(monkeypatch: pytest.MonkeyPatch) 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     try:
-        assert rank_devices([CPU]) == (0, 1, [CPU])
+        assert join_process_group([CPU]) == (0, 1, [CPU])
         assert dist.get_backend() == "gloo"
-        assert rank_devices([CPU]) == (0, 1, [CPU])  # joined already
+        assert join_process_group([CPU]) == (0, 1, [CPU])  # joined already
         leave_process_group()
         assert not dist.is_initialized()
         leave_process_group()  # left already
@@ -245,7 +239,7 @@ def alive_or_not(rank: int, port: int, folder: str, timeout: float) -> None:
     """Rank 2 dies in the middle of the run; what the others see is written down."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    rank_devices([CPU], timeout)
+    join_process_group([CPU], timeout)
     dist.all_reduce(torch.ones(1))
     if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -281,32 +275,34 @@ def test_the_living_leave_a_group_in_which_a_rank_has_died(tmp_path: Path) -> No
         assert noted["took"][1] < timeout + 2, "nobody waits longer for a rank than it was told"
 
 
-# ------------------------------------------------------------------------------ second lives
-def enter(port: int, life: str, world: int, ranks: Sequence[int], timeout: float) -> list[str]:
-    """Ranks start and tell each other their life in the room; what each of them met with."""
+# ------------------------------------------------------------------------------ restarts
+def start_ranks(
+    port: int, attempt: str, world: int, ranks: Sequence[int], timeout: float
+) -> list[str]:
+    """Ranks meet and tell each other which attempt theirs is; what each of them has read."""
 
     def start(rank: int) -> str:
         time.sleep(0.05 * ((rank + 1) % world))  # rank 0 is not the first to come
         client = dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
         client.set_timeout(datetime.timedelta(seconds=20))
         try:
-            room = launch._room(client, rank, world, timeout)
+            store = rendezvous._unused_prefix(client, rank, world, timeout)
         except ConnectionError as error:
             return str(error)
-        room.set(f"life of {rank}", life)
-        return "".join(room.get(f"life of {other}").decode() for other in range(world))
+        store.set(f"attempt of {rank}", attempt)
+        return "".join(store.get(f"attempt of {other}").decode() for other in range(world))
 
     with ThreadPoolExecutor(len(ranks)) as threads:
         return list(threads.map(start, ranks))
 
 
-def test_ranks_started_anew_do_not_meet_their_earlier_lives() -> None:
-    # One store for all lives, as under torchrun.
+def test_restarted_ranks_do_not_meet_their_earlier_processes() -> None:
+    # One store for all attempts, as under torchrun.
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    assert enter(server.port, "a", 3, [0, 1, 2], 20) == ["aaa"] * 3
-    assert enter(server.port, "b", 3, [0, 1, 2], 20) == ["bbb"] * 3
+    assert start_ranks(server.port, "a", 3, [0, 1, 2], 20) == ["aaa"] * 3
+    assert start_ranks(server.port, "b", 3, [0, 1, 2], 20) == ["bbb"] * 3
     for ranks in ([1, 2], [0]):
-        for said in enter(server.port, "c", 3, ranks, 0.6):
-            assert "of 3 waited 0.6 s for the others to start" in said, "not an earlier life"
-    assert enter(server.port, "d", 2, [0, 1], 20) == ["dd"] * 2
-    assert enter(server.port, "e", 4, [0, 1, 2, 3], 20) == ["eeee"] * 4
+        for said in start_ranks(server.port, "c", 3, ranks, 0.6):
+            assert "of 3 waited 0.6 s for the others to start" in said, "not an earlier process"
+    assert start_ranks(server.port, "d", 2, [0, 1], 20) == ["dd"] * 2
+    assert start_ranks(server.port, "e", 4, [0, 1, 2, 3], 20) == ["eeee"] * 4

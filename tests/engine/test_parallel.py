@@ -20,9 +20,9 @@ from mit_semseg.engine import processes
 # As train.py on a machine with two devices.
 SCRIPT = """
 import sys, torch
-from mit_semseg.engine import launch
+from mit_semseg.engine import devices
 
-launch.resolve_devices = lambda gpus, option="--gpus": [torch.device("cpu")] * 2
+devices.resolve_devices = lambda gpus, option="--gpus": [torch.device("cpu")] * 2
 from mit_semseg.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from mit_semseg.engine import launch
+from mit_semseg.engine import cpu
 from mit_semseg.engine.threads import ThreadTuner, thread_usage
 
 RANDOM = random.Random(0)
@@ -25,7 +25,7 @@ CHANCE = [RANDOM.random() for _ in range(5000)]
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch computes with two threads, and nobody has fixed the number."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(launch, "_fixed_threads", 0)
+    monkeypatch.setattr(cpu, "_fixed_threads", 0)
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
@@ -169,7 +169,7 @@ def test_an_error_in_a_step_leaves_all_threads() -> None:
 def test_left_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "fixed":
         monkeypatch.setattr(os, "environ", os.environ.copy())
-        launch.fix_threads(2)
+        cpu.fix_threads(2)
         assert os.environ["OMP_NUM_THREADS"] == "2"  # processes started from here
     machine = Machine(spikes, cores=1 if how == "one core" else 2)
     machine.tuner = ThreadTuner(enabled=how != "gpu", clock=lambda: machine.now)
@@ -178,7 +178,7 @@ def test_left_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_threads_are_refused() -> None:
     with pytest.raises(ValueError, match="--threads 0: give at least 1"):
-        launch.fix_threads(0)
+        cpu.fix_threads(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

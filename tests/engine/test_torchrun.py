@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mit_semseg.config import load_config
 from mit_semseg.demo import streets
-from mit_semseg.engine.launch import leave_process_group, rank_devices
+from mit_semseg.engine.rendezvous import join_process_group, leave_process_group
 from mit_semseg.lib.nn import sync_function
 from mit_semseg.models import ModelBuilder, SegmentationModule
 
@@ -70,7 +70,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    rank_devices([CPU], 60)
+    join_process_group([CPU], 60)
     module = network()
     parallel = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
     with counted() as numbers:

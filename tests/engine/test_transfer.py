@@ -14,7 +14,7 @@ from mit_semseg.engine.transfer import HostCopy, Stopwatch, Threads, pinned
 
 def test_every_process_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
-    monkeypatch.setattr("mit_semseg.engine.launch.cpu_count", lambda: 16)
+    monkeypatch.setattr("mit_semseg.engine.cpu.cpu_count", lambda: 16)
     assert (Threads.of(gpu, 1).readers, Threads.of(gpu, 1).writers) == (8, 16)
     assert (Threads.of(gpu, 4).readers, Threads.of(gpu, 4).writers) == (2, 4)
     assert (Threads.of(gpu, 99).readers, Threads.of(gpu, 99).writers) == (2, 2)

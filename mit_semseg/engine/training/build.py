@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, Split, TrainDataset, build_split, check_sample
-from mit_semseg.engine.evaluate import Evaluation, evaluate_model, val_dataset
-from mit_semseg.engine.launch import (
+from mit_semseg.engine.cpu import (
     cpu_count,
     fixed_threads,
     keep_freed_memory,
     local_ranks,
     set_threads,
 )
+from mit_semseg.engine.evaluate import Evaluation, evaluate_model, val_dataset
 from mit_semseg.engine.threads import ThreadTuner
 from mit_semseg.engine.training.balance import class_weights
 from mit_semseg.engine.training.checkpoints import RunFolder

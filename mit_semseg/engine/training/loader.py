@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.reading import READINGS
-from mit_semseg.engine.launch import cpu_count, local_ranks, set_threads
+from mit_semseg.engine.cpu import cpu_count, local_ranks, set_threads
 from mit_semseg.engine.signals import leave_to_parent
 from mit_semseg.engine.watchdog import ReadingBoard
 from mit_semseg.lib.nn import user_scattered_collate

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from mit_semseg.engine.signals import StopRequest
 from mit_semseg.engine.watchdog import Watchdog
+from mit_semseg.errors import one_line
 
 # What to do when nothing moves.
 STALLED = "look at these files, or raise TRAIN.stall_seconds"
@@ -124,7 +125,7 @@ def lost_peers(step: int) -> Iterator[None]:
             raise
         raise ConnectionError(
             f"lost the connection to another rank in step {step}, or the collective "
-            f"failed ({' '.join(str(error).split())[:120]}); the first cause is in the output "
+            f"failed ({one_line(error, 120)}); the first cause is in the output "
             "of the rank or host that failed; --resume auto goes on from the newest checkpoint"
         ) from error
 

@@ -22,6 +22,7 @@ from mit_semseg.engine.training.build import Parts
 from mit_semseg.engine.training.optim import poly_factor, set_learning_rates
 from mit_semseg.engine.training.state import Progress, differences, is_finite
 from mit_semseg.engine.training.step import StepResult
+from mit_semseg.errors import one_line
 from mit_semseg.models import SegmentationModule
 
 log = logging.getLogger("mit_semseg")
@@ -103,7 +104,7 @@ class Trainer:
             self.parts.state.load_state_dict(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{file} does not fit this run ({' '.join(str(error).split())[:200]}): resume "
+                f"{file} does not fit this run ({one_line(error, 200)}): resume "
                 "with the configuration it was written with"
             ) from error
         if progress.step > progress.max_iters:
