@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
+from mit_semseg.dataset.options import DataOptions, with_scales
+from mit_semseg.engine.scoring import Evaluation
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.visualize import class_bars
 
@@ -21,6 +24,31 @@ FIGURES = (
     "fw_iou",
     "mean_dice",
 )
+
+
+def result_of(
+    evaluation: Evaluation,
+    count: int,
+    seconds: float,
+    cfg: Config,
+    classes: ClassTable,
+    checkpoint: str,
+) -> dict[str, Any]:
+    """What `eval.json` holds of an evaluation of `count` images that took `seconds`."""
+    used = count - len(evaluation.bad)
+    return {
+        "checkpoint": checkpoint,
+        "images": used,
+        "failed": [{"image": image, "error": reason} for image, reason in evaluation.failed],
+        "imgSizes": list(DataOptions.read(with_scales(cfg.DATASET, cfg.VAL.imgSizes)).imgSizes),
+        "flip": bool(cfg.VAL.flip),
+        "window": list(cfg.VAL.window),
+        "precision": cfg.VAL.precision,
+        "processes": evaluation.processes,
+        "seconds": seconds,
+        "seconds_per_image": evaluation.seconds / used,
+        **summarize(evaluation.matrix, classes, evaluation.boundary),
+    }
 
 
 def summarize(
@@ -49,12 +77,12 @@ def summarize(
         }
         for k, name in enumerate(classes.names)
     ]
-    outlines = {} if boundary is None else boundary.compute()
-    for row, score in zip(rows, outlines.pop("boundary_f", ())):
+    boundaries = {} if boundary is None else boundary.compute()
+    for row, score in zip(rows, boundaries.pop("boundary_f", ())):
         row["boundary_f"] = float(score)
     return {
         **{key: float(figures[key]) for key in FIGURES},
-        **outlines,
+        **boundaries,
         "pixels": total,
         "classes": rows,
     }

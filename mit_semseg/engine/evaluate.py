@@ -10,108 +10,48 @@ of processes nor the cores they have.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
-from mit_semseg.dataset.options import DataOptions, with_scales
+from mit_semseg.dataset.options import with_scales
 from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
 from mit_semseg.engine.cpu import cpu_count, fixed_threads, local_ranks
 from mit_semseg.engine.devices import use_device
-from mit_semseg.engine.eval_report import format_report, single_class, summarize, write_report
-from mit_semseg.engine.inputs import common_base, output_stems
+from mit_semseg.engine.eval_report import format_report, result_of, single_class, write_report
 from mit_semseg.engine.peers import results_of_ranks
-from mit_semseg.engine.pipeline import HandedOn, in_threads
 from mit_semseg.engine.pool import run_here, run_pool
-from mit_semseg.engine.predictor import Predictor
-from mit_semseg.engine.transfer import (
-    HostCopy,
-    Stopwatch,
-    Threads,
-    on_device,
-    pinned,
-    stacked,
+from mit_semseg.engine.scoring import (
+    Chunk,
+    Evaluation,
+    Gallery,
+    Pictures,
+    SavedPredictions,
+    Scored,
+    Scorer,
+    merged,
 )
+from mit_semseg.engine.transfer import Threads
 from mit_semseg.engine.watchdog import reading_watchdog
-from mit_semseg.errors import one_line
-from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.models import SegmentationModule
-from mit_semseg.models.tiles import Sliding
-from mit_semseg.scores import label_dtype
-from mit_semseg.visualize import color_encode, side_by_side
-from mit_semseg.visualize.results import write_png
 
 log = logging.getLogger("mit_semseg")
 
 # Most images a process works on at a time on the CPU, where each takes memory of its own.
-MAX_LANES = 8
-
-# Indices of the images that share one call of `work`; results do not depend on who gets which.
-Chunk = Sequence[int]
-# What is told of a chunk as soon as it is done: how many images, and which were left out.
-Scored = tuple[int, dict[int, tuple[str, str]]]
+MAX_CONCURRENT = 8
 
 
 class Interrupted(Exception):
     """The caller's `stop` asked for an end before the work was done."""
-
-
-@dataclass
-class Evaluation:
-    """What scoring some images gave; adding two gives that of all their images.
-
-    Attributes:
-        matrix: the counts of the images that could be read.
-        bad: number in the list -> (image, error) of those that could not.
-        seconds: that the network took.
-        processes: that took part.
-        boundary: boundary F-scores of the same images, where they were asked for.
-    """
-
-    matrix: ConfusionMatrix
-    bad: dict[int, tuple[str, str]] = field(default_factory=dict)
-    seconds: float = 0.0
-    processes: int = 1
-    boundary: BoundaryScore | None = None
-
-    @property
-    def failed(self) -> list[tuple[str, str]]:
-        """(image, error) of the images that were left out, in the order of the list."""
-        return [self.bad[index] for index in sorted(self.bad)]
-
-    def counts(self) -> list[Tensor]:
-        """All that is merged by addition, as int64 tensors; writing to them changes the counts."""
-        sums = [self.boundary.sums, self.boundary.images] if self.boundary else []
-        return [self.matrix.matrix, *sums]
-
-    def empty(self) -> Evaluation:
-        """One of no images, that counts what this one does."""
-        num_class = self.matrix.num_class
-        boundary = BoundaryScore(num_class, self.boundary.tolerance) if self.boundary else None
-        return Evaluation(ConfusionMatrix(num_class), processes=0, boundary=boundary)
-
-    def __add__(self, other: Evaluation) -> Evaluation:
-        return Evaluation(
-            self.matrix + other.matrix,
-            {**self.bad, **other.bad},
-            self.seconds + other.seconds,
-            self.processes + other.processes,
-            self.boundary + other.boundary if self.boundary and other.boundary else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -121,35 +61,10 @@ class Job:
     cfg: Config
     checkpoint: str
     device: torch.device
-    lanes: int  # images that are computed side by side on the CPU
+    concurrent: int  # images that are computed side by side on the CPU
     processes: int  # among which the cores of this rank are divided
-    pictures: Path | None
-    colors: np.ndarray
-    kept: Kept | None = None
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Class ids of some images of the list, as files `NUMBER.npy`, (H, W) int16."""
-
-    folder: Path
-    numbers: tuple[int, ...]
-
-    @classmethod
-    def of(cls, folder: Path, count: int, of: int) -> Kept:
-        """At most `count` of `of` images, evenly spread."""
-        return cls(folder, tuple(sorted({(2 * k + 1) * of // (2 * count) for k in range(count)})))
-
-    def file(self, number: int) -> Path:
-        """Where the class ids of image `number` are."""
-        return self.folder / f"{number}.npy"
-
-    def add(self, numbers: Sequence[int], predicted: Tensor) -> None:
-        """Write those of images `numbers`, (N, H, W), that are to be kept."""
-        for number, one in zip(numbers, predicted, strict=True):
-            if number in self.numbers:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                np.save(self.file(number), one.cpu().numpy().astype(np.int16))
+    pictures: Pictures | None
+    saved: SavedPredictions | None
 
 
 def evaluate(
@@ -182,8 +97,8 @@ def evaluate(
         out_dir: folder of `eval.json`, `eval.csv`, `class_iou.png`, `class_dice.png`,
             `class_boundary_f.png` with `VAL.boundary`, and, with `VAL.visualize`, `pictures/`;
             default `result_eval` in `cfg.DIR`.
-        keep: class ids of so many images, spread over the list, are kept in its folder `labels`
-            (see `Kept`).
+        keep: class ids of so many images, spread over the list, are saved in its folder `labels`
+            (see `SavedPredictions`).
         rank, world: place in torchrun's process group (`join_process_group`). Each rank scores its
             share of the images on its devices; rank 0 alone prints and writes.
 
@@ -210,8 +125,7 @@ def evaluate(
         raise ValueError("devices is empty; give at least torch.device('cpu')")
     checkpoint = checkpoint or cfg.VAL.checkpoint
     split = build_split(cfg.DATASET, "val")
-    count = len(split.records)
-    classes = split.classes
+    count, classes = len(split.records), split.classes
     if model is None:
         # Found missing here, it is one clear line instead of one traceback per process.
         folder, name = resolve_checkpoint(cfg.DIR, checkpoint)
@@ -222,47 +136,35 @@ def evaluate(
     if rank == 0:
         # Before the work: an evaluation that cannot be written is not worth its hours.
         out.mkdir(parents=True, exist_ok=True)
-    pictures = out / "pictures" if cfg.VAL.visualize else None
-    kept = Kept.of(out / "labels", keep, count) if keep else None
+
     chunks = _chunks(count, cfg.VAL.batch_size)[rank::world]
     places = [device for device in devices for _ in range(workers)][: max(1, len(chunks))]
-
+    if model is not None:
+        places = places[:1]
+    pictures = Pictures(out / "pictures", classes.colors) if cfg.VAL.visualize else None
+    saved = SavedPredictions.evenly(out / "labels", keep, count) if keep else None
+    jobs = [
+        Job(cfg, checkpoint, device, _concurrent(places), len(places), pictures, saved)
+        for device in places
+    ]
     started = time.perf_counter()
-    name = f"rank {rank}" if world > 1 else ""
     with (
-        _Progress("evaluating", chunks, progress and rank == 0, tell=True) as on_result,
-        reading_watchdog(cfg.VAL.timeout, name, "look at these files, or raise VAL.timeout"),
+        _Progress("evaluating", chunks, progress and rank == 0, warn=True) as on_result,
+        reading_watchdog(
+            cfg.VAL.timeout,
+            f"rank {rank}" if world > 1 else "",
+            "look at these files, or raise VAL.timeout",
+        ),
     ):
-        if model is not None:
-            data = val_dataset(cfg)
-            gallery = _Gallery(data, pictures, classes.colors) if pictures else None
-            scorer = _Scorer(model, data, cfg, devices[0], gallery, cfg.VAL.boundary, kept)
-            parts = [run_here(partial(scorer.run, _lanes(devices[:1])), chunks, on_result)]
-        else:
-            lanes, processes = _lanes(places), len(places)
-            jobs = [
-                Job(cfg, checkpoint, device, lanes, processes, pictures, classes.colors, kept)
-                for device in places
-            ]
-            parts = _parts(jobs, chunks, split.records, on_result)
+        parts = _parts(jobs, model, chunks, split.records, on_result)
     with results_of_ranks(rank, "scored its images", "VAL.timeout", cfg.VAL.timeout):
         whole = merged(sum(parts[1:], parts[0]), devices[0])
     if len(whole.bad) == count:
         image, reason = whole.failed[0]
         raise ValueError(f"none of the {count} images can be used; the first: {image}: {reason}")
-    result = {
-        "checkpoint": checkpoint if model is None else "",
-        "images": count - len(whole.bad),
-        "failed": [{"image": image, "error": reason} for image, reason in whole.failed],
-        "imgSizes": list(DataOptions.read(with_scales(cfg.DATASET, cfg.VAL.imgSizes)).imgSizes),
-        "flip": bool(cfg.VAL.flip),
-        "window": list(cfg.VAL.window),
-        "precision": cfg.VAL.precision,
-        "processes": whole.processes,
-        "seconds": time.perf_counter() - started,
-        "seconds_per_image": whole.seconds / (count - len(whole.bad)),
-        **summarize(whole.matrix, classes, whole.boundary),
-    }
+
+    seconds = time.perf_counter() - started
+    result = result_of(whole, count, seconds, cfg, classes, checkpoint if model is None else "")
     if rank == 0:
         if line := single_class(whole.matrix, classes):
             log.warning("%s", line)
@@ -312,31 +214,9 @@ def evaluate_model(
     rank, world = share
     chunks = _chunks(len(dataset), cfg.VAL.batch_size)[rank::world]
     with _Progress("validating", chunks, progress, stop) as on_result:
-        work = partial(_Scorer(module, dataset, cfg, device).run, _lanes([device]))
-        result: Evaluation = run_here(work, chunks, on_result)
+        scorer = Scorer(module, dataset, cfg, device, _concurrent([device]))
+        result: Evaluation = run_here(scorer.run, chunks, on_result)
     return result
-
-
-def merged(evaluation: Evaluation, device: torch.device) -> Evaluation:
-    """The sum of all ranks' evaluations, on every rank; outside a process group the argument.
-
-    Args:
-        evaluation: this rank's; every rank has to call this.
-        device: where the ranks exchange the counts: this rank's GPU with NCCL, else the CPU.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return evaluation
-    total = evaluation.empty()
-    counts = torch.cat([own.flatten() for own in evaluation.counts()]).to(device)
-    dist.all_reduce(counts)
-    sizes = [sums.numel() for sums in total.counts()]
-    for sums, own in zip(total.counts(), counts.cpu().split(sizes), strict=True):
-        sums.copy_(own.view_as(sums))
-    others: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(others, (evaluation.bad, evaluation.seconds, evaluation.processes))
-    bad, seconds, processes = zip(*others)
-    everyone = {index: failure for part in bad for index, failure in part.items()}
-    return replace(total, bad=everyone, seconds=sum(seconds), processes=sum(processes))
 
 
 def _compare_classes(model: ClassTable, data: ClassTable, quiet: bool = False) -> None:
@@ -359,7 +239,7 @@ def _compare_classes(model: ClassTable, data: ClassTable, quiet: bool = False) -
 
 
 class _Progress:
-    """A bar that also reports the images that are left out, and asks whether to go on."""
+    """A bar, with `warn` also a line for each image that is left out; ends where `stop` says so."""
 
     def __init__(
         self,
@@ -367,14 +247,14 @@ class _Progress:
         chunks: Sequence[Chunk],
         shown: bool,
         stop: Callable[[], bool] | None = None,
-        tell: bool = False,
+        warn: bool = False,
     ) -> None:
-        self.stop, self.tell = stop, tell
+        self.stop, self.warn = stop, warn
         total = sum(map(len, chunks))
-        self.bar = tqdm(total=total, desc=title, unit="img", disable=not shown, leave=tell)
+        self.bar = tqdm(total=total, desc=title, unit="img", disable=not shown, leave=warn)
 
     def __enter__(self) -> Callable[[Scored], None]:
-        self._go_on()
+        self._check_stop()
         return self._add
 
     def __exit__(self, *error: object) -> None:
@@ -383,11 +263,11 @@ class _Progress:
     def _add(self, scored: Scored) -> None:
         count, bad = scored
         self.bar.update(count)
-        for image, error in bad.values() if self.tell else ():
+        for image, error in bad.values() if self.warn else ():
             log.warning("left out: %s: %s", image, error)
-        self._go_on()
+        self._check_stop()
 
-    def _go_on(self) -> None:
+    def _check_stop(self) -> None:
         if self.stop is not None and self.stop():
             raise Interrupted("the evaluation was asked to stop")
 
@@ -397,24 +277,25 @@ def _chunks(count: int, size: int) -> list[Chunk]:
     return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
-def _lanes(places: Sequence[torch.device]) -> int:
+def _concurrent(places: Sequence[torch.device]) -> int:
     """Images that each process computes side by side on the CPU, whose cores they share."""
     # torchrun gives every rank one thread, however many cores there are.
     ranks = local_ranks()
     cores = torch.get_num_threads() if ranks == 1 else fixed_threads() or cpu_count() // ranks
-    return max(1, min(MAX_LANES, cores // len(places)))
+    return max(1, min(MAX_CONCURRENT, cores // len(places)))
 
 
 def _parts(
     jobs: Sequence[Job],
+    model: SegmentationModule | None,
     chunks: Sequence[Chunk],
     records: Sequence[Mapping[str, Any]],
     on_result: Callable[[Scored], None],
 ) -> list[Evaluation]:
     """What each job has scored; a single one in this process."""
-    if len(jobs) == 1:
-        return [run_here(partial(_work, jobs[0]), chunks, on_result)]
     first = jobs[0]
+    if len(jobs) == 1:
+        return [run_here(partial(_work, first, model=model), chunks, on_result)]
     on_cpu = first.device.type == "cpu"
     return run_pool(
         _work,
@@ -422,212 +303,24 @@ def _parts(
         chunks,
         on_result,
         describe=lambda chunk: ", ".join(str(records[i]["fpath_img"]) for i in chunk),
-        ahead=first.lanes if on_cpu else Threads.of(first.device, first.processes).held,
+        ahead=first.concurrent if on_cpu else Threads.of(first.device, first.processes).held,
         timeout=first.cfg.VAL.timeout,
     )
 
 
-def _work(job: Job, tasks: Iterator[Chunk]) -> Generator[Scored, None, Evaluation]:
-    """A process of its own: model and data are built where they are used."""
-    use_device(job.device)
-    module = load_model(job.cfg, job.checkpoint)
-    data = val_dataset(job.cfg)
-    gallery = _Gallery(data, job.pictures, job.colors) if job.pictures else None
-    scorer = _Scorer(
-        *(module, data, job.cfg, job.device),
-        *(gallery, job.cfg.VAL.boundary, job.kept, job.processes),
+def _work(
+    job: Job, chunks: Iterator[Chunk], model: SegmentationModule | None = None
+) -> Generator[Scored, None, Evaluation]:
+    """One process: model and data are built where they are used."""
+    cfg = job.cfg
+    if model is None:
+        use_device(job.device)
+        model = load_model(cfg, job.checkpoint)
+    data = val_dataset(cfg)
+    scorer = Scorer(
+        *(model, data, cfg, job.device, job.concurrent, job.processes),
+        boundary=cfg.VAL.boundary,
+        gallery=Gallery(data, job.pictures) if job.pictures else None,
+        saved=job.saved,
     )
-    return (yield from scorer.run(job.lanes, tasks))
-
-
-@dataclass
-class _Group:
-    """Images of a chunk that are computed together: the scales of equal shape."""
-
-    numbers: list[int]
-    scales: list[Tensor]  # (N, 3, h, w) each
-    truth: Tensor  # (N, H, W), -1 where ignored
-
-
-@dataclass
-class _Read:
-    """The images of a chunk; `bad` has (image, error) of those that cannot be used."""
-
-    groups: list[_Group] = field(default_factory=list)
-    pictures: dict[int, np.ndarray] = field(default_factory=dict)
-    bad: dict[int, tuple[str, str]] = field(default_factory=dict)
-
-
-class _Scorer:
-    """From the number of an image to its share of the confusion matrix."""
-
-    def __init__(
-        self,
-        module: SegmentationModule,
-        dataset: ValDataset,
-        cfg: Config,
-        device: torch.device,
-        gallery: _Gallery | None = None,
-        boundary: bool = False,
-        kept: Kept | None = None,
-        processes: int = 1,
-    ) -> None:
-        self.predictor = Predictor(
-            *(module, with_scales(cfg.DATASET, cfg.VAL.imgSizes), device),
-            precision=cfg.VAL.precision,
-            flip=cfg.VAL.flip,
-            tile=cfg.VAL.tile,
-            window=Sliding.of(cfg.VAL),
-            compile=cfg.VAL.compile,
-        )
-        self.dataset, self.device = dataset, device
-        self.gallery, self.kept = gallery, kept
-        self.num_class = cfg.DATASET.num_class
-        self.dtype = label_dtype(self.num_class)
-        self.threads = Threads.of(device, processes)
-        score = BoundaryScore(self.num_class) if boundary else None
-        self.nothing = Evaluation(ConfusionMatrix(self.num_class), processes=0, boundary=score)
-
-    def run(self, lanes: int, chunks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
-        """Score chunks: yields what is to be told of each, returns the sum."""
-        if self.device.type == "cpu":
-            return (yield from self.side_by_side(lanes, chunks))
-        return (yield from self.in_order(chunks))
-
-    def side_by_side(
-        self, lanes: int, chunks: Iterable[Chunk]
-    ) -> Generator[Scored, None, Evaluation]:
-        """Several chunks at a time, each by one thread, which reads, computes and counts."""
-        total = replace(self.nothing.empty(), processes=1)
-        threads = torch.get_num_threads()
-        try:
-            for chunk, scored in in_threads(
-                self._scored, chunks, threads=lanes, ahead=lanes, initializer=_single_threaded
-            ):
-                part = scored.result()
-                total += part
-                yield len(chunk), part.bad
-        finally:
-            # torch keeps one number for all threads that have not computed yet.
-            torch.set_num_threads(threads)
-        return total
-
-    def in_order(self, chunks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
-        """One chunk after the other, computed by the calling thread, which waits for no result."""
-        total = replace(self.nothing.empty(), processes=1)
-        counts = ConfusionMatrix(self.num_class, self.device)
-        watches: list[Stopwatch] = []
-        threads, enter = self.threads, partial(use_device, self.device)
-        reading = in_threads(self._read, chunks, threads.readers, threads.read_ahead, enter)
-        finishing: HandedOn[Evaluation] = HandedOn(threads.writers, threads.unwritten, enter)
-        with on_device(self.device), finishing, contextlib.closing(reading):
-            for chunk, future in reading:
-                read = future.result()
-                total.bad.update(read.bad)
-                copies = []
-                for group in read.groups:
-                    watch = Stopwatch(self.device)
-                    predicted = self._predicted(group)
-                    watches.append(watch.stop())
-                    if len(watches) > threads.unwritten:
-                        # Launching runs far ahead of computing, and all it reads stays in memory.
-                        watches[-threads.unwritten].seconds()
-                    truth = group.truth.to(self.device, non_blocking=True)
-                    # Masks are checked when they are read, and classes are predicted in range.
-                    counts.update(predicted, truth, check=False)
-                    if self._on_host:
-                        copies.append(HostCopy(predicted))
-                if copies:
-                    for part in finishing.add(self._finished, read, copies):
-                        total += part
-                yield len(chunk), read.bad
-            for part in finishing.rest():
-                total += part
-        return replace(
-            total, matrix=counts.cpu(), seconds=sum(watch.seconds() for watch in watches)
-        )
-
-    def _scored(self, chunk: Chunk) -> Evaluation:
-        """The evaluation of a chunk, in one of the threads of `side_by_side`."""
-        read = self._read(chunk)
-        part = replace(self.nothing.empty(), bad=read.bad)
-        copies = []
-        for group in read.groups:
-            watch = Stopwatch(self.device)
-            predicted = self._predicted(group)
-            part.seconds += watch.stop().seconds()
-            part.matrix.update(predicted, group.truth)
-            copies.append(HostCopy(predicted))
-        return part + self._finished(read, copies) if self._on_host else part
-
-    @property
-    def _on_host(self) -> bool:
-        """Whether anybody needs the class maps themselves."""
-        parts = (self.nothing.boundary, self.gallery, self.kept)
-        return any(part is not None for part in parts)
-
-    def _finished(self, read: _Read, copies: Sequence[HostCopy]) -> Evaluation:
-        """What is made of the class maps on the host."""
-        part = self.nothing.empty()
-        for group, copy in zip(read.groups, copies, strict=True):
-            predicted = copy.wait()
-            if self.kept is not None:
-                self.kept.add(group.numbers, predicted)
-            for i, one, truth in zip(group.numbers, predicted, group.truth, strict=True):
-                if part.boundary is not None:
-                    part.boundary.update(one, truth)
-                if self.gallery is not None:
-                    self.gallery.add(i, read.pictures[i], truth, one)
-        return part
-
-    def _read(self, chunk: Chunk) -> _Read:
-        """The images of a chunk, those of equal shape stacked."""
-        read, samples = _Read(), {}
-        for i in chunk:
-            try:
-                samples[i] = self.dataset[i]
-            except (OSError, ValueError) as error:
-                image = str(self.dataset.list_sample[i]["fpath_img"])
-                read.bad[i] = image, one_line(error).removeprefix(f"{image}: ")
-        if self.gallery is not None:
-            read.pictures = {i: sample["img_ori"] for i, sample in samples.items()}
-        numbers = list(samples)
-        truths = [samples[i]["seg_label"] for i in numbers]
-        sizes = [(truth.shape[1], truth.shape[2]) for truth in truths]
-        inputs = [samples[i]["img_data"] for i in numbers]
-        for positions, scales in stacked(inputs, sizes):
-            truth = pinned(torch.cat([truths[p] for p in positions]), self.device)
-            scales = [pinned(scale, self.device) for scale in scales]
-            read.groups.append(_Group([numbers[p] for p in positions], scales, truth))
-        return read
-
-    def _predicted(self, group: _Group) -> Tensor:
-        """(N, H, W) class ids, on the device unless its memory was too small."""
-        size = (group.truth.shape[1], group.truth.shape[2])
-        predicted = self.predictor.labels(self.predictor.logits(group.scales), size, self.dtype)
-        group.scales.clear()  # needed no more
-        return predicted
-
-
-def _single_threaded() -> None:
-    torch.set_num_threads(1)
-
-
-class _Gallery:
-    """Pictures of image, truth and prediction side by side, named after their images."""
-
-    def __init__(self, dataset: ValDataset, folder: Path, colors: np.ndarray) -> None:
-        root, records = dataset.root_dataset, dataset.list_sample
-        files = [os.path.join(root, record["fpath_img"]) for record in records]
-        base = common_base(os.path.dirname(os.path.abspath(file)) for file in files)
-        # Worked out from the whole list, so that every process comes to the same names.
-        stems = output_stems(files, base, folder, [".png"])
-        self.paths = [Path(f"{stem}.png") for stem in stems]
-        self.colors = colors
-
-    def add(self, index: int, image: np.ndarray, truth: Tensor, predicted: Tensor) -> None:
-        """Write the picture of image number `index`."""
-        path = self.paths[index]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        maps = (color_encode(labels.numpy(), self.colors) for labels in (truth, predicted))
-        write_png(path, side_by_side(image, *maps))
+    return (yield from scorer.run(chunks))

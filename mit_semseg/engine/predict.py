@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from mit_semseg import scores
 from mit_semseg.config.node import Config
@@ -44,6 +41,7 @@ from mit_semseg.engine.inputs import (
 from mit_semseg.engine.peers import found_by_rank_0, results_of_ranks
 from mit_semseg.engine.pipeline import Budget, HandedOn, in_threads
 from mit_semseg.engine.pool import run_here, run_pool
+from mit_semseg.engine.predict_report import Report, Result, print_summary
 from mit_semseg.engine.predictor import Predictor, out_of_memory
 from mit_semseg.engine.threads import ThreadTuner, pixels
 from mit_semseg.engine.transfer import (
@@ -63,7 +61,6 @@ KINDS = ("color", "index", "overlay", "prob", "side", "legend")
 # Pixels of images between reading and writing; a larger image than _LARGE is alone there.
 _IN_MEMORY, _LARGE = 1 << 26, 1 << 24
 
-Result = dict[str, Any]
 # Number of a batch, and its images.
 Batch = tuple[int, Sequence["Task"]]
 
@@ -138,7 +135,7 @@ def predict(
     size = cfg.TEST.batch_size
     batches = [(i, tasks[i : i + size]) for i in range(0, len(tasks), size)]
     share = batches[rank::world]
-    report = _Report(share, progress and rank == 0)
+    report = Report(share, progress and rank == 0)
     with report:
         _run(_jobs(cfg, checkpoint, device, len(share), rank, world), share, report)
     parts = [report.results]
@@ -149,7 +146,7 @@ def predict(
     whole = {number: results for part in parts for number, results in part.items()}
     ordered = [one for number in sorted(whole) for one in whole[number]]
     if rank == 0:
-        _print_summary(ordered, out)
+        print_summary(ordered, out)
     return ordered
 
 
@@ -193,7 +190,7 @@ def _jobs(
     ]
 
 
-def _run(jobs: Sequence[Job], batches: Sequence[Batch], report: _Report) -> None:
+def _run(jobs: Sequence[Job], batches: Sequence[Batch], report: Report) -> None:
     if len(jobs) > 1:
         run_pool(
             _work,
@@ -441,66 +438,3 @@ def save_probabilities(path: PathLike, logits: Sequence[Tensor], size: tuple[int
 def _no_memory(error: BaseException) -> str:
     fix = "lower DATASET.imgMaxSize, TEST.imgSizes or TEST.batch_size"
     return f"out of memory: {fix} ({error})"
-
-
-# ------------------------------------------------------------------------------ what is printed
-class _Report:
-    """A bar, and the images' areas and times in the order of the images.
-
-    Attributes:
-        results: number of a batch -> its results, as they come.
-    """
-
-    def __init__(self, batches: Sequence[Batch], shown: bool) -> None:
-        self.results: dict[int, list[Result]] = {}
-        self._due = deque(number for number, _ in batches)
-        self._bar = tqdm(
-            total=sum(len(tasks) for _, tasks in batches),
-            desc="predicting",
-            unit="img",
-            disable=not shown,
-        )
-
-    def __enter__(self) -> _Report:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def add(self, done: tuple[int, list[Result]]) -> None:
-        """A batch is done; batches of several devices come in any order."""
-        number, self.results[number] = done
-        self._bar.update(len(self.results[number]))
-        while self._due and self._due[0] in self.results:
-            for one in self.results[self._due.popleft()]:
-                if "error" not in one:
-                    tqdm.write(_text(one))
-
-
-def _text(result: Mapping[str, Any]) -> str:
-    lines = [f"Predictions in [{result['image']}]:"]
-    for name, share in result["areas"].items():
-        if 100 * share > 0.1:
-            lines.append(f"  {name}: {100 * share:.2f}%")
-    width, height = result["size"]
-    scales = ", ".join(
-        f"{w}x{h}" + ("" if seconds is None else f" {seconds:.3f} s")
-        for w, h, seconds in result["scales"]
-    )
-    lines.append(f"  {width}x{height} pixels in {result['seconds']:.3f} s; scales: {scales}")
-    return "\n".join(lines)
-
-
-def _print_summary(results: Sequence[Mapping[str, Any]], out: Path) -> None:
-    failed = [one for one in results if "error" in one]
-    done = len(results) - len(failed)
-    if done:
-        seconds = sum(one.get("seconds", 0.0) for one in results) / done
-        print(
-            f"{done} image{'s' if done > 1 else ''} parsed, {seconds:.3f} s each; results in {out}"
-        )
-    if failed:
-        print(f"{len(failed)} of {len(results)} images failed:")
-        for one in failed:
-            # Most messages name the file themselves.
-            print(f"  {one['image']}: {one['error'].removeprefix(one['image'] + ': ')}")

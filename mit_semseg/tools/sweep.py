@@ -24,8 +24,9 @@ from mit_semseg.dataset import ValDataset, build_split
 from mit_semseg.dataset.classes import distinct_colors
 from mit_semseg.engine.checkpoint import make_writable
 from mit_semseg.engine.cpu import fixed_threads
-from mit_semseg.engine.evaluate import Kept, val_dataset
+from mit_semseg.engine.evaluate import val_dataset
 from mit_semseg.engine.launch import read_config
+from mit_semseg.engine.scoring import SavedPredictions
 from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.tools.recipes import fingerprint, named
 from mit_semseg.visualize import class_bars
@@ -256,8 +257,10 @@ class Sweep:
             colors=colors,
         )
 
-    def _kept(self, entry: Entry, images: int) -> Kept:
-        return Kept.of(self.folder / entry.name / "evaluation" / "labels", SHOWN, images)
+    def _kept(self, entry: Entry, images: int) -> SavedPredictions:
+        return SavedPredictions.evenly(
+            self.folder / entry.name / "evaluation" / "labels", SHOWN, images
+        )
 
     def _samples(self, data: ValDataset, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
         """Those of the samples that can be read."""

@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,17 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset
 from mit_semseg.engine.checkpoint import load_model
 from mit_semseg.engine.eval_report import format_report, single_class
-from mit_semseg.engine.evaluate import (
-    Evaluation,
-    Interrupted,
-    Kept,
-    _Gallery,
-    _Scorer,
-    evaluate,
-    evaluate_model,
-    merged,
-    val_dataset,
-)
+from mit_semseg.engine.evaluate import Interrupted, evaluate, evaluate_model, val_dataset
 from mit_semseg.engine.pool import run_here
 from mit_semseg.engine.predictor import Predictor
+from mit_semseg.engine.scoring import (
+    Evaluation,
+    Gallery,
+    Pictures,
+    SavedPredictions,
+    Scorer,
+    merged,
+)
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix, boundary_f
 from mit_semseg.models.tiles import Sliding, TiledNetwork
 
@@ -584,8 +581,8 @@ def test_one_thread_computes_and_counts_are_fetched_once(
     cfg = damaged(setup, tmp_path, make_images)
     cfg.VAL.batch_size = 2
     module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
-    kept = Kept(tmp_path / "labels", (0, 4))
-    gallery = _Gallery(data, tmp_path / "pictures", ClassTable.of(NAMES).colors)
+    saved = SavedPredictions(tmp_path / "labels", (0, 4))
+    gallery = Gallery(data, Pictures(tmp_path / "pictures", ClassTable.of(NAMES).colors))
     threads: set[int] = set()
     checks: list[bool] = []
     fetched: list[ConfusionMatrix] = []
@@ -608,7 +605,7 @@ def test_one_thread_computes_and_counts_are_fetched_once(
     monkeypatch.setattr(ConfusionMatrix, "cpu", fetch)
     chunks = [range(2), range(2, 4), range(4, 5)]
     told: list[Any] = []
-    scorer = _Scorer(module, data, cfg, CPU, gallery, True, kept)
+    scorer = Scorer(module, data, cfg, CPU, 2, boundary=True, gallery=gallery, saved=saved)
     found = run_here(scorer.in_order, chunks, told.append)
     assert threads == {threading.get_ident()} and len(fetched) == 1 and set(checks) == {False}
     assert [count for count, _ in told] == [2, 2, 1] and found.processes == 1
@@ -617,7 +614,7 @@ def test_one_thread_computes_and_counts_are_fetched_once(
     assert sorted(pictures) == ["0.png", "2.png", "4.png"]
     assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == ["0.npy", "4.npy"]
 
-    other = run_here(partial(scorer.side_by_side, 2), chunks, told.append)
+    other = run_here(scorer.side_by_side, chunks, told.append)
     assert found.failed == other.failed and len(other.failed) == 2
     # Convolutions round by the number of threads.
     counts = found.matrix.matrix, other.matrix.matrix

@@ -20,7 +20,8 @@ from mit_semseg.cli import main
 from mit_semseg.config import dump_config, get_defaults, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.demo import streets
-from mit_semseg.engine.evaluate import Kept, evaluate
+from mit_semseg.engine.evaluate import evaluate
+from mit_semseg.engine.scoring import SavedPredictions
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
 from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.tools import overfit, profile, sweep
@@ -528,7 +529,7 @@ def test_class_ids_that_are_kept_are_those_that_were_scored(
     model = ModelBuilder.from_config(cfg)
     result = evaluate(cfg, [CPU], model=model, out_dir=tmp_path, keep=3, progress=False)
     data = sweep.val_dataset(cfg)
-    kept = Kept.of(tmp_path / "labels", 3, len(data))
+    kept = SavedPredictions.evenly(tmp_path / "labels", 3, len(data))
     assert kept.numbers == (0, 1) and len(list(kept.folder.iterdir())) == 2
     truth, labels = (
         np.concatenate([x.ravel() for x in parts])
@@ -538,7 +539,7 @@ def test_class_ids_that_are_kept_are_those_that_were_scored(
         )
     )
     assert (truth == labels)[truth >= 0].mean() == pytest.approx(result["pixel_accuracy"])
-    assert Kept.of(tmp_path, 3, 100).numbers == (16, 50, 83)
+    assert SavedPredictions.evenly(tmp_path, 3, 100).numbers == (16, 50, 83)
 
 
 def test_overrides_may_follow_options(

@@ -20,7 +20,8 @@ from mit_semseg.engine.cpu import (
     local_ranks,
     set_threads,
 )
-from mit_semseg.engine.evaluate import Evaluation, evaluate_model, val_dataset
+from mit_semseg.engine.evaluate import evaluate_model, val_dataset
+from mit_semseg.engine.scoring import Evaluation
 from mit_semseg.engine.threads import ThreadTuner
 from mit_semseg.engine.training.balance import class_weights
 from mit_semseg.engine.training.checkpoints import RunFolder

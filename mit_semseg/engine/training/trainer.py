@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mit_semseg.engine.evaluate import Evaluation, Interrupted, merged, single_class
+from mit_semseg.engine.eval_report import single_class
+from mit_semseg.engine.evaluate import Interrupted
+from mit_semseg.engine.scoring import Evaluation, merged
 from mit_semseg.engine.threads import pixels
 from mit_semseg.engine.training.build import Parts
 from mit_semseg.engine.training.optim import poly_factor, set_learning_rates
