@@ -2,6 +2,7 @@
 # make test  set up an environment, check the code and run the tests
 # make test-versions: the quick part of them on every supported torch; make test-gpu: on a GPU
 # make bench measure against the published procedure and other toolkits; DEVICE=cuda: on a GPU
+# make docs build the documentation and check its links: build/site/index.html
 # make overfit let every registered model learn one image by heart, into docs/overfit
 # make selftest break small jobs on purpose; make soak: for two hours
 # VENV=path  use (or create) another environment than .venv
@@ -12,7 +13,8 @@ PYTHON ?= python3
 DEVICE ?= cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu test-versions bench overfit selftest soak lint types format clean
+.PHONY: demo test test-slow test-gpu test-versions bench docs overfit selftest soak lint \
+	types format clean
 
 demo: $(VENV)/.mit_semseg
 	PYTHON=$(BIN)/python bash demo_test.sh
@@ -35,6 +37,10 @@ test-versions: $(VENV)/.mit_semseg-dev
 
 bench: $(VENV)/.mit_semseg-bench
 	$(BIN)/mit-semseg bench --device $(DEVICE)
+
+# Warnings, such as of a link to nothing, are errors.
+docs: $(VENV)/.mit_semseg-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 overfit: $(VENV)/.mit_semseg
 	$(BIN)/mit-semseg overfit --every --out overfit; status=$$?; \

@@ -1,0 +1,197 @@
+"""The documentation holds: examples run, commands parse, recipes for contributors work.
+
+A Python block with `<!-- not run: REASON -->` before it is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from source_tree import ROOT, source_files
+
+from mit_semseg.arguments import build_parser
+from mit_semseg.cli import split_overrides
+from mit_semseg.config import get_defaults
+from mit_semseg.config.node import keys
+
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = sorted([ROOT / "README.md", CONTRIBUTING, *ROOT.glob("docs/**/*.md")])
+CAMVID = ROOT / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
+SCRIPTS = {"train": "train", "eval_multipro": "eval", "eval": "eval", "test": "predict"}
+COMMAND = re.compile(r"(?:mit-semseg|(?:^|\s)(?:python )?(?:\./)?(\w+)\.py) (.+)")
+KEYS = {*keys(get_defaults())}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(
+        rf"(<!-- not run: .+ -->\n)?```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL
+    )
+    return [code for not_run, code in found if not not_run]
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------- examples
+SNIPPETS = {
+    page.relative_to(ROOT).as_posix(): code
+    for page in PAGES
+    if page != CONTRIBUTING and (code := blocks(page, "python"))
+}
+
+
+@pytest.mark.parametrize("page", SNIPPETS)
+def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page one after the other, where checkpoints and photographs are."""
+    for checkpoint in ("weights/camvid-mobilenetv2dilated-c1_deepsup", "ckpt/mine"):
+        shutil.copytree(CAMVID, tmp_path / checkpoint)
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    for photo in ("street.jpg", "photo.jpg"):
+        Image.fromarray(noise).save(tmp_path / photo)
+    recipe = (CAMVID / "config.yaml").read_text().replace(str(CAMVID), "ckpt/mine")
+    (tmp_path / "mine.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Image.Image, "show", lambda self: None)
+    names: dict[str, object] = {"__name__": "example"}
+    for code in SNIPPETS[page]:
+        exec(compile(code, page, "exec"), names)
+
+
+# ------------------------------------------------------------------------------------- commands
+def commands(page: Path) -> list[str]:
+    lines = "\n".join(blocks(page, "(?:bash|sh)")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if COMMAND.search(line)]
+
+
+@pytest.mark.parametrize("line", sorted({line for page in PAGES for line in commands(page)}))
+def test_a_command_parses(line: str) -> None:
+    match = COMMAND.search(line)
+    assert match
+    script, rest = match.groups()
+    words = shlex.split(rest.split(";")[0].split("|")[0].rstrip("& "), comments=True)
+    if script and script not in SCRIPTS:
+        assert (ROOT / f"{script}.py").exists() or script == "my_tool" or "/" in line
+        return
+    if script:
+        words.insert(0, SCRIPTS[script])
+    args, rest = build_parser().parse_known_args(words)
+    _, overrides = split_overrides([*getattr(args, "opts", []), *rest])
+    assert not {key for key in overrides[::2] if key.isupper() and "." in key} - KEYS
+
+
+def test_make_has_every_target_that_is_named() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        named = re.findall(r"(?:`|^)make ([a-z][\w-]*)", page.read_text("utf-8"), re.MULTILINE)
+        assert set(named) <= targets, page
+
+
+# -------------------------------------------------------------------------------------- recipes
+# What the recipes say in words: file, text, and what stands there afterwards.
+EDITS = [
+    ("mit_semseg/models/encoders/__init__.py", "    resnext,\n", "    resnext,\n    tiny,\n"),
+    ("mit_semseg/models/decoders/__init__.py", "    icnet,\n", "    icnet,\n    linear,\n"),
+    ("mit_semseg/dataset/__init__.py", "    ade20k,\n", "    ade20k,\n    balls,\n"),
+    ("mit_semseg/dataset/__init__.py", '    "ade20k",\n', '    "ade20k",\n    "balls",\n'),
+    ("mit_semseg/arguments.py", 'FORMATS = ("folder"', 'FORMATS = ("balls", "folder"'),
+    ("tests/losses/test_losses.py", 'NAMES = ["nll"', 'NAMES = ["brier", "nll"'),
+]
+
+
+def recipe_files() -> list[tuple[str, str, str]]:
+    """How a block is to be written ("w", or "a" at the end), where, and the block."""
+    step = r"(Write|At the end of)[\w, ]* `([\w/]+\.py)`:\n\n```python\n(.*?)```"
+    found = re.findall(step, CONTRIBUTING.read_text("utf-8"), re.DOTALL)
+    return [("w" if how == "Write" else "a", path, code) for how, path, code in found]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources with an encoder, a decoder, a loss and a data set added."""
+    copy = tmp_path_factory.mktemp("tree")
+    for file in source_files():
+        if file.parts[0] not in ("docs", "weights"):
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / file, copy / file)
+    for path, old, new in EDITS:
+        text = (copy / path).read_text()
+        assert text.count(old) == 1, path
+        (copy / path).write_text(text.replace(old, new))
+    for how, path, code in recipe_files():
+        with (copy / path).open(how) as file:
+            file.write(("\n\n" if how == "a" else "") + code)
+    run("tests/test_api_surface.py", cwd=copy)
+    return copy
+
+
+def test_what_is_added_passes_its_tests(tree: Path) -> None:
+    tests = [path for _, path, _ in recipe_files() if path.startswith("tests/")]
+    assert len(tests) == 4  # encoder, decoder, loss, data set
+    others = ["tests/losses/test_losses.py", "tests/test_api_surface.py"]
+    names = "tiny or linear or brier or balls or surface"
+    told = run(
+        "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-k", names, *tests, *others, cwd=tree
+    )
+    passed = re.search(r"(\d+) passed", told)
+    assert passed and int(passed[1]) > 20, told[-3000:]
+
+
+def test_what_is_added_trains_and_predicts(tree: Path) -> None:
+    rng = np.random.default_rng(0)
+    kinds = {"photos": ("jpg", 256, (32, 48, 3)), "masks": ("png", 3, (32, 48))}
+    for folder, (suffix, top, shape) in kinds.items():
+        (tree / folder).mkdir()
+        for name in "ab":
+            image = rng.integers(0, top, shape, np.uint8)
+            Image.fromarray(image).save(tree / folder / f"{name}.{suffix}")
+    for split in ("train", "val"):
+        (tree / f"{split}.txt").write_text("a\nb\n")
+    (readme,) = blocks(ROOT / "README.md", "yaml")
+    (tree / "mine.yaml").write_text(readme)
+    (command,) = [line for line in commands(CONTRIBUTING) if "MODEL.arch_encoder tiny" in line]
+    short = ["DATASET.imgSizes", "(32,)", "TRAIN.num_epoch", "1", "TRAIN.epoch_iters", "2"]
+    words = [*shlex.split(command)[1:], *short, "TRAIN.workers", "0"]
+    assert "Training done" in run(*words, cwd=tree)
+
+    (tool,) = [code for code in blocks(CONTRIBUTING, "python") if "my_encoder" in code]
+    (tree / "my_tool.py").write_text(tool)
+    (tree / "my_encoder.py").write_text(
+        "from mit_semseg.models.encoders.tiny import Tiny as MyEncoder\n"
+    )
+    overrides = words[words.index("MODEL.arch_encoder") :]
+    overrides[1] = "mine"
+    told = run(
+        *("my_tool.py", "predict", "--gpu", "cpu", "--imgs", "photos", "--cfg", "mine.yaml"),
+        *(*overrides, "TEST.checkpoint", "epoch_1.pth", "TEST.result", "out"),
+        cwd=tree,
+    )
+    assert "2 images parsed" in told
+
+
+# ----------------------------------------------------------------------------------------- site
+def test_the_site_builds_and_its_links_hold(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings")
+    run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path), cwd=ROOT)
+    for page in ("index", "guide", "contributing", "reference/models", "reference/lib"):
+        assert (tmp_path / f"{page}.html").is_file()
+    assert 'id="mit_semseg.lib.nn.UserScatteredDataParallel"' in (
+        tmp_path / "reference" / "lib.html"
+    ).read_text("utf-8")
