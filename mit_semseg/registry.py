@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
-T = TypeVar("T", bound=Callable[..., Any])
+Entry = TypeVar("Entry", bound=Callable[..., Any])
+Given = TypeVar("Given", bound=Callable[..., Any])
+
+# What follows the name of an encoder at an output stride; older names first. Dilation does not
+# change the weights.
+DILATED_NAMES = {32: ("",), 16: ("_dilated16",), 8: ("dilated", "_dilated8")}
 
 
 def closest(name: str, known: Iterator[str] | list[str]) -> str:
@@ -15,7 +20,7 @@ def closest(name: str, known: Iterator[str] | list[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-class Registry:
+class Registry(Generic[Entry]):
     """A table of named factories of one kind.
 
     Example:
@@ -28,21 +33,21 @@ class Registry:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._entries: dict[str, Callable[..., Any]] = {}
+        self._entries: dict[str, Entry] = {}
 
-    def register(self, *names: str) -> Callable[[T], T]:
+    def register(self, *names: str) -> Callable[[Given], Given]:
         """Decorator that enters a factory under one or more names; a taken name is an error."""
 
-        def enter(factory: T) -> T:
+        def enter(factory: Given) -> Given:
             for name in names:
                 if name in self._entries:
                     raise ValueError(f"{self.kind} {name!r} is registered twice")
-            self._entries.update(dict.fromkeys(names, factory))
+            self._entries.update(dict.fromkeys(names, cast(Entry, factory)))
             return factory
 
         return enter
 
-    def get(self, name: str) -> Callable[..., Any]:
+    def get(self, name: str) -> Entry:
         """The factory called `name`; ValueError with the nearest name and the list otherwise."""
         if name not in self._entries:
             raise ValueError(

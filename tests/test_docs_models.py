@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mit_semseg.models import DECODERS, ENCODERS
 from mit_semseg.models.decoders import Decoder
 from mit_semseg.models.encoders import Encoder
+from mit_semseg.models.encoders.base import Variant
 from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.registry import Registry
 from mit_semseg.tools.overfit import TARGET, every_model
@@ -81,6 +82,11 @@ def decoder_operations(name: str, arch_encoder: str) -> float:
 
 
 # ---------------------------------------------------------------------------------- the columns
+def class_of(registry: Registry, name: str) -> type:
+    entry = registry.get(name)
+    return entry.kind if isinstance(entry, Variant) else entry
+
+
 def paper(kind: type) -> str:
     """The first paper that a class, or what it is made from, names."""
     for base in kind.__mro__:
@@ -109,13 +115,13 @@ def size(value: float) -> str:
 
 def families() -> dict[str, list[str]]:
     """Encoders that differ in dilation alone, by the plain name, which comes first."""
-    shortest: dict[type, str] = {}
-    for name in sorted(ENCODERS.names(), key=len, reverse=True):
-        shortest[ENCODERS.get(name)] = name
-    found: dict[str, list[str]] = {}
+    longest_first = sorted(ENCODERS.names(), key=len, reverse=True)
+    shortest = {ENCODERS.get(name): name for name in longest_first}
+    found: dict[tuple[object, ...], list[str]] = {}
     for name in sorted(shortest.values(), key=lambda name: -ENCODERS.get(name).strides[-1]):
-        found.setdefault(re.sub(r"_?dilated(16)?$", "", name), []).append(name)
-    return dict(sorted(found.items()))
+        options = {**getattr(ENCODERS.get(name), "options", {}), "output_stride": None}
+        found.setdefault((class_of(ENCODERS, name), str(options)), []).append(name)
+    return dict(sorted((names[0], names) for names in found.values()))
 
 
 def weights(name: str) -> str:
@@ -154,7 +160,7 @@ def encoder_rows(count: bool) -> Iterator[Row]:
             "MiB": size(mib(encoder(plain))),
             OPERATIONS: ", ".join(figure(maps(name)[1]) for name in names) if count else "",
             "ImageNet weights": weights(plain),
-            "paper": paper(kinds[0]),
+            "paper": paper(class_of(ENCODERS, plain)),
         }
 
 
@@ -225,7 +231,7 @@ def named(registry: Registry, kind: type) -> list[str]:
     groups = families() if registry is ENCODERS else {n: [n] for n in registry.first_names()}
     found: list[str] = []
     for plain, names in groups.items():
-        own = [name for name in names if issubclass(registry.get(name), kind)]
+        own = [name for name in names if issubclass(class_of(registry, name), kind)]
         found += [plain] if own == names else own
     return found
 
@@ -234,7 +240,7 @@ def every_deviation() -> dict[str, list[str]]:
     """Heading -> items: what all encoders or decoders have in common first, then by name."""
     found: dict[str, list[str]] = {}
     for registry, base in ((ENCODERS, Encoder), (DECODERS, Decoder)):
-        kinds = {k for name in registry.names() for k in registry.get(name).__mro__}
+        kinds = {k for name in registry.names() for k in class_of(registry, name).__mro__}
         kinds = {kind for kind in kinds if deviations(kind)} - {base}
         found[f"Every {registry.kind}"] = deviations(base)
         for kind in sorted(kinds, key=lambda kind: (named(registry, kind), kind.__name__)):
@@ -324,7 +330,7 @@ def test_a_deviation_is_said_in_the_docstring_and_on_the_page(
 ) -> None:
     kind = model
     if isinstance(kind, str):
-        kind = (DECODERS if kind in DECODERS else ENCODERS).get(kind)
+        kind = class_of(DECODERS if kind in DECODERS else ENCODERS, kind)
     made_from = [k for k in kind.__mro__ if k is kind or k not in (Encoder, Decoder)]
     (item,) = (item for k in made_from for item in deviations(k) if words in item)
     assert f"\n- {item}\n" in PAGE.read_text("utf-8")
@@ -340,7 +346,7 @@ def test_every_name_is_on_the_page(registry: Registry) -> None:
 
 @pytest.mark.parametrize("registry", [ENCODERS, DECODERS], ids=["encoders", "decoders"])
 def test_every_docstring_names_a_paper(registry: Registry) -> None:
-    kinds = {registry.get(name) for name in registry.names()}
+    kinds = {class_of(registry, name) for name in registry.names()}
     # C1 is the published toolkit's own.
     assert [kind.__name__ for kind in kinds if paper(kind) == "–"] in ([], ["C1"])
 

@@ -260,13 +260,6 @@ def test_a_missing_file_lists_what_is_there(tmp_path: Path) -> None:
         load_into(Head(), tmp_path / "gone" / "x.pth", what="decoder")
 
 
-@pytest.mark.parametrize(
-    "arch", ["resnet50", "resnet50dilated", "resnet50_dilated8", "resnet50_dilated16"]
-)
-def test_dilation_does_not_change_the_weights(arch: str) -> None:
-    assert imagenet_weights(arch).file == "resnet50-imagenet.pth"
-
-
 def test_every_source_says_where_it_comes_from() -> None:
     for source in WEIGHTS.values():
         assert source.urls

@@ -65,7 +65,7 @@ class Resnet(resnet_encoder.ResNet):
         for name in resnet.FEATURES:
             setattr(self, name, getattr(orig_resnet, name))
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        self.channels = tuple(_out_channels(stage) for stage in stages)  # type: ignore[misc]
+        self.channels = tuple(_out_channels(stage) for stage in stages)
 
 
 class ResnetDilated(Resnet):
@@ -81,7 +81,7 @@ class ResnetDilated(Resnet):
         third, fourth = _DILATIONS.get(dilate_scale, (1, 1))
         dilate(self.layer3, third)
         dilate(self.layer4, fourth)
-        self.strides = (4, 8, 16 // third, 32 // fourth)  # type: ignore[misc]
+        self.strides = (4, 8, 16 // third, 32 // fourth)
 
 
 class MobileNetV2Dilated(mobilenet_encoder.MobileNetV2):
@@ -100,9 +100,9 @@ class MobileNetV2Dilated(mobilenet_encoder.MobileNetV2):
         dilate(self.features[self.taps[2] : self.taps[3]], third)
         dilate(self.features[self.taps[3] :], fourth)
         channels = (_out_channels(self.features[tap]) for tap in self.taps)
-        self.channels = tuple(channels)  # type: ignore[misc]
+        self.channels = tuple(channels)
         stride = 32 // fourth
-        self.strides = (4, 8, 16 // third, stride, stride)  # type: ignore[misc]
+        self.strides = (4, 8, 16 // third, stride, stride)
 
 
 def _out_channels(stage: nn.Module) -> int:

@@ -13,7 +13,7 @@ from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record
 from mit_semseg.registry import Registry
 
-FORMATS = Registry("data set format")
+FORMATS: Registry[type[DataFormat]] = Registry("data set format")
 
 
 @dataclass(frozen=True)

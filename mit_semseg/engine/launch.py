@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import cast
 
 from mit_semseg.config import get_defaults, load_config
 from mit_semseg.config.node import Config
@@ -14,7 +13,7 @@ from mit_semseg.dataset import FORMATS
 from mit_semseg.dataset.split import check_channels
 from mit_semseg.engine.devices import resolve_devices
 from mit_semseg.engine.processes import started_here
-from mit_semseg.models import ENCODERS, Encoder, check_aux_weights, check_pair
+from mit_semseg.models import ENCODERS, check_aux_weights, check_pair
 
 __all__ = ["read_config", "resolve_devices", "without_effect"]  # resolve_devices: a public name
 
@@ -42,8 +41,7 @@ def read_config(path: str | Path | None, opts: list[str] | None = None) -> Confi
 
 def _check_windows(cfg: Config) -> None:
     """Refuse sliding windows whose sides are no multiples of the encoder's strides."""
-    encoder = cast(type[Encoder], ENCODERS.get(cfg.MODEL.arch_encoder.lower()))
-    stride = math.lcm(*encoder.strides)
+    stride = math.lcm(*ENCODERS.get(cfg.MODEL.arch_encoder.lower()).strides)
     for section in ("VAL", "TEST"):
         window = cfg[section].window
         if any(side % stride for side in window):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mit_semseg.losses import functional
 from mit_semseg.registry import Registry
 
-LOSSES = Registry("loss")
+LOSSES: Registry[Callable[..., nn.Module]] = Registry("loss")
 
 
 class Loss(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,17 +13,17 @@ from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.losses import build_loss
 from mit_semseg.models.decoders import DECODERS, Decoder
 from mit_semseg.models.encoders import ENCODERS, Encoder
-from mit_semseg.models.encoders.base import widen_input
+from mit_semseg.models.encoders.base import Variant, widen_input
 from mit_semseg.models.module import SegmentationModule
 from mit_semseg.weights import load_decoder, load_encoder
 
 
-def _encoder(arch: str) -> type[Encoder]:
-    return cast(type[Encoder], ENCODERS.get(arch.lower()))
+def _encoder(arch: str) -> type[Encoder] | Variant:
+    return ENCODERS.get(arch.lower())
 
 
 def _decoder(arch: str) -> type[Decoder]:
-    return cast(type[Decoder], DECODERS.get(arch.lower()))
+    return DECODERS.get(arch.lower())
 
 
 def check_pair(arch_encoder: str, arch_decoder: str, fc_dim: int | None = None) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from mit_semseg.engine.training.state import seed_everything
 from mit_semseg.models import (
     DECODERS,
     ENCODERS,
-    Encoder,
     ModelBuilder,
     SegmentationModule,
     check_pair,
@@ -271,7 +270,7 @@ def _first_fit(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
     for pair in pairs:
         try:
             check_pair(*pair)
-            encoder = cast(type[Encoder], ENCODERS.get(pair[0]))
+            encoder = ENCODERS.get(pair[0])
             with torch.device("meta"):
                 ModelBuilder.build_decoder(
                     pair[1], channels=encoder.channels, strides=encoder.strides, num_class=2
@@ -288,7 +287,7 @@ def scene_config(cfg: Config, encoder: str, decoder: str, data: Path) -> Config:
     cfg.merge_from_list(
         [
             *("MODEL.arch_encoder", encoder, "MODEL.arch_decoder", decoder),
-            *("MODEL.fc_dim", str(cast(type[Encoder], ENCODERS.get(encoder)).channels[-1])),
+            *("MODEL.fc_dim", str(ENCODERS.get(encoder).channels[-1])),
             *("MODEL.weights_encoder", "none", "MODEL.weights_decoder", "none"),
             *("DATASET.root_dataset", str(data), "DATASET.num_class", str(len(streets.CLASSES))),
             *("DATASET.list_train", str(data / "training.odgt")),

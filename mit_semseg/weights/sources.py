@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mit_semseg.download import DownloadError, fetch
-from mit_semseg.registry import closest
+from mit_semseg.registry import DILATED_NAMES, closest
 from mit_semseg.weights.archive import not_found
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -195,9 +195,19 @@ INSIDE = {
 }
 
 
+# Encoders whose weights are those of a backbone, and its name.
+_BACKBONES = {
+    f"{name}{suffix}": name
+    for name in WEIGHTS
+    for suffixes in DILATED_NAMES.values()
+    for suffix in suffixes
+}
+_BACKBONES["vgg16_bn_indices"] = "vgg16_bn"
+
+
 def backbone_of(arch: str) -> str:
-    """`resnet50dilated`, ... -> `resnet50`; `vgg16_bn_indices` -> `vgg16_bn`."""
-    return re.sub(r"(_?dilated(8|16)?|_indices)$", "", arch.lower())
+    """`resnet50dilated`, ... -> `resnet50`; the name itself where no weights are published."""
+    return _BACKBONES.get(arch.lower(), arch.lower())
 
 
 def imagenet_weights(arch: str) -> WeightSource:

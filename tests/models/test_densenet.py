@@ -49,7 +49,6 @@ def test_all_forms_have_torchvisions_names_and_shapes(name: str) -> None:
         assert encoder.strides == strides
         shapes = [tuple(x.shape[1:]) for x in maps]
         assert shapes == [(c, 160 // s, 96 // s) for c, s in zip(encoder.channels, strides)]
-    assert ENCODERS.get(f"{name}dilated") is ENCODERS.get(f"{name}_dilated8")
 
 
 @pytest.mark.parametrize("training", [False, True])

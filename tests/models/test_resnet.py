@@ -5,6 +5,8 @@ import torch
 from encoder_tester import EncoderTester
 
 from mit_semseg.models import ENCODERS
+from mit_semseg.models.encoders.mobilenetv3 import MobileNetV3Large
+from mit_semseg.weights import imagenet_weights
 
 
 class TestResNet18(EncoderTester):
@@ -92,8 +94,18 @@ def test_strides_become_dilations(
     [
         *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenetv2"),
         *("resnext50", "resnext101", "torchvision_resnet50", "torchvision_resnet101"),
+        *("densenet121", "densenet161", "densenet169", "densenet201"),
     ],
 )
-def test_older_names_mean_the_same(name: str) -> None:
-    assert ENCODERS.get(f"{name}dilated") is ENCODERS.get(f"{name}_dilated8")
-    assert ENCODERS.get(f"{name}_dilated16").strides[-1] == 16
+def test_a_name_says_the_output_stride(name: str) -> None:
+    forms = ("", "_dilated16", "dilated", "_dilated8")
+    plain, _, dilated8, older = found = [ENCODERS.get(name + form) for form in forms]
+    assert dilated8 is older
+    assert [form.strides[-1] for form in found] == [32, 16, 8, 8]
+    assert {form.channels for form in found} == {plain.channels}
+    assert {imagenet_weights(name + form) for form in forms} == {imagenet_weights(name)}
+
+
+def test_another_output_stride_is_refused() -> None:
+    with pytest.raises(ValueError, match="output_stride is 8; .* takes one of 32, 16"):
+        MobileNetV3Large(output_stride=8)

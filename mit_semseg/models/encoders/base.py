@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mit_semseg.registry import Registry
+from mit_semseg.registry import DILATED_NAMES, Registry
 
-ENCODERS = Registry("encoder")
+ENCODERS: Registry[type[Encoder] | Variant] = Registry("encoder")
 
 
 class Encoder(nn.Module):
-    """Turns images into feature maps; subclasses declare what they emit on the class.
+    """Turns images into feature maps; the class, or a `Variant` of it, declares what it emits.
 
     Decoders are built from these declarations alone, so they are readable without building
     anything (see `check_pair`).
@@ -21,6 +21,7 @@ class Encoder(nn.Module):
     Attributes:
         channels: channels of each feature map, deepest last.
         strides: image pixels per feature map pixel, of each feature map.
+        output_strides: values that the constructor takes as `output_stride`; empty: it takes none.
         fp32_layers: submodules that prediction in reduced precision leaves in float32, because
             their rounding shows in the labels.
         only: decoders that can read what it emits, by name; empty: all of them. An encoder whose
@@ -35,11 +36,26 @@ class Encoder(nn.Module):
           fan-out, whatever the authors' code begins with.
     """
 
-    channels: ClassVar[tuple[int, ...]]
-    strides: ClassVar[tuple[int, ...]]
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    output_strides: ClassVar[tuple[int, ...]] = ()
     fp32_layers: ClassVar[tuple[str, ...]] = ()
     only: ClassVar[tuple[str, ...]] = ()
     in_channels: int = 3  # of the images
+
+    @classmethod
+    def strides_at(cls, output_stride: int) -> tuple[int, ...]:
+        """Strides of the feature maps where larger ones than `output_stride` become dilation.
+
+        Raises:
+            ValueError: it is none of `output_strides`.
+        """
+        if output_stride not in cls.output_strides:
+            known = ", ".join(map(str, cls.output_strides))
+            raise ValueError(
+                f"output_stride is {output_stride}; {cls.__name__} takes one of {known}"
+            )
+        return tuple(min(stride, output_stride) for stride in cls.strides)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """All feature maps of (B, 3, H, W) images: (B, channels[i], H/strides[i], W/strides[i])."""
@@ -57,6 +73,36 @@ class Encoder(nn.Module):
         """
         features = self.feature_maps(images)
         return features if return_feature_maps else features[-1:]
+
+
+class Variant:
+    """An encoder class with arguments. A name in `ENCODERS` stands for one, or for a class.
+
+    Like a class it declares what is emitted, and builds the encoder when it is called.
+
+    Attributes:
+        kind: the class.
+        options: keyword arguments of its constructor. `channels` and `output_stride` are what is
+            declared, if they are among them.
+    """
+
+    def __init__(self, kind: type[Encoder], **options: Any) -> None:
+        self.kind, self.options, self.only = kind, options, kind.only
+        given: tuple[int, ...] | None = options.get("channels")
+        self.channels = kind.channels if given is None else given
+        at = options.get("output_stride")
+        self.strides = kind.strides if at is None else kind.strides_at(at)
+
+    def __call__(self) -> Encoder:
+        """The encoder, with random weights."""
+        return self.kind(**self.options)
+
+
+def register_strides(name: str, kind: type[Encoder], **options: Any) -> None:
+    """Enter an encoder at each of its output strides, under names of `DILATED_NAMES`."""
+    for stride in kind.output_strides:
+        names = [name + suffix for suffix in DILATED_NAMES[stride]]
+        ENCODERS.register(*names)(Variant(kind, output_stride=stride, **options))
 
 
 def dilate(stage: nn.Module, dilation: int) -> None:

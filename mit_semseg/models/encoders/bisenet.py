@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
-from mit_semseg.models.encoders.resnet import ResNet18
+from mit_semseg.models.encoders.resnet import RESNET18, ResNet
 from mit_semseg.models.layers import conv_bn_relu
 
 
@@ -35,7 +35,7 @@ class BiSeNetResNet18(Encoder):
             conv_bn_relu(64, 64, 3, 2),
             conv_bn_relu(64, 128, 1, 1),
         )
-        self.context = ResNet18()
+        self.context = ResNet(**RESNET18)
         init_weights(self)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
-from mit_semseg.models.encoders.base import ENCODERS, Encoder, dilate, init_weights
+from mit_semseg.models.encoders.base import (
+    Encoder,
+    dilate,
+    init_weights,
+    register_strides,
+)
 
 
 class DenseLayer(nn.Module):
@@ -53,7 +56,7 @@ class Transition(nn.Module):
 
 
 class DenseNet(Encoder):
-    """DenseNet; `strides` says how far it is dilated.
+    """DenseNet.
 
     Emits what each block gave, after the BatchNorm and ReLU that follow it.
 
@@ -66,27 +69,42 @@ class DenseNet(Encoder):
         - Pools of the transitions keep the last row and column of maps with odd sides.
     """
 
-    strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
-    stem: ClassVar[int] = 64
-    growth: ClassVar[int] = 32
-    depths: ClassVar[tuple[int, ...]]
+    strides: tuple[int, ...] = (4, 8, 16, 32)
+    output_strides = (32, 16, 8)
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        depths: tuple[int, ...],
+        channels: tuple[int, ...],
+        stem: int = 64,
+        growth: int = 32,
+        output_stride: int = 32,
+    ) -> None:
+        """Build it.
+
+        Args:
+            depths: layers of each of the four blocks.
+            channels: that each of them gives, its input among them.
+            stem: channels of the first convolution.
+            growth: channels that a layer adds.
+            output_stride: of the deepest map, 32, 16 or 8.
+        """
         super().__init__()
+        self.channels, self.strides = channels, self.strides_at(output_stride)
         self.features = nn.Sequential()
         add = self.features.add_module
-        add("conv0", nn.Conv2d(3, self.stem, 7, stride=2, padding=3, bias=False))
-        add("norm0", BatchNorm2d(self.stem))
+        add("conv0", nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False))
+        add("norm0", BatchNorm2d(stem))
         add("relu0", nn.ReLU(inplace=True))
         add("pool0", nn.MaxPool2d(3, stride=2, padding=1))
-        n_in, natural = self.stem, 4
+        n_in, natural = stem, 4
         for i, (depth, n_out, stride) in enumerate(
-            zip(self.depths, self.channels, self.strides, strict=True), start=1
+            zip(depths, channels, self.strides, strict=True), start=1
         ):
-            block = DenseBlock(n_in, depth, self.growth)
+            block = DenseBlock(n_in, depth, growth)
             dilate(block, natural // stride)
             add(f"denseblock{i}", block)
-            if i < len(self.depths):
+            if i < len(depths):
                 add(f"transition{i}", Transition(n_out, pools=self.strides[i] > stride))
                 n_in, natural = n_out // 2, natural * 2
         add("norm5", BatchNorm2d(n_out))
@@ -108,89 +126,14 @@ class DenseNet(Encoder):
         return [*maps, x]
 
 
-@ENCODERS.register("densenet121")
-class DenseNet121(DenseNet):
-    """DenseNet121 at output stride 32."""
-
-    depths = (6, 12, 24, 16)
-    channels = (256, 512, 1024, 1024)
-
-
-@ENCODERS.register("densenet121dilated", "densenet121_dilated8")
-class DenseNet121Dilated8(DenseNet121):
-    """DenseNet121 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("densenet121_dilated16")
-class DenseNet121Dilated16(DenseNet121):
-    """DenseNet121 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("densenet161")
-class DenseNet161(DenseNet):
-    """DenseNet161 at output stride 32."""
-
-    stem, growth, depths = 96, 48, (6, 12, 36, 24)
-    channels = (384, 768, 2112, 2208)
-
-
-@ENCODERS.register("densenet161dilated", "densenet161_dilated8")
-class DenseNet161Dilated8(DenseNet161):
-    """DenseNet161 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("densenet161_dilated16")
-class DenseNet161Dilated16(DenseNet161):
-    """DenseNet161 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("densenet169")
-class DenseNet169(DenseNet):
-    """DenseNet169 at output stride 32."""
-
-    depths = (6, 12, 32, 32)
-    channels = (256, 512, 1280, 1664)
-
-
-@ENCODERS.register("densenet169dilated", "densenet169_dilated8")
-class DenseNet169Dilated8(DenseNet169):
-    """DenseNet169 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("densenet169_dilated16")
-class DenseNet169Dilated16(DenseNet169):
-    """DenseNet169 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("densenet201")
-class DenseNet201(DenseNet):
-    """DenseNet201 at output stride 32."""
-
-    depths = (6, 12, 48, 32)
-    channels = (256, 512, 1792, 1920)
-
-
-@ENCODERS.register("densenet201dilated", "densenet201_dilated8")
-class DenseNet201Dilated8(DenseNet201):
-    """DenseNet201 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("densenet201_dilated16")
-class DenseNet201Dilated16(DenseNet201):
-    """DenseNet201 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
+register_strides("densenet121", DenseNet, depths=(6, 12, 24, 16), channels=(256, 512, 1024, 1024))
+register_strides(
+    "densenet161",
+    DenseNet,
+    depths=(6, 12, 36, 24),
+    channels=(384, 768, 2112, 2208),
+    stem=96,
+    growth=48,
+)
+register_strides("densenet169", DenseNet, depths=(6, 12, 32, 32), channels=(256, 512, 1280, 1664))
+register_strides("densenet201", DenseNet, depths=(6, 12, 48, 32), channels=(256, 512, 1792, 1920))

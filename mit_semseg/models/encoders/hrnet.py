@@ -78,7 +78,7 @@ class HRNetV2(Encoder):
     """
 
     widths: ClassVar[tuple[int, ...]] = (48, 96, 192, 384)
-    channels: ClassVar[tuple[int, ...]] = (sum(widths),)
+    channels: tuple[int, ...] = (sum(widths),)
     strides = (4,)
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
-from mit_semseg.models.encoders.resnet import ResNet50Dilated8
+from mit_semseg.models.encoders.resnet import RESNET50, ResNet
 from mit_semseg.models.layers import conv_bn_relu, resize
 
 
@@ -46,7 +46,7 @@ class ICNetResNet50(Encoder):
         super().__init__()
         widths = ((3, 32), (32, 32), (32, 64))
         self.full = nn.Sequential(*(conv_bn_relu(*width, stride=2) for width in widths))
-        self.backbone = ResNet50Dilated8()
+        self.backbone = ResNet(**RESNET50, output_stride=8)
         init_weights(self)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.depthwise import DepthwiseConv2d
-from mit_semseg.models.encoders.base import ENCODERS, Encoder, dilate, init_weights
+from mit_semseg.models.encoders.base import (
+    Encoder,
+    dilate,
+    init_weights,
+    register_strides,
+)
 
 # Expansion, output channels, blocks, stride of the first block: table 2 of the paper.
 STAGES = (
@@ -49,9 +52,8 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.residual else self.conv(x)
 
 
-@ENCODERS.register("mobilenetv2")
 class MobileNetV2(Encoder):
-    """MobileNetV2 at output stride 32; `strides` says how far it is dilated.
+    """MobileNetV2.
 
     Paper: Sandler et al. 2018, arXiv:1801.04381, table 2; the last 1x1 convolution, to 1280
     channels, belongs to the classifier and is left out. The dilated forms give up strides as
@@ -65,15 +67,17 @@ class MobileNetV2(Encoder):
           bottom only, which moves what they see by a pixel.
     """
 
-    channels: ClassVar[tuple[int, ...]] = (24, 32, 64, 160, 320)
-    strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32, 32)
+    channels: tuple[int, ...] = (24, 32, 64, 160, 320)
+    strides: tuple[int, ...] = (4, 8, 16, 32, 32)
+    output_strides = (32, 16, 8)
     taps = (2, 4, 7, 14, 17)  # indices into `features` of what is emitted
     # The first depthwise filters take differences of nearly equal values: three quarters of the
     # labels that bfloat16 changes, it changes here.
     fp32_layers = ("features.0", "features.1")
 
-    def __init__(self) -> None:
+    def __init__(self, output_stride: int = 32) -> None:
         super().__init__()
+        self.strides = self.strides_at(output_stride)
         blocks: list[nn.Module] = [nn.Sequential(*conv_bn(3, 32, 3, 2), nn.ReLU6(inplace=True))]
         n_in = 32
         for expansion, n_out, depth, stride in STAGES:
@@ -98,15 +102,4 @@ class MobileNetV2(Encoder):
         return maps
 
 
-@ENCODERS.register("mobilenetv2dilated", "mobilenetv2_dilated8")
-class MobileNetV2Dilated8(MobileNetV2):
-    """MobileNetV2 at output stride 8."""
-
-    strides = (4, 8, 8, 8, 8)
-
-
-@ENCODERS.register("mobilenetv2_dilated16")
-class MobileNetV2Dilated16(MobileNetV2):
-    """MobileNetV2 at output stride 16."""
-
-    strides = (4, 8, 16, 16, 16)
+register_strides("mobilenetv2", MobileNetV2)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.depthwise import DepthwiseConv2d
-from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
+from mit_semseg.models.encoders.base import Encoder, init_weights, register_strides
 
 # Kernel, hidden channels, output channels, squeeze-and-excitation, hard swish, stride: table 1 of
 # the paper. From block 12 on the stride is 32.
@@ -94,9 +92,8 @@ class InvertedResidual(nn.Module):
         return x + self.block(x) if self.residual else self.block(x)
 
 
-@ENCODERS.register("mobilenetv3_large")
 class MobileNetV3Large(Encoder):
-    """MobileNetV3-Large (width 1.0) at output stride 32, under torchvision's names.
+    """MobileNetV3-Large (width 1.0), under torchvision's names.
 
     Paper: Howard et al. 2019, arXiv:1905.02244, table 1, without what follows the last 1x1
     convolution. BatchNorm adds 1e-3 to the variance, and its statistics have momentum 0.01.
@@ -104,18 +101,26 @@ class MobileNetV3Large(Encoder):
     Emitted are the last map of stride 4, the first of stride 8, which torchvision's auxiliary head
     reads, and the deepest. Squeeze-and-excitation averages over what it sees: where an image is
     computed in tiles, over the tile.
+
+    Deviations:
+        - At output stride 16 the block that had the stride is dilated by 2, as those after it: so
+          it is in torchvision.
+        - No layer is halved in width, where sec. 6.4 of the paper halves those of the last stage
+          for segmentation: torchvision's weights have their full width.
     """
 
     channels = (24, 40, 960)
-    strides: ClassVar[tuple[int, ...]] = (4, 8, 32)
+    strides: tuple[int, ...] = (4, 8, 32)
+    output_strides = (32, 16)
     taps = (3, 4, 16)  # indices into `features` of what is emitted
 
-    def __init__(self) -> None:
+    def __init__(self, output_stride: int = 32) -> None:
         super().__init__()
+        self.strides = self.strides_at(output_stride)
         layers: list[nn.Module] = [conv_bn(3, 16, 3, nn.Hardswish(), stride=2)]
         n_in = 16
         for i, (kernel, hidden, n_out, excite, swish, stride) in enumerate(BLOCKS):
-            dilation = 32 // self.strides[-1] if i >= 12 else 1
+            dilation = 32 // output_stride if i >= 12 else 1
             stride = stride if dilation == 1 else 1
             layers.append(
                 InvertedResidual(n_in, kernel, hidden, n_out, excite, swish, stride, dilation)
@@ -134,14 +139,4 @@ class MobileNetV3Large(Encoder):
         return maps
 
 
-@ENCODERS.register("mobilenetv3_large_dilated16")
-class MobileNetV3LargeDilated16(MobileNetV3Large):
-    """MobileNetV3-Large at output stride 16.
-
-    Deviations:
-        - The block that had the stride is dilated by 2, as those after it: so it is in torchvision.
-        - No layer is halved in width, where sec. 6.4 of the paper halves those of the last stage
-          for segmentation: torchvision's weights have their full width.
-    """
-
-    strides = (4, 8, 16)
+register_strides("mobilenetv3_large", MobileNetV3Large)

@@ -7,12 +7,12 @@ paper's one 7x7 convolution; so have `torchvision_resnet18`, `_resnet50` and `_r
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
-from mit_semseg.models.encoders.base import ENCODERS, Encoder, dilate, init_weights
+from mit_semseg.models.encoders.base import Encoder, dilate, init_weights, register_strides
 
 
 def conv3x3(n_in: int, n_out: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -78,8 +78,17 @@ class Bottleneck(nn.Module):
         return self.relu(x + residual)
 
 
+def stage(
+    block: type[BasicBlock] | type[Bottleneck], n_in: int, n_out: int, depth: int, stride: int
+) -> nn.Sequential:
+    """Blocks of which the first has the stride."""
+    width = n_out // block.expansion
+    first = block(n_in, width, stride)
+    return nn.Sequential(first, *(block(n_out, width) for _ in range(depth - 1)))
+
+
 class ResNet(Encoder):
-    """ResNet whose stem is three 3x3 convolutions; `strides` says how far it is dilated.
+    """ResNet whose stem is three 3x3 convolutions.
 
     Paper: He et al. 2016, arXiv:1512.03385, table 1; stem of Szegedy et al. 2016, arXiv:1512.00567;
     dilation of Yu et al. 2017, arXiv:1705.09914, sec. 2.
@@ -94,17 +103,31 @@ class ResNet(Encoder):
           one more row and column.
     """
 
-    strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
-    block: ClassVar[type[BasicBlock] | type[Bottleneck]]
-    depths: ClassVar[tuple[int, ...]]
+    strides: tuple[int, ...] = (4, 8, 16, 32)
+    output_strides = (32, 16, 8)
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, ...],
+        channels: tuple[int, ...],
+        output_stride: int = 32,
+    ) -> None:
+        """Build it.
+
+        Args:
+            block: what the stages are made of.
+            depths: blocks of each of the four stages.
+            channels: that each of them gives.
+            output_stride: of the deepest map, 32, 16 or 8.
+        """
         super().__init__()
-        inputs = (self._make_stem(), *self.channels[:-1])
+        self.channels, self.strides = channels, self.strides_at(output_stride)
+        inputs = (self._make_stem(), *channels[:-1])
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            self._stage(n_in, n_out, depth, stride)
+            stage(block, n_in, n_out, depth, stride)
             for n_in, n_out, depth, stride in zip(
-                inputs, self.channels, self.depths, (1, 2, 2, 2), strict=True
+                inputs, channels, depths, (1, 2, 2, 2), strict=True
             )
         )
         dilate(self.layer3, 16 // self.strides[2])
@@ -131,11 +154,6 @@ class ResNet(Encoder):
         x = self.relu3(self.bn3(self.conv3(x)))
         return self.maxpool(x)
 
-    def _stage(self, n_in: int, n_out: int, depth: int, stride: int) -> nn.Sequential:
-        width = n_out // self.block.expansion
-        first = self.block(n_in, width, stride)
-        return nn.Sequential(first, *(self.block(n_out, width) for _ in range(depth - 1)))
-
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         x, maps = self._stem(images), []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -161,177 +179,19 @@ class PlainStemResNet(ResNet):
         return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 
 
-@ENCODERS.register("resnet18")
-class ResNet18(ResNet):
-    """ResNet18 at output stride 32."""
-
-    block, depths = BasicBlock, (2, 2, 2, 2)
-    channels = (64, 128, 256, 512)
-
-
-@ENCODERS.register("resnet18dilated", "resnet18_dilated8")
-class ResNet18Dilated8(ResNet18):
-    """ResNet18 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("resnet18_dilated16")
-class ResNet18Dilated16(ResNet18):
-    """ResNet18 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("resnet50")
-class ResNet50(ResNet):
-    """ResNet50 at output stride 32."""
-
-    block, depths = Bottleneck, (3, 4, 6, 3)
-    channels = (256, 512, 1024, 2048)
-
-
-@ENCODERS.register("resnet50dilated", "resnet50_dilated8")
-class ResNet50Dilated8(ResNet50):
-    """ResNet50 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("resnet50_dilated16")
-class ResNet50Dilated16(ResNet50):
-    """ResNet50 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("resnet101")
-class ResNet101(ResNet):
-    """ResNet101 at output stride 32."""
-
-    block, depths = Bottleneck, (3, 4, 23, 3)
-    channels = (256, 512, 1024, 2048)
-
-
-@ENCODERS.register("resnet101dilated", "resnet101_dilated8")
-class ResNet101Dilated8(ResNet101):
-    """ResNet101 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("resnet101_dilated16")
-class ResNet101Dilated16(ResNet101):
-    """ResNet101 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("resnet34")
-class ResNet34(PlainStemResNet):
-    """ResNet34 at output stride 32, with the stem of the paper."""
-
-    block, depths = BasicBlock, (3, 4, 6, 3)
-    channels = (64, 128, 256, 512)
-
-
-@ENCODERS.register("resnet34dilated", "resnet34_dilated8")
-class ResNet34Dilated8(ResNet34):
-    """ResNet34 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("resnet34_dilated16")
-class ResNet34Dilated16(ResNet34):
-    """ResNet34 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("resnet152")
-class ResNet152(PlainStemResNet):
-    """ResNet152 at output stride 32, with the stem of the paper."""
-
-    block, depths = Bottleneck, (3, 8, 36, 3)
-    channels = (256, 512, 1024, 2048)
-
-
-@ENCODERS.register("resnet152dilated", "resnet152_dilated8")
-class ResNet152Dilated8(ResNet152):
-    """ResNet152 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("resnet152_dilated16")
-class ResNet152Dilated16(ResNet152):
-    """ResNet152 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("torchvision_resnet18")
-class TorchvisionResNet18(PlainStemResNet):
-    """Torchvision's ResNet18 at output stride 32."""
-
-    block, depths = BasicBlock, (2, 2, 2, 2)
-    channels = (64, 128, 256, 512)
-
-
-@ENCODERS.register("torchvision_resnet18dilated", "torchvision_resnet18_dilated8")
-class TorchvisionResNet18Dilated8(TorchvisionResNet18):
-    """Torchvision's ResNet18 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("torchvision_resnet18_dilated16")
-class TorchvisionResNet18Dilated16(TorchvisionResNet18):
-    """Torchvision's ResNet18 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("torchvision_resnet50")
-class TorchvisionResNet50(PlainStemResNet):
-    """Torchvision's ResNet50 at output stride 32."""
-
-    block, depths = Bottleneck, (3, 4, 6, 3)
-    channels = (256, 512, 1024, 2048)
-
-
-@ENCODERS.register("torchvision_resnet50dilated", "torchvision_resnet50_dilated8")
-class TorchvisionResNet50Dilated8(TorchvisionResNet50):
-    """Torchvision's ResNet50 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("torchvision_resnet50_dilated16")
-class TorchvisionResNet50Dilated16(TorchvisionResNet50):
-    """Torchvision's ResNet50 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("torchvision_resnet101")
-class TorchvisionResNet101(PlainStemResNet):
-    """Torchvision's ResNet101 at output stride 32."""
-
-    block, depths = Bottleneck, (3, 4, 23, 3)
-    channels = (256, 512, 1024, 2048)
-
-
-@ENCODERS.register("torchvision_resnet101dilated", "torchvision_resnet101_dilated8")
-class TorchvisionResNet101Dilated8(TorchvisionResNet101):
-    """Torchvision's ResNet101 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("torchvision_resnet101_dilated16")
-class TorchvisionResNet101Dilated16(TorchvisionResNet101):
-    """Torchvision's ResNet101 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
+# Table 1 of the paper.
+THIN, WIDE = (64, 128, 256, 512), (256, 512, 1024, 2048)
+RESNET18: dict[str, Any] = {"block": BasicBlock, "depths": (2, 2, 2, 2), "channels": THIN}
+RESNET34: dict[str, Any] = {"block": BasicBlock, "depths": (3, 4, 6, 3), "channels": THIN}
+RESNET50: dict[str, Any] = {"block": Bottleneck, "depths": (3, 4, 6, 3), "channels": WIDE}
+RESNET101: dict[str, Any] = {"block": Bottleneck, "depths": (3, 4, 23, 3), "channels": WIDE}
+RESNET152: dict[str, Any] = {"block": Bottleneck, "depths": (3, 8, 36, 3), "channels": WIDE}
+
+register_strides("resnet18", ResNet, **RESNET18)
+register_strides("resnet50", ResNet, **RESNET50)
+register_strides("resnet101", ResNet, **RESNET101)
+register_strides("resnet34", PlainStemResNet, **RESNET34)
+register_strides("resnet152", PlainStemResNet, **RESNET152)
+register_strides("torchvision_resnet18", PlainStemResNet, **RESNET18)
+register_strides("torchvision_resnet50", PlainStemResNet, **RESNET50)
+register_strides("torchvision_resnet101", PlainStemResNet, **RESNET101)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mit_semseg.models.encoders.base import ENCODERS
-from mit_semseg.models.encoders.resnet import Bottleneck, PlainStemResNet, ResNet
+from mit_semseg.models.encoders.base import register_strides
+from mit_semseg.models.encoders.resnet import WIDE, Bottleneck, PlainStemResNet, ResNet
 
 
 class GroupedBottleneck(Bottleneck):
@@ -13,9 +13,8 @@ class GroupedBottleneck(Bottleneck):
     groups = 32
 
 
-@ENCODERS.register("resnext101")
 class ResNeXt101(ResNet):
-    """ResNeXt101 32x4d at output stride 32.
+    """ResNeXt101 32x4d.
 
     Paper: Xie et al. 2017, arXiv:1611.05431, table 1; with the deep stem of `ResNet`.
 
@@ -25,45 +24,24 @@ class ResNeXt101(ResNet):
           that its weights begin larger by the root of 32.
     """
 
-    block, depths = GroupedBottleneck, (3, 4, 23, 3)
-    channels = (256, 512, 1024, 2048)
+    channels = WIDE
+
+    def __init__(self, output_stride: int = 32) -> None:
+        super().__init__(GroupedBottleneck, (3, 4, 23, 3), WIDE, output_stride)
 
 
-@ENCODERS.register("resnext101dilated", "resnext101_dilated8")
-class ResNeXt101Dilated8(ResNeXt101):
-    """ResNeXt101 at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("resnext101_dilated16")
-class ResNeXt101Dilated16(ResNeXt101):
-    """ResNeXt101 at output stride 16."""
-
-    strides = (4, 8, 16, 16)
-
-
-@ENCODERS.register("resnext50")
 class ResNeXt50(PlainStemResNet):
-    """ResNeXt50 32x4d at output stride 32.
+    """ResNeXt50 32x4d.
 
     Paper: Xie et al. 2017, arXiv:1611.05431, table 1; the stem, too, is the paper's, since only
     torchvision publishes weights of it.
     """
 
-    block, depths = GroupedBottleneck, (3, 4, 6, 3)
-    channels = (256, 512, 1024, 2048)
+    channels = WIDE
+
+    def __init__(self, output_stride: int = 32) -> None:
+        super().__init__(GroupedBottleneck, (3, 4, 6, 3), WIDE, output_stride)
 
 
-@ENCODERS.register("resnext50dilated", "resnext50_dilated8")
-class ResNeXt50Dilated8(ResNeXt50):
-    """ResNeXt50 32x4d at output stride 8."""
-
-    strides = (4, 8, 8, 8)
-
-
-@ENCODERS.register("resnext50_dilated16")
-class ResNeXt50Dilated16(ResNeXt50):
-    """ResNeXt50 32x4d at output stride 16."""
-
-    strides = (4, 8, 16, 16)
+register_strides("resnext101", ResNeXt101)
+register_strides("resnext50", ResNeXt50)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,7 +26,7 @@ class UNetEncoder(Encoder):
         - Pooling rounds sides up, not down.
     """
 
-    channels: ClassVar[tuple[int, ...]] = (64, 128, 256, 512, 1024)
+    channels: tuple[int, ...] = (64, 128, 256, 512, 1024)
     strides = (1, 2, 4, 8, 16)
 
     def __init__(self) -> None:

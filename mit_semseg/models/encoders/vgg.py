@@ -55,8 +55,8 @@ class VGG(Encoder):
           network first.
     """
 
-    channels: ClassVar[tuple[int, ...]] = WIDTHS
-    strides: ClassVar[tuple[int, ...]] = (2, 4, 8, 16, 32)
+    channels: tuple[int, ...] = WIDTHS
+    strides: tuple[int, ...] = (2, 4, 8, 16, 32)
     normalized: ClassVar[bool] = False
     indices: ClassVar[bool] = False
 
