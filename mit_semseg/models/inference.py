@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from mit_semseg.errors import one_line
 from mit_semseg.lib.nn.transfer import map_tensors
-from mit_semseg.models.fast_decoders import fast_decoder
 from mit_semseg.models.module import SegmentationModule
 
 log = logging.getLogger("mit_semseg")
@@ -37,8 +36,8 @@ def inference_copy(
 ) -> SegmentationModule:
     """A copy of a module for prediction only: faster, with the same results.
 
-    Every BatchNorm that normalises nothing but one convolution becomes part of it, decoders are
-    brought into the form that is the fastest on the device, and memory is laid out channels last.
+    Every BatchNorm that normalises nothing but one convolution becomes part of it, and memory is
+    laid out channels last.
     The copy is in evaluation mode and takes no gradients; the module itself is untouched, and so
     are its checkpoints. A network whose results folding would change (custom layers can do
     anything) is left unfolded, with a warning.
@@ -67,8 +66,6 @@ def inference_copy(
         mirror_pairs=module.mirror_pairs,
     )
     fast = _folded(fast.eval())
-    if place.type == "cpu":
-        fast.decoder = fast_decoder(fast.decoder)
     fast.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dtype is not None and any(p.dtype != dtype for p in fast.parameters()):
         _cast(fast, dtype)

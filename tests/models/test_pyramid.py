@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import rounding
-from torch import nn
 
 from mit_semseg import matrices
-from mit_semseg.models.pyramid import Tile, convolve_pyramid, pooled, resize_within
+from mit_semseg.models import pyramid
+from mit_semseg.models.pyramid import PyramidConv2d, Tile, pooled, resize_within
 
 POOLS = ((1, 1), (2, 2), (3, 3), (6, 6))
 LEVELS = ((29, 38), (15, 19), (7, 10))
@@ -26,14 +26,17 @@ def test_coarser_maps_are_joined_as_if_they_were_resized(
     size: tuple[int, int], coarser: Sequence[tuple[int, int]], channels_last: bool
 ) -> None:
     torch.manual_seed(0)
-    conv = nn.Conv2d(8 + len(coarser) * 4, 6, 3, padding=1).double()
+    conv = PyramidConv2d(8 + len(coarser) * 4, 6, 3, padding=1).double()
     if channels_last:
         conv = conv.to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
     maps = [torch.randn(2, 4, *s, dtype=torch.float64, requires_grad=True) for s in coarser]
     resized = [F.interpolate(one, size, mode="bilinear", align_corners=False) for one in maps]
     plain = F.conv2d(torch.cat([x, *resized], dim=1), conv.weight, conv.bias, padding=1)
-    fast = convolve_pyramid(conv, x, maps)
+    with pytest.MonkeyPatch.context() as patch:  # the form of a GPU, and of a trace
+        patch.setattr(pyramid, "is_plain", lambda x: False)
+        torch.testing.assert_close(conv(x, maps), plain, rtol=1e-10, atol=1e-12)
+    fast = conv(x, maps)
     torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
     towards = torch.randn_like(plain)
     inputs = [x, *maps, *conv.parameters()]
@@ -45,7 +48,7 @@ def test_coarser_maps_are_joined_as_if_they_were_resized(
 
 def test_joining_rounds_no_more_than_the_plain_convolution_in_bfloat16() -> None:
     torch.manual_seed(0)
-    conv = nn.Conv2d(64 + 4 * 16, 8, 3, padding=1)
+    conv = PyramidConv2d(64 + 4 * 16, 8, 3, padding=1)
     x, size = torch.randn(1, 64, 20, 30), (20, 30)
     pools = [torch.randn(1, 16, s, s) for s in (1, 2, 3, 6)]
     resized = [F.interpolate(pool, size, mode="bilinear", align_corners=False) for pool in pools]
@@ -53,7 +56,7 @@ def test_joining_rounds_no_more_than_the_plain_convolution_in_bfloat16() -> None
     exact = F.conv2d(joined, conv.weight, conv.bias, padding=1)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         plain = F.conv2d(joined, conv.weight, conv.bias, padding=1).float() - exact
-        fast = convolve_pyramid(conv, x, pools)
+        fast = conv(x, pools)
     assert fast.dtype == torch.bfloat16
     assert (fast.float() - exact).square().mean() < 2 * plain.square().mean()
 
@@ -67,14 +70,14 @@ def test_a_tile_is_joined_as_in_the_whole(
 ) -> None:
     """Away from the tile's own edges, at which x is padded."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(8 + 4 * 4, 6, 3, padding=1).double()
+    conv = PyramidConv2d(8 + 4 * 4, 6, 3, padding=1).double()
     x = torch.randn(2, 8, *whole, dtype=torch.float64)
     maps = [torch.randn(2, 4, *s, dtype=torch.float64) for s in POOLS]
     conv.weight.data[:, :8] = 0  # so that they show what the coarser maps add up to the very edge
     here = (..., slice(*rows), slice(*columns))
     tile = Tile({}, rows[0], columns[0], *whole)
-    given = convolve_pyramid(conv, x[here], maps, tile)
-    torch.testing.assert_close(given, convolve_pyramid(conv, x, maps)[here])
+    given = conv(x[here], maps, tile)
+    torch.testing.assert_close(given, conv(x, maps)[here])
     for one in maps:
         resized = F.interpolate(one, whole, mode="bilinear", align_corners=False)
         torch.testing.assert_close(resize_within(one, x[here].shape[2:], tile), resized[here])

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.deepsup import DeepSup
-from mit_semseg.models.pyramid import Tile, resize_within
+from mit_semseg.models.pyramid import PyramidConv2d, Tile
 
 
 class PooledBatchNorm2d(SynchronizedBatchNorm2d):
@@ -68,7 +67,7 @@ class PPM(Decoder):
         )
         joined = n_in + len(pool_scales) * width
         self.conv_last = nn.Sequential(
-            nn.Conv2d(joined, width, 3, padding=1, bias=False),
+            PyramidConv2d(joined, width, 3, padding=1, bias=False),
             SynchronizedBatchNorm2d(width),
             nn.ReLU(inplace=True),
             nn.Dropout2d(0.1),
@@ -78,14 +77,13 @@ class PPM(Decoder):
 
     def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
         x = features[-1]
-        context = [resize_within(y, x.shape[2:], tile) for y in self.pyramid(x, tile)]
-        return (self.conv_last(torch.cat([x, *context], dim=1)),)
-
-    def pyramid(self, x: Tensor, tile: Tile | None) -> list[Tensor]:
-        """What each branch makes of its pool, (B, width, s, s)."""
+        join, *layers = self.conv_last
         # Each branch begins with the same pooling again, which leaves a pooled map as it is.
-        pools = self.pools(x, tile)
-        return [branch(pool) for branch, pool in zip(self.ppm, pools, strict=True)]
+        pools = zip(self.ppm, self.pools(x, tile), strict=True)
+        y = join(x, [branch(pool) for branch, pool in pools], tile)
+        for layer in layers:
+            y = layer(y)
+        return (y,)
 
 
 @DECODERS.register("ppm_deepsup", "ppm_bilinear_deepsup")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.layers import conv_bn_relu, resize
-from mit_semseg.models.pyramid import Tile, resize_within
+from mit_semseg.models.pyramid import PyramidConv2d, Tile, resize_within
 
 
 @DECODERS.register("upernet")
@@ -51,7 +51,7 @@ class UPerNet(Decoder):
         self.fpn_in = nn.ModuleList(conv_bn_relu(n_in, fpn_dim, 1) for n_in in lower)
         # Published names have one more level of nesting here and in conv_last.
         self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn_relu(fpn_dim, fpn_dim)) for _ in lower)
-        join = nn.Conv2d(len(channels) * fpn_dim, fpn_dim, 3, padding=1, bias=False)
+        join = PyramidConv2d(len(channels) * fpn_dim, fpn_dim, 3, padding=1, bias=False)
         self.conv_last = nn.Sequential(
             nn.Sequential(join, BatchNorm2d(fpn_dim), nn.ReLU(inplace=True)),
             nn.Conv2d(fpn_dim, num_class, 1),
@@ -60,8 +60,9 @@ class UPerNet(Decoder):
 
     def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
         finest, *coarser = self.levels(features, tile)
-        resized = [resize(level, finest.shape[2:]) for level in coarser]
-        return (self.conv_last(torch.cat([finest, *resized], dim=1)),)
+        fuse, classify = self.conv_last
+        join, norm, relu = cast(nn.Sequential, fuse)
+        return (classify(relu(norm(join(finest, coarser)))),)
 
     def levels(self, features: list[Tensor], tile: Tile | None) -> list[Tensor]:
         """The feature pyramid, (B, fpn_dim, h, w) each, finest first."""
