@@ -7,12 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from source_tree import ROOT, source_files
+
+import mit_semseg
 
 # pip neither asks an index nor the user's settings.
 ENVIRONMENT = {
@@ -21,11 +25,13 @@ ENVIRONMENT = {
     "PIP_NO_INDEX": "1",
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
+INSTALLED = ["wheel", pytest.param("sdist", marks=pytest.mark.slow)]
+CAMVID = ROOT / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
 
 
-def run(*arguments: object, cwd: Path, **environment: str) -> str:
+def run(*command: object, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [*map(str, command)],
         cwd=cwd,
         env={**ENVIRONMENT, **environment},
         capture_output=True,
@@ -36,17 +42,8 @@ def run(*arguments: object, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-def build(source: Path, kind: str, dest: Path) -> Path:
-    """The wheel or sdist of a tree, as a build front end would make it."""
-    dest.mkdir(exist_ok=True)
-    code = "import setuptools.build_meta as b, sys; getattr(b, 'build_' + sys.argv[1])(sys.argv[2])"
-    run("-c", code, kind, dest, cwd=source)
-    (file,) = dest.iterdir()
-    return file
-
-
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, since building writes beside them."""
     copy = tmp_path_factory.mktemp("tree")
     for file in source_files():
@@ -56,27 +53,55 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    dest = tmp_path_factory.mktemp("wheel")
-    run(
-        *("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
-        *("--wheel-dir", dest, tree),
-        cwd=dest,
-    )
-    (file,) = dest.iterdir()
+def dist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was made from it."""
+    dest = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dest, checkout, cwd=dest)
+    return dest
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (file,) = dist.glob("*.whl")
     return file
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which the wheel was installed."""
-    target = tmp_path_factory.mktemp("site")
-    run(
-        *("-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", target),
-        wheel,
-        cwd=target,
-    )
-    return target
+def sdist(dist: Path) -> Path:
+    (file,) = dist.glob("*.tar.gz")
+    return file
+
+
+@pytest.fixture(scope="module")
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with the package; in that of "checkout" it is found where it is written.
+
+    It sees torch and the rest of this environment, but no package that is installed here in
+    editable form: such a package's .pth file works in its own folder alone.
+    """
+    environment = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment)
+    lines = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    source: Path = request.getfixturevalue(request.param)
+    if request.param == "checkout":
+        lines.insert(0, str(source))
+    (site_packages(environment) / "others.pth").write_text("\n".join(lines) + "\n")
+    if request.param != "checkout":
+        run(
+            *(sys.executable, "-m", "pip", "--python", python(environment), "install", "--quiet"),
+            *("--no-deps", "--no-build-isolation", "--ignore-installed", "--no-compile", source),
+            cwd=environment,
+        )
+    return environment
+
+
+def python(environment: Path) -> Path:
+    return environment / "bin" / "python"
+
+
+def site_packages(environment: Path) -> Path:
+    (folder,) = environment.glob("lib/*/site-packages")
+    return folder
 
 
 def test_the_wheel_holds_every_module_and_table_and_nothing_else(wheel: Path) -> None:
@@ -109,6 +134,13 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert not [line for line in needed if "<" in line or "==" in line.split(";")[0]]
 
 
+def test_the_index_will_take_both(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist, cwd=tmp_path)
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"lib/nn/batchnorm.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+
+
 STANDS_ALONE = """
 import json, multiprocessing, sys
 import mit_semseg, mit_semseg.lib.nn, mit_semseg.lib.utils
@@ -127,41 +159,33 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("place", ["installed", "tree"])
-def test_the_package_stands_alone(
-    place: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    """Installed, and in a checkout without links."""
-    folder: Path = request.getfixturevalue(place)
+@pytest.mark.parametrize("place", ["checkout", *INSTALLED], indirect=True)
+def test_the_package_stands_alone(place: Path, checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(STANDS_ALONE)
-    told = run("main.py", cwd=tmp_path, PYTHONPATH=str(folder))
+    told = run(python(place), "main.py", cwd=tmp_path)
     files, classes, has_lib, segmenter = json.loads(told)
-    strangers = {n: f for n, f in files.items() if not f.startswith(f"{folder}{os.sep}")}
+    lib = Path(files["mit_semseg.lib.nn"])
+    if lib == checkout / "lib/nn/__init__.py":
+        home = checkout
+    else:
+        home = site_packages(place)
+        assert lib == home / "mit_semseg/lib/nn/__init__.py"
+    strangers = {n: f for n, f in files.items() if not f.startswith(f"{home}{os.sep}")}
     assert not strangers, "imported from elsewhere"
     assert len(files) > 40
-    inside = "mit_semseg" if place == "installed" else ""
-    assert Path(files["mit_semseg.lib.nn"]) == folder / inside / "lib/nn/__init__.py"
     assert not has_lib, "importing lib directly makes a second copy of every class"
     assert len(classes) == 150
     assert classes[0] == "wall"
     assert segmenter == "mit_semseg.segmenter"
 
 
-def test_the_installed_command_runs(installed: Path, tmp_path: Path) -> None:
-    out = run("-m", "mit_semseg.cli", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
-    assert "usage: mit-semseg" in out
-
-
-def test_the_sdist_makes_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path) -> None:
-    sdist = build(tree, "sdist", tmp_path / "sdist")
-    with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-        archive.extractall(tmp_path, filter="data")
-    assert {"lib/nn/batchnorm.py", "lib/utils/convert.py", "pyproject.toml", "LICENSE"} <= names
-    assert "mit_semseg/dataset/tables/ade20k.csv" in names
-    (unpacked,) = (path for path in tmp_path.iterdir() if path.name.startswith("mit_semseg-"))
-    again = build(unpacked, "wheel", tmp_path / "wheel")
-    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
-        # RECORD lists the digest of every file.
-        record = next(name for name in one.namelist() if name.endswith(".dist-info/RECORD"))
-        assert sorted(one.read(record).splitlines()) == sorted(other.read(record).splitlines())
+@pytest.mark.parametrize("place", INSTALLED, indirect=True)
+def test_the_installed_command_runs(place: Path, tmp_path: Path) -> None:
+    """In any folder: it says its version, and parses an image."""
+    command = place / "bin" / "mit-semseg"
+    assert run(command, "--version", cwd=tmp_path) == f"mit-semseg {mit_semseg.__version__}\n"
+    Image.new("RGB", (64, 48), "gray").save(tmp_path / "gray.png")
+    options = ("--imgs", "gray.png", "--gpu", "cpu", "--cfg", CAMVID / "config.yaml")
+    told = run(command, "predict", *options, "DIR", CAMVID, "TEST.result", "out", cwd=tmp_path)
+    assert "1 image parsed" in told
+    assert list((tmp_path / "out").glob("gray*.png"))
