@@ -23,7 +23,9 @@ TORCH = {
 # Those that have wheels for a Python; "newest" takes whatever pip finds.
 PYTHON = {
     "3.10": ("2.4", "2.8", "2.11", "2.14"),
+    "3.11": ("2.4", "newest"),
     "3.12": ("2.4", "2.8", "2.11", "2.14", "newest"),
+    "3.13": ("2.8", "newest"),
     "3.14": ("2.11", "2.14", "newest"),
 }
 # Without the runs of whole trainings, evaluations and faults, which take most of the time.

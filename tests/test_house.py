@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 from source_tree import ROOT, source_files
+
+import mit_semseg
 
 FILES = source_files()
 PYTHON = [file for file in FILES if file.suffix == ".py"]
@@ -103,6 +107,26 @@ def test_lib_begins_with_nothing() -> None:
 def test_lib_is_not_imported_twice() -> None:
     with pytest.raises(ImportError, match="import mit_semseg.lib in place of lib"):
         importlib.import_module("lib")
+
+
+def test_continuous_integration_runs_what_there_is() -> None:
+    spec = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
+    assert spec and spec.loader
+    noxfile = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(noxfile)
+    assert not [path for path in noxfile.QUICK if not (ROOT / path).exists()]
+    text = (ROOT / ".github/workflows/ci.yml").read_text()
+    pairs = yaml.safe_load(text)["jobs"]["tests"]["strategy"]["matrix"]["include"]
+    ends = [(p, t) for p, torch in noxfile.PYTHON.items() for t in (torch[0], torch[-1])]
+    assert [(pair["python"], pair["torch"]) for pair in pairs] == ends
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {*re.findall(r"\bmake ([\w-]+)", text + hooks)} <= {*targets}
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == mit_semseg.__version__
 
 
 def test_the_readme_begins_with_what_to_type() -> None:
