@@ -1,4 +1,4 @@
-"""The result page and the contact sheet."""
+"""The result page and the sheets of images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mit_semseg.visualize.report import (
-    Sample,
-    contact_sheet,
-    error_map,
-    paint,
-    picture_grid,
-    write_page,
-)
+from mit_semseg.visualize.pages import write_page
+from mit_semseg.visualize.palette import error_map, paint
+from mit_semseg.visualize.sheets import Sample, contact_sheet, image_grid
 
 NAMES = ("sky", "road <b>", "car & van")
 COLORS = np.array([(10, 20, 30), (200, 100, 0), (0, 250, 90)], np.uint8)
@@ -108,31 +103,30 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "road <b>" in parsed.text and "Title & more" in parsed.text
 
 
-def test_figures_bars_curves_and_commands_are_on_the_page(tmp_path: Path) -> None:
+def test_summary_charts_and_commands_are_on_the_page(tmp_path: Path) -> None:
     history = [
         {"kind": "train", "epoch": 1, "step": 20, "loss": 1.5, "accuracy": 0.5},
         {"kind": "train", "epoch": 2, "step": 40, "loss": 0.75, "accuracy": 0.7},
-        {"kind": "val", "epoch": 1, "mean_iou": 0.41, "pixel_accuracy": 0.7},
-        {"kind": "val", "epoch": 2, "mean_iou": 0.623, "pixel_accuracy": 0.81},
     ]
-    parsed, text = page(
+    parsed, _ = page(
         tmp_path / "index.html",
         figures=[("mean IoU", "0.812")],
         ious=[0.5, None, 0.25],
         history=history,
-        commands=[("python train.py --cfg a<b>", 93.4)],
+        commands=[("python train.py --cfg a<b>", 93.4), ("python test.py", None)],
     )
-    words = " ".join(parsed.text)
-    for expected in ("0.812", "50.0", "n/a", "(mean 37.5)", "loss 0.75", "mean IoU 62.3", "93 s"):
+    words = " ".join(" ".join(parsed.text).split())
+    for expected in ("0.812", "IoU per class", "Training", "python train.py --cfg a<b> 93 s"):
         assert expected in words, expected
-    assert "python train.py --cfg a<b>" in words
-    assert text.count("<polyline") == 3
-    assert text.index("width:50.0%") < text.index("width:25.0%")
+    charts = [s for s in parsed.sources if s.startswith("data:image/svg+xml;base64,")]
+    assert len(charts) == 2 and parsed.sources[-2:] == charts
+    for chart in charts:
+        assert b"<svg" in base64.b64decode(chart.partition(",")[2])
 
 
 def test_a_single_record_draws_no_curve(tmp_path: Path) -> None:
     record = {"kind": "train", "epoch": 1, "step": 20, "loss": 1.5}
-    assert "<polyline" not in page(tmp_path / "index.html", history=[record])[1]
+    assert "svg" not in page(tmp_path / "index.html", history=[record])[1]
 
 
 def test_numbers_that_disagree_are_refused(tmp_path: Path) -> None:
@@ -140,47 +134,39 @@ def test_numbers_that_disagree_are_refused(tmp_path: Path) -> None:
         page(tmp_path / "index.html", ious=[0.1, 0.2])
 
 
-def test_contact_sheet_holds_the_pictures(tmp_path: Path) -> None:
-    shown = sample(30, 40)
-    wide = contact_sheet([shown, shown], NAMES, COLORS, tmp_path / "a.png", title="T", width=40)
-    picture = np.asarray(Image.open(wide))
-    reds = (picture == (226, 45, 72)).all(axis=-1).sum()
-    assert reds >= 1, "the wrong pixel of each row is red"
-    truth = paint(shown.truth, COLORS)
-    # At its own width a label picture is on the sheet pixel by pixel: column 2 starts at 24 + 48.
-    rows = [
-        y for y in range(picture.shape[0] - 30)
-        if np.array_equal(picture[y : y + 30, 72:112], truth)
-    ]  # fmt: skip
-    assert len(rows) == 2
-
-
-def test_grid_holds_every_picture_under_its_name(tmp_path: Path) -> None:
-    tiles = [(f"model {n}\nsecond line", np.full((6, 8, 3), 20 * n, np.uint8)) for n in range(1, 6)]
-    file = picture_grid(tiles, tmp_path / "x" / "a.png", title="T", columns=2, width=16)
-    sheet = np.asarray(Image.open(file))
-    assert sheet.shape == (2 * 24 + 36 + 3 * (36 + 12 + 12) - 12, 2 * 24 + 2 * 16 + 12, 3)
-    for n in range(1, 6):
-        assert (sheet == 20 * n).all(2).sum() >= 16 * 12
-    one = np.asarray(Image.open(picture_grid(tiles[:1], tmp_path / "b.png", width=16)))
-    assert one.shape[1] == 2 * 24 + 16
-    with pytest.raises(ValueError, match="at least one picture"):
-        picture_grid([], tmp_path / "c.png")
-
-
-def test_grid_says_which_colour_is_which_class(tmp_path: Path) -> None:
-    tiles = [("", np.zeros((60, 80, 3), np.uint8))] * 2
-    plain = np.asarray(Image.open(picture_grid(tiles, tmp_path / "a.png", width=160)))
-    file = picture_grid(tiles, tmp_path / "b.png", width=160, names=NAMES, colors=COLORS)
-    sheet = np.asarray(Image.open(file))
-    assert sheet.shape[0] - plain.shape[0] == 22 + 12
-    for color in COLORS:
-        assert (sheet == color).all(2).sum() > 100 and not (plain == color).all(2).any()
-
-
-def test_contact_sheet_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_contact_sheet_holds_the_images(tmp_path: Path) -> None:
+    shown, path = sample(30, 40), tmp_path / "new" / "a.png"
+    sheet = contact_sheet([shown, shown], NAMES, COLORS, path, title="T")
+    assert path.is_file() and [text.get_text() for text in sheet.texts] == ["T"]
+    captions = [axes.get_title(loc="left") for axes in sheet.axes]
+    assert captions == ["image", "truth", "prediction", "errors", *[""] * 4]
+    for row in (sheet.axes[:4], sheet.axes[4:]):
+        for axes, view in zip(row, shown.views(COLORS), strict=True):
+            assert np.array_equal(axes.images[0].get_array(), view)
+    # The colours of classes are not mixed.
+    assert [a.images[0].get_interpolation() for a in sheet.axes[1:3]] == ["nearest"] * 2
+    key = [text.get_text() for text in sheet.legends[0].get_texts()]
+    assert key == [*NAMES, "wrong"]
     with pytest.raises(ValueError, match="at least one"):
-        contact_sheet([], NAMES, COLORS, tmp_path / "a.png")
+        contact_sheet([], NAMES, COLORS, path)
+
+
+def test_grid_holds_images_and_label_maps_under_their_captions(tmp_path: Path) -> None:
+    tiles = [(f"model {n}\nsecond line", np.full((6, 8, 3), 20 * n, np.uint8)) for n in range(1, 6)]
+    tiles.append(("labels", np.resize([0, 2, -1], (6, 8))))
+    path = tmp_path / "x" / "a.png"
+    grid = image_grid(tiles, path, columns=2, names=NAMES, colors=COLORS)
+    assert [axes.get_title(loc="left") for axes in grid.axes] == [name for name, _ in tiles]
+    places = np.array([axes.get_position().p0 for axes in grid.axes]).round(6)
+    assert [len(set(x)) for x in places.T] == [2, 3], "two columns, three rows"
+    assert np.array_equal(grid.axes[-1].images[0].get_array(), paint(tiles[-1][1], COLORS))
+    assert [text.get_text() for text in grid.legends[0].get_texts()] == ["sky", "car & van"]
+    plain = image_grid(tiles[:1], tmp_path / "b.png")
+    assert not plain.legends and path.is_file()
+    with pytest.raises(ValueError, match="at least one image"):
+        image_grid([], path)
+    with pytest.raises(ValueError, match="label maps need colors"):
+        image_grid(tiles, path)
 
 
 # ------------------------------------------------------------------------------ the demo's page

@@ -347,7 +347,7 @@ def _write(
     (out / "bench.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (out / "bench.md").write_text(text + "\n", encoding="utf-8")
     bars = [
-        (one.group, f"{one.title} (against {one.baseline})", one.ratio)
+        (f"{one.group}, against {one.baseline}", one.title, one.ratio)
         for one in outcomes
         if one.ratio and one.group not in NOT_DRAWN
     ]

@@ -14,7 +14,8 @@ from mit_semseg.dataset.images import load_image, load_mask
 from mit_semseg.dataset.split import build_split
 from mit_semseg.engine.cpu import cpu_count
 from mit_semseg.models import ModelBuilder
-from mit_semseg.visualize.report import Sample, contact_sheet, write_page
+from mit_semseg.visualize.pages import write_page
+from mit_semseg.visualize.sheets import Sample, contact_sheet
 
 
 def show(
@@ -59,7 +60,7 @@ def show(
         summary.insert(3, ("images/s in training", f"{trained[-1]['images_per_second']:.1f}"))
     out, cores = Path(out), cpu_count()
     contact_sheet(
-        samples[:6],
+        samples[:3],
         names,
         colors,
         out / "overview.png",

@@ -34,7 +34,7 @@ from mit_semseg.models import (
 from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.precision import Precision
 from mit_semseg.tools.recipes import fingerprint
-from mit_semseg.visualize.report import Sample, contact_sheet, paint, picture_grid
+from mit_semseg.visualize.sheets import Sample, contact_sheet, image_grid
 
 # Steps between two looks at the result, and those in which the rate rises from 0.
 LOOK, WARMUP = 10, 10
@@ -430,8 +430,8 @@ def _write(
         contact_sheet([found[0].sample], names, colors, picture, title=found[0].name)
         return
     first = found[0].sample
-    tiles = [("image\n", first.image), ("truth\n", paint(first.truth, colors))]
+    tiles = [("image\n", first.image), ("truth\n", first.truth)]
     for one in found:
         label = one.name.replace(" + ", "\n+ ") + f", {100 * one.accuracy:.1f} %"
-        tiles.append((label, paint(one.sample.prediction, colors)))
-    picture_grid(tiles, picture, title=title, columns=6, width=224, names=names, colors=colors)
+        tiles.append((label, one.sample.prediction))
+    image_grid(tiles, picture, title=title, columns=6, names=names, colors=colors)

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ValDataset, build_split
-from mit_semseg.dataset.classes import distinct_colors
 from mit_semseg.engine.checkpoint import make_writable
 from mit_semseg.engine.cpu import fixed_threads
 from mit_semseg.engine.evaluate import val_dataset
@@ -30,7 +29,7 @@ from mit_semseg.engine.scoring import SavedPredictions
 from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.tools.recipes import fingerprint, named
 from mit_semseg.visualize import class_bars
-from mit_semseg.visualize.report import paint, picture_grid
+from mit_semseg.visualize.sheets import image_grid
 
 log = logging.getLogger("mit_semseg")
 
@@ -210,11 +209,9 @@ class Sweep:
             class_bars(
                 [entry.name for entry in done],
                 [entry.mean_iou for entry in done],
-                distinct_colors(len(done)),
-                self.folder / "sweep.png",
+                path=self.folder / "sweep.png",
                 title="Mean IoU",
                 what="recipes",
-                widest=480.0,
             )
             self._pictures(done)
         except Exception as error:  # noqa: BLE001, pictures must not end the queue
@@ -232,7 +229,7 @@ class Sweep:
         truth = [sample["seg_label"][0].numpy() for sample in samples.values()]
         rows = [
             ("image", [sample["img_ori"] for sample in samples.values()]),
-            ("truth", [paint(x, colors) for x in truth]),
+            ("truth", truth),
         ]
         for entry in best_first(entries):
             if _data(self.configs[entry.name]) != _data(first):
@@ -244,15 +241,14 @@ class Sweep:
                 self._warn(f"sweep_pictures.png is without {entry.name}: {_named(error)}")
                 continue
             name = f"{entry.name}, mean IoU {_percent(entry.mean_iou)}"
-            rows.append((name, [paint(x, colors) for x in labels]))
+            rows.append((name, labels))
         tiles: list[tuple[str, np.ndarray]] = []
         for name, row in rows:  # a name may be wider than a picture: it has the row to itself
             tiles += [("" if n else name, x) for n, x in enumerate(row)]
-        picture_grid(
+        image_grid(
             tiles,
             self.folder / "sweep_pictures.png",
             columns=len(samples),
-            width=280,
             names=split.classes.names,
             colors=colors,
         )

@@ -1,56 +1,89 @@
-"""Training curves and per-class bars."""
+"""Curves, bars and confusion matrices, drawn by matplotlib.
+
+Every function returns a `matplotlib.figure.Figure` and saves it when given a path, as PNG, SVG or
+PDF by its suffix. matplotlib is imported by the first call; pyplot and a display are not needed.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mit_semseg.visualize.canvas import (
-    INK,
-    MUTED,
-    RULE,
-    Canvas,
-    Color,
-    PathLike,
-    fit_text,
-    mixed_with_white,
-    text_width,
-    write_png,
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PathLike = str | os.PathLike[str]
+
+INK, MUTED, RULE = "#262a33", "#707785", "#dfe2e8"
+BLUE, ORANGE, GREEN = "#2563be", "#e07020", "#1e8c5a"
+_DPI = 160
+# Class names are data: a dollar sign in one begins no formula.
+_PLAIN: dict[str, Any] = {"parse_math": False}
+
+
+def save_figure(figure: Figure, path: PathLike | None) -> Figure:
+    """Save a figure when there is a path, making its folder, and return it.
+
+    Raises:
+        ValueError: matplotlib writes no files with this suffix.
+    """
+    if path is not None:
+        path = Path(path)
+        if path.suffix.lower()[1:] not in figure.canvas.get_supported_filetypes():
+            raise ValueError(
+                f"{path}: cannot save a figure as {path.suffix!r}; use .png, .svg or .pdf"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    return figure
+
+
+def new_figure(width: float, height: float, title: str = "", note: str = "") -> Figure:
+    """An empty figure, in inches, with a heading at the left and a remark at the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), dpi=_DPI, facecolor="white", layout="constrained")
+    if title or note:
+        x, y = 0.1 / width, 1 - 0.2 / height
+        text = partial(figure.text, va="center", parse_math=False)
+        text(x, y, title, size=13, weight="bold", color=INK)
+        text(1 - x, y, note, ha="right", size=10, color=MUTED)
+        figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.4 / height))
+    return figure
+
+
+def _style(axes: Axes, title: str = "", grid: str = "y") -> None:
+    if title:
+        axes.set_title(title, loc="left", size=10.5, weight="bold", color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.tick_params(labelsize=9, length=0, labelcolor=MUTED)
+    axes.set_axisbelow(True)
+    axes.grid(axis=grid, color=RULE, linewidth=0.8)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------ curves
+# Panels of `curves`: title, and for each line its name, its key in the history and its colour.
+_PANELS = (
+    ("Loss", (("training", "loss", BLUE),)),
+    (
+        "Accuracy and mean IoU",
+        (
+            ("training accuracy", "accuracy", BLUE),
+            ("validation accuracy", "pixel_accuracy", ORANGE),
+            ("validation mean IoU", "mean_iou", GREEN),
+        ),
+    ),
+    ("Learning rate", (("encoder", "lr_encoder", BLUE), ("decoder", "lr_decoder", ORANGE))),
 )
-
-_BLUE, _ORANGE, _GREEN = (37, 99, 190), (224, 112, 32), (30, 140, 90)
-
-
-@dataclass
-class _Series:
-    name: str
-    color: Color
-    points: list[tuple[float, float]] = field(default_factory=list)
-    sparse: bool = False  # few points, each of which matters: drawn with dots
-
-
-@dataclass
-class _Panel:
-    title: str
-    series: list[_Series]
-    percent: bool = False
-    unit: str = "epoch"  # of the horizontal axis
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) that enclose low..high."""
-    span = high - low
-    if span <= 1e-9 * abs(low) or span < 1e-30:
-        span = abs(low) if abs(low) > 1e-30 else 1.0
-        high = low + span
-    magnitude = 10.0 ** math.floor(math.log10(span / count))
-    step = next(magnitude * m for m in (1, 2, 5, 10) if magnitude * m * count >= span * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]
+_VALIDATED = ("pixel_accuracy", "mean_iou")
 
 
 def curves(
@@ -58,20 +91,17 @@ def curves(
     path: PathLike | None = None,
     *,
     title: str = "Training",
-) -> np.ndarray:
+) -> Figure:
     """Loss, accuracy, mean IoU and learning rates over the epochs.
 
     Args:
-        history: one dict per figure taken, as in metrics.jsonl. `epoch` counts from 1 and is the
-            epoch a figure was taken in, `step` the optimizer step, over all epochs (a record
-            without it stands at the end of its epoch). Of the rest, `loss`, `accuracy`,
-            `mean_iou`, `pixel_accuracy`, `lr_encoder` and `lr_decoder` are drawn; what is
-            missing or not finite is left out.
-        path: PNG that is written.
+        history: one dict per record, as in metrics.jsonl. `epoch` counts from 1 and is the epoch a
+            record was taken in, `step` the optimizer step, over all epochs (a record without it
+            stands at the end of its epoch). Of the rest, `loss`, `accuracy`, `mean_iou`,
+            `pixel_accuracy`, `lr_encoder` and `lr_decoder` are drawn; what is missing or not finite
+            is left out.
+        path: file to save, .png, .svg or .pdf.
         title: heading.
-
-    Returns:
-        (h, w, 3) uint8 RGB.
     """
     records = [r for r in history if "epoch" in r]
     # The steps an epoch has: the last record before its end comes closest.
@@ -79,272 +109,267 @@ def curves(
         (r["step"] / r["epoch"] for r in records if r.get("step") and r["epoch"]), default=1
     )
 
-    def series(name: str, key: str, color: Color, sparse: bool = False) -> _Series:
-        points = [
+    def points(key: str) -> np.ndarray:
+        found = [
             (r["step"] / steps if "step" in r else float(r["epoch"]), float(r[key]))
             for r in records
             if r.get(key) is not None and math.isfinite(r[key])
         ]
-        return _Series(name, color, sorted(points), sparse)
+        return np.array(sorted(found)).reshape(-1, 2)
 
-    panels = [
-        _Panel("Loss", [series("training", "loss", _BLUE)]),
-        _Panel(
-            "Accuracy and mean IoU",
-            [
-                series("training accuracy", "accuracy", _BLUE),
-                series("validation accuracy", "pixel_accuracy", _ORANGE, sparse=True),
-                series("validation mean IoU", "mean_iou", _GREEN, sparse=True),
-            ],
-            percent=True,
-        ),
-        _Panel(
-            "Learning rate",
-            [series("encoder", "lr_encoder", _BLUE), series("decoder", "lr_decoder", _ORANGE)],
-        ),
-    ]
-    for panel in panels:
-        panel.series = [s for s in panel.series if s.points]
-    panels = [panel for panel in panels if panel.series]
-    width, height, top = 470, 330, 48
-    sheet = Canvas(width * max(1, len(panels)), top + height)
-    sheet.text(20, 28, title, 20, bold=True)
-    best = max(
-        (y for p in panels for s in p.series if "IoU" in s.name for _, y in s.points), default=None
-    )
-    if best is not None:
-        note = f"best mean IoU {100 * best:.1f} %"
-        sheet.text(sheet.width - 20, 29, note, 14, MUTED, anchor="rm")
+    panels = []
+    for name, lines in _PANELS:
+        drawn = [(label, key, color, xy) for label, key, color in lines if len(xy := points(key))]
+        if drawn:
+            panels.append((name, drawn))
+    best = points("mean_iou")
+    note = f"best mean IoU {best[:, 1].max():.1%}" if len(best) else ""
+    figure = new_figure(max(5.0, 3.4 * len(panels)), 3.3, title, note)
     if not panels:
-        sheet.text(20, top + height / 2, "no figures yet", 14, MUTED)
-    end = max((x for p in panels for s in p.series for x, _ in s.points), default=1)
-    for i, panel in enumerate(panels):
-        _draw_panel(sheet, panel, width * i, top, width, height, end)
-    return write_png(sheet.array(), path)
+        figure.text(0.5, 0.45, "no records yet", ha="center", color=MUTED)
+        return save_figure(figure, path)
+    for axes, (name, drawn) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for label, key, color, xy in drawn:
+            dashed = "--" if key == "lr_decoder" else "-"  # often equal to the encoder's
+            smooth = key in ("loss", "accuracy")
+            _line(axes, label, xy, color, smooth, dots=key in _VALIDATED, style=dashed)
+        _style(axes, name)
+        axes.locator_params(axis="y", nbins=6)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("epoch", size=9, color=MUTED)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=min(0.0, *(xy[:, 1].min() for *_, xy in drawn)))
+        if name.startswith("Accuracy"):
+            axes.set_ylim(0, 1)
+            axes.yaxis.set_major_formatter("{x:.0%}")
+        if len(drawn) > 1:
+            axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return save_figure(figure, path)
 
 
-def _draw_panel(
-    sheet: Canvas, panel: _Panel, x0: float, y0: float, width: float, height: float, end: float
+def _line(
+    axes: Axes,
+    name: str,
+    xy: np.ndarray,
+    color: str,
+    smooth: bool = True,
+    dots: bool = False,
+    style: str = "-",
 ) -> None:
-    """One chart with its axes; the horizontal axis runs from 0 to `end` epochs."""
-    left, right = x0 + 62, x0 + width - 20
-    top, bottom = y0 + 66, y0 + height - 46
-    values = [y for s in panel.series for _, y in s.points]
-    # Loss, rate and share all start at 0; a share may not pass 1.
-    rows = ticks(min(0.0, *values), 1.0 if panel.percent else max(*values, 1e-9))
-    low, high = rows[0], rows[-1]
-    columns = [t for t in ticks(0, end, 6) if t <= end * 1.001]
+    """One curve. To smooth many points, they are drawn pale, and their running mean over them."""
+    x, y = xy.T
+    if smooth and len(x) > 12:
+        from scipy.ndimage import uniform_filter1d
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (right - left) * x / max(end, 1e-9),
-            bottom - (bottom - top) * (y - low) / (high - low),
-        )
-
-    sheet.text(left - 42, y0 + 18, panel.title, 15, bold=True)
-    for row in rows:
-        y = at(0, row)[1]
-        sheet.line([(left, y), (right, y)], MUTED if row == low else RULE)
-        label = f"{100 * row:.0f} %" if panel.percent else f"{row:g}"
-        sheet.text(left - 8, y, label, 12, MUTED, anchor="rm")
-    for column in columns:
-        x = at(column, low)[0]
-        sheet.line([(x, bottom), (x, bottom + 4)], MUTED)
-        sheet.text(x, bottom + 14, f"{column:g}", 12, MUTED, anchor="mm")
-    sheet.text((left + right) / 2, bottom + 33, panel.unit, 12, MUTED, anchor="mm")
-
-    x = left - 42
-    for one in panel.series:
-        points = [at(*point) for point in one.points]
-        if one.sparse:
-            _polyline(sheet, points, one.color, 2)
-            if len(points) <= 40:
-                for point in points:
-                    sheet.dot(*point, 3, one.color)
-        elif len(points) > 12:
-            # What is drawn pale is what was measured; the strong line shows where it goes.
-            _polyline(sheet, points, mixed_with_white(one.color, 0.3), 1)
-            _polyline(sheet, [at(*p) for p in _smooth(one.points)], one.color, 2)
-        else:
-            _polyline(sheet, points, one.color, 2)
-        sheet.line([(x, y0 + 42), (x + 16, y0 + 42)], one.color, 3)
-        sheet.text(x + 22, y0 + 42, one.name, 12)
-        x += 22 + text_width(one.name, 12) + 16
+        axes.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
+        y = uniform_filter1d(y, 2 * max(1, len(y) // 40) + 1, mode="nearest")
+    marker = "o" if len(x) == 1 or (dots and len(x) <= 40) else None
+    axes.plot(x, y, style, color=color, label=name, linewidth=1.7, marker=marker, markersize=4)
 
 
-def _polyline(
-    sheet: Canvas, points: Sequence[tuple[float, float]], color: Color, width: float
-) -> None:
-    if len(points) == 1:
-        sheet.dot(*points[0], 3, color)
-    else:
-        sheet.line(points, color, width)
+def loss_curves(
+    runs: Mapping[str, Sequence[float]], path: PathLike | None = None, *, title: str = "Loss"
+) -> Figure:
+    """The losses of several runs over their length, smoothed, in one chart.
+
+    Args:
+        runs: name -> losses in order, taken at equal steps; at most four runs.
+        path: file to save, .png, .svg or .pdf.
+        title: heading.
+
+    Raises:
+        ValueError: there are no runs, too many, or one is empty.
+    """
+    colors = (ORANGE, BLUE, GREEN, MUTED)
+    if not 0 < len(runs) <= len(colors) or not all(len(run) for run in runs.values()):
+        raise ValueError(f"loss_curves draws 1 to {len(colors)} runs of at least one loss each")
+    figure = new_figure(8, 3.8, title)
+    axes = figure.subplots()
+    for color, (name, losses) in zip(colors, runs.items()):
+        _line(axes, name, np.column_stack([np.arange(1, len(losses) + 1), losses]), color)
+    _style(axes)
+    axes.set_xlabel("record", size=9, color=MUTED)
+    axes.set_ylim(bottom=min(0.0, *(min(run) for run in runs.values())))
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+    return save_figure(figure, path)
 
 
-def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over a window of about a twentieth of the points."""
-    reach = max(1, len(points) // 40)
-    y = [y for _, y in points]
-    return [
-        (x, float(np.mean(y[max(i - reach, 0) : i + reach + 1]))) for i, (x, _) in enumerate(points)
-    ]
-
-
+# ------------------------------------------------------------------------------ bars
 def class_bars(
     names: Sequence[str],
     iou: Any,
-    colors: np.ndarray,
+    colors: np.ndarray | None = None,
     path: PathLike | None = None,
     *,
     title: str = "IoU per class",
     what: str = "classes",
-    widest: float = 190.0,
-) -> np.ndarray:
-    """One bar per class in its colour, the best first; absent classes say n/a at the end.
+) -> Figure:
+    """One bar per class, the best first; absent classes say n/a at the end.
 
     Args:
         names: K class names.
         iou: K values in [0, 1]; NaN or None where the class is absent.
-        colors: (K, 3) uint8 RGB.
-        path: PNG that is written.
+        colors: (K, 3) uint8 RGB of the bars; None draws all alike.
+        path: file to save, .png, .svg or .pdf.
         title: heading.
         what: what the bars are of.
-        widest: pixels of a name, at most; longer ones are cut.
-
-    Returns:
-        (h, w, 3) uint8 RGB.
 
     Raises:
         ValueError: the lengths differ, or there are no classes.
     """
-    values = [math.nan if v is None else float(v) for v in iou]
-    if not len(names) == len(values) == len(colors) or not values:
+    values = np.array([math.nan if v is None else float(v) for v in iou])
+    table = colors if colors is not None else [BLUE] * len(values)
+    if not len(names) == len(values) == len(table) or not len(values):
         raise ValueError(
-            f"there are {len(names)} names, {len(values)} values and {len(colors)} colours; "
+            f"there are {len(names)} names, {len(values)} values and {len(table)} colours; "
             "give one of each per class"
         )
-    known = [v for v in values if not math.isnan(v)]
-    mean = sum(known) / len(known) if known else None
-    order = sorted(range(len(values)), key=lambda k: (math.isnan(values[k]), -_or_zero(values[k])))
-    columns = 1 if len(order) <= 30 else 2 if len(order) <= 80 else 3
+    order = np.argsort(-values, kind="stable")  # NaN comes last
+    known = int(np.isfinite(values).sum())
+    note = "no class occurs"
+    if known:
+        absent = f", {len(values) - known} absent" if known < len(values) else ""
+        note = f"mean {np.nanmean(values):.1%} over {known} {what}{absent}"
+    columns = 1 if len(order) <= 30 else 2
     rows = math.ceil(len(order) / columns)
-    pitch, bar, top, bottom = 26, 260, 96, 20
-    name_width = min(widest, max(text_width(str(name), 13) for name in names))
-    column = name_width + 12 + bar + 64
-    sheet = Canvas(40 + column * columns + 24 * (columns - 1), top + pitch * rows + bottom)
-    sheet.text(20, 28, title, 20, bold=True)
-    summary = "no class occurs"
-    if mean is not None:
-        absent = f", {len(values) - len(known)} absent" if len(known) < len(values) else ""
-        summary = f"mean {100 * mean:.1f} % over {len(known)} {what}{absent}"
-    sheet.text(20, 54, summary, 14, MUTED)
-    for c in range(columns):
-        part = order[c * rows : (c + 1) * rows]
-        x = 20 + c * (column + 24)
-        start = x + name_width + 12
-        foot = top + pitch * len(part)
-        for share in (0, 0.25, 0.5, 0.75, 1):
-            sheet.line([(start + bar * share, top - 6), (start + bar * share, foot)], RULE)
-            sheet.text(start + bar * share, top - 14, f"{100 * share:.0f}", 11, MUTED, "mm")
-        for r, k in enumerate(part):
-            y = top + pitch * (r + 0.5)
-            absent_class = math.isnan(values[k])
-            name = fit_text(str(names[k]), 13, name_width)
-            sheet.text(start - 12, y, name, 13, MUTED if absent_class else INK, anchor="rm")
-            if absent_class:
-                sheet.text(start + 6, y, "n/a", 12, MUTED)
-                continue
-            color = tuple(int(v) for v in colors[k])
-            length = bar * min(max(values[k], 0.0), 1.0)
-            # The rim keeps a very pale class visible on white.
-            rim = mixed_with_white([v // 2 for v in color], 0.8)
-            sheet.box(start, y - 8, max(length, 1.5), 16, color, radius=2, rim=rim)
-            sheet.text(start + bar + 8, y, f"{100 * values[k]:.1f} %", 12)
-        if mean is not None:
-            sheet.dashed((start + bar * mean, top - 6), (start + bar * mean, foot), INK)
-    return write_png(sheet.array(), path)
+    figure = new_figure(8 if columns == 1 else 10, 1 + 0.24 * rows, title, note)
+    for axes, part in zip(
+        figure.subplots(1, columns, squeeze=False)[0], np.array_split(order, columns)
+    ):
+        y = np.arange(len(part))
+        length = np.nan_to_num(values[part])
+        faces = [table[k] if colors is None else np.asarray(table[k]) / 255 for k in part]
+        # The rim keeps a very pale class visible on white.
+        bars = axes.barh(y, length, 0.72, color=faces, edgecolor="#00000040", linewidth=0.6)
+        marks = ["n/a" if math.isnan(values[k]) else f"{values[k]:.1%}" for k in part]
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.bar_label(bars, marks, padding=5, size=9, color=INK, bbox=behind)
+        if known:
+            axes.axvline(float(np.nanmean(values)), color=INK, linestyle="--", linewidth=0.8)
+        _style(axes, grid="x")
+        axes.set(xlim=(0, 1.12), ylim=(rows - 0.4, -0.6))
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.set_yticks(y, [_short(names[k]) for k in part], color=INK, **_PLAIN)
+    return save_figure(figure, path)
+
+
+def _short(name: object, most: int = 60) -> str:
+    text = str(name)
+    return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 
 
 def ratio_bars(
     rows: Sequence[tuple[str, str, float]], path: PathLike | None = None, *, title: str = "Ratios"
-) -> np.ndarray:
+) -> Figure:
     """One bar per ratio, in groups, on a logarithmic axis on which 1 is no difference.
 
     Args:
         rows: (group, name, ratio above 0) in the order they are drawn; groups get a heading.
-        path: PNG that is written.
+        path: file to save, .png, .svg or .pdf.
         title: heading.
-
-    Returns:
-        (h, w, 3) uint8 RGB.
 
     Raises:
         ValueError: there are no rows, or a ratio is not a number above 0.
     """
     if not rows or not all(ratio > 0 and math.isfinite(ratio) for *_, ratio in rows):
         raise ValueError("ratio_bars draws at least one ratio; each must be a number above 0")
-    groups = list(dict.fromkeys(group for group, _, _ in rows))
-    pitch, bar, top = 26, 320, 84
-    name_width = min(620.0, max(text_width(name, 13) for _, name, _ in rows))
-    start = 20 + name_width + 12
-    sheet = Canvas(start + bar + 90, top + pitch * len(rows) + 34 * len(groups) + 20)
-    sheet.text(20, 28, title, 20, bold=True)
-    marks = (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
-    ratios = [ratio for *_, ratio in rows]
+    from matplotlib.transforms import blended_transform_factory
+
+    groups = [group for group, *_ in rows]
+    rows = sorted(rows, key=lambda row: groups.index(row[0]))
+    ratios = np.array([ratio for *_, ratio in rows])
+    marks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
     low = max((m for m in marks if m <= min(1, *ratios)), default=min(ratios))
     high = min((m for m in marks if m >= max(2, *ratios)), default=max(ratios))
+    # A heading takes the room of a bar and a half.
+    begins = [n for n, row in enumerate(rows) if n == 0 or row[0] != rows[n - 1][0]]
+    y = np.array([n + 1.5 * sum(n >= begin for begin in begins) for n in range(len(rows))])
+    figure = new_figure(8.5, 0.8 + 0.25 * (y[-1] + 1), title)
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    faces = [BLUE if ratio >= 1 else ORANGE for ratio in ratios]
+    drawn = axes.barh(y, ratios - 1, 0.68, left=1, color=faces)
+    axes.bar_label(drawn, [f"{ratio:.2f} x" for ratio in ratios], padding=4, size=9, color=INK)
+    _style(axes, grid="x")
+    axes.spines[:].set_visible(False)
+    axes.axvline(1, color=MUTED, linewidth=1)
+    axes.set_yticks(y, [_short(name, 90) for _, name, _ in rows], color=INK, **_PLAIN)
+    axes.set(ylim=(y[-1] + 0.6, 0), xlim=(low * (0.75 if min(ratios) < 1 else 1), high * 1.3))
+    axes.set_xticks([m for m in marks if low <= m <= high])
+    axes.xaxis.set_major_formatter("{x:g} x")
+    axes.minorticks_off()
+    at_left = blended_transform_factory(figure.transFigure, axes.transData)
+    for begin in begins:
+        text = rows[begin][0]
+        heading = axes.text(0.012, y[begin] - 1, text, transform=at_left, va="center", **_PLAIN)
+        heading.set(size=10.5, weight="bold", color=INK, in_layout=False)
+    return save_figure(figure, path)
 
-    def at(ratio: float) -> float:
-        return start + bar * math.log(ratio / low) / math.log(high / low)
 
-    for mark in (m for m in marks if low <= m <= high):
-        color = MUTED if mark == 1 else RULE
-        sheet.line([(at(mark), top - 6), (at(mark), sheet.height - 14)], color)
-        sheet.text(at(mark), top - 16, f"{mark:g} x", 11, MUTED, "mm")
-    y = float(top)
-    for number, group in enumerate(groups):
-        sheet.text(20, y + 18, group, 14, bold=True)
-        y += 34
-        color = (_BLUE, _ORANGE, _GREEN)[number % 3]
-        for _, name, ratio in (row for row in rows if row[0] == group):
-            left, right = sorted((at(1), at(ratio)))
-            sheet.text(start - 12, y + 8, fit_text(name, 13, name_width), 13, anchor="rm")
-            sheet.box(left, y, max(right - left, 1.5), 16, color, radius=2)
-            sheet.text(right + 8, y + 8, f"{ratio:.2f} x", 12)
-            y += pitch
-    return write_png(sheet.array(), path)
-
-
-def loss_curves(
-    runs: Mapping[str, Sequence[float]], path: PathLike | None = None, *, title: str = "Loss"
-) -> np.ndarray:
-    """The losses of several runs over their length, smoothed, in one chart.
+# ------------------------------------------------------------------------------ matrices
+def confusion_matrix(
+    matrix: Any,
+    names: Sequence[str],
+    path: PathLike | None = None,
+    *,
+    title: str = "Confusion matrix, % of each labelled class",
+) -> Figure:
+    """What the pixels of each class are predicted as; classes that never occur are left out.
 
     Args:
-        runs: name -> losses in order, taken at equal steps; at most four runs.
-        path: PNG that is written.
+        matrix: (K, K) counts; row = label, column = prediction.
+        names: K class names.
+        path: file to save, .png, .svg or .pdf.
         title: heading.
 
-    Returns:
-        (h, w, 3) uint8 RGB.
-
     Raises:
-        ValueError: there are no runs, too many, or one is empty.
+        ValueError: the matrix has another shape, or no count above 0.
     """
-    colors = (_ORANGE, _BLUE, _GREEN, MUTED)
-    if not 0 < len(runs) <= len(colors) or not all(len(run) for run in runs.values()):
-        raise ValueError(f"loss_curves draws 1 to {len(colors)} runs of at least one loss each")
-    series = [
-        _Series(name, color, [(float(i + 1), float(y)) for i, y in enumerate(losses)])
-        for color, (name, losses) in zip(colors, runs.items())
-    ]
-    width, height, top = 760, 380, 48
-    sheet = Canvas(width, top + height)
-    sheet.text(20, 28, title, 20, bold=True)
-    panel, end = _Panel("", series, unit="figure taken"), max(len(run) for run in runs.values())
-    _draw_panel(sheet, panel, 0, top, width, height, end)
-    return write_png(sheet.array(), path)
+    from matplotlib.colors import PowerNorm
 
-
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
+    counts = np.asarray(matrix, dtype=np.float64)
+    if counts.shape != (len(names), len(names)):
+        raise ValueError(f"matrix has shape {counts.shape}; {len(names)} names need one row each")
+    occurs = np.flatnonzero(counts.sum(0) + counts.sum(1))
+    if not len(occurs):
+        raise ValueError("the confusion matrix is empty: no pixel was counted")
+    counts = counts[np.ix_(occurs, occurs)]
+    labelled = counts.sum(1, keepdims=True)
+    share = np.divide(counts, labelled, out=np.full_like(counts, np.nan), where=labelled > 0)
+    K = len(occurs)
+    side = min(14.0, max(5.0, 1.8 + 0.42 * K))
+    size = float(np.clip(180 / K, 3.5, 9))
+    figure = new_figure(side + 0.4, side, title)
+    axes = figure.subplots()
+    # Most errors are a few per cent: the square root makes them visible.
+    shown = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    ticks = [_short(names[k], 24) for k in occurs.tolist()]
+    axes.set_xticks(range(K), ticks, rotation=90, **_PLAIN)
+    axes.set_yticks(range(K), ticks, **_PLAIN)
+    axes.tick_params(length=0, labelsize=size, labelcolor=INK)
+    axes.set_xlabel("predicted", size=10, color=MUTED)
+    axes.set_ylabel("labelled", size=10, color=MUTED)
+    axes.spines[:].set_color(RULE)
+    if K <= 25:
+        for row, column in zip(*np.nonzero(share >= 0.005)):
+            value = share[row, column]
+            axes.text(
+                *(column, row, f"{100 * value:.0f}"),
+                ha="center",
+                va="center",
+                size=size - 1,
+                color="white" if value > 0.35 else INK,
+            )
+    bar = figure.colorbar(
+        shown,
+        ax=axes,
+        shrink=0.6,
+        pad=0.02,
+        aspect=30,
+        format="{x:.0%}",
+        ticks=[0, 0.05, 0.25, 0.5, 1],
+    )
+    bar.ax.tick_params(labelsize=9, length=0, labelcolor=MUTED)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return save_figure(figure, path)

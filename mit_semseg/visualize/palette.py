@@ -8,6 +8,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+# Grey of unlabelled pixels and red of wrong ones, on sheets and pages.
+IGNORED, WRONG = (196, 199, 206), (226, 45, 72)
+
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
     """sRGB in 0..255 to CIE L*a*b* (D65), where equal distances look about equally different."""
@@ -58,8 +61,12 @@ def palette(num_class: int) -> np.ndarray:
     return np.frombuffer(_farthest(num_class), dtype=np.uint8).reshape(-1, 3).copy()
 
 
-def _check_picture(img: Any, name: str) -> np.ndarray:
-    """A (H, W, 3) uint8 array, or ValueError."""
+def check_image(img: Any, name: str) -> np.ndarray:
+    """The image as an array.
+
+    Raises:
+        ValueError: it is not (H, W, 3) uint8.
+    """
     array = np.asarray(img)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(
@@ -103,6 +110,31 @@ def color_encode(label: np.ndarray, colors: np.ndarray) -> np.ndarray:
     return table[label if unsigned else np.maximum(label, -1)]
 
 
+def paint(label: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """`color_encode` for sheets and pages: unlabelled pixels are grey, not black."""
+    painted = color_encode(label, colors)
+    painted[label < 0] = IGNORED
+    return painted
+
+
+def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """The image in pale grey, wrong pixels red; unlabelled pixels are grey and never wrong.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        truth: (H, W) class ids, negative where unlabelled.
+        prediction: (H, W) class ids.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    grey = image.astype(np.float32).mean(axis=2, keepdims=True)
+    pale = np.rint(np.repeat(165 + 0.35 * grey, 3, axis=2)).astype(np.uint8)
+    pale[truth < 0] = IGNORED
+    pale[(truth >= 0) & (truth != prediction)] = WRONG
+    return pale
+
+
 def overlay(
     img: np.ndarray,
     label: np.ndarray,
@@ -125,7 +157,7 @@ def overlay(
     Raises:
         ValueError: sizes differ, alpha is outside 0..1, or as for `color_encode`.
     """
-    img, label = _check_picture(img, "img"), np.asarray(label)
+    img, label = check_image(img, "img"), np.asarray(label)
     if img.shape[:2] != label.shape:
         raise ValueError(f"img is {img.shape[:2]} but label {label.shape}; sizes must be equal")
     if not 0 <= alpha <= 1:
@@ -157,7 +189,7 @@ def side_by_side(*pictures: np.ndarray, gap: int = 0) -> np.ndarray:
     Raises:
         ValueError: none given, or heights differ.
     """
-    parts = [_check_picture(p, f"pictures[{i}]") for i, p in enumerate(pictures)]
+    parts = [check_image(p, f"pictures[{i}]") for i, p in enumerate(pictures)]
     heights = [part.shape[0] for part in parts]
     if len(set(heights)) != 1:
         raise ValueError(f"pictures have heights {heights}; give one or more of equal height")

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from mit_semseg.visualize.legend import legend
 from mit_semseg.visualize.palette import color_encode, overlay
-from mit_semseg.visualize.sheets import legend
 
 PathLike = str | os.PathLike[str]
 # Pictures that are drawn here; "index" and "legend" have other sizes or types than these.

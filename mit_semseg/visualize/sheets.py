@@ -1,90 +1,141 @@
-"""Legends, and one sheet that shows a prediction whole."""
+"""Images, label maps and errors side by side, on sheets drawn by matplotlib."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
-from mit_semseg.visualize.canvas import (
-    MUTED,
-    RULE,
-    Canvas,
-    PathLike,
-    fit_text,
-    text_width,
-    write_png,
+from mit_semseg.visualize.charts import INK, MUTED, PathLike, new_figure, save_figure
+from mit_semseg.visualize.legend import percent
+from mit_semseg.visualize.palette import (
+    WRONG,
+    check_image,
+    color_encode,
+    error_map,
+    overlay,
+    paint,
 )
-from mit_semseg.visualize.palette import _check_picture, color_encode, overlay
 
-_PITCH = 24
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RGB = NDArray[np.uint8]  # (H, W, 3)
+Labels = NDArray[Any]  # (H, W) integer class ids, -1 ignored
+
+COLUMNS = ("image", "truth", "prediction", "errors")
+# Inches: the width of a sheet, margins, between images, a line of text, a line of the legend.
+_WIDTH, _EDGE, _GAP, _LINE, _ENTRY = 10.0, 0.12, 0.09, 0.19, 0.22
 
 
-def legend(
+@dataclass(frozen=True)
+class Sample:
+    """One evaluated image: the image, its labels, and what a model predicts.
+
+    Attributes:
+        name: what it is called on a sheet.
+        image: (H, W, 3) uint8 RGB.
+        truth, prediction: (H, W) class ids, -1 where ignored.
+    """
+
+    name: str
+    image: RGB
+    truth: Labels
+    prediction: Labels
+
+    def __post_init__(self) -> None:
+        size = self.image.shape[:2]
+        for what, labels in (("truth", self.truth), ("prediction", self.prediction)):
+            if labels.shape != size:
+                raise ValueError(f"{self.name}: {what} is {labels.shape}, the image {size}")
+
+    @property
+    def accuracy(self) -> float:
+        """Share of labelled pixels that are right, NaN when none is labelled."""
+        known = self.truth >= 0
+        return float(np.mean((self.truth == self.prediction)[known])) if known.any() else np.nan
+
+    def views(self, colors: NDArray[Any]) -> tuple[RGB, RGB, RGB, RGB]:
+        """The images of `COLUMNS`, each (H, W, 3) uint8 RGB."""
+        return (
+            self.image,
+            paint(self.truth, colors),
+            paint(self.prediction, colors),
+            error_map(self.image, self.truth, self.prediction),
+        )
+
+
+def contact_sheet(
+    samples: Sequence[Sample],
     names: Sequence[str],
-    colors: np.ndarray,
-    areas: Sequence[float] | None = None,
-    *,
+    colors: NDArray[Any],
     path: PathLike | None = None,
-) -> np.ndarray:
-    """Colour, name and share of the image of each class, in the order given.
+    *,
+    title: str = "",
+) -> Figure:
+    """Rows of image | truth | prediction | errors, with a legend of the classes that occur.
 
     Args:
+        samples: the rows.
         names: K class names.
         colors: (K, 3) uint8 RGB.
-        areas: K shares in [0, 1], or None to leave them out.
-        path: PNG that is written.
-
-    Returns:
-        (h, w, 3) uint8 RGB; long tables are set in several columns.
+        path: file to save, .png, .svg or .pdf.
+        title: heading.
 
     Raises:
-        ValueError: the lengths differ.
+        ValueError: there are no samples.
     """
-    if len(names) != len(colors) or (areas is not None and len(areas) != len(names)):
-        raise ValueError(
-            f"there are {len(names)} names, {len(colors)} colours and "
-            f"{'no' if areas is None else len(areas)} areas; give one of each per class"
-        )
-    columns = max(1, math.ceil(len(names) / 30))
-    rows = max(1, math.ceil(len(names) / columns))
-    name_width = min(240, max((math.ceil(text_width(str(name), 13)) for name in names), default=80))
-    column = 34 + name_width + (70 if areas is not None else 10)
-    size = (20 + _PITCH * rows, 24 + column * columns + 16 * (columns - 1))
-    if not len(names):
-        empty = Canvas(size[1], size[0])
-        empty.text(12, 10 + _PITCH / 2, "nothing labelled", 13, MUTED)
-        return write_png(empty.array(), path)
-    sheet = np.full((*size, 3), 255, dtype=np.uint8)
-    for k, name in enumerate(names):
-        x, y = 12 + (k // rows) * (column + 16), 10 + _PITCH * (k % rows)
-        color = tuple(int(v) for v in colors[k])
-        row = _row(fit_text(str(name), 13, name_width), color, 26 + name_width)
-        sheet[y : y + _PITCH, x : x + row.shape[1]] = row
-        if areas is not None:
-            share = _share(_percent(areas[k]))
-            sheet[y : y + _PITCH, x + column - share.shape[1] : x + column] = share
-    return write_png(sheet, path)
+    if not samples:
+        raise ValueError("a contact sheet needs at least one sample")
+    rows = [
+        _row(sample, colors, COLUMNS if not n else [""] * 4) for n, sample in enumerate(samples)
+    ]
+    found = _occurring([x for sample in samples for x in (sample.truth, sample.prediction)])
+    entries = _entries([*found, -1], [*names, "wrong"], np.array([*colors, WRONG]))
+    return _sheet(rows, path, title, entries)
 
 
-# Legends of a folder of images are made of the same pieces: they are drawn once.
-@lru_cache(maxsize=1024)
-def _row(name: str, color: tuple[int, ...], width: int) -> np.ndarray:
-    """Colour and name of a class, (24, width, 3) uint8."""
-    sheet = Canvas(width, _PITCH)
-    _entry(sheet, 0, _PITCH / 2, name, color)
-    return sheet.array()
+def image_grid(
+    tiles: Sequence[tuple[str, RGB | Labels]],
+    path: PathLike | None = None,
+    *,
+    title: str = "",
+    columns: int = 6,
+    names: Sequence[str] = (),
+    colors: NDArray[Any] | None = None,
+) -> Figure:
+    """Images and label maps in rows, each under its caption, with a legend of the classes.
 
+    Args:
+        tiles: (caption, (H, W, 3) uint8 RGB or (H, W) class ids, negative where ignored); a caption
+            may have two lines.
+        path: file to save, .png, .svg or .pdf.
+        title: heading.
+        columns: tiles in a row, at most.
+        names, colors: K class names and (K, 3) uint8 RGB; of label maps.
 
-@lru_cache(maxsize=2048)
-def _share(text: str) -> np.ndarray:
-    """The area of a class, (24, 70, 3) uint8, at the right end."""
-    sheet = Canvas(70, _PITCH)
-    sheet.text(64, _PITCH / 2, text, 13, MUTED, anchor="rm")
-    return sheet.array()
+    Raises:
+        ValueError: there are no tiles, or label maps without colours.
+    """
+    if not tiles:
+        raise ValueError("a grid needs at least one image")
+    maps = [tile for _, tile in tiles if tile.ndim == 2]
+    if maps and colors is None:
+        raise ValueError("label maps need colors, (K, 3) uint8 RGB")
+    painted = [
+        _Tile(caption, tile)
+        if colors is None or tile.ndim == 3
+        else _Tile(caption, paint(tile, colors), exact=True)
+        for caption, tile in tiles
+    ]
+    columns = min(columns, len(tiles))
+    rows = [painted[n : n + columns] for n in range(0, len(painted), columns)]
+    entries = [] if colors is None else _entries(_occurring(maps), names, colors)
+    return _sheet(rows, path, title, entries)
 
 
 def prediction_sheet(
@@ -96,8 +147,8 @@ def prediction_sheet(
     *,
     path: PathLike | None = None,
     title: str = "",
-) -> np.ndarray:
-    """Image, prediction and, where known, truth and mistakes, with a legend of what occurs.
+) -> Figure:
+    """Image, prediction and, where known, truth and errors, with a legend of what occurs.
 
     Args:
         img: (H, W, 3) uint8 RGB.
@@ -105,99 +156,135 @@ def prediction_sheet(
         names: K class names.
         colors: (K, 3) uint8 RGB.
         truth: (H, W) class ids, -1 where ignored.
-        path: PNG that is written.
+        path: file to save, .png, .svg or .pdf.
         title: heading, such as the file name.
-
-    Returns:
-        (h, w, 3) uint8 RGB.
 
     Raises:
         ValueError: sizes differ, or a class has no colour.
     """
-    img, pred = _check_picture(img, "img"), np.asarray(pred)
+    img, pred = check_image(img, "img"), np.asarray(pred)
     for name, other in (("pred", pred), ("truth", truth)):
         if other is not None and other.shape != img.shape[:2]:
             raise ValueError(
                 f"{name} is {other.shape} but img {img.shape[:2]}; sizes must be equal"
             )
-    panels = [
-        ("image", img),
-        ("prediction", color_encode(pred, colors)),
-        ("prediction over image", overlay(img, pred, colors, 0.55, outline=True)),
-    ]
-    if truth is not None:
-        valid = truth >= 0
-        wrong = valid & (pred != truth)
-        right = 1 - wrong.sum() / max(int(valid.sum()), 1)
-        panels[2:] = [
-            ("truth", color_encode(truth, colors)),
-            (f"mistakes in red, {_percent(right)} right", _mistakes(img, valid, wrong)),
+    if truth is None:
+        rows = [
+            [
+                _Tile("image", img),
+                _Tile("prediction", color_encode(pred, colors), exact=True),
+                _Tile("prediction over image", overlay(img, pred, colors, 0.55, outline=True)),
+            ]
         ]
-    # Large photographs are reduced, small ones enlarged, to a panel that can be looked at.
-    H, W = img.shape[:2]
-    scale = 420 / max(W, H * 4 / 3)
-    w, h = max(1, round(W * scale)), max(1, round(H * scale))
-    across = 2 if truth is not None else 3
-    down = math.ceil(len(panels) / across)
-
-    shown = _by_area(pred, truth, len(names))
-    room = max(1, int(((h + 30) * down - 30) // _PITCH))
-    extra = len(shown) - room
-    if extra > 0:
-        shown, extra = shown[: room - 1], extra + 1
-    name_width = min(200.0, max((text_width(str(names[k]), 13) for k in shown), default=60))
-    head = 56 if title else 16
-    side = 34 + name_width + 66
-    sheet = Canvas(16 + (w + 16) * across + side + 8, head + (h + 30) * down + 10)
-    if title:
-        sheet.text(16, 28, fit_text(title, 20, sheet.width - 32), 20, bold=True)
-    for i, (caption, picture) in enumerate(panels):
-        x, y = 16 + (w + 16) * (i % across), head + (h + 30) * (i // across)
-        sheet.text(x, y + 9, caption, 13, MUTED)
-        # Colours of classes may not be blended into colours that mean other classes.
-        kind = (
-            Image.Resampling.NEAREST
-            if caption in ("prediction", "truth")
-            else Image.Resampling.LANCZOS
-        )
-        sheet.paste(np.asarray(Image.fromarray(picture).resize((w, h), kind)), x, y + 22)
-    x = 24 + (w + 16) * across
-    shares = np.bincount(pred[pred >= 0].reshape(-1), minlength=len(names)) / pred.size
-    for r, k in enumerate(shown):
-        y = head + 22 + _PITCH * (r + 0.5)
-        color = tuple(int(v) for v in colors[k])
-        _entry(sheet, x, y, fit_text(str(names[k]), 13, name_width), color)
-        sheet.text(x + side - 14, y, _percent(shares[k]), 13, MUTED, anchor="rm")
-    if extra > 0:
-        y = head + 22 + _PITCH * (len(shown) + 0.5)
-        sheet.text(x + 26, y, f"and {extra} more", 13, MUTED)
-    return write_png(sheet.array(), path)
+    else:
+        sample = Sample(title, img, truth, pred)
+        right = "" if np.isnan(sample.accuracy) else f", {percent(sample.accuracy)} of pixels right"
+        tiles = _row(sample, colors, (*COLUMNS[:3], COLUMNS[3] + right))
+        rows = [tiles[::2], tiles[1::2]]
+    shares = np.bincount(pred[pred >= 0].reshape(-1), minlength=len(names)) / max(pred.size, 1)
+    found = _occurring([pred] if truth is None else [pred, truth])
+    found = sorted(found, key=lambda k: -shares[k])
+    labels = [f"{name}  {percent(share)}" for name, share in zip(names, shares)]
+    return _sheet(rows, path, title, _entries(found, labels, colors))
 
 
-def _by_area(pred: np.ndarray, truth: np.ndarray | None, num_class: int) -> list[int]:
-    """Classes that are predicted or true somewhere, the largest predicted area first."""
-    counts = [
-        np.bincount(label[label >= 0].reshape(-1), minlength=num_class)
-        for label in (pred, truth)
-        if label is not None
+# ------------------------------------------------------------------------------ layout
+class _Tile(NamedTuple):
+    """An image of a sheet; `exact` ones have colours of classes, which may not be mixed."""
+
+    caption: str
+    image: RGB
+    exact: bool = False
+
+
+def _row(sample: Sample, colors: NDArray[Any], captions: Sequence[str]) -> list[_Tile]:
+    views = zip(captions, sample.views(colors), (False, True, True, False))
+    return [_Tile(*view) for view in views]
+
+
+def _occurring(maps: Sequence[Labels]) -> list[int]:
+    """Class ids that occur in one of the label maps, in order."""
+    found: set[int] = set()
+    for labels in maps:
+        found.update(np.unique(labels[labels >= 0]).tolist())
+    return sorted(found)
+
+
+def _entries(
+    classes: Sequence[int], names: Sequence[str], colors: NDArray[Any]
+) -> list[tuple[str, str]]:
+    """(name, colour) of a legend; a table without names has none."""
+    hexadecimal = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.asarray(colors).tolist()]
+    return [(str(names[k]), hexadecimal[k]) for k in classes] if len(names) else []
+
+
+def _legend_shape(names: Sequence[str], width: float) -> tuple[int, int]:
+    """Rows and columns of a legend; matplotlib fills columns, each as wide as its longest name."""
+    inches = [0.42 + 0.073 * len(name) for name in names]
+    for columns in range(len(names), 0, -1):
+        rows = math.ceil(len(names) / columns)
+        if sum(max(inches[n : n + rows]) for n in range(0, len(names), rows)) <= width:
+            return rows, math.ceil(len(names) / rows)
+    return len(names), 1
+
+
+def _sheet(
+    rows: Sequence[Sequence[_Tile]],
+    path: PathLike | None,
+    title: str,
+    entries: Sequence[tuple[str, str]],
+) -> Figure:
+    """Rows of tiles under a title and a legend, all columns of one width."""
+    from matplotlib.patches import Patch
+
+    columns = max(len(row) for row in rows)
+    wide = min(4.5, (_WIDTH - 2 * _EDGE + _GAP) / columns - _GAP)
+    across = 2 * _EDGE + columns * (wide + _GAP) - _GAP
+    # Upright images would dominate the sheet: none is higher than a square.
+    tall = [
+        min(wide, wide * max(tile.image.shape[0] / tile.image.shape[1] for tile in row))
+        for row in rows
     ]
-    occurs = np.sum(counts, axis=0)
-    return [int(k) for k in np.lexsort((-occurs, -counts[0])) if occurs[k]]
+    lines = [max(t.caption.count("\n") + bool(t.caption) for t in row) for row in rows]
+    key_rows, key_columns = _legend_shape([name for name, _ in entries], across - 2 * _EDGE)
+    head = _EDGE + (0.34 if title else 0)
+    legend = head
+    head += _ENTRY * key_rows
+    down = head + sum(tall) + sum(_LINE * n + _GAP for n in lines) + _EDGE
 
-
-def _mistakes(img: np.ndarray, valid: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """The picture in grey, red where the prediction is wrong, darker where nothing is known."""
-    grey = img.mean(axis=2)
-    picture = np.repeat((grey * 0.5 + 120)[..., None], 3, axis=2)
-    picture[~valid] *= 0.35
-    picture[wrong] = 0.35 * picture[wrong] + 0.65 * np.array([225.0, 30.0, 40.0])
-    return picture.clip(0, 255).astype(np.uint8)
-
-
-def _entry(sheet: Canvas, x: float, y: float, name: str, color: tuple[int, ...]) -> None:
-    sheet.box(x, y - 8, 16, 16, color, radius=3, rim=RULE)
-    sheet.text(x + 26, y, name, 13)
-
-
-def _percent(share: float) -> str:
-    return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
+    figure = new_figure(across, down)
+    figure.set_layout_engine("none")  # every place is computed here
+    if title:
+        corner = _EDGE / across, 1 - _EDGE / down
+        figure.text(*corner, title, va="top", size=13, weight="bold", color=INK, parse_math=False)
+    if entries:
+        box = figure.legend(
+            [Patch(facecolor=c, edgecolor="#00000030", linewidth=0.6) for _, c in entries],
+            [name for name, _ in entries],
+            loc="upper left",
+            bbox_to_anchor=(_EDGE / across, 1 - legend / down),
+            ncols=key_columns,
+            fontsize=9,
+            labelcolor=INK,
+            frameon=False,
+            borderpad=0,
+            borderaxespad=0,
+            handlelength=1,
+            handleheight=1,
+            handletextpad=0.5,
+        )
+        for text in box.get_texts():
+            text.set_parse_math(False)
+    y = head
+    for row, height, count in zip(rows, tall, lines):
+        y += _LINE * count
+        for n, tile in enumerate(row):
+            x = _EDGE + n * (wide + _GAP)
+            place = (x / across, 1 - (y + height) / down, wide / across, height / down)
+            axes = figure.add_axes(place)
+            axes.imshow(tile.image, interpolation="nearest" if tile.exact else "antialiased")
+            axes.set_axis_off()
+            axes.set_anchor("NW")
+            axes.set_title(tile.caption, loc="left", size=9, color=MUTED, pad=3, parse_math=False)
+        y += height + _GAP
+    return save_figure(figure, path)

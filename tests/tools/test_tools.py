@@ -487,7 +487,7 @@ def test_pictures_are_of_one_data_set_and_fail_alone(
     queue = sweep.Sweep(files, out)
     rows: list[str] = []
     monkeypatch.setattr(
-        sweep, "picture_grid", lambda tiles, *a, **k: rows.extend(name for name, _ in tiles)
+        sweep, "image_grid", lambda tiles, *a, **k: rows.extend(name for name, _ in tiles)
     )
     for entry in queue.entries:
         entry.mean_iou = 0.5
@@ -501,7 +501,7 @@ def test_pictures_are_of_one_data_set_and_fail_alone(
     assert rows == 2 * ["image", "", "truth", "", "first, mean IoU 50.00 %", ""]
     (said,) = [x.message for x in caplog.records]
     assert said.startswith("sweep_pictures.png is without lost: FileNotFoundError: ")
-    monkeypatch.delattr(sweep, "picture_grid")
+    monkeypatch.delattr(sweep, "image_grid")
     queue._draw()
     assert "sweep_pictures.png is not drawn: NameError" in caplog.text
 
