@@ -9,21 +9,19 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows: a part file per process instead of one that is shared and locked
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("mit_semseg")
 
@@ -106,7 +104,6 @@ def fetch(
     urls = [urls] if isinstance(urls, str) else list(urls)
     _check_arguments(urls, sha256)
     sha256 = sha256.lower() if sha256 else None
-
     if _is_complete(dest, sha256):
         return dest
     if offline():
@@ -114,40 +111,25 @@ def fetch(
             f"{dest.name} is needed and {OFFLINE} is set",
             f": fetch it from {' or '.join(urls)} and put it at {dest}",
         )
-
     dest.parent.mkdir(parents=True, exist_ok=True)
-    reasons: list[str] = []
-    with _locked_part(dest) as (part, file):
-        done = _is_complete(dest, sha256)  # another process was faster
-        if done:
-            file.truncate(0)
-        for url in [] if done else urls:
-            reason = _try_url(url, part, file, sha256, resume, progress, timeout, retries)
-            if reason is None:
-                done = True
-                break
-            reason = _in_one_line(reason)
-            logger.warning("%s: %s", url, reason)
-            reasons.append(f"{url}: {reason}")
-        empty = _size(file) == 0
-        if fcntl is None:
-            file.close()  # Windows moves and removes no open file
-        if done and not empty:
-            os.replace(part, dest)
-        if done or empty or fcntl is None:
+    with _locked(dest) as (part, shared):
+        if _is_complete(dest, sha256):  # another process was faster
             part.unlink(missing_ok=True)
-            _note_path(part).unlink(missing_ok=True)
-    if done:
+            return dest
+        with _Download(part, sha256, resume, progress, timeout, retries) as download:
+            failures = download.run(urls)
+        if not failures:
+            os.replace(part, dest)
+        elif not shared or not part.stat().st_size:
+            part.unlink()
+        if not part.exists():
+            download.note.unlink(missing_ok=True)
+    if not failures:
         return dest
     raise DownloadError(
-        f"cannot download {dest.name} ({'; '.join(reasons)})",
+        f"cannot download {dest.name} ({'; '.join(failures)})",
         f"; fetch it by hand and put it at {dest}",
     )
-
-
-def _in_one_line(reason: str) -> str:
-    """Servers may send anything, and errors quote it."""
-    return " ".join("".join(c if c.isprintable() else " " for c in reason).split())[:300]
 
 
 def _check_arguments(urls: list[str], sha256: str | None) -> None:
@@ -179,156 +161,188 @@ def _is_complete(dest: Path, sha256: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def _locked_part(dest: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Opens the part file so that no other process writes to it."""
-    if fcntl is None:
-        part = dest.with_name(f"{dest.name}.{os.getpid()}.part")
-        with open(part, "ab") as file:
-            yield part, file
-        return
+def _locked(dest: Path) -> Iterator[tuple[Path, bool]]:
+    """The part file of a download that no other process works at, and whether they share it.
+
+    Where the file system has no locks every call has a part file of its own.
+    """
     part = dest.with_name(dest.name + ".part")
-    while True:
-        file = open(part, "ab")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s: another process is fetching it; waiting", dest)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            # The holder before us may have renamed or removed the file we waited for.
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
-                break
-        except FileNotFoundError:
-            pass
-        file.close()
+    lock = FileLock(f"{dest}.lock", thread_local=False, fallback_to_soft=False)
     try:
-        yield part, file
-    finally:
-        file.close()
-
-
-def _size(file: IO[bytes]) -> int:
-    file.flush()
-    return os.fstat(file.fileno()).st_size
-
-
-def _try_url(
-    url: str,
-    part: Path,
-    file: IO[bytes],
-    sha256: str | None,
-    resume: bool,
-    progress: bool,
-    timeout: float,
-    retries: int,
-) -> str | None:
-    """Completes `part` from one url; the reason when that fails, else None."""
-    reason = ""
-    for attempt in range(retries + 1):
-        if attempt:
-            time.sleep(_PAUSE * 2 ** (attempt - 1))
         try:
-            had = _transfer(url, part, file, sha256, resume or attempt > 0, progress, timeout)
-        except _Refused as e:
-            reason = str(e)
-            if not e.again:
-                return reason
-            continue
-        except urllib.error.HTTPError as e:
-            reason = f"HTTP {e.code} {e.reason}"
-            if e.code == 416:  # nothing to add: the part file is complete, or of another file
-                if sha256 and sha256_of(part).startswith(sha256):
-                    return None
-                file.truncate(0)
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("%s: another process is fetching it; waiting", dest)
+            lock.acquire()
+    except (OSError, NotImplementedError):
+        Path(lock.lock_file).unlink(missing_ok=True)
+        yield part.with_name(f"{dest.name}.{secrets.token_hex(4)}.part"), False
+        return
+    try:
+        yield part, True
+    finally:
+        if not part.exists():
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                Path(lock.lock_file).unlink()
+        lock.release()
+
+
+@dataclass
+class _Download:
+    """A part file and what fills it, to be used in a `with` block; for the rest see `fetch`."""
+
+    part: Path
+    sha256: str | None
+    resume: bool
+    progress: bool
+    timeout: float
+    retries: int
+
+    @property
+    def note(self) -> Path:
+        """Beside the part file: which url it came from, and which version of it."""
+        return self.part.with_name(self.part.name + ".json")
+
+    def __enter__(self) -> _Download:
+        self._file = open(self.part, "ab")  # noqa: SIM115
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def run(self, urls: Sequence[str]) -> list[str]:
+        """Complete the part file from one of the urls; what failed at each, [] on success."""
+        failures = []
+        for url in urls:
+            failure = _in_one_line(self._try(url))
+            if not failure:
+                return []
+            logger.warning("%s: %s", url, failure)
+            failures.append(f"{url}: {failure}")
+        return failures
+
+    @property
+    def _size(self) -> int:
+        self._file.flush()
+        return os.fstat(self._file.fileno()).st_size
+
+    def _try(self, url: str) -> str:
+        """All attempts at one url; why the last one failed, "" on success."""
+        failure = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(_PAUSE * 2 ** (attempt - 1))
+            try:
+                kept = self._transfer(url, self.resume or attempt > 0)
+            except _Refused as e:
+                failure = str(e)
+                if not e.again:
+                    return failure
                 continue
-            if e.code < 500:
-                return reason
-            continue
-        except urllib.error.URLError as e:
-            reason = str(e.reason)
-            continue
-        except (OSError, http.client.HTTPException) as e:
-            reason = f"{type(e).__name__}: {e}"
-            continue
-        if sha256 is None:
-            return None
-        found = sha256_of(part)
-        if found.startswith(sha256):
-            return None
-        # Whatever is wrong with these bytes, continuing them would keep it.
-        file.truncate(0)
-        reason = f"its sha256 is {found}, expected {sha256}"
-        if not had:
-            return reason
-    return reason
+            except urllib.error.HTTPError as e:
+                failure = f"HTTP {e.code} {e.reason}"
+                if e.code == 416:  # nothing to add: the part file is complete, or of another file
+                    if self.sha256 and sha256_of(self.part).startswith(self.sha256):
+                        return ""
+                    self._file.truncate(0)
+                elif e.code < 500:
+                    return failure
+                continue
+            except urllib.error.URLError as e:
+                failure = str(e.reason)
+                continue
+            except (OSError, http.client.HTTPException) as e:
+                failure = f"{type(e).__name__}: {e}"
+                continue
+            if self.sha256 is None or (found := sha256_of(self.part)).startswith(self.sha256):
+                return ""
+            # Whatever is wrong with these bytes, continuing them would keep it.
+            self._file.truncate(0)
+            failure = f"its sha256 is {found}, expected {self.sha256}"
+            if not kept:
+                return failure
+        return failure
 
-
-def _transfer(
-    url: str,
-    part: Path,
-    file: IO[bytes],
-    sha256: str | None,
-    resume: bool,
-    progress: bool,
-    timeout: float,
-) -> int:
-    """Adds to the part file what it lacks; returns how many bytes were kept of it."""
-    headers = {"User-Agent": "mit-semseg", "Accept-Encoding": "identity"}
-    have = _size(file)
-    note = _read_note(part)
-    validator = note.get("validator", "") if note.get("url") == url else ""
-    if have and not (resume and (sha256 or validator)):
-        file.truncate(0)
-        have = 0
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        if validator:
-            headers["If-Range"] = validator
-
-    request = urllib.request.Request(url, headers=headers)
-    opener = urllib.request.build_opener(_Redirects)
-    with opener.open(request, timeout=timeout) as response:
-        if response.headers.get_content_type() == "text/html" and (
-            part.with_suffix("").suffix.lower() not in _HTML
-        ):
-            raise _Refused("the server answered with a web page instead of the file", again=False)
-        if have and getattr(response, "status", None) != 206:
-            file.truncate(0)  # no Range here: the whole file comes again
+    def _transfer(self, url: str, resume: bool) -> int:
+        """Add to the part file what it lacks; returns how many bytes were kept of it."""
+        headers = {"User-Agent": "mit-semseg", "Accept-Encoding": "identity"}
+        have, validator = self._size, self._noted_validator(url)
+        if have and not (resume and (self.sha256 or validator)):
+            self._file.truncate(0)
             have = 0
-        if have and (wrong := _not_the_rest(response.headers, have, validator)):
-            file.truncate(0)
-            raise _Refused(wrong, again=True)
-        _write_note(part, url, _validator(response.headers))
-        length = response.headers.get("Content-Length", "")
-        total = have + int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
-        if total is not None and total - have > (free := shutil.disk_usage(part.parent).free):
-            raise _Refused(f"it has {total} bytes, {part.parent} has {free} left", again=False)
+        if have:
+            headers["Range"] = f"bytes={have}-"
+            if validator:
+                headers["If-Range"] = validator
+
+        request = urllib.request.Request(url, headers=headers)
+        opener = urllib.request.build_opener(_Redirects)
+        with opener.open(request, timeout=self.timeout) as response:
+            if response.headers.get_content_type() == "text/html" and (
+                self.part.with_suffix("").suffix.lower() not in _HTML
+            ):
+                raise _Refused(
+                    "the server answered with a web page instead of the file", again=False
+                )
+            if have and getattr(response, "status", None) != 206:
+                self._file.truncate(0)  # no Range here: the whole file comes again
+                have = 0
+            if have and (wrong := _not_the_rest(response.headers, have, validator)):
+                self._file.truncate(0)
+                raise _Refused(wrong, again=True)
+            noted = {"url": url, "validator": _validator(response.headers)}
+            self.note.write_text(json.dumps(noted))
+            length = response.headers.get("Content-Length", "")
+            total = have + int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
+            free = shutil.disk_usage(self.part.parent).free
+            if total is not None and total - have > free:
+                raise _Refused(
+                    f"it has {total} bytes, {self.part.parent} has {free} left", again=False
+                )
+            self._copy(response, have, total)
+        size = self._size
+        if total is not None and size != total:
+            raise _Refused(f"the connection ended after {size} of {total} bytes", again=True)
+        if size == 0:
+            raise _Refused("the file there is empty", again=False)
+        return have
+
+    def _copy(self, response: Any, have: int, total: int | None) -> None:
+        """Append the body of an answer; a connection that stalls is given up."""
         with tqdm(
             total=total,
             initial=have,
             unit="B",
             unit_scale=True,
-            desc=part.with_suffix("").name,
-            disable=None if progress else True,
+            desc=self.part.with_suffix("").name,
+            disable=None if self.progress else True,
         ) as bar:
             since, came = time.monotonic(), 0
             while chunk := response.read1(_CHUNK):
-                file.write(chunk)
+                self._file.write(chunk)
                 bar.update(len(chunk))
                 came += len(chunk)
                 now = time.monotonic()
                 if came >= _LEAST:
                     since, came = now, 0
-                elif now - since > timeout:
-                    raise _Refused(f"only {came} bytes came in {timeout:g} s", again=True)
-        file.flush()
-        os.fsync(file.fileno())
-    size = _size(file)
-    if total is not None and size != total:
-        raise _Refused(f"the connection ended after {size} of {total} bytes", again=True)
-    if size == 0:
-        raise _Refused("the file there is empty", again=False)
-    return have
+                elif now - since > self.timeout:
+                    raise _Refused(f"only {came} bytes came in {self.timeout:g} s", again=True)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _noted_validator(self, url: str) -> str:
+        """What tells the version of the url that the part file is of, as noted; "" for none."""
+        try:
+            note = json.loads(self.note.read_text())
+        except (OSError, ValueError):
+            return ""
+        same = isinstance(note, dict) and note.get("url") == url
+        return str(note.get("validator", "")) if same else ""
+
+
+def _in_one_line(reason: str) -> str:
+    """Servers may send anything, and errors quote it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in reason).split())[:300]
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -359,20 +373,3 @@ def _validator(headers: Any) -> str:
     if etag and not etag.startswith("W/"):
         return str(etag)
     return str(headers.get("Last-Modified", ""))
-
-
-def _note_path(part: Path) -> Path:
-    """Beside the part file: which url it came from, and which version of it."""
-    return part.with_name(part.name + ".json")
-
-
-def _read_note(part: Path) -> dict[str, str]:
-    try:
-        note = json.loads(_note_path(part).read_text())
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
-
-
-def _write_note(part: Path, url: str, validator: str) -> None:
-    _note_path(part).write_text(json.dumps({"url": url, "validator": validator}))

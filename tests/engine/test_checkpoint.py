@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import pickle
+import signal
 import stat
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from mit_semseg.engine.checkpoint import (
     resolve_checkpoint,
 )
 from mit_semseg.engine.training.checkpoints import RunFolder
-from mit_semseg.engine.training.run_lock import RunLock
+from mit_semseg.engine.training.run_lock import HOLDER, RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("wall", "floor", "tree", "sky")
@@ -305,17 +306,39 @@ def test_a_state_that_cannot_be_read_now_is_not_called_damaged(
     assert [file.name for file in folder.states()] == ["state_step_1.pth"]
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_without_locks_a_run_goes_on_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     def no_locks(*args: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     lock = RunLock(tmp_path)
     lock.acquire()
     lock.release()
-    assert "No locks available" in caplog.text
+    assert os.strerror(number) in caplog.text
+    assert not (tmp_path / HOLDER).exists()
+
+
+def test_the_lock_of_a_killed_run_is_free_though_its_workers_live(tmp_path: Path) -> None:
+    run = (
+        "import os, signal, sys, time; from pathlib import Path\n"
+        "from mit_semseg.engine.training.run_lock import RunLock\n"
+        "RunLock(Path(sys.argv[1])).acquire()\n"
+        "worker = os.fork()\n"
+        "if not worker: os.close(1); time.sleep(60)\n"
+        "print(worker, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", run, str(tmp_path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    try:
+        lock = RunLock(tmp_path)
+        lock.acquire()
+        lock.release()
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -6,25 +6,23 @@ import logging
 import os
 import socket
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from mit_semseg.engine.checkpoint import make_writable
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs out of one folder
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("mit_semseg")
 
 LOCK = ".lock"
+# Who has the lock. Not in the file itself, which others cannot read while it is locked on Windows.
+HOLDER = ".lock-holder"
 JOB = ".job"
-# Folders that runs of this process use: its locks keep out other processes only.
-_LOCKED: set[Path] = set()
 
 
 class RunLock:
     """Keeps every other run out of a folder while this one lives.
+
+    The lock is the operating system's: it ends with the process, however that ends.
 
     Args:
         folder: made when the lock is acquired.
@@ -32,7 +30,9 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file: IO[str] | None = None
+        # A soft lock, a file that merely exists, would outlive a process that was killed.
+        self._lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
+        self._acquired = False
 
     def acquire(self) -> None:
         """Make the folder, and lock it.
@@ -42,37 +42,30 @@ class RunLock:
             OSError: the folder cannot be made or written to.
         """
         make_writable(self.folder, "DIR")
-        place = self.folder.resolve()
-        if place in _LOCKED:
-            raise ValueError(
-                f"{self.folder} is in use by another run of this process: end it first"
-            )
-        lock = open(self.folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-        if fcntl is not None:
-            try:
-                # Of this process alone: children that outlive it hold nothing.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                lock.close()
+        holder, this = self.folder / HOLDER, f"process {os.getpid()} on {socket.gethostname()}"
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            name = holder.read_text("utf-8").strip() if holder.is_file() else ""
+            if name == this:
                 raise ValueError(
-                    f"{self.folder} is in use by {holder}: wait for it, end it, or give another DIR"
+                    f"{self.folder} is in use by another run of this process: end it first"
                 ) from error
-            except OSError as error:
-                log.warning("nothing keeps other runs out of %s (%s)", self.folder, error.strerror)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        self._file = lock
-        _LOCKED.add(place)
+            raise ValueError(
+                f"{self.folder} is in use by {name or 'another process'}: wait for it, end it, or "
+                "give another DIR"
+            ) from error
+        except (OSError, NotImplementedError) as error:  # of file systems without locks
+            log.warning("nothing keeps other runs out of %s (%s)", self.folder, error)
+        self._acquired = True
+        holder.write_text(this + "\n", "utf-8")
 
     def release(self) -> None:
         """Let other runs use the folder again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            _LOCKED.discard(self.folder.resolve())
+        if self._acquired:
+            self._acquired = False
+            (self.folder / HOLDER).unlink(missing_ok=True)
+            self._lock.release()
 
     def job(self) -> str:
         """Which job of torchrun has a run here that is not completed; "" for none."""
