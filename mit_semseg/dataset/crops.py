@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import cv2
@@ -15,8 +14,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.samples import Picture, Sample
-from mit_semseg.dataset.transforms import color_jitter, random_window
+from mit_semseg.dataset.picture import Picture, Plan, Window
+from mit_semseg.dataset.transforms import color_jitter, fitted_size, jitter_factors, random_window
 
 _SIGMA = (0.1, 2.0)  # of the blur, in pixels
 _IGNORED = -1
@@ -65,10 +64,8 @@ class RandomCrops:
         levels = np.rint(255 * np.array(mean) / options.value_range)
         self._mean_color: list[float] = levels.clip(0, 255).tolist()
 
-    def __call__(
-        self, read: Callable[[float, float], Picture], short: int, rng: np.random.Generator
-    ) -> Sample:
-        """Image, labels at 1/r of its size, and depth; see `BatchStyle`.
+    def plan(self, size: tuple[int, int], short: int, rng: np.random.Generator) -> Plan:
+        """Size, angle, mirror image, window, colours and blur; see `BatchStyle`.
 
         Every crop draws a short side of its own, in place of the batch's.
         """
@@ -78,32 +75,34 @@ class RandomCrops:
         scale = rng.uniform(low, high)
         angle = rng.uniform(-options.random_rotation, options.random_rotation)
         flip = options.random_flip and rng.random() < 0.5
-        picture = read(short * scale, options.imgMaxSize * scale)
-        windows = [
-            random_window(side, crop, rng)
-            for side, crop in zip(picture.image.shape, options.crop_size)
-        ]
-        frame = _Frame.around(windows, picture.image.shape[:2], angle)
-        picture = picture.cut(*frame.inside)
+        state = rng.bit_generator.state
+        width, height = fitted_size(*size, short * scale, options.imgMaxSize * scale)
+        window = random_window((height, width), options.crop_size, rng)
+        colors = jitter_factors(options.color_jitter, rng) if options.color_jitter > 0 else None
+        sigma = rng.uniform(*_SIGMA) if rng.random() < options.random_blur else None
+        return Plan((width, height), window, state, flip, colors, sigma, angle)
+
+    def apply(self, picture: Picture, plan: Plan) -> Picture:
+        """Coloured, blurred, rotated and mirrored as planned; see `BatchStyle`."""
+        frame = _Frame.around(plan.window, picture.image.shape[:2], plan.angle)
+        picture = picture.cut(frame.inside)
         image = picture.image
-        if options.color_jitter > 0:
-            image = color_jitter(image, options.color_jitter, rng)
-        if rng.random() < options.random_blur:
-            image = cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), rng.uniform(*_SIGMA))
+        if plan.colors:
+            image = color_jitter(image, *plan.colors)
+        if plan.sigma:
+            image = cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), plan.sigma)
 
         def turned(part: Tensor, fill: float | list[float]) -> np.ndarray:
-            if angle:
-                part = frame.turned(part, angle, fill)
-            return (F.horizontal_flip(part) if flip else part).numpy()
+            return (frame.turned(part, plan.angle, fill) if plan.angle else part).numpy()
 
         pixels = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
-        image = turned(pixels, self._mean_color).transpose(1, 2, 0)
-        if flip:
-            picture = replace(picture, label_map=picture.label_map.mirrored)
-        labels = turned(_mask(picture.labels()), _IGNORED)[0]
-        depth = None if picture.depth is None else turned(_mask(picture.depth), 0.0)[0]
-        rate = options.segm_downsampling_rate
-        return image, labels[rate // 2 :: rate, rate // 2 :: rate], depth
+        depth = picture.depth
+        picture = replace(
+            picture.relabelled(turned(_mask(picture.labels()), _IGNORED)[0]),
+            image=turned(pixels, self._mean_color).transpose(1, 2, 0),
+            depth=None if depth is None else turned(_mask(depth), 0.0)[0],
+        )
+        return picture.mirrored() if plan.flip else picture
 
 
 class _Frame:
@@ -115,13 +114,11 @@ class _Frame:
         place: of the window in the frame: top, left, height, width.
     """
 
-    def __init__(
-        self, inside: tuple[slice, slice], beyond: list[int], place: tuple[int, int, int, int]
-    ) -> None:
+    def __init__(self, inside: Window, beyond: list[int], place: tuple[int, int, int, int]) -> None:
         self.inside, self.beyond, self.place = inside, beyond, place
 
     @classmethod
-    def around(cls, windows: list[slice], sides: tuple[int, ...], angle: float) -> _Frame:
+    def around(cls, windows: Window, sides: tuple[int, ...], angle: float) -> _Frame:
         """The frame around a window (rows, columns) of an image (height, width)."""
         h, w = (window.stop - window.start for window in windows)
         sin, cos = (abs(f(math.radians(angle))) for f in (math.sin, math.cos))

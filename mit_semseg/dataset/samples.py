@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import torch
 
 from mit_semseg.dataset.base import FORMATS
 from mit_semseg.dataset.images import ImageFile, load_depth, stored_values
@@ -148,81 +144,3 @@ def load_depth_beside(
         )
     record = Record(fpath_img=os.fspath(image), fpath_depth=os.fspath(depth))
     return load_depth_of(record, "", options, size)
-
-
-# Image (h, w, 3) uint8, labels, and, with DATASET.depth, normalised depth (h, w) float32.
-Sample = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """An image at the size that it is trained at, and where its labels are to be looked up.
-
-    Attributes:
-        image: (h, w, 3) uint8 RGB.
-        depth: (h, w) float32, normalised; None where there is none.
-        stored: the mask as its file has it, (H, W) integers, checked.
-        rows, columns: h and w indices: where in `stored` the label of each pixel of the image is.
-        label_map: stored value -> class id or -1.
-        mask_path: the mask's file, named in errors.
-    """
-
-    image: np.ndarray
-    depth: np.ndarray | None
-    stored: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
-    label_map: LabelMap
-    mask_path: str
-
-    def mirrored(self) -> Picture:
-        """The whole picture with left and right swapped, in classes too; before it is cut."""
-        return replace(
-            self,
-            image=_mirrored(self.image),
-            depth=None if self.depth is None else _mirrored(self.depth),
-            columns=self.stored.shape[1] - 1 - self.columns,
-            label_map=self.label_map.mirrored,
-        )
-
-    def cut(self, down: slice, right: slice) -> Picture:
-        """The part of it in these rows and columns."""
-        return replace(
-            self,
-            image=self.image[down, right],
-            depth=None if self.depth is None else self.depth[down, right],
-            rows=self.rows[down],
-            columns=self.columns[right],
-        )
-
-    def labels(self, rate: int = 1) -> np.ndarray:
-        """Class ids, int64 with -1 ignored, of the pixel in the middle of each rate x rate block.
-
-        It is what Pillow's nearest resize by 1/rate takes of labels that are padded to a multiple
-        of `rate`; only those are ever looked up.
-        """
-        rows, columns = self.rows[rate // 2 :: rate], self.columns[rate // 2 :: rate]
-        return self.label_map(self.stored[rows][:, columns], self.mask_path)
-
-
-def _mirrored(image: np.ndarray) -> np.ndarray:
-    """An image or depth with left and right swapped; by torch, which is 20 times as fast."""
-    return torch.from_numpy(image).flip(1).numpy()
-
-
-class BatchStyle(Protocol):
-    """How a sample is made of a picture: the one step in which the batch styles differ.
-
-    Called with a function that reads the picture, its short side at the first argument unless its
-    long side would pass the second; the short side drawn for the batch; and the generator that
-    every random number is to be drawn from.
-
-    Attributes:
-        by_orientation: a batch holds images of one orientation only.
-    """
-
-    by_orientation: bool
-
-    def __call__(
-        self, read: Callable[[float, float], Picture], short: int, rng: np.random.Generator
-    ) -> Sample: ...

@@ -5,36 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from mit_semseg.dataset.aspect import AspectPreserving
 from mit_semseg.dataset.base_dataset import BaseDataset
-from mit_semseg.dataset.images import ImageFile
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, with_sizes
-from mit_semseg.dataset.samples import (
-    BatchStyle,
-    Picture,
-    Sample,
-    load_depth_of,
-    load_values,
-    paths_of,
-)
-from mit_semseg.dataset.transforms import (
-    Normalize,
-    color_jitter,
-    fitted_size,
-    nearest_index,
-    normalize_depth,
-    random_window,
-    resize_depth,
-    round_up,
-)
+from mit_semseg.dataset.picture import BatchStyle, Sample, read_picture
+from mit_semseg.dataset.records import with_sizes
+from mit_semseg.dataset.transforms import Normalize, round_up
 from mit_semseg.errors import one_line
 
 # Separate streams of random numbers: the order of a pass, what happens to a batch, and what takes
@@ -127,7 +110,7 @@ class TrainDataset(BaseDataset):
         )
         self._groups = [np.flatnonzero(portrait), np.flatnonzero(~portrait)]
         self.batches_per_pass = sum(-(-len(group) // batch_per_gpu) for group in self._groups)
-        self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self._order = lru_cache(maxsize=2)(self._make_order)
 
     @property
     def segm_downsampling_rate(self) -> int:
@@ -139,14 +122,14 @@ class TrainDataset(BaseDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_plan"]  # a cache; it cannot be pickled for spawned workers
+        del state["_order"]  # a cache; it cannot be pickled for spawned workers
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self._order = lru_cache(maxsize=2)(self._make_order)
 
-    def _make_plan(self, pass_number: int) -> list[np.ndarray]:
+    def _make_order(self, pass_number: int) -> list[np.ndarray]:
         """Record numbers of every batch of one pass, in order."""
         rng = np.random.default_rng([self.seed, _ORDER, pass_number])
         batches = []
@@ -163,7 +146,7 @@ class TrainDataset(BaseDataset):
         if index < 0:
             raise IndexError(f"batch {index}: batches are numbered from 0")
         pass_number, position = divmod(index, self.batches_per_pass)
-        return [int(k) for k in self._plan(pass_number)[position]]
+        return [int(k) for k in self._order(pass_number)[position]]
 
     def files(self, index: int) -> list[str]:
         """Paths of the images of batch number `index`, as listed, without loading them.
@@ -184,75 +167,68 @@ class TrainDataset(BaseDataset):
             `depth` `img_data` is (B, 4, H, W) float32, always normalised.
         """
         rng = np.random.default_rng([self.seed, _BATCH, index])
-        batch_short = int(rng.choice(self.options.imgSizes))
-        numbers = self._numbers(index)
-        samples: list[Sample] = []
-        skipped: list[tuple[str, str]] = []
-        for position, number in enumerate(numbers):
-            instead = [self.seed, _INSTEAD, index, position]
-            numbers[position], sample = self._usable(number, batch_short, rng, instead, skipped)
-            samples.append(sample)
-        batch = self._stack(samples)
-        batch["info"] = [self.list_sample[k]["fpath_img"] for k in numbers]
+        short = int(rng.choice(self.options.imgSizes))
+        usable = [
+            self._usable(number, short, rng, [self.seed, _INSTEAD, index, position])
+            for position, number in enumerate(self._numbers(index))
+        ]
+        batch = self._stack([sample for _, sample, _ in usable])
+        batch["info"] = [self.list_sample[number]["fpath_img"] for number, _, _ in usable]
         if self.options.on_error == "skip":
-            batch["skipped"] = skipped
+            batch["skipped"] = [bad for _, _, skipped in usable for bad in skipped]
         return batch
 
     def _usable(
-        self,
-        number: int,
-        short: int,
-        rng: np.random.Generator,
-        instead: list[int],
-        skipped: list[tuple[str, str]],
-    ) -> tuple[int, Sample]:
-        """Record number and sample: of `number`, or of the first usable one drawn in its place.
+        self, number: int, short: int, rng: np.random.Generator, instead: list[int]
+    ) -> tuple[int, Sample, list[tuple[str, str]]]:
+        """The sample of record `number`, or of the first usable one drawn in its place.
 
-        Those are drawn, and augmented, by a generator of their own with the seed `instead`. What
-        proves bad is added to `skipped`.
+        Those are drawn, and augmented, by a generator of their own with the seed `instead`.
+
+        Returns:
+            Number of the record, its sample, and (image path as listed, reason) of those that
+            proved bad before it.
         """
         try:
-            return number, self._style(partial(self._read, self.list_sample[number]), short, rng)
+            return number, self._make(number, short, rng), []
         except (OSError, ValueError) as error:
             if self.options.on_error != "skip":
                 raise
             reason = one_line(error)
-            skipped.append((self.list_sample[number]["fpath_img"], reason))
+        skipped = [(self.list_sample[number]["fpath_img"], reason)]
         rng = np.random.default_rng(instead)
         same, other = self._groups if number in self._groups[0] else self._groups[::-1]
         drawn = [*rng.permutation(same[same != number]), *rng.permutation(other)][:_TRIES]
         for candidate in map(int, drawn):
-            record = self.list_sample[candidate]
             try:
-                return candidate, self._style(partial(self._read, record), short, rng)
+                return candidate, self._make(candidate, short, rng), skipped
             except (OSError, ValueError) as error:
-                skipped.append((record["fpath_img"], one_line(error)))
+                skipped.append((self.list_sample[candidate]["fpath_img"], one_line(error)))
         raise ValueError(
             f"{reason}; nor can any of {len(drawn)} others drawn in its place be used: so many bad "
             "samples are not skipped, look for the cause (mit-semseg data check)"
         )
 
-    def _read(self, record: Record, short: float, longest: float) -> Picture:
-        """A record's picture at the size that `fitted_size` says."""
-        options = self.options
-        image_path, mask_path = paths_of(record, self.root_dataset)
-        with ImageFile(image_path) as file:
-            width, height = file.size
-            stored = load_values(record, self.root_dataset, file.size)
-            self.label_map.check(stored, mask_path)
-            size = fitted_size(width, height, short, longest)
-            image = file.pixels(size)
-            depth = load_depth_of(record, self.root_dataset, options, file.size)
-        if depth is not None:
-            depth = normalize_depth(resize_depth(depth, size), options)
-        rows, columns = nearest_index(height, size[1]), nearest_index(width, size[0])
-        return Picture(image, depth, stored, rows, columns, self.label_map, mask_path)
+    def _make(self, number: int, short: int, rng: np.random.Generator) -> Sample:
+        """The sample of record `number`: planned, read, and changed as planned."""
+        record = self.list_sample[number]
+        plan = self._style.plan((record["width"], record["height"]), short, rng)
+        try:
+            picture = read_picture(
+                record, self.root_dataset, plan.size, self.label_map, self.options
+            )
+        except (OSError, ValueError):
+            # What the other samples of the batch draw is what it has always been.
+            rng.bit_generator.state = plan.state
+            raise
+        picture = self._style.apply(picture, plan)
+        return picture.sample(self.options.segm_downsampling_rate)
 
     def _stack(self, samples: list[Sample]) -> dict[str, Any]:
         """Samples of different sizes as one padded batch."""
         options = self.options
         rate = options.segm_downsampling_rate
-        sizes = [image.shape[:2] for image, _, _ in samples]
+        sizes = [sample.image.shape[:2] for sample in samples]
         H, W = (
             round_up(max(side), self._multiple) for side in zip(*sizes, options.crop_size or (1, 1))
         )
@@ -273,41 +249,6 @@ class TrainDataset(BaseDataset):
             values = values if depths is None else torch.cat([values, depths], dim=1)
             return {"img_data": values.contiguous(), "seg_label": targets}
         return {"img_data": images, "img_size": img_size, "seg_label": targets}
-
-
-class AspectPreserving:
-    """The published samples: resized, flipped at random, and, with `crop_size`, cropped.
-
-    Args:
-        options: the settings of samples.
-    """
-
-    by_orientation = True  # batches are padded to their largest width and height
-
-    def __init__(self, options: DataOptions) -> None:
-        self.options = options
-
-    def __call__(
-        self, read: Callable[[float, float], Picture], short: int, rng: np.random.Generator
-    ) -> Sample:
-        """Image, labels at 1/r of its size, and depth; see `BatchStyle`."""
-        options = self.options
-        flip = options.random_flip and rng.random() < 0.5
-        if options.crop_size:  # sizes of crops are equal anyway, so no padding is saved by sharing
-            short = int(rng.choice(options.imgSizes))
-        picture = read(short, options.imgMaxSize)
-        if flip:
-            picture = picture.mirrored()
-        if options.crop_size:
-            down, right = (
-                random_window(side, crop, rng)
-                for side, crop in zip(picture.image.shape, options.crop_size)
-            )
-            picture = picture.cut(down, right)
-        image = picture.image
-        if options.color_jitter > 0:
-            image = color_jitter(image, options.color_jitter, rng)
-        return image, picture.labels(options.segm_downsampling_rate), picture.depth
 
 
 def batch_style(options: DataOptions) -> BatchStyle:

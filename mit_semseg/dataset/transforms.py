@@ -31,10 +31,18 @@ def fitted_size(width: int, height: int, short: float, longest: float) -> tuple[
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
-def random_window(side: int, crop: int, rng: np.random.Generator) -> slice:
-    """`crop` pixels out of `side`, anywhere; all of them where there are no more."""
-    start = int(rng.integers(0, max(side - crop, 0) + 1))
-    return slice(start, min(start + crop, side))
+def random_window(
+    sides: Sequence[int], crops: Sequence[int], rng: np.random.Generator
+) -> tuple[slice, slice]:
+    """A window of crops[0] rows and crops[1] columns, anywhere in an image of these sides.
+
+    A side that has no more pixels is taken whole.
+    """
+    starts = [int(rng.integers(0, max(side - crop, 0) + 1)) for side, crop in zip(sides, crops)]
+    down, right = (
+        slice(start, min(start + crop, side)) for start, crop, side in zip(starts, crops, sides)
+    )
+    return down, right
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -233,9 +241,16 @@ def scaled_inputs(
     return inputs
 
 
-def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Random brightness, contrast and saturation, each by a factor in 1 -/+ `strength`."""
+def jitter_factors(strength: float, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Random factors of brightness, contrast and saturation, in 1 -/+ `strength`."""
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, size=3)
+    return brightness, contrast, saturation
+
+
+def color_jitter(
+    image: np.ndarray, brightness: float, contrast: float, saturation: float
+) -> np.ndarray:
+    """An (H, W, 3) uint8 RGB image with brightness, contrast and saturation times these factors."""
     values = image.astype(np.float32) * np.float32(brightness)
     grey = values @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # H, W
     values = grey[:, :, None] + (values - grey[:, :, None]) * np.float32(saturation)

@@ -21,6 +21,7 @@ from PIL import Image
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.images import load_image, load_mask
 from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.picture import Picture, Plan
 from mit_semseg.dataset.reading import READINGS
 from mit_semseg.dataset.transforms import Normalize
 
@@ -150,7 +151,7 @@ def test_each_pass_shows_each_image_once(
         return
     data = TrainDataset("", records, options(), batch_per_gpu=batch, seed=seed)
     for number in range(2):
-        plan = data._plan(number)
+        plan = data._order(number)
         assert len(plan) == data.batches_per_pass
         shares = [plan[rank::ranks] for rank in range(ranks)]
         shown = [int(k) for share in shares for chunk in share for k in chunk]
@@ -591,3 +592,57 @@ def test_a_worker_listens_to_its_own_reading(
     for worker in (0, 1):
         lines = (tmp_path / f"worker{worker}").read_text().splitlines()
         assert len(lines) == 8 and lines[3] == lines[7] == ""
+
+
+# (width, height); first row and column; mirrored; colours; blur; angle.
+DRAWN: dict[str, Any] = {
+    "crop": [
+        ((54, 41), (21, 19), True, [0.8932, 1.2452, 1.1023], None, -8.7152),
+        ((23, 17), (0, 0), True, [1.2554, 0.9644, 1.0922], None, -1.0502),
+        ((69, 51), (35, 11), True, [1.0087, 1.1444, 0.8021], None, -0.6737),
+        ((39, 29), (9, 11), False, [1.252, 0.7394, 1.2121], None, -2.4843),
+    ],
+    "aspect": [
+        ((53, 40), (20, 1), False, [0.8705, 0.8085, 0.8932], None, 0.0),
+        ((53, 40), (18, 7), True, [0.7987, 0.9685, 0.7006], None, 0.0),
+        ((32, 24), (1, 3), False, [1.0922, 1.2489, 1.2923], None, 0.0),
+        ((53, 40), (11, 15), False, [1.1702, 1.0087, 1.1444], None, 0.0),
+    ],
+}
+
+
+@pytest.mark.parametrize("batching", DRAWN)
+def test_what_a_seed_draws_stays_as_it_is(
+    batching: str,
+    tmp_path: Path,
+    write_pair: Writer,
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run of an earlier version is resumed exactly: the numbers are recorded, not computed."""
+    records = [write_pair(f"s{k}", (60, 45)) for k in range(4)]
+    (tmp_path / records[2]["fpath_segm"]).unlink()  # the first of the batch
+    more = {"crop_size": [16, 24], "color_jitter": 0.3, "imgMaxSize": 200}
+    opt = options(imgSizes=[24, 32, 40], on_error="skip", batching=batching, **more)
+    data = TrainDataset(tmp_path, records, opt, batch_per_gpu=4)
+    plans: list[Plan] = []
+    apply = data._style.apply
+
+    def recorded(picture: Picture, plan: Plan) -> Picture:
+        plans.append(plan)
+        return apply(picture, plan)
+
+    monkeypatch.setattr(data._style, "apply", recorded)
+    assert len(data[0]["skipped"]) == 1
+    seen = [
+        (
+            plan.size,
+            tuple(side.start for side in plan.window),
+            plan.flip,
+            plan.colors and [round(float(factor), 4) for factor in plan.colors],
+            plan.sigma and round(plan.sigma, 4),
+            round(plan.angle, 4),
+        )
+        for plan in plans
+    ]
+    assert seen == DRAWN[batching]

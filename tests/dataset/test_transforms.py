@@ -21,6 +21,7 @@ from mit_semseg.dataset.transforms import (
     as_batch,
     color_jitter,
     fitted_size,
+    jitter_factors,
     nearest_index,
     resize_image,
     round_up,
@@ -483,12 +484,11 @@ def test_scaled_inputs_may_stay_pixels() -> None:
 
 def test_color_jitter_moves_colors_within_its_strength() -> None:
     image = np.full((4, 4, 3), 100, np.uint8)
-    seen = {
-        int(color_jitter(image, 0.3, np.random.default_rng(seed))[0, 0, 0]) for seed in range(40)
-    }
+    factors = [jitter_factors(0.3, np.random.default_rng(seed)) for seed in range(40)]
+    seen = {int(color_jitter(image, *three)[0, 0, 0]) for three in factors}
     # On a plain grey picture contrast and saturation do nothing; brightness is 70..130.
     assert min(seen) >= 70 and max(seen) <= 130 and len(seen) > 15
-    assert np.array_equal(color_jitter(COLOR, 0.0, np.random.default_rng(0)), COLOR)
+    assert np.array_equal(color_jitter(COLOR, 1, 1, 1), COLOR)
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
     words = ["--gpus", "cpu", "--size", "64", "64"]
     error: Exception = torch.OutOfMemoryError("no memory\nfor this")
     assert main(["profile", *files, *words]) == 1
-    assert "error: ppm is left out: no memory\n" in capsys.readouterr().err
+    assert "error: ppm is left out: no memory for this\n" in capsys.readouterr().err
     error = ValueError("too small")
     assert main(["profile", *files, *words]) == 1
     said = capsys.readouterr()

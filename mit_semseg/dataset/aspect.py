@@ -1,0 +1,47 @@
+"""Aspect-preserving batches: the published style, with crops and colours on request."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mit_semseg.dataset.options import DataOptions
+from mit_semseg.dataset.picture import Picture, Plan
+from mit_semseg.dataset.transforms import color_jitter, fitted_size, jitter_factors, random_window
+
+
+class AspectPreserving:
+    """The published samples: resized, flipped at random, and, with `crop_size`, cropped.
+
+    Args:
+        options: the settings of samples.
+    """
+
+    by_orientation = True  # batches are padded to their largest width and height
+
+    def __init__(self, options: DataOptions) -> None:
+        self.options = options
+
+    def plan(self, size: tuple[int, int], short: int, rng: np.random.Generator) -> Plan:
+        """Size, mirror image, window and colours; see `BatchStyle`."""
+        options = self.options
+        flip = options.random_flip and rng.random() < 0.5
+        if options.crop_size:  # sizes of crops are equal anyway, so no padding is saved by sharing
+            short = int(rng.choice(options.imgSizes))
+        state = rng.bit_generator.state
+        width, height = fitted_size(*size, short, options.imgMaxSize)
+        window = slice(0, height), slice(0, width)
+        if options.crop_size:
+            window = random_window((height, width), options.crop_size, rng)
+        colors = jitter_factors(options.color_jitter, rng) if options.color_jitter > 0 else None
+        return Plan((width, height), window, state, flip, colors)
+
+    def apply(self, picture: Picture, plan: Plan) -> Picture:
+        """Mirrored, cut and coloured as planned; see `BatchStyle`."""
+        if plan.flip:
+            picture = picture.mirrored()
+        picture = picture.cut(plan.window)
+        if plan.colors:
+            picture = replace(picture, image=color_jitter(picture.image, *plan.colors))
+        return picture
