@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from mit_semseg.models.attention import leave_uncompiled
+from mit_semseg.models.module import SegmentationModule
 
 # How torch says that it has nothing to compile with.
 NO_COMPILER = re.compile(
@@ -44,21 +44,7 @@ def compiled_function(function: Callable[..., Any], **options: Any) -> Callable[
     return torch.compile(function, **options)
 
 
-def compile_for_training(module: nn.Module, method: str) -> None:
-    """Compile one method of a module, for any size of image; in evaluation it stays as it was.
-
-    The module's class is replaced by a subclass, so that names in the state dict stay and copies
-    of the module do not share its code.
-
-    Args:
-        module: changed in place.
-        method: what training enters it by.
-    """
-    kind = type(module)
-    plain = getattr(kind, method)
-    compiled = compiled_function(plain, dynamic=True)
-
-    def enter(self: nn.Module, *args: Any, **options: Any) -> Any:
-        return (compiled if self.training else plain)(self, *args, **options)
-
-    module.__class__ = type(f"Compiled{kind.__name__}", (kind,), {method: enter})
+def compile_for_training(module: SegmentationModule) -> None:
+    """Compile how a module enters encoder and decoder in training, for any size of image."""
+    module.encode = compiled_function(module.encode, dynamic=True)
+    module.decode = compiled_function(module.decode, dynamic=True)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from mit_semseg.errors import one_line
 from mit_semseg.lib.nn.transfer import map_tensors
+from mit_semseg.models.layers import replace_modules
 from mit_semseg.models.module import SegmentationModule
 
 log = logging.getLogger("mit_semseg")
@@ -91,14 +92,15 @@ def _cast(module: SegmentationModule, dtype: torch.dtype) -> None:
     """
     encoder = module.encoder
     names = getattr(encoder, "fp32_layers", ())  # any module may be the encoder
-    exact = {name: encoder.get_submodule(name) for name in names}
-    for name in exact:
-        _replace(encoder, name, nn.Identity())
+    exact = {encoder.get_submodule(name): nn.Identity() for name in names}
+    replace_modules(encoder, exact)
     encoder.to(dtype)
     module.decoder.to(dtype)
-    for name, layer in exact.items():
-        layer = layer.layer if isinstance(layer, _Float32) else layer
-        _replace(encoder, name, layer if dtype == torch.float32 else _Float32(layer, dtype))
+    back: dict[nn.Module, nn.Module] = {}
+    for found, place in exact.items():
+        layer = found.layer if isinstance(found, _Float32) else found
+        back[place] = layer if dtype == torch.float32 else _Float32(layer, dtype)
+    replace_modules(encoder, back)
     module.input_dtype = next(encoder.parameters()).dtype
     weight = next(module.parameters())
     try:
@@ -109,11 +111,6 @@ def _cast(module: SegmentationModule, dtype: torch.dtype) -> None:
             f"{type(encoder).__name__} with {type(module.decoder).__name__} cannot compute in "
             f"{dtype} ({reason}): set precision fp32, or make tensors in the type of the input"
         ) from error
-
-
-def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, layer)
 
 
 class _Float32(nn.Module):
@@ -188,11 +185,7 @@ def fold_batchnorm(module: nn.Module, run: Callable[[], Any]) -> int:
     pairs = _Wiring(module).pairs(run)
     for conv, norm in pairs.items():
         _fold(conv, norm)
-    folded = set(pairs.values())
-    for parent in module.modules():
-        for name, child in parent.named_children():
-            if child in folded:
-                setattr(parent, name, nn.Identity())
+    replace_modules(module, {norm: nn.Identity() for norm in pairs.values()})
     return len(pairs)
 
 

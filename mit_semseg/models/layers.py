@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,14 @@ def conv_bn_relu(
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(n_in, n_out, kernel, stride, padding, dilation, bias=False)
     return nn.Sequential(conv, BatchNorm2d(n_out, eps), nn.ReLU(inplace=True))
+
+
+def replace_modules(module: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put others in the place of some modules inside a module, wherever they stand."""
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                setattr(parent, name, new[child])
 
 
 def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -86,6 +86,9 @@ class SegmentationModule(SegmentationModuleBase):
         self.deep_sup_scale = deep_sup_scale
         self.normalize = normalize
         self.input_dtype: torch.dtype | None = None  # what images are cast to; None: as they are
+        # How training enters the two; `compile_for_training` puts compiled functions here.
+        self.encode: Callable[..., list[Tensor]] = encode
+        self.decode: Callable[..., tuple[Tensor, ...]] = decode
         self.mirror_pairs = tuple((a, b) for a, b in mirror_pairs)
         if any(not 0 <= k < net_dec.num_class for pair in self.mirror_pairs for k in pair):
             raise ValueError(
@@ -133,15 +136,17 @@ class SegmentationModule(SegmentationModuleBase):
         batch = _one_batch(feed_dict)
         images = self.inputs(_entry(batch, "img_data"), batch.get("img_size"))
         sides = (images.shape[-2], images.shape[-1])
+        # Functions of the parts, not of this module: copies of it can share them.
+        enter, leave = (self.encode, self.decode) if self.training else (encode, decode)
         with _named_single_values(images):
-            features = self.encoder(images, return_feature_maps=True)
+            features = enter(self.encoder, images)
         if segSize is not None:
             return self.decoder.probabilities(features, (int(segSize[0]), int(segSize[1])), sides)
 
         label = _entry(batch, "seg_label")
         size = (label.shape[-2], label.shape[-1])
         with _named_single_values(images):
-            main, *auxiliary = self.decoder.log_probabilities(features, size, sides)
+            main, *auxiliary = leave(self.decoder, features, size, sides)
         loss = self._loss(main, label)
         own: list[Tensor] = []  # losses that are means over something else
         weights = self._weights() if auxiliary else ()
@@ -266,6 +271,18 @@ class SegmentationModule(SegmentationModuleBase):
         total = own.clone()
         dist.all_reduce(total)
         return _shares(own, total, dist.get_world_size())
+
+
+def encode(encoder: Encoder, images: Tensor) -> list[Tensor]:
+    """All feature maps, deepest last."""
+    return encoder(images, return_feature_maps=True)
+
+
+def decode(
+    decoder: Decoder, features: list[Tensor], size: tuple[int, int], image: tuple[int, int]
+) -> tuple[Tensor, ...]:
+    """`Decoder.log_probabilities`."""
+    return decoder.log_probabilities(features, size, image)
 
 
 def _shares(own: Tensor, total: Tensor, count: int) -> Tensor:

@@ -10,7 +10,6 @@ Paper: Chen et al. 2016, arXiv:1604.06174, sec. 4.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -22,15 +21,16 @@ from torch.utils.checkpoint import checkpoint
 
 from mit_semseg.lib.nn.batchnorm import _SynchronizedBatchNorm
 from mit_semseg.lib.nn.sync_function import Statistics
+from mit_semseg.lib.nn.transfer import map_tensors
+from mit_semseg.models.layers import replace_modules
 
 
 def recompute(encoder: nn.Module) -> list[nn.Module]:
     """Make the blocks of an encoder keep their inputs only; everything else stays as it is.
 
-    Outputs, gradients, running statistics and names in the state dict are those of the plain
-    encoder. Blocks are found by `units`, unless the encoder names them by a method
-    `recompute_units() -> list of modules`. The encoder as a whole cannot be pickled afterwards;
-    its state dict can.
+    Each is put into torch's `CheckpointWrapper`. Outputs, gradients, running statistics and names
+    in the state dict are those of the plain encoder. Blocks are found by `units`, unless the
+    encoder names them by a method `recompute_units() -> list of modules`.
 
     Args:
         encoder: changed in place.
@@ -42,6 +42,9 @@ def recompute(encoder: nn.Module) -> list[nn.Module]:
         ValueError: no block was found. When the encoder runs: the input of a block is changed
             in place.
     """
+    # Here, since torch may have been built without `distributed`.
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
     declared = getattr(encoder, "recompute_units", None)
     found = list(units(encoder) if declared is None else declared())
     if not found:
@@ -50,8 +53,8 @@ def recompute(encoder: nn.Module) -> list[nn.Module]:
             "ModuleList; give it a method recompute_units() that lists them, or set "
             "TRAIN.recompute False"
         )
-    for unit in found:
-        unit.__class__ = _recomputed(type(unit))  # type: ignore[arg-type]
+    wrapped = {unit: checkpoint_wrapper(unit, checkpoint_fn=_checkpointed) for unit in found}
+    replace_modules(encoder, wrapped)
     return found
 
 
@@ -77,36 +80,29 @@ def _is_layer(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
-class _Recomputed(nn.Module):
-    """In front of a block's own class, it makes the block forget what lies inside."""
-
-    def forward(self, *inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return super().forward(*inputs)
-        if torch.compiler.is_compiling():
-            # The compiler sees both passes, and keeps the effects of one by itself.
-            return checkpoint(super().forward, *inputs, use_reentrant=False)
-        passes = _Passes(self, inputs)
-        return checkpoint(
-            super().forward,
-            *inputs,
-            use_reentrant=False,
-            context_fn=lambda: (passes.first(), _Reusable(passes.second)),
-        )
-
-
-@functools.cache
-def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
-    # A subclass rather than a wrapper module: names in the state dict stay, and copies of the
-    # block (moving averages, replicas) follow.
-    return type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
+def _checkpointed(block: nn.Module, *inputs: Any) -> Any:
+    """What a block gives, of which the backward pass finds the inputs only."""
+    if not torch.is_grad_enabled():
+        return block(*inputs)
+    if torch.compiler.is_compiling():
+        # The compiler sees both passes, and keeps the effects of one by itself.
+        return checkpoint(block, *inputs, use_reentrant=False)
+    passes = _Passes(block, inputs)
+    return checkpoint(
+        block,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (passes.first(), _Reusable(passes.second)),
+    )
 
 
 class _Passes:
     """What the second pass through a block needs to know of the first."""
 
     def __init__(self, block: nn.Module, inputs: Sequence[Any]) -> None:
-        self.block, self.inputs = block, list(_tensors(inputs))
+        self.block = block
+        self.inputs: list[Tensor] = []
+        map_tensors(self.inputs.append, list(inputs))
         self.versions = [x._version for x in self.inputs]
         self.norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
         self.agreed: dict[nn.Module, list[Statistics]] = {
@@ -176,11 +172,3 @@ def _scratch_buffers(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module._buffers.update(buffers)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _tensors(value)

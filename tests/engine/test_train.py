@@ -373,9 +373,8 @@ def test_without_a_compiler_the_fix_is_named(said: str) -> None:
 def test_torch_says_so_at_the_first_step(tmp_path: Path) -> None:
     code = """
 import torch
-from mit_semseg.models.compilation import compile_for_training, compiler_errors
-relu = torch.nn.ReLU()
-compile_for_training(relu, "forward")
+from mit_semseg.models.compilation import compiled_function, compiler_errors
+relu = compiled_function(torch.nn.ReLU().forward)
 try:
     with compiler_errors():
         relu(torch.ones(2, 3, requires_grad=True) + 1)
@@ -432,19 +431,18 @@ def test_compilation_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", compile_nothing)
     plain = SegmentationModule(OneConv(), OneHead(), build_loss("nll", 3))
     other = copy.deepcopy(plain)
-    compile_for_training(other.encoder, "forward")
-    compile_for_training(other.decoder, "log_probabilities")
+    compile_for_training(other)
     batch = {"img_data": torch.randn(1, 3, 8, 8), "seg_label": torch.zeros(1, 4, 4).long()}
     assert torch.equal(other(batch)[0], plain(batch)[0])
-    assert seen == ["forward", "log_probabilities"]
+    assert seen == ["encode", "decode"]
     assert list(other.state_dict()) == list(plain.state_dict())
     twin = copy.deepcopy(other)
-    twin.decoder.conv_last.bias.data += 5.0
-    assert not torch.equal(twin.logits(batch["img_data"]), other.logits(batch["img_data"]))
-    other.eval().logits(batch["img_data"])
-    other(batch)
+    twin.decoder.conv_last.bias.data[0] += 5.0
+    assert not torch.equal(twin(batch)[0], other(batch)[0])
+    assert len(seen) == 3 * 2
+    other.eval()(batch)
     other(batch, segSize=(8, 8))
-    assert len(seen) == 2 + 2, "the copy entered its encoder, evaluation nothing"
+    assert len(seen) == 3 * 2, "evaluation enters nothing that is compiled"
 
 
 @pytest.mark.slow
@@ -456,8 +454,7 @@ def test_compiled_equals_plain(again: bool) -> None:
     other = copy.deepcopy(plain)
     if again:
         recompute(other.encoder)
-    compile_for_training(other.encoder, "forward")
-    compile_for_training(other.decoder, "log_probabilities")
+    compile_for_training(other)
     for height, width in ((32, 48), (64, 40)):
         batch = {
             "img_data": torch.randn(2, 3, height, width, dtype=torch.float64),

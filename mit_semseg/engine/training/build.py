@@ -314,8 +314,7 @@ def _step(cfg: Config, place: Place, module: SegmentationModule, folder: RunFold
     if cfg.TRAIN.recompute:
         recompute(module.encoder)
     if cfg.TRAIN.compile:
-        compile_for_training(module.encoder, "forward")
-        compile_for_training(module.decoder, "log_probabilities")
+        compile_for_training(module)
     return TrainStep(
         module,
         _parallel(module, place, cfg.TRAIN.stall_seconds),
