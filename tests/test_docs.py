@@ -5,6 +5,7 @@ A Python block with `<!-- not run: REASON -->` before it is left out.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -64,7 +65,8 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for checkpoint in ("weights/camvid-mobilenetv2dilated-c1_deepsup", "ckpt/mine"):
         shutil.copytree(CAMVID, tmp_path / checkpoint)
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
-    for photo in ("street.jpg", "photo.jpg"):
+    for photo in ("photo.jpg", "scenes/images/validation/0000.png"):
+        (tmp_path / photo).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise).save(tmp_path / photo)
     recipe = (CAMVID / "config.yaml").read_text().replace(str(CAMVID), "ckpt/mine")
     (tmp_path / "mine.yaml").write_text(recipe)
@@ -102,6 +104,44 @@ def test_make_has_every_target_that_is_named() -> None:
     for page in PAGES:
         named = re.findall(r"(?:`|^)make ([a-z][\w-]*)", page.read_text("utf-8"), re.MULTILINE)
         assert set(named) <= targets, page
+
+
+# ------------------------------------------------------------------------------------- messages
+@pytest.fixture(scope="module")
+def texts() -> list[list[str]]:
+    """Every string in the code but docstrings, as what stands between its values."""
+    found = []
+    for file in (ROOT / "mit_semseg").rglob("*.py"):
+        tree = ast.parse(file.read_text("utf-8"))
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            pieces = node.values if isinstance(node, ast.JoinedStr) else [node]
+            constants = [p.value for p in pieces if isinstance(p, ast.Constant)]
+            parts = [value for value in constants if isinstance(value, str) and value.strip()]
+            if id(node) not in docs and any(len(part) >= 10 for part in parts):
+                found.append(parts)
+    return found
+
+
+def beyond(message: str, parts: list[str]) -> str:
+    """What is left of a message without the parts of a text, the last of which may be cut short."""
+    for part in parts:
+        if part in message:
+            message = message.replace(part, "\n", 1)
+        elif cut := next((n for n in range(len(part), 9, -1) if message.endswith(part[:n])), 0):
+            return message[:-cut]
+    return message
+
+
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("message", re.findall(r"^\| `(.+?)` \|", PAGE, re.MULTILINE))
+def test_a_message_on_the_page_is_one_of_the_code(message: str, texts: list[list[str]]) -> None:
+    """But for values; up to three strings of the code may be put together."""
+    for _ in range(3):
+        message = min((beyond(message, parts) for parts in texts), key=len)
+    assert not re.search(r"[a-z]{2,} [a-z]{2,}", message), message
 
 
 # -------------------------------------------------------------------------------------- recipes
@@ -164,8 +204,8 @@ def test_what_is_added_trains_and_predicts(tree: Path) -> None:
             Image.fromarray(image).save(tree / folder / f"{name}.{suffix}")
     for split in ("train", "val"):
         (tree / f"{split}.txt").write_text("a\nb\n")
-    (readme,) = blocks(ROOT / "README.md", "yaml")
-    (tree / "mine.yaml").write_text(readme)
+    (recipe,) = blocks(ROOT / "docs" / "train.md", "yaml")
+    (tree / "mine.yaml").write_text(recipe)
     (command,) = [line for line in commands(CONTRIBUTING) if "MODEL.arch_encoder tiny" in line]
     short = ["DATASET.imgSizes", "(32,)", "TRAIN.num_epoch", "1", "TRAIN.epoch_iters", "2"]
     words = [*shlex.split(command)[1:], *short, "TRAIN.workers", "0"]
@@ -190,7 +230,7 @@ def test_what_is_added_trains_and_predicts(tree: Path) -> None:
 def test_the_site_builds_and_its_links_hold(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings")
     run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path), cwd=ROOT)
-    for page in ("index", "guide", "contributing", "reference/models", "reference/lib"):
+    for page in ("index", "guide", "train", "contributing", "reference/models", "reference/lib"):
         assert (tmp_path / f"{page}.html").is_file()
     assert 'id="mit_semseg.lib.nn.UserScatteredDataParallel"' in (
         tmp_path / "reference" / "lib.html"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 ROWS = {
     match[1]: [cell.strip() for cell in match[0].split("|")[1:-1]]
-    for match in re.finditer(r"^\| `(\w+)` \|.*$", PAGE.split("## Using one")[0], re.MULTILINE)
+    for match in re.finditer(r"^\| `(\w+)` \|.*$", PAGE.split("## Use a public")[0], re.MULTILINE)
 }
 
 
