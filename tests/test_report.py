@@ -162,6 +162,12 @@ def test_grid_holds_images_and_label_maps_under_their_captions(tmp_path: Path) -
     assert np.array_equal(grid.axes[-1].images[0].get_array(), paint(tiles[-1][1], COLORS))
     assert [text.get_text() for text in grid.legends[0].get_texts()] == ["sky", "car & van"]
     plain = image_grid(tiles[:1], tmp_path / "b.png")
+    long = image_grid(
+        [("a caption that is too long for the width of its column " * 2, tiles[0][1])] * 2
+    )
+    long.draw_without_rendering()
+    sizes = [axes.get_tightbbox() for axes in long.axes]
+    assert sizes[0].x1 < sizes[1].x0, "long captions are made smaller"
     assert not plain.legends and path.is_file()
     with pytest.raises(ValueError, match="at least one image"):
         image_grid([], path)

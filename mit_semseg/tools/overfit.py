@@ -434,4 +434,4 @@ def _write(
     for one in found:
         label = one.name.replace(" + ", "\n+ ") + f", {100 * one.accuracy:.1f} %"
         tiles.append((label, one.sample.prediction))
-    image_grid(tiles, picture, title=title, columns=6, names=names, colors=colors)
+    image_grid(tiles, picture, title=title, columns=5, names=names, colors=colors)

@@ -218,6 +218,17 @@ def _entries(
     return [(str(names[k]), hexadecimal[k]) for k in classes] if len(names) else []
 
 
+def _caption_size(row: Sequence[_Tile], width: float) -> float:
+    """Points at which no caption runs into the next one; where none follows, all is free."""
+    size, free = 9.0, 0
+    for tile in reversed(row):
+        free += 1
+        if tile.caption:
+            longest = max(map(len, tile.caption.split("\n")))
+            size, free = min(size, 72 * free * width / (0.6 * longest)), 0
+    return size
+
+
 def _legend_shape(names: Sequence[str], width: float) -> tuple[int, int]:
     """Rows and columns of a legend; matplotlib fills columns, each as wide as its longest name."""
     inches = [0.42 + 0.073 * len(name) for name in names]
@@ -246,11 +257,13 @@ def _sheet(
         for row in rows
     ]
     lines = [max(t.caption.count("\n") + bool(t.caption) for t in row) for row in rows]
+    size = min(_caption_size(row, wide) for row in rows)
+    line = _LINE * size / 9
     key_rows, key_columns = _legend_shape([name for name, _ in entries], across - 2 * _EDGE)
     head = _EDGE + (0.34 if title else 0)
     legend = head
     head += _ENTRY * key_rows
-    down = head + sum(tall) + sum(_LINE * n + _GAP for n in lines) + _EDGE
+    down = head + sum(tall) + sum(line * n + _GAP for n in lines) + _EDGE
 
     figure = new_figure(across, down)
     figure.set_layout_engine("none")  # every place is computed here
@@ -277,7 +290,7 @@ def _sheet(
             text.set_parse_math(False)
     y = head
     for row, height, count in zip(rows, tall, lines):
-        y += _LINE * count
+        y += line * count
         for n, tile in enumerate(row):
             x = _EDGE + n * (wide + _GAP)
             place = (x / across, 1 - (y + height) / down, wide / across, height / down)
@@ -285,6 +298,8 @@ def _sheet(
             axes.imshow(tile.image, interpolation="nearest" if tile.exact else "antialiased")
             axes.set_axis_off()
             axes.set_anchor("NW")
-            axes.set_title(tile.caption, loc="left", size=9, color=MUTED, pad=3, parse_math=False)
+            axes.set_title(
+                tile.caption, loc="left", size=size, color=MUTED, pad=3, parse_math=False
+            )
         y += height + _GAP
     return save_figure(figure, path)
