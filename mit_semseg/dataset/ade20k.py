@@ -6,21 +6,21 @@ Paper: Zhou et al. 2017, "Scene Parsing through ADE20K Dataset".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, first_layout
-from mit_semseg.dataset.classes import ClassTable, table_of
+from mit_semseg.dataset.base import FORMATS, Archive, PairedFolders, Source
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, pair_folders
+from mit_semseg.dataset.records import Record
 
 _FOLDERS = {"train": "training", "val": "validation"}
 
 
 @FORMATS.register("ade20k")
-class Ade20k(DataFormat):
+class Ade20k(PairedFolders):
     """`images/training` beside `annotations/training`; stored 0 is other, 1..150 the classes."""
 
+    title = "ADE20K"
+    table = "ade20k"
     source = Source(
         title="ADE20K, ADEChallengeData2016 (0.9 GB)",
         licence="images: non-commercial research and education only; annotations: BSD-3-Clause",
@@ -38,16 +38,10 @@ class Ade20k(DataFormat):
     )
     num_class = 150
 
-    def records(self, root: Path, split: str) -> list[Record]:
+    def layouts(self, split: str) -> list[tuple[str, str]]:
         folder = _FOLDERS.get(split, split)
-        candidates = [
-            (f"{base}images/{folder}", f"{base}annotations/{folder}")
-            for base in ("", "ADEChallengeData2016/")
-        ]
-        return pair_folders(root, *first_layout(root, candidates, "ADE20K"))
-
-    def classes(self, options: DataOptions) -> ClassTable:
-        return table_of("ade20k", options.num_class, "ADE20K")
+        bases = ("", "ADEChallengeData2016/")
+        return [(f"{base}images/{folder}", f"{base}annotations/{folder}") for base in bases]
 
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
         return LabelMap.shifted(options.num_class, label_offset=1)

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mit_semseg.dataset.classes import ClassTable
+from mit_semseg.dataset.classes import ClassTable, table_of
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record
+from mit_semseg.dataset.records import Record, pair_folders
 from mit_semseg.registry import Registry
 
 FORMATS: Registry[type[DataFormat]] = Registry("data set format")
@@ -72,7 +72,9 @@ class DataFormat(ABC):
     """One kind of data: a subclass in its own file, registered by name in `FORMATS`."""
 
     source: Source | None = None
+    title: str = ""  # named in messages
     num_class: int | None = None  # of a public data set
+    table: str = ""  # its class table, a file of the folder `tables` without `.csv`
     # How its depth images are stored, as DATASET.depth_scale; None: it has none.
     depth_scale: float | str | None = None
     # Classes that a mirror turns into each other: a mirrored left arm is a right arm.
@@ -91,9 +93,15 @@ class DataFormat(ABC):
         """As `records`, for data sets whose masks are made as the options ask for them."""
         return self.records(root, split)
 
-    @abstractmethod
     def classes(self, options: DataOptions) -> ClassTable:
-        """The class table; ValueError when `options.num_class` does not fit it."""
+        """The class table; numbered classes where there is none.
+
+        Raises:
+            ValueError: `options.num_class` does not fit it.
+        """
+        if not self.table:
+            return ClassTable.numbered(options.num_class)
+        return table_of(self.table, options.num_class, self.title)
 
     def classes_for(self, root: Path, splits: Sequence[str], options: DataOptions) -> ClassTable:
         """As `classes`, for data sets whose own files name the classes of these splits."""
@@ -108,17 +116,20 @@ class DataFormat(ABC):
         """How these records' masks are to be read, `options.ignore_label` not yet applied."""
 
 
-def first_layout(root: Path, candidates: Sequence[tuple[str, str]], title: str) -> tuple[str, str]:
-    """The first pair of folders (images, labels) that exists below `root`.
+class PairedFolders(DataFormat):
+    """A data set of two folders a split: images, and masks of the same names."""
 
-    Raises:
-        FileNotFoundError: none does; the first is named as what is expected.
-    """
-    for images, labels in candidates:
-        if (root / images).is_dir() and (root / labels).is_dir():
-            return images, labels
-    images, labels = candidates[0]
-    raise FileNotFoundError(
-        f"{root}: no {title} here, expected the folders {images} and {labels}; "
-        "check DATASET.root_dataset, or see `mit-semseg data download`"
-    )
+    @abstractmethod
+    def layouts(self, split: str) -> Sequence[tuple[str, str]]:
+        """The folders (images, masks) of a split, below the root; of several the first there is."""
+
+    def records(self, root: Path, split: str) -> list[Record]:
+        layouts = self.layouts(split)
+        for images, masks in layouts:
+            if (root / images).is_dir() and (root / masks).is_dir():
+                return pair_folders(root, images, masks)
+        images, masks = layouts[0]
+        raise FileNotFoundError(
+            f"{root}: no {self.title} here, expected the folders {images} and {masks}; "
+            "check DATASET.root_dataset, or see `mit-semseg data download`"
+        )

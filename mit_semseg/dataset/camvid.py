@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
-from mit_semseg.dataset.classes import ClassTable, table_of
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record
@@ -22,6 +21,8 @@ VOID = 11
 class CamVid(DataFormat):
     """`train.txt`, `val.txt`, `test.txt`: an image and a mask a line; stored 11 is void."""
 
+    title = "CamVid"
+    table = "camvid"
     source = Source(
         title="CamVid, as in the SegNet tutorial (0.2 GB)",
         licence="for research; see the page of the data set",
@@ -56,12 +57,9 @@ class CamVid(DataFormat):
             records.append(Record(fpath_img=image, fpath_segm=mask))
         return records
 
-    def classes(self, options: DataOptions) -> ClassTable:
-        return table_of("camvid", options.num_class, "CamVid")
-
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
-        values = {k: k for k in range(VOID)} | {VOID: -1}
-        return LabelMap(values, options.num_class, " (CamVid: 0..10 are classes, 11 is void)")
+        hint = " (CamVid: 0..10 are classes, 11 is void)"
+        return LabelMap.identity(options.num_class, VOID, hint)
 
 
 def _below_root(path: str) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
-from mit_semseg.dataset.classes import ClassTable, table_of
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, list_images, match_by_stem
@@ -27,6 +26,8 @@ class Cityscapes(DataFormat):
     `*_labelTrainIds.png`.
     """
 
+    title = "Cityscapes"
+    table = "cityscapes"
     source = Source(
         title="Cityscapes (11 GB)",
         licence="non-commercial use after registration; see https://www.cityscapes-dataset.com/license",
@@ -63,9 +64,6 @@ class Cityscapes(DataFormat):
             f"*{_TRAIN}.png{f'; the first without is {lonely[0]}' if lonely else ''}"
         )
 
-    def classes(self, options: DataOptions) -> ClassTable:
-        return table_of("cityscapes", options.num_class, "Cityscapes")
-
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
         by_train_id = {record["fpath_segm"].endswith(f"{_TRAIN}.png") for record in records}
         if len(by_train_id) > 1:
@@ -74,8 +72,7 @@ class Cityscapes(DataFormat):
                 "different things; use one kind"
             )
         if by_train_id == {True}:
-            values = {k: k for k in range(options.num_class)} | {255: -1}
-            return LabelMap(values, options.num_class, " (Cityscapes labelTrainIds)")
+            return LabelMap.identity(options.num_class, 255, " (Cityscapes labelTrainIds)")
         values = dict.fromkeys(range(34), -1)
         values |= {stored: k for k, stored in enumerate(LABEL_IDS)}
         return LabelMap(values, options.num_class, " (Cityscapes labelIds)")

@@ -90,6 +90,24 @@ class ClassTable:
             return cls.of(names)
         return cls(tuple(names), np.array(colors, dtype=np.uint8))
 
+    def checked(self, num_class: int, name: PathLike, fix: str) -> ClassTable:
+        """The table, if it has `num_class` rows.
+
+        Args:
+            num_class: `DATASET.num_class`.
+            name: of the table, in the error.
+            fix: what to do, in the error.
+
+        Raises:
+            ValueError: it has another number.
+        """
+        if len(self) != num_class:
+            raise ValueError(
+                f"{os.fspath(name)} has {len(self)} classes, but DATASET.num_class is {num_class}; "
+                f"{fix}"
+            )
+        return self
+
     def save(self, path: PathLike) -> None:
         """Write the table as csv with columns Idx,Name,R,G,B."""
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -102,9 +120,4 @@ class ClassTable:
 def table_of(name: str, num_class: int, title: str) -> ClassTable:
     """A table of the package, checked against the configured class count."""
     table = ClassTable.load(TABLES / f"{name}.csv")
-    if len(table) != num_class:
-        raise ValueError(
-            f"DATASET.num_class is {num_class}, but {title} has {len(table)} classes; "
-            f"set DATASET.num_class {len(table)}"
-        )
-    return table
+    return table.checked(num_class, title, f"set DATASET.num_class {len(table)}")

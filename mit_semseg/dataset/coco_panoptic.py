@@ -18,7 +18,7 @@ from PIL import Image
 
 from mit_semseg.dataset import coco
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
-from mit_semseg.dataset.classes import TABLES, ClassTable, table_of
+from mit_semseg.dataset.classes import TABLES, ClassTable
 from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
@@ -44,6 +44,8 @@ class CocoPanoptic(DataFormat):
     `semantic_masks/coco_panoptic` beside the data.
     """
 
+    title = "COCO panoptic"
+    table = "coco_panoptic"
     source = Source(
         title="COCO 2017 panoptic (21 GB)",
         licence="annotations: CC BY 4.0; images: flickr terms of use",
@@ -90,12 +92,8 @@ class CocoPanoptic(DataFormat):
 
         return drawn_once(root, f"{masks}.odgt", drawings, f"COCO panoptic {year}", source, {})
 
-    def classes(self, options: DataOptions) -> ClassTable:
-        return table_of("coco_panoptic", options.num_class, "COCO panoptic")
-
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
-        values = {k: k for k in range(options.num_class)} | {VOID: -1}
-        return LabelMap(values, options.num_class, " (COCO panoptic: 255 is void)")
+        return LabelMap.identity(options.num_class, VOID, " (COCO panoptic: 255 is void)")
 
 
 class _Pictures:

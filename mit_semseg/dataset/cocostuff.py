@@ -6,13 +6,12 @@ Paper: Caesar et al. 2018, arXiv:1612.03716.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, first_layout
+from mit_semseg.dataset.base import FORMATS, Archive, PairedFolders, Source
 from mit_semseg.dataset.classes import ClassTable, table_of
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, pair_folders
+from mit_semseg.dataset.records import Record
 
 # Stored values 0..181 are COCO ids minus 1. These eleven things were never annotated.
 UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
@@ -21,12 +20,13 @@ UNLABELLED = 255
 
 
 @FORMATS.register("cocostuff")
-class CocoStuff(DataFormat):
+class CocoStuff(PairedFolders):
     """`images/train2017` beside `annotations/train2017` or `stuffthingmaps/train2017`.
 
     171 classes without gaps, or with `DATASET.num_class 182` the stored values themselves.
     """
 
+    title = "COCO-Stuff"
     source = Source(
         title="COCO-Stuff 164k (20 GB)",
         licence="annotations: CC BY 4.0; images: flickr terms of use",
@@ -47,16 +47,15 @@ class CocoStuff(DataFormat):
     )
     num_class = 171
 
-    def records(self, root: Path, split: str) -> list[Record]:
+    def layouts(self, split: str) -> list[tuple[str, str]]:
         year = split if split.endswith("2017") else f"{split}2017"
-        candidates = [
+        return [
             (f"images/{year}", f"annotations/{year}"),
             (f"images/{year}", f"stuffthingmaps/{year}"),
             (year, f"stuffthingmaps/{year}"),
             (year, f"annotations/{year}"),
             (f"{split}_img", f"{split}_label"),
         ]
-        return pair_folders(root, *first_layout(root, candidates, "COCO-Stuff"))
 
     def classes(self, options: DataOptions) -> ClassTable:
         table = table_of("cocostuff", 182, "COCO-Stuff")

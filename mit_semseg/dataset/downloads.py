@@ -20,6 +20,7 @@ from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
 from mit_semseg.dataset.records import Record, with_sizes, write_odgt
 from mit_semseg.download import DownloadError, fetch
 from mit_semseg.errors import one_line
+from mit_semseg.files import replacing
 
 # What Python raises on damaged archives; RuntimeError where a flag claims encryption.
 _DAMAGED = (
@@ -170,17 +171,13 @@ def _write(file: Path, name: str, size: int, content: _Content, target: Path) ->
             f"{file}: {name!r} is to be {size} bytes, but {target.parent} has {free} left; make "
             "room, or unpack to another disk"
         )
-    part = target.with_name(target.name + ".part")
     try:
-        with content() as reader, open(part, "wb") as writer:
+        with replacing(target) as part, content() as reader, part.open("wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 20)
-        os.replace(part, target)
     except OSError as error:
         if error.errno and not error.filename:  # of a write, which knows no name: a full disk
             raise OSError(error.errno, error.strerror, str(target)) from error
         raise
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class _Content:

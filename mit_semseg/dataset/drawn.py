@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from mit_semseg.dataset.records import Record, read_odgt, write_odgt
+from mit_semseg.download import sha256_of
+from mit_semseg.files import replacing
 
 # Folder below the data set's that masks are kept in.
 FOLDER = "semantic_masks"
@@ -53,7 +53,7 @@ def facts_of(root: Path, listing: str, source: str) -> dict[str, Any] | None:
         return None
     now = _changed(file)
     if now and now != changed:
-        if _digest(file) != digest:
+        if sha256_of(file) != digest:
             return None
         with contextlib.suppress(OSError):  # where it cannot be written, it is compared again
             _write_note(path, digest, now, facts)
@@ -92,7 +92,7 @@ def drawn_once(
         records = read_odgt(path)
         if not since or _has_images(root, records):
             return records
-    digest = _digest(file) if since else ""
+    digest = sha256_of(file) if since else ""
     todo = drawings()
     try:
         for folder in {(root / drawing.record["fpath_segm"]).parent for drawing in todo}:
@@ -106,9 +106,7 @@ def drawn_once(
             done = pool.map(lambda number: _draw(root, todo[number], since), order)
             for _ in tqdm(done, desc=f"{title} masks", total=len(todo), unit="img", disable=None):
                 pass
-        part = path.with_name(f"{uuid.uuid4().hex}.odgt")
-        write_odgt(part, [drawing.record for drawing in todo])
-        os.replace(part, path)
+        write_odgt(path, [drawing.record for drawing in todo])
         _write_note(_note(path), digest, since, facts)
     except PermissionError as error:
         raise OSError(
@@ -135,28 +133,15 @@ def _note(path: Path) -> Path:
 
 
 def _write_note(path: Path, digest: str, changed: int, facts: Mapping[str, Any]) -> None:
-    part = path.with_name(f"{uuid.uuid4().hex}.part")
     note = {"sha256": digest, "changed": changed, "facts": facts}
-    part.write_text(json.dumps(note) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with replacing(path) as part:
+        part.write_text(json.dumps(note) + "\n", encoding="utf-8")
 
 
 def _draw(root: Path, drawing: Drawing, since: int) -> None:
     """Draw a mask, unless one is there of the same file, which has its time of change."""
     target = root / drawing.record["fpath_segm"]
     if not target.is_file() or _changed(target) != since:
-        part = target.with_name(f"{uuid.uuid4().hex}.part")
-        try:
+        with replacing(target) as part:
             Image.fromarray(drawing.draw()).save(part, format="PNG")
             os.utime(part, ns=(since, since))
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)

@@ -71,6 +71,11 @@ class LabelMap:
         return cls(values, num_class, hint).ignoring(ignore_label)
 
     @classmethod
+    def identity(cls, num_class: int, ignored: int, hint: str = "") -> LabelMap:
+        """Stored values are the classes; one other, `ignored`, is none."""
+        return cls({k: k for k in range(num_class)} | {ignored: -1}, num_class, hint)
+
+    @classmethod
     def of_options(cls, options: DataOptions) -> LabelMap:
         """The map that `label_map`, or else `label_offset`, describes; `ignore_label` on top."""
         if not options.label_map:

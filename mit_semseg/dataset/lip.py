@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
-from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, first_layout
-from mit_semseg.dataset.classes import ClassTable, table_of
+from mit_semseg.dataset.base import FORMATS, Archive, PairedFolders, Source
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, pair_folders
+from mit_semseg.dataset.records import Record
 
 UNLABELLED = 255
 
 
 @FORMATS.register("lip")
-class Lip(DataFormat):
+class Lip(PairedFolders):
     """`train_images` beside `train_segmentations`; stored 0..19 are the classes.
 
     Also inside the folders that the archives are named after, `TrainVal_images` and
     `TrainVal_parsing_annotations`.
     """
 
+    title = "LIP"
+    table = "lip"
     source = Source(
         title="LIP, Look into Person (single person)",
         licence="non-commercial research and education only",
@@ -41,19 +41,14 @@ class Lip(DataFormat):
     num_class = 20
     mirror_pairs = ((14, 15), (16, 17), (18, 19))  # arms, legs, shoes
 
-    def records(self, root: Path, split: str) -> list[Record]:
+    def layouts(self, split: str) -> list[tuple[str, str]]:
         kinds = (f"{split}_images", f"{split}_segmentations")
         archives = ("TrainVal_images", "TrainVal_parsing_annotations")
         images, labels = (
             (kind, f"{archive}/{kind}", f"{archive}/{archive}/{kind}")
             for kind, archive in zip(kinds, archives)
         )
-        candidates = list(itertools.product(images, labels))
-        return pair_folders(root, *first_layout(root, candidates, "LIP"))
-
-    def classes(self, options: DataOptions) -> ClassTable:
-        return table_of("lip", options.num_class, "LIP")
+        return list(itertools.product(images, labels))
 
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
-        values = {k: k for k in range(options.num_class)} | {UNLABELLED: -1}
-        return LabelMap(values, options.num_class, " (LIP: 0..19 are classes)")
+        return LabelMap.identity(options.num_class, UNLABELLED, " (LIP: 0..19 are classes)")

@@ -15,6 +15,7 @@ from PIL import Image
 from mit_semseg.dataset.images import image_size
 from mit_semseg.dataset.reading import PathLike
 from mit_semseg.errors import one_line
+from mit_semseg.files import replacing
 
 _NAMED = 3  # bad files that a warning names
 
@@ -73,10 +74,8 @@ def read_odgt(path: PathLike) -> list[Record]:
 
 def write_odgt(path: PathLike, records: Iterable[Record]) -> None:
     """Write a list file; it appears under its name only when it is complete."""
-    part = f"{os.fspath(path)}.part"
-    with open(part, "w", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-    os.replace(part, path)
 
 
 def _parse(line: str, where: str) -> Record:

@@ -7,22 +7,22 @@ examples". Licence: for non-commercial research, says the README in the archive.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, first_layout
-from mit_semseg.dataset.classes import ClassTable, table_of
+from mit_semseg.dataset.base import FORMATS, Archive, PairedFolders, Source
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.records import Record, pair_folders
+from mit_semseg.dataset.records import Record
 
 SHADOW = 255
 _FOLDERS = {"train": "SBUTrain4KRecoveredSmall", "val": "SBU-Test", "test": "SBU-Test"}
 
 
 @FORMATS.register("sbu")
-class Sbu(DataFormat):
+class Sbu(PairedFolders):
     """`<split>/ShadowImages` beside `<split>/ShadowMasks`; stored 0 is lit, 255 shadow."""
 
+    title = "SBU-shadow"
+    table = "sbu"
     source = Source(
         title="SBU-shadow (2.2 GB)",
         licence="non-commercial research only",
@@ -39,16 +39,10 @@ class Sbu(DataFormat):
     )
     num_class = 2
 
-    def records(self, root: Path, split: str) -> list[Record]:
+    def layouts(self, split: str) -> list[tuple[str, str]]:
         folder = _FOLDERS.get(split, split)
-        candidates = [
-            (f"{base}{folder}/ShadowImages", f"{base}{folder}/ShadowMasks")
-            for base in ("", "SBU-shadow/")
-        ]
-        return pair_folders(root, *first_layout(root, candidates, "SBU-shadow"))
-
-    def classes(self, options: DataOptions) -> ClassTable:
-        return table_of("sbu", options.num_class, "SBU-shadow")
+        bases = (folder, f"SBU-shadow/{folder}")
+        return [(f"{base}/ShadowImages", f"{base}/ShadowMasks") for base in bases]
 
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
         return LabelMap({0: 0, SHADOW: 1}, options.num_class, " (SBU-shadow: 0 lit, 255 shadow)")

@@ -61,12 +61,7 @@ def class_table(dataset_cfg: Any, which: str = "train") -> ClassTable:
     if not path:
         return own
     table = ClassTable.load(locate(path, root, "DATASET.classes"))
-    if len(table) != options.num_class:
-        raise ValueError(
-            f"{path} has {len(table)} classes, but DATASET.num_class is {options.num_class}; "
-            "make them equal"
-        )
-    return table
+    return table.checked(options.num_class, path, "make them equal")
 
 
 def build_split(dataset_cfg: Any, which: str) -> Split:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
-from mit_semseg.dataset.classes import ClassTable, table_of
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import DEPTH_FOLDERS, Record, only_image
@@ -40,6 +39,8 @@ class SunRgbd(DataFormat):
     `images.load_depth`); whether it is used is `DATASET.depth`'s to say.
     """
 
+    title = "SUN RGB-D"
+    table = "sunrgbd"
     source = Source(
         title="SUN RGB-D (6.4 GB)",
         licence="see the pages of the data set, and of NYU Depth v2, B3DO, SUN3D for theirs",
@@ -80,9 +81,6 @@ class SunRgbd(DataFormat):
             for record in records:
                 record["fpath_depth"] = _depth(root, record["fpath_img"])
         return records
-
-    def classes(self, options: DataOptions) -> ClassTable:
-        return table_of("sunrgbd", options.num_class, "SUN RGB-D")
 
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
         return LabelMap.shifted(options.num_class, label_offset=1)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
-from mit_semseg.dataset.classes import ClassTable, table_of
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record
@@ -34,6 +33,8 @@ class Voc2012(DataFormat):
     `SegmentationClass` lacks (`trainaug`).
     """
 
+    title = "Pascal VOC 2012"
+    table = "voc2012"
     source = Source(
         title="Pascal VOC 2012 (2.0 GB)",
         licence="images from flickr, subject to the flickr terms of use",
@@ -65,9 +66,6 @@ class Voc2012(DataFormat):
             records.append(Record(fpath_img=f"{base}JPEGImages/{name}.jpg", fpath_segm=mask))
         return records
 
-    def classes(self, options: DataOptions) -> ClassTable:
-        return table_of("voc2012", options.num_class, "Pascal VOC 2012")
-
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
-        values = {k: k for k in range(options.num_class)} | {BORDER: -1}
-        return LabelMap(values, options.num_class, " (VOC: 0..20 are classes, 255 is border)")
+        hint = " (VOC: 0..20 are classes, 255 is border)"
+        return LabelMap.identity(options.num_class, BORDER, hint)

@@ -249,13 +249,8 @@ def model_classes(cfg: Config, checkpoint: str) -> ClassTable:
     file = folder.path / CLASSES
     if not file.is_file():
         return class_table(cfg.DATASET)
-    table = ClassTable.load(file)
-    if len(table) != cfg.DATASET.num_class:
-        raise ValueError(
-            f"{file} has {len(table)} classes, but DATASET.num_class is {cfg.DATASET.num_class}; "
-            "use the configuration this checkpoint was trained with"
-        )
-    return table
+    fix = "use the configuration this checkpoint was trained with"
+    return ClassTable.load(file).checked(cfg.DATASET.num_class, file, fix)
 
 
 def load_model(cfg: Config, checkpoint: str) -> SegmentationModule:

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mit_semseg.files import replacing
+
 if TYPE_CHECKING:
     import torch
 
@@ -180,9 +182,8 @@ def report(status: int, error: str = "", lost: bool = False) -> None:
     file = Path(os.environ[_REPORTS]) / f"{os.environ['RANK']}.json"
     said = Report(status, error, lost, time.time())
     try:
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(asdict(said)), encoding="utf-8")
-        part.replace(file)
+        with replacing(file) as part:
+            part.write_text(json.dumps(asdict(said)), encoding="utf-8")
     except OSError:  # the command has gone, and its folder with it
         print(f"rank {file.stem}: {error}", file=sys.stderr)
 

@@ -19,6 +19,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import Split, load_mask
 from mit_semseg.dataset.records import Record
 from mit_semseg.dataset.samples import paths_of
+from mit_semseg.files import replacing
 
 log = logging.getLogger("mit_semseg")
 
@@ -171,10 +172,9 @@ def _read(file: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
 
 def _write(file: Path, key: str, pixels: np.ndarray, images: np.ndarray) -> None:
     stored = {"key": key, "pixels": pixels.tolist(), "images": images.tolist()}
-    whole = file.with_name(f"{file.name}.{os.getpid()}")  # every rank counts, and writes the same
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(json.dumps(stored) + "\n", "utf-8")
-        whole.replace(file)
+        with replacing(file) as part:  # every rank counts, and writes the same
+            part.write_text(json.dumps(stored) + "\n", "utf-8")
     except OSError as error:  # only costs time, the next time
         log.debug("class frequencies are not kept: %s", error)

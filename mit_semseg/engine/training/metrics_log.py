@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mit_semseg.files import replacing
 from mit_semseg.visualize import curves
 
 log = logging.getLogger("mit_semseg")
@@ -121,12 +122,10 @@ class MetricsLog:
             os.replace(self.file, f"{self.file}.damaged")
             log.warning("%s; it is now %s.damaged", error, self.file.name)
             return
-        part = self.file.with_name(f".{self.file.name}.part")
-        with part.open("w", encoding="utf-8") as file:
+        with replacing(self.file) as part, part.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(x) + "\n" for x in kept)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, self.file)
 
     def draw(self) -> None:
         """Write the curves."""
