@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -227,6 +228,12 @@ def test_what_is_added_trains_and_predicts(tree: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------- site
+def test_the_picture_of_the_packages_is_that_of_the_contract() -> None:
+    rooms = runpy.run_path(str(ROOT / "docs" / "rooms.py"))
+    assert rooms["PICTURE"].read_text("utf-8") == rooms["picture"](), "run python docs/rooms.py"
+    assert not {name for row in rooms["layers"]() for name in row} - rooms["CONTENT"].keys()
+
+
 def test_the_site_builds_and_its_links_hold(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings")
     run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path), cwd=ROOT)

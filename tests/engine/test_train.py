@@ -656,7 +656,7 @@ def test_states_are_written_by_time(settings: Callable[..., Config]) -> None:
     state = state_of(cfg)
     expected = {"encoder", "decoder", "optimizer", "scaler", "random", "position", "history"}
     assert expected | {"step", "best", "config", "max_iters"} <= state.keys()
-    described = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    described = (ROOT / "docs" / "design_notes.md").read_text(encoding="utf-8")
     assert [key for key in state if f"`{key}`" not in described] == []
     assert set(state["random"][0]) == {"torch", "cuda", "numpy", "python"}
 
