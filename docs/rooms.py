@@ -38,7 +38,7 @@ CONTENT = {
     "lib": "SyncBN, replicas",
     "arguments": "command line",
     "errors": "one-line errors",
-    "files": "atomic files, locks",
+    "files": "atomic files",
     "fused_scores": "Triton kernels",
     "matrices": "cached matrices",
 }
