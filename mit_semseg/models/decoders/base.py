@@ -68,12 +68,13 @@ class Decoder(nn.Module):
 
     Deviations:
         - Bilinear interpolation does not align the corners (`align_corners=False`), as in the
-          published MIT toolkit: a pixel of a map stands for the same area whatever the size of the
-          image, on which several scales and tiles rely. Models are named whose authors align them.
-        - BatchNorm has torch's defaults, momentum 0.1 and 1e-5 added to the variance, where nothing
-          else is said. The published MIT toolkit has momentum 0.001.
-        - Weights begin as `init_weights` says, which is the published MIT toolkit's way: He's
-          normal distribution by fan-in, and 1e-4 as the bias of BatchNorm.
+          published MIT toolkit: a pixel of a map covers the same area whatever the size of the
+          image, which multi-scale prediction and tiles rely on. Models whose authors align them are
+          listed.
+        - BatchNorm has torch's defaults, momentum 0.1 and eps 1e-5, unless stated otherwise. The
+          published MIT toolkit has momentum 0.001.
+        - Weights are initialised by `init_weights` as in the published MIT toolkit: He's normal
+          distribution by fan-in, and 1e-4 as the bias of BatchNorm.
     """
 
     needs: ClassVar[int] = 1

@@ -75,10 +75,9 @@ class BiSeNet(Decoder):
     weigh channels see the tile.
 
     Deviations:
-        - Context and scores are resized with `align_corners=False`, where the authors' code has
-          True.
-        - The two convolutions that weigh the fused channels have biases; in the authors' code they
-          have none.
+        - Context and scores are resized with `align_corners=False`; the authors' code has True.
+        - The two convolutions of the attention on the fused channels have biases; in the authors'
+          code they have none.
     """
 
     needs = 3

@@ -62,11 +62,11 @@ class DANet(Decoder):
     `models.attention`). A tile of an image (see `models.tiles`) attends to itself only.
 
     Deviations:
-        - Scores are resized with `align_corners=False`, where the authors' code has True.
+        - Scores are resized with `align_corners=False`; the authors' code has True.
         - The encoders have no multi-grid; the paper adds it to the last stage, whose blocks the
           authors' code dilates by 4, 8 and 16.
-        - The projection to keys has no bias, which the authors' code gives it: it would add the
-          same to all scores of a pixel, and the softmax would take it away.
+        - The projection to keys has no bias, unlike in the authors' code: a bias would add the same
+          value to all scores of a pixel, which the softmax cancels.
     """
 
     auxiliary = (Auxiliary(weight=1.0), Auxiliary(weight=1.0))

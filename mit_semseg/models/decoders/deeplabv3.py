@@ -80,13 +80,13 @@ class DeepLabV3(Decoder):
     twice as much at 8 (half at 32), by the stride that the encoder declares.
 
     Deviations:
-        - A 3x3 convolution comes before the classifier, and ASPP ends in dropout of 0.5: so they do
-          in torchvision, whose weights this takes. The authors' code has no such convolution, and
+        - A 3x3 convolution precedes the classifier, and ASPP ends in dropout of 0.5, as in
+          torchvision, whose weights this takes. The authors' code has no such convolution, and
           dropout of 0.1.
         - There is no multi-grid: an encoder's last stage has one dilation (table 5 of the paper:
           1.2 % mIoU less).
-        - Scores are resized with `align_corners=False`, where the authors' code has True.
-        - BatchNorm's momentum is 0.1, where that of the authors' ASPP is 0.0003.
+        - Scores are resized with `align_corners=False`; the authors' code has True.
+        - BatchNorm's momentum is 0.1; in the authors' ASPP it is 0.0003.
     """
 
     pool_scales = (1,)

@@ -33,17 +33,16 @@ class DeepLabV3Plus(Decoder):
     dropout at the end of ASPP; its rate of 0.1 is that of the authors' code.
 
     Deviations:
-        - Convolutions are plain ones, as in the paper's own ResNet variant, not separable
-          (sec. 3.2), also with Xception and MobileNetV2.
-        - Low-level features are a map that an encoder emits for every decoder. Of MobileNetV2 that
-          is the first block of 24 channels, where the authors' code reads the 144 channels of the
-          depthwise convolution in the second; of a ResNet it is its first stage, where theirs reads
-          the last convolution of the stage's second block, before the shortcut is added. Of
-          Xception it is theirs.
+        - Convolutions are ordinary, as in the paper's own ResNet variant, not separable (sec. 3.2),
+          also with Xception and MobileNetV2.
+        - Low-level features are a map that an encoder emits for every decoder. In MobileNetV2 that
+          is the first block with 24 channels; the authors' code reads the 144 channels of the
+          depthwise convolution in the second. In a ResNet it is the first stage; theirs reads the
+          last convolution of the stage's second block, before the shortcut is added. In Xception it
+          is theirs.
         - ResNets have no multi-grid.
-        - Features and scores are resized with `align_corners=False`, where the authors' code has
-          True.
-        - BatchNorm's momentum is 0.1, where that of the authors' decoder is 0.0003.
+        - Features and scores are resized with `align_corners=False`; the authors' code has True.
+        - BatchNorm's momentum is 0.1; in the authors' decoder it is 0.0003.
     """
 
     needs = 2

@@ -41,15 +41,14 @@ class DenseASPP(Decoder):
     Deviations:
         - Widths follow the paper's rule for every encoder; the authors' code has 128 and 64 for
           DenseNet121, 512 and 128 for 161, 336 and 168 for 169, 480 and 240 for 201.
-        - The halving is here, with a BatchNorm and ReLU after it as for any encoder, rather than in
-          the encoder.
-        - The first layer begins with BatchNorm and ReLU like the others, where theirs begins with
-          ReLU.
+        - The channels are halved here, with a BatchNorm and ReLU after the convolution as for any
+          encoder, rather than in the encoder.
+        - The first layer starts with BatchNorm and ReLU like the others; theirs starts with ReLU.
         - The 1x1 convolutions, which a BatchNorm follows, have no bias; theirs have.
-        - BatchNorm's momentum is 0.1, where theirs is 0.0003.
-        - Dilations are the paper's, which are for output stride 8, at every stride; the authors'
-          code first enlarges maps of stride 16.
-        - Scores are resized with `align_corners=False`, where theirs has True.
+        - BatchNorm's momentum is 0.1; theirs is 0.0003.
+        - Dilations are the paper's, for output stride 8, at every stride; the authors' code
+          upsamples maps of stride 16 first.
+        - Scores are resized with `align_corners=False`; theirs with True.
     """
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:

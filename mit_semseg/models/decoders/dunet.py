@@ -31,11 +31,11 @@ class DUNet(Decoder):
     Without `strides` a block is of 8 x 8 pixels.
 
     Deviations:
-        - W is the weight of a 1x1 convolution that begins with He's random numbers and is learned
-          with the network, where the paper begins with the W that best reconstructs blocks of the
-          training labels from 64 numbers: a decoder is built without seeing labels. The matrix P
-          that goes with it, which only compresses labels, is not needed then.
-        - There is no atrous pyramid before it.
+        - W is the weight of a 1x1 convolution with He initialisation, learned with the network; the
+          paper initialises it with the W that best reconstructs blocks of the training labels from
+          64 numbers, but a decoder is built without seeing labels. The matrix P, which only
+          compresses labels, is not needed then.
+        - There is no atrous spatial pyramid before it.
     """
 
     def __init__(

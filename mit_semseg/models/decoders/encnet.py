@@ -110,17 +110,17 @@ class EncNet(DeepSup, SceneAttention):
     its own content only.
 
     Deviations:
-        - As in the authors' code, and not in the paper, a 1x1 convolution comes before the
-          encoding, the codewords' residuals are averaged and not added up, the map is added to what
-          attention makes of it, and the auxiliary head on the map before the last scores pixels,
-          where the paper has a second encoding with a presence loss of its own.
-        - That head has the weight TRAIN.deep_sup_scale, 0.4 by default; it is 0.2 in their code.
-        - Scores are resized with `align_corners=False`, where their code has True.
-        - Dropout leaves out whole channels, as their code did when the paper came out; since 2020
-          it leaves out single values.
-        - An image without a labelled pixel takes no part in the presence loss; in their code it
-          counts as one without any class.
-        - The laterals, an option of their code, are left out.
+        - As in the authors' code, and not in the paper, a 1x1 convolution precedes the encoding,
+          the residuals of the codewords are averaged and not summed, the map is added to its
+          attended version, and the auxiliary head on the map before the last classifies pixels; the
+          paper has a second encoding with its own presence loss there.
+        - That head has the weight TRAIN.deep_sup_scale, 0.4 by default; in their code it is 0.2.
+        - Scores are resized with `align_corners=False`; their code has True.
+        - Dropout drops whole channels, as their code did when the paper was published; since 2020
+          it drops single values.
+        - An image without labelled pixels is left out of the presence loss; in their code it counts
+          as one without any class.
+        - The lateral connections, an option of their code, are not implemented.
     """
 
     quarter_of = -2

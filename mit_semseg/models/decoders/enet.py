@@ -44,9 +44,9 @@ class ENet(Decoder):
     authors' code.
 
     Deviations:
-        - Blocks have PReLUs and end in dropout of 0.1, as the paper says of all; those of the
-          authors' decoder have ReLUs and no dropout.
-        - No convolution before a BatchNorm has a bias, which BatchNorm would take away; in the
+        - Blocks have PReLUs and end in dropout of 0.1, as the paper states for all blocks; those of
+          the authors' decoder have ReLUs and no dropout.
+        - Convolutions before a BatchNorm have no bias, which BatchNorm would cancel; in the
           authors' code 3x3 convolutions have one.
     """
 

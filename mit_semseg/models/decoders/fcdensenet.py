@@ -32,14 +32,14 @@ class FCDenseNet(Decoder):
         own: the encoder, whose depths are mirrored.
 
     Deviations:
-        - The transposed convolution of a transition up is centred: it pads, and gives twice the
-          sides. The authors' is a valid one, whose result of one row and column more is cropped at
-          the end. So a pixel that two pixels below reach is an odd one here, an even one there,
-          which mirrors the filters.
-        - A transition up that is a pixel larger than its skip connection, as after sides that are
-          no multiples of 32, is resized, not cropped.
-        - The transposed convolutions and the classifier begin with He's normal distribution, not
-          with his uniform one.
+        - The transposed convolution of a transition up is centred: it is padded and exactly doubles
+          the sides. The authors' is unpadded, and the extra row and column are cropped at the end.
+          So output pixels that two input pixels contribute to are the odd ones here and the even
+          ones there, which mirrors the filters.
+        - An upsampled map that is one pixel larger than its skip connection, which happens if sides
+          are not multiples of 32, is resized, not cropped.
+        - The transposed convolutions and the classifier are initialised with He's normal
+          distribution, not with his uniform one.
     """
 
     needs = 6

@@ -41,13 +41,12 @@ class FCN(Decoder):
         ValueError: a stride of the encoder is no multiple of the one before.
 
     Deviations:
-        - fc6 pads its input by 3 pixels, where the paper pads the image by 100 and crops the
-          scores.
-        - All streams are trained at once, not one after the other, and they are not scaled by
-          constants for that, which fit the range of the published VGG16's inputs.
-        - Transposed convolutions begin as bilinear interpolation and are learned, as the paper
-          says; in the authors' code they stay as they begin.
-        - Layers that score begin as in He et al. 2015, arXiv:1502.01852, not with zeros.
+        - fc6 pads its input by 3 pixels; the paper pads the image by 100 and crops the scores.
+        - All streams are trained together, not one after the other, and are not scaled by
+          constants, which suit the input range of the published VGG16.
+        - Transposed convolutions are initialised as bilinear interpolation and learned, as the
+          paper states; in the authors' code they are fixed.
+        - Score layers are initialised as in He et al. 2015, arXiv:1502.01852, not with zeros.
     """
 
     width: ClassVar[int] = 4096

@@ -44,13 +44,12 @@ class ICNet(Decoder):
     model, pools are added to the map that they were taken from rather than joined with it.
 
     Deviations:
-        - Auxiliary scores are resized to the label, where the paper resizes the label to 1/16 and
-          1/8 of the image.
-        - Maps and scores are resized with `align_corners=False`; the published model aligns the
-          corners.
-        - The cells of a pool are as large as they have to be to cover the map; those of the
-          published model are larger where it has 3 or 6 along a side, and overlap.
-        - BatchNorm's momentum is 0.1, where the published model has 0.05.
+        - Auxiliary scores are resized to the label; the paper resizes the label to 1/16 and 1/8 of
+          the image.
+        - Maps and scores are resized with `align_corners=False`; the published model has True.
+        - Pooling cells are as large as needed to cover the map; those of the published model are
+          larger where there are 3 or 6 along a side, and overlap.
+        - BatchNorm's momentum is 0.1; in the published model it is 0.05.
     """
 
     needs = 3

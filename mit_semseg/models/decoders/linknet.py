@@ -45,11 +45,11 @@ class LinkNet(Decoder):
         ValueError: a stride of the encoder is no multiple of the one before.
 
     Deviations:
-        - The encoder `resnet18` has three 3x3 convolutions at its stem in place of one of 7x7: 11.7
-          million parameters in place of 11.5, which `torchvision_resnet18` has.
-        - The last block has no link, since the pooled stem that the paper adds to what it gives is
-          no map that encoders emit.
-        - No convolution before a BatchNorm has a bias, which BatchNorm would take away; in the
+        - The encoder `resnet18` has three 3x3 convolutions in its stem instead of one 7x7: 11.7
+          million parameters instead of 11.5, which `torchvision_resnet18` has.
+        - The last block has no link: the pooled stem, which the paper adds to its output, is not a
+          map that encoders emit.
+        - Convolutions before a BatchNorm have no bias, which BatchNorm would cancel; in the
           authors' code all have one.
     """
 

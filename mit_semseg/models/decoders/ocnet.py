@@ -73,13 +73,13 @@ class _OCNet(Decoder):
     `models.tiles`) attends to itself only.
 
     Deviations:
-        - Scores are resized with `align_corners=False`, where the authors' code has True.
+        - Scores are resized with `align_corners=False`; the authors' code has True.
         - BatchNorm and ReLU follow a convolution, as in the authors' later code; in their first
-          they are one layer (InPlaceABN), whose leaky ReLU lets 0.01 of negative values through.
-        - No convolution before a BatchNorm has a bias, which BatchNorm would take away; theirs have
+          code they are one layer (InPlaceABN) with a leaky ReLU of slope 0.01.
+        - Convolutions before a BatchNorm have no bias, which BatchNorm would cancel; theirs have
           one outside the atrous pyramid.
-        - The last projection of an attention begins with He's weights, so that all before it learn
-          from the first step on; theirs begins with zeros.
+        - The last projection of an attention has He initialisation, so that all layers before it
+          learn from the first step on; theirs is initialised with zeros.
     """
 
     def __init__(
@@ -161,9 +161,9 @@ class OCNetPyramid(OCNetAuxiliary, _OCNet):
 
     Deviations:
         - Values have 256 channels, as in the base form; 512 in the authors' code.
-        - Blocks are as equal as they can be, where theirs leave the rest to the last.
-        - ReLU follows the first convolution and that of the auxiliary head, as in the base form; in
-          their code of this one there is no activation after these two.
+        - Blocks have sizes as equal as possible; theirs leave the remainder to the last block.
+        - ReLU follows the first convolution and that of the auxiliary head, as in the base form;
+          their code of this form has no activation there.
     """
 
     def _context(self, n_in: int, width: int) -> nn.Module:
@@ -199,13 +199,13 @@ class OCNetASP(OCNetAuxiliary, _OCNet):
     each on the encoder's map, as in the authors' code of 2018.
 
     Deviations:
-        - In the authors' code of 2019 branches have 256 channels, and read 512 that a 3x3
-          convolution gives.
-        - Queries, keys and values are those of all pixels; in all of theirs those of 2x2 max pools,
-          and the context is enlarged afterwards.
-        - Values have half the channels of a branch, as keys have and as in the authors' last code
+        - In the authors' code of 2019 branches have 256 channels, and read the 512 channels of a
+          3x3 convolution.
+        - Queries, keys and values are computed for all pixels; in all of their versions for 2x2 max
+          pools, with the context upsampled afterwards.
+        - Values have half the channels of a branch, as keys do and as in the authors' last code
           (openseg.pytorch); in that of 2018 and 2019 they have all of them.
-        - Dilations are the paper's, which are for output stride 8, at every stride.
+        - Dilations are the paper's, for output stride 8, at every stride.
     """
 
     dropout_rate = 0.1

@@ -39,8 +39,8 @@ class PPM(Decoder):
     Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.2.
 
     Deviations:
-        - Each pool gives 512 channels whatever the width of the encoder, as in the published MIT
-          toolkit; the paper takes a quarter of it.
+        - Each pool has 512 output channels whatever the width of the encoder, as in the published
+          MIT toolkit; the paper has a quarter of that width.
         - Pools and scores are resized with `align_corners=False`, as in the published MIT toolkit;
           the code of PSPNet's authors has True.
     """
@@ -91,8 +91,9 @@ class PPMDeepSup(DeepSup, PPM):
     """PPM with a convolutional head on the feature map before the last, in training.
 
     Deviations:
-        - That head has a quarter of the last map's channels, 512 on a ResNet50, as in the published
-          MIT toolkit; the code of PSPNet's authors has a quarter of those of the map it reads, 256.
+        - That head has a quarter of the channels of the last map, 512 on a ResNet50, as in the
+          published MIT toolkit; the code of PSPNet's authors has a quarter of those of the map it
+          reads, 256.
     """
 
     dropout_kind = nn.Dropout2d

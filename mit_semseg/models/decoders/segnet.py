@@ -29,12 +29,12 @@ class SegNet(Decoder):
         ValueError: the maps are not those of five pools.
 
     Deviations:
-        - Convolutions that a BatchNorm follows have no bias here, since it would take it away; in
-          the authors' code they have one.
-        - The image is normalised as for every model, where the paper evens out its local contrast
+        - Convolutions before a BatchNorm have no bias, which it would cancel; in the authors' code
+          they have one.
+        - The image is normalised as for every model; the paper applies local contrast normalisation
           (sec. 3.2).
-        - In evaluation BatchNorm has its running statistics; the authors compute theirs in a pass
-          over the training images once the weights are trained.
+        - In evaluation BatchNorm uses its running statistics; the authors compute theirs in a pass
+          over the training images after training.
     """
 
     needs = 6

@@ -29,10 +29,10 @@ class UNet(Decoder):
         ValueError: a stride of the encoder is no multiple of the one before.
 
     Deviations:
-        - Convolutions pad and have BatchNorm, and with it no bias.
-        - No ReLU follows an up-convolution: the paper speaks of none, the authors' network has it.
-        - The loss is the configured one, where the paper's weighs borders between cells more
-          (eq. 2).
+        - Convolutions are padded and followed by BatchNorm, and therefore have no bias.
+        - No ReLU follows an up-convolution: the paper mentions none, the authors' network has one.
+        - The loss is the configured one; the paper's gives pixels on borders between cells a larger
+          weight (eq. 2).
     """
 
     needs = 2
@@ -71,7 +71,8 @@ class UNetBilinear(UNet):
     MiB.
 
     Deviations:
-        - The paper has no such form: the 3x3 convolutions narrow where its up-convolutions do.
+        - The paper has no such form: here the 3x3 convolutions reduce the channels, as its
+          up-convolutions do.
     """
 
     bilinear = True

@@ -25,10 +25,10 @@ class UPerNet(Decoder):
 
     Deviations:
         - There is one head, for objects and surfaces; those for scenes, parts, materials and
-          textures are left out.
-        - The head is a classifier alone, and pools are plain means over cells of whole pixels, as
-          in the published MIT toolkit; the code of the paper has a 3x3 convolution more in the
-          head, and pools with precise RoI pooling.
+          textures are not implemented.
+        - The head is only a classifier, and pools are plain means over cells of whole pixels, as in
+          the published MIT toolkit; the code of the paper has another 3x3 convolution in the head,
+          and pools with precise RoI pooling.
     """
 
     needs = 2

@@ -29,11 +29,11 @@ class Encoder(nn.Module):
             not be trained by a decoder that leaves maps unread, names those here.
 
     Deviations:
-        - BatchNorm has torch's defaults, momentum 0.1 and 1e-5 added to the variance, where nothing
-          else is said. The published MIT toolkit has momentum 0.001 (0.1 in HRNet): its running
-          statistics are means over about the last 1,000 steps, these over the last 10.
-        - Weights that are not loaded begin as `init_weights` says: He's normal distribution by
-          fan-out, whatever the authors' code begins with.
+        - BatchNorm has torch's defaults, momentum 0.1 and eps 1e-5, unless stated otherwise. The
+          published MIT toolkit has momentum 0.001 (0.1 in HRNet): its running statistics are means
+          over about the last 1,000 steps, these over the last 10.
+        - Weights that are not loaded are initialised by `init_weights`, with He's normal
+          distribution by fan-out, regardless of the authors' initialisation.
     """
 
     channels: tuple[int, ...]

@@ -19,8 +19,8 @@ class BiSeNetResNet18(Encoder):
     the 1x1 convolution that ends the spatial path, are those of the authors' code.
 
     Deviations:
-        - The ResNet18 begins with three 3x3 convolutions, which its published ImageNet weights
-          have, where the authors' begins with one of 7x7.
+        - The stem of the ResNet18 has three 3x3 convolutions, as its published ImageNet weights do;
+          the authors' has one 7x7 convolution.
     """
 
     channels = (128, 256, 512)

@@ -66,7 +66,7 @@ class DenseNet(Encoder):
     torchvision's.
 
     Deviations:
-        - Pools of the transitions keep the last row and column of maps with odd sides.
+        - Pooling in the transitions keeps the last row and column of maps with odd sides.
     """
 
     strides: tuple[int, ...] = (4, 8, 16, 32)

@@ -50,12 +50,12 @@ class DRNC26(Encoder):
     weights. Emitted are levels 3, 4, 5 and the last one.
 
     Deviations:
-        - Where a level trades its stride for dilation, both convolutions of its first block have
-          the new dilation: so do the published weights, not the paper.
-        - The paper scores the last level with a 1x1 convolution alone; decoder c1 has a 3x3
-          convolution before that, of 2.25 MiB.
-        - The authors' code enlarges the scores by a transposed convolution with fixed bilinear
-          weights; here they are resized, which is the same but along the borders of the image.
+        - In a level whose stride is replaced by dilation, both convolutions of the first block have
+          the new dilation, as the published weights require; not so in the paper.
+        - The paper classifies the last level with a 1x1 convolution; decoder c1 has a 3x3
+          convolution before it, of 2.25 MiB.
+        - The authors' code upsamples the scores by a transposed convolution with fixed bilinear
+          weights; here they are resized, which differs only at the image border.
     """
 
     channels = (64, 128, 256, 512)

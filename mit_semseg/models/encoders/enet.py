@@ -110,12 +110,12 @@ class ENetEncoder(Encoder):
     variance, as in the authors' code.
 
     Deviations:
-        - Encoder and decoder are trained at once, where the paper trains the encoder first, on
-          labels of its own resolution (sec. 5.1).
-        - No convolution before a BatchNorm has a bias, which BatchNorm would take away; the paper
-          says so of projections only, and the authors' code gives most of the others one.
-        - BatchNorm and PReLU are between the two asymmetric convolutions as well, as the paper
-          says; the authors' code has nothing there.
+        - Encoder and decoder are trained together; the paper trains the encoder first, on labels at
+          its own resolution (sec. 5.1).
+        - Convolutions before a BatchNorm have no bias, which BatchNorm would cancel; the paper
+          states this for projections only, and the authors' code gives most of the others a bias.
+        - BatchNorm and PReLU also follow the first of the two asymmetric convolutions, as in the
+          paper; the authors' code has nothing there.
         - Pooling rounds sides up, not down.
     """
 

@@ -57,11 +57,12 @@ class FCDenseNetEncoder(Encoder):
         growth: channels that a layer adds.
 
     Deviations:
-        - In evaluation BatchNorm has its running statistics; the authors' code normalises each
-          batch by its own, in validation and test as well, so that a prediction depends on the
-          images beside it.
+        - In evaluation BatchNorm uses its running statistics; the authors' code normalises each
+          batch by its own statistics in validation and test, too, so that a prediction depends on
+          the other images of the batch.
         - Pooling rounds sides up, not down.
-        - Weights begin with He's normal distribution by fan-out, not with his uniform one.
+        - Weights are initialised with He's normal distribution by fan-out, not with his uniform
+          one.
     """
 
     strides = (1, 2, 4, 8, 16, 32)

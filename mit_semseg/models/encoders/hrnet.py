@@ -69,11 +69,11 @@ class HRNetV2(Encoder):
     Paper: Sun et al. 2019, arXiv:1904.04514; Wang et al. 2020, arXiv:1908.07919, sec. 3.
 
     Deviations:
-        - What follows the joined map belongs to the decoder: c1 has a 3x3 convolution to a quarter
-          of the channels there, the paper one of 1x1 that keeps all of them.
+        - The layers after the concatenated map belong to the decoder: c1 has a 3x3 convolution to a
+          quarter of the channels there, the paper a 1x1 convolution that keeps all of them.
         - Branches are resized with `align_corners=False`, as in the authors' first code and the
-          published MIT toolkit; their later code aligns the corners.
-        - Weights begin with He's normal distribution, where theirs have a standard deviation of
+          published MIT toolkit; their later code has True.
+        - Weights are initialised with He's normal distribution; theirs have a standard deviation of
           0.001.
     """
 

@@ -28,14 +28,14 @@ class ICNetResNet50(Encoder):
     computation where the published model has them do so (its layer conv3_1_sub4).
 
     Deviations:
-        - The backbone keeps all its filters; the published model is compressed to half of them
-          after training (sec. 3.4).
-        - Halving resizes with `align_corners=False`, to sides that are rounded up: a mean over 2x2
-          pixels, where the published model aligns the corners and so takes every second pixel of
-          its odd sides.
-        - The strides and dilations within the ResNet50 are those of `ResNet`: the published
-          model has a block's stride in its first 1x1 convolution, and the full dilation in the
-          first block of a dilated stage as well.
+        - The backbone keeps all its filters; the published model is pruned to half of them after
+          training (sec. 3.4).
+        - The half-size input is resized with `align_corners=False`, with sides rounded up: a mean
+          over 2x2 pixels. The published model aligns the corners, and so samples every second pixel
+          for its odd sides.
+        - Strides and dilations in the ResNet50 are those of `ResNet`; the published model has the
+          stride of a block in its first 1x1 convolution, and the full dilation already in the first
+          block of a dilated stage.
     """
 
     channels = (64, 512, 2048)

@@ -61,10 +61,10 @@ class MobileNetV2(Encoder):
     (sec. 6.3) has output stride 16, too.
 
     Deviations:
-        - BatchNorm adds 1e-5 to the variance, as in torchvision and the published MIT toolkit,
-          whose weights fit; the authors' code (TF-slim) adds 1e-3. `tfslim:` weights are converted.
-        - Strided convolutions pad all sides alike; the authors' pad even sides at the right and
-          bottom only, which moves what they see by a pixel.
+        - BatchNorm's eps is 1e-5, as in torchvision and the published MIT toolkit, whose weights
+          fit; the authors' code (TF-slim) adds 1e-3. `tfslim:` weights are converted.
+        - Strided convolutions pad all sides equally; the authors' pad even sides at the right and
+          bottom only, which shifts their receptive fields by one pixel.
     """
 
     channels: tuple[int, ...] = (24, 32, 64, 160, 320)

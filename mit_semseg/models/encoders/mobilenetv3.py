@@ -103,10 +103,10 @@ class MobileNetV3Large(Encoder):
     computed in tiles, over the tile.
 
     Deviations:
-        - At output stride 16 the block that had the stride is dilated by 2, as those after it: so
-          it is in torchvision.
-        - No layer is halved in width, where sec. 6.4 of the paper halves those of the last stage
-          for segmentation: torchvision's weights have their full width.
+        - At output stride 16 the block that had the stride is dilated by 2, like those after it, as
+          in torchvision.
+        - No layer is halved in width; sec. 6.4 of the paper halves those of the last stage for
+          segmentation, but torchvision's weights have the full width.
     """
 
     channels = (24, 40, 960)

@@ -94,13 +94,13 @@ class ResNet(Encoder):
     dilation of Yu et al. 2017, arXiv:1705.09914, sec. 2.
 
     Deviations:
-        - The stride of a bottleneck is in its 3x3 convolution, not in the first 1x1, as in
-          torchvision and the published MIT toolkit.
-        - A 3x3 convolution that loses its stride is dilated by half of what those after it are (see
-          `dilate`), as in the published MIT toolkit and the code of EncNet and DANet; that of
-          PSPNet and OCNet dilates it in full.
-        - Max pooling halves maps of even sides exactly; in the code of OCNet (`ceil_mode`) they get
-          one more row and column.
+        - The stride of a bottleneck is in its 3x3 convolution, not in the first 1x1 convolution, as
+          in torchvision and the published MIT toolkit.
+        - A 3x3 convolution whose stride is removed has half the dilation of those after it (see
+          `dilate`), as in the published MIT toolkit and the code of EncNet and DANet; in that of
+          PSPNet and OCNet it has the full dilation.
+        - Max pooling halves maps with even sides exactly; in the code of OCNet (`ceil_mode`) they
+          get one more row and column.
     """
 
     strides: tuple[int, ...] = (4, 8, 16, 32)

@@ -19,9 +19,9 @@ class ResNeXt101(ResNet):
     Paper: Xie et al. 2017, arXiv:1611.05431, table 1; with the deep stem of `ResNet`.
 
     Deviations:
-        - Without ImageNet weights grouped convolutions begin with torchvision's standard deviation,
-          which counts all output channels; the published MIT toolkit counts those of one group, so
-          that its weights begin larger by the root of 32.
+        - Without ImageNet weights, grouped convolutions are initialised with torchvision's standard
+          deviation, which counts all output channels; the published MIT toolkit counts those of one
+          group, so its initial weights are larger by the square root of 32.
     """
 
     channels = WIDE

@@ -20,8 +20,9 @@ class UNetEncoder(Encoder):
     Paper: Ronneberger et al. 2015, arXiv:1505.04597, sec. 2.
 
     Deviations:
-        - Convolutions pad, so that maps keep their size and skip connections need no cropping.
-        - BatchNorm follows each of them, and they have no bias.
+        - Convolutions are padded, so that maps keep their size and skip connections need no
+          cropping.
+        - Each is followed by BatchNorm and has no bias.
         - There is no dropout at the end.
         - Pooling rounds sides up, not down.
     """

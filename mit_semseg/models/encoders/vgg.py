@@ -50,9 +50,9 @@ class VGG(Encoder):
     pass that has the memory to itself then.
 
     Deviations:
-        - Pooling rounds sides up, not down, which only concerns odd ones.
-        - Weights begin as in He et al. 2015, arXiv:1502.01852, where the paper trains a shallower
-          network first.
+        - Pooling rounds sides up, not down, which only affects odd sides.
+        - Weights are initialised as in He et al. 2015, arXiv:1502.01852; the paper trains a
+          shallower network first.
     """
 
     channels: tuple[int, ...] = WIDTHS
@@ -101,8 +101,8 @@ class VGG16BNIndices(VGG):
     have the shape of the indices before.
 
     Deviations:
-        - In evaluation BatchNorm has its running statistics; the authors compute theirs in a pass
-          over the training images once the weights are trained.
+        - In evaluation BatchNorm uses its running statistics; the authors compute theirs in a pass
+          over the training images after training.
     """
 
     channels = (*WIDTHS, WIDTHS[-1])

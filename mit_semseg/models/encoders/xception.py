@@ -70,12 +70,11 @@ class Xception65(Encoder):
 
     Deviations:
         - The paper adds "batch normalization and ReLU after each 3x3 depthwise convolution". As in
-          the authors' code that ReLU is in the last three convolutions only; all others have
-          theirs before the depthwise convolution, so that what is added to the shortcuts can be
-          negative.
-        - BatchNorm's running statistics have momentum 0.1. In the authors' code they have 0.0003,
-          for a network that begins with ImageNet weights. There are none of it here: after 1,000
-          steps three quarters of the statistics would still be what they began with.
+          the authors' code, that ReLU is in the last three convolutions only; all others have it
+          before the depthwise convolution, so that what is added to the shortcuts can be negative.
+        - BatchNorm has momentum 0.1. The authors' code has 0.0003, for a network initialised with
+          ImageNet weights. There are none of it here: after 1,000 steps three quarters of the
+          statistics would still be the initial ones.
     """
 
     channels = (256, 256, 728, 2048)
