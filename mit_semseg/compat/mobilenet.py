@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mit_semseg.compat.resnet import BatchNorm2d, load_url
+from mit_semseg.compat.urls import started
 from mit_semseg.models.encoders import mobilenet
 from mit_semseg.models.encoders.base import init_weights
-from mit_semseg.weights import imagenet_weights, load_encoder
+from mit_semseg.weights import imagenet_weights
 
 __all__ = [
     "BatchNorm2d",
@@ -90,7 +91,4 @@ class MobileNetV2(nn.Module):
 
 def mobilenetv2(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2; `pretrained` takes the published ImageNet weights, downloaded once."""
-    model = MobileNetV2(n_class=1000, **kwargs)
-    if pretrained:
-        load_encoder(model, "mobilenetv2", "")
-    return model
+    return started(MobileNetV2(n_class=1000, **kwargs), "mobilenetv2", pretrained)

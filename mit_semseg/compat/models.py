@@ -7,7 +7,7 @@ layers under the same names; those below are subclasses with the published const
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -111,10 +111,33 @@ def _out_channels(stage: nn.Module) -> int:
 
 # ------------------------------------------------------------------------------ decoders
 class _OfWidth(Decoder):
-    """A decoder that is built from `fc_dim`, the channels of the encoder's last feature map."""
+    """A decoder that is built from `fc_dim`, the channels of the encoder's last feature map.
+
+    The maps that it reads are each half as wide as the next.
+    """
+
+    def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False) -> None:
+        self._build(num_class, fc_dim, use_softmax)
+
+    def _build(self, num_class: int, fc_dim: int, use_softmax: bool, **options: Any) -> None:
+        channels = [fc_dim // 2**k for k in reversed(range(self.needs))]
+        super().__init__(channels, num_class, use_softmax=use_softmax, **options)
 
     def with_classes(self, num_class: int) -> Decoder:
-        return type(self)(num_class=num_class, fc_dim=self.channels[-1])  # type: ignore[call-arg]
+        return type(self)(num_class=num_class, fc_dim=self.channels[-1])
+
+
+class _OfPools(_OfWidth):
+    """The same with pools."""
+
+    def __init__(
+        self,
+        num_class: int = 150,
+        fc_dim: int = 4096,
+        use_softmax: bool = False,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+    ) -> None:
+        self._build(num_class, fc_dim, use_softmax, pool_scales=pool_scales)
 
 
 class _AuxiliaryInEvaluation(DeepSup):
@@ -130,42 +153,17 @@ class _AuxiliaryInEvaluation(DeepSup):
 class C1(_OfWidth, c1.C1):
     """3x3 convolution to a quarter of the channels, then 1x1 to the classes."""
 
-    def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False) -> None:
-        super().__init__((fc_dim,), num_class, use_softmax=use_softmax)
-
 
 class C1DeepSup(_OfWidth, _AuxiliaryInEvaluation, c1.C1DeepSup):
     """`C1`, and the same head on the map before the last, which has fc_dim // 2 channels."""
 
-    def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False) -> None:
-        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax)
 
-
-class PPM(_OfWidth, ppm.PPM):
+class PPM(_OfPools, ppm.PPM):
     """Average pools at several sizes, joined with the feature map."""
 
-    def __init__(
-        self,
-        num_class: int = 150,
-        fc_dim: int = 4096,
-        use_softmax: bool = False,
-        pool_scales: Sequence[int] = (1, 2, 3, 6),
-    ) -> None:
-        super().__init__((fc_dim,), num_class, pool_scales, use_softmax=use_softmax)
 
-
-class PPMDeepsup(_OfWidth, _AuxiliaryInEvaluation, ppm.PPMDeepSup):
+class PPMDeepsup(_OfPools, _AuxiliaryInEvaluation, ppm.PPMDeepSup):
     """`PPM`, and a head on the map before the last, which has fc_dim // 2 channels."""
-
-    def __init__(
-        self,
-        num_class: int = 150,
-        fc_dim: int = 4096,
-        use_softmax: bool = False,
-        pool_scales: Sequence[int] = (1, 2, 3, 6),
-    ) -> None:
-        channels = fc_dim // 2, fc_dim
-        super().__init__(channels, num_class, pool_scales=pool_scales, use_softmax=use_softmax)
 
 
 class UPerNet(_OfWidth, upernet.UPerNet):
@@ -182,4 +180,4 @@ class UPerNet(_OfWidth, upernet.UPerNet):
     ) -> None:
         self.fpn_dim = fpn_dim
         channels = (*fpn_inplanes[:-1], fc_dim)
-        super().__init__(channels, num_class, pool_scales, use_softmax=use_softmax)
+        upernet.UPerNet.__init__(self, channels, num_class, pool_scales, use_softmax=use_softmax)

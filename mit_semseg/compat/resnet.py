@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mit_semseg.compat.urls import load_url
+from mit_semseg.compat.urls import load_url, started
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.encoders import resnet
 from mit_semseg.models.encoders.base import init_weights
-from mit_semseg.weights import imagenet_weights, load_encoder
+from mit_semseg.weights import imagenet_weights
 
 __all__ = [
     "BasicBlock",
@@ -42,24 +42,22 @@ def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return resnet.conv3x3(in_planes, out_planes, stride)
 
 
-class BasicBlock(resnet.BasicBlock):
+class _Block(nn.Module):
+    """The published constructor, in front of a block's class."""
+
+    def __init__(
+        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None
+    ) -> None:
+        super().__init__(inplanes, planes, stride)
+        self.downsample, self.stride = downsample, stride
+
+
+class BasicBlock(_Block, resnet.BasicBlock):
     """Two 3x3 convolutions; `downsample` takes the input to their shape where it differs."""
 
-    def __init__(
-        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None
-    ) -> None:
-        super().__init__(inplanes, planes, stride)
-        self.downsample, self.stride = downsample, stride
 
-
-class Bottleneck(resnet.Bottleneck):
+class Bottleneck(_Block, resnet.Bottleneck):
     """1x1, 3x3 and 1x1 to four times `planes`; `downsample` as in `BasicBlock`."""
-
-    def __init__(
-        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None
-    ) -> None:
-        super().__init__(inplanes, planes, stride)
-        self.downsample, self.stride = downsample, stride
 
 
 class ResNet(nn.Module):
@@ -116,20 +114,14 @@ class ResNet(nn.Module):
 
 def resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet18; `pretrained` takes the published ImageNet weights, downloaded once."""
-    return _built("resnet18", ResNet(BasicBlock, [2, 2, 2, 2], **kwargs), pretrained)
+    return started(ResNet(BasicBlock, [2, 2, 2, 2], **kwargs), "resnet18", pretrained)
 
 
 def resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet50; `pretrained` as in `resnet18`."""
-    return _built("resnet50", ResNet(Bottleneck, [3, 4, 6, 3], **kwargs), pretrained)
+    return started(ResNet(Bottleneck, [3, 4, 6, 3], **kwargs), "resnet50", pretrained)
 
 
 def resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet101; `pretrained` as in `resnet18`."""
-    return _built("resnet101", ResNet(Bottleneck, [3, 4, 23, 3], **kwargs), pretrained)
-
-
-def _built(name: str, model: ResNet, pretrained: bool) -> ResNet:
-    if pretrained:
-        load_encoder(model, name, "")
-    return model
+    return started(ResNet(Bottleneck, [3, 4, 23, 3], **kwargs), "resnet101", pretrained)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from mit_semseg.compat.resnet import BatchNorm2d, ResNet, conv3x3, load_url
+from mit_semseg.compat.urls import started
 from mit_semseg.models.encoders import resnet
-from mit_semseg.weights import imagenet_weights, load_encoder
+from mit_semseg.weights import imagenet_weights
 
 __all__ = [
     "BatchNorm2d",
@@ -65,7 +66,4 @@ class ResNeXt(ResNet):
 
 def resnext101(pretrained: bool = False, **kwargs: Any) -> ResNeXt:
     """ResNeXt101 32x4d; `pretrained` takes the published ImageNet weights, downloaded once."""
-    model = ResNeXt(GroupBottleneck, [3, 4, 23, 3], **kwargs)
-    if pretrained:
-        load_encoder(model, "resnext101", "")
-    return model
+    return started(ResNeXt(GroupBottleneck, [3, 4, 23, 3], **kwargs), "resnext101", pretrained)

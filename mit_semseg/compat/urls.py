@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from mit_semseg.download import fetch
-from mit_semseg.weights import load_checked
+from mit_semseg.weights import load_checked, load_encoder
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def load_url(url: str, model_dir: str = "./pretrained", map_location: Any = None) -> Any:
@@ -25,3 +29,10 @@ def load_url(url: str, model_dir: str = "./pretrained", map_location: Any = None
     """
     path = fetch(url, Path(model_dir) / url.rsplit("/", 1)[-1])
     return load_checked(path, "cpu" if map_location is None else map_location)
+
+
+def started(model: M, name: str, pretrained: bool) -> M:
+    """A model, with the published ImageNet weights of a name if they are asked for."""
+    if pretrained:
+        load_encoder(model, name, "")
+    return model

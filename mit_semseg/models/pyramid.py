@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.matrices import MATRICES, is_plain
+from mit_semseg.models.layers import resize
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def resize_within(x: Tensor, size: torch.Size, tile: Tile | None = None) -> Tens
         (N, C, H, W).
     """
     if tile is None:
-        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+        return resize(x, size)
     with without_autocast(x.device):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         down = _taps(x.shape[2], size[0], wide, tile.top, tile.height)[1]

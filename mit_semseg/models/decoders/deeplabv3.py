@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.fcn_head import FCNAuxiliary
-from mit_semseg.models.decoders.ppm import PooledBatchNorm2d
+from mit_semseg.models.decoders.ppm import pool_branch
 from mit_semseg.models.layers import conv_bn_relu
 from mit_semseg.models.pyramid import Tile
 
@@ -37,12 +37,7 @@ class ASPP(nn.Module):
         """
         super().__init__()
         dilated = [conv_bn_relu(n_in, width, dilation=rate) for rate in rates]
-        image = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(n_in, width, 1, bias=False),
-            PooledBatchNorm2d(width),
-            nn.ReLU(inplace=True),
-        )
+        image = pool_branch(1, n_in, width)
         self.convs = nn.ModuleList([conv_bn_relu(n_in, width, 1), *dilated, image])
         self.project = nn.Sequential(
             *conv_bn_relu(len(self.convs) * width, width, 1), nn.Dropout(drop)

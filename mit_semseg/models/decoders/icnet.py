@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, init_weights
-from mit_semseg.models.layers import conv_bn_relu, resize
+from mit_semseg.models.layers import conv_bn, conv_bn_relu, resize
 from mit_semseg.models.pyramid import Tile, resize_within
 
 
@@ -21,10 +20,8 @@ class CascadeFusion(nn.Module):
 
     def __init__(self, coarse: int, fine: int, width: int) -> None:
         super().__init__()
-        self.coarse = nn.Sequential(
-            nn.Conv2d(coarse, width, 3, padding=2, dilation=2, bias=False), BatchNorm2d(width)
-        )
-        self.fine = nn.Sequential(nn.Conv2d(fine, width, 1, bias=False), BatchNorm2d(width))
+        self.coarse = conv_bn(coarse, width, dilation=2)
+        self.fine = conv_bn(fine, width, 1)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,16 @@ class PooledBatchNorm2d(SynchronizedBatchNorm2d):
         return super().forward(input)
 
 
+def pool_branch(scale: int, n_in: int, n_out: int) -> nn.Sequential:
+    """Average pooling to scale x scale, 1x1 convolution, BatchNorm, ReLU."""
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(scale),
+        nn.Conv2d(n_in, n_out, 1, bias=False),
+        PooledBatchNorm2d(n_out),
+        nn.ReLU(inplace=True),
+    )
+
+
 @DECODERS.register("ppm", "ppm_bilinear")
 class PPM(Decoder):
     """Average pools at several sizes, joined with the feature map.
@@ -56,15 +66,7 @@ class PPM(Decoder):
         super().__init__(channels, num_class, **options)
         n_in = channels[-1]
         self.pool_scales = tuple(pool_scales)
-        self.ppm = nn.ModuleList(
-            nn.Sequential(
-                nn.AdaptiveAvgPool2d(scale),
-                nn.Conv2d(n_in, width, 1, bias=False),
-                PooledBatchNorm2d(width),
-                nn.ReLU(inplace=True),
-            )
-            for scale in pool_scales
-        )
+        self.ppm = nn.ModuleList(pool_branch(scale, n_in, width) for scale in pool_scales)
         joined = n_in + len(pool_scales) * width
         self.conv_last = nn.Sequential(
             PyramidConv2d(joined, width, 3, padding=1, bias=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +104,16 @@ def register_strides(name: str, kind: type[Encoder], **options: Any) -> None:
     for stride in kind.output_strides:
         names = [name + suffix for suffix in DILATED_NAMES[stride]]
         ENCODERS.register(*names)(Variant(kind, output_stride=stride, **options))
+
+
+def tapped(layers: Iterable[nn.Module], x: Tensor, taps: Container[int]) -> list[Tensor]:
+    """What some of a chain of layers give: those whose place in it is in `taps`."""
+    maps = []
+    for i, layer in enumerate(layers):
+        x = layer(x)
+        if i in taps:
+            maps.append(x)
+    return maps
 
 
 def dilate(stage: nn.Module, dilation: int) -> None:

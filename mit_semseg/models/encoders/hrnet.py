@@ -11,15 +11,7 @@ from torch import Tensor, nn
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
 from mit_semseg.models.encoders.resnet import BasicBlock, Bottleneck
-from mit_semseg.models.layers import resize
-
-
-def conv_bn(n_in: int, n_out: int, kernel: int, stride: int, relu: bool) -> nn.Sequential:
-    layers: list[nn.Module] = [
-        nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False),
-        BatchNorm2d(n_out),
-    ]
-    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if relu else []))
+from mit_semseg.models.layers import conv_bn, conv_bn_relu, resize
 
 
 class Exchange(nn.Module):
@@ -43,11 +35,11 @@ class Exchange(nn.Module):
             return nn.Identity()
         n_in, n_out = widths[source], widths[target]
         if source > target:
-            return conv_bn(n_in, n_out, 1, 1, relu=False)
+            return conv_bn(n_in, n_out, 1)
         halvings = target - source
         return nn.Sequential(
-            *(conv_bn(n_in, n_in, 3, 2, relu=True) for _ in range(halvings - 1)),
-            conv_bn(n_in, n_out, 3, 2, relu=False),
+            *(conv_bn_relu(n_in, n_in, 3, 2) for _ in range(halvings - 1)),
+            conv_bn(n_in, n_out, 3, 2),
         )
 
     def forward(self, branches: list[Tensor]) -> list[Tensor]:
@@ -104,9 +96,9 @@ class HRNetV2(Encoder):
         paths: list[nn.Module] = []
         for i, width in enumerate(after):
             if i >= len(before):
-                paths.append(nn.Sequential(conv_bn(before[-1], width, 3, 2, relu=True)))
+                paths.append(nn.Sequential(conv_bn_relu(before[-1], width, 3, 2)))
             elif before[i] != width:
-                paths.append(conv_bn(before[i], width, 3, 1, relu=True))
+                paths.append(conv_bn_relu(before[i], width))
             else:
                 paths.append(nn.Identity())
         return nn.ModuleList(paths)

@@ -11,6 +11,7 @@ from mit_semseg.models.encoders.base import (
     dilate,
     init_weights,
     register_strides,
+    tapped,
 )
 
 # Expansion, output channels, blocks, stride of the first block: table 2 of the paper.
@@ -94,12 +95,7 @@ class MobileNetV2(Encoder):
         init_weights(self)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
-        x, maps = images, []
-        for i, block in enumerate(self.features):
-            x = block(x)
-            if i in self.taps:
-                maps.append(x)
-        return maps
+        return tapped(self.features, images, self.taps)
 
 
 register_strides("mobilenetv2", MobileNetV2)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.depthwise import DepthwiseConv2d
-from mit_semseg.models.encoders.base import Encoder, init_weights, register_strides
+from mit_semseg.models.encoders.base import Encoder, init_weights, register_strides, tapped
 
 # Kernel, hidden channels, output channels, squeeze-and-excitation, hard swish, stride: table 1 of
 # the paper. From block 12 on the stride is 32.
@@ -131,12 +131,7 @@ class MobileNetV3Large(Encoder):
         init_weights(self)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
-        x, maps = images, []
-        for i, block in enumerate(self.features):
-            x = block(x)
-            if i in self.taps:
-                maps.append(x)
-        return maps
+        return tapped(self.features, images, self.taps)
 
 
 register_strides("mobilenetv3_large", MobileNetV3Large)

@@ -12,22 +12,23 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
-from mit_semseg.models.encoders.base import Encoder, dilate, init_weights, register_strides
+from mit_semseg.models.encoders.base import Encoder, dilate, init_weights, register_strides, tapped
+from mit_semseg.models.layers import conv_bn
 
 
 def conv3x3(n_in: int, n_out: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(n_in, n_out, 3, stride, padding=1, groups=groups, bias=False)
 
 
-def conv1x1(n_in: int, n_out: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(n_in, n_out, 1, stride, bias=False)
+def conv1x1(n_in: int, n_out: int) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, 1, bias=False)
 
 
 def shortcut(n_in: int, n_out: int, stride: int) -> nn.Sequential | None:
     """Projection of the input of a block onto its output, where their shapes differ."""
     if stride == 1 and n_in == n_out:
         return None
-    return nn.Sequential(conv1x1(n_in, n_out, stride), BatchNorm2d(n_out))
+    return conv_bn(n_in, n_out, 1, stride)
 
 
 class BasicBlock(nn.Module):
@@ -155,11 +156,8 @@ class ResNet(Encoder):
         return self.maxpool(x)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
-        x, maps = self._stem(images), []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            maps.append(x)
-        return maps
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return tapped(stages, self._stem(images), range(4))
 
 
 class PlainStemResNet(ResNet):
