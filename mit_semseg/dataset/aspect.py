@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.picture import Picture, Plan
+from mit_semseg.dataset.sample import LoadedSample, Plan
 from mit_semseg.dataset.transforms import color_jitter, fitted_size, jitter_factors, random_window
 
 
@@ -24,7 +24,7 @@ class AspectPreserving:
         self.options = options
 
     def plan(self, size: tuple[int, int], short: int, rng: np.random.Generator) -> Plan:
-        """Size, mirror image, window and colours; see `BatchStyle`."""
+        """Size, flip, window and colours; see `BatchStyle`."""
         options = self.options
         flip = options.random_flip and rng.random() < 0.5
         if options.crop_size:  # sizes of crops are equal anyway, so no padding is saved by sharing
@@ -37,11 +37,11 @@ class AspectPreserving:
         colors = jitter_factors(options.color_jitter, rng) if options.color_jitter > 0 else None
         return Plan((width, height), window, state, flip, colors)
 
-    def apply(self, picture: Picture, plan: Plan) -> Picture:
-        """Mirrored, cut and coloured as planned; see `BatchStyle`."""
+    def apply(self, loaded: LoadedSample, plan: Plan) -> LoadedSample:
+        """Flip, crop and colour jitter; see `BatchStyle`."""
         if plan.flip:
-            picture = picture.mirrored()
-        picture = picture.cut(plan.window)
+            loaded = loaded.flipped()
+        loaded = loaded.cropped(plan.window)
         if plan.colors:
-            picture = replace(picture, image=color_jitter(picture.image, *plan.colors))
-        return picture
+            loaded = replace(loaded, image=color_jitter(loaded.image, *plan.colors))
+        return loaded

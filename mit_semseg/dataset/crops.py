@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.picture import Picture, Plan, Window
+from mit_semseg.dataset.sample import LoadedSample, Plan, Window
 from mit_semseg.dataset.transforms import color_jitter, fitted_size, jitter_factors, random_window
 
 _SIGMA = (0.1, 2.0)  # of the blur, in pixels
@@ -65,7 +65,7 @@ class RandomCrops:
         self._mean_color: list[float] = levels.clip(0, 255).tolist()
 
     def plan(self, size: tuple[int, int], short: int, rng: np.random.Generator) -> Plan:
-        """Size, angle, mirror image, window, colours and blur; see `BatchStyle`.
+        """Size, angle, flip, window, colours and blur; see `BatchStyle`.
 
         Every crop draws a short side of its own, in place of the batch's.
         """
@@ -82,11 +82,11 @@ class RandomCrops:
         sigma = rng.uniform(*_SIGMA) if rng.random() < options.random_blur else None
         return Plan((width, height), window, state, flip, colors, sigma, angle)
 
-    def apply(self, picture: Picture, plan: Plan) -> Picture:
-        """Coloured, blurred, rotated and mirrored as planned; see `BatchStyle`."""
-        frame = _Frame.around(plan.window, picture.image.shape[:2], plan.angle)
-        picture = picture.cut(frame.inside)
-        image = picture.image
+    def apply(self, loaded: LoadedSample, plan: Plan) -> LoadedSample:
+        """Crop, colour jitter, blur, rotation and flip; see `BatchStyle`."""
+        frame = _Frame.around(plan.window, loaded.image.shape[:2], plan.angle)
+        loaded = loaded.cropped(frame.inside)
+        image = loaded.image
         if plan.colors:
             image = color_jitter(image, *plan.colors)
         if plan.sigma:
@@ -96,13 +96,13 @@ class RandomCrops:
             return (frame.turned(part, plan.angle, fill) if plan.angle else part).numpy()
 
         pixels = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
-        depth = picture.depth
-        picture = replace(
-            picture.relabelled(turned(_mask(picture.labels()), _IGNORED)[0]),
+        depth = loaded.depth
+        loaded = replace(
+            loaded.relabelled(turned(_mask(loaded.labels()), _IGNORED)[0]),
             image=turned(pixels, self._mean_color).transpose(1, 2, 0),
             depth=None if depth is None else turned(_mask(depth), 0.0)[0],
         )
-        return picture.mirrored() if plan.flip else picture
+        return loaded.flipped() if plan.flip else loaded
 
 
 class _Frame:

@@ -5,7 +5,7 @@
   published checkpoints were trained). Grey values of 16 bits are divided by 257, of colours the
   upper 8 bits are taken; floats are multiplied by 255 where none is above 1, and else kept. Where
   the largest value is below a quarter of its range (16384 of 65535, 64 of 255) the range is another
-  one, such as 12 bits, and the picture would be nearly black: that is refused. EXIF orientation is
+  one, such as 12 bits, and the image would be nearly black: that is refused. EXIF orientation is
   applied. Of an animation the first frame is read; a TIFF of several pages is refused.
 - **Masks** become (H, W) int32 stored values: grey levels, palette *indices*, 16- and 32-bit
   integers, bits; or, of a MATLAB file of the Semantic Boundaries Dataset (`.mat`), the classes in
@@ -43,7 +43,7 @@ _UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# Pillow refuses pictures of more pixels than twice its limit, which stays an error, and warns of
+# Pillow refuses images of more pixels than twice its limit, which stays an error, and warns of
 # more than once, which large photographs have.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Its other warnings are of metadata; what it cannot read of the pixels is an error.
@@ -52,10 +52,10 @@ _ORIENTATION = 274  # EXIF tag
 _BAND = 1 << 20  # pixels converted at a time
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
 _SUBFILE = 254  # TIFF tag: of a page, whether it is a smaller copy (1) or a mask (4) of another
-# The share of its range that the largest value of a picture has to reach, if not 8 bits say it.
+# The share of its range that the largest value of an image has to reach, if not 8 bits say it.
 _LEAST = 0.25
 # The least a JPEG is decoded to, as a multiple of the size it is then resized to. With 1 the result
-# is visibly sharper than a resize of the full picture, by 2.5 grey levels on average.
+# is visibly sharper than a resize of the full image, by 2.5 grey levels on average.
 _REDUCED_MARGIN = 2.5
 
 
@@ -136,7 +136,7 @@ def _one_page(image: Image.Image, path: PathLike) -> None:
     if copies.count(False) > 1:
         raise ValueError(
             f"{name}: a {image.format} of {copies.count(False)} pages of {width}x{height} pixels; "
-            "save the one that is meant as a file of its own (a picture has 1, 3 or 4 channels)"
+            "save the one that is meant as a file of its own (an image has 1, 3 or 4 channels)"
         )
 
 
@@ -204,17 +204,17 @@ class ImageFile:
         self._opened.close()
 
     def pixels(self, size: tuple[int, int] | None = None) -> np.ndarray:
-        """The picture as RGB, whatever the file's mode, upright; once for each opened file.
+        """The image as RGB, whatever the file's mode, upright; once for each opened file.
 
-        With `size` it is what `resize_image` makes of the full picture, but for one case: a JPEG
+        With `size` it is what `resize_image` makes of the full image, but for one case: a JPEG
         at least 5 times as large in both directions is decoded at 1/2, 1/4 or 1/8, to no less
         than 2.5 times `size`, and resized from there. That takes half the time or less. Measured
         on photographs of streets and rooms (ADE20K, CamVid), the mean difference from Pillow's
-        resize of the full picture is 0.3 to 0.7 grey levels and below 1 for each of them; single
+        resize of the full image is 0.3 to 0.7 grey levels and below 1 for each of them; single
         pixels at hard edges differ by up to 15.
 
         Args:
-            size: (width, height) to resize the upright picture to; by default it keeps its own.
+            size: (width, height) to resize the upright image to; by default it keeps its own.
 
         Returns:
             (H, W, 3) uint8.
@@ -240,7 +240,7 @@ class ImageFile:
         drafted = image.draft(None, wanted)
         if drafted is None or image.size == whole:
             return None
-        _, box = drafted  # where in the decoded pixels the picture is: their sides are rounded up
+        _, box = drafted  # where in the decoded pixels the image is: their sides are rounded up
         try:
             small = image.convert("RGB").resize(stored, Image.Resampling.BILINEAR, box)
         except _UNREADABLE as error:
@@ -289,7 +289,7 @@ def to_rgb(image: Image.Image, name: str = "image", deep: bool = False) -> np.nd
     """A Pillow image of any mode as (H, W, 3) uint8 RGB; see the rules at the top of the module.
 
     Args:
-        image: the picture, upright.
+        image: the image, upright.
         name: named in errors.
         deep: whether it was read from a file of 16 bits in each of several channels (`is_deep`).
     """
@@ -304,14 +304,14 @@ def to_rgb(image: Image.Image, name: str = "image", deep: bool = False) -> np.nd
             scale, limit = 1.0, 255
         if not (low >= 0 and high <= limit):  # NaN fails too
             raise ValueError(
-                f"{name}: mode {image.mode} with values {low:g}..{high:g} is no picture; "
+                f"{name}: mode {image.mode} with values {low:g}..{high:g} is no image; "
                 "save it with 8 or 16 bits a channel"
             )
         if limit > 1 and 0 < high < _LEAST * limit:
             raise ValueError(_too_dark(name, f"{high:g}", limit))
         pixels = np.empty((*grey.shape, 3), dtype=np.uint8)
         rows = max(1, _BAND // grey.shape[1])
-        for y in range(0, len(grey), rows):  # a float64 copy of a large picture would be huge
+        for y in range(0, len(grey), rows):  # a float64 copy of a large image would be huge
             band = np.multiply(grey[y : y + rows], scale, dtype=np.float64)
             pixels[y : y + rows] = np.rint(band)[:, :, None]
         return pixels
@@ -376,7 +376,7 @@ def stored_values(path: PathLike) -> np.ndarray:
 
 
 def _is_lossy_webp(path: PathLike) -> bool:
-    """Whether any picture in a WebP file is of the kind that alters values."""
+    """Whether any image in a WebP file is of the kind that alters values."""
     with open(path, "rb") as file:
         file.seek(12)  # "RIFF", size, "WEBP"
         while len(head := file.read(8)) == 8:

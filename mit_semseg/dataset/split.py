@@ -13,10 +13,10 @@ import numpy as np
 from mit_semseg.dataset.base import FORMATS, DataFormat
 from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.label_map import LabelMap, label_warnings
+from mit_semseg.dataset.loading import load_depth_of, load_raw, paths_of
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, locate, read_odgt
-from mit_semseg.dataset.samples import load_depth_of, load_raw, paths_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 from mit_semseg.dataset.base_dataset import BaseDataset
 from mit_semseg.dataset.images import load_image
-from mit_semseg.dataset.samples import load_depth_of
+from mit_semseg.dataset.loading import load_depth_of
 from mit_semseg.dataset.transforms import scaled_inputs
 
 

@@ -19,6 +19,7 @@ from mit_semseg.dataset.base import FORMATS, DataFormat
 from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.images import image_size, stored_values
 from mit_semseg.dataset.label_map import LabelMap, label_warnings
+from mit_semseg.dataset.loading import load_depth_of, load_raw
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import (
     Record,
@@ -28,7 +29,6 @@ from mit_semseg.dataset.records import (
     read_odgt,
     write_odgt,
 )
-from mit_semseg.dataset.samples import load_depth_of, load_raw
 from mit_semseg.dataset.split import absolute
 
 PathLike = str | os.PathLike[str]

@@ -15,8 +15,8 @@ from mit_semseg.dataset.aspect import AspectPreserving
 from mit_semseg.dataset.base_dataset import BaseDataset
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.picture import BatchStyle, Sample, read_picture
 from mit_semseg.dataset.records import with_sizes
+from mit_semseg.dataset.sample import BatchStyle, Sample, load_sample
 from mit_semseg.dataset.transforms import Normalize, round_up
 from mit_semseg.errors import one_line
 
@@ -210,19 +210,18 @@ class TrainDataset(BaseDataset):
         )
 
     def _make(self, number: int, short: int, rng: np.random.Generator) -> Sample:
-        """The sample of record `number`: planned, read, and changed as planned."""
+        """The sample of record `number`: planned, loaded, and changed as planned."""
         record = self.list_sample[number]
         plan = self._style.plan((record["width"], record["height"]), short, rng)
         try:
-            picture = read_picture(
-                record, self.root_dataset, plan.size, self.label_map, self.options
-            )
+            loaded = load_sample(record, self.root_dataset, plan.size, self.label_map, self.options)
         except (OSError, ValueError):
-            # What the other samples of the batch draw is what it has always been.
+            # What follows in the batch is drawn as if the rest of this plan had not been: as it
+            # always was, so that earlier runs are resumed exactly with bad files, too.
             rng.bit_generator.state = plan.state
             raise
-        picture = self._style.apply(picture, plan)
-        return picture.sample(self.options.segm_downsampling_rate)
+        loaded = self._style.apply(loaded, plan)
+        return loaded.sample(self.options.segm_downsampling_rate)
 
     def _stack(self, samples: list[Sample]) -> dict[str, Any]:
         """Samples of different sizes as one padded batch."""

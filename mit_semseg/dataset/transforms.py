@@ -158,9 +158,9 @@ class Normalize(nn.Module):
 
         Args:
             images: (B, 3, H, W) uint8 RGB.
-            sizes: (B, 2) integers, (height, width) of the picture at the top left of each of the
-                images; what lies beyond becomes 0, the mean colour. On the device of the images,
-                lest the host waits. None: everything is picture.
+            sizes: (B, 2) integers, (height, width) of each image without its padding at the right
+                and bottom, which becomes 0, the mean colour. On the device of the images, lest the
+                host waits. None: there is no padding.
 
         Returns:
             (B, 3, H, W) float32, channels last where `images` are.

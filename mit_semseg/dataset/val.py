@@ -9,7 +9,7 @@ import torch
 
 from mit_semseg.dataset.base_dataset import BaseDataset
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.samples import load_depth_of, load_pair
+from mit_semseg.dataset.loading import load_depth_of, load_pair
 from mit_semseg.dataset.transforms import scaled_inputs
 
 

@@ -26,8 +26,8 @@ from mit_semseg import scores
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import image_size, load_image
+from mit_semseg.dataset.loading import load_depth_beside
 from mit_semseg.dataset.options import DataOptions, with_scales
-from mit_semseg.dataset.samples import load_depth_beside
 from mit_semseg.dataset.split import check_channels
 from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
 from mit_semseg.engine.devices import use_device

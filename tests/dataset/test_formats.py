@@ -17,7 +17,7 @@ from mit_semseg.dataset import FORMATS, build_split, check_sample, class_table
 from mit_semseg.dataset.cityscapes import LABEL_IDS
 from mit_semseg.dataset.cocostuff import UNUSED
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.samples import load_pair
+from mit_semseg.dataset.loading import load_pair
 from mit_semseg.dataset.split import Split
 
 DATA = Path(__file__).parents[2] / "data"

@@ -25,8 +25,8 @@ from mit_semseg.dataset import (
 )
 from mit_semseg.dataset.coco_panoptic import CLASSES
 from mit_semseg.dataset.images import load_depth
+from mit_semseg.dataset.loading import load_pair
 from mit_semseg.dataset.records import find_depth, is_depth
-from mit_semseg.dataset.samples import load_pair
 from mit_semseg.dataset.tools import check
 
 

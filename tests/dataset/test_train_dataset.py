@@ -21,8 +21,8 @@ from PIL import Image
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.images import load_image, load_mask
 from mit_semseg.dataset.options import DataOptions
-from mit_semseg.dataset.picture import Picture, Plan
 from mit_semseg.dataset.reading import READINGS
+from mit_semseg.dataset.sample import LoadedSample, Plan
 from mit_semseg.dataset.transforms import Normalize
 
 Options = Callable[..., SimpleNamespace]
@@ -318,7 +318,7 @@ def test_crops_cut_image_and_label_alike_and_pad_what_is_small(
     tmp_path: Path, write_pair: Writer, options: Options
 ) -> None:
     big, small = write_pair("big", (64, 48)), write_pair("small", (20, 16))
-    for record in (big, small):  # the picture shows its own labels
+    for record in (big, small):  # the loaded shows its own labels
         mask = load_mask(tmp_path / record["fpath_segm"]).astype(np.uint8)
         Image.fromarray(np.dstack([mask] * 3)).save(tmp_path / record["fpath_img"])
     opt = options(
@@ -628,9 +628,9 @@ def test_what_a_seed_draws_stays_as_it_is(
     plans: list[Plan] = []
     apply = data._style.apply
 
-    def recorded(picture: Picture, plan: Plan) -> Picture:
+    def recorded(loaded: LoadedSample, plan: Plan) -> LoadedSample:
         plans.append(plan)
-        return apply(picture, plan)
+        return apply(loaded, plan)
 
     monkeypatch.setattr(data._style, "apply", recorded)
     assert len(data[0]["skipped"]) == 1

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import Split, load_mask
+from mit_semseg.dataset.loading import paths_of
 from mit_semseg.dataset.records import Record
-from mit_semseg.dataset.samples import paths_of
 from mit_semseg.files import replacing
 
 log = logging.getLogger("mit_semseg")

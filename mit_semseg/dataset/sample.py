@@ -1,4 +1,4 @@
-"""A training sample on its way from files to a batch: planned, read, and changed as planned."""
+"""A training sample: planned, loaded, and changed as planned."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 from mit_semseg.dataset.images import ImageFile
 from mit_semseg.dataset.label_map import LabelMap
+from mit_semseg.dataset.loading import load_depth_of, load_values, paths_of
 from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record
-from mit_semseg.dataset.samples import load_depth_of, load_values, paths_of
 from mit_semseg.dataset.transforms import nearest_index, normalize_depth, resize_depth
 
 Window = tuple[slice, slice]  # rows and columns
@@ -22,13 +22,13 @@ Window = tuple[slice, slice]  # rows and columns
 
 @dataclass(frozen=True)
 class Plan:
-    """Every random number of one sample, drawn before its files are read.
+    """Every random number of one sample, drawn before its files are loaded.
 
     Attributes:
         size: (width, height) that the image is resized to.
         window: what is taken of the resized image.
-        state: of the generator when what reading depends on was drawn, `size` among it.
-        flip: mirror it, left and right.
+        state: of the generator after the numbers that loading needs, those of `size`.
+        flip: swap left and right.
         colors: factors of brightness, contrast and saturation; None: they stay.
         sigma: of a Gaussian blur, in pixels; None: no blur.
         angle: that the window is rotated by, in degrees, counterclockwise.
@@ -58,7 +58,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class LoadedSample:
     """An image at the size that it is trained at, and where its labels are to be looked up.
 
     Attributes:
@@ -78,18 +78,18 @@ class Picture:
     label_map: LabelMap
     mask_path: str
 
-    def mirrored(self) -> Picture:
-        """The whole picture with left and right swapped, in classes too; before it is cut."""
+    def flipped(self) -> LoadedSample:
+        """The whole sample with left and right swapped, in classes too; before it is cropped."""
         return replace(
             self,
-            image=_mirrored(self.image),
-            depth=None if self.depth is None else _mirrored(self.depth),
+            image=_flipped(self.image),
+            depth=None if self.depth is None else _flipped(self.depth),
             columns=self.stored.shape[1] - 1 - self.columns,
             label_map=self.label_map.mirrored,
         )
 
-    def cut(self, window: Window) -> Picture:
-        """The part of it in these rows and columns."""
+    def cropped(self, window: Window) -> LoadedSample:
+        """The sample within these rows and columns."""
         down, right = window
         return replace(
             self,
@@ -99,8 +99,8 @@ class Picture:
             columns=self.columns[right],
         )
 
-    def relabelled(self, labels: np.ndarray) -> Picture:
-        """The picture with these class ids, (h, w) integers with -1 ignored, as its whole mask."""
+    def relabelled(self, labels: np.ndarray) -> LoadedSample:
+        """The sample with another mask: class ids, (h, w) integers with -1 ignored."""
         h, w = labels.shape
         return replace(
             self,
@@ -124,13 +124,13 @@ class Picture:
         return Sample(self.image, self.labels(rate), self.depth)
 
 
-def _mirrored(image: np.ndarray) -> np.ndarray:
+def _flipped(image: np.ndarray) -> np.ndarray:
     """An image or depth with left and right swapped; by torch, which is 20 times as fast."""
     return torch.from_numpy(image).flip(1).numpy()
 
 
 class BatchStyle(Protocol):
-    """What differs between the styles of batches: what is drawn, and how it is applied.
+    """What differs between the styles of batches: what is planned, and how it is applied.
 
     Attributes:
         by_orientation: a batch holds images of one orientation only.
@@ -148,19 +148,19 @@ class BatchStyle(Protocol):
         """
         ...
 
-    def apply(self, picture: Picture, plan: Plan) -> Picture:
-        """The sample of a picture that was read at `plan.size`."""
+    def apply(self, loaded: LoadedSample, plan: Plan) -> LoadedSample:
+        """Change a sample that was loaded at `plan.size` as planned."""
         ...
 
 
-def read_picture(
+def load_sample(
     record: Record,
     root: PathLike,
     size: tuple[int, int],
     label_map: LabelMap,
     options: DataOptions,
-) -> Picture:
-    """The files of a record, the image at `size`, (width, height).
+) -> LoadedSample:
+    """Load the files of a record, the image resized to `size`, (width, height).
 
     Every stored value of the mask is checked, also those that no label is taken from.
 
@@ -178,4 +178,4 @@ def read_picture(
     if depth is not None:
         depth = normalize_depth(resize_depth(depth, size), options)
     rows, columns = nearest_index(height, size[1]), nearest_index(width, size[0])
-    return Picture(image, depth, stored, rows, columns, label_map, mask_path)
+    return LoadedSample(image, depth, stored, rows, columns, label_map, mask_path)
