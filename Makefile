@@ -4,7 +4,7 @@
 # make bench measure against the published procedure and other toolkits; DEVICE=cuda: on a GPU
 # make docs build the documentation and check its links: build/site/index.html
 # make overfit let every registered model learn one image by heart, into docs/overfit
-# make selftest break small jobs on purpose; make soak: for two hours
+# make test-faults: break running trainings on purpose; make soak: for two hours
 # VENV=path  use (or create) another environment than .venv
 # PYTHON=... the interpreter a new environment is made with
 
@@ -13,7 +13,7 @@ PYTHON ?= python3
 DEVICE ?= cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu test-versions bench docs overfit selftest soak lint \
+.PHONY: demo test test-slow test-gpu test-versions bench docs overfit test-faults soak lint \
 	types format clean
 
 demo: $(VENV)/.mit_semseg
@@ -47,11 +47,13 @@ overfit: $(VENV)/.mit_semseg
 		mkdir -p docs/overfit && cp overfit/overfit.md overfit/overfit.png docs/overfit && \
 		exit $$status
 
-selftest: $(VENV)/.mit_semseg
-	$(BIN)/mit-semseg selftest
+# What kills, stops and starves running trainings, or fills their disk.
+test-faults: $(VENV)/.mit_semseg-dev
+	$(BIN)/python -m pytest -s -m faults tests/faults
 
-soak: $(VENV)/.mit_semseg
-	$(BIN)/mit-semseg selftest --only soak --soak 2
+# The demo's training, for hours of it.
+soak: $(VENV)/.mit_semseg-dev
+	SOAK_HOURS=$${SOAK_HOURS:-2} $(BIN)/python -m pytest -s -m faults tests/faults/test_soak.py
 
 lint: $(VENV)/.mit_semseg-dev types
 	$(BIN)/ruff check .
@@ -91,6 +93,6 @@ $(VENV)/.mit_semseg-bench: $(VENV)/.mit_semseg
 	touch $@
 
 clean:
-	rm -rf build dist demo bench overfit selftest .nox *.egg-info .hypothesis .import_linter_cache \
+	rm -rf build dist demo bench overfit .nox *.egg-info .hypothesis .import_linter_cache \
 		.mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -16,7 +16,6 @@ WIDTH, ROW, GAP, MARGIN = 960, 62, 10, 16
 CONTENT = {
     "cli": "arguments, configuration, one library call",
     "benchmarks": "mit-semseg bench",
-    "selftest": "fault injection",
     "tools": "profile, overfit, compare",
     "compat": "published names, early flags",
     "segmenter": "Segmenter, Result",

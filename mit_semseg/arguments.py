@@ -89,16 +89,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_tools(commands)
 
-    drill = commands.add_parser(
-        "selftest", help="break small jobs on purpose, measure what is lost"
-    )
-    drill.add_argument("--quick", action="store_true", help="fewer kills, shorter runs")
-    drill.add_argument(
-        "--only", default="", metavar="TEXT", help="only drills with TEXT in the name"
-    )
-    drill.add_argument("--soak", type=float, default=0.0, metavar="HOURS", help="then soak so long")
-    drill.add_argument("--out", default="selftest", metavar="DIR", help="folder of the results")
-
     data = commands.add_parser("data", help="download data, make and check sample lists")
     _add_data(data.add_subparsers(dest="action", required=True))
 

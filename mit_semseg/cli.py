@@ -221,14 +221,6 @@ def run_sweep(args: argparse.Namespace) -> int:
     return 0 if all(entry.state == "done" for entry in entries) else 1
 
 
-def run_selftest(args: argparse.Namespace) -> int:
-    """Break jobs; 1 when a promise was not held."""
-    from mit_semseg.selftest.command import selftest
-
-    outcomes = selftest(args.out, quick=args.quick, only=args.only, soak_hours=args.soak)
-    return 0 if all(outcome.held for outcome in outcomes) else 1
-
-
 def run_data(args: argparse.Namespace) -> int:
     """Make, check or download data; 1 when problems were found or met."""
     if args.action == "check" and args.cfg:
@@ -256,7 +248,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "overfit": run_overfit,
     "profile": run_profile,
     "sweep": run_sweep,
-    "selftest": run_selftest,
     "data": run_data,
     "demo": run_demo,
 }
