@@ -5,6 +5,7 @@ Pages are written to be read in the repository; links to what is not on the site
 
 from __future__ import annotations
 
+import argparse
 import json
 import posixpath
 import re
@@ -18,6 +19,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from mit_semseg.arguments import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "build" / "package"
@@ -46,9 +49,24 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         path = image.relative_to(ROOT).as_posix()
         files.append(File.generated(config, path, abs_src_path=str(image)))
     contents: list[Any] = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
+    files.append(File.generated(config, "reference/commands.md", content=commands()))
+    contents.append({"Commands": "reference/commands.md"})
     for room, content in reference().items():
         files.append(File.generated(config, f"reference/{room}.md", content=content))
         contents.append({f"mit_semseg.{room}": f"reference/{room}.md"})
+
+
+def commands() -> str:
+    """The help of every command."""
+    text = "# Commands\n"
+    parsers = [build_parser()]
+    while parsers:
+        parser = parsers.pop(0)
+        parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=84)
+        inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [each for action in inner for each in action.choices.values()] + parsers
+        text += f"\n## {parser.prog}\n\n```text\n{parser.format_help()}```\n"
+    return text
 
 
 def reference() -> dict[str, str]:
