@@ -11,25 +11,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "images" / "rooms.svg"
-WIDTH, ROW, GAP, MARGIN = 960, 62, 10, 16
+WIDTH, ROW, GAP, MARGIN = 780, 60, 8, 12
 
 CONTENT = {
     "cli": "arguments, configuration, one library call",
     "benchmarks": "mit-semseg bench",
-    "tools": "profile, overfit, compare",
-    "compat": "published names, early flags",
+    "tools": "profile, overfit",
+    "compat": "published names",
     "segmenter": "Segmenter, Result",
     "demo": "rendered scenes, result page",
-    "engine": "train, evaluate, predict; Predictor; training/: trainer, step, state, loader, "
-    "supervisor; devices, ranks, checkpoints",
-    "models": "encoders/, decoders/, builder, module; inference copy, tiles, graphs",
+    "engine": "train, evaluate, predict; Predictor; training/: trainer, step, state; devices",
+    "models": "encoders/, decoders/, builder, module; inference",
     "utils": "published helpers",
     "scores": "logits to labels",
-    "weights": "sources, verified files",
-    "losses": "functions, modules",
-    "dataset": "formats, samples, batches",
-    "visualize": "colours, figures, pages",
-    "metrics": "confusion matrix, scores",
+    "weights": "verified files",
+    "losses": "all losses",
+    "dataset": "files to batches",
+    "visualize": "figures, pages",
+    "metrics": "mIoU and others",
     "download": "URL to file",
     "config": "keys, files, checks",
     "precision": "fp32, tf32, bf16, fp16",
@@ -65,7 +64,7 @@ def box(name: str, x: float, y: float, width: float) -> str:
 
 def picture() -> str:
     rows = layers()
-    inner = WIDTH - 2 * MARGIN - 60
+    inner = WIDTH - 2 * MARGIN - 44
     boxes = []
     for i, names in enumerate(rows):
         width = (inner - GAP * (len(names) - 1)) / len(names)
@@ -74,7 +73,7 @@ def picture() -> str:
             for k, name in enumerate(names)
         ]
     bottom = MARGIN + len(rows) * ROW
-    x = WIDTH - 50
+    x = WIDTH - 34
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + MARGIN}">',
@@ -83,7 +82,7 @@ def picture() -> str:
             '<rect width="100%" height="100%" fill="#fff"/>',
             *boxes,
             f'<path d="M{x} {MARGIN}V{bottom - GAP}m-6 -9l6 9l6 -9" fill="none" stroke="#37424f"/>',
-            f'<text transform="translate({x + 22} {bottom / 2:.0f}) rotate(90)">imports</text>',
+            f'<text transform="translate({x + 14} {bottom / 2:.0f}) rotate(90)">imports</text>',
             "</svg>\n",
         ]
     )
