@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ class MetricsLog:
     def __init__(self, folder: Path, rank: int) -> None:
         self.file, self.picture = folder / METRICS, folder / CURVES
         self.writes = rank == 0
+        self._drawn_at = time.monotonic()
 
     def record(self, **figures: Any) -> None:
         """Append one line."""
@@ -127,9 +129,10 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
 
-    def draw(self) -> None:
-        """Write the curves."""
-        if self.writes and self.file.is_file():
+    def draw(self, every: float = 0.0) -> None:
+        """Write the curves, unless that was done less than `every` seconds ago."""
+        if self.writes and self.file.is_file() and time.monotonic() - self._drawn_at >= every:
+            self._drawn_at = time.monotonic()
             curves(read_metrics(self.file), self.picture)
 
 

@@ -287,10 +287,9 @@ class Trainer:
                 parts.folder.save(f"epoch_{epoch}.pth", *_halves(parts.step.evaluated))
                 parts.folder.save_history(epoch, self.history.columns)
                 parts.folder.drop_epochs(self.settings.keep)
-                parts.metrics.draw()
         if self._is_to_validate(epoch):
             self._validate(epoch)
-            parts.metrics.draw()
+        parts.metrics.draw(every=60.0)
 
     def _is_to_validate(self, epoch: int) -> bool:
         """Whether an epoch is to be validated, and has not been."""
