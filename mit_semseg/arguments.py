@@ -79,6 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="epoch_N.pth or best.pth (default: best, else the latest)",
     )
 
+    config = commands.add_parser("config", help="print all settings: value, origin, meaning")
+    config.add_argument("--only", default="", metavar="TEXT", help="keys with TEXT in their name")
+    config.add_argument("--cfg", default=None, metavar="FILE", help="configuration file (none)")
+    config.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY value", help="override configuration keys"
+    )
+
     bench = commands.add_parser("bench", help="measure against the published procedure")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
     bench.add_argument("--quick", action="store_true", help="fewer calls of each side, no peers")

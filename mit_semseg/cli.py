@@ -162,6 +162,15 @@ def run_pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_config(args: argparse.Namespace) -> int:
+    """Print all settings."""
+    from mit_semseg.config import load_config
+    from mit_semseg.config.listing import listing
+
+    print(listing(load_config(args.cfg, args.opts), args.only))
+    return 0
+
+
 def run_bench(args: argparse.Namespace) -> int:
     """Measure; 0 even where a target is missed, which the table says."""
     from mit_semseg.benchmarks.command import bench
@@ -244,6 +253,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": run_eval,
     "predict": run_predict,
     "pack": run_pack,
+    "config": run_config,
     "bench": run_bench,
     "overfit": run_overfit,
     "profile": run_profile,

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import exif_orientation, is_deep, load_image, to_rgb
 from mit_semseg.dataset.loading import load_depth_beside
-from mit_semseg.dataset.options import DataOptions, with_scales
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
 from mit_semseg.engine.devices import usable_device
 from mit_semseg.engine.predictor import Predictor
@@ -197,7 +197,7 @@ class Segmenter:
         return cls(
             module,
             folder.classes(),
-            with_scales(cfg.DATASET, sizes),
+            DataOptions.read(cfg.DATASET).at_scales(sizes),
             device=device,
             precision=precision,
             flip=cfg.TEST.flip,

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from mit_semseg.config import cfg, dump_config, get_defaults, load_config
-from mit_semseg.config.node import keys
+from mit_semseg.cli import main
+from mit_semseg.config import (
+    Options,
+    TrainOptions,
+    cfg,
+    dump_config,
+    get_defaults,
+    load_config,
+    load_options,
+)
+from mit_semseg.config.node import tree_of
+from mit_semseg.config.options import SETTINGS
 from mit_semseg.engine.launch import read_config
 
 PUBLISHED = """
@@ -94,7 +105,7 @@ def test_module_level_cfg_merges_as_published(tmp_path: Path) -> None:
         (["DIR"], "stands alone"),
         (["TRAIN.workers", "-1"], "must not be negative"),
         (["TRAIN.ema", "1.0"], "below 1"),
-        (["TRAIN.recompute", "3"], "TRAIN.recompute is 3; it takes True or False"),
+        (["TRAIN.activation_checkpointing", "3"], "checkpointing is 3; it takes True or False"),
         (["TRAIN.compile", "max"], "TRAIN.compile is 'max'; it takes True or False"),
         (["VAL.compile", "1"], "True or False"),
         (["TEST.compile", "none"], "True or False"),
@@ -195,20 +206,77 @@ def test_each_auxiliary_head_has_a_weight(caplog: pytest.LogCaptureFixture) -> N
 
 def test_new_ways_to_compute_are_off() -> None:
     tree = get_defaults()
-    for value in (tree.TRAIN.recompute, tree.TRAIN.compile, tree.VAL.compile, tree.TEST.compile):
-        assert value is False
+    assert not any((tree.TRAIN.activation_checkpointing, tree.TRAIN.compile))
+    assert not any((tree.VAL.compile, tree.TEST.compile))
 
 
-def test_every_key_has_a_comment() -> None:
-    source = Path("mit_semseg/config/defaults.py")
-    text = (Path(__file__).parents[1] / source).read_text()
-    assert len(keys(get_defaults())) > 50
-    for key in keys(get_defaults()):
-        assert f"_C.{key} = " in text
-
-
-def test_earlier_names_of_keys_are_understood(tmp_path: Path) -> None:
+def test_earlier_names_of_keys_are_understood(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "dump.yaml"
-    file.write_text("TRAIN:\n  timeout: 77\n  keep_checkpoints: 3\n")
-    cfg = load_config(file)
+    file.write_text(
+        "TRAIN:\n  timeout: 77\n  keep_checkpoints: 3\n  recompute: true\n"
+        "VAL:\n  stride: 0.667\nDATASET:\n  random_scale: [1, 2]\n"
+    )
+    cfg = load_config(file, ["TEST.stride", "0.75"])
     assert (cfg.TRAIN.stall_seconds, cfg.TRAIN.keep) == (77, 3)
+    assert cfg.TRAIN.activation_checkpointing and cfg.DATASET.scale_jitter == [1.0, 2.0]
+    assert (cfg.VAL.overlap, cfg.TEST.overlap) == (0.333, 0.25)
+    in_file, in_line = (record.getMessage() for record in caplog.records)
+    assert in_file.startswith(f"{file}: earlier names of keys: TRAIN.timeout is now TRAIN.stall_")
+    assert "TRAIN.recompute is now TRAIN.activation_checkpointing" in in_file
+    assert "VAL.stride 0.667 is now VAL.overlap 0.333" in in_file
+    assert in_line.endswith("TEST.stride 0.75 is now TEST.overlap 0.25")
+    for wrong, advice in (("0", "a share of"), ("1.5", "a share of"), ("wide", "a number")):
+        with pytest.raises(ValueError, match=rf"VAL\.stride .*now VAL\.overlap.* {advice}"):
+            load_config(None, ["VAL.stride", wrong])
+
+
+def test_an_earlier_name_that_is_set_in_a_tree_counts() -> None:
+    tree = get_defaults()
+    tree.VAL.stride = 0.5
+    tree.TRAIN.max_iters = 100  # as the published training script does
+    assert Options.read(tree).VAL.overlap == 0.5
+
+
+def test_options_are_typed_and_checked() -> None:
+    options = load_options(None, ["DATASET.imgSizes", "450", "TRAIN.epoch_iters", "auto"])
+    assert options.DATASET.imgSizes == (450,) and options.TRAIN.epoch_iters == "auto"
+    assert Options.read(tree_of(options)) == options == Options.read(options)
+    assert Options.read(get_defaults()) == Options() == Options.read({})
+    with pytest.raises(ValueError, match="TRAIN.lr_encoder is -1; it must not be negative"):
+        TrainOptions(lr_encoder=-1)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.in_channels", "4"], "set MODEL.in_channels 3, or DATASET.depth True"),
+        (
+            ["TRAIN.class_weights", "(1, 2)"],
+            "class_weights has 2 numbers; DATASET.num_class is 150",
+        ),
+        (["TRAIN.class_weights", "(0, 0)", "DATASET.num_class", "2"], "are all 0"),
+        (["TRAIN.start_epoch", "21"], "lies behind TRAIN.num_epoch 20"),
+        (["DATASET.batching", "crop"], "set DATASET.crop_size"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(opts: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_options(None, opts)
+
+
+def test_the_command_says_where_values_come_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("VAL:\n  tile: off\n  flip: true\n")
+    words = ["config", "--cfg", str(file), "--only", "val.", "VAL.flip", "False"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"VAL.tile = off  ({file}; default auto)\n    side in pixels" in said
+    assert "VAL.flip = False  (command line; default False)\n" in said
+    assert "VAL.batch_size = 1  (default)\n" in said and "TRAIN" not in said.splitlines()[0]
+    assert main(["config", "--only", "nothing"]) == 2
+    assert main(["config"]) == 0
+    assert len(re.findall(r"^[A-Z]+(?:\.\w+)? = ", capsys.readouterr().out, re.M)) == len(SETTINGS)

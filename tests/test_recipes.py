@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from mit_semseg import weights
-from mit_semseg.config import load_config
+from mit_semseg.config import DataOptions, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset.base import FORMATS, DataFormat
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.download import DownloadError
 from mit_semseg.engine.training.balance import SCHEMES
 from mit_semseg.losses import build_loss

@@ -18,6 +18,7 @@ from types import ModuleType
 
 _PARALLEL, _DATA = "mit_semseg.compat.parallel", "mit_semseg.compat.data"
 PUBLISHED = {
+    "mit_semseg.config.defaults": "mit_semseg.compat.config",
     "mit_semseg.models.models": "mit_semseg.compat.models",
     "mit_semseg.models.resnet": "mit_semseg.compat.resnet",
     "mit_semseg.models.resnext": "mit_semseg.compat.resnext",

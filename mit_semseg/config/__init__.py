@@ -1,5 +1,23 @@
-"""Reading, checking and writing configurations."""
+"""The settings: typed sections, read from yaml files and command lines, and written back."""
 
-from mit_semseg.config.loading import cfg, dump_config, get_defaults, load_config
+from mit_semseg.config.data import DataOptions
+from mit_semseg.config.inference import EvalOptions, InferenceOptions, PredictOptions
+from mit_semseg.config.loading import cfg, dump_config, get_defaults, load_config, load_options
+from mit_semseg.config.model import ModelOptions
+from mit_semseg.config.options import Options
+from mit_semseg.config.train import TrainOptions
 
-__all__ = ["cfg", "dump_config", "get_defaults", "load_config"]
+__all__ = [
+    "DataOptions",
+    "EvalOptions",
+    "InferenceOptions",
+    "ModelOptions",
+    "Options",
+    "PredictOptions",
+    "TrainOptions",
+    "cfg",
+    "dump_config",
+    "get_defaults",
+    "load_config",
+    "load_options",
+]

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from mit_semseg.config.defaults import _C
-from mit_semseg.config.node import Config
+from mit_semseg.config.node import Config, tree_of
+from mit_semseg.config.options import Options
 
 # The published module-level configuration; scripts that merge into it keep working.
-cfg: Config = _C
+cfg: Config = tree_of(Options())
 
 
 def get_defaults() -> Config:
     """A fresh tree of default values."""
-    return _DEFAULTS.clone()
+    return tree_of(Options())
 
 
-_DEFAULTS = _C.clone()
-
-
-def load_config(path: str | Path | None = None, opts: list[str] | None = None) -> Config:
+def load_config(path: str | Path | None = None, opts: Sequence[str] | None = None) -> Config:
     """The defaults, overlaid by a yaml file, overlaid by `KEY value` pairs.
 
     Args:
@@ -41,10 +39,21 @@ def load_config(path: str | Path | None = None, opts: list[str] | None = None) -
     if path is not None:
         tree.merge_from_file(path)
     if opts:
-        tree.merge_from_list(opts)
+        tree.merge_from_list(list(opts))
     return tree
 
 
-def dump_config(tree: Config, path: str | Path) -> None:
-    """Write a tree as yaml that `load_config` reads back to the same values."""
+def load_options(path: str | Path | None = None, opts: Sequence[str] | None = None) -> Options:
+    """`load_config` as typed options, whose sections agree.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: a wrong key or value, or values that cannot work together, with the reason.
+    """
+    return Options.read(load_config(path, opts))
+
+
+def dump_config(tree: Config | Options, path: str | Path) -> None:
+    """Write a configuration as yaml that `load_config` reads back to the same values."""
+    tree = tree_of(tree) if isinstance(tree, Options) else tree
     Path(path).write_text(tree.dump(), encoding="utf-8")

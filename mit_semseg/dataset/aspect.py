@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mit_semseg.dataset.options import DataOptions
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.sample import LoadedSample, Plan
 from mit_semseg.dataset.transforms import color_jitter, fitted_size, jitter_factors, random_window
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.classes import ClassTable, table_of
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, pair_folders
 from mit_semseg.registry import Registry
 

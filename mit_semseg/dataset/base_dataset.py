@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, read_records
 from mit_semseg.dataset.transforms import round_up
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record
 
 VOID = 11

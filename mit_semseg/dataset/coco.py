@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset import coco_shapes
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
 from mit_semseg.dataset.classes import TABLES, ClassTable, distinct_colors
 from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once, facts_of
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, two_places
 from mit_semseg.errors import one_line
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.base import FORMATS, Archive, PairedFolders, Source
 from mit_semseg.dataset.classes import ClassTable, table_of
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record
 
 # Stored values 0..181 are COCO ids minus 1. These eleven things were never annotated.

@@ -6,10 +6,11 @@ import argparse
 import json
 from typing import Any
 
+from mit_semseg.config import DataOptions
+from mit_semseg.config.options import SETTINGS
 from mit_semseg.dataset.base import FORMATS
 from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.downloads import download, sources
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.split import build_split
 from mit_semseg.dataset.tools import check, describe_check, describe_made, make_odgt
 from mit_semseg.registry import closest
@@ -75,10 +76,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
 
 def _label_map(text: str) -> list[Any]:
     """Pairs as typed, to be checked where they are used."""
-    from mit_semseg.config.node import coerce
-
-    pairs: list[Any] = coerce("DATASET.label_map", [], text, "--label-map")
-    return pairs
+    return list(SETTINGS["DATASET.label_map"].read(text, "--label-map"))
 
 
 def _format_of(listing: str) -> str:

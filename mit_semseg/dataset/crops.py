@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from mit_semseg.dataset.options import DataOptions
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.sample import LoadedSample, Plan, Window
 from mit_semseg.dataset.transforms import color_jitter, fitted_size, jitter_factors, random_window
 
@@ -28,7 +28,7 @@ class RandomCrops:
     of 0.5 to 2, rotations of up to 10 degrees, blur), and random colours. In this order:
 
     1. The image is resized with its aspect kept: a short side out of `imgSizes`, as the
-       aspect-preserving style and the evaluation have it, times a factor from `random_scale`.
+       aspect-preserving style and the evaluation have it, times a factor from `scale_jitter`.
     2. A window of `crop_size` is laid anywhere into it; a side that is smaller is taken whole.
     3. Brightness, contrast and saturation change by `color_jitter`.
     4. With a probability of `random_blur` the image is blurred.
@@ -71,7 +71,7 @@ class RandomCrops:
         """
         options = self.options
         short = int(rng.choice(options.imgSizes))
-        low, high = options.random_scale
+        low, high = options.scale_jitter
         scale = rng.uniform(low, high)
         angle = rng.uniform(-options.random_rotation, options.random_rotation)
         flip = options.random_flip and rng.random() < 0.5

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.base import FORMATS, DataFormat
 from mit_semseg.dataset.classes import TABLES, ClassTable
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record, locate, pair_folders, read_odgt, two_places
 
 

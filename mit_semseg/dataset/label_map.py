@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mit_semseg.dataset.options import DataOptions
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.reading import PathLike
 
 _UNKNOWN = -2  # in lookup tables: neither a class nor ignored

@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.base import FORMATS, Archive, PairedFolders, Source
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import Record
 
 UNLABELLED = 255

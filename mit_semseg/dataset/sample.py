@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.images import ImageFile
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.loading import load_depth_of, load_values, paths_of
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record
 from mit_semseg.dataset.transforms import nearest_index, normalize_depth, resize_depth

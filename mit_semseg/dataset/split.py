@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.base import FORMATS, DataFormat
 from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.label_map import LabelMap, label_warnings
 from mit_semseg.dataset.loading import load_depth_of, load_raw, paths_of
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, locate, read_odgt
 
@@ -34,9 +34,9 @@ class Split:
     label_map: LabelMap
 
 
-def entries_of(dataset_cfg: Any, which: str, data_format: DataFormat) -> list[str]:
+def entries_of(options: DataOptions, which: str, data_format: DataFormat) -> list[str]:
     """The entries of `list_train` or `list_val`, default lists turned into splits."""
-    lists = getattr(dataset_cfg, f"list_{which}")
+    lists = options.list_train if which == "train" else options.list_val
     entries = [lists] if isinstance(lists, str) else lists
     return [data_format.default_splits.get(entry, entry) for entry in entries]
 
@@ -54,14 +54,13 @@ def class_table(dataset_cfg: Any, which: str = "train") -> ClassTable:
         ValueError: unknown format, or the table does not have `num_class` rows.
     """
     options = DataOptions.read(dataset_cfg)
-    data_format: DataFormat = FORMATS.get(getattr(dataset_cfg, "format", "odgt"))()
-    root = Path(getattr(dataset_cfg, "root_dataset", ""))
-    own = data_format.classes_for(root, entries_of(dataset_cfg, which, data_format), options)
-    path = getattr(dataset_cfg, "classes", "")
-    if not path:
+    data_format: DataFormat = FORMATS.get(options.format)()
+    root = Path(options.root_dataset)
+    own = data_format.classes_for(root, entries_of(options, which, data_format), options)
+    if not options.classes:
         return own
-    table = ClassTable.load(locate(path, root, "DATASET.classes"))
-    return table.checked(options.num_class, path, "make them equal")
+    table = ClassTable.load(locate(options.classes, root, "DATASET.classes"))
+    return table.checked(options.num_class, options.classes, "make them equal")
 
 
 def build_split(dataset_cfg: Any, which: str) -> Split:
@@ -78,18 +77,17 @@ def build_split(dataset_cfg: Any, which: str) -> Split:
     if which not in ("train", "val"):
         raise ValueError(f"a split is 'train' or 'val', not {which!r}")
     options = DataOptions.read(dataset_cfg)
-    classes = class_table(dataset_cfg, which)
-    data_format: DataFormat = FORMATS.get(getattr(dataset_cfg, "format", "odgt"))()
-    root = getattr(dataset_cfg, "root_dataset", "")
+    classes = class_table(options, which)
+    data_format: DataFormat = FORMATS.get(options.format)()
+    root, entries = options.root_dataset, entries_of(options, which, data_format)
     records: list[Record] = []
-    for entry in entries_of(dataset_cfg, which, data_format):
+    for entry in entries:
         if entry.endswith(".odgt"):  # any data set can be narrowed by a custom list
             records += read_odgt(locate(entry, root))
         else:
             records += data_format.records_for(Path(root), entry, options)
     if not records:
-        lists = getattr(dataset_cfg, f"list_{which}")
-        raise ValueError(f"DATASET.list_{which} is {lists!r}: it names no records")
+        raise ValueError(f"DATASET.list_{which} is {entries!r}: it names no records")
     if options.depth:
         flat = [record["fpath_img"] for record in records if "fpath_depth" not in record]
         if flat:
@@ -116,27 +114,18 @@ def absolute(record: Record, root: PathLike) -> Record:
     return full
 
 
-def check_channels(in_channels: int, dataset_cfg: Any) -> None:
-    """Refuse a number of input channels that the data set does not have.
-
-    Args:
-        in_channels: `MODEL.in_channels`.
-        dataset_cfg: `cfg.DATASET`.
+def check_depth(options: DataOptions) -> None:
+    """Refuse depth in a format that has none.
 
     Raises:
-        ValueError: `MODEL.in_channels` and `DATASET.depth` disagree, or the format has no depth.
+        ValueError: an unknown format, or one without depth where `options.depth` asks for it.
     """
-    options = DataOptions.read(dataset_cfg)
-    if options.depth and FORMATS.get(options.format)().depth_scale is None:
+    has_depth = FORMATS.get(options.format)().depth_scale is not None
+    if options.depth and not has_depth:
         with_depth = [n for n in FORMATS.names() if FORMATS.get(n)().depth_scale is not None]
         raise ValueError(
             f"DATASET.depth is True, but DATASET.format {options.format} has no depth; it is in "
             f"{' and '.join(with_depth)} (lists with 'fpath_depth')"
-        )
-    if in_channels != 3 + options.depth:
-        raise ValueError(
-            f"MODEL.in_channels is {in_channels} and DATASET.depth {options.depth}: set "
-            f"MODEL.in_channels {3 + options.depth}, or DATASET.depth {not options.depth}"
         )
 
 

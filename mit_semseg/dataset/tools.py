@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.base import FORMATS, DataFormat
 from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.images import image_size, stored_values
 from mit_semseg.dataset.label_map import LabelMap, label_warnings
 from mit_semseg.dataset.loading import load_depth_of, load_raw
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import (
     Record,
     list_images,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from functools import lru_cache
@@ -11,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.aspect import AspectPreserving
 from mit_semseg.dataset.base_dataset import BaseDataset
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.records import with_sizes
 from mit_semseg.dataset.sample import BatchStyle, Sample, load_sample
 from mit_semseg.dataset.transforms import Normalize, round_up
@@ -24,8 +23,6 @@ from mit_semseg.errors import one_line
 # the place of a sample that cannot be used.
 _ORDER, _BATCH, _INSTEAD = 0, 1, 2
 _TRIES = 8  # other samples tried before a bad one is an error after all
-# Settings that only `batching` "crop" has a use for.
-CROP_SETTINGS = ("random_scale", "random_rotation", "random_blur")
 
 
 class TrainDataset(BaseDataset):
@@ -251,14 +248,9 @@ class TrainDataset(BaseDataset):
 
 
 def batch_style(options: DataOptions) -> BatchStyle:
-    """The batch style that `options.batching` names; warns of settings that it does not know."""
+    """The batch style that `options.batching` names."""
     if options.batching == "crop":
         from mit_semseg.dataset.crops import RandomCrops  # torchvision is slow to import
 
         return RandomCrops(options)
-    for key in CROP_SETTINGS:
-        if getattr(options, key) != getattr(DataOptions, key):
-            logging.getLogger("mit_semseg").warning(
-                "DATASET.%s has no effect: it is for DATASET.batching crop", key
-            )
     return AspectPreserving(options)

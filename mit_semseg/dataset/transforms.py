@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mit_semseg.dataset.options import DataOptions
+from mit_semseg.config import DataOptions
 
 
 # ------------------------------------------------------------------------------ geometry

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mit_semseg.config import DataOptions
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
-from mit_semseg.dataset.options import DataOptions, with_scales
 from mit_semseg.engine.scoring import Evaluation
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.visualize import class_bars
@@ -40,7 +40,7 @@ def result_of(
         "checkpoint": checkpoint,
         "images": used,
         "failed": [{"image": image, "error": reason} for image, reason in evaluation.failed],
-        "imgSizes": list(DataOptions.read(with_scales(cfg.DATASET, cfg.VAL.imgSizes)).imgSizes),
+        "imgSizes": list(DataOptions.read(cfg.DATASET).at_scales(cfg.VAL.imgSizes).imgSizes),
         "flip": bool(cfg.VAL.flip),
         "window": list(cfg.VAL.window),
         "precision": cfg.VAL.precision,

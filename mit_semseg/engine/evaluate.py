@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mit_semseg.config import DataOptions
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
-from mit_semseg.dataset.options import with_scales
 from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
 from mit_semseg.engine.cpu import cpu_count, fixed_threads, local_ranks
 from mit_semseg.engine.devices import use_device
@@ -177,7 +177,7 @@ def evaluate(
 def val_dataset(cfg: Config) -> ValDataset:
     """The validation samples of a configuration, as bytes at the scales of `VAL.imgSizes`."""
     split = build_split(cfg.DATASET, "val")
-    options = with_scales(cfg.DATASET, cfg.VAL.imgSizes)
+    options = DataOptions.read(cfg.DATASET).at_scales(cfg.VAL.imgSizes)
     root = cfg.DATASET.root_dataset
     return ValDataset(root, split.records, options, label_map=split.label_map, normalized=False)
 

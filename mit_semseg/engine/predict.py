@@ -23,12 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mit_semseg import scores
+from mit_semseg.config import DataOptions
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import image_size, load_image
 from mit_semseg.dataset.loading import load_depth_beside
-from mit_semseg.dataset.options import DataOptions, with_scales
-from mit_semseg.dataset.split import check_channels
 from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
 from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.inputs import (
@@ -57,7 +56,6 @@ from mit_semseg.errors import one_line
 from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize.results import areas, save_result
 
-KINDS = ("color", "index", "overlay", "prob", "side", "legend")
 # Pixels of images between reading and writing; a larger image than _LARGE is alone there.
 _IN_MEMORY, _LARGE = 1 << 26, 1 << 24
 
@@ -127,10 +125,6 @@ def predict(
     """
     checkpoint = checkpoint or cfg.TEST.checkpoint
     out = Path(cfg.TEST.result if result is None else result)
-    unknown = [kind for kind in cfg.TEST.save if kind not in KINDS]
-    if unknown or not cfg.TEST.save:
-        raise ValueError(f"TEST.save is {list(cfg.TEST.save)}; choose from {', '.join(KINDS)}")
-    check_channels(cfg.MODEL.in_channels, cfg.DATASET)
     tasks = found_by_rank_0(partial(_tasks, cfg, imgs, out), rank, world)
     size = cfg.TEST.batch_size
     batches = [(i, tasks[i : i + size]) for i in range(0, len(tasks), size)]
@@ -250,7 +244,7 @@ class _Pipeline:
     def __init__(self, job: Job) -> None:
         cfg = job.cfg
         self.cfg, self.classes, self.device = cfg, job.classes, job.device
-        self.options = DataOptions.read(with_scales(cfg.DATASET, cfg.TEST.imgSizes))
+        self.options = DataOptions.read(cfg.DATASET).at_scales(cfg.TEST.imgSizes)
         self.predictor = Predictor(
             load_model(cfg, job.checkpoint),
             self.options,

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mit_semseg.config import DataOptions
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ValDataset
-from mit_semseg.dataset.options import with_scales
 from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.inputs import common_base, output_stems
 from mit_semseg.engine.pipeline import HandedOn, in_threads
@@ -212,7 +212,7 @@ class Scorer:
         saved: SavedPredictions | None = None,
     ) -> None:
         self.predictor = Predictor(
-            *(module, with_scales(cfg.DATASET, cfg.VAL.imgSizes), device),
+            *(module, DataOptions.read(cfg.DATASET).at_scales(cfg.VAL.imgSizes), device),
             precision=cfg.VAL.precision,
             flip=cfg.VAL.flip,
             tile=cfg.VAL.tile,

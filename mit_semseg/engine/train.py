@@ -62,6 +62,6 @@ def train(
     except torch.cuda.OutOfMemoryError as error:
         raise MemoryError(
             f"{one_line(error, 200)}: lower TRAIN.batch_size_per_gpu (and raise "
-            "TRAIN.accumulate), set TRAIN.precision bf16 or TRAIN.recompute True, or lower "
-            "DATASET.imgMaxSize"
+            "TRAIN.accumulate), set TRAIN.precision bf16 or TRAIN.activation_checkpointing True, "
+            "or lower DATASET.imgMaxSize"
         ) from error

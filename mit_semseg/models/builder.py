@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from mit_semseg.config import Options
 from mit_semseg.dataset.base import FORMATS
-from mit_semseg.dataset.split import check_channels
+from mit_semseg.dataset.split import check_depth
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.losses import build_loss
 from mit_semseg.models.decoders import DECODERS, Decoder
 from mit_semseg.models.encoders import ENCODERS, Encoder
 from mit_semseg.models.encoders.base import Variant, widen_input
-from mit_semseg.models.module import SegmentationModule
+from mit_semseg.models.module import SegmentationModule, check_head_weights
 from mit_semseg.weights import load_decoder, load_encoder
 
 
@@ -54,12 +56,29 @@ def check_aux_weights(arch_decoder: str, weights: Sequence[float]) -> None:
     Raises:
         ValueError: an unknown name, or weights that are neither none nor one for each head.
     """
-    heads = _decoder(arch_decoder).auxiliary
-    if len(weights) not in (0, len(heads)):
-        raise ValueError(
-            f"TRAIN.aux_weights are {list(weights)}; auxiliary heads of decoder {arch_decoder}: "
-            f"{len(heads)}; give one weight for each, or () for its own"
-        )
+    check_head_weights(weights, _decoder(arch_decoder).auxiliary, f"decoder {arch_decoder}")
+
+
+def check_options(options: Options) -> None:
+    """Refuses options that a network, its layers or the format of the data rule out.
+
+    Options that contradict each other are refused when they are read.
+
+    Raises:
+        ValueError: an unknown name, or parts that cannot work together, with the reason.
+    """
+    model = options.MODEL
+    check_pair(model.arch_encoder, model.arch_decoder, model.fc_dim)
+    check_aux_weights(model.arch_decoder, options.TRAIN.aux_weights)
+    check_depth(options.DATASET)
+    stride = math.lcm(*_encoder(model.arch_encoder).strides)
+    for section in (options.VAL, options.TEST):
+        if any(side % stride for side in section.window):
+            fitting = [-(-side // stride) * stride for side in section.window]
+            raise ValueError(
+                f"{section.SECTION}.window is {list(section.window)}, but {model.arch_encoder} "
+                f"needs multiples of its stride {stride}: set {section.SECTION}.window {fitting}"
+            )
 
 
 def _check_partners(arch_encoder: str, arch_decoder: str) -> None:
@@ -195,7 +214,7 @@ class ModelBuilder:
         """Encoder, decoder and loss as a configuration describes them.
 
         Args:
-            cfg: the whole configuration.
+            cfg: the whole configuration, `Options` or a yacs tree.
             inference: the decoder gives probabilities.
             class_weights: (num_class,) float for the loss, or None.
 
@@ -203,10 +222,9 @@ class ModelBuilder:
             ValueError: an unknown name, or parts that do not fit together.
             FileNotFoundError: no such weights.
         """
-        model, data = cfg.MODEL, cfg.DATASET
-        check_pair(model.arch_encoder, model.arch_decoder, model.fc_dim)
-        check_aux_weights(model.arch_decoder, cfg.TRAIN.aux_weights)
-        check_channels(model.in_channels, data)
+        options = Options.read(cfg)
+        check_options(options)
+        model, data, train = options.MODEL, options.DATASET, options.TRAIN
         encoder = ModelBuilder.build_encoder(
             model.arch_encoder,
             fc_dim=model.fc_dim,
@@ -227,11 +245,11 @@ class ModelBuilder:
         return SegmentationModule(
             encoder,
             decoder,
-            build_loss(cfg.TRAIN.loss, data.num_class, class_weights, cfg.TRAIN.label_smoothing),
-            deep_sup_scale=cfg.TRAIN.deep_sup_scale
+            build_loss(train.loss, data.num_class, class_weights, train.label_smoothing),
+            deep_sup_scale=train.deep_sup_scale
             if any(head.weight is None for head in decoder.auxiliary)
             else None,
-            aux_weights=cfg.TRAIN.aux_weights,
+            aux_weights=train.aux_weights,
             normalize=Normalize.of(data),
             mirror_pairs=FORMATS.get(data.format)().mirror_pairs,
         )

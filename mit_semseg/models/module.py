@@ -95,11 +95,7 @@ class SegmentationModule(SegmentationModuleBase):
                 f"mirror_pairs are {self.mirror_pairs}, the classes 0 to {net_dec.num_class - 1}"
             )
         self.aux_weights = tuple(aux_weights)
-        if len(self.aux_weights) not in (0, len(net_dec.auxiliary)):
-            raise ValueError(
-                f"aux_weights are {list(aux_weights)}; auxiliary heads of "
-                f"{type(net_dec).__name__}: {len(net_dec.auxiliary)}"
-            )
+        check_head_weights(self.aux_weights, net_dec.auxiliary, type(net_dec).__name__)
         asks = any(head.weight is None for head in net_dec.auxiliary)
         if deep_sup_scale is not None and not asks:
             warnings.warn(
@@ -283,6 +279,21 @@ def decode(
 ) -> tuple[Tensor, ...]:
     """`Decoder.log_probabilities`."""
     return decoder.log_probabilities(features, size, image)
+
+
+def check_head_weights(weights: Sequence[float], heads: Sequence[object], decoder: str) -> None:
+    """Refuses weights that are neither none nor one for each auxiliary head.
+
+    Args:
+        weights: `TRAIN.aux_weights`.
+        heads: those that the decoder declares.
+        decoder: its name, for the error.
+    """
+    if len(weights) not in (0, len(heads)):
+        raise ValueError(
+            f"TRAIN.aux_weights are {list(weights)}; auxiliary heads of {decoder}: {len(heads)}; "
+            "give one weight for each, or () for its own"
+        )
 
 
 def _shares(own: Tensor, total: Tensor, count: int) -> Tensor:

@@ -49,9 +49,9 @@ def recompute(encoder: nn.Module) -> list[nn.Module]:
     found = list(units(encoder) if declared is None else declared())
     if not found:
         raise ValueError(
-            f"TRAIN.recompute: {type(encoder).__name__} has no blocks in a Sequential or "
-            "ModuleList; give it a method recompute_units() that lists them, or set "
-            "TRAIN.recompute False"
+            f"TRAIN.activation_checkpointing: {type(encoder).__name__} has no blocks in a "
+            "Sequential or ModuleList; give it a method recompute_units() that lists them, or set "
+            "TRAIN.activation_checkpointing False"
         )
     wrapped = {unit: checkpoint_wrapper(unit, checkpoint_fn=_checkpointed) for unit in found}
     replace_modules(encoder, wrapped)
@@ -132,9 +132,9 @@ class _Passes:
     def _check_inputs(self) -> None:
         if [x._version for x in self.inputs] != self.versions:
             raise ValueError(
-                f"TRAIN.recompute: the input of a {type(self.block).__name__} is changed in place, "
-                "so the block cannot be computed again: use inplace=False there, or set "
-                "TRAIN.recompute False"
+                f"TRAIN.activation_checkpointing: the input of a {type(self.block).__name__} is "
+                "changed in place, so the block cannot be computed again: use inplace=False there, "
+                "or set TRAIN.activation_checkpointing False"
             )
 
 

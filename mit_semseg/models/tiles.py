@@ -34,12 +34,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mit_semseg.config import InferenceOptions
 from mit_semseg.matrices import to_device
 from mit_semseg.models.module import SegmentationModule
 from mit_semseg.models.pyramid import Tile, pool_matrix, without_autocast
@@ -49,7 +50,7 @@ log = logging.getLogger("mit_semseg")
 # "auto": images above so many pixels are computed in tiles of this side.
 AUTO_PIXELS, AUTO_SIDE = 4_000_000, 1024
 # The least side of tiles when memory runs out, and of a sliding window.
-LEAST_SIDE, LEAST_WINDOW = 256, 64
+LEAST_SIDE = 256
 # Pixels that neighbours share, or half a tile if that is less. In the outer 7/16 of what it shares
 # a tile does not count, and from there its weight rises over an eighth. On CamVid, with dilated
 # MobileNetV2, 12 % of the labels are other than the whole image's at the edge of a tile, 1 % at 96
@@ -106,13 +107,13 @@ class Part:
     weights: Tensor
 
 
-def window_spans(length: int, side: int, stride: float, grid: int) -> list[tuple[int, int]]:
+def window_spans(length: int, side: int, overlap: float, grid: int) -> list[tuple[int, int]]:
     """Where sliding windows begin and end along one axis of an image.
 
     Args:
         length: pixels of the axis.
         side: pixels of a window.
-        stride: share of it by which the next one lies farther on, in (0, 1].
+        overlap: share of it that the next one covers, too, in [0, 1).
         grid: every window begins at a multiple of this; so its step is a multiple, rounded down.
 
     Returns:
@@ -120,7 +121,8 @@ def window_spans(length: int, side: int, stride: float, grid: int) -> list[tuple
         image's end, or, on the grid, at most `grid` - 1 pixels beyond it: there, and where the
         image is smaller than a window, `stop` is the image's end.
     """
-    step = max(int(side * stride) // grid, 1) * grid
+    # A step that is a whole number may have been rounded down by the subtraction.
+    step = max(int(side * (1 - overlap) + 1e-6) // grid, 1) * grid
     last = -(-max(length - side, 0) // grid) * grid
     starts = [*range(0, last, step), last]
     return [(start, min(start + side, length)) for start in starts]
@@ -260,33 +262,26 @@ class Sliding:
 
     Attributes:
         height, width: in pixels at the network's scale.
-        stride: share of them by which windows lie apart, in (0, 1].
+        overlap: share of them that the next window covers, too, in [0, 1).
 
     Raises:
-        ValueError: a side below 64, or another stride.
+        ValueError: a side below 64, or another overlap.
     """
 
     height: int
     width: int
-    stride: float = 2 / 3
+    overlap: float = 1 / 3
 
     def __post_init__(self) -> None:
-        if min(self.height, self.width) < LEAST_WINDOW:
-            raise ValueError(
-                f"window is {[self.height, self.width]}; use sides of {LEAST_WINDOW} pixels or more"
-            )
-        if not 0 < self.stride <= 1:
-            raise ValueError(
-                f"stride is {self.stride}; it is a share of the window, above 0 and at most 1"
-            )
+        InferenceOptions(window=(self.height, self.width), overlap=self.overlap)  # checks them
 
     @classmethod
-    def of(cls, settings: Any) -> Sliding | None:
-        """What `cfg.VAL` or `cfg.TEST` asks for: `window` and `stride`; None without a window."""
-        if not settings.window:
+    def of(cls, options: InferenceOptions) -> Sliding | None:
+        """What `VAL` or `TEST` ask for: `window` and `overlap`; None without a window."""
+        if not options.window:
             return None
-        height, width = map(int, settings.window)
-        return cls(height, width, settings.stride)
+        height, width = options.window
+        return cls(height, width, options.overlap)
 
 
 class TiledNetwork:
@@ -323,11 +318,8 @@ class TiledNetwork:
         Raises:
             ValueError: another `tile`.
         """
-        number = isinstance(tile, int) and not isinstance(tile, bool)
-        if not (tile in ("auto", "off") or (number and int(tile) >= 64)):
-            raise ValueError(f"tile is {tile!r}; use 'auto', 'off' or a side of 64 pixels or more")
         self.module = module
-        self.tile, self.window = tile, window
+        self.tile, self.window = InferenceOptions(tile=tile).tile, window
         self.network = module.logits if network is None else network
         # Any module may be the encoder or the decoder.
         self.grid = math.lcm(_GRID, *getattr(module.encoder, "strides", ()))
@@ -393,7 +385,7 @@ class TiledNetwork:
             return scores[:, :, : -(-h * made[0] // sides[0]), : -(-w * made[1] // sides[1])]
 
         rows, columns = (
-            window_spans(length, side, window.stride, self.grid)
+            window_spans(length, side, window.overlap, self.grid)
             for length, side in zip((H, W), sides, strict=True)
         )
         return blended(Tiling(rows, columns, flat=True).maps(image, run))

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from mit_semseg.config import get_defaults
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, build_split
-from mit_semseg.dataset.train import CROP_SETTINGS
 from mit_semseg.demo import streets
 from mit_semseg.engine.training.optim import build_optimizer, poly_factor, set_learning_rates
 from mit_semseg.engine.training.state import seed_everything
@@ -143,8 +141,6 @@ def one_image(cfg: Config, side: int, stride: int) -> dict[str, Any]:
     plain.DATASET.batching, plain.DATASET.crop_size = "aspect", []
     plain.DATASET.imgSizes = [side]
     plain.DATASET.random_flip, plain.DATASET.color_jitter = False, 0.0
-    for key in CROP_SETTINGS:  # they have nothing to do here, and would be warned of
-        plain.DATASET[key] = get_defaults().DATASET[key]
     plain.DATASET.padding_constant = math.lcm(plain.DATASET.padding_constant, stride)
     plain.DATASET.segm_downsampling_rate = stride
     split = build_split(plain.DATASET, "train")

@@ -39,7 +39,7 @@ class Profile:
         gflops: floating-point operations of the forward pass in evaluation, in 1e9; a
             multiplication and an addition are two.
         activations_mib: what a training step holds for its backward pass, in float32 and without
-            TRAIN.recompute.
+            TRAIN.activation_checkpointing.
         images_per_second: forward passes of one image at a time, as in prediction.
     """
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mit_semseg.dataset.options import DataOptions
+from mit_semseg.config import DataOptions
 
 
 def normalize(image: np.ndarray, options: DataOptions) -> Tensor:

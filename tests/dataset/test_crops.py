@@ -28,7 +28,7 @@ Writer = Callable[..., dict[str, Any]]
 
 COLORS = np.array([[0, 0, 0], [220, 30, 90], [40, 210, 160], [120, 90, 250]], np.uint8)
 MEAN = [0.4, 0.8, 0.2]  # 102, 204, 51: none of them
-PLAIN = {"random_scale": [1.0, 1.0], "random_rotation": 0.0, "random_blur": 0.0}
+PLAIN = {"scale_jitter": [1.0, 1.0], "random_rotation": 0.0, "random_blur": 0.0}
 
 
 def crops(**changes: Any) -> SimpleNamespace:
@@ -261,7 +261,7 @@ def test_angles_fill_their_range(tmp_path: Path) -> None:
     Image.new("L", (120, 100), 1).save(tmp_path / "m.png")
     record = {"fpath_img": "i.png", "fpath_segm": "m.png", "width": 120, "height": 100}
     opt = crops(
-        imgSizes=[100], random_flip=False, random_scale=[1, 1], random_rotation=20.0, random_blur=0
+        imgSizes=[100], random_flip=False, scale_jitter=[1, 1], random_rotation=20.0, random_blur=0
     )
     data = TrainDataset(tmp_path, [record], opt, normalized=False)
     angles = []
@@ -380,12 +380,12 @@ def test_bad_samples_are_replaced(tmp_path: Path, records: list[dict[str, Any]])
     ("key", "value", "says"),
     [
         ("batching", "crops", "is 'crops', did you mean 'crop'|is one of aspect, crop"),
-        ("random_scale", "(2.0, 0.5)", r"\[2.0, 0.5\]; give the least and the greatest factor"),
-        ("random_scale", "0.5", "give the least and the greatest factor"),
-        ("random_scale", "(0, 2)", "give the least and the greatest factor"),
-        ("random_scale", "(a, b)", "give the least and the greatest factor"),
-        ("random_rotation", "-10", r"is -10.0; degrees within \[0, 180\]"),
-        ("random_rotation", "200", r"is 200.0; degrees within \[0, 180\]"),
+        ("scale_jitter", "(2.0, 0.5)", r"\[2.0, 0.5\]; give the least and the greatest factor"),
+        ("scale_jitter", "0.5", "give the least and the greatest factor"),
+        ("scale_jitter", "(0, 2)", "give the least and the greatest factor"),
+        ("scale_jitter", "(a, b)", "give the least and the greatest factor"),
+        ("random_rotation", "-10", r"is -10; degrees within \[0, 180\]"),
+        ("random_rotation", "200", r"is 200; degrees within \[0, 180\]"),
         ("random_blur", "1.5", r"is 1.5; a probability within \[0, 1\]"),
         ("random_blur", "yes", "it takes a number"),
     ],
@@ -401,8 +401,8 @@ def test_settings_are_checked_one_by_one(key: str, value: str, says: str) -> Non
         ({"crop_size": []}, r"needs the size of the crops: set DATASET.crop_size \[height, width"),
         ({"crop_size": [40, 48]}, r"\[40, 48\].*multiples of .*padding_constant 16.*\[48, 48\]"),
         ({"segm_downsampling_rate": 12}, "padding_constant 16 is no multiple of .*rate 12"),
-        ({"batching": "crops"}, "batching is 'crops'; use 'aspect' or 'crop'"),
-        ({"random_scale": [0.5]}, r"random_scale is \[0.5\]; give the least"),
+        ({"batching": "crops"}, "batching is 'crops'; did you mean 'crop'"),
+        ({"scale_jitter": [0.5]}, r"scale_jitter is \[0.5\]; give the least"),
         ({"random_rotation": 181}, "random_rotation is 181; degrees"),
         ({"random_blur": -1}, "random_blur is -1; a probability"),
     ],
@@ -419,14 +419,6 @@ def test_a_crop_size_that_cannot_be_is_refused_with_the_configuration() -> None:
         read_config(None, opts)
     opts[-1] = "(320, 320)"
     assert read_config(None, opts).DATASET.crop_size == [320, 320]
-
-
-def test_settings_without_effect_are_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
-    records = [{"fpath_img": "a", "fpath_segm": "a", "width": 4, "height": 3}]
-    TrainDataset("", records, crops(batching="aspect"))
-    assert not caplog.text
-    TrainDataset("", records, crops(batching="aspect", random_rotation=5.0))
-    assert "DATASET.random_rotation has no effect" in caplog.text
 
 
 # ------------------------------------------------------------------------------ odd samples

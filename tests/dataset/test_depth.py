@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from mit_semseg.cli import main
-from mit_semseg.config import dump_config, load_config
+from mit_semseg.config import dump_config, load_config, load_options
 from mit_semseg.dataset import TestDataset, TrainDataset, ValDataset, build_split, check_sample
 from mit_semseg.dataset.images import load_depth
 from mit_semseg.dataset.records import find_depth, is_depth, read_odgt, write_odgt
-from mit_semseg.dataset.split import check_channels
+from mit_semseg.dataset.split import check_depth
 from mit_semseg.dataset.transforms import normalize_depth, resize_depth
 
 MEAN, STD = 2.0, 0.5
@@ -222,8 +222,7 @@ def test_data_check_reads_the_depth_of_a_recipe(
 # ------------------------------------------------------------------------------ settings
 def test_channels_and_data_must_agree() -> None:
     def check(*opts: Any) -> None:
-        cfg = load_config(None, list(opts))
-        check_channels(cfg.MODEL.in_channels, cfg.DATASET)
+        check_depth(load_options(None, list(opts)).DATASET)
 
     check()
     check("MODEL.in_channels", 4, "DATASET.depth", True)

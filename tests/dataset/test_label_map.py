@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.options import DataOptions
 
 
 def test_published_shift() -> None:

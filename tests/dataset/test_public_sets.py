@@ -757,7 +757,7 @@ def test_left_is_right_in_mirrored_samples_of_lip(tmp_path: Path, batching: str)
         segm_downsampling_rate=1,
         batching=batching,
         crop_size=[16, 16] if batching == "crop" else [],
-        random_scale=[1.0, 1.0],
+        scale_jitter=[1.0, 1.0],
         random_rotation=0.0,
         random_blur=0.0,
     )

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from oracles import normalize
 from PIL import Image
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.images import load_image, load_mask
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.reading import READINGS
 from mit_semseg.dataset.sample import LoadedSample, Plan
 from mit_semseg.dataset.transforms import Normalize
@@ -536,7 +536,7 @@ def test_too_many_bad_samples_stop_after_eight_more(
         data[0]
     with pytest.raises(ValueError, match="any of 0 others"):
         TrainDataset(tmp_path, records[:1], options(on_error="skip"))[0]
-    with pytest.raises(ValueError, match=r"on_error is 'ignore'; use 'stop' or 'skip'"):
+    with pytest.raises(ValueError, match=r"on_error is 'ignore'; it is one of stop, skip"):
         TrainDataset(tmp_path, records, options(on_error="ignore"))
 
 

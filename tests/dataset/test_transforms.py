@@ -14,8 +14,8 @@ from oracles import normalize
 from PIL import Image, ImageOps
 from tolerances import rounding
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.images import ImageFile, image_size, load_image, load_mask
-from mit_semseg.dataset.options import DataOptions
 from mit_semseg.dataset.transforms import (
     Normalize,
     as_batch,
@@ -500,7 +500,7 @@ def test_color_jitter_moves_colors_within_its_strength() -> None:
         ({"color_jitter": 2.0}, "color_jitter is 2.0"),
         ({"color_order": "GRB"}, "color_order is 'GRB'"),
         ({"value_range": 100}, "value_range is 100"),
-        ({"std": [1.0, 1.0]}, "three numbers"),
+        ({"std": [1.0, 1.0]}, "three in all"),
     ],
 )
 def test_options_that_cannot_work_are_refused(change: dict[str, object], says: str) -> None:

@@ -521,7 +521,7 @@ def test_windows_slide_over_every_scale(
     assert matrices[0] != matrices[1]
     assert len({tuple(row["pixel_share"] for row in rows) for rows in matrices}) == 1
     # By hand, at two scales.
-    cfg.VAL.window, cfg.VAL.stride, cfg.VAL.flip = [64, 96], 0.5, True
+    cfg.VAL.window, cfg.VAL.overlap, cfg.VAL.flip = [64, 96], 0.5, True
     module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
     found = evaluate_model(module, data, cfg, CPU, progress=False).matrix.matrix
     counts = np.zeros((4, 4), dtype=np.int64)

@@ -516,7 +516,7 @@ def test_relative_paths_are_kept(cfg: Config, tmp_path: Path) -> None:
 
 def test_bad_settings_are_refused(cfg: Config, tmp_path: Path) -> None:
     path = photo(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"TEST\.save.*colour.*choose from color, index"):
+    with pytest.raises(ValueError, match=r"TEST\.save.*colour.*any of color, index"):
         predict(with_save(cfg, "colour"), path, CPU, result=tmp_path, progress=False)
     with pytest.raises(FileNotFoundError, match=r"epoch_3\.pth.*best\.pth"):
         predict(cfg, path, CPU, checkpoint="epoch_3.pth", result=tmp_path, progress=False)

@@ -330,7 +330,7 @@ def test_recomputation_trains_the_same(settings: Callable[..., Config], devices:
     for again in (False, True):
         cfg = settings(
             DIR=settings().DIR + str(again),
-            TRAIN__recompute=again,
+            TRAIN__activation_checkpointing=again,
             TRAIN__ema=0.9,
             TRAIN__precision="bf16",
         )
@@ -491,7 +491,7 @@ def test_torchrun_ranks_train_like_replicas(
     rates["TRAIN__accumulate"] = accumulate
     replicas = settings(DIR=settings().DIR + "_replicas", **rates)
     expected = train(replicas, [CPU, CPU], progress=False)["history"]["train"]["loss"]
-    cfg = settings(DIR=settings().DIR + "_ranks", TRAIN__recompute=again, **rates)
+    cfg = settings(DIR=settings().DIR + "_ranks", TRAIN__activation_checkpointing=again, **rates)
     file = Path(cfg.DATASET.root_dataset) / "job.yaml"
     dump_config(cfg, file)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -18,7 +18,7 @@ from tolerances import rounding
 from torch import Tensor, nn
 
 from mit_semseg import scores
-from mit_semseg.config import load_config
+from mit_semseg.config import load_options
 from mit_semseg.dataset.images import load_image, load_mask
 from mit_semseg.dataset.transforms import Normalize, as_batch, resize_image
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
@@ -340,9 +340,9 @@ def test_only_large_images_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert seen == [size]
 
 
-@pytest.mark.parametrize("tile", ["on", "", 0, 63, -1, 512.0, True, None])
+@pytest.mark.parametrize("tile", ["on", "", 0, 63, -1, 512.5, True, None])
 def test_other_settings_are_refused(tile: Any) -> None:
-    with pytest.raises(ValueError, match=r"tile is .*; use 'auto', 'off' or a side of 64"):
+    with pytest.raises(ValueError, match="tile is .*; give auto, off or a side of 64"):
         TiledNetwork(pointwise(), tile)
 
 
@@ -370,14 +370,14 @@ def test_what_cannot_be_tiled_is_computed_whole(caplog: pytest.LogCaptureFixture
 
 # ------------------------------------------------------------------------------ sliding windows
 @few
-@given(lengths, st.integers(64, 700), st.floats(0.01, 1), st.sampled_from([8, 32]))
-def test_windows_cover_an_axis(length: int, side: int, stride: float, grid: int) -> None:
-    found = window_spans(length, side, stride, grid)
+@given(lengths, st.integers(64, 700), st.floats(0, 0.99), st.sampled_from([8, 32]))
+def test_windows_cover_an_axis(length: int, side: int, overlap: float, grid: int) -> None:
+    found = window_spans(length, side, overlap, grid)
     assert found[0][0] == 0 and found[-1][1] == length
     assert all(stop == min(start + side, length) for start, stop in found)
     assert all(start % grid == 0 for start, _ in found)
     steps = [b[0] - a[0] for a, b in pairwise(found)]
-    assert all(0 < step <= max(side * stride, grid) for step in steps)
+    assert all(0 < step <= max(side * (1 - overlap) + 1e-6, grid) for step in steps)
     assert len(set(steps[:-1])) <= 1, "only the last one is shorter"
     assert found[-1][0] + side < length + grid or len(found) == 1
 
@@ -386,8 +386,8 @@ def test_windows_by_hand() -> None:
     # 1/2 of 100 is 50, and 48 on a grid of 8; the last one sees 96 pixels and 4 beyond the image.
     assert window_spans(200, 100, 0.5, 8) == [(0, 100), (48, 148), (96, 196), (104, 200)]
     assert window_spans(100, 100, 0.5, 8) == [(0, 100)]
-    assert window_spans(60, 100, 1.0, 8) == [(0, 60)]
-    assert window_spans(101, 100, 1.0, 8) == [(0, 100), (8, 101)]
+    assert window_spans(60, 100, 0.0, 8) == [(0, 60)]
+    assert window_spans(101, 100, 0.0, 8) == [(0, 100), (8, 101)]
 
 
 def naive_windows(
@@ -424,11 +424,11 @@ def naive_windows(
 
 @pytest.mark.parametrize("decoder", ["c1", "ppm"])
 @pytest.mark.parametrize(
-    ("size", "sides", "stride", "steps"),
+    ("size", "sides", "overlap", "steps"),
     [
-        ((200, 333), (96, 160), 2 / 3, (64, 96)),  # 106.7 -> 96
-        ((200, 333), (96, 160), 0.34, (32, 32)),  # up to 3 x 5 windows at a pixel
-        ((161, 320), (160, 160), 1.0, (160, 160)),
+        ((200, 333), (96, 160), 1 / 3, (64, 96)),  # 106.7 -> 96
+        ((200, 333), (96, 160), 0.66, (32, 32)),  # up to 3 x 5 windows at a pixel
+        ((161, 320), (160, 160), 0.0, (160, 160)),
         ((50, 333), (96, 128), 0.5, (32, 64)),  # smaller than a window in one direction
         ((50, 40), (64, 72), 0.5, (32, 32)),
     ],
@@ -438,13 +438,13 @@ def test_windows_are_those_of_a_naive_loop(
     decoder: str,
     size: tuple[int, int],
     sides: tuple[int, int],
-    stride: float,
+    overlap: float,
     steps: tuple[int, int],
 ) -> None:
     """Decoders that pool do it in every window: it is an image of its own."""
     module = module_of(Local(), decoder, **({"width": 8} if decoder == "ppm" else {})).double()
     image = torch.rand(2, 3, *size, dtype=torch.float64)
-    given_ = TiledNetwork(module, window=Sliding(*sides, stride))(image)
+    given_ = TiledNetwork(module, window=Sliding(*sides, overlap))(image)
     expected = naive_windows(module, image, sides, steps)
     torch.testing.assert_close(given_, expected, rtol=0, atol=rounding(expected.float(), 8))
     assert not torch.allclose(given_, module.logits(image), rtol=0, atol=1e-3)
@@ -473,23 +473,24 @@ def test_windows_that_cannot_work_are_refused() -> None:
     module = pointwise().float()
     with pytest.raises(ValueError, match=r"\(13, 12\) pixels of a window of \(100, 96\).* 32"):
         TiledNetwork(module, window=Sliding(100, 96))(torch.rand(1, 3, 200, 200))
-    with pytest.raises(ValueError, match=r"window is \[32, 96\]; use sides of 64 pixels"):
+    with pytest.raises(ValueError, match=r"window is \[32, 96\]; give \(height, width\) of 64"):
         Sliding(32, 96)
-    for stride in (0.0, 1.5):
-        with pytest.raises(ValueError, match="stride is .* share of the window"):
-            Sliding(96, 96, stride)
+    for overlap in (-0.5, 1.0):
+        with pytest.raises(ValueError, match="overlap is .* share of the window"):
+            Sliding(96, 96, overlap)
 
 
 @pytest.mark.parametrize("section", ["VAL", "TEST"])
 def test_windows_in_the_configuration(section: str) -> None:
     def asked(*options: str) -> Sliding | None:
-        return Sliding.of(getattr(load_config(None, list(options)), section))
+        return Sliding.of(getattr(load_options(None, list(options)), section))
 
     assert asked() is None
-    assert asked(f"{section}.window", "(96, 128)") == Sliding(96, 128, 0.667)
-    assert asked(f"{section}.window", "[96, 128]", f"{section}.stride", "0.5") == Sliding(
-        96, 128, 0.5
-    )
-    for key, value in (("window", "512"), ("window", "(32, 96)"), ("stride", "0"), ("stride", "2")):
-        with pytest.raises(ValueError, match=rf"{section}\.{key} is"):
+    assert asked(f"{section}.window", "(96, 128)") == Sliding(96, 128, 0.333)
+    given = asked(f"{section}.window", "[96, 128]", f"{section}.overlap", "0.25")
+    assert given == Sliding(96, 128, 0.25)
+    assert asked(f"{section}.window", "[96, 128]", f"{section}.stride", "0.75") == given
+    wrong = [("window", "512"), ("window", "(32, 96)"), ("overlap", "1"), ("stride", "2")]
+    for key, value in wrong:
+        with pytest.raises(ValueError, match=rf"{section}\.{key} .*is"):
             asked(f"{section}.{key}", value)

@@ -187,7 +187,7 @@ def test_settings_of_crops_are_left_out_without_a_warning(
     opts = ["DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)", "DATASET.random_blur", "0"]
     opts += ["DATASET.random_rotation", "0"]
     cfg = overfit.scene_config(load_config(None), "mobilenetv2dilated", "c1", scenes)
-    cfg.merge_from_list([*opts, "DATASET.random_scale", "(1.0, 1.0)"])
+    cfg.merge_from_list([*opts, "DATASET.scale_jitter", "(1.0, 1.0)"])
     overfit.one_image(cfg, 64, 8)
     assert caplog.text == ""
 

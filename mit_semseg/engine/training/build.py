@@ -311,7 +311,7 @@ def _step(cfg: Config, place: Place, module: SegmentationModule, folder: RunFold
         weight_decay=cfg.TRAIN.weight_decay,
     )
     average = MovingAverage(module, cfg.TRAIN.ema) if cfg.TRAIN.ema else None
-    if cfg.TRAIN.recompute:
+    if cfg.TRAIN.activation_checkpointing:
         recompute(module.encoder)
     if cfg.TRAIN.compile:
         compile_for_training(module)

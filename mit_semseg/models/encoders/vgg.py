@@ -46,8 +46,8 @@ class VGG(Encoder):
     Paper: Simonyan and Zisserman 2015, arXiv:1409.1556, table 1. Names in the state dict are
     torchvision's.
 
-    With TRAIN.recompute all five blocks are computed again as one: it is the decoder's backward
-    pass that has the memory to itself then.
+    With TRAIN.activation_checkpointing all five blocks are computed again as one: it is the
+    decoder's backward pass that has the memory to itself then.
 
     Deviations:
         - Pooling rounds sides up, not down, which only affects odd sides.

@@ -1,0 +1,212 @@
+"""Settings of data: which samples there are, and how they become tensors (`DATASET`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from mit_semseg.config.schema import Section, key, settings
+
+
+@dataclass(frozen=True)
+class DataOptions(Section):
+    """Data sets and samples; the defaults are the published ones.
+
+    Example:
+        >>> DataOptions(imgSizes=450).imgSizes
+        (450,)
+    """
+
+    SECTION: ClassVar[str] = "DATASET"
+
+    format: str = key(
+        "odgt", "how the lists are read: `odgt`, `folder`, or a public [data set](data.md#the-sets)"
+    )
+    root_dataset: str = key(
+        "./data/", "folder that relative paths in lists, and of lists, may be relative to"
+    )
+    list_train: str | tuple[str, ...] = key(
+        "./data/training.odgt",
+        "training data, one entry or a list of them: list files (`odgt`), `images_dir:labels_dir` "
+        "(`folder`), `images_dir:FILE.json` (`coco`), or names of splits of a public data set",
+    )
+    list_val: str | tuple[str, ...] = key("./data/validation.odgt", "validation data, likewise")
+    num_class: int = key(150, "number of classes", least=1)
+    classes: str = key(
+        "",
+        "class table, a CSV with columns `Idx,Name[,R,G,B]`; empty: the data set's own, else "
+        "ADE20K's for 150 classes, else `class 0`, `class 1`, ...",
+    )
+    label_offset: int = key(
+        1,
+        "stored mask value minus this is the class; smaller values are ignored (formats `odgt` and "
+        "`folder`). `index` pictures of every format store class + this",
+    )
+    ignore_label: tuple[int, ...] = key(
+        (),
+        "stored mask value, or list of them, that is ignored",
+        advice="give one stored mask value, or several as (0, 255)",
+    )
+    label_map: tuple[tuple[int, ...], ...] = key(
+        (),
+        "pairs `[stored value, class]`, class -1 for ignored, in place of `label_offset` (formats "
+        "`odgt` and `folder`)",
+        fits=lambda pairs: all(len(pair) == 2 and pair[0] >= 0 for pair in pairs),
+        advice="give pairs [stored value, class] of whole numbers, class -1 for ignored, as "
+        "[[0, 0], [255, 1]]",
+    )
+    imgSizes: tuple[int, ...] = key(
+        (300, 375, 450, 525, 600),
+        "short sides in pixels, or a single one: training draws one for each batch (with "
+        "`crop_size` for each image), evaluation and prediction average the scores of all",
+        fits=lambda sides: len(sides) > 0 and min(sides) >= 1,
+        advice="give short sides in pixels, such as 450 or (300, 450)",
+    )
+    imgMaxSize: int = key(1000, "upper limit of the long side, in pixels", least=1)
+    padding_constant: int = key(
+        8,
+        "sides of the network's input are multiples of this (the encoder's largest stride), in "
+        "pixels",
+        least=1,
+    )
+    segm_downsampling_rate: int = key(
+        8,
+        "labels are this many times smaller than the image in training; divides `padding_constant`",
+        least=1,
+    )
+    batching: str = key(
+        "aspect",
+        "training batches. `aspect`: whole images of one orientation, their aspect kept, padded to "
+        "the largest; `crop`: random crops of one size (`crop_size`)",
+        words=("aspect", "crop"),
+    )
+    random_flip: bool = key(True, "random horizontal flips in training")
+    crop_size: tuple[int, ...] = key(
+        (),
+        "(height, width) in pixels of random crops in training, after resizing; empty: whole "
+        "images, as published. With `batching crop` it is needed, in multiples of "
+        "`padding_constant`",
+        lengths=(0, 2),
+        least=1,
+        advice="give (height, width), or () for whole images",
+    )
+    color_jitter: float = key(
+        0.0,
+        "strength of random brightness, contrast and saturation in training, in [0, 1]; 0 as "
+        "published",
+        least=0,
+        most=1,
+    )
+    scale_jitter: tuple[float, ...] = key(
+        (0.5, 2.0),
+        "least and greatest random factor on the size that `imgSizes` and `imgMaxSize` give "
+        "(`batching crop`)",
+        lengths=(2,),
+        fits=lambda ends: 0 < ends[0] <= ends[1],
+        advice="give the least and the greatest factor, as (0.5, 2.0)",
+        old={"random_scale": None},
+    )
+    random_rotation: float = key(
+        10.0,
+        "greatest angle of a random rotation, either way, in degrees (`batching crop`)",
+        least=0,
+        most=180,
+        advice="degrees within [0, 180]",
+    )
+    random_blur: float = key(
+        0.5,
+        "probability of a Gaussian blur, sigma 0.1 to 2 pixels (`batching crop`)",
+        least=0,
+        most=1,
+        advice="a probability within [0, 1]",
+    )
+    mean: tuple[float, ...] = key(
+        (0.485, 0.456, 0.406),
+        "per channel in `color_order`, in units of `value_range`: the network's input is (pixel / "
+        "255 · `value_range` - `mean`) / `std`",
+        lengths=(3,),
+        advice="give one number per colour channel, three in all",
+    )
+    std: tuple[float, ...] = key(
+        (0.229, 0.224, 0.225),
+        "likewise, above 0",
+        lengths=(3,),
+        fits=lambda values: min(values) > 0,
+        advice="give one number above 0 per colour channel, three in all",
+    )
+    color_order: str = key(
+        "RGB", "order of the channels that the encoder expects", words=("RGB", "BGR")
+    )
+    value_range: float = key(
+        1.0,
+        "what white is to the encoder, 1 or 255. The oldest published checkpoints (`*_dilated8`, "
+        "`*_bilinear`) take `BGR`, 255, mean `[102.9801, 115.9465, 122.7717]`, std `[1, 1, 1]`",
+        fits=lambda value: value in (1, 255),
+        advice="use 1 or 255",
+    )
+    depth: bool = key(
+        False,
+        "a depth image beside each colour image as a fourth channel (`MODEL.in_channels 4`): of "
+        "`sunrgbd`, of lists with `fpath_depth`, and in prediction `x_depth.png` beside `x.jpg` or "
+        "`depth/x.png` beside its folder",
+    )
+    depth_scale: float | str = key(
+        "auto",
+        "stored units of depth in a metre (1000: millimetres), or `sunrgbd`: millimetres whose "
+        "bits are rotated by three; `auto`: the data set's own, 1000 for lists. Stored 0 is no "
+        "depth",
+        words=("auto", "sunrgbd"),
+        fits=lambda units: units > 0,
+        advice="give stored units in a metre (1000), sunrgbd or auto",
+    )
+    depth_mean: float = key(
+        2.378,
+        "in metres: the channel is (depth - `depth_mean`) / `depth_std`, and 0 where there is no "
+        "depth; SUN RGB-D's by default",
+    )
+    depth_std: float = key(
+        1.235,
+        "likewise, above 0",
+        fits=lambda metres: metres > 0,
+        advice="metres above 0, such as 1.235",
+    )
+    on_error: str = key(
+        "stop",
+        "what training does about a sample that cannot be read: `stop`, or `skip`, which takes "
+        "another one in its place and reports it. Evaluation and prediction always leave bad files "
+        "out and report them",
+        words=("stop", "skip"),
+    )
+
+    def _check(self) -> None:
+        """Refuses classes that do not exist, and crops that do not fit the network."""
+        stored = [value for value, _ in self.label_map]
+        for value, number in self.label_map:
+            if not -1 <= number < self.num_class:
+                raise ValueError(
+                    f"DATASET.label_map has class {number}, but DATASET.num_class is "
+                    f"{self.num_class}: classes are 0..{self.num_class - 1}, -1 for ignored"
+                )
+            if stored.count(value) > 1:
+                raise ValueError(f"DATASET.label_map has the stored value {value} twice")
+        if self.batching != "crop":
+            return
+        if not self.crop_size:
+            raise ValueError(
+                "DATASET.batching crop needs the size of the crops: set DATASET.crop_size "
+                "[height, width]"
+            )
+        multiple = self.padding_constant  # and so of segm_downsampling_rate
+        if any(side % multiple for side in self.crop_size):
+            raise ValueError(
+                f"DATASET.crop_size is {list(self.crop_size)}; DATASET.batching crop needs "
+                f"multiples of DATASET.padding_constant {multiple}, such as "
+                f"{[-(-side // multiple) * multiple for side in self.crop_size]}"
+            )
+
+    def at_scales(self, sizes: int | Sequence[int]) -> DataOptions:
+        """The same with other `imgSizes`, one or several; unchanged where `sizes` is empty."""
+        if isinstance(sizes, Sequence) and not sizes:
+            return self
+        return replace(self, imgSizes=settings(DataOptions)["imgSizes"].read(sizes))

@@ -1,0 +1,56 @@
+"""All settings as text: for `mit-semseg config`, and as the tables of docs/guide.md."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Any
+
+from mit_semseg.config.node import Config
+from mit_semseg.config.options import SETTINGS, Options
+from mit_semseg.config.schema import Setting
+
+_WIDTH = 96
+
+
+def listing(tree: Config, only: str = "") -> str:
+    """Every key with value, where that comes from, default, meaning and what it takes.
+
+    Args:
+        tree: from `load_config`, which knows where its values come from.
+        only: those with this in their name, in any case.
+
+    Raises:
+        ValueError: no key has that in its name, or values cannot work together.
+    """
+    options = Options.read(tree)
+    found = [setting for name, setting in SETTINGS.items() if only.lower() in name.lower()]
+    if not found:
+        raise ValueError(f"--only {only}: no key has it in its name; see docs/guide.md")
+    return "\n".join(_entry(s, options[s.name], tree.origins.get(s.name, "")) for s in found)
+
+
+def _entry(setting: Setting, value: Any, origin: str) -> str:
+    where = f"{origin}; default {shown(setting.default)}" if origin else "default"
+    meaning = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", setting.doc).replace("`", "")
+    text = f"{meaning} [{setting.takes().replace('`', '')}]"
+    lines = textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join([f"{setting.name} = {shown(value)}  ({where})", *lines])
+
+
+def table(section: str) -> str:
+    """The keys of a section as a Markdown table; those of `""` are beside the sections."""
+    rows = [("key", "default", "values", "meaning"), ("---",) * 4]
+    for name, setting in SETTINGS.items():
+        if name.rpartition(".")[0] == section:
+            own = name.rpartition(".")[2]
+            cells = f"`{own}`", f"`{shown(setting.default)}`", setting.takes(), setting.doc
+            rows.append(cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed in a file."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return str(value) if value != "" else '""'

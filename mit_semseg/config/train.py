@@ -1,0 +1,170 @@
+"""Settings of training (`TRAIN`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mit_semseg.arguments import PRECISIONS
+from mit_semseg.config.schema import Section, key
+
+
+@dataclass(frozen=True)
+class TrainOptions(Section):
+    """Steps, optimizer, loss, and how a run computes, saves and resumes."""
+
+    SECTION: ClassVar[str] = "TRAIN"
+
+    batch_size_per_gpu: int = key(2, "images per device and step", least=1)
+    num_epoch: int = key(20, "epochs", least=1)
+    start_epoch: int = key(
+        0, "epoch whose checkpoint training continues from; 0: from the start", least=0
+    )
+    epoch_iters: int | str = key(
+        5000,
+        "steps per epoch; `auto`: one pass over the data",
+        words=("auto",),
+        least=1,
+        advice="give a number of steps or auto",
+    )
+    optim: str = key("SGD", "optimizer", words=("SGD", "Adam", "AdamW"))
+    lr_encoder: float = key(0.02, "learning rate of the encoder before the schedule", least=0)
+    lr_decoder: float = key(0.02, "learning rate of the decoder before the schedule", least=0)
+    lr_pow: float = key(0.9, "exponent of the polynomial schedule", least=0)
+    warmup_iters: int = key(
+        0, "steps over which the learning rate rises linearly from 0; 0 as published", least=0
+    )
+    beta1: float = key(0.9, "momentum of SGD, first beta of Adam and AdamW")
+    weight_decay: float = key(1e-4, "of convolution and linear weights only", least=0)
+    deep_sup_scale: float = key(
+        0.4, "weight of an auxiliary head's loss where the decoder fixes none", least=0
+    )
+    aux_weights: tuple[float, ...] = key(
+        (),
+        "weights of the losses of all auxiliary heads, in the decoder's "
+        "[order](models.md#decoders), in place of `deep_sup_scale` and of those that the decoder "
+        "fixes; empty keeps these",
+        least=0,
+        advice="give a weight of 0 or more for each auxiliary head, or () for those of the decoder",
+    )
+    fix_bn: bool = key(
+        False,
+        "keep every BatchNorm in evaluation mode: running statistics are used and stay as they are",
+    )
+    loss: str = key(
+        "nll",
+        "`nll`, `smooth`, `focal`, `dice`, `focal_dice`, `ohem`, `lovasz`, or a weighted sum such "
+        "as `nll+0.5*dice`",
+    )
+    label_smoothing: float = key(
+        0.1,
+        "share of each label that the loss `smooth` spreads over all classes, in [0, 1]",
+        least=0,
+        most=1,
+        advice="it is a share within [0, 1]",
+    )
+    class_weights: str | tuple[float, ...] = key(
+        "none",
+        "`none`; from a sample of the training labels, whose counts are kept in `DIR`: `median` "
+        "(median-frequency balancing), `sqrt` (its square root) or `enet` (1 / ln(1.02 + share of "
+        "the class)); or a list with one weight for each class",
+        words=("none", "sqrt", "median", "enet"),
+        advice="it takes none, sqrt, median, enet or a list",
+    )
+    ema: float = key(
+        0.0,
+        "decay of the exponential moving average of the weights, which is what is validated and "
+        "saved, below 1; 0: off",
+        least=0,
+        fits=lambda decay: decay < 1,
+        advice="it must not be negative, and a decay lies below 1, such as 0.999",
+    )
+    accumulate: int = key(
+        1, "batches whose gradients are accumulated for one step of the optimizer", least=1
+    )
+    clip_grad: float = key(0.0, "upper limit of the gradient norm; 0: off", least=0)
+    precision: str = key(
+        "fp32",
+        "`fp32`: float32, also in a GPU's convolutions; `tf32`: float32 whose products a GPU "
+        "rounds to TensorFloat-32, as torch does with convolutions by default; `bf16`; `fp16` (GPU "
+        "only); `auto`: `bf16` where the hardware is fast at it, else `tf32`",
+        words=PRECISIONS,
+    )
+    channels_last: bool | str = key(
+        "auto",
+        "memory format channels last: `True`, `False`, or `auto`: on a CPU always, on a GPU in "
+        "bf16 and fp16 for networks without depthwise convolutions",
+        words=("auto",),
+        advice="give True, False or auto",
+    )
+    shape_bucket: int | str = key(
+        "auto",
+        "sides of batches are multiples of so many pixels, too, so that a GPU meets few shapes, "
+        "for each of which it looks for kernels; `off`; `auto`: 64 on a GPU, `off` on a CPU and "
+        "with `DATASET.crop_size`",
+        words=("auto", "off"),
+        least=1,
+        advice="give auto, off or pixels, such as 32",
+    )
+    activation_checkpointing: bool = key(
+        False,
+        "keep only the inputs of the encoder's blocks, and compute their activations again in the "
+        "backward pass: less memory for more time",
+        old={"recompute": None},
+    )
+    compile: bool = key(
+        False,
+        "compile encoder and decoder (torch.compile) for images of any size, which takes minutes. "
+        "One device and process; needs a C++ compiler, on a GPU Triton",
+    )
+    parallel: str = key(
+        "auto",
+        "how one command drives several GPUs: `processes`: one for each, as torchrun would start "
+        "them; `replicas`: one process with a thread for each; `auto`: processes where torch has "
+        "NCCL. Without effect on one device and under torchrun (see [scaling](scaling.md))",
+        words=("auto", "processes", "replicas"),
+    )
+    workers: int = key(
+        16,
+        "data loading processes per device, at most as many as cores (half of them when training "
+        "on the CPU); 0 loads in the training process",
+        least=0,
+    )
+    disp_iter: int = key(20, "steps between figures in `metrics.jsonl`", least=1)
+    eval_epochs: int = key(
+        1, "epochs between validations; the last epoch is always validated; 0: never", least=0
+    )
+    keep: int = key(
+        0,
+        "newest epochs whose weights are kept beside the best; 0 keeps all, as published",
+        least=0,
+        old={"keep_checkpoints": None},
+    )
+    checkpoint_minutes: float = key(
+        30.0,
+        "minutes between states of the whole run, from which it resumes exactly, and of which the "
+        "newest two are kept; 0: only at the end of epochs",
+        least=0,
+    )
+    stall_seconds: int = key(
+        300,
+        "seconds without progress (no batch, no answer of a replica or another rank) before the "
+        "run stops with an error that says what it waited for",
+        least=1,
+        old={"timeout": None},
+    )
+    on_nan: str = key(
+        "stop",
+        "what to do at a non-finite loss: `stop`, or `skip` the step; the batch is saved for "
+        "replay",
+        words=("stop", "skip"),
+    )
+    seed: int = key(304, "seed of all random numbers", least=0)
+
+    def _check(self) -> None:
+        """Refuses a start after the end."""
+        if self.start_epoch > self.num_epoch:
+            raise ValueError(
+                f"TRAIN.start_epoch {self.start_epoch} lies behind TRAIN.num_epoch "
+                f"{self.num_epoch}: raise TRAIN.num_epoch to train on"
+            )
