@@ -129,7 +129,19 @@ class PairedFolders(DataFormat):
             if (root / images).is_dir() and (root / masks).is_dir():
                 return pair_folders(root, images, masks)
         images, masks = layouts[0]
-        raise FileNotFoundError(
-            f"{root}: no {self.title} here, expected the folders {images} and {masks}; "
-            "check DATASET.root_dataset, or see `mit-semseg data download`"
-        )
+        raise not_here(root, self.title, f"the folders {images} and {masks}", self.table)
+
+
+def not_here(root: Path, title: str, expected: str, name: str) -> FileNotFoundError:
+    """The error about a data set that is not below its root.
+
+    Args:
+        root: `DATASET.root_dataset`.
+        title: of the data set.
+        expected: a file or folder that is missing.
+        name: of the data format.
+    """
+    return FileNotFoundError(
+        f"{root}: no {title} here, expected {expected}; check DATASET.root_dataset, or run "
+        f"mit-semseg data download {name}"
+    )

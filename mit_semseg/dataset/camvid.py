@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mit_semseg.config import DataOptions
-from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
+from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, not_here
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.records import Record
 
@@ -42,10 +42,7 @@ class CamVid(DataFormat):
         """Records of `split`: `train`, `val`, `test`, or the name of another list in `root`."""
         listing = root / (split if split.endswith(".txt") else f"{split}.txt")
         if not listing.is_file():
-            raise FileNotFoundError(
-                f"{listing}: no such CamVid list; check DATASET.root_dataset, or run "
-                "mit-semseg data download camvid"
-            )
+            raise not_here(root, self.title, listing.name, "camvid")
         records = []
         for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
             words = line.split()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mit_semseg.config import DataOptions
-from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
+from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, not_here
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.records import Record, list_images, match_by_stem
 
@@ -45,10 +45,7 @@ class Cityscapes(DataFormat):
         images, labels = f"leftImg8bit/{split}", f"gtFine/{split}"
         for folder in (images, labels):
             if not (root / folder).is_dir():
-                raise FileNotFoundError(
-                    f"{root}: no Cityscapes here, expected the folder {folder}; "
-                    "check DATASET.root_dataset, or see mit-semseg data download cityscapes"
-                )
+                raise not_here(root, self.title, f"the folder {folder}", "cityscapes")
         pictures, masks = list_images(root / images), list_images(root / labels)
         lonely: list[str] = []
         for end in (_LABEL, _TRAIN):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mit_semseg.config import DataOptions
 from mit_semseg.dataset import coco_shapes
-from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
+from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, not_here
 from mit_semseg.dataset.classes import TABLES, ClassTable, distinct_colors
 from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once, facts_of
 from mit_semseg.dataset.label_map import LabelMap
@@ -359,10 +359,7 @@ def first_folder(root: Path, places: Sequence[str], title: str) -> str:
     for place in places:
         if (root / place).is_dir():
             return place
-    raise FileNotFoundError(
-        f"{root}: no {title} here, expected the folder {places[0]}; check DATASET.root_dataset, "
-        "or run mit-semseg data download coco"
-    )
+    raise not_here(root, title, f"the folder {places[0]}", "coco")
 
 
 def read_json(root: Path, name: str, title: str) -> dict[str, Any]:
@@ -374,10 +371,7 @@ def read_json(root: Path, name: str, title: str) -> dict[str, Any]:
     """
     path = root / name
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{root}: no {title} annotations here, expected {name}; check DATASET.root_dataset, "
-            f"or run mit-semseg data download {title.lower().replace(' ', '_')}"
-        )
+        raise not_here(root, f"{title} annotations", name, title.lower().replace(" ", "_"))
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -27,6 +27,7 @@ class CocoStuff(PairedFolders):
     """
 
     title = "COCO-Stuff"
+    table = "cocostuff"
     source = Source(
         title="COCO-Stuff 164k (20 GB)",
         licence="annotations: CC BY 4.0; images: flickr terms of use",

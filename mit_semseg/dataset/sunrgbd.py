@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mit_semseg.config import DataOptions
-from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
+from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, not_here
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.records import DEPTH_FOLDERS, Record, only_image
 
@@ -91,10 +91,7 @@ def _first(root: Path, places: Sequence[str], name: str) -> str:
     for place in places:
         if (root / place / name).exists():
             return place
-    raise FileNotFoundError(
-        f"{root}: no SUN RGB-D here, expected {places[0]}{name}; check DATASET.root_dataset, or "
-        "run mit-semseg data download sunrgbd"
-    )
+    raise not_here(root, "SUN RGB-D", f"{places[0]}{name}", "sunrgbd")
 
 
 def _labels(root: Path, base: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mit_semseg.config import DataOptions
-from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
+from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, not_here
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.records import Record
 
@@ -52,11 +52,8 @@ class Voc2012(DataFormat):
             if listing.is_file():
                 break
         else:
-            raise FileNotFoundError(
-                f"{root}: no Pascal VOC 2012 here, expected "
-                f"ImageSets/Segmentation/{split}.txt; check DATASET.root_dataset, or run "
-                f"mit-semseg data download {self.name}"
-            )
+            expected = f"ImageSets/Segmentation/{split}.txt"
+            raise not_here(root, self.title, expected, self.name)
         records = []
         for name in listing.read_text(encoding="utf-8").split():
             mask = f"{base}SegmentationClass/{name}.png"

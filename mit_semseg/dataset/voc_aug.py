@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from mit_semseg.dataset.base import FORMATS, Archive, Source
+from mit_semseg.dataset.base import FORMATS, Archive, Source, not_here
 from mit_semseg.dataset.records import Record
 from mit_semseg.dataset.voc2012 import ARCHIVE, Voc2012
 
@@ -75,8 +75,5 @@ def _place(root: Path) -> str:
     place = present[0] if present else _PLACES[0]
     for part in ("img", "cls", "train.txt", "val.txt"):
         if not (root / place / part).exists():
-            raise FileNotFoundError(
-                f"{root}: no SBD here, expected {place}/{part}; check DATASET.root_dataset, or run "
-                "mit-semseg data download vocaug"
-            )
+            raise not_here(root, "SBD", f"{place}/{part}", "vocaug")
     return place

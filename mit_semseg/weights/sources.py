@@ -271,13 +271,16 @@ def resolve(source: str | Path) -> Path:
     raise FileNotFoundError(not_found(path))
 
 
+def _fetch(source: WeightSource) -> Path:
+    urls = mirrored(source.file, source.urls)
+    return fetch(urls, cache_dir() / source.file, sha256=source.sha256)
+
+
 def fetch_imagenet(arch: str) -> Path:
     """The file of `imagenet_weights(arch)`, downloaded once."""
     known = imagenet_weights(arch)
     try:
-        return fetch(
-            mirrored(known.file, known.urls), cache_dir() / known.file, sha256=known.sha256
-        )
+        return _fetch(known)
     except DownloadError as e:
         other = ", 'torchvision:mobilenet_v2'" if backbone_of(arch) == "mobilenetv2" else ""
         raise DownloadError(
@@ -308,9 +311,7 @@ def fetch_torchvision(name: str, *, encoder: str = "", decoder: str = "") -> Pat
         if source.segments:
             fix = f"MODEL.arch_decoder to {' or '.join(source.decoders)}"
         raise ValueError(f"'torchvision:{name}' cannot initialise decoder {decoder!r}: set {fix}")
-    return fetch(
-        mirrored(source.file, source.urls), cache_dir() / source.file, sha256=source.sha256
-    )
+    return _fetch(source)
 
 
 def _other_stem(name: str, encoder: str) -> str:

@@ -117,7 +117,7 @@ def test_camvid_understands_the_authors_paths(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a.png\n")
     with pytest.raises(ValueError, match=r"train\.txt:1: 'a\.png' is not 'image mask'"):
         build_split(cfg, "train")
-    with pytest.raises(FileNotFoundError, match=r"test\.txt: no such CamVid list"):
+    with pytest.raises(FileNotFoundError, match=r"no CamVid here, expected test\.txt"):
         build_split(config("camvid", tmp_path, 11, list_val="test"), "val")
 
 
