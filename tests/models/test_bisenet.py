@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from decoder_tester import DecoderTester
 from encoder_tester import EncoderTester
 from pair_tester import PairTester
 
-from mit_semseg.models import DECODERS, ENCODERS, check_pair
+from mit_semseg.models import DECODERS, ENCODERS
 from mit_semseg.models.decoders.bisenet import AttentionRefinement, FeatureFusion
 from mit_semseg.models.pyramid import Tile
 
@@ -73,11 +72,3 @@ def test_a_tile_knows_the_mean_of_the_whole_image() -> None:
     decoder.logits(maps)
     assert torch.equal(seen[0], mean)
     torch.testing.assert_close(seen[1], maps[-1].mean((2, 3), keepdim=True))
-
-
-def test_both_halves_work_with_each_other_only() -> None:
-    check_pair("bisenet_resnet18", "bisenet")
-    with pytest.raises(ValueError, match="bisenet_resnet18"):
-        check_pair("resnet18", "bisenet")
-    with pytest.raises(ValueError, match="set MODEL.arch_decoder to bisenet"):
-        check_pair("bisenet_resnet18", "c1")

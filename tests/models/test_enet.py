@@ -8,7 +8,7 @@ from encoder_tester import EncoderTester
 from pair_tester import PairTester, build_pair, count
 from torch import nn
 
-from mit_semseg.models import ENCODERS, check_pair
+from mit_semseg.models import ENCODERS
 from mit_semseg.models.encoders.base import widen_input
 from mit_semseg.models.encoders.enet import Bottleneck, Downsampling
 
@@ -78,14 +78,6 @@ def test_depth_is_read_by_the_convolution_and_not_pooled() -> None:
     widen_input(encoder, 4)
     first, _, last = encoder.eval()(torch.randn(1, 4, 32, 32), return_feature_maps=True)
     assert first.shape == (1, 16, 8, 8) and last.shape == (1, 128, 4, 4)
-
-
-def test_only_its_own_encoder_is_taken() -> None:
-    check_pair("enet", "enet", 128)
-    with pytest.raises(ValueError, match="set MODEL.arch_encoder to enet"):
-        check_pair("resnet18", "enet")
-    with pytest.raises(ValueError, match="set MODEL.arch_decoder to enet"):
-        check_pair("enet", "upernet")
 
 
 @pytest.mark.parametrize("pair", [("enet", "enet"), ("vgg16_bn_indices", "segnet")])

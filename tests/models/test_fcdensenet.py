@@ -8,7 +8,7 @@ from encoder_tester import EncoderTester
 from pair_tester import PairTester
 from torch import nn
 
-from mit_semseg.models import DECODERS, ENCODERS, check_pair
+from mit_semseg.models import DECODERS, ENCODERS
 from mit_semseg.models.decoders.upsampling import full_convolution
 from mit_semseg.models.encoders.fcdensenet import DenseBlock
 
@@ -89,15 +89,6 @@ def test_a_dense_block_reads_everything_before() -> None:
         new = F.conv2d(norm(known).relu(), conv.weight, conv.bias, padding=1)
         known = torch.cat([known, new], dim=1)
     torch.testing.assert_close(block(x), known[:, 5:])
-
-
-@pytest.mark.parametrize("name", ["fcdensenet56", "fcdensenet67", "fcdensenet103"])
-def test_only_its_own_encoder_is_taken(name: str) -> None:
-    encoder = ENCODERS.get(name)
-    check_pair(name, name, encoder.channels[-1])
-    with pytest.raises(ValueError, match=f"set MODEL.arch_encoder to {name}"):
-        check_pair("resnet18", name)
-    check_pair(name, "c1")  # its maps are features: others read them
 
 
 def test_batch_norm_adds_lasagnes_1e_4_to_the_variance() -> None:

@@ -11,7 +11,7 @@ from pair_tester import PairTester
 from tolerances import rounding
 
 from mit_semseg.losses import build_loss
-from mit_semseg.models import DECODERS, ENCODERS, Encoder, SegmentationModule, check_pair
+from mit_semseg.models import DECODERS, ENCODERS, Encoder, SegmentationModule
 from mit_semseg.models.decoders.icnet import CascadeFusion
 from mit_semseg.models.pyramid import Tile
 
@@ -113,14 +113,6 @@ def test_a_tile_knows_the_pools_of_the_whole_image() -> None:
     assert tile.shape[-1] == 128
     torch.testing.assert_close(tile[far], whole[far], rtol=0, atol=rounding(whole, 50))
     assert (blind[far] - whole[far]).abs().max() > 0.01
-
-
-def test_both_halves_work_with_each_other_only() -> None:
-    check_pair("icnet_resnet50", "icnet")
-    with pytest.raises(ValueError, match="icnet_resnet50"):
-        check_pair("resnet50dilated", "icnet")
-    with pytest.raises(ValueError, match="set MODEL.arch_decoder to icnet"):
-        check_pair("icnet_resnet50", "c1")
 
 
 @torch.no_grad()

@@ -8,11 +8,6 @@ class TestMobileNetV2Dilated(EncoderTester):
     published = "encoder/mobilenetv2dilated"
 
 
-class TestMobileNetV2Dilated16(EncoderTester):
-    arch = "mobilenetv2_dilated16"
-    published = "encoder/mobilenetv2dilated"
-
-
 class TestMobileNetV2(EncoderTester):
     arch = "mobilenetv2"
     published = "encoder/mobilenetv2dilated"

@@ -24,19 +24,9 @@ class TestResNet18Dilated16(EncoderTester):
     published = "encoder/resnet18dilated"
 
 
-class TestResNet50(EncoderTester):
-    arch = "resnet50"
-    published = "encoder/resnet50"
-
-
 class TestResNet50Dilated(EncoderTester):
     arch = "resnet50dilated"
     published = "encoder/resnet50dilated"
-
-
-class TestResNet101(EncoderTester):
-    arch = "resnet101"
-    published = "encoder/resnet101"
 
 
 class TestResNet101Dilated(EncoderTester):

@@ -8,10 +8,5 @@ class TestResNeXt101(EncoderTester):
     published = "encoder/resnext101"
 
 
-class TestResNeXt101Dilated8(EncoderTester):
-    arch = "resnext101_dilated8"
-    published = "encoder/resnext101"
-
-
 class TestResNeXt50(EncoderTester):
     arch = "resnext50"

@@ -7,7 +7,7 @@ from decoder_tester import DecoderTester
 from pair_tester import PairTester, count
 from torch import nn
 
-from mit_semseg.models import ModelBuilder, check_pair
+from mit_semseg.models import ModelBuilder
 from mit_semseg.models.decoders.upsampling import unpool
 
 
@@ -74,14 +74,6 @@ def test_unpooling_is_torchs(size: tuple[int, int], layout: torch.memory_format)
     assert torch.equal(given.grad, wanted.grad)
     # Maxima come back to where they were, and nothing else does.
     assert torch.equal(ours[ours != 0], plane[ours != 0]) and ours.count_nonzero() == x.numel()
-
-
-def test_only_its_own_encoder_is_taken() -> None:
-    check_pair("vgg16_bn_indices", "segnet", 512)
-    with pytest.raises(ValueError, match="set MODEL.arch_encoder to vgg16_bn_indices"):
-        check_pair("vgg16_bn", "segnet", 512)
-    with pytest.raises(ValueError, match="set MODEL.arch_decoder to segnet"):
-        check_pair("vgg16_bn_indices", "c1", 512)
 
 
 def test_fc_dim_alone_says_enough() -> None:
