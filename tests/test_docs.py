@@ -237,7 +237,7 @@ def test_the_picture_of_the_packages_is_that_of_the_contract() -> None:
 def test_the_site_builds_and_its_links_hold(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings")
     run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path), cwd=ROOT)
-    for page in ("index", "guide", "train", "contributing", "reference/models", "reference/lib"):
+    for page in ("index", "guide", "settings", "contributing", "reference/models", "reference/lib"):
         assert (tmp_path / f"{page}.html").is_file()
     assert 'id="mit_semseg.lib.nn.UserScatteredDataParallel"' in (
         tmp_path / "reference" / "lib.html"

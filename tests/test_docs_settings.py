@@ -1,4 +1,4 @@
-"""The tables of settings in docs/guide.md are those of the code.
+"""The tables of settings in docs/settings.md are those of the code.
 
 Run as a script, this writes them anew.
 """
@@ -13,7 +13,7 @@ import pytest
 from mit_semseg.config.listing import table
 from mit_semseg.config.options import SECTIONS, SETTINGS
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "guide.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 TABLES = {"DIR": "", **{section: section for section in SECTIONS}}
 
 

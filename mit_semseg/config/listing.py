@@ -1,4 +1,4 @@
-"""All settings as text: for `mit-semseg config`, and as the tables of docs/guide.md."""
+"""All settings as text: for `mit-semseg config`, and as the tables of docs/settings.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def listing(tree: Config, only: str = "") -> str:
     options = Options.read(tree)
     found = [setting for name, setting in SETTINGS.items() if only.lower() in name.lower()]
     if not found:
-        raise ValueError(f"--only {only}: no key has it in its name; see docs/guide.md")
+        raise ValueError(f"--only {only}: no key has it in its name; see docs/settings.md")
     return "\n".join(_entry(s, options[s.name], tree.origins.get(s.name, "")) for s in found)
 
 

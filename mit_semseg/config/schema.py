@@ -2,7 +2,7 @@
 
 A section is a frozen dataclass whose fields are made by `key`. It reads and checks every value when
 it is made, whether that comes from a yaml file, a command line or Python. The yacs tree, the tables
-of docs/guide.md and `mit-semseg config` are generated from the same fields.
+of docs/settings.md and `mit-semseg config` are generated from the same fields.
 """
 
 from __future__ import annotations
