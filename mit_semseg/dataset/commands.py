@@ -9,10 +9,11 @@ from typing import Any
 from mit_semseg.config import DataOptions
 from mit_semseg.config.options import SETTINGS
 from mit_semseg.dataset.base import FORMATS
+from mit_semseg.dataset.checking import check, describe_check
 from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.downloads import download, sources
+from mit_semseg.dataset.listing import describe_made, make_odgt
 from mit_semseg.dataset.split import build_split
-from mit_semseg.dataset.tools import check, describe_check, describe_made, make_odgt
 from mit_semseg.registry import closest
 
 

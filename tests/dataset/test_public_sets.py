@@ -29,13 +29,13 @@ from mit_semseg.dataset import (
     coco,
     load_mask,
 )
+from mit_semseg.dataset.checking import check
 from mit_semseg.dataset.coco_panoptic import CLASSES
 from mit_semseg.dataset.cocostuff import UNUSED
 from mit_semseg.dataset.drawn import Drawing, drawn_once
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.loading import load_pair
 from mit_semseg.dataset.split import Split
-from mit_semseg.dataset.tools import check
 from mit_semseg.engine.launch import read_config
 from mit_semseg.models import ModelBuilder
 

@@ -23,11 +23,11 @@ from mit_semseg.dataset import (
     load_image,
     load_mask,
 )
+from mit_semseg.dataset.checking import check
 from mit_semseg.dataset.coco_panoptic import CLASSES
 from mit_semseg.dataset.images import load_depth
 from mit_semseg.dataset.loading import load_pair
 from mit_semseg.dataset.records import find_depth, is_depth
-from mit_semseg.dataset.tools import check
 
 
 def config(name: str, root: Path, num_class: int, **changes: Any) -> SimpleNamespace:

@@ -14,8 +14,9 @@ from PIL import Image
 
 from mit_semseg.arguments import build_parser
 from mit_semseg.dataset import TrainDataset, ValDataset, read_odgt
+from mit_semseg.dataset.checking import check
 from mit_semseg.dataset.commands import run
-from mit_semseg.dataset.tools import check, make_odgt
+from mit_semseg.dataset.listing import make_odgt
 
 Writer = Callable[..., dict[str, Any]]
 
