@@ -146,6 +146,7 @@ def test_a_message_on_the_page_is_one_of_the_code(message: str, texts: list[list
 
 
 # -------------------------------------------------------------------------------------- recipes
+OPTIM, BUILD = (f"mit_semseg/engine/training/{name}.py" for name in ("optim", "build"))
 # What the recipes say in words: file, text, and what stands there afterwards.
 EDITS = [
     ("mit_semseg/models/encoders/__init__.py", "    resnext,\n", "    resnext,\n    tiny,\n"),
@@ -154,43 +155,48 @@ EDITS = [
     ("mit_semseg/dataset/__init__.py", '    "ade20k",\n', '    "ade20k",\n    "balls",\n'),
     ("mit_semseg/arguments.py", 'FORMATS = ("folder"', 'FORMATS = ("balls", "folder"'),
     ("tests/losses/test_losses.py", 'NAMES = ["nll"', 'NAMES = ["brier", "nll"'),
+    ("mit_semseg/config/train.py", "    weight_decay:", "SETTING    weight_decay:"),
+    (OPTIM, "beta1: float = 0.9,", "beta1: float = 0.9, beta2: float = 0.999,"),
+    (OPTIM, "betas=(beta1, 0.999)", "betas=(beta1, beta2)"),
+    (BUILD, "beta1=cfg.TRAIN.beta1,", "beta1=cfg.TRAIN.beta1, beta2=cfg.TRAIN.beta2,"),
 ]
 
 
 def recipe_files() -> list[tuple[str, str, str]]:
     """How a block is to be written ("w", or "a" at the end), where, and the block."""
-    step = r"(Write|At the end of)[\w, ]* `([\w/]+\.py)`:\n\n```python\n(.*?)```"
+    step = r"(Write|[Aa]t the end of)[\w, ]* `([\w/]+\.py)`:\n\n```python\n(.*?)```"
     found = re.findall(step, CONTRIBUTING.read_text("utf-8"), re.DOTALL)
     return [("w" if how == "Write" else "a", path, code) for how, path, code in found]
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources with an encoder, a decoder, a loss and a data set added."""
+    """A copy of the sources with an encoder, a decoder, a loss, a data set and a setting added."""
     copy = tmp_path_factory.mktemp("tree")
     for file in source_files():
-        if file.parts[0] not in ("docs", "weights"):
+        if file.parts[0] != "weights" and file.suffix != ".png":
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, copy / file)
+    (setting,) = [code for code in blocks(CONTRIBUTING, "python") if "= key(" in code]
     for path, old, new in EDITS:
         text = (copy / path).read_text()
         assert text.count(old) == 1, path
-        (copy / path).write_text(text.replace(old, new))
+        (copy / path).write_text(text.replace(old, new.replace("SETTING", setting)))
     for how, path, code in recipe_files():
         with (copy / path).open(how) as file:
             file.write(("\n\n" if how == "a" else "") + code)
-    run("tests/test_api_surface.py", cwd=copy)
+    for script in ("test_api_surface", "test_docs_settings"):
+        run(f"tests/{script}.py", cwd=copy)
     return copy
 
 
 def test_what_is_added_passes_its_tests(tree: Path) -> None:
     tests = [path for _, path, _ in recipe_files() if path.startswith("tests/")]
-    assert len(tests) == 4  # encoder, decoder, loss, data set
-    others = ["tests/losses/test_losses.py", "tests/test_api_surface.py"]
-    names = "tiny or linear or brier or balls or surface"
-    told = run(
-        "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-k", names, *tests, *others, cwd=tree
-    )
+    assert len(tests) == 5  # encoder, decoder, loss, data set, setting
+    tests += [f"tests/{name}.py" for name in ("losses/test_losses", "test_api_surface")]
+    tests += ["tests/test_docs_settings.py"]
+    names = "tiny or linear or brier or balls or surface or beta or TRAIN"
+    told = run("-m", "pytest", "-n0", "-p", "no:cacheprovider", "-k", names, *tests, cwd=tree)
     passed = re.search(r"(\d+) passed", told)
     assert passed and int(passed[1]) > 20, told[-3000:]
 
@@ -209,7 +215,8 @@ def test_what_is_added_trains_and_predicts(tree: Path) -> None:
     (tree / "mine.yaml").write_text(recipe)
     (command,) = [line for line in commands(CONTRIBUTING) if "MODEL.arch_encoder tiny" in line]
     short = ["DATASET.imgSizes", "(32,)", "TRAIN.num_epoch", "1", "TRAIN.epoch_iters", "2"]
-    words = [*shlex.split(command)[1:], *short, "TRAIN.workers", "0"]
+    short += ["TRAIN.workers", "0", "TRAIN.optim", "Adam", "TRAIN.beta2", "0.99"]
+    words = [*shlex.split(command)[1:], *short]
     assert "Training done" in run(*words, cwd=tree)
 
     (tool,) = [code for code in blocks(CONTRIBUTING, "python") if "my_encoder" in code]
