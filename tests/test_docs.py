@@ -30,6 +30,8 @@ PAGES = sorted([ROOT / "README.md", CONTRIBUTING, *ROOT.glob("docs/**/*.md")])
 CAMVID = ROOT / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
 SCRIPTS = {"train": "train", "eval_multipro": "eval", "eval": "eval", "test": "predict"}
 COMMAND = re.compile(r"(?:mit-semseg|(?:^|\s)(?:python )?(?:\./)?(\w+)\.py) (.+)")
+# What the recipes add.
+ADDED = {*re.findall(r"`([\w/]+\.py)`:\n", CONTRIBUTING.read_text("utf-8"))}
 KEYS = {*keys(get_defaults())}
 
 
@@ -143,6 +145,14 @@ def test_a_message_on_the_page_is_one_of_the_code(message: str, texts: list[list
     for _ in range(3):
         message = min((beyond(message, parts) for parts in texts), key=len)
     assert not re.search(r"[a-z]{2,} [a-z]{2,}", message), message
+
+
+def test_files_that_are_named_exist() -> None:
+    """By the end of their path: a page names `state.py` after its folder."""
+    files = ["/" + file.as_posix() for file in source_files()]
+    for page in PAGES:
+        named = set(re.findall(r"`([a-z_/]+\.py)`", page.read_text("utf-8"))) - ADDED
+        assert [n for n in named if not any(f.endswith("/" + n) for f in files)] == [], page
 
 
 # -------------------------------------------------------------------------------------- recipes
