@@ -11,21 +11,6 @@ from torch import Tensor, nn
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 
 
-def conv_bn(
-    n_in: int,
-    n_out: int,
-    kernel: int = 3,
-    stride: int = 1,
-    dilation: int = 1,
-    *,
-    eps: float = 1e-5,
-) -> nn.Sequential:
-    """Convolution and BatchNorm; padded, so that sides are only divided by the stride."""
-    padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(n_in, n_out, kernel, stride, padding, dilation, bias=False)
-    return nn.Sequential(conv, BatchNorm2d(n_out, eps))
-
-
 def conv_bn_relu(
     n_in: int,
     n_out: int,
@@ -35,9 +20,17 @@ def conv_bn_relu(
     *,
     eps: float = 1e-5,
 ) -> nn.Sequential:
-    """`conv_bn`, and a ReLU."""
-    layers = conv_bn(n_in, n_out, kernel, stride, dilation, eps=eps)
-    return layers.append(nn.ReLU(inplace=True))
+    """Convolution, BatchNorm, ReLU; padded, so that sides are only divided by the stride."""
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(n_in, n_out, kernel, stride, padding, dilation, bias=False)
+    return nn.Sequential(conv, BatchNorm2d(n_out, eps), nn.ReLU(inplace=True))
+
+
+def conv_bn(
+    n_in: int, n_out: int, kernel: int = 3, stride: int = 1, dilation: int = 1
+) -> nn.Sequential:
+    """`conv_bn_relu` without the ReLU."""
+    return conv_bn_relu(n_in, n_out, kernel, stride, dilation)[:2]
 
 
 def replace_modules(module: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
