@@ -14,7 +14,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.engine.scoring import Evaluation
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
-from mit_semseg.visualize import class_bars
+from mit_semseg.visualize import class_bars, confusion_matrix
 
 FIGURES = (
     "mean_iou",
@@ -174,8 +174,11 @@ def _figure(value: float, spec: str) -> str:
 BARS = {"iou": "IoU", "dice": "Dice", "boundary_f": "Boundary F-score"}
 
 
-def write_report(result: Mapping[str, Any], classes: ClassTable, out: Path) -> None:
-    """Write `eval.json`, `eval.csv` and a bar chart of each figure that classes have."""
+def write_report(
+    result: Mapping[str, Any], matrix: ConfusionMatrix, classes: ClassTable, out: Path
+) -> None:
+    """Write `eval.json`, `eval.csv`, a bar chart of each figure that classes have, and the
+    confusion matrix."""
     (out / "eval.json").write_text(json.dumps(_without_nan(result), indent=2) + "\n", "utf-8")
     with open(out / "eval.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(result["classes"][0]), lineterminator="\n")
@@ -187,6 +190,8 @@ def write_report(result: Mapping[str, Any], classes: ClassTable, out: Path) -> N
         if values:
             picture = out / f"class_{key}.png"
             class_bars(classes.names, values, classes.colors, picture, title=f"{title} per class")
+    if result["pixels"]:
+        confusion_matrix(matrix.matrix.cpu(), classes.names, out / "confusion.png")
 
 
 def _without_nan(value: Any, none: Any = None) -> Any:

@@ -94,9 +94,9 @@ def evaluate(
         checkpoint: instead of `VAL.checkpoint`.
         model: evaluate this one, in this process on the first device, instead of a checkpoint.
         progress: show a bar.
-        out_dir: folder of `eval.json`, `eval.csv`, `class_iou.png`, `class_dice.png`,
-            `class_boundary_f.png` with `VAL.boundary`, and, with `VAL.visualize`, `pictures/`;
-            default `result_eval` in `cfg.DIR`.
+        out_dir: folder of `eval.json`, `eval.csv`, `confusion.png`, `class_iou.png`,
+            `class_dice.png`, `class_boundary_f.png` with `VAL.boundary`, and, with
+            `VAL.visualize`, `pictures/`; default `result_eval` in `cfg.DIR`.
         keep: class ids of so many images, spread over the list, are saved in its folder `labels`
             (see `SavedPredictions`).
         rank, world: place in torchrun's process group (`join_process_group`). Each rank scores its
@@ -169,7 +169,7 @@ def evaluate(
         if line := single_class(whole.matrix, classes):
             log.warning("%s", line)
         print(format_report(result))
-        write_report(result, classes, out)
+        write_report(result, whole.matrix, classes, out)
         print(f"Figures in {out}")
     return result
 

@@ -360,6 +360,7 @@ def confusion_matrix(
                 va="center",
                 size=size - 1,
                 color="white" if value > 0.35 else INK,
+                in_layout=False,
             )
     bar = figure.colorbar(
         shown,

@@ -114,7 +114,8 @@ def test_figures_are_those_of_a_plain_loop(
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == list(NAMES)
     assert float(rows[0]["iou"]) == pytest.approx(iou[0])
-    assert Image.open(tmp_path / "out" / "class_iou.png").size[0] > 50
+    for name in ("class_iou.png", "class_dice.png", "confusion.png"):
+        assert Image.open(tmp_path / "out" / name).size[0] > 50
 
     dice = [
         2 * h / n if (n := labelled[k] + predicted[k]) else math.nan for k, h in enumerate(hits)

@@ -318,7 +318,7 @@ def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]
         figures[ranks] = {k: v for k, v in stored.items() if "seconds" not in k}
         names = [path.name for path in (job_.root / f"scores_{ranks}").iterdir()]
         bars = [f"class_{figure}.png" for figure in ("boundary_f", "dice", "iou")]
-        assert sorted(names) == [*bars, "eval.csv", "eval.json"]
+        assert sorted(names) == [*bars, "confusion.png", "eval.csv", "eval.json"]
         assert 0 <= stored["mean_boundary_f"] <= 1
     assert figures[1] == figures[2], "to the last digit"
     tables = [(job_.root / f"scores_{ranks}" / "eval.csv").read_bytes() for ranks in (1, 2)]
