@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mit_semseg.config import DataOptions
@@ -19,3 +20,12 @@ def normalize(image: np.ndarray, options: DataOptions) -> Tensor:
     mean = torch.tensor(options.mean, dtype=torch.float32)[:, None, None]
     std = torch.tensor(options.std, dtype=torch.float32)[:, None, None]
     return values.sub_(mean).div_(std)
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Grey levels between two images."""
+    return np.abs(a.astype(int) - b.astype(int))
+
+
+def pillow_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))

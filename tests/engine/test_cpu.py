@@ -1,0 +1,60 @@
+"""Cores, compute threads, and the C library's allocator."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+
+import cv2
+import pytest
+import torch
+
+from mit_semseg.engine import cpu
+from mit_semseg.engine.cpu import cpu_count, keep_freed_memory, set_threads
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the thread counts of this process back."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    yield
+    torch.set_num_threads(before[0])
+    cv2.setNumThreads(before[1])
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, 3), (1, 1), (0, 1), (-2, 1)])
+def test_threads(threads: None, count: int, expected: int) -> None:
+    cv2.setNumThreads(4)
+    set_threads(count)
+    assert torch.get_num_threads() == expected
+    assert cv2.getNumThreads() <= 1  # whatever this build calls "in the caller's thread"
+
+
+def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert cpu_count() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cpu_count() == 64
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cpu_count() == 1
+
+
+def test_ranks_of_a_machine_are_those_torchrun_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert cpu.local_ranks() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cpu.local_ranks() == 4
+
+
+def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class OtherLibrary:
+        def __init__(self, name: str | None) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", OtherLibrary)
+    keep_freed_memory()
+    assert asked == [None]

@@ -1,0 +1,65 @@
+"""Devices that the user names, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mit_semseg.engine.devices import resolve_devices
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`gpus(n)`: a machine on which torch sees n GPUs."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return pretend
+
+
+# ------------------------------------------------------------------------------ devices
+@pytest.mark.parametrize(
+    ("count", "text", "expected"),
+    [
+        (0, None, ["cpu"]),
+        (2, None, ["cuda:0", "cuda:1"]),
+        (0, "cpu", ["cpu"]),
+        (2, "cpu", ["cpu"]),
+        (4, "0-2", ["cuda:0", "cuda:1", "cuda:2"]),
+        (4, "3,0", ["cuda:3", "cuda:0"]),
+        (4, "gpu1-gpu2", ["cuda:1", "cuda:2"]),
+        (8, "0-1,5,1", ["cuda:0", "cuda:1", "cuda:5"]),
+    ],
+)
+def test_devices(
+    gpus: Callable[[int], None], count: int, text: str | None, expected: list[str]
+) -> None:
+    gpus(count)
+    assert [str(device) for device in resolve_devices(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "text", "message"),
+    [
+        (2, "2", "--gpus 2, but this machine has 2 GPUs; the first is 0"),
+        (1, "0-3", "--gpus 0-3, but this machine has 1 GPU; the first is 0"),
+        (0, "0", "--gpus 0, but this machine has no GPU that torch can use; --gpus cpu runs"),
+        (2, "cpu,0", "--gpus cpu,0: name GPUs or cpu, not both"),
+        (2, "", "cannot read the devices ''; write 0-3, 0,2, gpu0-gpu2 or cpu"),
+        (2, "all", "cannot read the devices 'all'; write 0-3"),
+        (2, "0,,1", "cannot read the devices '0,,1'; write 0-3"),
+        (2, "-1", "cannot read the devices '-1'; write 0-3"),
+    ],
+)
+def test_wrong_devices_are_answered_with_what_there_is(
+    gpus: Callable[[int], None], count: int, text: str, message: str
+) -> None:
+    gpus(count)
+    with pytest.raises(ValueError) as error:
+        resolve_devices(text)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
