@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decoder_tester import DecoderTester
+from encoder_tester import declared_maps
 from pair_tester import PairTester, count
 from torch import nn
 
@@ -32,15 +33,12 @@ def test_size() -> None:
 )
 def test_reaches_the_image(encoder: str) -> None:
     declared = ENCODERS.get(encoder)
-    maps = [
-        torch.zeros(1, c, 96 // s, 64 // s, device="meta")
-        for c, s in zip(declared.channels, declared.strides)
-    ]
     with torch.device("meta"):
         decoder = ModelBuilder.build_decoder(
             "linknet", num_class=7, channels=declared.channels, strides=declared.strides
         )
-    assert decoder.logits(maps)[0].shape == (1, 7, 96, 64)
+    (scores,) = decoder.logits(declared_maps(encoder, 1, 96, 64))
+    assert scores.shape == (1, 7, 96, 64)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from encoder_tester import declared_maps
 from pair_tester import build_pair
 
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder, check_pair
@@ -53,10 +54,7 @@ def emitted(arch_encoder: str) -> list[torch.Tensor]:
         with torch.device("meta"):
             return encoder()(torch.zeros(2, 3, 64, 96), return_feature_maps=True)
     # What the encoder really emits is tested with it; here its declaration stands for it.
-    return [
-        torch.zeros(2, c, 64 // s, 96 // s, device="meta")
-        for c, s in zip(encoder.channels, encoder.strides, strict=True)
-    ]
+    return declared_maps(arch_encoder, 2, 64, 96)
 
 
 def refusal(arch_encoder: str, arch_decoder: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decoder_tester import DecoderTester
-from encoder_tester import EncoderTester
+from encoder_tester import EncoderTester, declared_maps
 from pair_tester import PairTester, count
 from torch import Tensor, nn
 
@@ -85,15 +85,12 @@ def test_the_whole_is_what_the_paper_draws() -> None:
 )
 def test_works_on_dilated_encoders(arch: str, encoder: str) -> None:
     declared = ENCODERS.get(encoder)
-    maps = [
-        torch.zeros(1, c, 96 // s, 64 // s, device="meta")
-        for c, s in zip(declared.channels, declared.strides)
-    ]
     with torch.device("meta"):
         decoder = ModelBuilder.build_decoder(
             arch, num_class=7, channels=declared.channels, strides=declared.strides
         )
-    assert decoder.logits(maps)[0].shape == (1, 7, 24, 16)
+    (scores,) = decoder.logits(declared_maps(encoder, 1, 96, 64))
+    assert scores.shape == (1, 7, 24, 16)
     # Where strides are equal nothing goes up, so no transposed convolution is trained in vain.
     halvings = sum(b == 2 * a for a, b in zip(declared.strides, declared.strides[1:]))
     transposed = [m for m in decoder.modules() if isinstance(m, nn.ConvTranspose2d)]
