@@ -327,6 +327,7 @@ def confusion_matrix(
         ValueError: the matrix has another shape, or no count above 0.
     """
     from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import StrMethodFormatter
 
     counts = np.asarray(matrix, dtype=np.float64)
     if counts.shape != (len(names), len(names)):
@@ -368,7 +369,7 @@ def confusion_matrix(
         shrink=0.6,
         pad=0.02,
         aspect=30,
-        format="{x:.0%}",
+        format=StrMethodFormatter("{x:.0%}"),
         ticks=[0, 0.05, 0.25, 0.5, 1],
     )
     bar.ax.tick_params(labelsize=9, length=0, labelcolor=MUTED)
