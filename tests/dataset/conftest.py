@@ -40,6 +40,13 @@ def write_pair(tmp_path: Path) -> Writer:
 
 
 @pytest.fixture
+def mixed(write_pair: Writer) -> list[dict[str, Any]]:
+    """Five wide, one square and three upright images."""
+    sizes = [(40, 30)] * 5 + [(30, 30)] + [(30, 40)] * 3
+    return [write_pair(f"s{k}", size) for k, size in enumerate(sizes)]
+
+
+@pytest.fixture
 def options() -> Callable[..., SimpleNamespace]:
     """`cfg.DATASET` for small images, with overrides."""
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import scipy.io
+from dataset_files import config, named
 from PIL import Image
 
 from mit_semseg.dataset import FORMATS, build_split, check_sample, class_table
@@ -21,20 +20,6 @@ from mit_semseg.dataset.loading import load_pair
 from mit_semseg.dataset.split import Split
 
 DATA = Path(__file__).parents[2] / "data"
-
-
-def config(name: str, root: Path, num_class: int, **changes: Any) -> SimpleNamespace:
-    values: dict[str, Any] = {
-        "format": name,
-        "root_dataset": str(root),
-        "list_train": "./data/training.odgt",
-        "list_val": "./data/validation.odgt",
-        "num_class": num_class,
-        "classes": "",
-        "label_offset": 1,
-        "ignore_label": [],
-    }
-    return SimpleNamespace(**{**values, **changes})
 
 
 def put(root: Path, image: str, mask: str, stored: list[int], palette: bool = False) -> None:
@@ -52,11 +37,6 @@ def labels(split: Split, index: int = 0) -> list[int]:
     """Class ids of one sample."""
     _, ids = load_pair(split.records[index], "", split.label_map)
     return ids[0].tolist()
-
-
-def named(split: Split, index: int = 0) -> list[str]:
-    """Class names of one sample, `-` where ignored."""
-    return [split.classes.names[k] if k >= 0 else "-" for k in labels(split, index)]
 
 
 def test_odgt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +178,27 @@ def test_cocostuff(tmp_path: Path, images: str, masks: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("ade20k", 150), ("camvid", 11), ("cityscapes", 19), ("voc2012", 21), ("cocostuff", 171)],
+    [
+        ("ade20k", 150),
+        ("camvid", 11),
+        ("cityscapes", 19),
+        ("coco", 81),
+        ("coco_panoptic", 133),
+        ("cocostuff", 171),
+        ("lip", 20),
+        ("sbu", 2),
+        ("sunrgbd", 37),
+        ("voc2012", 21),
+        ("vocaug", 21),
+    ],
 )
 def test_tables(name: str, count: int) -> None:
     table = class_table(config(name, Path(), count))
     assert len(table) == len(set(table.names)) == count
     assert table.colors.dtype == np.uint8
-    with pytest.raises(ValueError, match=f"num_class is 7.* set DATASET.num_class {count}"):
+    if name != "ade20k":  # some of its published colours are equal
+        assert len(np.unique(table.colors, axis=0)) == count
+    with pytest.raises(ValueError, match=r"num_class is 7.* set DATASET.num_class \d+"):
         class_table(config(name, Path(), 7))
     data_format = FORMATS.get(name)()
     assert data_format.num_class == count
