@@ -107,11 +107,6 @@ class LabelMap:
         values = {stored: other.get(k, k) for stored, k in self.values.items()}
         return LabelMap(values, self.num_class, self.hint, self.mirror_pairs)
 
-    @cached_property
-    def shifted_ids(self) -> LabelMap:
-        """The map of masks that store class ids plus one, 0 for ignored."""
-        return LabelMap.shifted(self.num_class).pairing(self.mirror_pairs)
-
     def describe(self) -> str:
         """The stored values that are classes or ignored, as `0..11, 255`."""
         known = sorted(self.values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -107,7 +108,7 @@ class LoadedSample:
             stored=labels + 1,  # masks store nothing below 0
             rows=np.arange(h),
             columns=np.arange(w),
-            label_map=self.label_map.shifted_ids,
+            label_map=_of_ids_plus_1(self.label_map.num_class, self.label_map.mirror_pairs),
         )
 
     def labels(self, rate: int = 1) -> np.ndarray:
@@ -122,6 +123,12 @@ class LoadedSample:
     def sample(self, rate: int) -> Sample:
         """Image and depth, and labels at 1/rate of their size."""
         return Sample(self.image, self.labels(rate), self.depth)
+
+
+@lru_cache(maxsize=8)
+def _of_ids_plus_1(num_class: int, mirror_pairs: tuple[tuple[int, int], ...]) -> LabelMap:
+    """The map of masks that store class ids plus one, 0 for ignored."""
+    return LabelMap.shifted(num_class).pairing(mirror_pairs)
 
 
 def _flipped(image: np.ndarray) -> np.ndarray:
