@@ -24,7 +24,8 @@ class DataOptions(Section):
         "odgt", "how the lists are read: `odgt`, `folder`, or a public [data set](data.md#the-sets)"
     )
     root_dataset: str = key(
-        "./data/", "folder that relative paths in lists, and of lists, may be relative to"
+        "./data/",
+        "folder of the data; relative paths in lists, and paths of lists, are searched there",
     )
     list_train: str | tuple[str, ...] = key(
         "./data/training.odgt",
@@ -40,8 +41,8 @@ class DataOptions(Section):
     )
     label_offset: int = key(
         1,
-        "stored mask value minus this is the class; smaller values are ignored (formats `odgt` and "
-        "`folder`). `index` pictures of every format store class + this",
+        "the class is the stored mask value minus this; smaller values are ignored (formats `odgt` "
+        "and `folder`). In every format, `index` images store the class plus this",
     )
     ignore_label: tuple[int, ...] = key(
         (),
@@ -50,7 +51,7 @@ class DataOptions(Section):
     )
     label_map: tuple[tuple[int, ...], ...] = key(
         (),
-        "pairs `[stored value, class]`, class -1 for ignored, in place of `label_offset` (formats "
+        "pairs `[stored value, class]`, class -1 for ignored, instead of `label_offset` (formats "
         "`odgt` and `folder`)",
         fits=lambda pairs: all(len(pair) == 2 and pair[0] >= 0 for pair in pairs),
         advice="give pairs [stored value, class] of whole numbers, class -1 for ignored, as "
@@ -58,8 +59,8 @@ class DataOptions(Section):
     )
     imgSizes: tuple[int, ...] = key(
         (300, 375, 450, 525, 600),
-        "short sides in pixels, or a single one: training draws one for each batch (with "
-        "`crop_size` for each image), evaluation and prediction average the scores of all",
+        "short sides in pixels, one or several: training samples one per batch (with `crop_size` "
+        "one per image), evaluation and prediction average the scores of all",
         fits=lambda sides: len(sides) > 0 and min(sides) >= 1,
         advice="give short sides in pixels, such as 450 or (300, 450)",
     )
@@ -72,21 +73,21 @@ class DataOptions(Section):
     )
     segm_downsampling_rate: int = key(
         8,
-        "labels are this many times smaller than the image in training; divides `padding_constant`",
+        "in training, labels are this many times smaller than the image; divides "
+        "`padding_constant`",
         least=1,
     )
     batching: str = key(
         "aspect",
-        "training batches. `aspect`: whole images of one orientation, their aspect kept, padded to "
-        "the largest; `crop`: random crops of one size (`crop_size`)",
+        "training batches. `aspect`: whole images of one orientation with their aspect ratio, "
+        "padded to the largest; `crop`: random crops of one size (`crop_size`)",
         words=("aspect", "crop"),
     )
     random_flip: bool = key(True, "random horizontal flips in training")
     crop_size: tuple[int, ...] = key(
         (),
         "(height, width) in pixels of random crops in training, after resizing; empty: whole "
-        "images, as published. With `batching crop` it is needed, in multiples of "
-        "`padding_constant`",
+        "images, as published. Required by `batching crop`, in multiples of `padding_constant`",
         lengths=(0, 2),
         least=1,
         advice="give (height, width), or () for whole images",
@@ -100,7 +101,7 @@ class DataOptions(Section):
     )
     scale_jitter: tuple[float, ...] = key(
         (0.5, 2.0),
-        "least and greatest random factor on the size that `imgSizes` and `imgMaxSize` give "
+        "minimum and maximum of the random factor on the size given by `imgSizes` and `imgMaxSize` "
         "(`batching crop`)",
         lengths=(2,),
         fits=lambda ends: 0 < ends[0] <= ends[1],
@@ -109,7 +110,7 @@ class DataOptions(Section):
     )
     random_rotation: float = key(
         10.0,
-        "greatest angle of a random rotation, either way, in degrees (`batching crop`)",
+        "maximum angle of a random rotation in either direction, in degrees (`batching crop`)",
         least=0,
         most=180,
         advice="degrees within [0, 180]",
@@ -140,22 +141,20 @@ class DataOptions(Section):
     )
     value_range: float = key(
         1.0,
-        "what white is to the encoder, 1 or 255. The oldest published checkpoints (`*_dilated8`, "
-        "`*_bilinear`) take `BGR`, 255, mean `[102.9801, 115.9465, 122.7717]`, std `[1, 1, 1]`",
+        "value of white at the input of the encoder, 1 or 255. The oldest published "
+        "checkpoints (`*_dilated8`, `*_bilinear`) need `BGR`, 255, mean "
+        "`[102.9801, 115.9465, 122.7717]`, std `[1, 1, 1]`",
         fits=lambda value: value in (1, 255),
         advice="use 1 or 255",
     )
     depth: bool = key(
         False,
-        "a depth image beside each colour image as a fourth channel (`MODEL.in_channels 4`): of "
-        "`sunrgbd`, of lists with `fpath_depth`, and in prediction `x_depth.png` beside `x.jpg` or "
-        "`depth/x.png` beside its folder",
+        "read a depth image as a fourth channel (`MODEL.in_channels 4`): see [data](data.md#depth)",
     )
     depth_scale: float | str = key(
         "auto",
-        "stored units of depth in a metre (1000: millimetres), or `sunrgbd`: millimetres whose "
-        "bits are rotated by three; `auto`: the data set's own, 1000 for lists. Stored 0 is no "
-        "depth",
+        "stored depth units per metre (1000: millimetres), or `sunrgbd`: millimetres with bits "
+        "rotated by three; `auto`: that of the data set, 1000 for lists. A stored 0 means no depth",
         words=("auto", "sunrgbd"),
         fits=lambda units: units > 0,
         advice="give stored units in a metre (1000), sunrgbd or auto",
@@ -173,9 +172,9 @@ class DataOptions(Section):
     )
     on_error: str = key(
         "stop",
-        "what training does about a sample that cannot be read: `stop`, or `skip`, which takes "
-        "another one in its place and reports it. Evaluation and prediction always leave bad files "
-        "out and report them",
+        "reaction of training to a sample that cannot be read: `stop`, or `skip`, which uses "
+        "another sample and reports the file. Evaluation and prediction always skip and report bad "
+        "files",
         words=("stop", "skip"),
     )
 

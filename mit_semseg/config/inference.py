@@ -23,7 +23,7 @@ class InferenceOptions(Section):
 
     checkpoint: str = key(
         "epoch_20.pth",
-        "`epoch_N.pth` or `best.pth` in `DIR`; with a folder in front, in that folder",
+        "`epoch_N.pth` or `best.pth` in `DIR`; with a folder as prefix, in that folder",
     )
     batch_size: int = key(
         1, "neighbours in the list that share a forward pass if their sizes are equal", least=1
@@ -38,7 +38,7 @@ class InferenceOptions(Section):
     flip: bool = key(False, "add horizontally flipped copies to every scale")
     precision: str = key("fp32", "as in `TRAIN`", words=PRECISIONS)
     compile: bool = key(
-        False, "compile the network (torch.compile), which pays for many images of few sizes"
+        False, "compile the network (torch.compile), which pays off for many images of few sizes"
     )
     tile: int | str = key(
         "auto",
@@ -51,17 +51,16 @@ class InferenceOptions(Section):
     window: tuple[int, ...] = key(
         (),
         f"(height, width) in pixels, each {LEAST_SIDE} or more and a multiple of the encoder's "
-        "strides, of a window that slides over every scale of an image: the network sees nothing "
-        "of another size, as where crops of that size were trained on; empty: whole images, or "
-        "tiles",
+        "strides, of a sliding window, for networks trained on crops of that size; empty: whole "
+        "images, or tiles",
         lengths=(0, 2),
         least=LEAST_SIDE,
         advice=f"give (height, width) of {LEAST_SIDE} pixels or more, or () for none",
     )
     overlap: float = key(
         0.333,
-        "share of a window that the next one covers, too, in [0, 1); the step is rounded down to "
-        "multiples of 32 pixels",
+        "overlap of neighbouring windows as a share of their size, in [0, 1); the stride is "
+        "rounded down to multiples of 32 pixels",
         least=0,
         fits=lambda share: share < 1,
         advice="a share of the window below 1, such as 0.333",
@@ -75,16 +74,18 @@ class EvalOptions(InferenceOptions):
 
     SECTION: ClassVar[str] = "VAL"
 
-    visualize: bool = key(False, "write a picture of image, truth and prediction for every image")
+    visualize: bool = key(
+        False, "save a figure of image, ground truth and prediction for every image"
+    )
     boundary: bool = key(
         False,
-        "count the boundary F-score too: how well the boundaries of the classes are met, within "
-        "0.75 % of the image's diagonal; it takes time",
+        "compute the boundary F-score, too, with a tolerance of 0.75 % of the image diagonal; this "
+        "takes time",
     )
     timeout: int = key(
         600,
         "seconds without a result from any worker process before the evaluation stops with an "
-        "error that names the images; by a single process: seconds that a file may take to be read",
+        "error that names the images; by a single process: seconds for reading a file",
         least=1,
     )
 
@@ -105,7 +106,6 @@ class PredictOptions(InferenceOptions):
     )
     timeout: int = key(
         600,
-        "seconds that a file may take to be read before the prediction stops with an error that "
-        "names it",
+        "seconds for reading a file before the prediction stops with an error that names it",
         least=1,
     )

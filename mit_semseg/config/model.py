@@ -10,7 +10,7 @@ from mit_semseg.config.schema import Section, key
 
 @dataclass(frozen=True)
 class ModelOptions(Section):
-    """Encoder, decoder, and the weights that they begin with."""
+    """Encoder, decoder, and their initial weights."""
 
     SECTION: ClassVar[str] = "MODEL"
 
@@ -28,8 +28,8 @@ class ModelOptions(Section):
     )
     in_channels: int = key(
         3,
-        "channels of the images: 3, or 4 with `DATASET.depth`. Filters of the fourth begin as the "
-        "mean of the three colours'",
+        "channels of the images: 3, or 4 with `DATASET.depth`. Filters of the fourth channel are "
+        "initialised with the mean of the three colours'",
         fits=lambda count: count in (3, 4),
         advice="it is 3, or 4 with DATASET.depth",
     )

@@ -22,7 +22,7 @@ from mit_semseg.registry import closest
 
 log = logging.getLogger("mit_semseg")
 
-_NAMES = {bool: "`True`, `False`", int: "whole number", float: "number", str: "text"}
+_NAMES = {bool: "`True`, `False`", int: "integer", float: "number", str: "string"}
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 

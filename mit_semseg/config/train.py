@@ -49,7 +49,7 @@ class TrainOptions(Section):
     )
     fix_bn: bool = key(
         False,
-        "keep every BatchNorm in evaluation mode: running statistics are used and stay as they are",
+        "keep every BatchNorm in evaluation mode: its running statistics are used and not updated",
     )
     loss: str = key(
         "nll",
@@ -58,7 +58,7 @@ class TrainOptions(Section):
     )
     label_smoothing: float = key(
         0.1,
-        "share of each label that the loss `smooth` spreads over all classes, in [0, 1]",
+        "label smoothing of the loss `smooth`, in [0, 1]",
         least=0,
         most=1,
         advice="it is a share within [0, 1]",
@@ -73,8 +73,8 @@ class TrainOptions(Section):
     )
     ema: float = key(
         0.0,
-        "decay of the exponential moving average of the weights, which is what is validated and "
-        "saved, below 1; 0: off",
+        "decay of the exponential moving average of the weights, below 1; the average is validated "
+        "and saved; 0: off",
         least=0,
         fits=lambda decay: decay < 1,
         advice="it must not be negative, and a decay lies below 1, such as 0.999",
@@ -99,9 +99,8 @@ class TrainOptions(Section):
     )
     shape_bucket: int | str = key(
         "auto",
-        "sides of batches are multiples of so many pixels, too, so that a GPU meets few shapes, "
-        "for each of which it looks for kernels; `off`; `auto`: 64 on a GPU, `off` on a CPU and "
-        "with `DATASET.crop_size`",
+        "round sides of batches up to multiples of this many pixels, so that a GPU selects kernels "
+        "for few shapes; `off`; `auto`: 64 on a GPU, `off` on a CPU and with `DATASET.crop_size`",
         words=("auto", "off"),
         least=1,
         advice="give auto, off or pixels, such as 32",
@@ -119,15 +118,15 @@ class TrainOptions(Section):
     )
     parallel: str = key(
         "auto",
-        "how one command drives several GPUs: `processes`: one for each, as torchrun would start "
+        "how one command uses several GPUs: `processes`: one per GPU, as torchrun would start "
         "them; `replicas`: one process with a thread for each; `auto`: processes where torch has "
-        "NCCL. Without effect on one device and under torchrun (see [scaling](scaling.md))",
+        "NCCL. No effect on one device and under torchrun (see [scaling](scaling.md))",
         words=("auto", "processes", "replicas"),
     )
     workers: int = key(
         16,
-        "data loading processes per device, at most as many as cores (half of them when training "
-        "on the CPU); 0 loads in the training process",
+        "loader processes per device, at most the number of cores (half of it when training on the "
+        "CPU); 0 loads in the training process",
         least=0,
     )
     disp_iter: int = key(20, "steps between figures in `metrics.jsonl`", least=1)
@@ -136,20 +135,20 @@ class TrainOptions(Section):
     )
     keep: int = key(
         0,
-        "newest epochs whose weights are kept beside the best; 0 keeps all, as published",
+        "number of newest epochs whose weights are kept besides the best; 0: all, as published",
         least=0,
         old={"keep_checkpoints": None},
     )
     checkpoint_minutes: float = key(
         30.0,
-        "minutes between states of the whole run, from which it resumes exactly, and of which the "
-        "newest two are kept; 0: only at the end of epochs",
+        "minutes between states of the run for exact resuming, of which the newest two are kept; "
+        "0: only at the end of epochs",
         least=0,
     )
     stall_seconds: int = key(
         300,
         "seconds without progress (no batch, no answer of a replica or another rank) before the "
-        "run stops with an error that says what it waited for",
+        "run is aborted with an error that says what it waited for",
         least=1,
         old={"timeout": None},
     )
