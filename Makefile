@@ -3,7 +3,7 @@
 # make test-versions: the quick part of them on every supported torch; make test-gpu: on a GPU
 # make bench measure against the published procedure and other toolkits; DEVICE=cuda: on a GPU
 # make docs build the documentation and check its links: build/site/index.html
-# make overfit let every registered model learn one image by heart, into docs/overfit
+# make overfit train every registered model on one image, into docs/overfit
 # make test-faults: break running trainings on purpose; make soak: for two hours
 # VENV=path  use (or create) another environment than .venv
 # PYTHON=... the interpreter a new environment is made with
@@ -42,10 +42,9 @@ bench: $(VENV)/.mit_semseg-bench
 docs: $(VENV)/.mit_semseg-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-overfit: $(VENV)/.mit_semseg
-	$(BIN)/mit-semseg overfit --every --out overfit; status=$$?; \
-		mkdir -p docs/overfit && cp overfit/overfit.md overfit/overfit.png docs/overfit && \
-		exit $$status
+# What has been learned in overfit/ is not run again.
+overfit: $(VENV)/.mit_semseg-dev
+	OVERFIT_OUT=overfit $(BIN)/python -m pytest -s -m slow tests/tools/test_overfit_models.py
 
 # What kills, stops and starves running trainings, or fills their disk.
 test-faults: $(VENV)/.mit_semseg-dev

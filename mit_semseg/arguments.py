@@ -106,14 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_tools(commands: Subparsers) -> None:
-    overfit = commands.add_parser("overfit", help="let a model overfit one image")
+    overfit = commands.add_parser("overfit", help="check that a model can overfit one image")
     _add_gpus(overfit)
-    overfit.add_argument(
-        "--every", action="store_true", help="every registered model, on a rendered scene"
-    )
-    overfit.add_argument(
-        "--only", default="", metavar="TEXT", help="with --every: those with TEXT in their names"
-    )
     overfit.add_argument("--steps", type=int, default=400, metavar="N", help="at most (400)")
     overfit.add_argument("--side", type=int, default=96, metavar="PIXELS", help="short side (96)")
     overfit.add_argument("--out", default="overfit", metavar="DIR", help="folder of the results")
@@ -135,7 +129,20 @@ def _add_tools(commands: Subparsers) -> None:
     sweep.add_argument(
         "--minutes", type=float, default=0.0, help="of training for each (as the recipe says)"
     )
+    sweep.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="with each of these values; several --vary: every combination",
+    )
     sweep.add_argument("--out", default="sweep", metavar="DIR", help="folder of the results")
+
+    compare = commands.add_parser("compare", help="evaluations side by side: table, chart")
+    compare.add_argument(
+        "evaluations", nargs="+", metavar="DIR", help="folders that hold an eval.json"
+    )
+    compare.add_argument("--out", default="compare", metavar="DIR", help="folder of the results")
 
 
 def _add_data(subparsers: Subparsers) -> None:

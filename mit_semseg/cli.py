@@ -180,7 +180,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_overfit(args: argparse.Namespace) -> int:
-    """Overfit one image; 1 when a model does not."""
+    """Overfit one image; 1 when the model does not."""
     opts = _overrides(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
@@ -194,9 +194,8 @@ def run_overfit(args: argparse.Namespace) -> int:
     device = resolve_devices(args.devices)[0]
     use_device(device)
     name = os.path.splitext(os.path.basename(args.cfg))[0]
-    size = {"steps": args.steps, "side": args.side}
-    found = run(cfg, device, args.out, every=args.every, only=args.only, name=name, **size)
-    return 0 if all(one.accuracy >= TARGET for one in found) else 1
+    found = run(cfg, device, args.out, name=name, steps=args.steps, side=args.side)
+    return 0 if found.accuracy >= TARGET else 1
 
 
 def run_profile(args: argparse.Namespace) -> int:
@@ -220,14 +219,24 @@ def run_profile(args: argparse.Namespace) -> int:
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """Train and evaluate recipes; 1 when one failed."""
+    """Train and evaluate configurations; 1 when one failed."""
     files, opts = split_overrides(args.recipes)
     for file in files:
         _look_at(file, opts)
     from mit_semseg.tools.sweep import run
 
-    entries = run(files, args.out, gpus=args.devices, minutes=args.minutes, opts=opts)
-    return 0 if all(entry.state == "done" for entry in entries) else 1
+    settings = {"gpus": args.devices, "minutes": args.minutes, "vary": args.vary, "opts": opts}
+    return 1 if run(files, args.out, **settings) else 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Compare evaluations."""
+    from mit_semseg.engine.checkpoint import make_writable
+    from mit_semseg.tools.compare import compare, table
+
+    make_writable(args.out, "--out")
+    print(f"{table(compare(args.evaluations, args.out))}\n\nTable and figures in {args.out}")
+    return 0
 
 
 def run_data(args: argparse.Namespace) -> int:
@@ -258,6 +267,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "overfit": run_overfit,
     "profile": run_profile,
     "sweep": run_sweep,
+    "compare": run_compare,
     "data": run_data,
     "demo": run_demo,
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_model import every_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +24,7 @@ from mit_semseg.models.encoders import Encoder
 from mit_semseg.models.encoders.base import Variant
 from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.registry import Registry
-from mit_semseg.tools.overfit import TARGET, every_model
+from mit_semseg.tools.overfit import TARGET
 from mit_semseg.weights import TORCHVISION, TorchvisionSource, imagenet_weights
 
 ROOT = Path(__file__).resolve().parents[1]

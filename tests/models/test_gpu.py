@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
+from every_model import every_model
 from pair_tester import PairTester
 from torch import Tensor, nn
 
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.models import SegmentationModule, inference
-from mit_semseg.tools.overfit import every_model
 
 # How much farther from float64 another float32 computation may be. Other kernels add in other
 # orders, and Winograd's rounds more; TensorFloat-32, at 2 ** 13 times the rounding, is some

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from encoder_tester import declared_maps
+from every_model import every_model
 from pair_tester import build_pair
 
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder, check_pair
 from mit_semseg.registry import Registry
-from mit_semseg.tools.overfit import every_model
 
 
 def unique(registry: Registry) -> list[str]:

@@ -1,10 +1,13 @@
-"""overfit, profile and sweep on small models and rendered scenes."""
+"""overfit, profile, sweep and compare on small models and rendered scenes."""
 
 from __future__ import annotations
 
 import json
-import logging
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,19 +16,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from every_model import every_model
 from PIL import Image
 from torch import nn
 
 from mit_semseg.cli import main
-from mit_semseg.config import dump_config, get_defaults, load_config
+from mit_semseg.config import dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.demo import streets
-from mit_semseg.engine.evaluate import evaluate
+from mit_semseg.engine.evaluate import evaluate, val_dataset
 from mit_semseg.engine.scoring import SavedPredictions
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
 from mit_semseg.models.papers import PAPER_MODELS
-from mit_semseg.tools import overfit, profile, sweep
-from mit_semseg.tools.recipes import fingerprint
+from mit_semseg.tools import compare, overfit, profile, sweep
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -105,44 +108,6 @@ def test_what_is_not_learned_is_said(
     assert "of rate 0.001, below 98 %" in capsys.readouterr().out
 
 
-def test_models_that_have_learned_are_not_run_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(overfit, "LEAST_SCORES", 4)
-    monkeypatch.setattr(overfit, "RATES", (1e-3,))
-    pairs = [("mobilenetv2dilated", "c1"), ("resnet18dilated", "c1")]
-    monkeypatch.setattr(overfit, "every_model", lambda: pairs)
-    words = ["overfit", "--gpus", "cpu", "--every", "--only", "mobilenetv2dilated + c1"]
-    words += ["--out", str(tmp_path), "--steps", "1", "--side", "32"]
-    assert main(words) == 1 == main(words), "what has not learned is run again"
-    capsys.readouterr()
-    monkeypatch.setattr(overfit, "TARGET", 0.0)
-    assert main(words) == 0
-    first = capsys.readouterr().out
-    assert first.startswith("mobilenetv2dilated + c1: ")
-    with monkeypatch.context() as patch:
-        patch.delattr(overfit, "overfit")
-        assert main(words) == 0 and capsys.readouterr().out == first
-        with pytest.raises(NameError):  # asked for something else
-            main([*words, "--side", "64"])
-        with pytest.raises(NameError):
-            main([*words, "TRAIN.loss", "focal"])
-
-
-def test_a_rendered_scene_is_read_whatever_data_the_recipe_is_for(scenes: Path) -> None:
-    plain = overfit.scene_config(load_config(None), "mobilenetv2dilated", "c1", scenes)
-    for recipe in ("sunrgbd-resnet50dilated-ppm_deepsup-depth", "camvid-enet"):
-        cfg = config(ROOT / "config" / f"{recipe}.yaml")
-        strange = ["DATASET.label_map", "((0, 3),)", "DATASET.ignore_label", "(1, 2)"]
-        strange += ["TRAIN.aux_weights", "(0.1, 0.2)"]
-        cfg.merge_from_list([*strange, "DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)"])
-        found = overfit.scene_config(cfg, "mobilenetv2dilated", "c1", scenes)
-        assert found.MODEL.in_channels == 3 and found.TRAIN.aux_weights == []
-        batches = [overfit.one_image(one, 64, 8) for one in (plain, found)]
-        for key in ("img_data", "seg_label"):
-            assert torch.equal(*(batch[key] for batch in batches)), (recipe, key)
-
-
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
 def test_the_picture_of_a_recipe_with_depth_is_its_image(
     tmp_path: Path, recipe: Callable[..., Path], scenes: Path, order: str
@@ -157,55 +122,32 @@ def test_the_picture_of_a_recipe_with_depth_is_its_image(
     cfg = config(recipe(tmp_path / "deep.yaml", MODEL__in_channels=4, **settings))
     batch = overfit.one_image(cfg, 64, 8)
     assert batch["img_data"].shape == (1, 4, 64, 96) and batch["img_data"].is_floating_point()
-    assert np.array_equal(overfit.picture(cfg, batch), image)
+    shown = overfit.one_image(cfg, 64, 8, depth=False)["img_data"]
+    assert np.array_equal(shown[0].permute(1, 2, 0).numpy(), image)
 
 
 def test_every_registered_model_has_its_turn() -> None:
-    pairs = overfit.every_model()
-    assert {ENCODERS.get(encoder) for encoder, _ in pairs} == set(
-        map(ENCODERS.get, ENCODERS.names())
-    )
-    assert {DECODERS.get(decoder) for _, decoder in pairs} == set(
-        map(DECODERS.get, DECODERS.names())
-    )
+    pairs = every_model()
+    for registry, names in zip((ENCODERS, DECODERS), zip(*pairs)):
+        assert set(map(registry.get, names)) == set(map(registry.get, registry.names()))
     assert len(set(pairs)) == len(pairs)
     assert {(model.encoder, model.decoder) for model in PAPER_MODELS} <= set(pairs)
 
 
-def test_a_choice_needs_something_to_choose_from(
-    tmp_path: Path, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = recipe(tmp_path / "small.yaml")
-    words = ["overfit", "--gpus", "cpu", "--out", str(tmp_path), "--cfg", str(file)]
-    assert main([*words, "--only", "segnet"]) == 2
-    assert "--only segnet chooses among all models: give --every, too" in capsys.readouterr().err
+def test_steps_are_needed() -> None:
+    with pytest.raises(ValueError, match="--steps 0: give at least 1"):
+        overfit.overfit(load_config(None), CPU, steps=0)
 
 
 def test_settings_of_crops_are_left_out_without_a_warning(
-    scenes: Path, caplog: pytest.LogCaptureFixture
+    recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    cfg = config(recipe(tmp_path / "crops.yaml"))
     opts = ["DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)", "DATASET.random_blur", "0"]
-    opts += ["DATASET.random_rotation", "0"]
-    cfg = overfit.scene_config(load_config(None), "mobilenetv2dilated", "c1", scenes)
-    cfg.merge_from_list([*opts, "DATASET.scale_jitter", "(1.0, 1.0)"])
+    opts += ["DATASET.random_rotation", "0", "DATASET.scale_jitter", "(1.0, 1.0)"]
+    cfg.merge_from_list(opts)
     overfit.one_image(cfg, 64, 8)
     assert caplog.text == ""
-
-
-def test_recipes_are_told_apart_by_what_they_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = load_config(ROOT / "config/camvid-enet.yaml")
-    before, other = fingerprint(cfg), load_config(ROOT / "config/camvid-enet.yaml")
-    other.DIR = "elsewhere"
-    assert fingerprint(other) == before
-    other.TRAIN.seed += 1
-    assert fingerprint(other) != before
-    # A key that a later version brings.
-    defaults = get_defaults()
-    for tree in (cfg, defaults):
-        tree.TRAIN.defrost()
-        tree.TRAIN["something_new"] = 3
-    monkeypatch.setattr("mit_semseg.tools.recipes.get_defaults", lambda: defaults)
-    assert fingerprint(cfg) == before
 
 
 # ------------------------------------------------------------------------------ profile
@@ -349,64 +291,42 @@ def test_a_queue_is_run_and_not_run_again(
         DATASET__root_dataset=str(tmp_path / "nowhere"),
         DATASET__list_train=str(tmp_path / "nowhere.odgt"),
     )
-    words = ["sweep", str(broken), str(good), "--gpus", "cpu", "--out", str(tmp_path / "out")]
-    assert main(words) == 1
+    out = tmp_path / "out"
+    assert main(["sweep", str(broken), str(good), "--gpus", "cpu", "--out", str(out)]) == 1
     printed = capsys.readouterr().out
     assert "broken: failed: train ended with 2: error: " in printed and "nowhere.odgt" in printed
-    found = {
-        x["recipe"]: x for x in json.loads((tmp_path / "out/sweep.json").read_text())["recipes"]
-    }
-    result = json.loads((tmp_path / "out/good/evaluation/eval.json").read_text())
-    assert found[str(good)]["mean_iou"] == result["mean_iou"] and found[str(good)]["steps"] == 6
-    assert (tmp_path / "out/sweep.png").is_file()
-    with Image.open(tmp_path / "out/sweep_pictures.png") as sheet:  # 2 images: as they are, as
+    written = json.loads((out / "sweep.json").read_text())
+    (found,) = written["evaluations"]
+    result = json.loads((out / "good/evaluation/eval.json").read_text())
+    assert found["name"] == "good" and found["mean_iou"] == result["mean_iou"]
+    assert found["steps"] == 6 and found["train_minutes"] > 0
+    assert list(written["failed"]) == ["broken"]
+    table = (out / "sweep.md").read_text()
+    assert "| good | mobilenetv2dilated + c1 | " in table and "| broken | failed: " in table
+    assert (out / "sweep.png").is_file()
+    with Image.open(out / "sweep_pictures.png") as sheet:  # 2 images: as they are, as
         assert sheet.height > 3 * sheet.width / 2 * 64 / 96  # they should be, and seen
-    assert "| good | mobilenetv2dilated + c1 |" in (tmp_path / "out/sweep.md").read_text()
-    before = (tmp_path / "out/good/metrics.jsonl").stat().st_mtime_ns
-    assert main(["sweep", str(good), "--gpus", "cpu", "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out/good/metrics.jsonl").stat().st_mtime_ns == before
-    assert "(done before)" in capsys.readouterr().out
-    kept = json.loads((tmp_path / "out/sweep.json").read_text())["recipes"]
-    assert [(Path(x["recipe"]).stem, x["state"]) for x in kept] == [
-        ("good", "done"),
-        ("broken", "failed"),  # not asked for this time
-    ]
-    assert main([*words, "--minutes", "1"]) == 2
-    assert "give the same, or another --out" in capsys.readouterr().err
+    before = (out / "good/metrics.jsonl").stat().st_mtime_ns
+    assert main(["sweep", str(good), "--gpus", "cpu", "--out", str(out)]) == 0
+    assert (out / "good/metrics.jsonl").stat().st_mtime_ns == before
+    assert "1/1 good: mean IoU " in capsys.readouterr().out
+    for words in (["compare", str(out / "good/evaluation")], ["compare", str(out)]):
+        code = main([*words, "--out", str(tmp_path / "compared")])
+        assert code == (0 if "evaluation" in words[1] else 2)
+    said = capsys.readouterr()
+    assert "| good | mobilenetv2dilated + c1 | " in said.out
+    assert f"{out}/eval.json is missing; run mit-semseg eval" in said.err
+    assert (tmp_path / "compared/compare_pictures.png").is_file()
 
 
-def test_steps_follow_from_the_pace(
-    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = recipe(tmp_path / "timed.yaml")
-    queue = sweep.Sweep([file], tmp_path / "out", minutes=2)
-    assert queue.configs["timed"] == config(file)
-    (tmp_path / "out" / "timed").mkdir(parents=True)
-    (tmp_path / "out" / "timed" / "pace.json").write_text('{"seconds_per_step": 0.5}')
-    # 120 seconds, half a second each, in two epochs.
-    overrides = queue._budget(queue.entries[0], config(file), "")
-    assert overrides == ["TRAIN.epoch_iters", "120"]
-
-
-def test_mistakes_are_found_before_anything_is_run(
-    recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    good = recipe(tmp_path / "good.yaml")
-    (tmp_path / "other").mkdir()
-    same = recipe(tmp_path / "other" / "good.yaml")
-    with pytest.raises(ValueError, match="two recipes are called good"):
-        sweep.Sweep([good, same], tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"missing\.yaml"):
-        sweep.Sweep([good, tmp_path / "missing.yaml"], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-# Stands for the commands: a training leaves its log, an evaluation what the test says.
+# Stands for Python: a training of 16 steps leaves its figures, an evaluation what the test says.
 COMMAND = """#!/bin/sh
-command=$3; folder=$(echo "$*" | sed 's/.* DIR \\([^ ]*\\).*/\\1/'); mkdir -p $folder/evaluation
+command=$3; folder=$(echo "$*" | sed 's/.*--cfg \\([^ ]*\\)\\.yaml.*/\\1/')
+mkdir -p $folder/evaluation; echo "$*" >> $folder.said
 if [ $command = train ]; then
-  echo '{"kind": "train", "step": 6, "epoch": 2, "seconds": 3.0}' > $folder/metrics.jsonl
-  touch $folder/begun; exit
+  for step in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
+    echo '{"kind": "train", "epoch": 2, "step": '$step', "seconds": '$step'}'
+  done >> $folder/metrics.jsonl; exit
 fi
 """
 FIGURES = '{"mean_iou": 0.5, "pixel_accuracy": 0.75, "images": 2, "seconds": 1.0, "failed": []}'
@@ -425,98 +345,152 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     return say
 
 
+def test_steps_follow_from_the_pace(
+    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
+) -> None:
+    commands(SCORED)
+    file, out = recipe(tmp_path / "timed.yaml"), tmp_path / "out"
+    for _ in range(2):
+        assert sweep.run([file], out, minutes=2) == {}
+        # 120 seconds, one a step, in two epochs.
+        assert config(out / "timed.yaml").TRAIN.epoch_iters == 60
+    assert (out / "timed.pace.said").read_text().count("train") == 1
+    assert "train" in (out / "timed.said").read_text()
+
+
+def test_keys_are_varied_in_every_combination(
+    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
+) -> None:
+    commands(SCORED)
+    file, out = str(recipe(tmp_path / "one.yaml")), tmp_path / "out"
+    vary = ["--vary", "TRAIN.lr_encoder=0.1,0.2", "--vary", "DATASET.imgSizes=(32,64),[48]"]
+    assert main(["sweep", file, "--out", str(out), *vary, "TRAIN.seed", "7"]) == 0
+    found = {x.stem: config(x) for x in out.glob("*.yaml")}
+    assert len(found) == len(json.loads((out / "sweep.json").read_text())["evaluations"]) == 4
+    cfg = found["one,lr_encoder=0.2,imgSizes=(32,64)"]
+    assert (cfg.TRAIN.lr_encoder, cfg.TRAIN.seed) == (0.2, 7)
+    assert list(cfg.DATASET.imgSizes) == [32, 64]
+
+
+def test_mistakes_are_found_before_anything_is_run(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    good = recipe(tmp_path / "good.yaml")
+    (tmp_path / "other").mkdir()
+    same = recipe(tmp_path / "other" / "good.yaml")
+    for recipes, settings, message in (
+        ([good, same], {}, "two recipes are called good"),
+        ([good, tmp_path / "missing.yaml"], {}, r"missing\.yaml"),
+        ([good], {"minutes": -1}, "--minutes -1: give 0 or more"),
+        ([good], {"vary": ["TRAIN.seed"]}, "--vary TRAIN.seed: give KEY=value,value"),
+        ([good], {"vary": ["TRAIN.sed=1"]}, "TRAIN.seed"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            sweep.run(recipes, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_evaluation_without_figures_has_failed(
     recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
 ) -> None:
-    file, out = recipe(tmp_path / "one.yaml"), tmp_path / "out"
-    commands(SCORED + "exit 1")  # some images failed
-    (entry,) = sweep.Sweep([file], out).run()
-    assert (entry.state, entry.mean_iou) == ("done", 0.5)
-    note = json.loads((out / "sweep.json").read_text())
-    note["recipes"][0]["state"] = "waiting"
-    (out / "sweep.json").write_text(json.dumps(note))
-    commands("echo 'Traceback'; echo 'KeyError: 1'; exit 1")  # beside the figures of before
-    (entry,) = sweep.Sweep([file], out).run()
-    assert entry.state == "failed" and entry.error.startswith("eval ended with 1: KeyError: 1 (")
-
-
-def test_what_one_recipe_raises_does_not_end_the_queue(
-    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
-) -> None:
-    files = [recipe(tmp_path / f"{name}.yaml") for name in ("odd", "good")]
+    files = [recipe(tmp_path / f"{name}.yaml") for name in ("odd", "silent", "partly", "good")]
     strange = "case $folder in */odd) echo '{}' > $folder/evaluation/eval.json; exit;; esac\n"
-    commands(strange + SCORED)
-    odd, good = sweep.Sweep(files, tmp_path / "out").run()
-    assert (odd.state, odd.error) == ("failed", "KeyError: 'mean_iou'") and good.state == "done"
+    broken = "case $folder in */silent) echo 'Traceback'; echo 'KeyError: 1'; exit 1;; esac\n"
+    some = "case $folder in */partly) " + SCORED.strip() + "; exit 1;; esac\n"
+    commands(strange + broken + some + SCORED)
+    failed = sweep.run(files, tmp_path / "out")
+    assert list(failed) == ["odd", "silent"]
+    assert "odd/evaluation/eval.json holds no evaluation: KeyError: 'mean_iou'" in failed["odd"]
+    assert failed["silent"].startswith("eval ended with 1: KeyError: 1 (")
+    found = json.loads((tmp_path / "out/sweep.json").read_text())["evaluations"]
+    assert [x["name"] for x in found] == ["partly", "good"]
 
 
 def test_an_edited_recipe_begins_anew(
     recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
 ) -> None:
     file, out = recipe(tmp_path / "one.yaml"), tmp_path / "out"
+
+    def trained() -> list[str]:
+        said = (out / "one.said").read_text().splitlines()
+        return ["--resume auto" in line for line in said if " train " in line]
+
+    commands("exit 1")
+    assert list(sweep.run([file], out)) == ["one"] and trained() == [False]
     commands(SCORED)
-    sweep.Sweep([file], out).run()
-    (out / "one" / "pace.json").write_text('{"seconds_per_step": 9}')
-    assert sweep.Sweep([file], out).entries[0].state == "done"
+    for _ in range(2):  # the second time nothing is left to do
+        assert not sweep.run([file], out)
+        assert trained() == [False, True]
     recipe(file, TRAIN__lr_encoder=0.5)
-    queue = sweep.Sweep([file], out)
-    assert queue.entries[0].state == "waiting"
-    assert queue.run()[0].state == "done"
-    assert (out / "one.1" / "pace.json").is_file() and not (out / "one" / "pace.json").exists()
-    assert (out / "one" / "begun").is_file()
+    commands("exit 1")  # beside the figures of before
+    assert list(sweep.run([file], out)) == ["one"] and trained() == [False, True, False]
 
 
-def test_pictures_are_of_one_data_set_and_fail_alone(
+def test_a_signal_is_handed_on_and_ends_the_queue(
+    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
+) -> None:
+    files, out = [recipe(tmp_path / f"{x}.yaml") for x in "ab"], tmp_path / "out"
+    commands("trap 'echo told; exit 0' TERM; echo ready; sleep 60 & wait")
+
+    def stop() -> None:
+        while "ready" not in (out / "a.log").read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    out.mkdir()
+    (out / "a.log").touch()
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=stop).start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(files, out)
+    assert "told" in (out / "a.log").read_text() and not (out / "b.said").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ------------------------------------------------------------------------------ compare
+def test_pictures_are_of_one_data_set(
     recipe: Callable[..., Path],
     scenes: Path,
     tmp_path: Path,
-    commands: Callable[[str], None],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     other = streets.write(tmp_path / "other", 1, 2, size=(64, 80))
     lists = {"DATASET__list_val": "validation.odgt"}  # of one name in either folder
-    files = [
-        recipe(tmp_path / "first.yaml", **lists),
-        recipe(tmp_path / "lost.yaml", **lists),
-        recipe(tmp_path / "other.yaml", DATASET__root_dataset=str(other), **lists),
-    ]
-    commands(SCORED)
-    out = tmp_path / "out"
-    queue = sweep.Sweep(files, out)
+    places = []
+    for name, mean_iou, settings in (
+        ("plain", 0.4, lists),
+        ("best", 0.5, lists),
+        ("other", 0.3, {**lists, "DATASET__root_dataset": str(other)}),
+        ("absent", None, lists),
+    ):
+        folder = tmp_path / name / "result_eval"
+        folder.mkdir(parents=True)
+        recipe(folder.parent / "config.yaml", **settings)
+        figures = {"mean_iou": mean_iou, "pixel_accuracy": 0.5, "images": 2, "seconds": 4}
+        (folder / "eval.json").write_text(json.dumps(figures))
+        if name != "absent":
+            (folder / "labels").mkdir()
+            for number in range(2):
+                np.save(folder / f"labels/{number}.npy", np.zeros((64, 96), np.int16))
+        places.append(folder)
     rows: list[str] = []
     monkeypatch.setattr(
-        sweep, "image_grid", lambda tiles, *a, **k: rows.extend(name for name, _ in tiles)
+        compare, "image_grid", lambda tiles, *a, **k: rows.extend(name for name, _ in tiles)
     )
-    for entry in queue.entries:
-        entry.mean_iou = 0.5
-        if entry.name != "lost":
-            (out / entry.name / "evaluation/labels").mkdir(parents=True)
-            for number in range(2):
-                np.save(queue._kept(entry, 2).file(number), np.zeros((64, 96), np.int16))
-    with caplog.at_level(logging.WARNING):
-        queue._draw()
-        queue._draw()
-    assert rows == 2 * ["image", "", "truth", "", "first, mean IoU 50.00 %", ""]
-    (said,) = [x.message for x in caplog.records]
-    assert said.startswith("sweep_pictures.png is without lost: FileNotFoundError: ")
-    monkeypatch.delattr(sweep, "image_grid")
-    queue._draw()
-    assert "sweep_pictures.png is not drawn: NameError" in caplog.text
-
-
-def test_an_unreadable_image_is_left_out_of_the_pictures(
-    recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = streets.write(tmp_path / "data", 1, 3, size=(64, 96))
-    (data / "images/validation/0001.png").write_bytes(b"no image")
-    settings = {"root_dataset": data, "list_val": "validation.odgt"}
-    settings = {f"DATASET__{key}": str(value) for key, value in settings.items()}
-    queue = sweep.Sweep([recipe(tmp_path / "one.yaml", **settings)], tmp_path / "out")
-    found = sweep.val_dataset(queue.configs["one"])
-    assert list(queue._samples(found, [0, 1, 2])) == [0, 2]
-    assert "0001.png" in caplog.text
+    found = compare.compare([*places[:3], places[3] / "eval.json"], tmp_path / "out")
+    assert [x.name for x in found] == ["best", "plain", "other", "absent"]
+    table = (tmp_path / "out/compare.md").read_text().splitlines()
+    assert table[2] == "| best | mobilenetv2dilated + c1 | 50.00 % | 50.00 % |  |  | 0.50 |"
+    shown = ["image", "truth", "best, mean IoU 50.00 %", "plain, mean IoU 40.00 %"]
+    assert rows == [x for row in shown for x in (row, "")]
+    (scenes / "validation.odgt").rename(scenes / "moved.odgt")
+    try:
+        compare.compare(places[:1], tmp_path / "out")
+    finally:
+        (scenes / "moved.odgt").rename(scenes / "validation.odgt")
+    assert "compare_pictures.png is not drawn: FileNotFoundError: " in caplog.text
 
 
 def test_class_ids_that_are_kept_are_those_that_were_scored(
@@ -528,7 +502,7 @@ def test_class_ids_that_are_kept_are_those_that_were_scored(
     torch.manual_seed(0)
     model = ModelBuilder.from_config(cfg)
     result = evaluate(cfg, [CPU], model=model, out_dir=tmp_path, keep=3, progress=False)
-    data = sweep.val_dataset(cfg)
+    data = val_dataset(cfg)
     kept = SavedPredictions.evenly(tmp_path / "labels", 3, len(data))
     assert kept.numbers == (0, 1) and len(list(kept.folder.iterdir())) == 2
     truth, labels = (
