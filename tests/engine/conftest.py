@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from mit_semseg.engine import cpu
 
 
 @pytest.fixture(autouse=True)
-def same_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def same_threads() -> Iterator[None]:
     """Compute with as many threads throughout: on a busy machine a run would take fewer, and round
     differently from the one it is compared with."""
-    monkeypatch.setattr(cpu, "_fixed_threads", torch.get_num_threads())
+    with pytest.MonkeyPatch.context() as patch:  # not the one that a test may undo
+        patch.setattr(cpu, "_fixed_threads", torch.get_num_threads())
+        yield
