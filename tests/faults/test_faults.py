@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,11 +130,9 @@ def test_kills_at_random_moments_lose_nothing(
 
     while kills < 20:
         killed = training("killed")
-        kinds = (
-            Fault("SIGKILL", KILL.strike, KILL.codes, options=("TRAIN.workers", str(workers)))
-            for workers in iter(lambda: rng.choice((0, 1, 2)), None)
-        )
-        found = train_through(killed, kinds, at_random, rng)
+        loaders = [("TRAIN.workers", str(rng.choice((0, 1, 2)))) for _ in range(10)]
+        faults = iter([replace(KILL, options=options) for options in loaders])
+        found = train_through(killed, faults, at_random, rng)
         kills, starts = kills + found["SIGKILL"], starts + found["starts"]
         resumed += found["starts that resumed"]
         unfinished += found["files left unfinished"]
