@@ -16,7 +16,7 @@ WIDTH, ROW, GAP, MARGIN = 780, 60, 8, 12
 CONTENT = {
     "cli": "arguments, configuration, one library call",
     "benchmarks": "mit-semseg bench",
-    "tools": "profile, overfit",
+    "tools": "profile, overfit, sweep, compare",
     "compat": "published names",
     "segmenter": "Segmenter, Result",
     "demo": "rendered scenes, result page",
