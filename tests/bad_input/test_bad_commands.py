@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,6 +20,7 @@ import torch
 from corpus import COLOR, LABELS
 from PIL import Image
 
+from mit_semseg.cli import main
 from mit_semseg.config.node import Config
 
 Untouched = Callable[..., AbstractContextManager[None]]
@@ -131,7 +132,10 @@ def test_predict_peculiar_names(
     assert sorted(os.listdir(out)) == sorted(corpus.NAMES.values())
 
 
-def test_names_of_any_bytes_where_output_takes_text_alone(tmp_path: Path, model: Config) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_of_any_bytes_where_output_takes_text_alone(
+    tmp_path: Path, model: Config, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
     """A terminal of UTF-8, or of ASCII alone: a name is no reason to stop, nor for a traceback."""
     folder = tmp_path / "in"
     folder.mkdir()
@@ -139,14 +143,18 @@ def test_names_of_any_bytes_where_output_takes_text_alone(tmp_path: Path, model:
         Image.fromarray(COLOR).save(folder / corpus.NAMES[peculiar], "PNG")
     os.link(folder / corpus.NAMES["unicode"], folder / os.fsdecode(b"bad\xff.jpg"))
     (folder / os.fsdecode(b"bad\xfe.jpg")).write_text("no picture")
-    for encoding in ("utf-8:strict", "ascii:strict"):
-        done = subprocess.run(
-            [sys.executable, "-m", "mit_semseg.cli", "predict", "--cfg", config_of(model),
-             "--gpu", "cpu", "--imgs", str(folder), "TEST.result", str(tmp_path / encoding)],
-            env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
-        assert b"1 of 4 images failed" in done.stdout and b"bad\\udcfe.jpg" in done.stdout
+    shown = {}
+    for stream in ("stdout", "stderr"):
+        shown[stream] = io.BytesIO()
+        terminal = io.TextIOWrapper(shown[stream], encoding, "strict", write_through=True)
+        monkeypatch.setattr(sys, stream, terminal)
+    code = main(
+        ["predict", "--cfg", config_of(model), "--gpu", "cpu", "--imgs", str(folder),
+         "TEST.result", str(tmp_path / "out")],
+    )  # fmt: skip
+    out, err = shown["stdout"].getvalue(), shown["stderr"].getvalue()
+    assert code == 1 and b"Traceback" not in err, err
+    assert b"1 of 4 images failed" in out and b"bad\\udcfe.jpg" in out
 
 
 def test_a_log_takes_names_of_any_bytes(tmp_path: Path, model: Config, command: Command) -> None:
@@ -252,8 +260,11 @@ def resumed(words: list[Any], state: Path) -> list[Any]:
     return [*words[:1], "--resume", state, *words[1:]]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("case", [BAD_IMAGES[0], BAD_IMAGES[3], BAD_MASKS[2]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "workers"),
+    [(BAD_IMAGES[0], 0), (BAD_IMAGES[0], 2), (BAD_IMAGES[3], 2), (BAD_MASKS[2], 0)],
+    ids=str,
+)
 def test_training_stops_at_a_bad_sample(
     tmp_path: Path, model: Config, command: Command, case: corpus.Case, workers: int
 ) -> None:
@@ -372,20 +383,18 @@ def test_bad_states(tmp_path: Path, model: Config, command: Command, untouched: 
     done = tmp_path / "done"
     assert command(*training(model, listing, done, "TRAIN.epoch_iters", 1)).code == 0
     good = torch.load(done / "state_step_1.pth", weights_only=True)
-    foreign, unfit = "is no state of a run", "does not fit this run"
+    unfit = "does not fit this run"
+    odd = {"step": torch.ones(2, 2), "epoch_iters": 0, "position": None, "encoder": 3}
+    every = "(decoder, encoder, epoch_iters, history, position, step: missing"
     cases: list[tuple[Any, str]] = [
         ([1, 2], "holds a list"),
-        ({}, foreign),
-        ({"step": "x"}, foreign),
-        ({"epoch": 3, "state_dict": good["encoder"], "optimizer": {}}, foreign),
-        ({**good, "step": "x"}, foreign),
-        ({**good, "step": torch.ones(2, 2)}, foreign),
-        ({**good, "step": -1}, foreign),
-        ({**good, "epoch_iters": 0}, foreign),
-        ({**good, "position": None}, foreign),
-        ({**good, "encoder": 3}, foreign),
-        ({**good, "history": [1]}, foreign),
-        ({**good, "config": 3}, foreign),
+        ({}, every),
+        ({"epoch": 3, "step": "x", "state_dict": good["encoder"], "optimizer": {}}, every),
+        (
+            {**good, **odd, "history": [1], "config": 3},
+            "(config, encoder, epoch_iters, history, position, step: missing",
+        ),
+        ({**good, "step": -1}, "is no state of a run (step: missing"),
         ({**good, "encoder": {"conv1.weight": 3}}, unfit),
         ({**good, "history": {"train": 3}}, unfit),
         ({**good, "history": {"train": {"loss": 3}}}, unfit),

@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -291,30 +292,47 @@ def test_a_module_is_the_same_under_its_published_name(name: str) -> None:
     assert importlib.util.find_spec(name) is not None
 
 
-# A fresh interpreter each: what an import finds depends on what has been imported before it.
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import mit_semseg.models.resnet as r; r.resnet18",
-        "from mit_semseg.models import resnet; resnet.resnet18",
-        "from mit_semseg.models.models import UPerNet",
-        "import mit_semseg.models; mit_semseg.models.models.UPerNet",
-        "import mit_semseg.lib.nn; mit_semseg.lib.nn.modules.batchnorm.SynchronizedBatchNorm2d",
-        "import mit_semseg.lib.nn.parallel.data_parallel as d; d.dict_gather",
-        "from mit_semseg.lib.nn.modules import replicate; replicate.CallbackContext()",
-        "from mit_semseg.lib.utils.data.sampler import RandomSampler",
-        "import mit_semseg.lib.utils.data; mit_semseg.lib.utils.data.dataset.Subset",
-        "import mit_semseg.lib.utils; mit_semseg.lib.utils.th.as_numpy",
-        "import mit_semseg.compat.resnet as c, mit_semseg.models.resnet as r; assert c is r",
-    ],
-)
-def test_ways_to_import(code: str) -> None:
+WAYS = [
+    "import mit_semseg.models.resnet as r; r.resnet18",
+    "from mit_semseg.models import resnet; resnet.resnet18",
+    "from mit_semseg.models.models import UPerNet",
+    "import mit_semseg.models; mit_semseg.models.models.UPerNet",
+    "import mit_semseg.lib.nn; mit_semseg.lib.nn.modules.batchnorm.SynchronizedBatchNorm2d",
+    "import mit_semseg.lib.nn.parallel.data_parallel as d; d.dict_gather",
+    "from mit_semseg.lib.nn.modules import replicate; replicate.CallbackContext()",
+    "from mit_semseg.lib.utils.data.sampler import RandomSampler",
+    "import mit_semseg.lib.utils.data; mit_semseg.lib.utils.data.dataset.Subset",
+    "import mit_semseg.lib.utils; mit_semseg.lib.utils.th.as_numpy",
+    "import mit_semseg.compat.resnet as c, mit_semseg.models.resnet as r; assert c is r",
+]
+# A child each: what an import finds depends on what has been imported of the package before it.
+IN_CHILDREN = """
+import os, sys, torch, traceback
+failed = []
+for code in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            exec(code)
+        except BaseException:
+            print(code, file=sys.stderr)
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    failed += [code] if os.waitpid(child, 0)[1] else []
+assert not failed, failed
+assert not any(name.startswith("mit_semseg") for name in sys.modules)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the interpreter is forked")
+def test_ways_to_import() -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error::ImportWarning", "-c", code],
+        [sys.executable, "-W", "error::ImportWarning", "-c", IN_CHILDREN, *WAYS],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
 
