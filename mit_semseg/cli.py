@@ -13,12 +13,15 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mit_semseg import __version__
 from mit_semseg.arguments import SECTIONS, build_parser
 from mit_semseg.compat.flags import replacement
 from mit_semseg.errors import one_line
+
+if TYPE_CHECKING:
+    from mit_semseg.config import Options
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -27,38 +30,38 @@ def run_train(args: argparse.Namespace) -> int:
         # `--resume TRAIN.num_epoch 30`: the first override, taken for a path.
         args.opts.insert(0, args.resume)
         args.resume = "auto"
-    opts = _overrides(args)
+    options = _options(args)
     from mit_semseg.engine import processes
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
-    from mit_semseg.engine.launch import read_config
+    from mit_semseg.engine.launch import checked
     from mit_semseg.engine.rendezvous import job_name, join_process_group, leave_process_group
     from mit_semseg.engine.signals import die_with_parent, ignore_stops
     from mit_semseg.engine.train import train
     from mit_semseg.utils import setup_logger
 
-    cfg = read_config(args.cfg, opts)
+    checked(options)
     devices = resolve_devices(args.devices)
-    if processes.wanted(cfg.TRAIN.parallel, devices):
-        make_writable(cfg.DIR, "DIR")
-        return processes.start(args.words, len(devices), cfg.TRAIN.stall_seconds)
+    if processes.wanted(options.TRAIN.parallel, devices):
+        make_writable(options.DIR, "DIR")
+        return processes.start(args.words, len(devices), options.TRAIN.stall_seconds)
     if processes.started_here():
         die_with_parent(signal.SIGTERM)
-    rank, world, devices = join_process_group(devices, cfg.TRAIN.stall_seconds)
+    rank, world, devices = join_process_group(devices, options.TRAIN.stall_seconds)
     use_device(devices[0])
     if rank == 0:
-        make_writable(cfg.DIR, "DIR")
+        make_writable(options.DIR, "DIR")
     # The log of a command is the same, whether it drives GPUs by threads or by processes.
     setup_logger(
-        rank, named=world > 1 and not (processes.started_here() and rank == 0), folder=cfg.DIR
+        rank, named=world > 1 and not (processes.started_here() and rank == 0), folder=options.DIR
     )
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         args.resume = args.resume or "auto"  # torchrun began anew because a rank was lost
     atexit.register(ignore_stops)
-    result = train(cfg, devices, rank=rank, world=world, resume=args.resume, job=job_name())
+    result = train(options, devices, rank=rank, world=world, resume=args.resume, job=job_name())
     leave_process_group()
     if rank == 0:
-        _print_end(cfg.DIR, result)
+        _print_end(options.DIR, result)
     return 0
 
 
@@ -101,26 +104,26 @@ def _called(command: str) -> str:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Evaluate, one worker process a device or one rank of torchrun; 1 when some images failed."""
-    opts = _overrides(args)
+    options = _options(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
     from mit_semseg.engine.evaluate import evaluate
-    from mit_semseg.engine.launch import read_config
+    from mit_semseg.engine.launch import checked
     from mit_semseg.engine.rendezvous import join_process_group, leave_process_group
     from mit_semseg.utils import setup_logger
 
-    cfg = read_config(args.cfg, opts)
+    checked(options)
     devices, workers = resolve_devices(args.devices), args.workers
-    rank, world, devices = join_process_group(devices, cfg.VAL.timeout)
+    rank, world, devices = join_process_group(devices, options.VAL.timeout)
     setup_logger(rank, named=world > 1)
     if rank == 0:
-        make_writable(args.out or cfg.DIR, "--out" if args.out else "DIR")
+        make_writable(args.out or options.DIR, "--out" if args.out else "DIR")
     if args.single_process:
         devices, workers = devices[:1], 1
     if len(devices) * workers == 1:  # otherwise the work is done by other processes
         use_device(devices[0])
     place = {"out_dir": args.out, "rank": rank, "world": world}
-    result = evaluate(cfg, devices, workers=workers, keep=args.keep, **place)
+    result = evaluate(options, devices, workers=workers, keep=args.keep, **place)
     leave_process_group()
     return 1 if result["failed"] else 0
 
@@ -128,26 +131,26 @@ def run_eval(args: argparse.Namespace) -> int:
 def run_predict(args: argparse.Namespace) -> int:
     """Predict, one process a device or one rank of torchrun; 1 when some images failed."""
     images, more = split_overrides(args.imgs)
-    opts = _overrides(args, more)
+    options = _options(args, more)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
-    from mit_semseg.engine.launch import read_config
+    from mit_semseg.engine.launch import checked
     from mit_semseg.engine.predict import predict
     from mit_semseg.engine.rendezvous import join_process_group, leave_process_group
     from mit_semseg.utils import setup_logger
 
     setup_logger()
-    cfg = read_config(args.cfg, opts)
+    checked(options)
     devices = resolve_devices(args.devices, "--gpu")
-    rank, world, devices = join_process_group(devices, cfg.TEST.timeout)
+    rank, world, devices = join_process_group(devices, options.TEST.timeout)
     setup_logger(rank, named=world > 1)
     if rank == 0:
-        make_writable(cfg.TEST.result, "TEST.result")
+        make_writable(options.TEST.result, "TEST.result")
     if args.devices is None:
         devices = devices[:1]  # as published; mostly there are few images
     if len(devices) == 1:  # otherwise the work is done by other processes
         use_device(devices[0])
-    results = predict(cfg, images, devices, rank=rank, world=world)
+    results = predict(options, images, devices, rank=rank, world=world)
     leave_process_group()
     return 1 if any("error" in result for result in results) else 0
 
@@ -181,35 +184,34 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_overfit(args: argparse.Namespace) -> int:
     """Overfit one image; 1 when the model does not."""
-    opts = _overrides(args)
+    options = _options(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
-    from mit_semseg.engine.launch import read_config
+    from mit_semseg.engine.launch import checked
     from mit_semseg.tools.overfit import TARGET, run
     from mit_semseg.utils import setup_logger
 
     setup_logger()
-    cfg = read_config(args.cfg, opts)
+    checked(options)
     make_writable(args.out, "--out")
     device = resolve_devices(args.devices)[0]
     use_device(device)
     name = os.path.splitext(os.path.basename(args.cfg))[0]
-    found = run(cfg, device, args.out, name=name, steps=args.steps, side=args.side)
+    found = run(options, device, args.out, name=name, steps=args.steps, side=args.side)
     return 0 if found.accuracy >= TARGET else 1
 
 
 def run_profile(args: argparse.Namespace) -> int:
     """What recipes cost; 1 when one of them could not be measured."""
     files, opts = split_overrides(args.recipes)
-    for file in files:
-        _look_at(file, opts)
+    read = {file: _read(file, opts) for file in files}
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
-    from mit_semseg.engine.launch import read_config
+    from mit_semseg.engine.launch import checked
     from mit_semseg.tools.profile import run
     from mit_semseg.tools.recipes import named
 
-    recipes = {name: read_config(file, opts) for name, file in named(files).items()}
+    recipes = {name: checked(read[file]) for name, file in named(files).items()}
     if args.out:
         make_writable(args.out, "--out")
     device = resolve_devices(args.devices)[0]
@@ -222,7 +224,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     """Train and evaluate configurations; 1 when one failed."""
     files, opts = split_overrides(args.recipes)
     for file in files:
-        _look_at(file, opts)
+        _read(file, opts)
     from mit_semseg.tools.sweep import run
 
     settings = {"gpus": args.devices, "minutes": args.minutes, "vary": args.vary, "opts": opts}
@@ -242,7 +244,7 @@ def run_compare(args: argparse.Namespace) -> int:
 def run_data(args: argparse.Namespace) -> int:
     """Make, check or download data; 1 when problems were found or met."""
     if args.action == "check" and args.cfg:
-        _look_at(args.cfg)
+        args.options = _read(args.cfg)
     from mit_semseg.dataset.commands import run
 
     return run(args)
@@ -251,7 +253,7 @@ def run_data(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     """Render the demo's data, or show what came of them."""
     if args.action == "page":
-        _look_at(args.cfg)
+        args.options = _read(args.cfg)
     from mit_semseg.demo.command import run
 
     return run(args)
@@ -345,27 +347,27 @@ def _refuse_early_flags(arguments: list[str]) -> None:
         raise ValueError(advice)
 
 
-def _overrides(args: argparse.Namespace, more: Sequence[str] = ()) -> list[str]:
-    """`KEY value` pairs, with what options say behind them, so that options win.
+def _options(args: argparse.Namespace, more: Sequence[str] = ()) -> Options:
+    """The configuration file, with `KEY value` pairs and what options say after them.
 
-    Mistakes in the configuration and in the devices' names are looked for here, too.
+    Mistakes in the devices' names are looked for here, too.
     """
     opts = [*more, *args.opts]
-    _look_at(args.cfg, opts)
+    if args.precision:
+        opts += [f"{args.section}.precision", args.precision]
+    options = _read(args.cfg, opts)
     if args.devices is not None:
         from mit_semseg.utils import parse_devices
 
         parse_devices(args.devices)
-    if args.precision:
-        opts += [f"{args.section}.precision", args.precision]
-    return opts
+    return options
 
 
-def _look_at(config: str, opts: Sequence[str] = ()) -> None:
+def _read(config: str, opts: Sequence[str] = ()) -> Options:
     """Refuse a mistaken configuration now: this takes no time, what comes next imports torch."""
-    from mit_semseg.config import load_config
+    from mit_semseg.config import load_options
 
-    load_config(config, list(opts))
+    return load_options(config, opts)
 
 
 if __name__ == "__main__":

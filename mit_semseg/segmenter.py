@@ -191,19 +191,20 @@ class Segmenter:
         """
         device = usable_device(device)  # before the weights are read
         folder = CheckpointFolder(Path(path))
-        cfg = folder.config()
-        module = load_model(cfg, checkpoint or folder.best_or_latest())
-        sizes = cfg.TEST.imgSizes if imgSizes is None else imgSizes
+        options = folder.options()
+        module = load_model(options, checkpoint or folder.best_or_latest())
+        test = options.TEST
+        sizes = test.imgSizes if imgSizes is None else imgSizes
         return cls(
             module,
             folder.classes(),
-            DataOptions.read(cfg.DATASET).at_scales(sizes),
+            options.DATASET.at_scales(sizes),
             device=device,
             precision=precision,
-            flip=cfg.TEST.flip,
+            flip=test.flip,
             compile=compile,
-            tile=cfg.TEST.tile if tile is None else tile,
-            window=Sliding.of(cfg.TEST) if tile is None else None,
+            tile=test.tile if tile is None else tile,
+            window=Sliding.of(test) if tile is None else None,
         )
 
     @overload

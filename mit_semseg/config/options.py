@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mit_semseg.config.data import DataOptions
@@ -64,6 +64,11 @@ class Options(Section):
             )
         if isinstance(weights, tuple) and not any(weights):
             raise ValueError("TRAIN.class_weights are all 0: nothing would be learned")
+
+    def without_weights(self) -> Options:
+        """The same for a network whose weights come from elsewhere: none are fetched."""
+        model = replace(self.MODEL, weights_encoder="none", weights_decoder="none")
+        return replace(self, MODEL=model)
 
     def without_effect(self) -> list[str]:
         """One line for each setting that others leave without effect."""

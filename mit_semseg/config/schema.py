@@ -56,27 +56,29 @@ class Setting:
     old: Mapping[str, Callable[[Any], Any] | None] = field(default_factory=dict)
 
     def read(self, value: Any, source: str = "") -> Any:
-        """A value, or the text of one, as a section holds it.
+        """A value as a section holds it.
 
         Args:
-            value: of the key's type, or as typed in a shell.
-            source: file or command line that it comes from, for the error.
+            value: of one of the key's types.
+            source: file or command line that it comes from, where texts stand for values, too:
+                "0.02", "(300, 450)", "color,index". Empty for values of Python.
 
         Raises:
             ValueError: the key does not take it; source, key, value and what to give are named.
         """
-        found = self._parsed(value)
+        given = _literal(value) if source else value
+        found = self._parsed(given, value, bool(source))
         if found is not None and not self._wrong(found):
             return found
-        advice = self._wrong(found) if found is not None else self._takes(value)
-        shown = found if isinstance(found, tuple) else _literal(value)
+        advice = self._wrong(found) if found is not None else self._takes(given)
+        shown = found if isinstance(found, tuple) else given
         shown = list(shown) if isinstance(shown, tuple) else shown
         where = f"{source}: " if source else ""
         raise ValueError(f"{where}{self.name} is {shown!r:.200}{advice}")
 
     def read_old(self, name: str, value: Any, source: str = "") -> Any:
         """A value that was given under an earlier name of the key; errors show that name."""
-        convert, given = self.old[name], _literal(value)
+        convert, given = self.old[name], _literal(value) if source else value
         if convert is None:
             return self.read(value, source)
         shown = f"{self.name.partition('.')[0]}.{name} {given!r:.80} (now {self.name})"
@@ -98,16 +100,16 @@ class Setting:
         )
         return f"{', '.join(forms)}{bounds}"
 
-    def _parsed(self, value: Any) -> Any:
+    def _parsed(self, value: Any, text: Any, typed: bool) -> Any:
         """The value in one of the key's types; None where it has none of them."""
-        text, value = value, _literal(value)
         if value is False and "off" in self.words:
             value = "off"  # as yaml reads a bare off
         if isinstance(value, str) and value in self.words:
             return value
         for kind in self.kinds:
             if kind is not str:
-                found = _as_type(kind, value)
+                is_text = typed and isinstance(value, str) and kind not in _KINDS
+                found = _as_type(kind, _words(value) if is_text else value)
             elif self.words or (len(self.kinds) > 1 and isinstance(value, (list, tuple))):
                 continue
             else:
@@ -267,13 +269,15 @@ def _as_type(kind: Any, value: Any) -> Any:
     return None if None in entries else tuple(entries)
 
 
+def _words(text: str) -> list[str]:
+    """A list as typed in a shell: [color, index], (color) or color,index."""
+    return [word.strip() for word in text.strip("[]() ").split(",") if word.strip()]
+
+
 def _entries(value: Any) -> Iterable[Any]:
     """The entries of a list, [None] where it is none; a single entry stands for itself."""
-    if isinstance(value, str):
-        # As typed in a shell: [color, index], (color) or color,index.
-        return [word.strip() for word in value.strip("[]() ").split(",") if word.strip()]
     if isinstance(value, (Mapping, bool)):
         return [None]
-    if isinstance(value, Iterable):
+    if isinstance(value, Iterable) and not isinstance(value, str):
         return value
     return [] if value is None else [value]

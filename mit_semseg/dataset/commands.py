@@ -6,7 +6,6 @@ import argparse
 import json
 from typing import Any
 
-from mit_semseg.config import DataOptions
 from mit_semseg.config.options import SETTINGS
 from mit_semseg.dataset.base import FORMATS
 from mit_semseg.dataset.checking import check, describe_check
@@ -53,15 +52,13 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     if args.format is not None:
         FORMATS.get(args.format)  # refuses an unknown name, even where --cfg makes it idle
     if args.cfg:
-        from mit_semseg.config import load_config
-
-        data = load_config(args.cfg, []).DATASET
+        data = args.options.DATASET
         split = build_split(data, args.list)
         return check(
             split.records,
             classes=split.classes,
             label_map=split.label_map,
-            depth=DataOptions.read(data),
+            depth=data,
         )
     return check(
         args.list,

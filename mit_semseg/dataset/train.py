@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mit_semseg.config import DataOptions
+from mit_semseg.config import DataOptions, TrainOptions
 from mit_semseg.dataset.aspect import AspectPreserving
 from mit_semseg.dataset.base_dataset import BaseDataset
 from mit_semseg.dataset.label_map import LabelMap
@@ -87,12 +87,7 @@ class TrainDataset(BaseDataset):
                 f"DATASET.padding_constant {options.padding_constant} is no multiple of "
                 f"DATASET.segm_downsampling_rate {options.segm_downsampling_rate}"
             )
-        if batch_per_gpu < 1:
-            raise ValueError(f"TRAIN.batch_size_per_gpu is {batch_per_gpu}; it must be at least 1")
-        if pad_to < 1:
-            raise ValueError(f"TRAIN.shape_bucket is {pad_to}; it must be at least 1")
-        if seed < 0:
-            raise ValueError(f"TRAIN.seed is {seed}; it must be 0 or more")
+        TrainOptions(batch_size_per_gpu=batch_per_gpu, shape_bucket=pad_to, seed=seed)  # checks
         self.root_dataset = os.fspath(root_dataset)
         self.batch_per_gpu = batch_per_gpu
         self.seed = seed

@@ -18,11 +18,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.train} scenes to train on and {args.val} held out in {root}")
         return 0
     from mit_semseg.demo.page import show
-    from mit_semseg.engine.launch import read_config
+    from mit_semseg.engine.launch import checked
 
-    page = show(
-        read_config(args.cfg), args.evaluation, args.out, args.images, _commands(args.commands)
-    )
+    options = checked(args.options)
+    page = show(options, args.evaluation, args.out, args.images, _commands(args.commands))
     print(f"Open {page}")
     return 0
 

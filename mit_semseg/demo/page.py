@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mit_semseg.config.node import Config
+from mit_semseg.config import Options
 from mit_semseg.dataset.images import load_image, load_mask
 from mit_semseg.dataset.split import build_split
 from mit_semseg.engine.cpu import cpu_count
@@ -19,7 +19,7 @@ from mit_semseg.visualize.sheets import Sample, contact_sheet
 
 
 def show(
-    cfg: Config,
+    options: Options,
     evaluation: str | Path,
     out: str | Path,
     count: int = 12,
@@ -28,7 +28,7 @@ def show(
     """Write `index.html` and `overview.png` about a model that was trained, scored and run.
 
     Args:
-        cfg: of the run: predictions are read from `TEST.result`, truth from `DATASET.list_val`.
+        options: of the run: predictions are read from `TEST.result`, truth from `DATASET.list_val`.
         evaluation: folder with `eval.json`.
         out: folder to write to.
         count: images on the page; the first ones of the validation list.
@@ -41,13 +41,13 @@ def show(
         FileNotFoundError: figures or predictions are not there yet; the command is named.
     """
     figures = json.loads(_read(Path(evaluation) / "eval.json", "eval_multipro.py"))
-    lines = _read(Path(cfg.DIR) / "metrics.jsonl", "train.py").splitlines()
+    lines = _read(Path(options.DIR) / "metrics.jsonl", "train.py").splitlines()
     history = [json.loads(line) for line in lines]
-    split = build_split(cfg.DATASET, "val")
-    samples = _samples(cfg, count)
+    split = build_split(options.DATASET, "val")
+    samples = _samples(options, count)
     names, colors = split.classes.names, split.classes.colors
     trained = [record for record in history if record["kind"] == "train"]
-    module = ModelBuilder.from_config(cfg, inference=True)
+    module = ModelBuilder.from_config(options, inference=True)
     weights = sum(p.numel() for p in module.parameters())
     summary = [
         ("mean IoU", f"{figures['mean_iou']:.3f}"),
@@ -64,7 +64,7 @@ def show(
         names,
         colors,
         out / "overview.png",
-        title=f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder} on held-out scenes: "
+        title=f"{options.MODEL.arch_encoder} + {options.MODEL.arch_decoder} on held-out scenes: "
         f"mean IoU {figures['mean_iou']:.3f}",
     )
     return write_page(
@@ -73,8 +73,8 @@ def show(
         names,
         colors,
         title="Scene parsing: a model trained here, from scratch",
-        lead=f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, randomly initialised, trained "
-        f"on rendered street scenes with exact labels and shown scenes it has never seen. "
+        lead=f"{options.MODEL.arch_encoder} + {options.MODEL.arch_decoder}, randomly initialised, "
+        f"trained on rendered street scenes with exact labels and shown scenes it has never seen. "
         f"{platform.machine()}, {cores} core{'s' if cores > 1 else ''}, torch {torch.__version__}.",
         figures=summary,
         ious=[row["iou"] for row in figures["classes"]],
@@ -83,10 +83,10 @@ def show(
     )
 
 
-def _samples(cfg: Config, count: int) -> list[Sample]:
+def _samples(options: Options, count: int) -> list[Sample]:
     """Images, truths and predictions of the first records of the validation list."""
-    split = build_split(cfg.DATASET, "val")
-    root, result = Path(cfg.DATASET.root_dataset), Path(cfg.TEST.result)
+    split = build_split(options.DATASET, "val")
+    root, result = Path(options.DATASET.root_dataset), Path(options.TEST.result)
     samples = []
     for record in split.records[:count]:
         image, truth = root / record["fpath_img"], root / record["fpath_segm"]
@@ -98,7 +98,7 @@ def _samples(cfg: Config, count: int) -> list[Sample]:
                 f"{image.parent.name}/{image.name}",
                 load_image(image),
                 np.asarray(split.label_map(load_mask(truth))),
-                load_mask(file) - cfg.DATASET.label_offset,
+                load_mask(file) - options.DATASET.label_offset,
             )
         )
     return samples

@@ -8,13 +8,14 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
 
-from mit_semseg.config import dump_config, load_config
+from mit_semseg.config import Options, dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.models import ModelBuilder, SegmentationModule
@@ -122,10 +123,14 @@ class CheckpointFolder:
         cfg.DIR = str(self.path)
         return cfg
 
+    def options(self) -> Options:
+        """The same, typed."""
+        return Options.read(self.config())
+
     def classes(self) -> ClassTable:
         """Class names and colours, from the folder, else from the configuration's data set."""
         file = self.path / CLASSES
-        return ClassTable.load(file) if file.is_file() else class_table(self.config().DATASET)
+        return ClassTable.load(file) if file.is_file() else class_table(self.options().DATASET)
 
     def names(self) -> list[str]:
         """Checkpoints for which both halves are there: epochs in order, `best.pth` last."""
@@ -166,10 +171,10 @@ class CheckpointFolder:
             f"and decoder_{checkpoint} there"
         )
 
-    def prepare(self, cfg: Config, classes: ClassTable) -> None:
+    def prepare(self, options: Options, classes: ClassTable) -> None:
         """Create the folder with configuration, class names and palette."""
         self.path.mkdir(parents=True, exist_ok=True)
-        dump_config(cfg, self.path / CONFIG)
+        dump_config(options, self.path / CONFIG)
         classes.save(self.path / CLASSES)
 
     def save(self, name: str, encoder: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:
@@ -220,10 +225,10 @@ def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> 
                     f"{file}: {name} holds values that half precision cannot: do not pack"
                 )
         halves.append(small)
-    cfg = folder.config()
-    cfg.DIR = str(out)
-    cfg.VAL.checkpoint = cfg.TEST.checkpoint = "best.pth"
-    packed.prepare(cfg, folder.classes())
+    options = folder.options()
+    val = replace(options.VAL, checkpoint="best.pth")
+    test = replace(options.TEST, checkpoint="best.pth")
+    packed.prepare(replace(options, DIR=str(out), VAL=val, TEST=test), folder.classes())
     packed.save("best.pth", halves[0], halves[1])
     for name in ("metrics.jsonl", "curves.png", "log.txt"):
         if (folder.path / name).is_file():
@@ -239,21 +244,21 @@ def resolve_checkpoint(directory: str | Path, checkpoint: str) -> tuple[Checkpoi
     return CheckpointFolder(path.parent), path.name
 
 
-def model_classes(cfg: Config, checkpoint: str) -> ClassTable:
+def model_classes(options: Options, checkpoint: str) -> ClassTable:
     """Names and colours: those beside the checkpoint, else the configuration's data set's.
 
     Raises:
         ValueError: the table has not `DATASET.num_class` rows.
     """
-    folder, _ = resolve_checkpoint(cfg.DIR, checkpoint)
+    folder, _ = resolve_checkpoint(options.DIR, checkpoint)
     file = folder.path / CLASSES
     if not file.is_file():
-        return class_table(cfg.DATASET)
+        return class_table(options.DATASET)
     fix = "use the configuration this checkpoint was trained with"
-    return ClassTable.load(file).checked(cfg.DATASET.num_class, file, fix)
+    return ClassTable.load(file).checked(options.DATASET.num_class, file, fix)
 
 
-def load_model(cfg: Config, checkpoint: str) -> SegmentationModule:
+def load_model(cfg: Options | Config, checkpoint: str) -> SegmentationModule:
     """The model of a configuration with a checkpoint's weights, in evaluation mode on the CPU.
 
     Args:
@@ -263,11 +268,10 @@ def load_model(cfg: Config, checkpoint: str) -> SegmentationModule:
         FileNotFoundError: the checkpoint does not exist; those that do are listed.
         ValueError: the weights do not fit the configured model.
     """
-    folder, name = resolve_checkpoint(cfg.DIR, checkpoint)
+    options = Options.read(cfg)
+    folder, name = resolve_checkpoint(options.DIR, checkpoint)
     encoder_file, decoder_file = folder.files(name)
-    bare = cfg.clone()
-    bare.MODEL.weights_encoder = bare.MODEL.weights_decoder = "none"
-    module = ModelBuilder.from_config(bare, inference=True)
+    module = ModelBuilder.from_config(options.without_weights(), inference=True)
     load_whole(module.encoder, encoder_file, "encoder")
     load_whole(module.decoder, decoder_file, "decoder")
     return module.eval()

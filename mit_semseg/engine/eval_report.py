@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mit_semseg.config import DataOptions
-from mit_semseg.config.node import Config
+from mit_semseg.config import Options
 from mit_semseg.dataset import ClassTable
 from mit_semseg.engine.scoring import Evaluation
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
@@ -30,20 +29,20 @@ def result_of(
     evaluation: Evaluation,
     count: int,
     seconds: float,
-    cfg: Config,
+    options: Options,
     classes: ClassTable,
     checkpoint: str,
 ) -> dict[str, Any]:
     """What `eval.json` holds of an evaluation of `count` images that took `seconds`."""
-    used = count - len(evaluation.bad)
+    used, val = count - len(evaluation.bad), options.VAL
     return {
         "checkpoint": checkpoint,
         "images": used,
         "failed": [{"image": image, "error": reason} for image, reason in evaluation.failed],
-        "imgSizes": list(DataOptions.read(cfg.DATASET).at_scales(cfg.VAL.imgSizes).imgSizes),
-        "flip": bool(cfg.VAL.flip),
-        "window": list(cfg.VAL.window),
-        "precision": cfg.VAL.precision,
+        "imgSizes": list(val.imgSizes or options.DATASET.imgSizes),
+        "flip": val.flip,
+        "window": list(val.window),
+        "precision": val.precision,
         "processes": evaluation.processes,
         "seconds": seconds,
         "seconds_per_image": evaluation.seconds / used,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mit_semseg.config import DataOptions
+from mit_semseg.config import Options
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
 from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
@@ -58,7 +58,7 @@ class Interrupted(Exception):
 class Job:
     """What one evaluation process needs; small, since it is sent to every one of them."""
 
-    cfg: Config
+    options: Options
     checkpoint: str
     device: torch.device
     concurrent: int  # images that are computed side by side on the CPU
@@ -68,7 +68,7 @@ class Job:
 
 
 def evaluate(
-    cfg: Config,
+    cfg: Options | Config,
     devices: Sequence[torch.device],
     workers: int = 1,
     *,
@@ -123,48 +123,49 @@ def evaluate(
         raise ValueError(f"workers is {workers}; give at least 1 process per device")
     if not devices:
         raise ValueError("devices is empty; give at least torch.device('cpu')")
-    checkpoint = checkpoint or cfg.VAL.checkpoint
-    split = build_split(cfg.DATASET, "val")
+    options = Options.read(cfg)
+    checkpoint = checkpoint or options.VAL.checkpoint
+    split = build_split(options.DATASET, "val")
     count, classes = len(split.records), split.classes
     if model is None:
         # Found missing here, it is one clear line instead of one traceback per process.
-        folder, name = resolve_checkpoint(cfg.DIR, checkpoint)
+        folder, name = resolve_checkpoint(options.DIR, checkpoint)
         folder.files(name)
-        classes = model_classes(cfg, checkpoint)
+        classes = model_classes(options, checkpoint)
         _compare_classes(classes, split.classes, quiet=rank > 0)
-    out = Path(cfg.DIR) / "result_eval" if out_dir is None else Path(out_dir)
+    out = Path(options.DIR) / "result_eval" if out_dir is None else Path(out_dir)
     if rank == 0:
         # Before the work: an evaluation that cannot be written is not worth its hours.
         out.mkdir(parents=True, exist_ok=True)
 
-    chunks = _chunks(count, cfg.VAL.batch_size)[rank::world]
+    chunks = _chunks(count, options.VAL.batch_size)[rank::world]
     places = [device for device in devices for _ in range(workers)][: max(1, len(chunks))]
     if model is not None:
         places = places[:1]
-    pictures = Pictures(out / "pictures", classes.colors) if cfg.VAL.visualize else None
+    pictures = Pictures(out / "pictures", classes.colors) if options.VAL.visualize else None
     saved = SavedPredictions.evenly(out / "labels", keep, count) if keep else None
     jobs = [
-        Job(cfg, checkpoint, device, _concurrent(places), len(places), pictures, saved)
+        Job(options, checkpoint, device, _concurrent(places), len(places), pictures, saved)
         for device in places
     ]
     started = time.perf_counter()
     with (
         _Progress("evaluating", chunks, progress and rank == 0, warn=True) as on_result,
         reading_watchdog(
-            cfg.VAL.timeout,
+            options.VAL.timeout,
             f"rank {rank}" if world > 1 else "",
             "look at these files, or raise VAL.timeout",
         ),
     ):
         parts = _parts(jobs, model, chunks, split.records, on_result)
-    with results_of_ranks(rank, "scored its images", "VAL.timeout", cfg.VAL.timeout):
+    with results_of_ranks(rank, "scored its images", "VAL.timeout", options.VAL.timeout):
         whole = merged(sum(parts[1:], parts[0]), devices[0])
     if len(whole.bad) == count:
         image, reason = whole.failed[0]
         raise ValueError(f"none of the {count} images can be used; the first: {image}: {reason}")
 
     seconds = time.perf_counter() - started
-    result = result_of(whole, count, seconds, cfg, classes, checkpoint if model is None else "")
+    result = result_of(whole, count, seconds, options, classes, checkpoint if model is None else "")
     if rank == 0:
         if line := single_class(whole.matrix, classes):
             log.warning("%s", line)
@@ -174,18 +175,20 @@ def evaluate(
     return result
 
 
-def val_dataset(cfg: Config) -> ValDataset:
+def val_dataset(cfg: Options | Config) -> ValDataset:
     """The validation samples of a configuration, as bytes at the scales of `VAL.imgSizes`."""
-    split = build_split(cfg.DATASET, "val")
-    options = DataOptions.read(cfg.DATASET).at_scales(cfg.VAL.imgSizes)
-    root = cfg.DATASET.root_dataset
-    return ValDataset(root, split.records, options, label_map=split.label_map, normalized=False)
+    options = Options.read(cfg)
+    data = options.DATASET.at_scales(options.VAL.imgSizes)
+    split = build_split(data, "val")
+    return ValDataset(
+        data.root_dataset, split.records, data, label_map=split.label_map, normalized=False
+    )
 
 
 def evaluate_model(
     module: SegmentationModule,
     dataset: ValDataset,
-    cfg: Config,
+    cfg: Options | Config,
     device: torch.device,
     *,
     progress: bool = True,
@@ -197,8 +200,8 @@ def evaluate_model(
     Args:
         module: on any device, in any mode.
         dataset: samples with labels, such as `val_dataset(cfg)`.
-        cfg: its `VAL` keys batch_size, precision, compile, flip, tile, window and stride
-            apply.
+        cfg: its `VAL` keys batch_size, precision, compile, flip, tile, window and
+            overlap apply.
         device: where to compute.
         progress: show a bar.
         share: (rank, ranks): the images that are this process's to score. The shares of all ranks
@@ -211,10 +214,11 @@ def evaluate_model(
     Raises:
         Interrupted: `stop` returned true.
     """
+    options = Options.read(cfg)
     rank, world = share
-    chunks = _chunks(len(dataset), cfg.VAL.batch_size)[rank::world]
+    chunks = _chunks(len(dataset), options.VAL.batch_size)[rank::world]
     with _Progress("validating", chunks, progress, stop) as on_result:
-        scorer = Scorer(module, dataset, cfg, device, _concurrent([device]))
+        scorer = Scorer(module, dataset, options, device, _concurrent([device]))
         result: Evaluation = run_here(scorer.run, chunks, on_result)
     return result
 
@@ -304,7 +308,7 @@ def _parts(
         on_result,
         describe=lambda chunk: ", ".join(str(records[i]["fpath_img"]) for i in chunk),
         ahead=first.concurrent if on_cpu else Threads.of(first.device, first.processes).held,
-        timeout=first.cfg.VAL.timeout,
+        timeout=first.options.VAL.timeout,
     )
 
 
@@ -312,14 +316,14 @@ def _work(
     job: Job, chunks: Iterator[Chunk], model: SegmentationModule | None = None
 ) -> Generator[Scored, None, Evaluation]:
     """One process: model and data are built where they are used."""
-    cfg = job.cfg
+    options = job.options
     if model is None:
         use_device(job.device)
-        model = load_model(cfg, job.checkpoint)
-    data = val_dataset(cfg)
+        model = load_model(options, job.checkpoint)
+    data = val_dataset(options)
     scorer = Scorer(
-        *(model, data, cfg, job.device, job.concurrent, job.processes),
-        boundary=cfg.VAL.boundary,
+        *(model, data, options, job.device, job.concurrent, job.processes),
+        boundary=options.VAL.boundary,
         gallery=Gallery(data, job.pictures) if job.pictures else None,
         saved=job.saved,
     )

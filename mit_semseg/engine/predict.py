@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mit_semseg import scores
-from mit_semseg.config import DataOptions
+from mit_semseg.config import Options
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import image_size, load_image
@@ -75,7 +75,7 @@ class Task:
 class Job:
     """What the process of one device needs; small, since it is sent there."""
 
-    cfg: Config
+    options: Options
     checkpoint: str
     device: torch.device
     classes: ClassTable
@@ -84,7 +84,7 @@ class Job:
 
 
 def predict(
-    cfg: Config,
+    cfg: Options | Config,
     imgs: PathLike | Iterable[PathLike],
     device: torch.device | Sequence[torch.device],
     *,
@@ -123,19 +123,20 @@ def predict(
     When a file is not read within TEST.timeout the process is ended, with exit status 3 and a
     line that names the file.
     """
-    checkpoint = checkpoint or cfg.TEST.checkpoint
-    out = Path(cfg.TEST.result if result is None else result)
-    tasks = found_by_rank_0(partial(_tasks, cfg, imgs, out), rank, world)
-    size = cfg.TEST.batch_size
+    options = Options.read(cfg)
+    checkpoint = checkpoint or options.TEST.checkpoint
+    out = Path(options.TEST.result if result is None else result)
+    tasks = found_by_rank_0(partial(_tasks, options, imgs, out), rank, world)
+    size = options.TEST.batch_size
     batches = [(i, tasks[i : i + size]) for i in range(0, len(tasks), size)]
     share = batches[rank::world]
     report = Report(share, progress and rank == 0)
     with report:
-        _run(_jobs(cfg, checkpoint, device, len(share), rank, world), share, report)
+        _run(_jobs(options, checkpoint, device, len(share), rank, world), share, report)
     parts = [report.results]
     if world > 1:
         parts = [{} for _ in range(world)]
-        with results_of_ranks(rank, "parsed its images", "TEST.timeout", cfg.TEST.timeout):
+        with results_of_ranks(rank, "parsed its images", "TEST.timeout", options.TEST.timeout):
             dist.all_gather_object(parts, report.results)
     whole = {number: results for part in parts for number, results in part.items()}
     ordered = [one for number in sorted(whole) for one in whole[number]]
@@ -144,12 +145,12 @@ def predict(
     return ordered
 
 
-def _tasks(cfg: Config, imgs: PathLike | Iterable[PathLike], out: Path) -> list[Task]:
+def _tasks(options: Options, imgs: PathLike | Iterable[PathLike], out: Path) -> list[Task]:
     """The images, each with the names of its results."""
     files, base = find_images(imgs, skip=out)
-    if cfg.DATASET.depth:
+    if options.DATASET.depth:
         files = without_depths(files)
-    endings = result_endings(list(dict.fromkeys(cfg.TEST.save)))
+    endings = result_endings(list(dict.fromkeys(options.TEST.save)))
     stems = output_stems(files, base, out, list(endings.values()))
     return [
         Task(file, {kind: Path(f"{stem}{ending}") for kind, ending in endings.items()})
@@ -158,7 +159,7 @@ def _tasks(cfg: Config, imgs: PathLike | Iterable[PathLike], out: Path) -> list[
 
 
 def _jobs(
-    cfg: Config,
+    options: Options,
     checkpoint: str,
     device: torch.device | Sequence[torch.device],
     batches: int,
@@ -175,11 +176,11 @@ def _jobs(
     names = [f"rank {rank}"] * len(devices) if world > 1 else [str(place) for place in devices]
     if len(devices) == world == 1:
         names = [""]
-    folder, file = resolve_checkpoint(cfg.DIR, checkpoint)
+    folder, file = resolve_checkpoint(options.DIR, checkpoint)
     folder.files(file)  # missing, it is one clear line now instead of one for each process
-    classes = model_classes(cfg, checkpoint)
+    classes = model_classes(options, checkpoint)
     return [
-        Job(cfg, checkpoint, place, classes, name, len(devices))
+        Job(options, checkpoint, place, classes, name, len(devices))
         for place, name in zip(devices, names, strict=True)
     ]
 
@@ -203,7 +204,7 @@ def _work(job: Job, batches: Iterator[Batch]) -> Generator[tuple[int, list[Resul
     """Everything of one device, in a process of its own where there are several."""
     use_device(job.device)
     advice = "look at these files, or raise TEST.timeout"
-    with reading_watchdog(job.cfg.TEST.timeout, job.name, advice):
+    with reading_watchdog(job.options.TEST.timeout, job.name, advice):
         yield from _Pipeline(job).run(batches)
 
 
@@ -242,22 +243,22 @@ class _Pipeline:
     """Reading, computing and writing on one device."""
 
     def __init__(self, job: Job) -> None:
-        cfg = job.cfg
-        self.cfg, self.classes, self.device = cfg, job.classes, job.device
-        self.options = DataOptions.read(cfg.DATASET).at_scales(cfg.TEST.imgSizes)
+        options, test = job.options, job.options.TEST
+        self.save, self.classes, self.device = test.save, job.classes, job.device
+        self.data = options.DATASET.at_scales(test.imgSizes)
         self.predictor = Predictor(
-            load_model(cfg, job.checkpoint),
-            self.options,
+            load_model(options, job.checkpoint),
+            self.data,
             job.device,
-            precision=cfg.TEST.precision,
-            flip=cfg.TEST.flip,
-            tile=cfg.TEST.tile,
-            window=Sliding.of(cfg.TEST),
-            compile=cfg.TEST.compile,
+            precision=test.precision,
+            flip=test.flip,
+            tile=test.tile,
+            window=Sliding.of(test),
+            compile=test.compile,
         )
         self.threads = Threads.of(job.device, job.processes)
         self.budget = Budget(_IN_MEMORY)
-        self.tuner = ThreadTuner(enabled=job.device.type == "cpu" and not cfg.TEST.compile)
+        self.tuner = ThreadTuner(enabled=job.device.type == "cpu" and not test.compile)
 
     def run(self, batches: Iterable[Batch]) -> Generator[tuple[int, list[Result]], None, None]:
         """Numbers of the batches with their results, in order; computes in the calling thread."""
@@ -295,7 +296,7 @@ class _Pipeline:
             try:
                 image = load_image(task.path)
                 size = (image.shape[1], image.shape[0])
-                depth = load_depth_beside(task.path, self.options, size)
+                depth = load_depth_beside(task.path, self.data, size)
                 inputs[i] = self.predictor.scales(image, depth)
             except (OSError, ValueError, MemoryError) as error:
                 read.errors[i] = one_line(error)
@@ -341,7 +342,7 @@ class _Pipeline:
         labels = self.predictor.labels(logits, group.size, scores.label_dtype(len(self.classes)))
         copy = HostCopy(labels)
         watch.stop()
-        if "prob" in self.cfg.TEST.save:
+        if "prob" in self.save:
             # Here, where the logits are: they are too large to wait for a writer.
             for n, i in enumerate(group.positions):
                 try:
@@ -392,7 +393,7 @@ class _Pipeline:
     def _written(
         self, task: Task, image: np.ndarray, labels: np.ndarray, group: _Computed
     ) -> Result:
-        offset = int(self.cfg.DATASET.label_offset)
+        offset = int(self.data.label_offset)
         try:
             for kind, path in task.outputs.items():
                 if kind != "prob":

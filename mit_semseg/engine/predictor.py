@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mit_semseg import scores
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset.transforms import Normalize, scaled_inputs
 from mit_semseg.engine.devices import usable_device
 from mit_semseg.errors import one_line
@@ -70,11 +71,11 @@ class Predictor:
             ValueError: a setting cannot be used, or there is no such device.
         """
         self.device = usable_device(device)
-        self.options, self.flip = options, flip
+        self.options, self.flip = DataOptions.read(options), flip
         self.precision = Precision.of(precision, self.device)
         half = self.precision.dtype != torch.float32
         self.module = inference_copy(
-            module, self.device, Normalize.of(options), self.precision.dtype if half else None
+            module, self.device, Normalize.of(self.options), self.precision.dtype if half else None
         )
         network: Callable[[Tensor], Tensor] = self.module.logits
         if compile:

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mit_semseg.config import DataOptions
-from mit_semseg.config.node import Config
+from mit_semseg.config import Options
 from mit_semseg.dataset import ValDataset
 from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.inputs import common_base, output_stems
@@ -189,7 +188,7 @@ class Scorer:
     Args:
         module: the model, on any device, in any mode.
         dataset: samples with labels.
-        cfg: its `VAL` keys apply.
+        options: its `VAL` keys apply.
         device: where to compute.
         concurrent: chunks that are computed side by side on the CPU.
         processes: among which the cores of this rank are divided.
@@ -202,7 +201,7 @@ class Scorer:
         self,
         module: SegmentationModule,
         dataset: ValDataset,
-        cfg: Config,
+        options: Options,
         device: torch.device,
         concurrent: int = 1,
         processes: int = 1,
@@ -211,17 +210,18 @@ class Scorer:
         gallery: Gallery | None = None,
         saved: SavedPredictions | None = None,
     ) -> None:
+        val = options.VAL
         self.predictor = Predictor(
-            *(module, DataOptions.read(cfg.DATASET).at_scales(cfg.VAL.imgSizes), device),
-            precision=cfg.VAL.precision,
-            flip=cfg.VAL.flip,
-            tile=cfg.VAL.tile,
-            window=Sliding.of(cfg.VAL),
-            compile=cfg.VAL.compile,
+            *(module, options.DATASET.at_scales(val.imgSizes), device),
+            precision=val.precision,
+            flip=val.flip,
+            tile=val.tile,
+            window=Sliding.of(val),
+            compile=val.compile,
         )
         self.dataset, self.device = dataset, device
         self.gallery, self.saved = gallery, saved
-        self.num_class = cfg.DATASET.num_class
+        self.num_class = options.DATASET.num_class
         self.dtype = label_dtype(self.num_class)
         self.concurrent = concurrent
         self.threads = Threads.of(device, processes)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mit_semseg.config import Options
 from mit_semseg.config.node import Config
 from mit_semseg.engine.training.build import build
 from mit_semseg.engine.training.trainer import Trainer
@@ -14,7 +15,7 @@ from mit_semseg.errors import one_line
 
 
 def train(
-    cfg: Config,
+    cfg: Options | Config,
     devices: Sequence[torch.device],
     *,
     rank: int = 0,
@@ -30,7 +31,7 @@ def train(
     of a run that was never killed.
 
     Args:
-        cfg: a checked configuration (`launch.read_config`).
+        cfg: `Options`, or a yacs tree such as `launch.read_config` gives.
         devices: devices of this process; several are driven by UserScatteredDataParallel.
         rank, world: place in torchrun's process group (`rendezvous.join_process_group`).
         resume: "auto" or True continues from the newest state in `cfg.DIR` that is whole, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from mit_semseg.config import Options
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, build_split
 from mit_semseg.engine.training.optim import build_optimizer, poly_factor, set_learning_rates
@@ -70,7 +71,7 @@ class Overfit:
 
 
 def overfit(
-    cfg: Config,
+    cfg: Options | Config,
     device: torch.device,
     *,
     name: str = "",
@@ -97,19 +98,20 @@ def overfit(
         ValueError: the data or the model cannot be used.
         FileNotFoundError: there is no such data.
     """
+    options = Options.read(cfg)
     if steps < 1:
         raise ValueError(f"--steps {steps}: give at least 1")
-    name = name or f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}"
+    name = name or f"{options.MODEL.arch_encoder} + {options.MODEL.arch_decoder}"
     began, tries = time.monotonic(), []
     for rate in RATES:
-        seed_everything(cfg.TRAIN.seed)
-        module = prepared(ModelBuilder.from_config(cfg, inference=False)).to(device)
-        stride = label_stride(module, cfg, side)
+        seed_everything(options.TRAIN.seed)
+        module = prepared(ModelBuilder.from_config(options, inference=False)).to(device)
+        stride = label_stride(module, options, side)
         size = max(side, LEAST_SCORES * stride)
-        batch = one_image(cfg, size, stride)
-        image = one_image(cfg, size, stride, depth=False)["img_data"][0].permute(1, 2, 0)
+        batch = one_image(options, size, stride)
+        image = one_image(options, size, stride, depth=False)["img_data"][0].permute(1, 2, 0)
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-        tries.append(_train(module, tensors, cfg, rate, steps, name, image.numpy(), progress))
+        tries.append(_train(module, tensors, options, rate, steps, name, image.numpy(), progress))
         if tries[-1].accuracy >= TARGET:
             break
     best = max(tries, key=lambda one: one.accuracy)
@@ -117,28 +119,32 @@ def overfit(
     return best
 
 
-def one_image(cfg: Config, side: int, stride: int, depth: bool = True) -> dict[str, Any]:
+def one_image(options: Options, side: int, stride: int, depth: bool = True) -> dict[str, Any]:
     """The batch of the first training image, without chance.
 
     Args:
-        cfg: the configuration.
+        options: the settings.
         side: short side in pixels.
         stride: image pixels per label pixel.
         depth: False leaves depth out where the recipe has it: bytes instead of floats.
     """
-    plain = cfg.clone()
-    plain.DATASET.depth = depth and plain.DATASET.depth
-    plain.DATASET.batching, plain.DATASET.crop_size = "aspect", []
-    plain.DATASET.imgSizes = [side]
-    plain.DATASET.random_flip, plain.DATASET.color_jitter = False, 0.0
-    plain.DATASET.padding_constant = math.lcm(plain.DATASET.padding_constant, stride)
-    plain.DATASET.segm_downsampling_rate = stride
-    split = build_split(plain.DATASET, "train")
+    plain = replace(
+        options.DATASET,
+        depth=depth and options.DATASET.depth,
+        batching="aspect",
+        crop_size=(),
+        imgSizes=(side,),
+        random_flip=False,
+        color_jitter=0.0,
+        padding_constant=math.lcm(options.DATASET.padding_constant, stride),
+        segm_downsampling_rate=stride,
+    )
+    split = build_split(plain, "train")
     data = TrainDataset(
-        plain.DATASET.root_dataset,
+        plain.root_dataset,
         split.records[:1],
-        plain.DATASET,
-        seed=cfg.TRAIN.seed,
+        plain,
+        seed=options.TRAIN.seed,
         label_map=split.label_map,
         normalized=False,
     )
@@ -156,17 +162,17 @@ def prepared(module: SegmentationModule) -> SegmentationModule:
 
 
 @torch.no_grad()
-def label_stride(module: SegmentationModule, cfg: Config, side: int) -> int:
+def label_stride(module: SegmentationModule, options: Options, side: int) -> int:
     """Image pixels per pixel of the network's scores, 1 for those that give more."""
     side = -(-side // 32) * 32
-    image = next(module.parameters()).new_zeros(1, cfg.MODEL.in_channels, side, side)
+    image = next(module.parameters()).new_zeros(1, options.MODEL.in_channels, side, side)
     return max(side // module.eval().logits(image).shape[-1], 1)
 
 
 def _train(
     module: SegmentationModule,
     batch: dict[str, Tensor],
-    cfg: Config,
+    options: Options,
     rate: float,
     steps: int,
     name: str,
@@ -175,7 +181,7 @@ def _train(
 ) -> Overfit:
     """Steps of one learning rate, until the model knows the image."""
     optimizer = build_optimizer("AdamW", (module, rate), weight_decay=0.0)
-    precision = Precision.of(cfg.TRAIN.precision, next(module.parameters()).device)
+    precision = Precision.of(options.TRAIN.precision, next(module.parameters()).device)
     truth, began = batch["seg_label"][0].cpu().numpy(), time.monotonic()
     with tqdm(range(1, steps + 1), desc=name, disable=not progress, leave=False) as bar:
         for step in bar:
@@ -221,7 +227,7 @@ def table(found: list[Overfit]) -> str:
 
 
 def run(
-    cfg: Config,
+    cfg: Options | Config,
     device: torch.device,
     out: str | Path,
     *,
@@ -240,8 +246,9 @@ def run(
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    classes = build_split(cfg.DATASET, "train").classes
-    found = overfit(cfg, device, name=name, steps=steps, side=side)
+    options = Options.read(cfg)
+    classes = build_split(options.DATASET, "train").classes
+    found = overfit(options, device, name=name, steps=steps, side=side)
     (folder / "overfit.md").write_text(table([found]), "utf-8")
     (folder / "overfit.json").write_text(json.dumps([found.figures()], indent=2) + "\n", "utf-8")
     sheet = folder / "overfit.png"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from mit_semseg.config import Options
 from mit_semseg.config.node import Config
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.errors import one_line
@@ -54,7 +55,11 @@ class Profile:
 
 
 def profile(
-    cfg: Config, device: torch.device, size: tuple[int, int] = (512, 512), *, name: str = ""
+    cfg: Options | Config,
+    device: torch.device,
+    size: tuple[int, int] = (512, 512),
+    *,
+    name: str = "",
 ) -> Profile:
     """Measure a configured model, with random weights.
 
@@ -68,25 +73,25 @@ def profile(
         ValueError: the model cannot be built, or works with no image of this size.
     """
     _check_size(size)
-    cfg = cfg.clone()
-    cfg.MODEL.weights_encoder = cfg.MODEL.weights_decoder = "none"
-    module = ModelBuilder.from_config(cfg, inference=False).to(device)
-    image = torch.zeros(1, cfg.MODEL.in_channels, *size, device=device)
+    options = Options.read(cfg).without_weights()
+    model = options.MODEL
+    module = ModelBuilder.from_config(options, inference=False).to(device)
+    image = torch.zeros(1, model.in_channels, *size, device=device)
     parts = [*module.encoder.parameters(), *module.decoder.parameters()]
     held = [*parts, *module.buffers()]
-    name = name or f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}"
+    name = name or f"{model.arch_encoder} + {model.arch_decoder}"
     with _reach(name, size):
         gflops = operations(module, image) / 1e9
-        activations_mib = activations(module, image, cfg) / 2**20
+        activations_mib = activations(module, image, options) / 2**20
     return Profile(
         name,
-        cfg.MODEL.arch_encoder,
-        cfg.MODEL.arch_decoder,
+        model.arch_encoder,
+        model.arch_decoder,
         sum(p.numel() for p in parts) / 1e6,
         sum(4 * x.numel() for x in held) / 2**20,
         gflops,
         activations_mib,
-        speed(module, image, cfg),
+        speed(module, image, options),
     )
 
 
@@ -118,7 +123,7 @@ def operations(module: SegmentationModule, image: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def activations(module: SegmentationModule, image: Tensor, cfg: Config) -> int:
+def activations(module: SegmentationModule, image: Tensor, options: Options) -> int:
     """Bytes that a training step keeps for the backward pass, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
     kept: dict[int, tuple[int, Tensor]] = {}
@@ -130,7 +135,7 @@ def activations(module: SegmentationModule, image: Tensor, cfg: Config) -> int:
         return x
 
     H, W = image.shape[-2:]
-    rate = cfg.DATASET.segm_downsampling_rate
+    rate = options.DATASET.segm_downsampling_rate
     label = torch.zeros(1, -(-H // rate), -(-W // rate), dtype=torch.long, device=image.device)
     # A second image, of which half is counted: some layers cannot learn from one value.
     batch = {"img_data": image.repeat(2, 1, 1, 1), "seg_label": label.repeat(2, 1, 1)}
@@ -142,9 +147,9 @@ def activations(module: SegmentationModule, image: Tensor, cfg: Config) -> int:
     return total
 
 
-def speed(module: SegmentationModule, image: Tensor, cfg: Config) -> float:
+def speed(module: SegmentationModule, image: Tensor, options: Options) -> float:
     """Images a second, one at a time, as `predict` computes them (`VAL.precision`)."""
-    predictor = Predictor(module, cfg.DATASET, image.device, precision=cfg.VAL.precision)
+    predictor = Predictor(module, options.DATASET, image.device, precision=options.VAL.precision)
     predictor.logits([image])
     seconds: list[float] = []
     end = time.monotonic() + LEAST_SECONDS
@@ -171,7 +176,7 @@ COLUMNS: Mapping[str, str] = {
 
 
 def run(
-    recipes: Mapping[str, Config],
+    recipes: Mapping[str, Options | Config],
     device: torch.device,
     size: tuple[int, int],
     out: str | Path = "",

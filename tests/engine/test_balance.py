@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mit_semseg.config import load_config
+from mit_semseg.config import Options, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import Split, build_split
 from mit_semseg.engine.training import balance
@@ -38,7 +38,7 @@ def cfg(tmp_path: Path, make_images: Callable[..., None]) -> Config:
 
 def weights(cfg: Config, scheme: Any) -> torch.Tensor:
     cfg.TRAIN.class_weights = scheme
-    found = class_weights(cfg, build_split(cfg.DATASET, "train"), progress=False)
+    found = class_weights(Options.read(cfg), build_split(cfg.DATASET, "train"), progress=False)
     assert found is not None
     return found
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
+from mit_semseg.config import Options
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset
 from mit_semseg.engine.checkpoint import load_model
@@ -606,7 +607,9 @@ def test_one_thread_computes_and_counts_are_fetched_once(
     monkeypatch.setattr(ConfusionMatrix, "cpu", fetch)
     chunks = [range(2), range(2, 4), range(4, 5)]
     told: list[Any] = []
-    scorer = Scorer(module, data, cfg, CPU, 2, boundary=True, gallery=gallery, saved=saved)
+    scorer = Scorer(
+        module, data, Options.read(cfg), CPU, 2, boundary=True, gallery=gallery, saved=saved
+    )
     found = run_here(scorer.in_order, chunks, told.append)
     assert threads == {threading.get_ident()} and len(fetched) == 1 and set(checks) == {False}
     assert [count for count, _ in told] == [2, 2, 1] and found.processes == 1

@@ -83,7 +83,7 @@ def test_large_images_are_computed_in_tiles() -> None:
     tiled, whole = (Predictor(module, {}, CPU, tile=x).logits([image])[0] for x in (256, "off"))
     assert not torch.equal(tiled, whole)
     torch.testing.assert_close(tiled, whole, rtol=0, atol=float(1e-4 * whole.std()))
-    with pytest.raises(ValueError, match="tile is 63; use 'auto', 'off' or a side of 64"):
+    with pytest.raises(ValueError, match="tile is 63; give auto, off or a side of 64"):
         Predictor(module, {}, CPU, tile=63)
 
 

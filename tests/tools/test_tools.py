@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from mit_semseg.cli import main
-from mit_semseg.config import dump_config, load_config
+from mit_semseg.config import Options, dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.demo import streets
 from mit_semseg.engine.evaluate import evaluate, val_dataset
@@ -120,9 +120,10 @@ def test_the_picture_of_a_recipe_with_depth_is_its_image(
     settings = {"DATASET__list_train": str(tmp_path / "list.odgt"), "DATASET__depth": True}
     settings |= {"DATASET__color_order": order, "DATASET__mean": (0.4, 0.5, 0.6)}
     cfg = config(recipe(tmp_path / "deep.yaml", MODEL__in_channels=4, **settings))
-    batch = overfit.one_image(cfg, 64, 8)
+    options = Options.read(cfg)
+    batch = overfit.one_image(options, 64, 8)
     assert batch["img_data"].shape == (1, 4, 64, 96) and batch["img_data"].is_floating_point()
-    shown = overfit.one_image(cfg, 64, 8, depth=False)["img_data"]
+    shown = overfit.one_image(options, 64, 8, depth=False)["img_data"]
     assert np.array_equal(shown[0].permute(1, 2, 0).numpy(), image)
 
 
@@ -146,7 +147,7 @@ def test_settings_of_crops_are_left_out_without_a_warning(
     opts = ["DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)", "DATASET.random_blur", "0"]
     opts += ["DATASET.random_rotation", "0", "DATASET.scale_jitter", "(1.0, 1.0)"]
     cfg.merge_from_list(opts)
-    overfit.one_image(cfg, 64, 8)
+    overfit.one_image(Options.read(cfg), 64, 8)
     assert caplog.text == ""
 
 

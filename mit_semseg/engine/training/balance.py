@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mit_semseg.config.node import Config
+from mit_semseg.config import Options
 from mit_semseg.dataset import Split, load_mask
 from mit_semseg.dataset.loading import paths_of
 from mit_semseg.dataset.records import Record
@@ -29,7 +29,6 @@ SAMPLES = (1000, 10_000)
 # Where in DIR the counts are kept: a run that is resumed, or begun again, does not read the masks
 # once more.
 CACHE = "class_frequencies.json"
-SCHEMES = ("sqrt", "median", "enet")
 
 
 def frequency_weights(pixels: np.ndarray, images: np.ndarray, power: float) -> Tensor:
@@ -71,33 +70,21 @@ def enet_weights(pixels: np.ndarray, c: float = 1.02) -> Tensor:
     return torch.from_numpy((1 / np.log(c + share)).astype(np.float32))
 
 
-def class_weights(cfg: Config, split: Split, *, progress: bool = True) -> Tensor | None:
+def class_weights(options: Options, split: Split, *, progress: bool = True) -> Tensor | None:
     """The weights TRAIN.class_weights asks for, (num_class,) float32, or None.
 
-    The counts that they follow from are kept in `cfg.DIR`, and counted again when the list, a mask
+    The counts that they follow from are kept in `DIR`, and counted again when the list, a mask
     in it or what its values mean has changed.
 
     Raises:
-        ValueError: an unknown scheme, or a list whose length is not num_class, or of
-            zeros only.
         FileNotFoundError, ValueError: a mask cannot be used, unless `DATASET.on_error` is skip.
     """
-    wanted, num_class = cfg.TRAIN.class_weights, cfg.DATASET.num_class
-    if isinstance(wanted, list):
-        if len(wanted) != num_class:
-            raise ValueError(
-                f"TRAIN.class_weights has {len(wanted)} numbers; DATASET.num_class is {num_class}"
-            )
-        if not any(wanted):
-            raise ValueError("TRAIN.class_weights are all 0: nothing would be learned")
-        return torch.tensor([float(w) for w in wanted])
+    wanted, num_class = options.TRAIN.class_weights, options.DATASET.num_class
+    if isinstance(wanted, tuple):
+        return torch.tensor(wanted)
     if wanted == "none":
         return None
-    if wanted not in SCHEMES:
-        raise ValueError(
-            f"TRAIN.class_weights is {wanted!r}; it takes none, {', '.join(SCHEMES)} or a list"
-        )
-    cache, skip = Path(cfg.DIR) / CACHE, cfg.DATASET.on_error == "skip"
+    cache, skip = Path(options.DIR) / CACHE, options.DATASET.on_error == "skip"
     pixels, images = _frequencies(cache, split, num_class, skip, progress)
     if wanted == "enet":
         return enet_weights(pixels)

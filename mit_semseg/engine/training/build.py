@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mit_semseg.config.node import Config
+from mit_semseg.config import Options, TrainOptions
+from mit_semseg.config.node import Config, tree_of
 from mit_semseg.dataset import ClassTable, Split, TrainDataset, build_split, check_sample
 from mit_semseg.engine.cpu import (
     cpu_count,
@@ -79,29 +80,18 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Numbers of a run; the first ones are keys of `TRAIN`.
+class Plan:
+    """What follows from the settings, the data and the place of a run.
 
     Attributes:
+        epoch_iters: steps per epoch.
         batches_a_step: batches that all ranks together take for one step.
         fixed_size: whether all batches are of one size.
         summary: what is trained on what, for the log.
         config: the configuration, as yaml.
     """
 
-    num_epoch: int
     epoch_iters: int
-    accumulate: int
-    lr_encoder: float
-    lr_decoder: float
-    lr_pow: float
-    warmup_iters: int
-    compile: bool
-    disp_iter: int
-    eval_epochs: int
-    keep: int
-    checkpoint_minutes: float
-    optim: str
     batches_a_step: int
     fixed_size: bool
     summary: str
@@ -113,7 +103,8 @@ class Parts:
     """What `Trainer` puts together: each of them knows its own part of a run only."""
 
     place: Place
-    settings: Settings
+    options: TrainOptions
+    plan: Plan
     loader: Callable[..., TrainLoader]  # (first=, micro_steps=)
     step: TrainStep
     validate: Callable[..., Evaluation] | None  # (module, stop=)
@@ -132,7 +123,7 @@ class Parts:
 
 
 def build(
-    cfg: Config,
+    cfg: Options | Config,
     devices: Sequence[torch.device],
     rank: int = 0,
     world: int = 1,
@@ -141,42 +132,45 @@ def build(
     job: str = "",
 ) -> Parts:
     """Read the data, make the network and all else; the arguments are those of `train`."""
+    options = Options.read(cfg)
+    train = options.TRAIN
     place = Place(list(devices), rank, world, progress)
-    _check(cfg, place)
+    _check(train, place)
     if place.device.type == "cpu":
         set_threads(fixed_threads() or cpu_count() // local_ranks())
         keep_freed_memory()
-    seed_everything(cfg.TRAIN.seed)
-    with reading_watchdog(cfg.TRAIN.stall_seconds, place.name, STALLED):
-        split, data = _training_data(cfg, place)
-        validate = _validation(cfg, place, split) if cfg.TRAIN.eval_epochs else None
-        weights = class_weights(cfg, split, progress=progress)
-    settings = _settings(cfg, place, split, data)
-    folder, lock = RunFolder(cfg.DIR), RunLock(Path(cfg.DIR))
+    seed_everything(train.seed)
+    with reading_watchdog(train.stall_seconds, place.name, STALLED):
+        split, data = _training_data(options, place)
+        validate = _validation(options, place, split) if train.eval_epochs else None
+        weights = class_weights(options, split, progress=progress)
+    plan = _plan(options, place, split, data)
+    folder, lock = RunFolder(options.DIR), RunLock(Path(options.DIR))
     earlier = EarlierRuns(
         folder,
         lock,
         resume="auto" if resume is True else resume or "",
         job=job,
-        start_epoch=cfg.TRAIN.start_epoch,
-        epoch_iters=settings.epoch_iters,
-        batches_a_step=settings.batches_a_step,
+        start_epoch=train.start_epoch,
+        epoch_iters=plan.epoch_iters,
+        batches_a_step=plan.batches_a_step,
     )
-    step = _step(cfg, place, _initial(cfg, weights, earlier.may_exist()), folder)
-    passed = Progress(settings.epoch_iters, settings.epoch_iters * settings.num_epoch)
+    step = _step(train, place, _initial(options, weights, earlier.may_exist()), folder)
+    passed = Progress(plan.epoch_iters, plan.epoch_iters * train.num_epoch)
     history = History()
-    random = RandomNumbers(cfg.TRAIN.seed, place.devices, rank, world, passed)
+    random = RandomNumbers(train.seed, place.devices, rank, world, passed)
     return Parts(
         place=place,
-        settings=settings,
+        options=train,
+        plan=plan,
         loader=partial(
             TrainLoader,
             data,
             place.devices,
             rank,
             world,
-            workers=cfg.TRAIN.workers,
-            stall_seconds=cfg.TRAIN.stall_seconds,
+            workers=train.workers,
+            stall_seconds=train.stall_seconds,
         ),
         step=step,
         validate=validate,
@@ -184,51 +178,47 @@ def build(
         progress=passed,
         history=history,
         random=random,
-        state=_state(settings, step, passed, history, random),
+        state=_state(train.optim, plan.config, step, passed, history, random),
         folder=folder,
         lock=lock,
-        describe=partial(folder.prepare, cfg, split.classes),
+        describe=partial(folder.prepare, options, split.classes),
         metrics=MetricsLog(folder.path, rank),
         earlier=earlier,
         supervisor=Supervisor(
-            cfg.TRAIN.stall_seconds,
+            train.stall_seconds,
             place.name,
             ranks=world,
             silent_loss=world > 1 and place.device.type == "cuda",
         ),
         # Ranks wait for each other: what one of them measures is not its own time. And compiled
         # code is compiled again for each number of threads.
-        threads=ThreadTuner(place.device.type == "cpu" and world == 1 and not cfg.TRAIN.compile),
+        threads=ThreadTuner(place.device.type == "cpu" and world == 1 and not train.compile),
     )
 
 
-def _check(cfg: Config, place: Place) -> None:
-    if cfg.TRAIN.compile and (count := len(place.devices) * place.world) > 1:
+def _check(train: TrainOptions, place: Place) -> None:
+    if train.compile and (count := len(place.devices) * place.world) > 1:
         raise ValueError(
             f"TRAIN.compile with {count} devices: BatchNorm over all of them cannot be "
             "compiled; set TRAIN.compile False, or train on one device"
         )
-    if cfg.TRAIN.start_epoch > cfg.TRAIN.num_epoch:
-        raise ValueError(
-            f"TRAIN.start_epoch {cfg.TRAIN.start_epoch} lies behind TRAIN.num_epoch "
-            f"{cfg.TRAIN.num_epoch}: raise TRAIN.num_epoch to train on"
-        )
 
 
-def _training_data(cfg: Config, place: Place) -> tuple[Split, TrainDataset]:
-    split = build_split(cfg.DATASET, "train")
-    check_sample(split, on_error=cfg.DATASET.on_error)
-    data = TrainDataset(
-        cfg.DATASET.root_dataset,
+def _training_data(options: Options, place: Place) -> tuple[Split, TrainDataset]:
+    data, train = options.DATASET, options.TRAIN
+    split = build_split(data, "train")
+    check_sample(split, on_error=data.on_error)
+    dataset = TrainDataset(
+        data.root_dataset,
         split.records,
-        cfg.DATASET,
-        batch_per_gpu=cfg.TRAIN.batch_size_per_gpu,
-        seed=cfg.TRAIN.seed,
+        data,
+        batch_per_gpu=train.batch_size_per_gpu,
+        seed=train.seed,
         label_map=split.label_map,
         normalized=False,  # bytes travel; the module normalises them where it computes
-        pad_to=shape_bucket(cfg.TRAIN.shape_bucket, place.device, bool(cfg.DATASET.crop_size)),
+        pad_to=shape_bucket(train.shape_bucket, place.device, bool(data.crop_size)),
     )
-    return split, data
+    return split, dataset
 
 
 def shape_bucket(wanted: int | str, device: torch.device, fixed_size: bool) -> int:
@@ -244,91 +234,91 @@ def shape_bucket(wanted: int | str, device: torch.device, fixed_size: bool) -> i
     return 1 if wanted == "off" else int(wanted)
 
 
-def _validation(cfg: Config, place: Place, training: Split) -> Callable[..., Evaluation]:
+def _validation(options: Options, place: Place, training: Split) -> Callable[..., Evaluation]:
     """What validates a module, which is given to it."""
-    data = val_dataset(cfg)
+    data = val_dataset(options)
     if place.rank == 0:
         # A mask that cannot be used is to be found now, not after the first epoch.
-        split = build_split(cfg.DATASET, "val")
+        split = build_split(options.DATASET, "val")
         if split.classes.names != training.classes.names:
             raise ValueError(
                 "DATASET.list_train and DATASET.list_val are of different classes, "
                 f"{', '.join(training.classes.names[:8])} and "
                 f"{', '.join(split.classes.names[:8])}; give both the same, in one order"
             )
-        check_sample(split, n=8, on_error=cfg.DATASET.on_error)
+        check_sample(split, n=8, on_error=options.DATASET.on_error)
     return partial(
         evaluate_model,
         dataset=data,
-        cfg=cfg,
+        cfg=options,
         device=place.device,
         progress=place.progress,
         share=(place.rank, place.world),
     )
 
 
-def _settings(cfg: Config, place: Place, split: Split, data: TrainDataset) -> Settings:
+def _plan(options: Options, place: Place, split: Split, data: TrainDataset) -> Plan:
+    model, train = options.MODEL, options.TRAIN
     count = len(place.devices) * place.world
-    epoch_iters = cfg.TRAIN.epoch_iters
-    if epoch_iters == "auto":
-        epoch_iters = math.ceil(data.batches_per_pass / (count * cfg.TRAIN.accumulate))
-    same = {field.name for field in fields(Settings)} & set(cfg.TRAIN) - {"epoch_iters"}
-    return Settings(
+    if isinstance(train.epoch_iters, str):  # auto
+        epoch_iters = math.ceil(data.batches_per_pass / (count * train.accumulate))
+    else:
+        epoch_iters = train.epoch_iters
+    return Plan(
         epoch_iters=epoch_iters,
-        batches_a_step=count * cfg.TRAIN.accumulate,
-        fixed_size=bool(cfg.DATASET.crop_size),
-        summary=f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder} on {len(split.records)} "
-        f"images: epochs {cfg.TRAIN.num_epoch}, steps each {epoch_iters}, batch "
-        f"{cfg.TRAIN.batch_size_per_gpu * cfg.TRAIN.accumulate} x {count} devices, "
-        f"{cfg.TRAIN.precision}",
-        config=cfg.dump(),
-        **{name: cfg.TRAIN[name] for name in same},
+        batches_a_step=count * train.accumulate,
+        fixed_size=bool(options.DATASET.crop_size),
+        summary=f"{model.arch_encoder} + {model.arch_decoder} on {len(split.records)} images: "
+        f"epochs {train.num_epoch}, steps each {epoch_iters}, batch "
+        f"{train.batch_size_per_gpu * train.accumulate} x {count} devices, {train.precision}",
+        config=tree_of(options).dump(),
     )
 
 
-def _initial(cfg: Config, class_weights: Tensor | None, resumes: bool) -> SegmentationModule:
+def _initial(options: Options, class_weights: Tensor | None, resumes: bool) -> SegmentationModule:
     """The network as training begins."""
     if resumes:
         # The weights that training began with may be gone, or on a host that cannot be reached.
-        cfg = cfg.clone()
-        cfg.MODEL.weights_encoder = cfg.MODEL.weights_decoder = "none"
-    return ModelBuilder.from_config(cfg, inference=False, class_weights=class_weights)
+        options = options.without_weights()
+    return ModelBuilder.from_config(options, inference=False, class_weights=class_weights)
 
 
-def _step(cfg: Config, place: Place, module: SegmentationModule, folder: RunFolder) -> TrainStep:
+def _step(
+    train: TrainOptions, place: Place, module: SegmentationModule, folder: RunFolder
+) -> TrainStep:
     """The network on its devices, with all that a step needs."""
     device = place.device
-    precision = Precision.of(cfg.TRAIN.precision, device)
-    channels_last = keeps_channels_last(cfg.TRAIN.channels_last, precision, module)
+    precision = Precision.of(train.precision, device)
+    channels_last = keeps_channels_last(train.channels_last, precision, module)
     module.to(device)
     if channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(
-        cfg.TRAIN.optim,
-        (module.encoder, cfg.TRAIN.lr_encoder),
-        (module.decoder, cfg.TRAIN.lr_decoder),
-        beta1=cfg.TRAIN.beta1,
-        weight_decay=cfg.TRAIN.weight_decay,
+        train.optim,
+        (module.encoder, train.lr_encoder),
+        (module.decoder, train.lr_decoder),
+        beta1=train.beta1,
+        weight_decay=train.weight_decay,
     )
-    average = MovingAverage(module, cfg.TRAIN.ema) if cfg.TRAIN.ema else None
-    if cfg.TRAIN.activation_checkpointing:
+    average = MovingAverage(module, train.ema) if train.ema else None
+    if train.activation_checkpointing:
         recompute(module.encoder)
-    if cfg.TRAIN.compile:
+    if train.compile:
         compile_for_training(module)
     return TrainStep(
         module,
-        _parallel(module, place, cfg.TRAIN.stall_seconds),
+        _parallel(module, place, train.stall_seconds),
         optimizer,
         device=device,
         precision=precision,
         # fp16 overflows without loss scaling; bf16 has the range of fp32.
         scaler=torch.amp.GradScaler(device.type, enabled=precision.dtype is torch.float16),
         average=average,
-        accumulate=cfg.TRAIN.accumulate,
-        clip_grad=cfg.TRAIN.clip_grad,
+        accumulate=train.accumulate,
+        clip_grad=train.clip_grad,
         channels_last=channels_last,
-        fix_bn=cfg.TRAIN.fix_bn,
-        on_nan=cfg.TRAIN.on_nan,
+        fix_bn=train.fix_bn,
+        on_nan=train.on_nan,
         rank=place.rank,
         world=place.world,
         save_batch=partial(folder.save_batch, mark=f"_{place.name}".replace(" ", "_").rstrip("_")),
@@ -372,16 +362,21 @@ def _parallel(module: SegmentationModule, place: Place, timeout: float) -> nn.Mo
 
 
 def _state(
-    settings: Settings, step: TrainStep, progress: Progress, history: History, random: RandomNumbers
+    optim: str,
+    config: str,
+    step: TrainStep,
+    progress: Progress,
+    history: History,
+    random: RandomNumbers,
 ) -> RunState:
     """What the run resumes from, part by part."""
-    state = RunState(config=settings.config)
+    state = RunState(config=config)
     state.register("encoder", step.module.encoder)
     state.register("decoder", step.module.decoder)
     restart = step.average.restart if step.average else None
     state.register("average", step.average, otherwise=restart)
     state.register("scaler", step.scaler, otherwise=_keep)
-    state.include(OptimizerState(settings.optim, step.optimizer))
+    state.include(OptimizerState(optim, step.optimizer))
     state.include(progress)
     state.include(history)
     state.include(random)

@@ -40,7 +40,7 @@ class Trainer:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.settings, self.place = parts.settings, parts.place
+        self.options, self.plan, self.place = parts.options, parts.plan, parts.place
         self.progress, self.history = parts.progress, parts.history
         self.saved_at = time.monotonic()
         self.steps_here = 0  # in this process
@@ -54,10 +54,10 @@ class Trainer:
         try:
             self.resume()
             at = f", from step {progress.step} on" if progress.step else ""
-            log.info("training %s%s", self.settings.summary, at)
+            log.info("training %s%s", self.plan.summary, at)
             loader = parts.loader(
                 first=progress.position,
-                micro_steps=(progress.max_iters - progress.step) * self.settings.accumulate,
+                micro_steps=(progress.max_iters - progress.step) * self.options.accumulate,
             )
             with parts.supervisor.watching(loader.files, loader.kill):
                 try:
@@ -101,7 +101,7 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any], file: Path | None) -> None:
         """Become the run that wrote a state; `file` is for messages."""
-        progress, settings = self.progress, self.settings
+        progress, options = self.progress, self.options
         try:
             self.parts.state.load_state_dict(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -112,13 +112,13 @@ class Trainer:
         if progress.step > progress.max_iters:
             raise ValueError(
                 f"{file} is in epoch {progress.step / progress.epoch_iters:.3g}, and "
-                f"TRAIN.num_epoch is {settings.num_epoch}: raise TRAIN.num_epoch to train on"
+                f"TRAIN.num_epoch is {options.num_epoch}: raise TRAIN.num_epoch to train on"
             )
         if self.place.rank == 0 and file is not None:
             log.info("resuming from %s: step %d of %d", file, progress.step, progress.max_iters)
-            if state.get("optim", settings.optim) != settings.optim:
+            if state.get("optim", options.optim) != options.optim:
                 log.warning("the state is of another optimizer: momentum starts afresh")
-            for line in differences(state.get("config", ""), settings.config):
+            for line in differences(state.get("config", ""), self.plan.config):
                 log.warning("since %s was written: %s", file.name, line)
 
     def _clear_folder(self, resumed_step: int | None) -> None:
@@ -167,13 +167,13 @@ class Trainer:
 
     def _epoch(self, epoch: int, batches: Batches) -> None:
         """Steps up to the end of an epoch, or to a request to stop, which is answered."""
-        progress, settings, place = self.progress, self.settings, self.place
+        progress, options, place = self.progress, self.options, self.place
         last, seconds = epoch * progress.epoch_iters, progress.seconds
-        title = f"epoch {epoch}/{settings.num_epoch}"
+        title = f"epoch {epoch}/{options.num_epoch}"
         pace = _Pace(progress.step)
         self.parts.step.training_mode()
         with (
-            _cudnn_benchmark(settings.fixed_size),
+            _cudnn_benchmark(self.plan.fixed_size),
             tqdm(
                 total=progress.epoch_iters,
                 initial=progress.inside,
@@ -190,12 +190,12 @@ class Trainer:
                 said = pace.text(progress, rates)
                 bar.set_postfix_str(said, refresh=False)
                 bar.update()
-                if progress.step % settings.disp_iter == 0 or progress.step == last:
+                if progress.step % options.disp_iter == 0 or progress.step == last:
                     # An epoch shorter than disp_iter leaves a line, too.
                     self.parts.metrics.record(
                         kind="train",
                         epoch=epoch,
-                        **pace.figures(progress, rates, settings.disp_iter),
+                        **pace.figures(progress, rates, options.disp_iter),
                     )
                     if not place.progress and place.rank == 0:
                         log.info(
@@ -210,23 +210,23 @@ class Trainer:
 
     def _set_rates(self) -> tuple[float, float]:
         """The learning rates of the next step."""
-        settings, progress = self.settings, self.progress
+        options, progress = self.options, self.progress
         factor = poly_factor(
-            progress.step, progress.max_iters, settings.lr_pow, settings.warmup_iters
+            progress.step, progress.max_iters, options.lr_pow, options.warmup_iters
         )
-        rates = settings.lr_encoder * factor, settings.lr_decoder * factor
+        rates = options.lr_encoder * factor, options.lr_decoder * factor
         set_learning_rates(self.parts.step.optimizer, *rates)
         return rates
 
     def _step(self, batches: Batches, pace: _Pace) -> StepResult:
         """One step of the optimizer."""
         parts, progress, place = self.parts, self.progress, self.place
-        supervisor, settings = parts.supervisor, self.settings
+        supervisor, options = parts.supervisor, self.options
         began = time.monotonic()
         number = supervisor.step = progress.step + 1
         computed = f"step {number} to be computed" + (" by all ranks" * (place.world > 1))
-        compiles = settings.compile and self.steps_here < COMPILING_STEPS
-        for _ in range(settings.accumulate):
+        compiles = options.compile and self.steps_here < COMPILING_STEPS
+        for _ in range(options.accumulate):
             asked = time.monotonic()
             with supervisor.waiting(f"a batch of step {number}"):
                 batch = next(batches)
@@ -238,10 +238,10 @@ class Trainer:
             ):
                 parts.step.add(batch)
         with supervisor.waiting(computed, others=True):
-            minutes = settings.checkpoint_minutes
+            minutes = options.checkpoint_minutes
             due = bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
             result = parts.step.finish(progress, stop=bool(supervisor.asked), save=due)
-        progress.advance(result.loss, result.accuracy, result.updated, settings.batches_a_step)
+        progress.advance(result.loss, result.accuracy, result.updated, self.plan.batches_a_step)
         if self.steps_here:
             supervisor.slowest_step = max(supervisor.slowest_step, time.monotonic() - began)
         self.steps_here += 1
@@ -286,7 +286,7 @@ class Trainer:
             with parts.supervisor.waiting("the weights to be saved", patient=True):
                 parts.folder.save(f"epoch_{epoch}.pth", *_halves(parts.step.evaluated))
                 parts.folder.save_history(epoch, self.history.columns)
-                parts.folder.drop_epochs(self.settings.keep)
+                parts.folder.drop_epochs(self.options.keep)
         if self._is_to_validate(epoch):
             self._validate(epoch)
         parts.metrics.draw(every=60.0)
@@ -295,7 +295,7 @@ class Trainer:
         """Whether an epoch is to be validated, and has not been."""
         if self.parts.validate is None or self.history.is_validated(epoch):
             return False
-        return epoch % self.settings.eval_epochs == 0 or epoch == self.settings.num_epoch
+        return epoch % self.options.eval_epochs == 0 or epoch == self.options.num_epoch
 
     def _validate(self, epoch: int) -> None:
         """Score an epoch, every rank a share of the images; a request to stop aborts it, and the
@@ -336,8 +336,8 @@ class Trainer:
     def _result(self) -> dict[str, Any]:
         parts, progress = self.parts, self.progress
         has_best = "best.pth" in parts.folder.names()
-        name = "best.pth" if has_best else f"epoch_{self.settings.num_epoch}.pth"
-        complete = progress.done and not self._is_to_validate(self.settings.num_epoch)
+        name = "best.pth" if has_best else f"epoch_{self.options.num_epoch}.pth"
+        complete = progress.done and not self._is_to_validate(self.options.num_epoch)
         if complete and self.place.rank == 0:
             parts.lock.note_job("")
         return {
