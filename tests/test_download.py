@@ -89,8 +89,14 @@ def only(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_whole_file_arrives_and_leaves_nothing_beside_it(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [None, b"damaged"])
+def test_whole_file_arrives_and_leaves_nothing_beside_it(
+    server: Server, tmp_path: Path, before: bytes | None
+) -> None:
     dest = tmp_path / "sub" / "w.pth"
+    if before is not None:
+        dest.parent.mkdir()
+        dest.write_bytes(before)
     assert fetch(f"{server.base}/w.pth", dest, sha256=SHA) == dest
     assert dest.read_bytes() == BODY
     assert only(dest.parent) == ["w.pth"]
@@ -101,13 +107,6 @@ def test_a_file_that_is_there_is_not_fetched_again(server: Server, tmp_path: Pat
     dest.write_bytes(BODY)
     fetch(f"{server.base}/w.pth", dest, sha256=SHA[:8])
     assert server.asked == []
-
-
-def test_a_damaged_cached_file_is_replaced(server: Server, tmp_path: Path) -> None:
-    dest = tmp_path / "w.pth"
-    dest.write_bytes(b"damaged")
-    fetch(f"{server.base}/w.pth", dest, sha256=SHA)
-    assert dest.read_bytes() == BODY
 
 
 def test_a_prefix_of_the_digest_is_verified(server: Server, tmp_path: Path) -> None:
@@ -164,17 +163,14 @@ def test_resume_false_and_servers_without_range(
     assert dest.read_bytes() == BODY
 
 
-def test_a_part_file_longer_than_the_file(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "w.pth.part").write_bytes(BODY + b"more")
+@pytest.mark.parametrize(("part", "asked"), [(BODY + b"more", 2), (BODY, 1)])
+def test_a_part_file_as_long_as_the_file_or_longer(
+    server: Server, tmp_path: Path, part: bytes, asked: int
+) -> None:
+    (tmp_path / "w.pth.part").write_bytes(part)
     dest = fetch(f"{server.base}/w.pth", tmp_path / "w.pth", sha256=SHA)
     assert dest.read_bytes() == BODY
-
-
-def test_a_complete_part_file_is_taken(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "w.pth.part").write_bytes(BODY)
-    dest = fetch(f"{server.base}/w.pth", tmp_path / "w.pth", sha256=SHA)
-    assert dest.read_bytes() == BODY
-    assert len(server.asked) == 1
+    assert len(server.asked) == asked
     assert only(tmp_path) == ["w.pth"]
 
 
@@ -201,14 +197,12 @@ def test_without_file_locks(
     assert only(tmp_path) == ["w.pth"]
 
 
-def test_the_next_mirror_is_tried(server: Server, tmp_path: Path) -> None:
+def test_server_errors_are_tried_again_and_404_goes_to_the_next_mirror(
+    server: Server, tmp_path: Path
+) -> None:
+    server.fail = [503]
     urls = [f"{server.base}/missing", f"{server.base}/w.pth"]
     assert fetch(urls, tmp_path / "w.pth", sha256=SHA).read_bytes() == BODY
-
-
-def test_server_errors_are_tried_again_and_404_is_not(server: Server, tmp_path: Path) -> None:
-    server.fail = [503]
-    fetch([f"{server.base}/missing", f"{server.base}/w.pth"], tmp_path / "w.pth", sha256=SHA)
     assert [path for path, _ in server.asked] == ["/missing", "/w.pth", "/w.pth"]
 
 

@@ -211,12 +211,6 @@ def test_more_than_the_disk_holds(server: Server, dest: Path) -> None:
     assert re.search(r"it has 1000+ bytes, .* has \d+ left", refused(dest, server.url))
 
 
-def test_wrong_bytes(server: Server, dest: Path) -> None:
-    server.answers = [whole(BODY[::-1])]
-    assert SHA in refused(dest, server.url, sha256=SHA)
-    assert os.listdir(dest.parent) == []
-
-
 @pytest.mark.parametrize(
     "answer",
     [b"", b"\r\n\r\n", b"SSH-2.0-OpenSSH_9\r\n", b"\x16\x03\x01" * 50, b"HTTP/1.1 abc\r\n\r\n",
@@ -258,13 +252,6 @@ def test_a_continuation_with_other_bytes_starts_again(server: Server, dest: Path
     server.answers = [cut(5000, 'ETag: "v1"'), rest(BODY[::-1])]
     fetch(server.url, dest, sha256=SHA, progress=False)
     assert complete(dest) and server.starts == [None, 5000, None]
-
-
-def test_ranges_ignored(server: Server, dest: Path) -> None:
-    server.answers = [cut(5000, 'ETag: "v1"')]
-    server.honest = whole(BODY, 'ETag: "v1"')
-    fetch(server.url, dest, sha256=SHA, progress=False)
-    assert complete(dest) and server.starts == [None, 5000]
 
 
 def test_changed_between_attempts(server: Server, dest: Path) -> None:
