@@ -53,7 +53,6 @@ from mit_semseg.engine.transfer import (
 )
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.errors import one_line
-from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize.results import areas, save_result
 
 # Pixels of images between reading and writing; a larger image than _LARGE is alone there.
@@ -246,16 +245,8 @@ class _Pipeline:
         options, test = job.options, job.options.TEST
         self.save, self.classes, self.device = test.save, job.classes, job.device
         self.data = options.DATASET.at_scales(test.imgSizes)
-        self.predictor = Predictor(
-            load_model(options, job.checkpoint),
-            self.data,
-            job.device,
-            precision=test.precision,
-            flip=test.flip,
-            tile=test.tile,
-            window=Sliding.of(test),
-            compile=test.compile,
-        )
+        module = load_model(options, job.checkpoint)
+        self.predictor = Predictor.of(module, options.DATASET, test, job.device)
         self.threads = Threads.of(job.device, job.processes)
         self.budget = Budget(_IN_MEMORY)
         self.tuner = ThreadTuner(enabled=job.device.type == "cpu" and not test.compile)

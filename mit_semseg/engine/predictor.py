@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mit_semseg import scores
-from mit_semseg.config import DataOptions
+from mit_semseg.config import DataOptions, InferenceOptions
 from mit_semseg.dataset.transforms import Normalize, scaled_inputs
 from mit_semseg.engine.devices import usable_device
 from mit_semseg.errors import one_line
@@ -83,6 +83,24 @@ class Predictor:
         if self.device.type == "cuda":
             network = GraphedNetwork(network, self.device)
         self.tiled = TiledNetwork(self.module, tile, network, window)
+
+    @classmethod
+    def of(
+        cls,
+        module: SegmentationModule,
+        data: DataOptions,
+        options: InferenceOptions,
+        device: torch.device | str,
+    ) -> Predictor:
+        """A predictor as `VAL` or `TEST` ask for it, at the scales of `options.imgSizes`."""
+        return cls(
+            *(module, data.at_scales(options.imgSizes), device),
+            precision=options.precision,
+            flip=options.flip,
+            tile=options.tile,
+            window=Sliding.of(options),
+            compile=options.compile,
+        )
 
     def scales(self, image: np.ndarray, depth: np.ndarray | None = None) -> list[Tensor]:
         """What `logits` takes of one image, (1, 3, h, w) uint8 on the host, one for each scale.

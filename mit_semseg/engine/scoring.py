@@ -32,7 +32,6 @@ from mit_semseg.engine.transfer import (
 from mit_semseg.errors import one_line
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.models import SegmentationModule
-from mit_semseg.models.tiles import Sliding
 from mit_semseg.scores import label_dtype
 from mit_semseg.visualize import color_encode, side_by_side
 from mit_semseg.visualize.results import write_png
@@ -210,15 +209,7 @@ class Scorer:
         gallery: Gallery | None = None,
         saved: SavedPredictions | None = None,
     ) -> None:
-        val = options.VAL
-        self.predictor = Predictor(
-            *(module, options.DATASET.at_scales(val.imgSizes), device),
-            precision=val.precision,
-            flip=val.flip,
-            tile=val.tile,
-            window=Sliding.of(val),
-            compile=val.compile,
-        )
+        self.predictor = Predictor.of(module, options.DATASET, options.VAL, device)
         self.dataset, self.device = dataset, device
         self.gallery, self.saved = gallery, saved
         self.num_class = options.DATASET.num_class
