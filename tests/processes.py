@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.multiprocessing import start_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -176,6 +178,12 @@ def kill(pid: int) -> None:
     """SIGKILL, also where the process has just gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def start_ranks(function: Callable[[int, str], None], folder: Path, count: int) -> None:
+    """Run `function(rank, folder)` in processes, which fork from one that has imported torch."""
+    multiprocessing.set_forkserver_preload(["mit_semseg.lib.nn"])
+    start_processes(function, (str(folder),), nprocs=count, start_method="forkserver")
 
 
 def torchrun(*options: str) -> list[str]:
