@@ -34,11 +34,14 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s:]+)\)")
 log = get_plugin_logger("hooks")
 
 
-def on_config(config: MkDocsConfig) -> None:
-    """Build the package as it is installed, which the reference is read from."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Build the package as it is installed, which the reference is read from.
+
+    mkdocstrings looks for the folder when the configuration is complete, so it must exist earlier.
+    """
     shutil.rmtree(PACKAGE, ignore_errors=True)
-    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(PACKAGE)]
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.PIPE)
+    build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(PACKAGE)]
+    subprocess.run(build, cwd=ROOT, check=True, stderr=subprocess.PIPE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:

@@ -168,7 +168,7 @@ EDITS = [
     ("mit_semseg/config/train.py", "    weight_decay:", "SETTING    weight_decay:"),
     (OPTIM, "beta1: float = 0.9,", "beta1: float = 0.9, beta2: float = 0.999,"),
     (OPTIM, "betas=(beta1, 0.999)", "betas=(beta1, beta2)"),
-    (BUILD, "beta1=cfg.TRAIN.beta1,", "beta1=cfg.TRAIN.beta1, beta2=cfg.TRAIN.beta2,"),
+    (BUILD, "beta1=train.beta1,", "beta1=train.beta1, beta2=train.beta2,"),
 ]
 
 
