@@ -180,10 +180,10 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def start_ranks(function: Callable[[int, str], None], folder: Path, count: int) -> None:
-    """Run `function(rank, folder)` in processes, which fork from one that has imported torch."""
-    multiprocessing.set_forkserver_preload(["mit_semseg.lib.nn"])
-    start_processes(function, (str(folder),), nprocs=count, start_method="forkserver")
+def start_ranks(function: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Run `function(rank, *arguments)` in forks of a process that has imported torch."""
+    multiprocessing.set_forkserver_preload(["mit_semseg.models"])
+    start_processes(function, arguments, nprocs=count, start_method="forkserver")
 
 
 def torchrun(*options: str) -> list[str]:

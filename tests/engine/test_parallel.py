@@ -73,7 +73,9 @@ def test_processes_leave_what_replicas_leave(start: Callable[..., tuple[Command,
 
 
 @needs_proc
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_to_the_command_saves_the_state(
     number: signal.Signals, start: Callable[..., tuple[Command, Path]]
 ) -> None:

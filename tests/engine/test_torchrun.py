@@ -18,11 +18,10 @@ import pytest
 import scaling
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from communication import table, traffic_of
 from jobs import SIZES, Job, layout, phrases, steps_of
-from processes import ROOT, Command, free_port, kill, needs_proc, torchrun
+from processes import ROOT, Command, free_port, kill, needs_proc, start_ranks, torchrun
 from torch import Tensor, nn
 
 from mit_semseg.config import load_config
@@ -186,7 +185,7 @@ def union() -> tuple[SegmentationModule, Tensor, Tensor]:
 def test_ranks_have_the_gradient_of_one_process_on_all_valid_pixels(tmp_path: Path) -> None:
     counts = [int((batch_of(rank)["seg_label"] >= 0).sum()) for rank in range(WORLD)]
     assert counts[2] == 0 and 0 < counts[1] < counts[0] or 0 < counts[0] != counts[1] > 0
-    mp.spawn(one_rank, (free_port(), str(tmp_path)), nprocs=WORLD)
+    start_ranks(one_rank, WORLD, free_port(), str(tmp_path))
     got = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     module, loss, accuracy = union()
 
@@ -366,6 +365,7 @@ def hosts(tmp_path: Path, make_images: Callable[..., None]) -> Iterator[tuple[Jo
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Command]]) -> None:
     job, commands = hosts
     config, port = job.config("lost", TRAIN__stall_seconds=20, **LONG), free_port()

@@ -481,9 +481,8 @@ def test_ranks_and_devices_share_one_stream() -> None:
     assert sorted(everything) == list(range(6, 18))
 
 
-@pytest.mark.parametrize(
-    ("accumulate", "again"), [pytest.param(1, False, marks=pytest.mark.slow), (2, True)]
-)
+@pytest.mark.slow  # ranks of train.py --gpus: tests/engine/test_parallel.py
+@pytest.mark.parametrize(("accumulate", "again"), [(1, False), (2, True)])
 def test_torchrun_ranks_train_like_replicas(
     settings: Callable[..., Config], accumulate: int, again: bool
 ) -> None:

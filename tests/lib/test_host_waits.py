@@ -149,5 +149,5 @@ def one_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_processes_read_nothing(tmp_path: Path) -> None:
-    start_ranks(one_rank, tmp_path, 2)
+    start_ranks(one_rank, 2, str(tmp_path))
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["", ""]

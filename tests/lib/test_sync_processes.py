@@ -85,7 +85,7 @@ def _groups_of_one(rank: int) -> Any:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_processes_of_different_sizes_equal_torch_on_their_union(tmp_path: Path) -> None:
-    start_ranks(one_rank, tmp_path, WORLD)
+    start_ranks(one_rank, WORLD, str(tmp_path))
     got = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
     xs, gs = zip(*(feed(rank) for rank in range(WORLD)), strict=True)

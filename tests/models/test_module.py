@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from pair_tester import build_pair
+from processes import start_ranks
 from tolerances import rounding
 from torch import Tensor, nn
 
@@ -227,7 +227,7 @@ def test_ranks_learn_the_loss_of_the_union(own_loss: bool) -> None:
     loss, accuracy = module({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
     loss.backward()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (f"{folder}/store", f"{folder}/result", own_loss), nprocs=2)
+        start_ranks(_rank, 2, f"{folder}/store", f"{folder}/result", own_loss)
         ranks = [torch.load(f"{folder}/result{rank}", weights_only=True) for rank in range(2)]
     assert np.mean([r[0].item() for r in ranks]) == pytest.approx(loss.item())
     assert np.mean([r[1].item() for r in ranks]) == pytest.approx(accuracy.item())

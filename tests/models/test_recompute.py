@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import start_ranks
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel, sync_function
@@ -240,7 +240,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_processes_exchange_once(tmp_path: Path) -> None:
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=WORLD)
+    start_ranks(one_rank, WORLD, str(tmp_path))
     for rank in range(WORLD):
         plain, other, exchanges = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(other, plain, rtol=1e-12, atol=1e-12)
