@@ -47,7 +47,7 @@ def train(
 
     Raises:
         ValueError: unusable data or configuration, before the first step.
-        FloatingPointError: the loss is no finite number; the files of the batch are named.
+        FloatingPointError: the loss is not finite; the files of the batch are named.
         ChildProcessError: a loading process died.
         TimeoutError: no batch came for TRAIN.stall_seconds.
         ConnectionError: another rank was lost.

@@ -76,7 +76,7 @@ def test_fused_steps_are_the_plain_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_one_optimizer_is_those_of_its_parts(name: str) -> None:
-    """Also when it goes on from their states, which is what states of runs held before."""
+    """Also when it resumes from their states, which is what states of runs held before."""
     torch.manual_seed(0)
     nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))]
     nets += [copy.deepcopy(nets[0]) for _ in range(2)]

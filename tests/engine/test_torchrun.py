@@ -350,7 +350,7 @@ def host(job: Job, name: str, config: Path, port: int, *options: str, **where: A
 
 
 LONG = {"TRAIN__num_epoch": 200, "TRAIN__eval_epochs": 0, "TRAIN__keep": 1}
-LOST = r"rank \d: error: .*lost the connection to another rank in step \d+.*--resume auto goes on"
+LOST = r"rank \d: error: .*lost the connection to another rank in step \d+.*--resume auto resumes"
 
 
 @pytest.fixture

@@ -828,7 +828,7 @@ def test_weights_that_are_not_finite_replace_no_state(
 
     monkeypatch.setattr(TrainStep, "finish", spoil)
     cfg = settings()
-    with pytest.raises(FloatingPointError, match="after step 4 the weights are no finite numbers"):
+    with pytest.raises(FloatingPointError, match="after step 4 the weights are not finite"):
         train(cfg, [CPU], progress=False)
     assert [file.name for file in RunFolder(cfg.DIR).states()] == ["state_step_2.pth"]
 
@@ -850,7 +850,7 @@ def test_gradients_that_are_not_finite_spoil_nothing(
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", overflow)
     cfg = settings(TRAIN__clip_grad=1.0, TRAIN__on_nan=on_nan)
     if on_nan == "stop":
-        with pytest.raises(FloatingPointError, match="the gradients of step 2 are no finite"):
+        with pytest.raises(FloatingPointError, match="the gradients of step 2 are not finite"):
             train(cfg, [CPU], progress=False)
         return
     train(cfg, [CPU], progress=False)

@@ -176,7 +176,7 @@ class TrainLoader:
                 )
                 raise ChildProcessError(
                     f"a loading process (pid {process.pid}) ended with {_how(process.exitcode)}"
-                    f" {where}: when memory ran out lower TRAIN.workers; --resume auto goes on "
+                    f" {where}: when memory ran out lower TRAIN.workers; --resume auto resumes "
                     "from the newest checkpoint"
                 )
 

@@ -243,7 +243,7 @@ class TrainStep:
         if self.scaler.is_enabled():
             self.scaler.update()
         if not math.isfinite(figures.norm):
-            text = f"the gradients of step {progress.step + 1} are no finite numbers"
+            text = f"the gradients of step {progress.step + 1} are not finite"
             self._skip(text, f"{text}; {LOWER_RATES} fp32", progress)
             return False
         return True
@@ -253,10 +253,7 @@ class TrainStep:
         self.statistics.put_back()
         step = progress.step + 1
         if math.isfinite(own):
-            text = (
-                f"the loss of step {step} is no finite number on another rank, which names the "
-                "files"
-            )
+            text = f"the loss of step {step} is not finite on another rank, which names the files"
         else:
             replay = {
                 "step": step,

@@ -55,7 +55,7 @@ class Supervisor:
             self.seconds + 2,
             name=self.name,
             files=files,
-            advice=f"{STALLED}; --resume auto goes on from the newest checkpoint",
+            advice=f"{STALLED}; --resume auto resumes from the newest checkpoint",
             at_the_end=at_the_end,
         )
         self._watchdog = watchdog
@@ -126,7 +126,7 @@ def lost_peers(step: int) -> Iterator[None]:
         raise ConnectionError(
             f"lost the connection to another rank in step {step}, or the collective "
             f"failed ({one_line(error, 120)}); the first cause is in the output "
-            "of the rank or host that failed; --resume auto goes on from the newest checkpoint"
+            "of the rank or host that failed; --resume auto resumes from the newest checkpoint"
         ) from error
 
 

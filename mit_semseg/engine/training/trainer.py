@@ -269,7 +269,7 @@ class Trainer:
         parts, step = self.parts, self.progress.step
         if not is_finite(parts.step.module):
             raise FloatingPointError(
-                f"after step {step} the weights are no finite numbers; nothing was saved "
+                f"after step {step} the weights are not finite; nothing was saved "
                 "since they were: lower TRAIN.lr_encoder and TRAIN.lr_decoder, set "
                 "TRAIN.clip_grad, or train with TRAIN.precision fp32"
             )
