@@ -41,7 +41,7 @@ PUBLIC: dict[str, tuple[str, ...] | None] = {
     "mit_semseg.engine.predict": ("predict",),
     "mit_semseg.engine.predictor": ("Predictor",),
     "mit_semseg.engine.train": ("train",),
-    "mit_semseg.models.recompute": ("recompute",),
+    "mit_semseg.models.activation_checkpointing": ("checkpoint_activations",),
     "mit_semseg.dataset.transforms": ("Normalize",),
     "mit_semseg.lib.nn": None,
     "mit_semseg.lib.utils": None,

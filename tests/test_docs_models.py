@@ -173,8 +173,8 @@ def decoder_rows(count: bool) -> Iterator[Row]:
         beside = next((m.encoder for m in PAPER_MODELS if m.decoder in (name, *others)), BESIDE)
         yield {
             "decoder": code([name]) + (f" ({code(others)})" if others else ""),
-            "needs": str(kind.needs),
-            "encoders": code(kind.only) or "any",
+            "min maps": str(kind.min_feature_maps),
+            "encoders": code(kind.supported_encoders) or "any",
             "auxiliary heads": heads(kind),
             "measured on": f"`{beside}`",
             "MiB": size(mib(decoder(name, beside, CLASSES[-1]))),

@@ -120,7 +120,7 @@ class _OfWidth(Decoder):
         self._build(num_class, fc_dim, use_softmax)
 
     def _build(self, num_class: int, fc_dim: int, use_softmax: bool, **options: Any) -> None:
-        channels = [fc_dim // 2**k for k in reversed(range(self.needs))]
+        channels = [fc_dim // 2**k for k in reversed(range(self.min_feature_maps))]
         super().__init__(channels, num_class, use_softmax=use_softmax, **options)
 
     def with_classes(self, num_class: int) -> Decoder:

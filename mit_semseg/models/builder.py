@@ -82,8 +82,9 @@ def check_options(options: Options) -> None:
 
 
 def _check_partners(arch_encoder: str, arch_decoder: str) -> None:
-    """Refuses an encoder or a decoder that was made for others (`only`)."""
-    encoders, decoders = _decoder(arch_decoder).only, _encoder(arch_encoder).only
+    """Checks `supported_encoders` of the decoder and `supported_decoders` of the encoder."""
+    encoders = _decoder(arch_decoder).supported_encoders
+    decoders = _encoder(arch_encoder).supported_decoders
     if encoders and arch_encoder.lower() not in encoders:
         raise ValueError(
             f"decoder {arch_decoder} does not work with encoder {arch_encoder}: set "
@@ -97,13 +98,17 @@ def _check_partners(arch_encoder: str, arch_decoder: str) -> None:
 
 
 def _check_maps(arch_decoder: str, source: str, count: int) -> None:
-    needs = _decoder(arch_decoder).needs
-    if count < needs:
+    minimum = _decoder(arch_decoder).min_feature_maps
+    if count < minimum:
         others = {name: _decoder(name) for name in DECODERS.names()}
-        fitting = [name for name, kind in others.items() if kind.needs <= count and not kind.only]
+        compatible = [
+            name
+            for name, kind in others.items()
+            if kind.min_feature_maps <= count and not kind.supported_encoders
+        ]
         raise ValueError(
-            f"decoder {arch_decoder} reads at least {needs} feature maps and {source} emits "
-            f"{count}: set MODEL.arch_decoder to one of {', '.join(fitting)}"
+            f"decoder {arch_decoder} needs at least {minimum} feature maps and {source} emits "
+            f"{count}: set MODEL.arch_decoder to one of {', '.join(compatible)}"
         )
 
 
@@ -117,7 +122,7 @@ def _channels(arch_decoder: str, fc_dim: int) -> tuple[int, ...]:
     Those of an encoder that the decoder was made for, or else of a published one, if it ends in so
     many channels; where none does, each map is half as wide as the next.
     """
-    for name in _decoder(arch_decoder).only or _PUBLISHED:
+    for name in _decoder(arch_decoder).supported_encoders or _PUBLISHED:
         channels = _encoder(name).channels
         if channels[-1] == fc_dim:
             return channels

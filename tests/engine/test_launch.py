@@ -15,7 +15,7 @@ CROPS = ["DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)"]
 def test_a_pair_that_cannot_work_is_refused_when_it_is_read(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("MODEL:\n  arch_encoder: hrnetv2\n  arch_decoder: upernet\n  fc_dim: 720\n")
-    with pytest.raises(ValueError, match=r"upernet reads at least \d feature maps.*hrnetv2"):
+    with pytest.raises(ValueError, match=r"upernet needs at least \d feature maps.*hrnetv2"):
         read_config(file)
     with pytest.raises(ValueError, match=r"resnet18 emits 512 channels; MODEL.fc_dim is 2048"):
         read_config(None, ["MODEL.arch_encoder", "resnet18", "MODEL.fc_dim", "2048"])

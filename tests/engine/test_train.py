@@ -40,9 +40,9 @@ from mit_semseg.engine.training.step import StepResult, TrainStep
 from mit_semseg.engine.training.trainer import Trainer
 from mit_semseg.losses import build_loss
 from mit_semseg.models import Decoder, Encoder, ModelBuilder, SegmentationModule
+from mit_semseg.models.activation_checkpointing import checkpoint_activations
 from mit_semseg.models.compilation import compile_for_training, compiler_errors
 from mit_semseg.models.encoders.resnet import BasicBlock
-from mit_semseg.models.recompute import recompute
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -453,7 +453,7 @@ def test_compiled_equals_plain(again: bool) -> None:
     plain = SegmentationModule(OneConv(), OneHead(), build_loss("nll", 3)).double()
     other = copy.deepcopy(plain)
     if again:
-        recompute(other.encoder)
+        checkpoint_activations(other.encoder)
     compile_for_training(other)
     for height, width in ((32, 48), (64, 40)):
         batch = {

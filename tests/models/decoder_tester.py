@@ -22,11 +22,11 @@ WIDTHS = {
 
 
 class DecoderTester:
-    """Set `arch`, `published` (fc_dims in state_dicts.json), `needs` and `auxiliary`."""
+    """Set `arch`, `published` (fc_dims in state_dicts.json), `min_feature_maps` and `auxiliary`."""
 
     arch: str
     published: tuple[int, ...] = ()
-    needs: int = 1
+    min_feature_maps: int = 1
     auxiliary: bool = False
     channels: tuple[int, ...] = (12, 20, 28, 36)
 
@@ -58,8 +58,9 @@ class DecoderTester:
 
     @pytest.mark.parametrize("channels", [(20,), (9, 8), (8, 12, 24), (6, 8, 12, 20, 8)])
     def test_works_with_any_widths_and_levels(self, channels: tuple[int, ...]) -> None:
-        if len(channels) < self.needs:
-            with pytest.raises(ValueError, match=f"{self.arch} reads at least {self.needs}"):
+        if len(channels) < self.min_feature_maps:
+            message = f"{self.arch} needs at least {self.min_feature_maps} feature maps"
+            with pytest.raises(ValueError, match=message):
                 self.build(channels=channels)
             return
         with torch.device("meta"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mit_semseg.losses import build_loss
 from mit_semseg.models import ModelBuilder, SegmentationModule, inference
-from mit_semseg.models.recompute import recompute
+from mit_semseg.models.activation_checkpointing import checkpoint_activations
 
 CLASSES = 5
 
@@ -109,7 +109,7 @@ class PairTester:
             "seg_label": torch.randint(-1, CLASSES, (1, 33, 47), generator=generator),
         }
         plain, again = self.begun(), self.begun()
-        assert recompute(again.encoder)
+        assert checkpoint_activations(again.encoder)
         losses = []
         for module in (plain, again):
             torch.manual_seed(1)  # of dropout

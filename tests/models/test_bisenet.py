@@ -18,7 +18,7 @@ class TestBiSeNetEncoder(EncoderTester):
 
 class TestBiSeNet(DecoderTester):
     arch = "bisenet"
-    needs = 3
+    min_feature_maps = 3
     auxiliary = True
 
 

@@ -47,7 +47,7 @@ def test_fc_dim_alone_says_enough(fc_dim: int, channels: tuple[int, ...]) -> Non
 
 
 def test_a_decoder_without_enough_maps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"ppm_deepsup reads at least 2.*\(720,\)"):
+    with pytest.raises(ValueError, match=r"ppm_deepsup needs at least 2.*\(720,\)"):
         ModelBuilder.build_decoder("ppm_deepsup", fc_dim=720)
 
 

@@ -11,5 +11,5 @@ class TestC1(DecoderTester):
 class TestC1DeepSup(DecoderTester):
     arch = "c1_deepsup"
     published = (320, 512)
-    needs = 2
+    min_feature_maps = 2
     auxiliary = True

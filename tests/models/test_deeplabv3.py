@@ -20,13 +20,13 @@ class TestDeepLabV3(DecoderTester):
 
 class TestDeepLabV3DeepSup(DecoderTester):
     arch = "deeplabv3_deepsup"
-    needs = 2
+    min_feature_maps = 2
     auxiliary = True
 
 
 class TestDeepLabV3WideDeepSup(DecoderTester):
     arch = "deeplabv3_wide_deepsup"
-    needs = 2
+    min_feature_maps = 2
     auxiliary = True
 
 

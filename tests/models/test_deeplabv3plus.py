@@ -14,7 +14,7 @@ from mit_semseg.models.decoders.deeplabv3plus import low_level
 
 class TestDeepLabV3Plus(DecoderTester):
     arch = "deeplabv3plus"
-    needs = 2
+    min_feature_maps = 2
 
 
 class TestDeepLabV3PlusWithResNet18(PairTester):

@@ -18,7 +18,7 @@ from mit_semseg.models.decoders.encnet import Encoding
 
 class TestEncNet(DecoderTester):
     arch = "encnet"
-    needs = 2
+    min_feature_maps = 2
     auxiliary = True
 
     def test_training_gives_log_probabilities_of_every_head(self) -> None:

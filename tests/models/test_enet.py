@@ -19,7 +19,7 @@ class TestENetEncoder(EncoderTester):
 
 class TestENetDecoder(DecoderTester):
     arch = "enet"
-    needs = 3
+    min_feature_maps = 3
     channels = (16, 64, 128)
 
     def features(self, batch: int = 2) -> list[torch.Tensor]:
@@ -31,7 +31,7 @@ class TestENetDecoder(DecoderTester):
     @pytest.mark.parametrize("channels", [(20,), (8, 12)])
     def test_works_with_any_widths_and_levels(self, channels: tuple[int, ...]) -> None:
         """Its own encoder's are the only ones."""
-        with pytest.raises(ValueError, match="enet reads at least 3"):
+        with pytest.raises(ValueError, match="enet needs at least 3"):
             self.build(channels=channels)
         assert self.build().eval().logits(self.features())[0].shape == (2, 5, 64, 96)
 

@@ -19,7 +19,7 @@ class TestFCDenseNet56Encoder(EncoderTester):
 
 class TestFCDenseNet56Decoder(DecoderTester):
     arch = "fcdensenet56"
-    needs = 6
+    min_feature_maps = 6
     channels = (12, 20, 28, 36, 20, 24)
 
     def features(self, batch: int = 2) -> list[torch.Tensor]:
@@ -30,7 +30,7 @@ class TestFCDenseNet56Decoder(DecoderTester):
     @pytest.mark.parametrize("channels", [(20,), (6, 8, 12, 20, 8)])
     def test_works_with_any_widths_and_levels(self, channels: tuple[int, ...]) -> None:
         """With any widths of six levels."""
-        with pytest.raises(ValueError, match="fcdensenet56 reads at least 6"):
+        with pytest.raises(ValueError, match="fcdensenet56 needs at least 6"):
             self.build(channels=channels)
         assert self.build().eval().logits(self.features())[0].shape == (2, 5, 64, 96)
 

@@ -23,12 +23,12 @@ class TestFCN32s(DecoderTester):
 
 class TestFCN16s(DecoderTester):
     arch = "fcn16s"
-    needs = 2
+    min_feature_maps = 2
 
 
 class TestFCN8s(DecoderTester):
     arch = "fcn8s"
-    needs = 3
+    min_feature_maps = 3
 
 
 class TestFCN8sOnVGG16(PairTester):

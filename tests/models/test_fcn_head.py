@@ -10,7 +10,7 @@ class TestFCNHead(DecoderTester):
 
 class TestFCNHeadDeepSup(DecoderTester):
     arch = "fcn_head_deepsup"
-    needs = 2
+    min_feature_maps = 2
     auxiliary = True
 
 

@@ -22,7 +22,7 @@ class TestICNetEncoder(EncoderTester):
 
 class TestICNet(DecoderTester):
     arch = "icnet"
-    needs = 3
+    min_feature_maps = 3
     auxiliary = True
 
 

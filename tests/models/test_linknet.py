@@ -13,7 +13,7 @@ from mit_semseg.models.decoders.upsampling import full_convolution
 
 class TestLinkNetDecoder(DecoderTester):
     arch = "linknet"
-    needs = 2
+    min_feature_maps = 2
 
 
 class TestLinkNet(PairTester):

@@ -43,7 +43,7 @@ class TinyEncoder(Encoder):
 
 
 class TinyDecoder(Decoder):
-    needs = 2
+    min_feature_maps = 2
     auxiliary = (Auxiliary(),)
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from mit_semseg.models.decoders.ocnet import BaseContext, ObjectContext
 
 class TestOCNetBase(DecoderTester):
     arch = "ocnet_base"
-    needs = 2
+    min_feature_maps = 2
     auxiliary = True
 
 

@@ -26,8 +26,10 @@ UNIQUE_ENCODERS, UNIQUE_DECODERS = unique(ENCODERS), unique(DECODERS)
 def seen(arch_encoder: str) -> tuple[object, ...]:
     """All that decoders see of an encoder."""
     kind = ENCODERS.get(arch_encoder)
-    made_for_it = tuple(n for n in UNIQUE_DECODERS if arch_encoder in DECODERS.get(n).only)
-    return kind.channels, kind.strides, kind.only, made_for_it
+    made_for_it = tuple(
+        n for n in UNIQUE_DECODERS if arch_encoder in DECODERS.get(n).supported_encoders
+    )
+    return kind.channels, kind.strides, kind.supported_decoders, made_for_it
 
 
 # One name stands for all that look the same.
@@ -50,7 +52,7 @@ HALVES = {
 def emitted(arch_encoder: str) -> list[torch.Tensor]:
     """Feature maps of two images of 64x96, without arithmetic."""
     encoder = ENCODERS.get(arch_encoder)
-    if encoder.only:  # its maps have dtypes of their own
+    if encoder.supported_decoders:  # its maps have dtypes of their own
         with torch.device("meta"):
             return encoder()(torch.zeros(2, 3, 64, 96), return_feature_maps=True)
     # What the encoder really emits is tested with it; here its declaration stands for it.
@@ -64,9 +66,9 @@ def refusal(arch_encoder: str, arch_decoder: str) -> str:
     for decoder, encoder in HALVES.items():
         if encoder == arch_encoder and decoder != arch_decoder and "fcdensenet" not in encoder:
             return f"set MODEL.arch_decoder to {decoder}, or"
-    needs = DECODERS.get(arch_decoder).needs
-    few = len(ENCODERS.get(arch_encoder).channels) < needs
-    return f"{arch_decoder} reads at least {needs} feature maps" if few else ""
+    minimum = DECODERS.get(arch_decoder).min_feature_maps
+    few = len(ENCODERS.get(arch_encoder).channels) < minimum
+    return f"{arch_decoder} needs at least {minimum} feature maps" if few else ""
 
 
 @pytest.mark.parametrize("arch_encoder", UNIQUE_ENCODERS)
@@ -113,7 +115,7 @@ def test_a_wrong_fc_dim_is_refused_with_the_right_one() -> None:
 
 def test_a_decoder_that_needs_more_maps_is_refused_with_others() -> None:
     with pytest.raises(
-        ValueError, match=r"upernet reads at least 2 feature maps and hrnetv2 emits 1.*c1.*ppm"
+        ValueError, match=r"upernet needs at least 2 feature maps and hrnetv2 emits 1.*c1.*ppm"
     ):
         check_pair("hrnetv2", "upernet", 720)
 

@@ -18,7 +18,7 @@ class TestPPM(DecoderTester):
 class TestPPMDeepSup(DecoderTester):
     arch = "ppm_deepsup"
     published = (320, 512, 2048)
-    needs = 2
+    min_feature_maps = 2
     auxiliary = True
 
 

@@ -19,7 +19,7 @@ def pooling_indices(batch: int, channels: int, height: int, width: int) -> torch
 
 class TestSegNetDecoder(DecoderTester):
     arch = "segnet"
-    needs = 6
+    min_feature_maps = 6
     channels = (4, 8, 12, 16, 16, 16)
 
     def features(self, batch: int = 2) -> list[torch.Tensor]:

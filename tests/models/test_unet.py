@@ -23,12 +23,12 @@ class TestUNetBilinearEncoder(EncoderTester):
 
 class TestUNetDecoder(DecoderTester):
     arch = "unet"
-    needs = 2
+    min_feature_maps = 2
 
 
 class TestUNetBilinearDecoder(DecoderTester):
     arch = "unet_bilinear"
-    needs = 2
+    min_feature_maps = 2
 
 
 class TestUNet(PairTester):

@@ -6,10 +6,10 @@ from decoder_tester import DecoderTester
 class TestUPerNet(DecoderTester):
     arch = "upernet"
     published = (2048,)
-    needs = 2
+    min_feature_maps = 2
 
 
 class TestUPerNetLite(DecoderTester):
     arch = "upernet_lite"
     published = (2048,)
-    needs = 2
+    min_feature_maps = 2

@@ -42,8 +42,8 @@ from mit_semseg.engine.training.supervisor import STALLED, Supervisor, lost_peer
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.lib.nn import UserScatteredDataParallel
 from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models.activation_checkpointing import checkpoint_activations
 from mit_semseg.models.compilation import compile_for_training
-from mit_semseg.models.recompute import recompute
 from mit_semseg.precision import Precision
 
 # Batches on a GPU are padded to multiples of this: for every shape cuDNN looks for plans anew, and
@@ -302,7 +302,7 @@ def _step(
     )
     average = MovingAverage(module, train.ema) if train.ema else None
     if train.activation_checkpointing:
-        recompute(module.encoder)
+        checkpoint_activations(module.encoder)
     if train.compile:
         compile_for_training(module)
     return TrainStep(

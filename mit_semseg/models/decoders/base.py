@@ -59,9 +59,9 @@ class Decoder(nn.Module):
     implements `logits`; everything else is here.
 
     Attributes:
-        needs: feature maps it reads, at least; a pair that cannot work is refused by it.
-        only: encoders it was made for, by name; empty: all that emit enough feature maps.
-        auxiliary: its heads beside the main one, in the order of `logits`.
+        min_feature_maps: least number of feature maps that it can be built for.
+        supported_encoders: names of the encoders it works with; empty: all with enough maps.
+        auxiliary: its auxiliary heads, in the order in which `logits` returns their scores.
         pool_scales: sides of the grids that it averages the deepest map over, taken from `pools`:
             what a tile of an image must know of the whole. Its `logits` then takes a second
             argument, `tile` (see `models.pyramid.Tile`).
@@ -77,8 +77,8 @@ class Decoder(nn.Module):
           distribution by fan-in, and 1e-4 as the bias of BatchNorm.
     """
 
-    needs: ClassVar[int] = 1
-    only: ClassVar[tuple[str, ...]] = ()
+    min_feature_maps: ClassVar[int] = 1
+    supported_encoders: ClassVar[tuple[str, ...]] = ()
     auxiliary: ClassVar[tuple[Auxiliary, ...]] = ()
     pool_scales: tuple[int, ...] = ()
 

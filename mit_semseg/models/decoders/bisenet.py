@@ -80,8 +80,8 @@ class BiSeNet(Decoder):
           code they have none.
     """
 
-    needs = 3
-    only = ("bisenet_resnet18",)
+    min_feature_maps = 3
+    supported_encoders = ("bisenet_resnet18",)
     auxiliary = (Auxiliary(weight=1.0), Auxiliary(weight=1.0))
 
     def __init__(

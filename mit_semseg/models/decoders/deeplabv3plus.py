@@ -45,7 +45,7 @@ class DeepLabV3Plus(Decoder):
         - BatchNorm's momentum is 0.1; in the authors' decoder it is 0.0003.
     """
 
-    needs = 2
+    min_feature_maps = 2
     pool_scales = (1,)
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:

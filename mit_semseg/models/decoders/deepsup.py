@@ -25,7 +25,7 @@ class DeepSup(Decoder):
         dropout_kind, dropout_rate: of the dropout before the head's classifier, if there is any.
     """
 
-    needs = 2
+    min_feature_maps = 2
     auxiliary: ClassVar[tuple[Auxiliary, ...]] = (Auxiliary(),)
     quarter_of: ClassVar[int] = -1
     dropout_kind: ClassVar[type[nn.Module]] = nn.Identity

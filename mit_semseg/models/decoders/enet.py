@@ -50,8 +50,8 @@ class ENet(Decoder):
           authors' code 3x3 convolutions have one.
     """
 
-    needs = 3
-    only = ("enet",)
+    min_feature_maps = 3
+    supported_encoders = ("enet",)
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
         super().__init__(channels, num_class, **options)

@@ -29,7 +29,7 @@ class FCDenseNet(Decoder):
     variance, as in the encoder.
 
     Attributes:
-        own: the encoder, whose depths are mirrored.
+        encoder: class of the encoder, whose depths and growth rate this decoder mirrors.
 
     Deviations:
         - The transposed convolution of a transition up is centred: it is padded and exactly doubles
@@ -42,14 +42,14 @@ class FCDenseNet(Decoder):
           distribution, not with his uniform one.
     """
 
-    needs = 6
-    own: ClassVar[type[FCDenseNetEncoder]]
+    min_feature_maps = 6
+    encoder: ClassVar[type[FCDenseNetEncoder]]
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
         super().__init__(channels, num_class, **options)
         *skips, added = channels
-        *depths, _ = self.own.depths
-        growth = self.own.growth
+        *depths, _ = self.encoder.depths
+        growth = self.encoder.growth
         self.ups, self.blocks = nn.ModuleList(), nn.ModuleList()
         for skip, depth in zip(reversed(skips), reversed(depths), strict=True):
             self.ups.append(full_convolution(added, added, 2, bias=True))
@@ -70,18 +70,21 @@ class FCDenseNet(Decoder):
 class FCDenseNet56(FCDenseNet):
     """For the encoder of the same name."""
 
-    only, own = ("fcdensenet56",), FCDenseNet56Encoder
+    supported_encoders = ("fcdensenet56",)
+    encoder = FCDenseNet56Encoder
 
 
 @DECODERS.register("fcdensenet67")
 class FCDenseNet67(FCDenseNet):
     """For the encoder of the same name."""
 
-    only, own = ("fcdensenet67",), FCDenseNet67Encoder
+    supported_encoders = ("fcdensenet67",)
+    encoder = FCDenseNet67Encoder
 
 
 @DECODERS.register("fcdensenet103")
 class FCDenseNet103(FCDenseNet):
     """For the encoder of the same name."""
 
-    only, own = ("fcdensenet103",), FCDenseNet103Encoder
+    supported_encoders = ("fcdensenet103",)
+    encoder = FCDenseNet103Encoder

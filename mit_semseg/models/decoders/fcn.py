@@ -27,7 +27,7 @@ def bilinear_upsampling(channels: int, factor: int) -> nn.Module:
 
 
 class FCN(Decoder):
-    """VGG's first two fully connected layers as convolutions, and scores of `needs` maps.
+    """VGG's first two fully connected layers as convolutions, and scores of several maps.
 
     On vgg16 these are pool5, pool4 and pool3, as published; it works on any encoder. Scores have
     the resolution of the finest map that is used, and are upsampled from there by the interpolation
@@ -53,7 +53,7 @@ class FCN(Decoder):
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
         super().__init__(channels, num_class, **options)
-        finer = tuple(channels)[-self.needs : -1]
+        finer = tuple(channels)[-self.min_feature_maps : -1]
         self.fc6 = nn.Conv2d(channels[-1], self.width, 7, padding=3)
         self.fc7 = nn.Conv2d(self.width, self.width, 1)
         self.relu = nn.ReLU(inplace=True)
@@ -64,11 +64,11 @@ class FCN(Decoder):
         # After that, since these begin as interpolation.
         self.ups = nn.ModuleList(
             bilinear_upsampling(num_class, factor)
-            for factor in reversed(factors(self.strides, self.needs))
+            for factor in reversed(factors(self.strides, self.min_feature_maps))
         )
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        *finer, x = features[-self.needs :]
+        *finer, x = features[-self.min_feature_maps :]
         for layer in (self.fc6, self.fc7):
             x = self.dropout(self.relu(layer(x)))
         x = self.conv_last(x)
@@ -87,11 +87,11 @@ class FCN32s(FCN):
 class FCN16s(FCN):
     """Scores of the two deepest maps, added up."""
 
-    needs = 2
+    min_feature_maps = 2
 
 
 @DECODERS.register("fcn8s")
 class FCN8s(FCN):
     """Scores of the three deepest maps, added up."""
 
-    needs = 3
+    min_feature_maps = 3

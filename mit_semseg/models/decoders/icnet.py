@@ -49,8 +49,8 @@ class ICNet(Decoder):
         - BatchNorm's momentum is 0.1; in the published model it is 0.05.
     """
 
-    needs = 3
-    only = ("icnet_resnet50",)
+    min_feature_maps = 3
+    supported_encoders = ("icnet_resnet50",)
     auxiliary = (Auxiliary(weight=0.4), Auxiliary(weight=0.16))
 
     def __init__(

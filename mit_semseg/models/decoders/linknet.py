@@ -53,7 +53,7 @@ class LinkNet(Decoder):
           authors' code all have one.
     """
 
-    needs = 2
+    min_feature_maps = 2
     width = 32  # channels between the last two full convolutions
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:

@@ -37,8 +37,8 @@ class SegNet(Decoder):
           over the training images after training.
     """
 
-    needs = 6
-    only = ("vgg16_bn_indices",)
+    min_feature_maps = 6
+    supported_encoders = ("vgg16_bn_indices",)
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
         super().__init__(channels, num_class, **options)

@@ -35,7 +35,7 @@ class UNet(Decoder):
           weight (eq. 2).
     """
 
-    needs = 2
+    min_feature_maps = 2
     bilinear: ClassVar[bool] = False
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:

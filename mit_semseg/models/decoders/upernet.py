@@ -31,7 +31,7 @@ class UPerNet(Decoder):
           and pools with precise RoI pooling.
     """
 
-    needs = 2
+    min_feature_maps = 2
     fpn_dim = 512
 
     def __init__(

@@ -25,9 +25,9 @@ class Encoder(nn.Module):
         output_strides: values that the constructor takes as `output_stride`; empty: it takes none.
         fp32_layers: submodules that prediction in reduced precision leaves in float32, because
             their rounding shows in the labels.
-        only: decoders that can read what it emits, by name; empty: all of them. An encoder whose
-            maps are not all features, such as pooling indices, or of whose branches a part would
-            not be trained by a decoder that leaves maps unread, names those here.
+        supported_decoders: names of the decoders it works with; empty: all. Set it where some
+            maps are not features (pooling indices), or where a decoder that does not read every
+            map would leave branches of the encoder untrained.
 
     Deviations:
         - BatchNorm has torch's defaults, momentum 0.1 and eps 1e-5, unless stated otherwise. The
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
     strides: tuple[int, ...]
     output_strides: ClassVar[tuple[int, ...]] = ()
     fp32_layers: ClassVar[tuple[str, ...]] = ()
-    only: ClassVar[tuple[str, ...]] = ()
+    supported_decoders: ClassVar[tuple[str, ...]] = ()
     in_channels: int = 3  # of the images
 
     @classmethod
@@ -88,7 +88,8 @@ class Variant:
     """
 
     def __init__(self, kind: type[Encoder], **options: Any) -> None:
-        self.kind, self.options, self.only = kind, options, kind.only
+        self.kind, self.options = kind, options
+        self.supported_decoders = kind.supported_decoders
         given: tuple[int, ...] | None = options.get("channels")
         self.channels = kind.channels if given is None else given
         at = options.get("output_stride")
@@ -106,12 +107,14 @@ def register_strides(name: str, kind: type[Encoder], **options: Any) -> None:
         ENCODERS.register(*names)(Variant(kind, output_stride=stride, **options))
 
 
-def tapped(layers: Iterable[nn.Module], x: Tensor, taps: Container[int]) -> list[Tensor]:
-    """What some of a chain of layers give: those whose place in it is in `taps`."""
+def collect_outputs(
+    layers: Iterable[nn.Module], x: Tensor, out_indices: Container[int]
+) -> list[Tensor]:
+    """Runs layers one after another; returns the outputs of those at `out_indices`."""
     maps = []
     for i, layer in enumerate(layers):
         x = layer(x)
-        if i in taps:
+        if i in out_indices:
             maps.append(x)
     return maps
 

@@ -25,7 +25,7 @@ class BiSeNetResNet18(Encoder):
 
     channels = (128, 256, 512)
     strides = (8, 16, 32)
-    only = ("bisenet",)  # others leave the spatial path, or a part of the context, untrained
+    supported_decoders = ("bisenet",)  # others would leave parts of the two paths untrained
 
     def __init__(self) -> None:
         super().__init__()

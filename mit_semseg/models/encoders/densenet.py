@@ -111,7 +111,7 @@ class DenseNet(Encoder):
         add("relu5", nn.ReLU(inplace=True))
         init_weights(self)
 
-    def recompute_units(self) -> list[nn.Module]:
+    def checkpoint_blocks(self) -> list[nn.Module]:
         """The dense blocks: one layer inside them keeps more than it spares."""
         return [block for block in self.features if isinstance(block, DenseBlock)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
-from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights, tapped
+from mit_semseg.models.encoders.base import ENCODERS, Encoder, collect_outputs, init_weights
 from mit_semseg.models.encoders.resnet import BasicBlock
 
 # Channels, blocks, stride of the first block, dilation, residual: figure 5, DRN-C-26.
@@ -60,7 +60,7 @@ class DRNC26(Encoder):
 
     channels = (64, 128, 256, 512)
     strides = (4, 8, 8, 8)
-    taps = (2, 3, 4, 7)  # indices into `LEVELS` of what is emitted
+    out_indices = (2, 3, 4, 7)  # of the feature maps, in `LEVELS`
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,4 +77,4 @@ class DRNC26(Encoder):
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         levels = [self.get_submodule(f"layer{level + 1}") for level in range(len(LEVELS))]
-        return tapped(levels, self.relu(self.bn1(self.conv1(images))), self.taps)
+        return collect_outputs(levels, self.relu(self.bn1(self.conv1(images))), self.out_indices)

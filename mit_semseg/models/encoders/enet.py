@@ -121,7 +121,7 @@ class ENetEncoder(Encoder):
 
     channels = (16, 64, 128)
     strides = (4, 8, 8)
-    only = ("enet",)
+    supported_decoders = ("enet",)
 
     def __init__(self) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ class ICNetResNet50(Encoder):
 
     channels = (64, 512, 2048)
     strides = (8, 16, 32)
-    only = ("icnet",)  # others leave branches untrained
+    supported_decoders = ("icnet",)  # others leave branches untrained
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,10 +8,10 @@ from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.depthwise import DepthwiseConv2d
 from mit_semseg.models.encoders.base import (
     Encoder,
+    collect_outputs,
     dilate,
     init_weights,
     register_strides,
-    tapped,
 )
 
 # Expansion, output channels, blocks, stride of the first block: table 2 of the paper.
@@ -71,7 +71,7 @@ class MobileNetV2(Encoder):
     channels: tuple[int, ...] = (24, 32, 64, 160, 320)
     strides: tuple[int, ...] = (4, 8, 16, 32, 32)
     output_strides = (32, 16, 8)
-    taps = (2, 4, 7, 14, 17)  # indices into `features` of what is emitted
+    out_indices = (2, 4, 7, 14, 17)  # of the feature maps, in `features`
     # The first depthwise filters take differences of nearly equal values: three quarters of the
     # labels that bfloat16 changes, it changes here.
     fp32_layers = ("features.0", "features.1")
@@ -95,7 +95,7 @@ class MobileNetV2(Encoder):
         init_weights(self)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
-        return tapped(self.features, images, self.taps)
+        return collect_outputs(self.features, images, self.out_indices)
 
 
 register_strides("mobilenetv2", MobileNetV2)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.depthwise import DepthwiseConv2d
-from mit_semseg.models.encoders.base import Encoder, init_weights, register_strides, tapped
+from mit_semseg.models.encoders.base import Encoder, collect_outputs, init_weights, register_strides
 
 # Kernel, hidden channels, output channels, squeeze-and-excitation, hard swish, stride: table 1 of
 # the paper. From block 12 on the stride is 32.
@@ -112,7 +112,7 @@ class MobileNetV3Large(Encoder):
     channels = (24, 40, 960)
     strides: tuple[int, ...] = (4, 8, 32)
     output_strides = (32, 16)
-    taps = (3, 4, 16)  # indices into `features` of what is emitted
+    out_indices = (3, 4, 16)  # of the feature maps, in `features`
 
     def __init__(self, output_stride: int = 32) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class MobileNetV3Large(Encoder):
         init_weights(self)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
-        return tapped(self.features, images, self.taps)
+        return collect_outputs(self.features, images, self.out_indices)
 
 
 register_strides("mobilenetv3_large", MobileNetV3Large)

@@ -12,7 +12,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
-from mit_semseg.models.encoders.base import Encoder, dilate, init_weights, register_strides, tapped
+from mit_semseg.models.encoders.base import (
+    Encoder,
+    collect_outputs,
+    dilate,
+    init_weights,
+    register_strides,
+)
 from mit_semseg.models.layers import conv_bn
 
 
@@ -157,7 +163,7 @@ class ResNet(Encoder):
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        return tapped(stages, self._stem(images), range(4))
+        return collect_outputs(stages, self._stem(images), range(4))
 
 
 class PlainStemResNet(ResNet):

@@ -65,7 +65,7 @@ class VGG(Encoder):
         self.features = Features(self.normalized, self.indices)
         init_weights(self)
 
-    def recompute_units(self) -> Sequence[nn.Module]:
+    def checkpoint_blocks(self) -> Sequence[nn.Module]:
         return [self.features]
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
@@ -107,7 +107,7 @@ class VGG16BNIndices(VGG):
 
     channels = (*WIDTHS, WIDTHS[-1])
     strides = (2, 4, 8, 16, 32, 32)
-    only = ("segnet",)
+    supported_decoders = ("segnet",)
     normalized = True
     indices = True
 

@@ -99,7 +99,7 @@ class Xception65(Encoder):
         )
         init_weights(self)
 
-    def recompute_units(self) -> list[nn.Module]:
+    def checkpoint_blocks(self) -> list[nn.Module]:
         """All blocks but the second, whose inside is emitted."""
         return [self.entry1, self.entry3, *self.middle, self.exit, *self.last]
 

@@ -25,12 +25,12 @@ from mit_semseg.lib.nn.transfer import map_tensors
 from mit_semseg.models.layers import replace_modules
 
 
-def recompute(encoder: nn.Module) -> list[nn.Module]:
+def checkpoint_activations(encoder: nn.Module) -> list[nn.Module]:
     """Make the blocks of an encoder keep their inputs only; everything else stays as it is.
 
     Each is put into torch's `CheckpointWrapper`. Outputs, gradients, running statistics and names
-    in the state dict are those of the plain encoder. Blocks are found by `units`, unless the
-    encoder names them by a method `recompute_units() -> list of modules`.
+    in the state dict are those of the plain encoder. Blocks are found by `find_blocks`, unless the
+    encoder names them by a method `checkpoint_blocks() -> list of modules`.
 
     Args:
         encoder: changed in place.
@@ -45,20 +45,20 @@ def recompute(encoder: nn.Module) -> list[nn.Module]:
     # Here, since torch may have been built without `distributed`.
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    declared = getattr(encoder, "recompute_units", None)
-    found = list(units(encoder) if declared is None else declared())
+    declared = getattr(encoder, "checkpoint_blocks", None)
+    found = list(find_blocks(encoder) if declared is None else declared())
     if not found:
         raise ValueError(
             f"TRAIN.activation_checkpointing: {type(encoder).__name__} has no blocks in a "
-            "Sequential or ModuleList; give it a method recompute_units() that lists them, or set "
-            "TRAIN.activation_checkpointing False"
+            "Sequential or ModuleList: give it a method checkpoint_blocks() that returns them, or "
+            "set TRAIN.activation_checkpointing False"
         )
     wrapped = {unit: checkpoint_wrapper(unit, checkpoint_fn=_checkpointed) for unit in found}
     replace_modules(encoder, wrapped)
     return found
 
 
-def units(module: nn.Module) -> Iterator[nn.Module]:
+def find_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The blocks inside the stages of an encoder, largest first: none lies inside another.
 
     A block is what stands in a Sequential or ModuleList and has layers of its own, or a
@@ -73,7 +73,7 @@ def units(module: nn.Module) -> Iterator[nn.Module]:
         if of_layers or (not listing and isinstance(module, (nn.Sequential, nn.ModuleList))):
             yield child
         else:
-            yield from units(child)
+            yield from find_blocks(child)
 
 
 def _is_layer(module: nn.Module) -> bool:

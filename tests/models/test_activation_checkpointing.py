@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel, sync_function
 from mit_semseg.models import ENCODERS, ModelBuilder
-from mit_semseg.models.recompute import recompute, units
+from mit_semseg.models.activation_checkpointing import checkpoint_activations, find_blocks
 
 WORLD = 2
 Results = tuple[list[Tensor], list[Tensor]]
@@ -51,7 +51,7 @@ def blocks(**options: Any) -> tuple[Blocks, Blocks]:
     torch.manual_seed(0)
     plain = Blocks(**options).double()
     other = copy.deepcopy(plain)
-    assert len(recompute(other)) == 2
+    assert len(checkpoint_activations(other)) == 2
     return plain, other
 
 
@@ -82,7 +82,7 @@ def test_encoders_give_the_same(arch: str) -> None:
     torch.manual_seed(0)
     plain = ModelBuilder.build_encoder(arch, weights="none")
     other = copy.deepcopy(plain)
-    recompute(other)
+    checkpoint_activations(other)
     assert_same(plain, other, torch.randn(2, 3, 32, 32))
 
 
@@ -106,7 +106,7 @@ def test_less_is_kept_for_backward(
         encoder = ENCODERS.get(arch)()
         x = torch.zeros(2, 3, 448, 608)
     plain = kept_bytes(encoder, x)
-    own = kept_bytes(encoder, x, recompute(encoder))
+    own = kept_bytes(encoder, x, checkpoint_activations(encoder))
     assert own < share * plain
 
 
@@ -182,7 +182,7 @@ def test_autocast_is_respected() -> None:
     torch.manual_seed(0)
     plain = Blocks()
     other = copy.deepcopy(plain)
-    recompute(other)
+    checkpoint_activations(other)
     x = torch.randn(2, 3, 8, 8)
     results = []
     for module in (plain, other):
@@ -258,7 +258,7 @@ class InPlace(nn.Module):
 
 def test_an_input_changed_in_place_is_refused() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ModuleList([InPlace()]))
-    recompute(module)
+    checkpoint_activations(module)
     x = module[0](torch.randn(1, 3, 4, 4))
     with pytest.raises(ValueError, match="input of a InPlace is changed in place"):
         module[1][0](x)
@@ -271,11 +271,11 @@ def test_an_encoder_may_name_its_blocks() -> None:
             self.a, self.b = Block(), Block()
 
     odd = Odd()
-    with pytest.raises(ValueError, match=r"Odd has no blocks.*recompute_units\(\)"):
-        recompute(odd)
+    with pytest.raises(ValueError, match=r"Odd has no blocks.*checkpoint_blocks\(\)"):
+        checkpoint_activations(odd)
     block = odd.b
-    odd.recompute_units = lambda: [block]  # type: ignore[assignment]
-    assert recompute(odd) == [block]
+    odd.checkpoint_blocks = lambda: [block]  # type: ignore[assignment]
+    assert checkpoint_activations(odd) == [block]
     assert type(odd.a) is Block and type(odd.b) is not Block
 
 
@@ -287,4 +287,4 @@ def test_blocks_do_not_overlap() -> None:
     body.stem, body.act = inner, nn.ReLU()
     encoder = nn.Module()
     encoder.body = body
-    assert list(units(encoder)) == [stage[0], stage[1][0], inner, inner]
+    assert list(find_blocks(encoder)) == [stage[0], stage[1][0], inner, inner]
