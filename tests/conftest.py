@@ -1,13 +1,8 @@
 """A small model in a checkpoint folder, and a few small images: what tests of runs start from."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
-from collections.abc import Callable, Generator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +12,6 @@ from hypothesis import settings
 from PIL import Image
 
 from mit_semseg.config import load_config
-from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.engine.checkpoint import CheckpointFolder
 from mit_semseg.models import ModelBuilder
@@ -27,7 +21,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     """Hide GPUs, enable Control-C, and give each of several processes a core.
 
     Tests without the marker `gpu` run on the CPU whatever the machine has: GPUs are hidden from
@@ -48,18 +42,18 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-def _selects_gpu(config: pytest.Config) -> bool:
+def _selects_gpu(config):
     return bool(config.option.markexpr == "gpu")
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def pytest_runtest_setup(item):
     """Skip tests marked `gpu` where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport() -> Generator[None, Any, None]:
+def pytest_runtest_makereport():
     """What tests log of file names that are no UTF-8 must not stop processes that report it."""
     report = (yield).get_result()
     report.sections = [
@@ -68,21 +62,21 @@ def pytest_runtest_makereport() -> Generator[None, Any, None]:
 
 
 @pytest.fixture(scope="session")
-def make_model() -> Callable[..., Config]:
+def make_model():
     """`make_model(folder, names, SECTION__key=value)` -> configuration."""
     return _make_model
 
 
 @pytest.fixture(scope="session")
-def make_images() -> Callable[..., None]:
+def make_images():
     """`make_images(root, [(height, width), ...])` writes images, masks and `val.odgt`."""
     return _make_images
 
 
-def _make_model(folder: Path, names: tuple[str, ...], **settings: Any) -> Config:
+def _make_model(folder, names, **settings):
     """A checkpoint folder with a small random model, and its configuration."""
     torch.manual_seed(0)
-    opts: list[Any] = [
+    opts = [
         *("DIR", str(folder), "DATASET.num_class", len(names)),
         *("DATASET.imgSizes", [32, 48], "DATASET.imgMaxSize", 80),
         *("MODEL.arch_encoder", "mobilenetv2dilated", "MODEL.arch_decoder", "c1"),
@@ -112,7 +106,7 @@ def _make_model(folder: Path, names: tuple[str, ...], **settings: Any) -> Config
     return cfg
 
 
-def _make_images(root: Path, sizes: list[tuple[int, int]]) -> None:
+def _make_images(root, sizes):
     """Images with masks (0 ignored, 1.. classes) and their list `val.odgt`."""
     rng = np.random.default_rng(1)
     lines = []

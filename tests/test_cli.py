@@ -1,13 +1,10 @@
 """The command line: instant help, one line for each mistake, exit codes."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +12,6 @@ import mit_semseg
 from mit_semseg import arguments as shown
 from mit_semseg import cli
 from mit_semseg.cli import main, split_overrides
-from mit_semseg.config.node import Config
 from mit_semseg.dataset import FORMATS
 from mit_semseg.dataset.downloads import sources
 
@@ -23,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["predict"], ["data"], ["demo"]])
-def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0
     assert "usage: mit-semseg" in capsys.readouterr().out
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0
@@ -38,7 +34,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval_multipro.py", "eval.py", "test.py"])
-def test_scripts_keep_the_published_names(script: str) -> None:
+def test_scripts_keep_the_published_names(script):
     done = subprocess.run(
         [sys.executable, str(ROOT / script), "--help"],
         cwd=ROOT,
@@ -81,7 +77,7 @@ MISTAKES = [
 ]
 
 
-def test_help_and_mistakes_are_instant() -> None:
+def test_help_and_mistakes_are_instant():
     # All in one process: none may leave a heavy module behind.
     code = f"""
 import contextlib, sys, time
@@ -103,13 +99,13 @@ assert main(["eval", "--gpus", "zero"]) == 2 and "torch" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-def test_what_imports_slowly_is_imported_when_it_is_used() -> None:
+def test_what_imports_slowly_is_imported_when_it_is_used():
     code = "import sys, mit_semseg.engine.train, mit_semseg.segmenter, mit_semseg.tools.sweep"
     code += "; assert not {'torch._dynamo', 'matplotlib', 'jinja2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
 
 
-def test_the_package_alone_imports_nothing_heavy() -> None:
+def test_the_package_alone_imports_nothing_heavy():
     code = f"import sys, mit_semseg; sys.exit(str(set({HEAVY}) & set(sys.modules) or '') or 0)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
 
@@ -123,15 +119,11 @@ def test_the_package_alone_imports_nothing_heavy() -> None:
     ],
 )
 def test_precision_option_beats_the_configuration(
-    arguments: list[str],
-    engine: str,
-    section: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    got: list[Config] = []
+    arguments, engine, section, monkeypatch, tmp_path
+):
+    got = []
 
-    def engine_call(cfg: Config, *args: Any, **options: Any) -> Any:
+    def engine_call(cfg, *args, **options):
         got.append(cfg)
         if section == "TRAIN":
             return {"best_mean_iou": None, "checkpoint": "x", "stopped": ""}
@@ -158,16 +150,10 @@ def test_precision_option_beats_the_configuration(
         ("1", "x.pth", "x.pth"),
     ],
 )
-def test_what_torchrun_starts_again_goes_on(
-    restarts: str | None,
-    asked: str,
-    resume: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    got: list[str] = []
+def test_what_torchrun_starts_again_goes_on(restarts, asked, resume, monkeypatch, tmp_path):
+    got = []
 
-    def engine_call(cfg: Config, *args: Any, **options: Any) -> Any:
+    def engine_call(cfg, *args, **options):
         got.append(options["resume"])
         return {"best_mean_iou": None, "checkpoint": "x", "stopped": ""}
 
@@ -196,12 +182,7 @@ def test_what_torchrun_starts_again_goes_on(
         (["data", "download", "folder"], "(known: ade20k, camvid, cityscapes, coco, "),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
     assert main(arguments) == 2
@@ -210,18 +191,16 @@ def test_mistakes_are_one_line(
     assert message in err[0]
 
 
-def test_help_names_every_data_set() -> None:
+def test_help_names_every_data_set():
     advice = "name it in mit_semseg/arguments.py, which the help is made from"
     assert sorted(shown.FORMATS) == FORMATS.names(), advice
     assert sorted(shown.SOURCES) == sorted(sources()), advice
 
 
-def test_a_data_set_of_ones_own_is_accepted(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_data_set_of_ones_own_is_accepted(capsys, monkeypatch, tmp_path):
     """Registering is enough: the names in the help are no limit."""
 
-    class Balls(FORMATS.get("cityscapes")):  # type: ignore[misc]
+    class Balls(FORMATS.get("cityscapes")):
         """Explains, as its parent does, how to register for the data."""
 
     monkeypatch.setitem(FORMATS._entries, "balls", Balls)
@@ -229,7 +208,7 @@ def test_a_data_set_of_ones_own_is_accepted(
     assert "which asks for a registration or a consent" in capsys.readouterr().out
 
 
-def test_overrides_after_several_images(tmp_path: Path) -> None:
+def test_overrides_after_several_images(tmp_path):
     assert split_overrides(["a.jpg", "b.jpg", "TEST.result", "out"]) == (
         ["a.jpg", "b.jpg"],
         ["TEST.result", "out"],
@@ -237,7 +216,7 @@ def test_overrides_after_several_images(tmp_path: Path) -> None:
     assert split_overrides(["a.jpg", "DIR"]) == (["a.jpg", "DIR"], [])
 
 
-def test_module_form() -> None:
+def test_module_form():
     done = subprocess.run(
         [sys.executable, "-m", "mit_semseg.cli", "--help"],
         cwd=ROOT,
@@ -260,8 +239,6 @@ def test_module_form() -> None:
         ("bin/mit-semseg train --gpus cpu", "mit-semseg train --resume auto --gpus cpu"),
     ],
 )
-def test_the_command_to_go_on_is_the_one_typed(
-    typed: str, printed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_to_go_on_is_the_one_typed(typed, printed, monkeypatch):
     monkeypatch.setattr(sys, "argv", shlex.split(typed))
     assert cli._resume_command() == printed

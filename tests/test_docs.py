@@ -3,8 +3,6 @@
 A Python block with `<!-- not run: REASON -->` before it is left out.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 import re
@@ -13,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,14 +32,14 @@ ADDED = {*re.findall(r"`([\w/]+\.py)`:\n", CONTRIBUTING.read_text("utf-8"))}
 KEYS = {*keys(get_defaults())}
 
 
-def blocks(page: Path, language: str) -> list[str]:
+def blocks(page, language):
     found = re.findall(
         rf"(<!-- not run: .+ -->\n)?```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL
     )
     return [code for not_run, code in found if not not_run]
 
 
-def run(*arguments: str, cwd: Path) -> str:
+def run(*arguments, cwd):
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -63,7 +60,7 @@ SNIPPETS = {
 
 
 @pytest.mark.parametrize("page", SNIPPETS)
-def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(page, tmp_path, monkeypatch):
     """The blocks of a page one after the other, where checkpoints and photographs are."""
     for checkpoint in ("weights/camvid-mobilenetv2dilated-c1_deepsup", "ckpt/mine"):
         shutil.copytree(CAMVID, tmp_path / checkpoint)
@@ -75,19 +72,19 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "mine.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Image.Image, "show", lambda self: None)
-    names: dict[str, object] = {"__name__": "example"}
+    names = {"__name__": "example"}
     for code in SNIPPETS[page]:
         exec(compile(code, page, "exec"), names)
 
 
 # ------------------------------------------------------------------------------------- commands
-def commands(page: Path) -> list[str]:
+def commands(page):
     lines = "\n".join(blocks(page, "(?:bash|sh)")).replace("\\\n", " ").splitlines()
     return [line for line in lines if COMMAND.search(line)]
 
 
 @pytest.mark.parametrize("line", sorted({line for page in PAGES for line in commands(page)}))
-def test_a_command_parses(line: str) -> None:
+def test_a_command_parses(line):
     match = COMMAND.search(line)
     assert match
     script, rest = match.groups()
@@ -102,7 +99,7 @@ def test_a_command_parses(line: str) -> None:
     assert not {key for key in overrides[::2] if key.isupper() and "." in key} - KEYS
 
 
-def test_make_has_every_target_that_is_named() -> None:
+def test_make_has_every_target_that_is_named():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
         named = re.findall(r"(?:`|^)make ([a-z][\w-]*)", page.read_text("utf-8"), re.MULTILINE)
@@ -111,7 +108,7 @@ def test_make_has_every_target_that_is_named() -> None:
 
 # ------------------------------------------------------------------------------------- messages
 @pytest.fixture(scope="module")
-def texts() -> list[list[str]]:
+def texts():
     """Every string in the code but docstrings, as what stands between its values."""
     found = []
     for file in (ROOT / "mit_semseg").rglob("*.py"):
@@ -126,7 +123,7 @@ def texts() -> list[list[str]]:
     return found
 
 
-def beyond(message: str, parts: list[str]) -> str:
+def beyond(message, parts):
     """What is left of a message without the parts of a text, the last of which may be cut short."""
     for part in parts:
         if part in message:
@@ -140,14 +137,14 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("message", re.findall(r"^\| `(.+?)` \|", PAGE, re.MULTILINE))
-def test_a_message_on_the_page_is_one_of_the_code(message: str, texts: list[list[str]]) -> None:
+def test_a_message_on_the_page_is_one_of_the_code(message, texts):
     """But for values; up to three strings of the code may be put together."""
     for _ in range(3):
         message = min((beyond(message, parts) for parts in texts), key=len)
     assert not re.search(r"[a-z]{2,} [a-z]{2,}", message), message
 
 
-def test_files_that_are_named_exist() -> None:
+def test_files_that_are_named_exist():
     """By the end of their path: a page names `state.py` after its folder."""
     files = ["/" + file.as_posix() for file in source_files()]
     for page in PAGES:
@@ -172,7 +169,7 @@ EDITS = [
 ]
 
 
-def recipe_files() -> list[tuple[str, str, str]]:
+def recipe_files():
     """How a block is to be written ("w", or "a" at the end), where, and the block."""
     step = r"(Write|[Aa]t the end of)[\w, ]* `([\w/]+\.py)`:\n\n```python\n(.*?)```"
     found = re.findall(step, CONTRIBUTING.read_text("utf-8"), re.DOTALL)
@@ -180,7 +177,7 @@ def recipe_files() -> list[tuple[str, str, str]]:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tree(tmp_path_factory):
     """A copy of the sources with an encoder, a decoder, a loss, a data set and a setting added."""
     copy = tmp_path_factory.mktemp("tree")
     for file in source_files():
@@ -200,7 +197,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def test_what_is_added_passes_its_tests(tree: Path) -> None:
+def test_what_is_added_passes_its_tests(tree):
     tests = [path for _, path, _ in recipe_files() if path.startswith("tests/")]
     assert len(tests) == 5  # encoder, decoder, loss, data set, setting
     tests += [f"tests/{name}.py" for name in ("losses/test_losses", "test_api_surface")]
@@ -211,7 +208,7 @@ def test_what_is_added_passes_its_tests(tree: Path) -> None:
     assert passed and int(passed[1]) > 20, told[-3000:]
 
 
-def test_what_is_added_trains_and_predicts(tree: Path) -> None:
+def test_what_is_added_trains_and_predicts(tree):
     rng = np.random.default_rng(0)
     kinds = {"photos": ("jpg", 256, (32, 48, 3)), "masks": ("png", 3, (32, 48))}
     for folder, (suffix, top, shape) in kinds.items():
@@ -245,13 +242,13 @@ def test_what_is_added_trains_and_predicts(tree: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------- site
-def test_the_picture_of_the_packages_is_that_of_the_contract() -> None:
+def test_the_picture_of_the_packages_is_that_of_the_contract():
     rooms = runpy.run_path(str(ROOT / "docs" / "rooms.py"))
     assert rooms["PICTURE"].read_text("utf-8") == rooms["picture"](), "run python docs/rooms.py"
     assert not {name for row in rooms["layers"]() for name in row} - rooms["CONTENT"].keys()
 
 
-def test_the_site_builds_and_its_links_hold(tmp_path: Path) -> None:
+def test_the_site_builds_and_its_links_hold(tmp_path):
     pytest.importorskip("mkdocstrings")
     run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path), cwd=ROOT)
     for page in ("index", "guide", "settings", "contributing", "reference/models", "reference/lib"):

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,15 +29,15 @@ from mit_semseg.benchmarks.training import NewShapes, Replicas, Training
 
 
 @pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+def forked(monkeypatch):
     """Sides fork from a process that has imported torch, which takes each of them seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mit_semseg.benchmarks.rows"])
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
-def note(path: Path, name: str) -> Callable[[], None]:
-    def run() -> None:
+def note(path, name):
+    def run():
         with path.open("a") as file:
             file.write(name)
         time.sleep(0.01 if name == "A" else 0.03)
@@ -47,7 +46,7 @@ def note(path: Path, name: str) -> Callable[[], None]:
 
 
 @pytest.mark.usefixtures("forked")
-def test_sides_take_turns(tmp_path: Path) -> None:
+def test_sides_take_turns(tmp_path):
     file = tmp_path / "order"
     sides = {name: partial(note, file, name) for name in "AB"}
     timings = take_turns(sides, 3)
@@ -57,7 +56,7 @@ def test_sides_take_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked")
-def test_bursts_are_timed_in_turn_and_their_processes_kept(tmp_path: Path) -> None:
+def test_bursts_are_timed_in_turn_and_their_processes_kept(tmp_path):
     file = tmp_path / "order"
     sides = {name: partial(note, file, name) for name in "AB"}
     processes = Processes()
@@ -83,8 +82,8 @@ def test_bursts_are_timed_in_turn_and_their_processes_kept(tmp_path: Path) -> No
     assert before["A"] != after["A"] and before["B"] == after["B"]
 
 
-def allocate(mib: int) -> Callable[[], float]:
-    def run() -> float:
+def allocate(mib):
+    def run():
         return float(torch.ones(mib, 2**18).sum())  # 2**18 float32 are a MiB
 
     return run
@@ -92,7 +91,7 @@ def allocate(mib: int) -> Callable[[], float]:
 
 @pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_beyond_what_was_held_is_measured() -> None:
+def test_memory_beyond_what_was_held_is_measured():
     timings = take_turns({"small": partial(allocate, 8), "large": partial(allocate, 200)}, 0)
     small, large = timings["small"].extra_mib, timings["large"].extra_mib
     assert small is not None and large is not None
@@ -100,15 +99,15 @@ def test_memory_beyond_what_was_held_is_measured() -> None:
     assert timings["large"].result == 200 * 2**18
 
 
-def broken() -> Callable[[], None]:
+def broken():
     raise OSError("no such thing")
 
 
-def dying() -> Callable[[], None]:
+def dying():
     return partial(os._exit, 3)
 
 
-def stuck() -> Callable[[], None]:
+def stuck():
     return partial(time.sleep, 600)
 
 
@@ -121,7 +120,7 @@ def stuck() -> Callable[[], None]:
         (stuck, "no answer for 5 s"),
     ],
 )
-def test_a_failing_side_ends_the_run(prepare: Callable[[], None], message: str) -> None:
+def test_a_failing_side_ends_the_run(prepare, message):
     good, processes = partial(allocate, 1), Processes()
     try:
         take_turns({"good": good, "bad": good}, 0, processes=processes)
@@ -134,7 +133,7 @@ def test_a_failing_side_ends_the_run(prepare: Callable[[], None], message: str) 
         processes.stop()
 
 
-def test_operations_of_a_convolution_are_counted() -> None:
+def test_operations_of_a_convolution_are_counted():
     layer, x = torch.nn.Conv2d(3, 5, 3, bias=False), torch.zeros(2, 3, 10, 12)
     assert count_flops(lambda: layer(x)) == 2 * 2 * 8 * 10 * 5 * 3 * 9
     # Backwards twice as many, and a depthwise filter sees one channel.
@@ -144,11 +143,11 @@ def test_operations_of_a_convolution_are_counted() -> None:
     assert convolution_rate("fp32", seconds=0.05) > 1e8
 
 
-def timings(theirs: float, ours: float, mib: float = 0.0) -> dict[str, Timing]:
+def timings(theirs, ours, mib=0.0):
     return {"published": Timing([theirs]), "ours": Timing([ours], extra_mib=mib)}
 
 
-def test_targets_are_judged() -> None:
+def test_targets_are_judged():
     row = rows.Counting(target=10)
     assert row.judge(timings(1, 0.099)) == ("at least 10 x", True)
     assert row.judge(timings(1, 0.101)) == ("at least 10 x", False)
@@ -170,12 +169,12 @@ def test_targets_are_judged() -> None:
     assert start.judge({"ours": Timing([0.3])})[1] is False
 
 
-def shapes_timings(row: NewShapes, new: float, known: float) -> dict[str, Timing]:
+def shapes_timings(row, new, known):
     result = {"new": new, "known": known, "kernels": known / 2, "shapes": 50}
     return row.measured({"ours": Timing([99.0], extra_mib=7, result=result)})
 
 
-def test_new_shapes_are_judged_against_known_ones() -> None:
+def test_new_shapes_are_judged_against_known_ones():
     row = NewShapes(count=8, rate=260)
     assert row.judge(shapes_timings(row, 0.0449, 0.03))[1] is True
     assert row.judge(shapes_timings(row, 0.0451, 0.03))[1] is False
@@ -191,7 +190,7 @@ def test_new_shapes_are_judged_against_known_ones() -> None:
     assert all(side % 8 == 0 and side <= 1000 for shape in drawn for side in shape)
 
 
-def test_files_are_judged_where_there_are_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_judged_where_there_are_the_cores(monkeypatch):
     row = FolderPrediction(rate=90, cores=1)
     result = {"seconds": 1 / 91, "kernels": None}
     assert row.judge(row.measured({"ours": Timing([9.0], result=result)}))[1] is True
@@ -202,7 +201,7 @@ def test_files_are_judged_where_there_are_the_cores(monkeypatch: pytest.MonkeyPa
     assert met is None and "with 1000000 cores, here are" in asked
 
 
-def test_the_rows_state_the_targets() -> None:
+def test_the_rows_state_the_targets():
     wanted = {
         "class map of 683x512, 150 classes, 5 scales": 6,
         "class map of 683x512, 150 classes, one scale": 5,
@@ -216,7 +215,7 @@ def test_the_rows_state_the_targets() -> None:
     assert wanted.items() <= {row.title: row.target for row in command.ON_CPU}.items()
 
 
-def test_the_rows_of_a_gpu_state_the_targets_and_fit_into_four_minutes() -> None:
+def test_the_rows_of_a_gpu_state_the_targets_and_fit_into_four_minutes():
     all_rows = [*gpu.gpu_rows(), *gpu.gpu_peers()]
     wanted = {
         "class map of 683x512, 150 classes, 5 scales": 6,
@@ -240,28 +239,28 @@ class Event:
     now = 0.0
     log: list[str] = []
 
-    def __init__(self, enable_timing: bool) -> None:
+    def __init__(self, enable_timing):
         assert enable_timing
 
-    def record(self) -> None:
+    def record(self):
         Event.now += 30
         self.at = Event.now
         Event.log.append("record")
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         Event.log.append("wait")
 
-    def elapsed_time(self, end: Event) -> float:
+    def elapsed_time(self, end):
         return end.at - self.at
 
 
-def test_a_gpu_times_bursts_with_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_times_bursts_with_its_events(monkeypatch):
     Event.log.clear()
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: Event.log.append("wait"))
     calls = iter(range(100))
 
-    def call() -> int:
+    def call():
         Event.log.append("call")
         return next(calls)
 
@@ -269,12 +268,12 @@ def test_a_gpu_times_bursts_with_its_events(monkeypatch: pytest.MonkeyPatch) -> 
     assert Event.log == ["wait", "record", "call", "call", "call", "record", "wait"]
 
 
-def test_kernels_side_by_side_are_counted_once() -> None:
+def test_kernels_side_by_side_are_counted_once():
     assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.8)]) == 4
     assert covered([]) == 0
 
 
-def test_kernels_are_told_from_the_rest_of_a_profile() -> None:
+def test_kernels_are_told_from_the_rest_of_a_profile():
     on_cpu = [torch.profiler.ProfilerActivity.CPU]
     with (
         torch.profiler.profile(activities=on_cpu) as profiled,
@@ -293,7 +292,7 @@ def test_kernels_are_told_from_the_rest_of_a_profile() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_measured() -> None:
+def test_a_gpu_is_measured():
     a, clock = torch.randn(4096, 4096, device="cuda"), GpuClock()
     clock.timed(lambda: a @ a, 3)
     clock.mark_memory()
@@ -306,7 +305,7 @@ def test_a_gpu_is_measured() -> None:
     assert peak is not None and 64 <= peak < 64 * 4
 
 
-def test_the_published_side_has_torchs_own_settings() -> None:
+def test_the_published_side_has_torchs_own_settings():
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     try:
@@ -334,15 +333,15 @@ TINY = gpu.Sizes(
 )
 
 
-def light(row: rows.Row) -> rows.Row:
+def light(row):
     """The same on a CPU that other programs keep busy."""
     row = replace(row, threads=1, repeats=min(1, row.repeats), precision="fp32")
-    return replace(row, **gpu.MOBILENET) if hasattr(row, "encoder") else row  # type: ignore[arg-type]
+    return replace(row, **gpu.MOBILENET) if hasattr(row, "encoder") else row
 
 
 @pytest.mark.timeout(900)  # dozens of short calls, each of which other programs may hold up
 @pytest.mark.slow
-def test_the_rows_of_a_gpu_run_on_a_cpu_on_little(tmp_path: Path) -> None:
+def test_the_rows_of_a_gpu_run_on_a_cpu_on_little(tmp_path):
     # One of each kind; synchronised BatchNorm is a row of the CPU's too, and has one size only.
     rows_of_gpu = [row for row in gpu.gpu_rows(TINY) if not isinstance(row, rows.SyncBatchNorm)]
     small = list({type(row): light(row) for row in rows_of_gpu}.values())
@@ -366,7 +365,7 @@ def test_the_rows_of_a_gpu_run_on_a_cpu_on_little(tmp_path: Path) -> None:
     assert by_type[Replicas].published_seconds
 
 
-def test_replicas_of_equal_batches_have_the_loss_of_one() -> None:
+def test_replicas_of_equal_batches_have_the_loss_of_one():
     batch = Replicas(batch=(2, 64, 64))._batch()
     single = Training("mobilenetv2dilated", "c1_deepsup", "cpu", "fp32")
     double = Training("mobilenetv2dilated", "c1_deepsup", "cpu", "fp32", replicas=2)
@@ -376,9 +375,7 @@ def test_replicas_of_equal_batches_have_the_loss_of_one() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="Linux tells in /proc")
-def test_other_programs_are_what_is_left_of_the_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_programs_are_what_is_left_of_the_cores(tmp_path, monkeypatch):
     stat = tmp_path / "stat"
     core = min(os.sched_getaffinity(0))
     absent = max(os.sched_getaffinity(0)) + 1
@@ -395,9 +392,7 @@ def test_other_programs_are_what_is_left_of_the_cores(
 
 
 @pytest.mark.usefixtures("forked")
-def test_results_are_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(OtherPrograms, "cores", lambda self: 1.25)
     outcomes = command.bench("cpu", tmp_path, quick=True, only="colours")
     assert [one.group for one in outcomes] == ["Figures"]
@@ -416,9 +411,7 @@ def test_results_are_written(
         assert picture.width > 400
 
 
-def test_no_row_is_begun_that_does_not_fit_into_the_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_row_is_begun_that_does_not_fit_into_the_time(tmp_path, capsys, monkeypatch):
     """In processes as users have them, on a machine that nobody else uses."""
     monkeypatch.setattr(OtherPrograms, "cores", lambda self: 0.1)
     monkeypatch.setattr(command, "convolution_rate", lambda precision: 1e9)
@@ -432,7 +425,7 @@ def test_no_row_is_begun_that_does_not_fit_into_the_time(
     assert "warning" not in capsys.readouterr().out
 
 
-def test_what_cannot_be_run_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_run_is_said(tmp_path):
     with pytest.raises(ValueError, match="--only unicorns: no row"):
         command.bench("cpu", tmp_path, only="unicorns")
     with pytest.raises(ValueError, match="no GPU"):

@@ -1,9 +1,5 @@
 """The published procedure, as re-expressed for the benchmark, computes what ours does."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -21,7 +17,7 @@ from mit_semseg.segmenter import Segmenter
 from mit_semseg.visualize import color_encode, palette
 
 
-def build(encoder: str, decoder: str) -> SegmentationModule:
+def build(encoder, decoder):
     torch.manual_seed(0)
     enc = ModelBuilder.build_encoder(encoder, weights="none")
     dec = ModelBuilder.build_decoder(
@@ -34,7 +30,7 @@ def build(encoder: str, decoder: str) -> SegmentationModule:
     ("encoder", "decoder"), [("resnet18dilated", "ppm"), ("mobilenetv2dilated", "c1")]
 )
 @torch.no_grad()
-def test_the_network_is_the_same_without_our_layers(encoder: str, decoder: str) -> None:
+def test_the_network_is_the_same_without_our_layers(encoder, decoder):
     module = build(encoder, decoder)
     plain = published.as_published(module)
     kinds = {type(layer) for layer in plain.modules()}
@@ -43,7 +39,7 @@ def test_the_network_is_the_same_without_our_layers(encoder: str, decoder: str) 
     torch.testing.assert_close(plain.logits(x), module.logits(x), rtol=1e-4, atol=1e-5)
 
 
-def test_one_image_gets_the_same_labels() -> None:
+def test_one_image_gets_the_same_labels():
     module = build("resnet18dilated", "ppm")
     # Flat random scores would tie: the classifier's are spread out.
     nn.init.normal_(module.decoder.conv_last[-1].weight, std=1)
@@ -56,14 +52,14 @@ def test_one_image_gets_the_same_labels() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_class_maps_are_the_same(count: int) -> None:
+def test_class_maps_are_the_same(count):
     torch.manual_seed(0)
     logits = [torch.randn(2, 7, 5 + 2 * k, 8 + k) for k in range(count)]
     theirs = published.class_map(logits, (41, 53))
     assert torch.equal(theirs, scores.class_map(logits, (41, 53)))
 
 
-def test_counts_are_the_same() -> None:
+def test_counts_are_the_same():
     rng = np.random.default_rng(0)
     prediction, label = rng.integers(0, 6, (40, 50)), rng.integers(-1, 6, (40, 50))
     accuracy, intersection, union = published.count(prediction, label, 6)
@@ -74,16 +70,16 @@ def test_counts_are_the_same() -> None:
     np.testing.assert_allclose(intersection / union, figures["iou"].numpy())
 
 
-def test_colours_are_the_same() -> None:
+def test_colours_are_the_same():
     labels = np.random.default_rng(0).integers(-1, 12, (30, 40))
     colors = palette(12)
     assert np.array_equal(published.color_encode(labels, colors), color_encode(labels, colors))
 
 
-def test_batches_are_the_same(tmp_path: Path) -> None:
+def test_batches_are_the_same(tmp_path):
     rng = np.random.default_rng(0)
-    records: list[dict[str, object]] = []
-    files: dict[str, str] = {}
+    records = []
+    files = {}
     for k, (height, width) in enumerate([(100, 140), (90, 150)]):
         image, mask = tmp_path / f"{k}.png", tmp_path / f"{k}_mask.png"
         smooth = rng.integers(0, 255, (8, 12, 3), dtype=np.uint8)

@@ -1,12 +1,8 @@
 """Class weights: formulas by hand, counts of real masks, and a cache that notices changes."""
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +10,6 @@ import torch
 from PIL import Image
 
 from mit_semseg.config import Options, load_config
-from mit_semseg.config.node import Config
 from mit_semseg.dataset import Split, build_split
 from mit_semseg.engine.training import balance
 from mit_semseg.engine.training.balance import class_weights, enet_weights
@@ -25,7 +20,7 @@ LISTED = list(range(3))
 
 
 @pytest.fixture
-def cfg(tmp_path: Path, make_images: Callable[..., None]) -> Config:
+def cfg(tmp_path, make_images):
     make_images(tmp_path, SIZES)
     return load_config(
         None,
@@ -36,21 +31,21 @@ def cfg(tmp_path: Path, make_images: Callable[..., None]) -> Config:
     )
 
 
-def weights(cfg: Config, scheme: Any) -> torch.Tensor:
+def weights(cfg, scheme):
     cfg.TRAIN.class_weights = scheme
     found = class_weights(Options.read(cfg), build_split(cfg.DATASET, "train"), progress=False)
     assert found is not None
     return found
 
 
-def masks(cfg: Config, numbers: list[int]) -> list[np.ndarray]:
+def masks(cfg, numbers):
     """Class ids: stored values minus one."""
     root = Path(cfg.DATASET.root_dataset)
     files = [root / "ann" / f"part{k % 2}" / f"{k}.png" for k in numbers]
     return [np.asarray(Image.open(file)).astype(int) - 1 for file in files]
 
 
-def test_enet_weights_by_hand() -> None:
+def test_enet_weights_by_hand():
     found = enet_weights(np.array([75, 25, 0]))
     expected = [1 / math.log(1.77), 1 / math.log(1.27), 1 / math.log(1.02)]
     assert found.dtype == torch.float32
@@ -58,7 +53,7 @@ def test_enet_weights_by_hand() -> None:
     assert enet_weights(np.zeros(2)).tolist() == pytest.approx([1 / math.log(1.02)] * 2)
 
 
-def test_schemes_follow_from_the_masks(cfg: Config) -> None:
+def test_schemes_follow_from_the_masks(cfg):
     found = masks(cfg, LISTED)
     pixels = np.array([sum((mask == k).sum() for mask in found) for k in range(4)])
     images = [sum((mask >= 0).sum() for mask in found if (mask == k).any()) for k in range(4)]
@@ -72,14 +67,12 @@ def test_schemes_follow_from_the_masks(cfg: Config) -> None:
     build_loss("smooth", 4, weights(cfg, "enet"))
 
 
-def test_counts_are_kept_until_something_changes(
-    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[Any] = []
+def test_counts_are_kept_until_something_changes(cfg, tmp_path, monkeypatch):
+    read = []
     load = balance.load_mask
     monkeypatch.setattr(balance, "load_mask", lambda path: read.append(path) or load(path))
 
-    def reads(scheme: str = "enet") -> int:
+    def reads(scheme="enet"):
         read.clear()
         weights(cfg, scheme)
         return len(read)
@@ -107,7 +100,7 @@ def test_counts_are_kept_until_something_changes(
     assert weights(cfg, "enet")[0].item() == pytest.approx(1 / math.log(1.02))
 
 
-def test_a_cache_that_cannot_be_used_is_no_error(cfg: Config, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_used_is_no_error(cfg, tmp_path):
     expected = weights(cfg, "median")
     file = tmp_path / "run" / balance.CACHE
     assert len(json.loads(file.read_text())["pixels"]) == 4
@@ -119,7 +112,7 @@ def test_a_cache_that_cannot_be_used_is_no_error(cfg: Config, tmp_path: Path) ->
     assert torch.equal(weights(cfg, "median"), expected)
 
 
-def test_mistakes_are_named(cfg: Config) -> None:
+def test_mistakes_are_named(cfg):
     with pytest.raises(ValueError, match=r"'mean'; it takes none, sqrt, median, enet or a list"):
         weights(cfg, "mean")
     with pytest.raises(ValueError, match=r"has 2 numbers; DATASET\.num_class is 4"):
@@ -130,13 +123,11 @@ def test_mistakes_are_named(cfg: Config) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1999, 2975])
-def test_a_sample_reaches_from_end_to_end(
-    cfg: Config, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
+def test_a_sample_reaches_from_end_to_end(cfg, monkeypatch, count):
     """Lists are sorted, by city or by film: the first thousand are no fair sample."""
-    seen: list[int] = []
+    seen = []
 
-    def count_none(records: Any, *args: Any) -> tuple[np.ndarray, np.ndarray]:
+    def count_none(records, *args):
         seen.extend(int(record["fpath_img"]) for record in records)
         return np.ones(4, np.int64), np.ones(4, np.int64)
 
@@ -150,13 +141,11 @@ def test_a_sample_reaches_from_end_to_end(
     assert max(np.diff(seen), default=1) <= 3
 
 
-def test_classes_that_the_sample_lacks_are_looked_for_in_more_masks(
-    cfg: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_that_the_sample_lacks_are_looked_for_in_more_masks(cfg, monkeypatch):
     monkeypatch.setattr(balance, "SAMPLES", (10, 50))
-    counted: list[int] = []
+    counted = []
 
-    def count(records: Any, *args: Any) -> tuple[np.ndarray, np.ndarray]:
+    def count(records, *args):
         counted.append(len(records))
         rare = sum(record["fpath_img"] == "7" for record in records)
         return np.array([5, 5, 5, rare]), np.array([9, 9, 9, 9 * rare])
@@ -170,6 +159,6 @@ def test_classes_that_the_sample_lacks_are_looked_for_in_more_masks(
         assert pixels.tolist() == [5, 5, 5, 1] and counted == [10, 40]
 
 
-def test_masks_without_any_class_have_equal_weights() -> None:
+def test_masks_without_any_class_have_equal_weights():
     nothing = np.zeros(3, np.int64)
     assert balance.frequency_weights(nothing, nothing, 1.0).tolist() == [1, 1, 1]

@@ -1,9 +1,5 @@
 """Choices that building a training makes from settings, device and network."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -26,9 +22,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ("off", GPU, False, 1),
     ],
 )
-def test_shapes_are_few_on_a_gpu(
-    wanted: int | str, device: torch.device, fixed_size: bool, expected: int
-) -> None:
+def test_shapes_are_few_on_a_gpu(wanted, device, fixed_size, expected):
     assert shape_bucket(wanted, device, fixed_size) == expected
 
 
@@ -45,8 +39,8 @@ def test_shapes_are_few_on_a_gpu(
         ("resnet18dilated", CPU, "fp32", True),
     ],
 )
-def test_memory_format(encoder: str, device: torch.device, precision: str, expected: bool) -> None:
-    build: Callable[..., torch.nn.Module] = ENCODERS.get(encoder)
+def test_memory_format(encoder, device, precision, expected):
+    build = ENCODERS.get(encoder)
     module = build()
     found = Precision.of(precision, device)
     assert keeps_channels_last("auto", found, module) is expected
@@ -54,7 +48,7 @@ def test_memory_format(encoder: str, device: torch.device, precision: str, expec
     assert keeps_channels_last(False, found, module) is False
 
 
-def test_settings_of_both_are_read_from_files_and_commands() -> None:
+def test_settings_of_both_are_read_from_files_and_commands():
     read = load_config(None, ["TRAIN.channels_last", "true", "TRAIN.shape_bucket", "32"]).TRAIN
     assert (read.channels_last, read.shape_bucket) == (True, 32)
     defaults = load_config(None).TRAIN

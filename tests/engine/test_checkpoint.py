@@ -1,7 +1,5 @@
 """Checkpoint folders: no half file, no silent mismatch, messages that list what is there."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
@@ -10,15 +8,11 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.engine.checkpoint import (
     CheckpointFolder,
@@ -35,9 +29,7 @@ NAMES = ("wall", "floor", "tree", "sky")
 
 
 @pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Config]
-) -> tuple[Config, dict[str, dict[str, Tensor]]]:
+def trained(tmp_path_factory, make_model):
     """A configuration whose folder has `best.pth`, and that checkpoint's tensors."""
     cfg = make_model(tmp_path_factory.mktemp("model"), NAMES)
     files = CheckpointFolder(cfg.DIR).files("best.pth")
@@ -46,9 +38,7 @@ def trained(
 
 
 @pytest.fixture
-def elsewhere(
-    trained: tuple[Config, dict[str, dict[str, Tensor]]], tmp_path: Path
-) -> tuple[Config, dict[str, dict[str, Tensor]]]:
+def elsewhere(trained, tmp_path):
     """The same model, its folder empty."""
     cfg, halves = trained
     cfg = cfg.clone()
@@ -56,18 +46,18 @@ def elsewhere(
     return cfg, halves
 
 
-def touch(folder: Path, *names: str) -> RunFolder:
+def touch(folder, *names):
     for name in names:
         (folder / name).touch()
     return RunFolder(folder)
 
 
-def pairs(folder: Path, *names: str) -> RunFolder:
+def pairs(folder, *names):
     return touch(folder, *(f"{half}_{name}" for half in ("encoder", "decoder") for name in names))
 
 
 # ------------------------------------------------------------------------------ writing
-def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path):
     file, other = tmp_path / "weights.pth", tmp_path / "other.pth"
     atomic_save({file: {"a": torch.arange(3)}})
     before = file.read_bytes()
@@ -78,10 +68,8 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) ->
     assert [p.name for p in tmp_path.iterdir()] == ["weights.pth"]
 
 
-def test_an_interrupted_save_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def half(obj: Any, file: Any) -> None:
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+    def half(obj, file):
         file.write(b"half")
         raise KeyboardInterrupt
 
@@ -91,7 +79,7 @@ def test_an_interrupted_save_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_makes_the_folder_and_a_file_others_may_read(tmp_path: Path) -> None:
+def test_a_save_makes_the_folder_and_a_file_others_may_read(tmp_path):
     file = tmp_path / "new" / "weights.pth"
     atomic_save({file: {"a": torch.arange(3)}})
     assert torch.load(file, weights_only=True)["a"].tolist() == [0, 1, 2]
@@ -100,7 +88,7 @@ def test_a_save_makes_the_folder_and_a_file_others_may_read(tmp_path: Path) -> N
 
 
 # ------------------------------------------------------------------------------ names
-def test_names_are_whole_pairs_in_order(tmp_path: Path) -> None:
+def test_names_are_whole_pairs_in_order(tmp_path):
     folder = pairs(tmp_path, "epoch_10.pth", "epoch_2.pth", "best.pth")
     touch(
         tmp_path,
@@ -117,7 +105,7 @@ def test_names_are_whole_pairs_in_order(tmp_path: Path) -> None:
     assert folder.best_or_latest() == "epoch_10.pth"
 
 
-def test_files(tmp_path: Path) -> None:
+def test_files(tmp_path):
     folder = pairs(tmp_path, "epoch_2.pth")
     assert folder.files("epoch_2.pth") == (
         tmp_path / "encoder_epoch_2.pth",
@@ -125,7 +113,7 @@ def test_files(tmp_path: Path) -> None:
     )
 
 
-def test_a_missing_checkpoint_is_answered_with_those_there_are(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_answered_with_those_there_are(tmp_path):
     folder = pairs(tmp_path, "epoch_2.pth", "best.pth")
     touch(tmp_path, "encoder_epoch_3.pth")
     with pytest.raises(FileNotFoundError) as error:
@@ -141,10 +129,8 @@ def test_a_missing_checkpoint_is_answered_with_those_there_are(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("ask", ["files", "best_or_latest"])
-def test_a_folder_without_checkpoints_is_answered_with_what_it_holds(
-    tmp_path: Path, ask: str
-) -> None:
-    def message(folder: CheckpointFolder) -> str:
+def test_a_folder_without_checkpoints_is_answered_with_what_it_holds(tmp_path, ask):
+    def message(folder):
         with pytest.raises(FileNotFoundError) as error:
             folder.files("best.pth") if ask == "files" else folder.best_or_latest()
         assert "\n" not in str(error.value)
@@ -160,7 +146,7 @@ def test_a_folder_without_checkpoints_is_answered_with_what_it_holds(
     assert "z05 ..." in message(folder) and "z06" not in message(folder)  # long lists are cut
 
 
-def test_a_folder_without_configuration_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_configuration_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist.*no checkpoint fol"):
         CheckpointFolder(tmp_path).config()
 
@@ -175,13 +161,13 @@ def test_a_folder_without_configuration_is_refused(tmp_path: Path) -> None:
         ("./best.pth", ".", "best.pth"),
     ],
 )
-def test_resolve_checkpoint(checkpoint: str, folder: str, name: str) -> None:
+def test_resolve_checkpoint(checkpoint, folder, name):
     found, found_name = resolve_checkpoint("mine", checkpoint)
     assert (found.path, found_name) == (Path(folder), name)
 
 
 # ------------------------------------------------------------------------------ epochs
-def test_the_latest_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
+def test_the_latest_epoch_is_one_whose_weights_are_there(tmp_path):
     folder = CheckpointFolder(tmp_path)
     assert folder.latest_epoch() == 0
     pairs(tmp_path, "best.pth")
@@ -195,7 +181,7 @@ def test_the_latest_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None
     ("keep", "left"),
     [(0, [1, 2, 10]), (1, [10]), (2, [2, 10]), (3, [1, 2, 10]), (9, [1, 2, 10])],
 )
-def test_old_epochs_are_dropped_whole(tmp_path: Path, keep: int, left: list[int]) -> None:
+def test_old_epochs_are_dropped_whole(tmp_path, keep, left):
     folder = pairs(tmp_path, "epoch_1.pth", "epoch_2.pth", "epoch_10.pth", "best.pth")
     touch(tmp_path, "history_epoch_1.pth", "history_epoch_2.pth", "history_epoch_10.pth")
     folder.drop_epochs(keep)
@@ -203,7 +189,7 @@ def test_old_epochs_are_dropped_whole(tmp_path: Path, keep: int, left: list[int]
     assert {p.name for p in tmp_path.glob("history*")} == {f"history_epoch_{n}.pth" for n in left}
 
 
-def test_the_newest_two_states_are_kept(tmp_path: Path) -> None:
+def test_the_newest_two_states_are_kept(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.newest_state() is None
     for step in (9, 10, 200):
@@ -216,7 +202,7 @@ def test_the_newest_two_states_are_kept(tmp_path: Path) -> None:
     assert folder.load_history(3) == {}
 
 
-def damage(file: Path, how: str) -> None:
+def damage(file, how):
     content = bytearray(file.read_bytes())
     if how == "cut short":
         del content[-len(content) // 3 :]
@@ -229,9 +215,7 @@ def damage(file: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut short", "emptied", "one bit flipped"])
-def test_a_damaged_state_is_named_and_the_one_before_taken(
-    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_state_is_named_and_the_one_before_taken(tmp_path, how, caplog):
     folder = RunFolder(tmp_path)
     for step in (5, 7):
         folder.save_state(step, {"step": step, "weights": torch.arange(1000.0)})
@@ -246,9 +230,7 @@ def test_a_damaged_state_is_named_and_the_one_before_taken(
         folder.newest_state()
 
 
-def test_a_full_disk_leaves_the_earlier_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_earlier_files(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     folder.save_state(1, {"step": 1})
     # /dev/full is a disk without room: what goes through the file's buffer fails there.
@@ -263,7 +245,7 @@ def test_a_full_disk_leaves_the_earlier_files(
     assert folder.newest_state() == (tmp_path / "state_step_1.pth", {"step": 1})
 
 
-def test_one_run_at_a_time_uses_a_folder(tmp_path: Path) -> None:
+def test_one_run_at_a_time_uses_a_folder(tmp_path):
     lock = RunLock(tmp_path / "model")
     leftover = tmp_path / "model" / ".state_step_7.pth.abc123"
     leftover.parent.mkdir()
@@ -275,7 +257,7 @@ def test_one_run_at_a_time_uses_a_folder(tmp_path: Path) -> None:
         "except ValueError as error: print(error)"
     )
 
-    def ask() -> str:
+    def ask():
         command = [sys.executable, "-c", other, str(lock.folder)]
         return subprocess.run(
             command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=60
@@ -291,13 +273,11 @@ def test_one_run_at_a_time_uses_a_folder(tmp_path: Path) -> None:
     assert ask() == ""
 
 
-def test_a_state_that_cannot_be_read_now_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_state_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     folder.save_state(1, {"step": 1})
 
-    def no_memory(*args: Any, **options: Any) -> Any:
+    def no_memory(*args, **options):
         raise MemoryError
 
     monkeypatch.setattr(torch, "load", no_memory)
@@ -307,10 +287,8 @@ def test_a_state_that_cannot_be_read_now_is_not_called_damaged(
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_without_locks_a_run_goes_on_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
-) -> None:
-    def no_locks(*args: Any) -> None:
+def test_without_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplog, number):
+    def no_locks(*args):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
@@ -321,7 +299,7 @@ def test_without_locks_a_run_goes_on_with_a_warning(
     assert not (tmp_path / HOLDER).exists()
 
 
-def test_the_lock_of_a_killed_run_is_free_though_its_workers_live(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_run_is_free_though_its_workers_live(tmp_path):
     run = (
         "import os, signal, sys, time; from pathlib import Path\n"
         "from mit_semseg.engine.training.run_lock import RunLock\n"
@@ -341,7 +319,7 @@ def test_the_lock_of_a_killed_run_is_free_though_its_workers_live(tmp_path: Path
         os.kill(int(done.stdout), signal.SIGKILL)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     make_writable(tmp_path / "a" / "b", "DIR")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "c").write_text("a file")
@@ -352,15 +330,13 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------ models
-def predictions(cfg: Config, checkpoint: str = "best.pth") -> Tensor:
+def predictions(cfg, checkpoint="best.pth"):
     image = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return load_model(cfg, checkpoint).logits(image)
 
 
-def test_the_folder_describes_its_model(
-    trained: tuple[Config, dict[str, dict[str, Tensor]]], tmp_path: Path
-) -> None:
+def test_the_folder_describes_its_model(trained, tmp_path):
     cfg, _ = trained
     folder = CheckpointFolder(cfg.DIR)
     assert folder.config() == cfg
@@ -374,9 +350,7 @@ def test_the_folder_describes_its_model(
     assert str(tmp_path) == moved.config().DIR
 
 
-def test_a_model_comes_back_as_it_was_saved(
-    trained: tuple[Config, dict[str, dict[str, Tensor]]],
-) -> None:
+def test_a_model_comes_back_as_it_was_saved(trained):
     cfg, halves = trained
     model = load_model(cfg, "best.pth")
     assert not model.training
@@ -387,9 +361,7 @@ def test_a_model_comes_back_as_it_was_saved(
             assert torch.equal(state[key], value), key
 
 
-def test_a_checkpoint_in_another_folder(
-    elsewhere: tuple[Config, dict[str, dict[str, Tensor]]], tmp_path: Path
-) -> None:
+def test_a_checkpoint_in_another_folder(elsewhere, tmp_path):
     cfg, halves = elsewhere
     CheckpointFolder(tmp_path / "a").save("epoch_4.pth", halves["encoder"], halves["decoder"])
     there = predictions(cfg, f"{tmp_path}/a/epoch_4.pth")
@@ -397,9 +369,7 @@ def test_a_checkpoint_in_another_folder(
     assert torch.equal(predictions(cfg, "epoch_4.pth"), there)
 
 
-def test_loading_a_checkpoint_needs_no_pretrained_weights(
-    trained: tuple[Config, dict[str, dict[str, Tensor]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_a_checkpoint_needs_no_pretrained_weights(trained, monkeypatch):
     cfg = trained[0].clone()
     cfg.MODEL.weights_encoder = ""  # as published: ImageNet weights, from the network
     monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
@@ -408,14 +378,11 @@ def test_loading_a_checkpoint_needs_no_pretrained_weights(
     assert cfg.MODEL.weights_encoder == "", "the caller's configuration stays as it was"
 
 
-def test_files_of_the_published_training_load(
-    elsewhere: tuple[Config, dict[str, dict[str, Tensor]]],
-    trained: tuple[Config, dict[str, dict[str, Tensor]]],
-) -> None:
+def test_files_of_the_published_training_load(elsewhere, trained):
     """`module.` before each name, bookkeeping beside each BatchNorm, no batch counts."""
     cfg, halves = elsewhere
 
-    def as_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def as_published(state):
         old = {}
         for key, value in state.items():
             if key.endswith("num_batches_tracked"):
@@ -435,9 +402,7 @@ def test_files_of_the_published_training_load(
     assert torch.equal(predictions(cfg, "epoch_20.pth"), predictions(trained[0]))
 
 
-def test_half_precision_files_load_as_float32(
-    elsewhere: tuple[Config, dict[str, dict[str, Tensor]]],
-) -> None:
+def test_half_precision_files_load_as_float32(elsewhere):
     cfg, halves = elsewhere
     small = {
         half: {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
@@ -451,9 +416,7 @@ def test_half_precision_files_load_as_float32(
     assert torch.equal(model.decoder.state_dict()[key], small["decoder"][key].float())
 
 
-def test_another_class_count_names_the_file_and_the_fix(
-    trained: tuple[Config, dict[str, dict[str, Tensor]]],
-) -> None:
+def test_another_class_count_names_the_file_and_the_fix(trained):
     cfg = trained[0].clone()
     cfg.DATASET.num_class = 7
     with pytest.raises(ValueError) as error:
@@ -465,18 +428,14 @@ def test_another_class_count_names_the_file_and_the_fix(
     assert "\n" not in message
 
 
-def test_another_encoder_names_the_file_and_the_fix(
-    trained: tuple[Config, dict[str, dict[str, Tensor]]],
-) -> None:
+def test_another_encoder_names_the_file_and_the_fix(trained):
     cfg = trained[0].clone()
     cfg.MODEL.arch_encoder, cfg.MODEL.fc_dim = "resnet18dilated", 512
     with pytest.raises(ValueError, match=r"encoder_best\.pth does not fit the encoder"):
         load_model(cfg, "best.pth")
 
 
-def test_a_lost_tensor_is_refused(
-    elsewhere: tuple[Config, dict[str, dict[str, Tensor]]],
-) -> None:
+def test_a_lost_tensor_is_refused(elsewhere):
     """A trained model with a random part would predict nonsense."""
     cfg, halves = elsewhere
     lost = next(key for key in halves["encoder"] if key.endswith("running_var"))
@@ -489,9 +448,7 @@ def test_a_lost_tensor_is_refused(
     assert "MODEL.arch_encoder" in str(error.value)
 
 
-def test_a_damaged_file_is_refused_by_name(
-    elsewhere: tuple[Config, dict[str, dict[str, Tensor]]],
-) -> None:
+def test_a_damaged_file_is_refused_by_name(elsewhere):
     cfg, halves = elsewhere
     folder = CheckpointFolder(cfg.DIR)
     folder.save("best.pth", halves["encoder"], halves["decoder"])

@@ -1,11 +1,8 @@
 """An annotation file of one's own, from training to pictures, by the commands."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +14,10 @@ from mit_semseg.segmenter import Segmenter
 NAMES = ["background", "pole", "sign"]
 
 
-def write(root: Path, file: str, categories: dict[int, str]) -> None:
+def write(root, file, categories):
     """Two images of 32 x 48 pixels with a pole and a sign, whose ids `categories` says."""
     ids = {name: key for key, name in categories.items()}
-    content: dict[str, Any] = {"images": [], "annotations": []}
+    content = {"images": [], "annotations": []}
     content["categories"] = [{"id": key, "name": name} for key, name in categories.items()]
     (root / "photos").mkdir(parents=True, exist_ok=True)
     for k in range(2):
@@ -40,7 +37,7 @@ def write(root: Path, file: str, categories: dict[int, str]) -> None:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> list[str]:
+def settings(tmp_path):
     """`KEY value` pairs of a small job on `photos:train.json`."""
     write(tmp_path / "data", "train.json", {1: "pole", 5: "sign"})
     values = {
@@ -66,15 +63,13 @@ def settings(tmp_path: Path) -> list[str]:
     return [str(word) for pair in values.items() for word in pair]
 
 
-def command(name: str, settings: list[str], *words: str) -> int:
+def command(name, settings, *words):
     (Path(settings[1]).parent / "empty.yaml").write_text("")
     file = str(Path(settings[1]).parent / "empty.yaml")
     return main([name, *words, "--gpus", "cpu", "--cfg", file, *settings])
 
 
-def test_names_of_categories_reach_figures_and_pictures(
-    tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_of_categories_reach_figures_and_pictures(tmp_path, settings, capsys):
     data = tmp_path / "data"
     assert main(["data", "check", "photos:train.json", "--root", str(data)]) == 0
     said = capsys.readouterr().out
@@ -98,9 +93,7 @@ def test_names_of_categories_reach_figures_and_pictures(
     assert list(segmenter.classes.names) == NAMES
 
 
-def test_validation_with_other_ids_is_refused(
-    tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_validation_with_other_ids_is_refused(tmp_path, settings, capsys):
     """The same two names, numbered the other way round: figures would be of the wrong classes."""
     write(tmp_path / "data", "val.json", {1: "sign", 5: "pole"})
     swapped = [*settings, "DATASET.list_val", "photos:val.json"]

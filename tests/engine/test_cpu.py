@@ -1,10 +1,7 @@
 """Cores, compute threads, and the C library's allocator."""
 
-from __future__ import annotations
-
 import ctypes
 import os
-from collections.abc import Iterator
 
 import cv2
 import pytest
@@ -15,7 +12,7 @@ from mit_semseg.engine.cpu import cpu_count, keep_freed_memory, set_threads
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def threads():
     """Puts the thread counts of this process back."""
     before = torch.get_num_threads(), cv2.getNumThreads()
     yield
@@ -24,14 +21,14 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("count", "expected"), [(3, 3), (1, 1), (0, 1), (-2, 1)])
-def test_threads(threads: None, count: int, expected: int) -> None:
+def test_threads(threads, count, expected):
     cv2.setNumThreads(4)
     set_threads(count)
     assert torch.get_num_threads() == expected
     assert cv2.getNumThreads() <= 1  # whatever this build calls "in the caller's thread"
 
 
-def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_those_this_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert cpu_count() == 3
@@ -41,18 +38,18 @@ def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -
     assert cpu_count() == 1
 
 
-def test_ranks_of_a_machine_are_those_torchrun_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_a_machine_are_those_torchrun_names(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert cpu.local_ranks() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert cpu.local_ranks() == 4
 
 
-def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_c_library_without_mallopt_is_left_alone(monkeypatch):
     asked = []
 
     class OtherLibrary:
-        def __init__(self, name: str | None) -> None:
+        def __init__(self, name):
             asked.append(name)
 
     monkeypatch.setattr(ctypes, "CDLL", OtherLibrary)

@@ -1,12 +1,7 @@
 """Training on random crops: as a user starts it, and resumed."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +9,6 @@ import yaml
 
 from mit_semseg.cli import main
 from mit_semseg.config import load_config
-from mit_semseg.config.node import Config
 from mit_semseg.engine.checkpoint import CheckpointFolder
 from mit_semseg.engine.train import train
 from mit_semseg.engine.training import loader
@@ -25,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, make_images: Callable[..., None]) -> Path:
+def recipe(tmp_path, make_images):
     """A yaml of a small job on four images, two of them upright."""
     root = tmp_path / "data"
     make_images(root, [(48, 64), (64, 48), (48, 64), (64, 48)])
@@ -62,14 +56,12 @@ def recipe(tmp_path: Path, make_images: Callable[..., None]) -> Path:
     return path
 
 
-def weights(cfg: Config, name: str) -> list[torch.Tensor]:
+def weights(cfg, name):
     files = CheckpointFolder(cfg.DIR).files(name)
     return [v for file in files for v in torch.load(file, weights_only=True).values()]
 
 
-def test_three_steps_from_the_command_line(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_three_steps_from_the_command_line(recipe, tmp_path, capsys):
     folder = tmp_path / "model"
     common = ["train", "--gpus", "cpu", "--cfg", str(recipe)]
     assert main([*common, "DIR", str(folder), "TRAIN.eval_epochs", "1"]) == 0
@@ -86,24 +78,19 @@ def test_three_steps_from_the_command_line(
 
 @pytest.mark.parametrize(("cores", "first", "then"), [(2, 1, 1), (16, 3, 2)])
 def test_a_resumed_run_is_identical_for_any_number_of_workers(
-    recipe: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cores: int,
-    first: int,
-    then: int,
-) -> None:
+    recipe, tmp_path, monkeypatch, cores, first, then
+):
     """On the CPU there are at most half as many loading processes as cores."""
     monkeypatch.setattr(loader, "cpu_count", lambda: cores)
     begin, started = loader.TrainLoader.__init__, []
 
-    def begun(self: loader.TrainLoader, *args: Any, **options: Any) -> None:
+    def begun(self, *args, **options):
         begin(self, *args, **options)
         started.append(len(multiprocessing.active_children()))
 
     monkeypatch.setattr(loader.TrainLoader, "__init__", begun)
 
-    def settings(name: str, workers: int) -> Config:
+    def settings(name, workers):
         opts = ["DIR", str(tmp_path / name), "TRAIN.num_epoch", "2", "TRAIN.epoch_iters", "2"]
         # Dropout draws from the global generator, which crops must leave alone.
         dropout = ["MODEL.arch_decoder", "ppm_deepsup", "TRAIN.workers", str(workers)]
@@ -115,11 +102,11 @@ def test_a_resumed_run_is_identical_for_any_number_of_workers(
     trainer = Trainer(build(cut, [CPU], progress=False))
     finish = trainer._finish_epoch
 
-    def stop(epoch: int) -> None:
+    def stop(epoch):
         finish(epoch)
         raise KeyboardInterrupt
 
-    trainer._finish_epoch = stop  # type: ignore[method-assign]
+    trainer._finish_epoch = stop
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert "epoch_2.pth" not in CheckpointFolder(cut.DIR).names()

@@ -1,10 +1,7 @@
 """A model of four channels: trained, evaluated, and run on a folder, from SUN RGB-D's layout."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +9,6 @@ import torch
 from PIL import Image
 
 from mit_semseg.config import load_config
-from mit_semseg.config.node import Config
 from mit_semseg.engine.evaluate import evaluate
 from mit_semseg.engine.launch import read_config
 from mit_semseg.engine.predict import predict
@@ -22,7 +18,7 @@ from mit_semseg.segmenter import Segmenter
 CPU = torch.device("cpu")
 
 
-def frame(root: Path, name: str, number: int) -> None:
+def frame(root, name, number):
     """A frame in which depth alone tells the wall (far) from the floor (near)."""
     rng = np.random.default_rng(number)
     wall = np.zeros((32, 48), bool)
@@ -40,7 +36,7 @@ def frame(root: Path, name: str, number: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("sun")
     for listing, first in (("training", 5051), ("testing", 1)):
         names = [f"{listing}{k}" for k in range(3)]
@@ -52,10 +48,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any]]:
+def trained(root, tmp_path_factory):
     """Two steps of a small model."""
     folder = tmp_path_factory.mktemp("run") / "model"
-    opts: list[Any] = [
+    opts = [
         *("DIR", str(folder), "DATASET.format", "sunrgbd", "DATASET.root_dataset", str(root)),
         *("DATASET.list_train", "train", "DATASET.list_val", "val", "DATASET.num_class", 37),
         *("DATASET.depth", True, "MODEL.in_channels", 4, "DATASET.imgSizes", [32]),
@@ -68,9 +64,7 @@ def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Confi
     return cfg, train(cfg, [CPU], progress=False)
 
 
-def test_two_steps_and_an_evaluation(
-    trained: tuple[Config, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_steps_and_an_evaluation(trained, tmp_path, caplog):
     cfg, result = trained
     assert result["step"] == 2 and result["best_mean_iou"] is not None
     weights = torch.load(Path(cfg.DIR) / "encoder_best.pth", weights_only=True)
@@ -81,9 +75,7 @@ def test_two_steps_and_an_evaluation(
     assert "not folded" not in caplog.text  # the trial image has four channels, too
 
 
-def test_a_folder_with_depth_beside_the_images(
-    trained: tuple[Config, dict[str, Any]], root: Path, tmp_path: Path
-) -> None:
+def test_a_folder_with_depth_beside_the_images(trained, root, tmp_path):
     cfg, _ = trained
     native = predict(cfg, root / "SUNRGBD", CPU, result=tmp_path / "a", progress=False)
     assert len(native) == 6 and not any("error" in one for one in native)  # and no depth as image
@@ -109,7 +101,7 @@ def test_a_folder_with_depth_beside_the_images(
         predict(plain, tmp_path / "in", CPU, result=tmp_path / "b", progress=False)
 
 
-def test_segmenter(trained: tuple[Config, dict[str, Any]], root: Path) -> None:
+def test_segmenter(trained, root):
     cfg, _ = trained
     segmenter = Segmenter.from_checkpoint(cfg.DIR, device="cpu")
     path = root / "SUNRGBD/kv2/testing1/image/testing1.png"
@@ -123,12 +115,10 @@ def test_segmenter(trained: tuple[Config, dict[str, Any]], root: Path) -> None:
     with pytest.raises(ValueError, match=r"depth is \(12, 48\), the image \(32, 48\)"):
         segmenter(image, depth=metres[:12])
     with pytest.raises(ValueError, match="depth is for one image"):
-        segmenter([image], depth=metres)  # type: ignore[call-overload]
+        segmenter([image], depth=metres)
 
 
-def test_refused_before_any_work(
-    trained: tuple[Config, dict[str, Any]], root: Path, tmp_path: Path
-) -> None:
+def test_refused_before_any_work(trained, root, tmp_path):
     cfg, _ = trained
     folder = cfg.clone()
     folder.DIR = str(tmp_path / "none")

@@ -1,9 +1,5 @@
 """Devices that the user names, and what is said of wrong ones."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -11,10 +7,10 @@ from mit_semseg.engine.devices import resolve_devices
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def gpus(monkeypatch):
     """`gpus(n)`: a machine on which torch sees n GPUs."""
 
-    def pretend(count: int) -> None:
+    def pretend(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
@@ -35,9 +31,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         (8, "0-1,5,1", ["cuda:0", "cuda:1", "cuda:5"]),
     ],
 )
-def test_devices(
-    gpus: Callable[[int], None], count: int, text: str | None, expected: list[str]
-) -> None:
+def test_devices(gpus, count, text, expected):
     gpus(count)
     assert [str(device) for device in resolve_devices(text)] == expected
 
@@ -55,9 +49,7 @@ def test_devices(
         (2, "-1", "cannot read the devices '-1'; write 0-3"),
     ],
 )
-def test_wrong_devices_are_answered_with_what_there_is(
-    gpus: Callable[[int], None], count: int, text: str, message: str
-) -> None:
+def test_wrong_devices_are_answered_with_what_there_is(gpus, count, text, message):
     gpus(count)
     with pytest.raises(ValueError) as error:
         resolve_devices(text)

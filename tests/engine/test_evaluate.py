@@ -1,7 +1,5 @@
 """Evaluation: figures against a plain loop, worker counts, and workers that fail or die."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -10,9 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +18,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mit_semseg.config import Options
-from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset
 from mit_semseg.engine.checkpoint import load_model
 from mit_semseg.engine.eval_report import format_report, single_class
@@ -46,11 +41,7 @@ SIZES = [(48, 64), (48, 64), (64, 48), (40, 72), (48, 64)]  # (height, width)
 
 
 @pytest.fixture(scope="module")
-def setup(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_model: Callable[..., Config],
-    make_images: Callable[..., None],
-) -> Config:
+def setup(tmp_path_factory, make_model, make_images):
     root = tmp_path_factory.mktemp("data")
     make_images(root, SIZES)
     return make_model(
@@ -61,7 +52,7 @@ def setup(
     )
 
 
-def published(cfg: Config, flip: bool = False) -> np.ndarray:
+def published(cfg, flip=False):
     """The confusion matrix as the published script would get it: a plain loop, no bands."""
     module = load_model(cfg, "best.pth")
     dataset = val_dataset(cfg)
@@ -83,9 +74,7 @@ def published(cfg: Config, flip: bool = False) -> np.ndarray:
     return counts
 
 
-def test_figures_are_those_of_a_plain_loop(
-    setup: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_figures_are_those_of_a_plain_loop(setup, tmp_path, capsys):
     counts = published(setup)
     assert (counts.sum(0) > 0).sum() >= 2, "the random model must predict more than one class"
     result = evaluate(setup, [CPU], out_dir=tmp_path / "out", progress=False)
@@ -129,9 +118,7 @@ def test_figures_are_those_of_a_plain_loop(
     assert "boundary" not in printed and "mean_boundary_f" not in stored
 
 
-def test_outlines_are_scored_when_asked_for(
-    setup: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_outlines_are_scored_when_asked_for(setup, tmp_path, capsys):
     cfg = setup.clone()
     cfg.VAL.boundary = True
     module, dataset = load_model(cfg, "best.pth"), val_dataset(cfg)
@@ -163,7 +150,7 @@ def test_outlines_are_scored_when_asked_for(
     assert evaluate_model(module, dataset, cfg, CPU, progress=False).boundary is None
 
 
-def test_counts_of_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_of_ranks_add_up(monkeypatch):
     """`merged` in a process group whose other rank has the same counts."""
     part = Evaluation(ConfusionMatrix(2), {3: ("x", "y")}, 2.0, boundary=BoundaryScore(2))
     part.matrix.update([0, 1, 1], [0, 0, 1])
@@ -173,7 +160,7 @@ def test_counts_of_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda counts: counts.mul_(2))
 
-    def gather(into: list[Any], own: Any) -> None:
+    def gather(into, own):
         into[:] = [own, ({1: ("z", "y")}, 1.0, 1)]
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
@@ -186,7 +173,7 @@ def test_counts_of_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.matrix.matrix.tolist() == [[1, 1], [0, 1]]
 
 
-def test_class_that_occurs_nowhere_is_not_available() -> None:
+def test_class_that_occurs_nowhere_is_not_available():
     row = {"index": 0, "name": "road", "iou": 0.5, "accuracy": 0.25, "pixel_share": 1.0}
     row["dice"] = 2 / 3
     none = {"index": 1, "name": "tree", "iou": math.nan, "accuracy": math.nan, "pixel_share": 0.0}
@@ -217,7 +204,7 @@ def test_class_that_occurs_nowhere_is_not_available() -> None:
     assert "Mean IoU: 0.4126, Accuracy: 79.73%, Inference Time: 0.0421s" in lines
 
 
-def test_figures_do_not_depend_on_worker_count(setup: Config, tmp_path: Path) -> None:
+def test_figures_do_not_depend_on_worker_count(setup, tmp_path):
     # Fewer files than the last run has workers.
     lines = Path(setup.DATASET.list_val).read_text().splitlines()[:3]
     (tmp_path / "three.odgt").write_text("\n".join(lines))
@@ -225,7 +212,7 @@ def test_figures_do_not_depend_on_worker_count(setup: Config, tmp_path: Path) ->
     cfg.DATASET.list_val = str(tmp_path / "three.odgt")
     drop = ("seconds", "seconds_per_image", "processes")
 
-    def figures(workers: int) -> dict[str, Any]:
+    def figures(workers):
         result = evaluate(cfg, [CPU], workers, out_dir=tmp_path / str(workers), progress=False)
         assert result["images"] == 3 and result["processes"] == min(workers, 3)
         return {key: value for key, value in result.items() if key not in drop}
@@ -235,7 +222,7 @@ def test_figures_do_not_depend_on_worker_count(setup: Config, tmp_path: Path) ->
     assert one == two == five
 
 
-def test_batches_keep_every_image_and_pictures_never_collide(setup: Config, tmp_path: Path) -> None:
+def test_batches_keep_every_image_and_pictures_never_collide(setup, tmp_path):
     cfg = setup.clone()
     cfg.VAL.visualize = True
     single = evaluate(cfg, [CPU], out_dir=tmp_path / "a", progress=False)
@@ -261,9 +248,7 @@ def test_batches_keep_every_image_and_pictures_never_collide(setup: Config, tmp_
     assert (truth[mask == 0] == 0).all()
 
 
-def test_one_class_everywhere_is_pointed_out(
-    setup: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_class_everywhere_is_pointed_out(setup, tmp_path, caplog):
     module = load_model(setup, "best.pth")
     last = [m for m in module.decoder.modules() if isinstance(m, torch.nn.Conv2d)][-1]
     assert last.bias is not None
@@ -276,7 +261,7 @@ def test_one_class_everywhere_is_pointed_out(
     assert said.startswith("every pixel of all images is predicted as class 2: look at the masks")
 
 
-def test_one_class_in_figures_by_hand() -> None:
+def test_one_class_in_figures_by_hand():
     classes = ClassTable.of(["floor", "crack"])
     matrix = ConfusionMatrix(2)
     assert single_class(matrix, classes) == ""  # nothing was labelled
@@ -293,9 +278,7 @@ def test_one_class_in_figures_by_hand() -> None:
     assert single_class(alone, ClassTable.of(["floor"])) == ""
 
 
-def test_data_with_the_classes_in_another_order_are_refused(
-    setup: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_data_with_the_classes_in_another_order_are_refused(setup, tmp_path, caplog):
     cfg = setup.clone()
     cfg.DATASET.classes = str(tmp_path / "names.csv")
     ClassTable.of(["sky", "road", "car", "tree"]).save(tmp_path / "names.csv")
@@ -308,7 +291,7 @@ def test_data_with_the_classes_in_another_order_are_refused(
     assert "class 2 of the checkpoint is 'car', of DATASET.list_val 'vehicle'" in caplog.text
 
 
-def test_scales_and_flip_of_the_evaluation_are_its_own(setup: Config, tmp_path: Path) -> None:
+def test_scales_and_flip_of_the_evaluation_are_its_own(setup, tmp_path):
     cfg = setup.clone()
     cfg.VAL.imgSizes = [40]
     cfg.VAL.flip = True
@@ -327,7 +310,7 @@ def test_scales_and_flip_of_the_evaluation_are_its_own(setup: Config, tmp_path: 
         assert again["imgSizes"] == [40] and again["mean_iou"] == result["mean_iou"]
 
 
-def test_model_in_memory_keeps_its_modes(setup: Config, tmp_path: Path) -> None:
+def test_model_in_memory_keeps_its_modes(setup, tmp_path):
     module = load_model(setup, "best.pth").train()
     frozen = next(m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
     matrix = evaluate_model(module, val_dataset(setup), setup, CPU, progress=False).matrix
@@ -338,17 +321,17 @@ def test_model_in_memory_keeps_its_modes(setup: Config, tmp_path: Path) -> None:
     assert result["checkpoint"] == "" and module.training
 
 
-def test_every_image_is_computed_by_one_thread(setup: Config) -> None:
+def test_every_image_is_computed_by_one_thread(setup):
     """Convolutions round by the number of threads; the figures must not."""
     module, data = load_model(setup, "best.pth"), val_dataset(setup)
-    seen: set[tuple[int, int]] = set()
+    seen = set()
     forward = module.encoder.forward
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args, **kwargs):
         seen.add((torch.get_num_threads(), threading.get_ident()))
         return forward(*args, **kwargs)
 
-    module.encoder.forward = watched  # type: ignore[method-assign]
+    module.encoder.forward = watched
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -367,12 +350,12 @@ def test_every_image_is_computed_by_one_thread(setup: Config) -> None:
     assert torch.equal(matrix.matrix, alone.matrix)
 
 
-def test_missing_checkpoint_lists_what_is_there(setup: Config, tmp_path: Path) -> None:
+def test_missing_checkpoint_lists_what_is_there(setup, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"epoch_7\.pth does not exist.*best\.pth"):
         evaluate(setup, [CPU], 4, checkpoint="epoch_7.pth", out_dir=tmp_path, progress=False)
 
 
-def test_empty_list_is_one_clear_line(setup: Config, tmp_path: Path) -> None:
+def test_empty_list_is_one_clear_line(setup, tmp_path):
     empty = tmp_path / "empty.odgt"
     empty.write_text("\n")
     cfg = setup.clone()
@@ -383,7 +366,7 @@ def test_empty_list_is_one_clear_line(setup: Config, tmp_path: Path) -> None:
         evaluate(setup, [CPU], 0, out_dir=tmp_path)
 
 
-def damaged(setup: Config, root: Path, make_images: Callable[..., None]) -> Config:
+def damaged(setup, root, make_images):
     """Five images of which the second's mask and the fourth's image cannot be used."""
     make_images(root, SIZES)
     mask = np.full((48, 64), 200, dtype=np.uint8)
@@ -397,14 +380,8 @@ def damaged(setup: Config, root: Path, make_images: Callable[..., None]) -> Conf
 
 @pytest.mark.parametrize(("workers", "batch_size"), [(1, 1), (1, 3), (2, 2)])
 def test_bad_files_are_named_counted_and_left_out(
-    workers: int,
-    batch_size: int,
-    setup: Config,
-    tmp_path: Path,
-    make_images: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    workers, batch_size, setup, tmp_path, make_images, capsys, caplog
+):
     cfg = damaged(setup, tmp_path, make_images)
     cfg.VAL.batch_size = batch_size
     cfg.VAL.visualize = True
@@ -435,9 +412,7 @@ def test_bad_files_are_named_counted_and_left_out(
     assert result["pixel_accuracy"] == expected
 
 
-def test_nothing_usable_is_an_error_that_names_the_first(
-    setup: Config, tmp_path: Path, make_images: Callable[..., None]
-) -> None:
+def test_nothing_usable_is_an_error_that_names_the_first(setup, tmp_path, make_images):
     make_images(tmp_path, SIZES[:2])
     for file in (tmp_path / "img").rglob("*.png"):
         file.write_bytes(b"")
@@ -450,10 +425,8 @@ def test_nothing_usable_is_an_error_that_names_the_first(
     assert "\n" not in str(error.value)
 
 
-def test_other_errors_than_a_files_end_the_evaluation(
-    setup: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(self: Any, index: int) -> Any:
+def test_other_errors_than_a_files_end_the_evaluation(setup, tmp_path, monkeypatch):
+    def broken(self, index):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(ValDataset, "__getitem__", broken)
@@ -464,16 +437,16 @@ def test_other_errors_than_a_files_end_the_evaluation(
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_shares_have_nothing_in_common_and_together_everything(
-    world: int, batch_size: int, setup: Config, tmp_path: Path, make_images: Callable[..., None]
-) -> None:
+    world, batch_size, setup, tmp_path, make_images
+):
     cfg = damaged(setup, tmp_path, make_images)
     cfg.VAL.batch_size = batch_size
     module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
     whole = evaluate_model(module, data, cfg, CPU, progress=False)
-    seen: list[int] = []
+    seen = []
 
     class Watched(ValDataset):
-        def __getitem__(self, index: int) -> dict[str, Any]:
+        def __getitem__(self, index):
             seen.append(index)
             return super().__getitem__(index)
 
@@ -489,7 +462,7 @@ def test_shares_have_nothing_in_common_and_together_everything(
     assert merged(whole, CPU) is whole, "outside a process group there is nothing to merge"
 
 
-def test_large_images_are_scored_in_tiles(setup: Config) -> None:
+def test_large_images_are_scored_in_tiles(setup):
     cfg = setup.clone()
     cfg.DATASET.imgSizes, cfg.DATASET.imgMaxSize = [256], 400
     module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
@@ -503,9 +476,7 @@ def test_large_images_are_scored_in_tiles(setup: Config) -> None:
     assert torch.equal(matrices[128].sum(1), matrices["off"].sum(1)), "every pixel once"
 
 
-def test_windows_slide_over_every_scale(
-    setup: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_windows_slide_over_every_scale(setup, tmp_path, capsys):
     cfg = setup.clone()
     cfg.DATASET.imgSizes, cfg.DATASET.imgMaxSize = [72, 96], 200
     matrices = []
@@ -533,16 +504,16 @@ def test_windows_slide_over_every_scale(
         images = list(sample["img_data"])
         logits = [slide(x) for x in images] + [slide(x.flip(-1)).flip(-1) for x in images]
         wide = [F.interpolate(x, label.shape, mode="bilinear").softmax(1) for x in logits]
-        pred = sum(wide)[0].argmax(0).numpy()  # type: ignore[index]
+        pred = sum(wide)[0].argmax(0).numpy()
         np.add.at(counts, (label[label >= 0], pred[label >= 0]), 1)
     assert np.abs(found.numpy() - counts).sum() <= 2e-3 * counts.sum()
 
 
-def test_an_evaluation_stops_when_it_is_asked_to(setup: Config) -> None:
+def test_an_evaluation_stops_when_it_is_asked_to(setup):
     module, data = load_model(setup, "best.pth"), val_dataset(setup)
     asked = [0]
 
-    def stop() -> bool:
+    def stop():
         asked[0] += 1
         return asked[0] > 2
 
@@ -556,10 +527,10 @@ def test_an_evaluation_stops_when_it_is_asked_to(setup: Config) -> None:
     assert evaluate_model(module, data, setup, CPU, progress=False, stop=lambda: False).matrix
 
 
-def test_killed_worker_ends_the_evaluation(setup: Config, tmp_path: Path) -> None:
-    killed: list[float] = []
+def test_killed_worker_ends_the_evaluation(setup, tmp_path):
+    killed = []
 
-    def kill_one() -> None:
+    def kill_one():
         while not multiprocessing.active_children():
             time.sleep(0.05)
         time.sleep(0.5)
@@ -576,29 +547,27 @@ def test_killed_worker_ends_the_evaluation(setup: Config, tmp_path: Path) -> Non
 
 
 # ------------------------------------------------------------------------------ as on a GPU
-def test_one_thread_computes_and_counts_are_fetched_once(
-    setup: Config, tmp_path: Path, make_images: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_thread_computes_and_counts_are_fetched_once(setup, tmp_path, make_images, monkeypatch):
     """The way of a GPU, on the CPU, against the way of the CPU."""
     cfg = damaged(setup, tmp_path, make_images)
     cfg.VAL.batch_size = 2
     module, data = load_model(cfg, "best.pth"), val_dataset(cfg)
     saved = SavedPredictions(tmp_path / "labels", (0, 4))
     gallery = Gallery(data, Pictures(tmp_path / "pictures", ClassTable.of(NAMES).colors))
-    threads: set[int] = set()
-    checks: list[bool] = []
-    fetched: list[ConfusionMatrix] = []
+    threads = set()
+    checks = []
+    fetched = []
     logits, update, cpu = Predictor.logits, ConfusionMatrix.update, ConfusionMatrix.cpu
 
-    def watched(self: Predictor, scales: Any) -> Any:
+    def watched(self, scales):
         threads.add(threading.get_ident())
         return logits(self, scales)
 
-    def counted(self: ConfusionMatrix, pred: Any, label: Any, check: bool = True) -> None:
+    def counted(self, pred, label, check=True):
         checks.append(check)
         update(self, pred, label, check)
 
-    def fetch(self: ConfusionMatrix) -> ConfusionMatrix:
+    def fetch(self):
         fetched.append(self)
         return cpu(self)
 
@@ -606,7 +575,7 @@ def test_one_thread_computes_and_counts_are_fetched_once(
     monkeypatch.setattr(ConfusionMatrix, "update", counted)
     monkeypatch.setattr(ConfusionMatrix, "cpu", fetch)
     chunks = [range(2), range(2, 4), range(4, 5)]
-    told: list[Any] = []
+    told = []
     scorer = Scorer(
         module, data, Options.read(cfg), CPU, 2, boundary=True, gallery=gallery, saved=saved
     )
@@ -629,9 +598,7 @@ def test_one_thread_computes_and_counts_are_fetched_once(
 
 
 @pytest.mark.gpu
-def test_validations_on_a_gpu_leave_host_memory_as_it_was(
-    setup: Config, tmp_path: Path, make_images: Callable[..., None]
-) -> None:
+def test_validations_on_a_gpu_leave_host_memory_as_it_was(setup, tmp_path, make_images):
     sizes = [(48 + 8 * (k % 7), 64 + 8 * (k % 5)) for k in range(60)]
     make_images(tmp_path, sizes)
     cfg = setup.clone()

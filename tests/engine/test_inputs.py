@@ -1,7 +1,5 @@
 """Finding images, and names of results that never collide."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ from PIL import Image
 from mit_semseg.engine.inputs import find_images, output_stems, result_endings
 
 
-def photo(path: Path) -> Path:
+def photo(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8)).save(path)
     return path
@@ -29,28 +27,28 @@ def photo(path: Path) -> Path:
         (["a"], [".png"], ["a"]),
     ],
 )
-def test_names(tmp_path: Path, files: list[str], endings: list[str], expected: list[str]) -> None:
+def test_names(tmp_path, files, endings, expected):
     stems = output_stems([tmp_path / f for f in files], tmp_path, tmp_path / "out", endings)
     assert stems == [tmp_path / "out" / x for x in expected]
     results = {f"{stem}{end}".casefold() for stem in stems for end in endings}
     assert len(results) == len(stems) * len(endings)
 
 
-def test_result_through_a_link_to_an_input_is_refused_too(tmp_path: Path) -> None:
+def test_result_through_a_link_to_an_input_is_refused_too(tmp_path):
     image = photo(tmp_path / "in" / "a.png")
     (tmp_path / "out").symlink_to(tmp_path / "in")
     (stem,) = output_stems([image], tmp_path / "in", tmp_path / "out", [".png"])
     assert stem.name == "a_png"
 
 
-def test_endings() -> None:
+def test_endings():
     assert result_endings(["side"]) == {"side": ".png"}
     assert result_endings(["prob"]) == {"prob": ".npy"}
     assert result_endings(["side", "legend"]) == {"side": ".png", "legend": "_legend.png"}
     assert result_endings(["color", "prob"]) == {"color": "_color.png", "prob": "_prob.npy"}
 
 
-def test_find_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_images(tmp_path, monkeypatch):
     a, b = photo(tmp_path / "s" / "a.JPG"), photo(tmp_path / "s" / "t" / "b.tiff")
     odd = tmp_path / "s" / "c.data"
     odd.write_bytes(a.read_bytes())
@@ -66,7 +64,7 @@ def test_find_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_images(odd_name)[0] == [odd_name]
 
 
-def test_nothing_found_says_what_is_there(tmp_path: Path) -> None:
+def test_nothing_found_says_what_is_there(tmp_path):
     for k in range(12):
         (tmp_path / f"{k}.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"found 0 images; saw 12 \.txt"):

@@ -1,7 +1,5 @@
 """A configuration that is read is checked against its models and data."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from mit_semseg.engine.launch import read_config, without_effect
 CROPS = ["DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)"]
 
 
-def test_a_pair_that_cannot_work_is_refused_when_it_is_read(tmp_path: Path) -> None:
+def test_a_pair_that_cannot_work_is_refused_when_it_is_read(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("MODEL:\n  arch_encoder: hrnetv2\n  arch_decoder: upernet\n  fc_dim: 720\n")
     with pytest.raises(ValueError, match=r"upernet needs at least \d feature maps.*hrnetv2"):
@@ -25,7 +23,7 @@ def test_a_pair_that_cannot_work_is_refused_when_it_is_read(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("section", ["VAL", "TEST"])
-def test_windows_that_cannot_work_are_refused_when_they_are_read(section: str) -> None:
+def test_windows_that_cannot_work_are_refused_when_they_are_read(section):
     key = f"{section}.window"
     with pytest.raises(ValueError, match=rf"{key} is \[100, 96\], .* {key} \[104, 96\]"):
         read_config(None, [key, "(100, 96)"])  # resnet50dilated: stride 8
@@ -48,13 +46,7 @@ def test_windows_that_cannot_work_are_refused_when_they_are_read(section: str) -
         ("DATASET.random_blur", "0.1", CROPS),
     ],
 )
-def test_settings_without_effect_are_pointed_out(
-    key: str,
-    value: str,
-    needs: list[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_settings_without_effect_are_pointed_out(key, value, needs, caplog, monkeypatch):
     read_config(None, [key, value, *needs])
     read_config(None, needs)
     assert not caplog.text
@@ -67,6 +59,6 @@ def test_settings_without_effect_are_pointed_out(
     assert len(caplog.records) == 1  # one rank says it
 
 
-def test_recipes_have_no_settings_without_effect() -> None:
+def test_recipes_have_no_settings_without_effect():
     for path in sorted((Path(__file__).parents[2] / "config").glob("*.yaml")):
         assert without_effect(load_options(path)) == [], path.name

@@ -1,10 +1,5 @@
 """`--gpus cpu` leaves the driver of GPUs alone: starting it takes seconds, and memory on a GPU."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 from jobs import SIZES, Job
 
@@ -37,26 +32,26 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory, make_images: Callable[..., None]) -> Job:
+def job(tmp_path_factory, make_images):
     job = Job(tmp_path_factory.mktemp("cpu"))
     make_images(job.data, SIZES)
     (job.root / "refusing.py").write_text(REFUSING)
     return job
 
 
-def run(job: Job, command: str, *words: str | Path) -> None:
+def run(job, command, *words):
     settings = {"TRAIN__precision": "bf16", "TRAIN__ema": 0.9, "TEST__checkpoint": "epoch_1.pth"}
     config = job.config("trained", TRAIN__workers=1, TEST__result=str(job.root), **settings)
     done = job.run(job.root / "refusing.py", command, *words, "--cfg", config)
     assert done.process.returncode == 0, done.text()
 
 
-def test_training_evaluation_and_prediction_on_the_cpu_ask_for_no_gpu(job: Job) -> None:
+def test_training_evaluation_and_prediction_on_the_cpu_ask_for_no_gpu(job):
     run(job, "train", "--gpus", "cpu")
     run(job, "eval", "--gpus", "cpu", "--workers", "2")
     run(job, "predict", "--gpu", "cpu", "--imgs", job.data / "img" / "part0" / "0.png")
 
 
-def test_the_guard_notices(job: Job) -> None:
+def test_the_guard_notices(job):
     done = job.run(job.root / "refusing.py", "train", "--cfg", job.config("asks"))
     assert done.process.returncode == 9 and "was called" in done.text()

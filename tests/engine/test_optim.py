@@ -1,7 +1,5 @@
 """Optimizers, schedule, running average and class weights by hand numbers."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np
@@ -21,7 +19,7 @@ from mit_semseg.engine.training.optim import (
 )
 
 
-def test_only_convolution_and_linear_weights_decay() -> None:
+def test_only_convolution_and_linear_weights_decay():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2), nn.PReLU())
     decayed, plain = parameter_groups(net, 0.1)
     assert {id(p) for p in decayed["params"]} == {id(net[0].weight), id(net[2].weight)}
@@ -30,7 +28,7 @@ def test_only_convolution_and_linear_weights_decay() -> None:
     assert len(decayed["params"]) + len(plain["params"]) == len(list(net.parameters()))
 
 
-def test_poly_schedule() -> None:
+def test_poly_schedule():
     assert poly_factor(0, 100, 0.9) == 1.0
     assert poly_factor(50, 100, 0.9) == pytest.approx(0.5**0.9)
     assert poly_factor(0, 100, 0.9, warmup=10) == pytest.approx(0.1)
@@ -41,7 +39,7 @@ def test_poly_schedule() -> None:
     ("name", "kind"),
     [("SGD", torch.optim.SGD), ("Adam", torch.optim.Adam), ("AdamW", torch.optim.AdamW)],
 )
-def test_optim_is_honoured(name: str, kind: type) -> None:
+def test_optim_is_honoured(name, kind):
     optimizer = build_optimizer(name, (nn.Conv2d(1, 1, 1), 0.5), beta1=0.8)
     assert type(optimizer) is kind
     assert optimizer.param_groups[0]["lr"] == 0.5
@@ -51,7 +49,7 @@ def test_optim_is_honoured(name: str, kind: type) -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_fused_steps_are_the_plain_ones(name: str) -> None:
+def test_fused_steps_are_the_plain_ones(name):
     torch.manual_seed(0)
     ours, plain = nn.Conv2d(3, 5, 3), nn.Conv2d(3, 5, 3)
     plain.load_state_dict(ours.state_dict())
@@ -75,20 +73,20 @@ def test_fused_steps_are_the_plain_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_one_optimizer_is_those_of_its_parts(name: str) -> None:
+def test_one_optimizer_is_those_of_its_parts(name):
     """Also when it resumes from their states, which is what states of runs held before."""
     torch.manual_seed(0)
     nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))]
     nets += [copy.deepcopy(nets[0]) for _ in range(2)]
     rates = 0.05, 0.01  # of the first two layers, and of the last one
 
-    def halves(net: nn.Sequential) -> tuple[nn.Module, nn.Module]:
+    def halves(net):
         return net[:2], net[2]
 
-    def one(net: nn.Sequential) -> torch.optim.Optimizer:
+    def one(net):
         return build_optimizer(name, *zip(halves(net), rates, strict=True))
 
-    def step(net: nn.Module, x: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
+    def step(net, x, *optimizers):
         net(x).square().mean().backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -119,7 +117,7 @@ def test_one_optimizer_is_those_of_its_parts(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_momentum_takes_the_layout_of_its_parameter(name: str, layout: torch.memory_format) -> None:
+def test_momentum_takes_the_layout_of_its_parameter(name, layout):
     """Resumed in another layout, a run goes on as one that was never interrupted."""
     torch.manual_seed(0)
     images = torch.randn(6, 2, 3, 8, 8)
@@ -129,7 +127,7 @@ def test_momentum_takes_the_layout_of_its_parameter(name: str, layout: torch.mem
         net.to(memory_format=form) for net, form in zip(nets, (before, layout), strict=True)
     )
 
-    def steps(net: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Tensor) -> None:
+    def steps(net, optimizer, batches):
         for x in batches:
             optimizer.zero_grad()
             net(x).square().mean().backward()
@@ -150,7 +148,7 @@ def test_momentum_takes_the_layout_of_its_parameter(name: str, layout: torch.mem
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_averages_and_clipping_across_layouts(layout: torch.memory_format) -> None:
+def test_averages_and_clipping_across_layouts(layout):
     before = torch.contiguous_format if layout == torch.channels_last else torch.channels_last
     net = nn.Conv2d(3, 8, 3, bias=False).to(memory_format=before)
     average = MovingAverage(net, 0.9)
@@ -168,7 +166,7 @@ def test_averages_and_clipping_across_layouts(layout: torch.memory_format) -> No
     torch.testing.assert_close(net.weight.grad, new / 2)
 
 
-def test_moving_average_by_hand() -> None:
+def test_moving_average_by_hand():
     net = nn.Linear(1, 1, bias=False)
     net.register_buffer("count", torch.zeros((), dtype=torch.int64))
     net.weight.data.fill_(1.0)
@@ -187,7 +185,7 @@ def test_moving_average_by_hand() -> None:
     assert average.module.weight.item() == pytest.approx(0.9 * before + 0.1 * 3)
 
 
-def test_median_frequency_weights_by_hand() -> None:
+def test_median_frequency_weights_by_hand():
     pixels, images = np.array([80.0, 10.0, 0.0, 30.0]), np.array([100.0, 100.0, 0.0, 100.0])
     # Frequencies 0.8, 0.1, 0.3 have the median 0.3; the class that never occurs gets 1.
     expected = torch.tensor([0.3 / 0.8, 3.0, 1.0, 1.0])

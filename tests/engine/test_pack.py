@@ -1,23 +1,15 @@
 """Packing: half the size, the same labels."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 
 from mit_semseg import Segmenter
-from mit_semseg.config.node import Config
 from mit_semseg.engine.checkpoint import CheckpointFolder, pack
 
 NAMES = ("a", "b", "c")
 
 
-def test_packed_checkpoint_predicts_the_same(
-    tmp_path: Path, make_model: Callable[..., Config], make_images: Callable[..., None]
-) -> None:
+def test_packed_checkpoint_predicts_the_same(tmp_path, make_model, make_images):
     make_model(tmp_path / "model", NAMES)
     make_images(tmp_path, [(48, 64)])
     out = pack(tmp_path / "model", tmp_path / "packed")
@@ -38,7 +30,7 @@ def test_packed_checkpoint_predicts_the_same(
     assert weights["features.0.1.running_var"].dtype == torch.float32
 
 
-def test_refusals(tmp_path: Path, make_model: Callable[..., Config]) -> None:
+def test_refusals(tmp_path, make_model):
     make_model(tmp_path / "model", NAMES)
     with pytest.raises(ValueError, match="is the source itself"):
         pack(tmp_path / "model", tmp_path / "model")

@@ -1,14 +1,9 @@
 """One command that starts a process for each of its devices, beside one with a thread for each."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,16 +26,14 @@ RANK = "two_devices.py"
 
 
 @pytest.fixture
-def start(
-    tmp_path: Path, make_images: Callable[..., None]
-) -> Iterator[Callable[..., tuple[Command, Path]]]:
+def start(tmp_path, make_images):
     """`start(name, parallel, KEY=value)` -> a training on two devices, and its folder."""
     job = Job(tmp_path)
     make_images(job.data, SIZES)
     (tmp_path / RANK).write_text(SCRIPT)
-    commands: list[Command] = []
+    commands = []
 
-    def begin(name: str, parallel: str, **changes: Any) -> tuple[Command, Path]:
+    def begin(name, parallel, **changes):
         config = job.config(name, TRAIN__parallel=parallel, **changes)
         nohup = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
         words = [*nohup, sys.executable, tmp_path / RANK, "--cfg", config]
@@ -52,11 +45,11 @@ def start(
         command.destroy()
 
 
-def first_loss(folder: Path) -> float:
+def first_loss(folder):
     return float(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"])
 
 
-def test_processes_leave_what_replicas_leave(start: Callable[..., tuple[Command, Path]]) -> None:
+def test_processes_leave_what_replicas_leave(start):
     folders = []
     for parallel in ("replicas", "processes"):
         command, folder = start(parallel, parallel)
@@ -76,9 +69,7 @@ def test_processes_leave_what_replicas_leave(start: Callable[..., tuple[Command,
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
 )
-def test_a_signal_to_the_command_saves_the_state(
-    number: signal.Signals, start: Callable[..., tuple[Command, Path]]
-) -> None:
+def test_a_signal_to_the_command_saves_the_state(number, start):
     command, folder = start("stopped", "processes", **LONG)
     command.until(lambda: len(steps_of(folder)) >= 2, 120)
     command.process.send_signal(signal.SIGHUP)  # which nohup has told it to ignore
@@ -95,7 +86,7 @@ def test_a_signal_to_the_command_saves_the_state(
 
 
 @needs_proc
-def test_an_error_in_ranks_is_told_once(start: Callable[..., tuple[Command, Path]]) -> None:
+def test_an_error_in_ranks_is_told_once(start):
     command, _ = start("broken", "processes", TRAIN__compile=True)
     assert command.code(120) == 2, command.text()
     command.assert_nothing_left(2)
@@ -104,7 +95,7 @@ def test_an_error_in_ranks_is_told_once(start: Callable[..., tuple[Command, Path
 
 
 @needs_proc
-def test_a_killed_rank_ends_the_command(start: Callable[..., tuple[Command, Path]]) -> None:
+def test_a_killed_rank_ends_the_command(start):
     command, folder = start("killed", "processes", **LONG)
     command.until(lambda: len(steps_of(folder)) >= 1, 120)
     ranks = [pid for pid in command.members(RANK) if pid != command.process.pid]
@@ -117,9 +108,7 @@ def test_a_killed_rank_ends_the_command(start: Callable[..., tuple[Command, Path
 
 
 @needs_proc
-def test_ranks_stop_when_the_command_is_killed(
-    start: Callable[..., tuple[Command, Path]],
-) -> None:
+def test_ranks_stop_when_the_command_is_killed(start):
     command, folder = start("orphans", "processes", **LONG)
     command.until(lambda: len(steps_of(folder)) >= 1, 120)
     kill(command.process.pid)
@@ -143,26 +132,20 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ("replicas", [GPU] * 2, True, False),
     ],
 )
-def test_when_processes_are_started(
-    parallel: str,
-    devices: list[torch.device],
-    nccl: bool,
-    expected: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_when_processes_are_started(parallel, devices, nccl, expected, monkeypatch):
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: nccl)
     assert processes.wanted(parallel, devices) is expected
     monkeypatch.setenv("RANK", "0")
     assert not processes.wanted(parallel, devices), "a rank starts none"
 
 
-def test_processes_on_gpus_need_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_on_gpus_need_nccl(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
     with pytest.raises(ValueError, match="TRAIN.parallel replicas"):
         processes.wanted("processes", [GPU] * 2)
 
 
-def report(error: str = "", lost: bool = False, time: float = 0.0) -> processes.Report:
+def report(error="", lost=False, time=0.0):
     return processes.Report(2 if error else 0, error, lost, time)
 
 
@@ -175,9 +158,7 @@ def report(error: str = "", lost: bool = False, time: float = 0.0) -> processes.
         ({0: report("lost", True)}, {0: 2}, "rank 0: lost"),
     ],
 )
-def test_the_cause_is_told(
-    reports: dict[int, processes.Report], codes: dict[int, int], message: str
-) -> None:
+def test_the_cause_is_told(reports, codes, message):
     with pytest.raises(ChildProcessError, match=message):
         processes._status(reports, codes, 2, 0)
 
@@ -191,7 +172,5 @@ def test_the_cause_is_told(
         ({0: report("lost", True)}, {1: 3}, 0, 3),  # its watchdog has said why
     ],
 )
-def test_the_exit_status_of_all_ranks(
-    reports: dict[int, processes.Report], codes: dict[int, int], caught: int, status: int
-) -> None:
+def test_the_exit_status_of_all_ranks(reports, codes, caught, status):
     assert processes._status(reports, codes, 2, caught) == status

@@ -1,7 +1,5 @@
 """Stages in threads: order kept, bounded numbers, errors that arrive, and no thread left."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +9,11 @@ import pytest
 from mit_semseg.engine.pipeline import Budget, HandedOn
 
 
-def test_results_come_in_the_order_of_the_calls() -> None:
+def test_results_come_in_the_order_of_the_calls():
     at_work, most = [0], [0]
     lock = threading.Lock()
 
-    def late(number: int) -> int:
+    def late(number):
         with lock:
             at_work[0] += 1
             most[0] = max(most[0], at_work[0])
@@ -24,7 +22,7 @@ def test_results_come_in_the_order_of_the_calls() -> None:
             at_work[0] -= 1
         return number
 
-    found: list[int] = []
+    found = []
     with HandedOn[int](threads=3, most=4) as stage:
         for number in range(20):
             found += stage.add(late, number)
@@ -33,9 +31,9 @@ def test_results_come_in_the_order_of_the_calls() -> None:
     assert found == list(range(20)) and 1 < most[0] <= 3
 
 
-def test_an_error_takes_the_place_of_its_result() -> None:
+def test_an_error_takes_the_place_of_its_result():
     threads = threading.active_count()
-    found: list[int] = []
+    found = []
     with HandedOn[int](threads=2, most=9) as stage, pytest.raises(ValueError, match="'three'"):
         for number in ("1", "2", "three", "4"):
             found += stage.add(int, number)
@@ -43,12 +41,12 @@ def test_an_error_takes_the_place_of_its_result() -> None:
     assert found == [1, 2] and threading.active_count() == threads
 
 
-def test_memory_is_granted_in_order_and_bounded() -> None:
+def test_memory_is_granted_in_order_and_bounded():
     budget, granted, held, peak = Budget(10), [], [0], [0]
     lock = threading.Lock()
     amounts = [4, 4, 4, 100, 1, 9, 0, 10, 3]
 
-    def use(number: int) -> None:
+    def use(number):
         amount = budget.take(number, amounts[number])
         with lock:
             granted.append(number)
@@ -67,7 +65,7 @@ def test_memory_is_granted_in_order_and_bounded() -> None:
     assert granted == sorted(granted) and peak[0] == 10 and budget.used == 0
 
 
-def test_nobody_waits_for_memory_at_the_end() -> None:
+def test_nobody_waits_for_memory_at_the_end():
     budget = Budget(10)
     budget.take(0, 10)
     waiting = threading.Thread(target=budget.take, args=(1, 1))

@@ -1,37 +1,31 @@
 """The pool of worker processes: every task once, and no process that outlives a run."""
 
-from __future__ import annotations
-
 import multiprocessing
 import sys
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-import torch
 from pool_work import squares, tensors
 from processes import Command, kill, needs_proc
 
 from mit_semseg.config import dump_config
-from mit_semseg.config.node import Config
 from mit_semseg.engine.pool import WorkerError, run_here, run_pool
 
 
-def test_pool_does_every_task_once() -> None:
-    results: list[int] = []
+def test_pool_does_every_task_once():
+    results = []
     finals = run_pool(squares, [10, 20], range(9), results.append)
     assert sorted(results) == [k * k for k in range(9)]
     assert [final[0] for final in finals] == [10, 20]
     assert sum(final[1] for final in finals) == 9
-    here: list[int] = []
+    here = []
     assert run_here(lambda tasks: squares(5, tasks), range(4), here.append) == (5, 4)
     assert here == [0, 1, 4, 9]
 
 
-def test_tensors_come_back_from_processes_that_have_ended() -> None:
-    results: list[torch.Tensor] = []
+def test_tensors_come_back_from_processes_that_have_ended():
+    results = []
     (final,) = run_pool(tensors, [5], [2, 3], results.append)
     assert [result.tolist() for result in results] == [[0, 1], [0, 1, 2]] and int(final) == 5
 
@@ -43,10 +37,8 @@ def test_tensors_come_back_from_processes_that_have_ended() -> None:
         (-2, WorkerError, r"(?s)poisoned.*Traceback"),
     ],
 )
-def test_pool_ends_with_the_first_accident(
-    poison: int, error: type[Exception], message: str
-) -> None:
-    before: list[float] = []
+def test_pool_ends_with_the_first_accident(poison, error, message):
+    before = []
     with pytest.raises(error, match=message):
         run_pool(
             squares,
@@ -59,8 +51,8 @@ def test_pool_ends_with_the_first_accident(
     assert not multiprocessing.active_children()
 
 
-def test_pool_gives_up_on_a_hanging_worker() -> None:
-    results: list[int] = []
+def test_pool_gives_up_on_a_hanging_worker():
+    results = []
     with pytest.raises(TimeoutError, match=r"no answer from any worker for 5 s; .*image -3"):
         run_pool(
             squares,
@@ -74,10 +66,10 @@ def test_pool_gives_up_on_a_hanging_worker() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_an_error_of_the_caller_ends_the_threads_too() -> None:
+def test_an_error_of_the_caller_ends_the_threads_too():
     before = threading.active_count()
 
-    def refuse(result: int) -> None:
+    def refuse(result):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -104,7 +96,7 @@ if __name__ == "__main__":
 
 
 @needs_proc
-def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     script = tmp_path / "sleepers.py"
     script.write_text(SLEEPERS)
     command = Command([sys.executable, script], tmp_path / "log.txt")
@@ -119,11 +111,7 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def long_evaluation(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_model: Callable[..., Config],
-    make_images: Callable[..., None],
-) -> list[str]:
+def long_evaluation(tmp_path_factory, make_model, make_images):
     """The command line of an evaluation of 4000 images by two processes."""
     root = tmp_path_factory.mktemp("long")
     make_images(root, [(48, 64)] * 4)
@@ -143,9 +131,7 @@ def long_evaluation(
 
 @needs_proc
 @pytest.mark.parametrize("victim", ["worker", pytest.param("parent", marks=pytest.mark.slow)])
-def test_a_kill_ends_the_evaluation_and_all_its_processes(
-    victim: str, long_evaluation: list[str], tmp_path: Path
-) -> None:
+def test_a_kill_ends_the_evaluation_and_all_its_processes(victim, long_evaluation, tmp_path):
     command = Command(long_evaluation, tmp_path / "log.txt")
     try:
         command.until_said(r" [1-9]\d*/4000 ")

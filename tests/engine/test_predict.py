@@ -1,7 +1,5 @@
 """Prediction: results against the published procedure, names that never collide, inputs kept."""
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import os
@@ -9,10 +7,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from processes import Command, free_port, torchrun
 
-from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import load_image
 from mit_semseg.dataset.transforms import scaled_inputs
@@ -39,11 +34,11 @@ NAMES = ("wall", "floor", "lamp", "plant")
 
 
 @pytest.fixture(scope="module")
-def cfg(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Config]) -> Config:
+def cfg(tmp_path_factory, make_model):
     return make_model(tmp_path_factory.mktemp("ckpt") / "model", NAMES)
 
 
-def photo(path: Path, size: tuple[int, int] = (64, 48), mode: str = "RGB", seed: int = 0) -> Path:
+def photo(path, size=(64, 48), mode="RGB", seed=0):
     """A blocky random picture; size is (width, height)."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (size[1] // 8, size[0] // 8, 3)).astype(np.uint8)
@@ -57,7 +52,7 @@ def photo(path: Path, size: tuple[int, int] = (64, 48), mode: str = "RGB", seed:
     return path
 
 
-def published(cfg: Config, path: Path) -> np.ndarray:
+def published(cfg, path):
     """Mean of the scales' probabilities at full size, (K, H, W), as the published script has it."""
     module = load_model(cfg, "best.pth")
     image = load_image(path)
@@ -72,16 +67,14 @@ def published(cfg: Config, path: Path) -> np.ndarray:
     return total[0].numpy()
 
 
-def with_save(cfg: Config, *kinds: str) -> Config:
+def with_save(cfg, *kinds):
     changed = cfg.clone()
     changed.TEST.save = list(kinds)
     return changed
 
 
 # ------------------------------------------------------------------------------ results
-def test_prediction_is_the_published_procedure(
-    cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prediction_is_the_published_procedure(cfg, tmp_path, capsys):
     path = photo(tmp_path / "in" / "room.jpg")
     scores = published(cfg, path)
     expected = scores.argmax(0)
@@ -126,7 +119,7 @@ def test_prediction_is_the_published_procedure(
     assert "48x32" in printed and "64x48" in printed, "the time of each scale is printed"
 
 
-def test_settings_of_the_prediction_are_its_own(cfg: Config, tmp_path: Path) -> None:
+def test_settings_of_the_prediction_are_its_own(cfg, tmp_path):
     path = photo(tmp_path / "a.png")
     changed = with_save(cfg, "prob")
     changed.TEST.imgSizes = [40]
@@ -141,7 +134,7 @@ def test_settings_of_the_prediction_are_its_own(cfg: Config, tmp_path: Path) -> 
     np.testing.assert_allclose(stored, both, atol=1e-3)
 
 
-def test_batches_lose_no_image(cfg: Config, tmp_path: Path) -> None:
+def test_batches_lose_no_image(cfg, tmp_path):
     for k, size in enumerate([(64, 48), (48, 64), (64, 48), (64, 48), (72, 40)]):
         photo(tmp_path / "in" / f"{k}.png", size, seed=k)
     changed = with_save(cfg, "index")
@@ -154,7 +147,7 @@ def test_batches_lose_no_image(cfg: Config, tmp_path: Path) -> None:
         assert a.shape == b.shape and (a == b).mean() > 0.99
 
 
-def test_every_mode_and_extension(cfg: Config, tmp_path: Path) -> None:
+def test_every_mode_and_extension(cfg, tmp_path):
     for name, mode in [
         *(("a.JPG", "RGB"), ("b.png", "RGBA"), ("c.png", "P"), ("d.tif", "I;16")),
         *(("e.bmp", "L"), ("f.jpeg", "CMYK"), ("g.webp", "RGB"), ("h.gif", "P")),
@@ -168,9 +161,7 @@ def test_every_mode_and_extension(cfg: Config, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{x}.png" for x in "abcdefgh"]
 
 
-def test_bad_image_is_reported_and_does_not_stop_the_others(
-    cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_image_is_reported_and_does_not_stop_the_others(cfg, tmp_path, capsys):
     photo(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     (tmp_path / "c.jpg").write_text("no picture")
@@ -184,13 +175,11 @@ def test_bad_image_is_reported_and_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, MemoryError, RuntimeError])
-def test_what_no_memory_is_enough_for_is_reported(
-    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-) -> None:
+def test_what_no_memory_is_enough_for_is_reported(cfg, tmp_path, monkeypatch, error):
     """Last of all, after tiles and the CPU; torch's error on the CPU has no type of its own."""
     plain, calls = Predictor.logits, []
 
-    def scarce(*args: Any, **kwargs: Any) -> Any:
+    def scarce(*args, **kwargs):
         calls.append(args)
         if len(calls) == 1:
             raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
@@ -204,10 +193,8 @@ def test_what_no_memory_is_enough_for_is_reported(
     assert "error" not in results[1]
 
 
-def test_other_errors_are_not_taken_for_want_of_memory(
-    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*args: Any, **kwargs: Any) -> Any:
+def test_other_errors_are_not_taken_for_want_of_memory(cfg, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(Predictor, "logits", broken)
@@ -215,7 +202,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(
         predict(cfg, photo(tmp_path / "a.png"), CPU, result=tmp_path / "out", progress=False)
 
 
-def test_images_may_be_computed_in_tiles(cfg: Config, tmp_path: Path) -> None:
+def test_images_may_be_computed_in_tiles(cfg, tmp_path):
     path = photo(tmp_path / "a.png", (160, 120))
     changed = with_save(cfg, "index")
     changed.TEST.imgSizes, changed.DATASET.imgMaxSize = [240], 320
@@ -229,20 +216,18 @@ def test_images_may_be_computed_in_tiles(cfg: Config, tmp_path: Path) -> None:
     assert (labels[64] != labels["off"]).any()  # a random network, and tiles that see little
 
 
-def test_large_images_are_not_read_while_others_are_computed(
-    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_images_are_not_read_while_others_are_computed(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "_LARGE", 64 * 48 - 1)
     plain, busy, seen = Predictor.logits, [], []
 
-    def computing(*args: Any, **kwargs: Any) -> Any:
+    def computing(*args, **kwargs):
         busy.append(1)
         time.sleep(0.05)
         done = plain(*args, **kwargs)
         busy.clear()
         return done
 
-    def reading(path: Path) -> np.ndarray:
+    def reading(path):
         seen.append(bool(busy))
         return load_image(path)
 
@@ -256,7 +241,7 @@ def test_large_images_are_not_read_while_others_are_computed(
 
 # ------------------------------------------------------------------------------ the pipeline
 @pytest.fixture
-def several_writers(monkeypatch: pytest.MonkeyPatch) -> Threads:
+def several_writers(monkeypatch):
     """More threads than a CPU gets."""
     threads = Threads(readers=2, writers=3)
     monkeypatch.setattr(Threads, "of", lambda device, processes: threads)
@@ -264,24 +249,20 @@ def several_writers(monkeypatch: pytest.MonkeyPatch) -> Threads:
 
 
 def test_images_are_computed_by_one_thread_and_written_by_others_in_order(
-    cfg: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    several_writers: Threads,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    cfg, tmp_path, monkeypatch, several_writers, capsys
+):
     images = [photo(tmp_path / "in" / f"{k}.png", seed=k) for k in range(8)]
-    threads: dict[str, set[int]] = {"read": set(), "logits": set(), "labels": set(), "write": set()}
-    written: list[str] = []
+    threads = {"read": set(), "logits": set(), "labels": set(), "write": set()}
+    written = []
 
-    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def watched(name, function):
+        def call(*args, **kwargs):
             threads[name].add(threading.get_ident())
             return function(*args, **kwargs)
 
         return call
 
-    def slow(path: Path, *args: Any) -> None:
+    def slow(path, *args):
         time.sleep(0.3 if path.name == "0.png" else 0)
         save_result(path, *args)
         written.append(path.name)
@@ -302,19 +283,17 @@ def test_images_are_computed_by_one_thread_and_written_by_others_in_order(
     assert threading.get_ident() not in threads["write"] | threads["read"]
 
 
-def test_reading_does_not_run_away_from_writing(
-    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several_writers: Threads
-) -> None:
+def test_reading_does_not_run_away_from_writing(cfg, tmp_path, monkeypatch, several_writers):
     for k in range(24):
         photo(tmp_path / "in" / f"{k:02}.png", seed=k)
     counts, most = {"read": 0, "written": 0}, [0]
 
-    def reading(path: Path) -> np.ndarray:
+    def reading(path):
         counts["read"] += 1
         most[0] = max(most[0], counts["read"] - counts["written"])
         return load_image(path)
 
-    def writing(*args: Any) -> None:
+    def writing(*args):
         time.sleep(0.1)
         counts["written"] += 1
 
@@ -331,9 +310,7 @@ def test_reading_does_not_run_away_from_writing(
     assert most[0] == 3
 
 
-def test_what_cannot_be_written_is_reported_with_its_image(
-    cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_written_is_reported_with_its_image(cfg, tmp_path, capsys):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no full device")
     for name in "abc":
@@ -350,16 +327,10 @@ def test_what_cannot_be_written_is_reported_with_its_image(
 
 
 @pytest.mark.parametrize("error", [MemoryError, ZeroDivisionError, KeyboardInterrupt])
-def test_errors_of_writers(
-    cfg: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    several_writers: Threads,
-    error: type[BaseException],
-) -> None:
+def test_errors_of_writers(cfg, tmp_path, monkeypatch, several_writers, error):
     """Too little memory is one image's; anything else ends the run, and all its threads."""
 
-    def broken(path: Path, *args: Any) -> None:
+    def broken(path, *args):
         if path.name == "3.png":
             raise error("while drawing")
 
@@ -381,12 +352,10 @@ def test_errors_of_writers(
     assert threading.active_count() == threads
 
 
-def test_control_c_ends_all_threads(
-    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_control_c_ends_all_threads(cfg, tmp_path, monkeypatch):
     plain, calls = Predictor.logits, []
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
@@ -403,9 +372,7 @@ def test_control_c_ends_all_threads(
     assert threading.active_count() == threads
 
 
-def test_several_devices_share_the_images(
-    cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_devices_share_the_images(cfg, tmp_path, capsys):
     for k, size in enumerate([(64, 48), (48, 64), (64, 48), (72, 40), (64, 48)]):
         photo(tmp_path / "in" / f"{k}.png", size, seed=k)
     (tmp_path / "in" / "5.png").write_text("no picture")
@@ -427,11 +394,11 @@ def test_several_devices_share_the_images(
         predict(changed, tmp_path / "in", [], result=tmp_path / "c", progress=False)
 
 
-def test_a_device_that_dies_ends_the_run(cfg: Config, tmp_path: Path) -> None:
+def test_a_device_that_dies_ends_the_run(cfg, tmp_path):
     for k in range(40):
         photo(tmp_path / "in" / f"{k:02}.png", seed=k)
 
-    def kill_one() -> None:
+    def kill_one():
         while not (alive := multiprocessing.active_children()):
             time.sleep(0.05)
         os.kill(alive[0].pid or 0, signal.SIGKILL)
@@ -444,7 +411,7 @@ def test_a_device_that_dies_ends_the_run(cfg: Config, tmp_path: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_ranks_share_the_images(cfg: Config, tmp_path: Path) -> None:
+def test_ranks_share_the_images(cfg, tmp_path):
     """By the command line; the results lie among the images, where other ranks look for some."""
     for k in range(5):
         photo(tmp_path / "in" / f"{k}.png", seed=k)
@@ -465,7 +432,7 @@ def test_ranks_share_the_images(cfg: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_folder_on_a_gpu_is_what_segmenter_says(cfg: Config, tmp_path: Path) -> None:
+def test_a_folder_on_a_gpu_is_what_segmenter_says(cfg, tmp_path):
     sizes = [(64, 48), (48, 64), (64, 48), (160, 120)]
     images = [photo(tmp_path / "in" / f"{k:02}.png", sizes[k % 4], seed=k) for k in range(24)]
     device = torch.device("cuda:0")
@@ -482,13 +449,11 @@ def test_a_folder_on_a_gpu_is_what_segmenter_says(cfg: Config, tmp_path: Path) -
 
 
 # ------------------------------------------------------------------------------ names
-def digest(path: Path) -> str:
+def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_no_input_is_ever_overwritten(
-    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_input_is_ever_overwritten(cfg, tmp_path, monkeypatch):
     """As published: PNG inputs in the working folder, results written to `./`."""
     monkeypatch.chdir(tmp_path)
     inputs = [photo(tmp_path / name, seed=k) for k, name in enumerate(["x.png", "x.jpg", "y.PNG"])]
@@ -500,7 +465,7 @@ def test_no_input_is_ever_overwritten(
     assert outputs == ["x_jpg.png", "x_png.png", "y_PNG.png"]
 
 
-def test_relative_paths_are_kept(cfg: Config, tmp_path: Path) -> None:
+def test_relative_paths_are_kept(cfg, tmp_path):
     photo(tmp_path / "in" / "one" / "x.png")
     photo(tmp_path / "in" / "two" / "deep" / "x.png")
     photo(tmp_path / "in" / "x.jpg")
@@ -514,7 +479,7 @@ def test_relative_paths_are_kept(cfg: Config, tmp_path: Path) -> None:
     assert len(files) == 3
 
 
-def test_bad_settings_are_refused(cfg: Config, tmp_path: Path) -> None:
+def test_bad_settings_are_refused(cfg, tmp_path):
     path = photo(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"TEST\.save.*colour.*any of color, index"):
         predict(with_save(cfg, "colour"), path, CPU, result=tmp_path, progress=False)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.engine.predictor import Predictor
@@ -26,17 +26,17 @@ class Local(Encoder):
     channels: ClassVar[tuple[int, ...]] = (6, 8)
     strides: ClassVar[tuple[int, ...]] = (2, 4)
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first = nn.Conv2d(3, 6, 3, 2, 1)
         self.second = nn.Conv2d(6, 8, 3, 2, 1)
 
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
+    def feature_maps(self, images):
         x = self.first(images).relu()
         return [x, self.second(x).relu()]
 
 
-def module_of(encoder: Encoder) -> SegmentationModule:
+def module_of(encoder):
     torch.manual_seed(0)
     decoder = DECODERS.get("ppm")(encoder.channels, num_class=5, width=8)
     for layer in decoder.modules():
@@ -45,7 +45,7 @@ def module_of(encoder: Encoder) -> SegmentationModule:
     return SegmentationModule(encoder, decoder, None, normalize=Normalize()).eval()
 
 
-def pixels(height: int, width: int, n: int = 1) -> Tensor:
+def pixels(height, width, n=1):
     generator = torch.Generator().manual_seed(height)
     small = torch.randint(0, 256, (n, 3, height // 8 + 1, width // 8 + 1), generator=generator)
     return small.repeat_interleave(8, 2).repeat_interleave(8, 3)[..., :height, :width].byte()
@@ -53,7 +53,7 @@ def pixels(height: int, width: int, n: int = 1) -> Tensor:
 
 # ------------------------------------------------------------------------------ what it computes
 @torch.no_grad()
-def test_scales_of_an_image_become_its_labels() -> None:
+def test_scales_of_an_image_become_its_labels():
     module = module_of(Local())
     image = pixels(60, 80)[0].permute(1, 2, 0).numpy()
     predictor = Predictor(module, {"imgSizes": (48, 96)}, CPU, flip=True)
@@ -70,7 +70,7 @@ def test_scales_of_an_image_become_its_labels() -> None:
     assert (labels == total.argmax(1)).float().mean() > 0.999
 
 
-def test_batches_of_equal_shape_are_those_of_single_images() -> None:
+def test_batches_of_equal_shape_are_those_of_single_images():
     predictor = Predictor(module_of(Local()), {}, CPU)
     images = pixels(40, 64, n=3)
     (together,) = predictor.logits([images])
@@ -78,7 +78,7 @@ def test_batches_of_equal_shape_are_those_of_single_images() -> None:
     torch.testing.assert_close(together, apart)
 
 
-def test_large_images_are_computed_in_tiles() -> None:
+def test_large_images_are_computed_in_tiles():
     module, image = module_of(Local()), pixels(300, 520)
     tiled, whole = (Predictor(module, {}, CPU, tile=x).logits([image])[0] for x in (256, "off"))
     assert not torch.equal(tiled, whole)
@@ -88,7 +88,7 @@ def test_large_images_are_computed_in_tiles() -> None:
 
 
 @torch.no_grad()
-def test_windows_slide_over_scales_and_mirror_images() -> None:
+def test_windows_slide_over_scales_and_mirror_images():
     module, window = module_of(Local()), Sliding(96, 96, 0.5)
     predictor = Predictor(module, {}, CPU, flip=True, window=window)
     slide = TiledNetwork(module, window=window)  # held to a naive loop in its own tests
@@ -103,7 +103,7 @@ def test_windows_slide_over_scales_and_mirror_images() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_it_computes_the_same(precision: str) -> None:
+def test_compiled_it_computes_the_same(precision):
     module = module_of(Local())
     plain, compiled = (
         Predictor(module, {}, CPU, precision=precision, compile=x) for x in (False, True)
@@ -116,7 +116,7 @@ def test_compiled_it_computes_the_same(precision: str) -> None:
 
 
 # ------------------------------------------------------------------------------ precisions
-def test_reduced_precision_holds_reduced_weights() -> None:
+def test_reduced_precision_holds_reduced_weights():
     module, image = module_of(Local()), pixels(64, 96)
     exact = Predictor(module, {}, CPU).logits([image])[0]
     predictor = Predictor(module, {}, CPU, precision="bf16")
@@ -135,7 +135,7 @@ class Scarce(Local):
     room: ClassVar[int] = 10**9
     patience: ClassVar[int] = 100
 
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
+    def feature_maps(self, images):
         H, W = images.shape[2:]
         if self.room < H * W and len(self.failures) < self.patience:
             self.failures.append((H, W))
@@ -143,9 +143,7 @@ class Scarce(Local):
         return super().feature_maps(images)
 
 
-def scarce(
-    monkeypatch: pytest.MonkeyPatch, room: int, patience: int = 100, **options: Any
-) -> Predictor:
+def scarce(monkeypatch, room, patience=100, **options):
     """One on what it takes for a GPU."""
     predictor = Predictor(module_of(Scarce()), {}, CPU, **options)
     predictor._on_cpu = TiledNetwork(copy.deepcopy(predictor.module), window=options.get("window"))
@@ -170,14 +168,7 @@ def scarce(
         (128, 0, 1, ["on the CPU"]),
     ],
 )
-def test_smaller_tiles_then_the_cpu(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tile: Any,
-    room: int,
-    patience: int,
-    steps: list[str],
-) -> None:
+def test_smaller_tiles_then_the_cpu(monkeypatch, caplog, tile, room, patience, steps):
     predictor, image = scarce(monkeypatch, room, patience, tile=tile), pixels(700, 1100)
     with caplog.at_level(logging.WARNING, logger="mit_semseg"):
         (given,) = predictor.logits([image])
@@ -189,9 +180,7 @@ def test_smaller_tiles_then_the_cpu(
     torch.testing.assert_close(given, whole, rtol=0, atol=float(1e-4 * whole.std()))
 
 
-def test_a_window_without_memory_is_computed_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_window_without_memory_is_computed_on_the_cpu(monkeypatch, caplog):
     window = Sliding(96, 96, 0.5)
     predictor, image = scarce(monkeypatch, 0, 1, window=window), pixels(200, 200)
     with caplog.at_level(logging.WARNING, logger="mit_semseg"):
@@ -203,9 +192,7 @@ def test_a_window_without_memory_is_computed_on_the_cpu(
     torch.testing.assert_close(given, predictor.logits([image])[0])
 
 
-def test_without_memory_on_the_cpu_tiles_come_before_the_error(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_memory_on_the_cpu_tiles_come_before_the_error(monkeypatch, caplog):
     predictor, image = scarce(monkeypatch, 300 * 300), pixels(700, 1100)
     predictor.device = CPU
     with caplog.at_level(logging.WARNING, logger="mit_semseg"):
@@ -219,9 +206,7 @@ def test_without_memory_on_the_cpu_tiles_come_before_the_error(
     assert all(torch.equal(before[key], value) for key, value in after.items())
 
 
-def test_without_memory_the_class_map_is_made_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_memory_the_class_map_is_made_on_the_cpu(monkeypatch, caplog):
     from mit_semseg import scores
 
     predictor = Predictor(module_of(Local()), {}, CPU)
@@ -229,7 +214,7 @@ def test_without_memory_the_class_map_is_made_on_the_cpu(
     expected = predictor.labels(logits, (40, 48))
     plain, failures = scores.class_map, []
 
-    def fails(*args: Any, **kwargs: Any) -> Tensor:
+    def fails(*args, **kwargs):
         if not failures:
             failures.append(args)
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -247,7 +232,7 @@ def test_without_memory_the_class_map_is_made_on_the_cpu(
 
 # ------------------------------------------------------------------------------ a GPU
 @pytest.fixture(scope="module")
-def trained() -> SegmentationModule:
+def trained():
     torch.manual_seed(0)
     encoder = ModelBuilder.build_encoder("mobilenetv2dilated", weights="none")
     decoder = ModelBuilder.build_decoder("ppm_deepsup", num_class=9, channels=encoder.channels)
@@ -259,7 +244,7 @@ def trained() -> SegmentationModule:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-def test_replayed_graphs_compute_the_same(trained: SegmentationModule, compile: bool) -> None:
+def test_replayed_graphs_compute_the_same(trained, compile):
     predictor = Predictor(trained, {}, "cuda", precision="fp32", compile=compile)
     eager = Predictor(trained, {}, "cuda", precision="fp32")
     eager.tiled.network = eager.module.logits
@@ -273,7 +258,7 @@ def test_replayed_graphs_compute_the_same(trained: SegmentationModule, compile: 
 
 
 @pytest.mark.gpu
-def test_graphs_hold_bounded_memory(trained: SegmentationModule) -> None:
+def test_graphs_hold_bounded_memory(trained):
     predictor = Predictor(trained, {}, "cuda", precision="bf16")
     graphs = predictor.tiled.network
     for side in range(64, 64 + 40 * 8, 8):
@@ -287,13 +272,11 @@ def test_graphs_hold_bounded_memory(trained: SegmentationModule) -> None:
 
 
 @pytest.mark.gpu
-def test_a_network_that_cannot_be_recorded_is_computed(
-    trained: SegmentationModule, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_network_that_cannot_be_recorded_is_computed(trained, caplog):
     predictor = Predictor(trained, {}, "cuda")
     plain = predictor.module.logits
 
-    def reads(image: Tensor) -> Tensor:
+    def reads(image):
         logits = plain(image)
         return logits * (1 + 0 * float(logits.mean()))
 
@@ -309,7 +292,7 @@ def test_a_network_that_cannot_be_recorded_is_computed(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_a_gpu_gives_the_labels_of_the_cpu(trained: SegmentationModule, precision: str) -> None:
+def test_a_gpu_gives_the_labels_of_the_cpu(trained, precision):
     image = pixels(120, 160)
     exact = Predictor(trained, {}, CPU).logits([image])[0]
     predictor = Predictor(trained, {}, "cuda", precision=precision)
@@ -320,7 +303,7 @@ def test_a_gpu_gives_the_labels_of_the_cpu(trained: SegmentationModule, precisio
 
 
 @pytest.mark.gpu
-def test_an_image_is_synchronised_with_a_handful_of_times(trained: SegmentationModule) -> None:
+def test_an_image_is_synchronised_with_a_handful_of_times(trained):
     predictor = Predictor(trained, {}, "cuda", precision="bf16", flip=True)
     scales = [pixels(64, 96), pixels(96, 144), pixels(128, 192)]
     for _ in range(4):
@@ -335,9 +318,7 @@ def test_an_image_is_synchronised_with_a_handful_of_times(trained: SegmentationM
 
 
 @pytest.mark.gpu
-def test_a_full_gpu_is_answered_with_tiles(
-    trained: SegmentationModule, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_gpu_is_answered_with_tiles(trained, caplog):
     image = pixels(2400, 3600)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory

@@ -1,14 +1,11 @@
 """torchrun's process group: joined, left, restarted, and left by the living."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,9 +20,7 @@ from mit_semseg.engine.rendezvous import join_process_group, leave_process_group
 CPU = torch.device("cpu")
 
 
-def test_outside_torchrun_there_is_one_rank_with_every_device(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_outside_torchrun_there_is_one_rank_with_every_device(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
@@ -34,7 +29,7 @@ def test_outside_torchrun_there_is_one_rank_with_every_device(
     assert not dist.is_initialized()
 
 
-def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
     for name, value in (("RANK", "2"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"rank 2 on this machine, which has 2 GPUs.*-node 2"):
@@ -42,7 +37,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert not dist.is_initialized()
 
 
-def test_under_torchrun_a_rank_joins_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_torchrun_a_rank_joins_the_group(monkeypatch):
     port = free_port()
     environment = {
         "RANK": "0",
@@ -66,7 +61,7 @@ def test_under_torchrun_a_rank_joins_the_group(monkeypatch: pytest.MonkeyPatch) 
 
 
 # ------------------------------------------------------------------------------ ranks that die
-def alive_or_not(rank: int, port: int, folder: str, timeout: float) -> None:
+def alive_or_not(rank, port, folder, timeout):
     """Rank 2 dies in the middle of the run; what the others see is written down."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -85,7 +80,7 @@ def alive_or_not(rank: int, port: int, folder: str, timeout: float) -> None:
     Path(folder, str(rank)).write_text(json.dumps({"said": said, "took": took}))
 
 
-def test_the_living_leave_a_group_in_which_a_rank_has_died(tmp_path: Path) -> None:
+def test_the_living_leave_a_group_in_which_a_rank_has_died(tmp_path):
     timeout = 4.0
     context = multiprocessing.get_context("spawn")
     port = free_port()
@@ -107,12 +102,10 @@ def test_the_living_leave_a_group_in_which_a_rank_has_died(tmp_path: Path) -> No
 
 
 # ------------------------------------------------------------------------------ restarts
-def start_ranks(
-    port: int, attempt: str, world: int, ranks: Sequence[int], timeout: float
-) -> list[str]:
+def start_ranks(port, attempt, world, ranks, timeout):
     """Ranks meet and tell each other which attempt theirs is; what each of them has read."""
 
-    def start(rank: int) -> str:
+    def start(rank):
         time.sleep(0.05 * ((rank + 1) % world))  # rank 0 is not the first to come
         client = dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
         client.set_timeout(datetime.timedelta(seconds=20))
@@ -127,7 +120,7 @@ def start_ranks(
         return list(threads.map(start, ranks))
 
 
-def test_restarted_ranks_do_not_meet_their_earlier_processes() -> None:
+def test_restarted_ranks_do_not_meet_their_earlier_processes():
     # One store for all attempts, as under torchrun.
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert start_ranks(server.port, "a", 3, [0, 1, 2], 20) == ["aaa"] * 3

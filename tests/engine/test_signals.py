@@ -1,7 +1,5 @@
 """Signals: the first asks, the second of a person interrupts, and orphans do not live on."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -18,9 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_and_the_second_interrupts(
-    number: signal.Signals, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_signal_asks_and_the_second_interrupts(number, capfd):
     before = signal.getsignal(number)
     called = []
     with StopRequest(on_ask=lambda: called.append(1)) as stop:
@@ -36,18 +32,18 @@ def test_the_first_signal_asks_and_the_second_interrupts(
     assert f"{number.name}: finishing this step" in capfd.readouterr().err
 
 
-def test_repeated_signals_of_a_launcher_count_once() -> None:
+def test_repeated_signals_of_a_launcher_count_once():
     with StopRequest(repeated=True) as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
     assert stop.asked == "SIGINT"
 
 
-def test_in_another_thread_nothing_is_touched() -> None:
+def test_in_another_thread_nothing_is_touched():
     before = signal.getsignal(signal.SIGTERM)
     found = []
 
-    def run() -> None:
+    def run():
         with StopRequest():
             found.append(signal.getsignal(signal.SIGTERM))
 
@@ -58,7 +54,7 @@ def test_in_another_thread_nothing_is_touched() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel does it on Linux only")
-def test_a_worker_ignores_the_group_and_dies_with_its_parent(tmp_path: Path) -> None:
+def test_a_worker_ignores_the_group_and_dies_with_its_parent(tmp_path):
     worker = (
         "import time; from mit_semseg.engine.signals import leave_to_parent\n"
         "leave_to_parent(); print('ready', flush=True); time.sleep(100)"
@@ -85,7 +81,7 @@ def test_a_worker_ignores_the_group_and_dies_with_its_parent(tmp_path: Path) -> 
     assert not _lives(pid)
 
 
-def test_a_signal_to_a_process_that_is_done_changes_nothing() -> None:
+def test_a_signal_to_a_process_that_is_done_changes_nothing():
     done = (
         "import atexit, time; from mit_semseg.engine.signals import ignore_stops\n"
         "atexit.register(lambda: (print('ending', flush=True), time.sleep(1)))\n"
@@ -101,7 +97,7 @@ def test_a_signal_to_a_process_that_is_done_changes_nothing() -> None:
     assert running.wait(30) == 0
 
 
-def _lives(pid: int) -> bool:
+def _lives(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:

@@ -1,19 +1,14 @@
 """A file that cannot be read, as on a dead network disk: each command ends, and names it."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from mit_semseg.config import load_config
-from mit_semseg.config.node import Config
 from mit_semseg.dataset import images, read_odgt
 from mit_semseg.engine.evaluate import evaluate
 from mit_semseg.engine.predict import predict
@@ -25,21 +20,21 @@ Hang = Callable[..., list[int]]
 
 
 @pytest.fixture
-def hang(monkeypatch: pytest.MonkeyPatch) -> Hang:
+def hang(monkeypatch):
     """`hang(file, after=0)`: opening this file of a list takes, but for the first `after` times,
     until a watchdog ends the process. What is returned gets the exit status."""
     ended = threading.Event()
-    statuses: list[int] = []
+    statuses = []
     open_file = images._open
 
-    def end(status: int) -> None:
+    def end(status):
         statuses.append(status)
         ended.set()
 
-    def hang(file: str, after: int = 0) -> list[int]:
+    def hang(file, after=0):
         opened, here = 0, os.getpid()  # loading processes have a time limit of their own
 
-        def slow(path: images.PathLike) -> Image.Image:
+        def slow(path):
             nonlocal opened
             if os.fspath(path).endswith(file) and os.getpid() == here:
                 opened += 1
@@ -57,7 +52,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Hang:
 
 
 @pytest.fixture
-def job(tmp_path: Path, make_images: Callable[..., None]) -> Config:
+def job(tmp_path, make_images):
     """A training of two epochs, each of them validated, on four images."""
     root = tmp_path / "data"
     make_images(root, [(32, 32)] * 4)
@@ -82,14 +77,7 @@ def job(tmp_path: Path, make_images: Callable[..., None]) -> Config:
         ("validation", 3, "waiting for an image to be validated"),
     ],
 )
-def test_training(
-    job: Config,
-    hang: Hang,
-    capfd: pytest.CaptureFixture[str],
-    when: str,
-    after: int,
-    awaited: str,
-) -> None:
+def test_training(job, hang, capfd, when, after, awaited):
     job.TRAIN.workers = 1  # the training images are opened in another process
     mask = read_odgt(job.DATASET.list_val)[2]["fpath_segm"]
     statuses = hang(mask, after)
@@ -103,14 +91,7 @@ def test_training(
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_other_commands(
-    tmp_path: Path,
-    make_model: Callable[..., Config],
-    make_images: Callable[..., None],
-    hang: Hang,
-    capfd: pytest.CaptureFixture[str],
-    command: str,
-) -> None:
+def test_other_commands(tmp_path, make_model, make_images, hang, capfd, command):
     make_images(tmp_path / "data", [(32, 48)] * 3)
     cfg = make_model(
         tmp_path / "model",

@@ -1,10 +1,6 @@
 """One step: what it computes, and how often the host waits for it."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +9,7 @@ from torch import Tensor, nn
 
 from mit_semseg.engine.training.optim import MovingAverage, build_optimizer
 from mit_semseg.engine.training.state import Progress
-from mit_semseg.engine.training.step import StepResult, TrainStep
+from mit_semseg.engine.training.step import TrainStep
 from mit_semseg.losses import build_loss
 from mit_semseg.models import Decoder, Encoder, SegmentationModule
 from mit_semseg.precision import Precision
@@ -25,32 +21,32 @@ CLASSES = 3
 class Backbone(Encoder):
     """A convolution with BatchNorm."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3, 2, padding=1), nn.BatchNorm2d(4)
 
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
+    def feature_maps(self, images):
         return [self.norm(self.conv(images)).relu()]
 
 
 class Head(Decoder):
     """A convolution."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__((4,), CLASSES)
         self.conv_last = nn.Conv2d(4, CLASSES, 1)
 
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+    def logits(self, features):
         return (self.conv_last(features[-1]),)
 
 
-def make_step(device: torch.device = CPU, **changes: Any) -> TrainStep:
+def make_step(device=CPU, **changes):
     """A step of a small network; `ema` and `kind` beside the arguments of `TrainStep`."""
     torch.manual_seed(0)
     module = SegmentationModule(Backbone(), Head(), build_loss("nll", CLASSES)).to(device)
     ema, kind = changes.pop("ema", 0.0), changes.pop("kind", "SGD")
     optimizer = build_optimizer(kind, (module.encoder, 0.1), (module.decoder, 0.1))
-    options: dict[str, Any] = {
+    options = {
         "device": device,
         "precision": Precision.of("fp32", device),
         "scaler": torch.amp.GradScaler(device.type, enabled=False),
@@ -69,7 +65,7 @@ def make_step(device: torch.device = CPU, **changes: Any) -> TrainStep:
     return step
 
 
-def batch(number: int) -> list[dict[str, Any]]:
+def batch(number):
     generator = torch.Generator().manual_seed(number)
     return [
         {
@@ -80,7 +76,7 @@ def batch(number: int) -> list[dict[str, Any]]:
     ]
 
 
-def take(step: TrainStep, progress: Progress, numbers: Sequence[int]) -> StepResult:
+def take(step, progress, numbers):
     for number in numbers:
         step.add(batch(number))
     result = step.finish(progress)
@@ -89,7 +85,7 @@ def take(step: TrainStep, progress: Progress, numbers: Sequence[int]) -> StepRes
 
 
 # ------------------------------------------------------------------------------ waiting
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS = {
     "plain": {},
     "clipped": {"clip_grad": 0.1},
     "averaged": {"ema": 0.9},
@@ -102,9 +98,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_host_waits_once_a_step_and_after_the_backward_pass(
-    monkeypatch: pytest.MonkeyPatch, name: str, fp16: bool
-) -> None:
+def test_the_host_waits_once_a_step_and_after_the_backward_pass(monkeypatch, name, fp16):
     scaler = torch.amp.GradScaler("cpu", enabled=fp16)
     step, progress = make_step(scaler=scaler, **OPTIONS[name]), Progress(10, 100)
     numbers = range(step.accumulate)
@@ -116,7 +110,7 @@ def test_the_host_waits_once_a_step_and_after_the_backward_pass(
         assert reads.before_backward == []
 
 
-def test_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_are_seen(monkeypatch):
     """What the test before relies upon."""
     step = make_step()
     x = torch.arange(3.0)
@@ -131,7 +125,7 @@ def test_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------------------ computing
-def test_a_step_by_hand() -> None:
+def test_a_step_by_hand():
     """Against torch's plain SGD on the mean loss of the parts."""
     step, progress = make_step(accumulate=2, clip_grad=0.05), Progress(10, 100)
     plain = copy.deepcopy(step.module)
@@ -156,18 +150,16 @@ def test_a_step_by_hand() -> None:
 
 
 @pytest.mark.parametrize("fp16", [False, True])
-def test_a_part_with_a_non_finite_loss_is_named_and_leaves_no_trace(
-    fp16: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    saved: list[dict[str, Any]] = []
+def test_a_part_with_a_non_finite_loss_is_named_and_leaves_no_trace(fp16, caplog):
+    saved = []
 
-    def save(number: int, replay: dict[str, Any]) -> str:
+    def save(number, replay):
         replay["encoder"] = copy.deepcopy(replay["encoder"])
         saved.append(replay)
         return "saved"
 
     scaler = torch.amp.GradScaler("cpu", enabled=fp16, growth_interval=3)
-    options: dict[str, Any] = {"accumulate": 3, "on_nan": "skip", "ema": 0.9, "save_batch": save}
+    options = {"accumulate": 3, "on_nan": "skip", "ema": 0.9, "save_batch": save}
     step, progress = make_step(scaler=scaler, **options), Progress(10, 100)
     take(step, progress, (1, 2, 3))
     before = copy.deepcopy(step.module.state_dict())
@@ -192,7 +184,7 @@ def test_a_part_with_a_non_finite_loss_is_named_and_leaves_no_trace(
     assert take(step, progress, (7, 8, 9)).updated, "the next one is as ever"
 
 
-def test_flags_are_those_of_this_rank() -> None:
+def test_flags_are_those_of_this_rank():
     step, progress = make_step(), Progress(10, 100)
     for stop, save in ((False, False), (True, False), (False, True)):
         step.add(batch(1))
@@ -201,7 +193,7 @@ def test_flags_are_those_of_this_rank() -> None:
 
 
 # ------------------------------------------------------------------------------ on a GPU
-def pinned(number: int) -> list[dict[str, Any]]:
+def pinned(number):
     (item,) = batch(number)
     pins = {key: value.pin_memory() for key, value in item.items() if isinstance(value, Tensor)}
     return [{**item, **pins}]
@@ -210,7 +202,7 @@ def pinned(number: int) -> list[dict[str, Any]]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_gpu_is_waited_for_once_a_step(name: str, precision: str) -> None:
+def test_a_gpu_is_waited_for_once_a_step(name, precision):
     device = torch.device("cuda", 0)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16", init_scale=16.0)
     options = {"precision": Precision.of(precision, device), "scaler": scaler, **OPTIONS[name]}
@@ -230,7 +222,7 @@ def test_a_gpu_is_waited_for_once_a_step(name: str, precision: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])
-def test_an_overflow_on_a_gpu_leaves_no_trace(clip_grad: float) -> None:
+def test_an_overflow_on_a_gpu_leaves_no_trace(clip_grad):
     device = torch.device("cuda", 0)
     scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
     half = Precision.of("fp16", device)
@@ -252,7 +244,7 @@ def test_an_overflow_on_a_gpu_leaves_no_trace(clip_grad: float) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_fused_steps_on_a_gpu_are_those_of_a_cpu(kind: str, layout: torch.memory_format) -> None:
+def test_fused_steps_on_a_gpu_are_those_of_a_cpu(kind, layout):
     """In both layouts; with a learning rate that keeps rounding small."""
     weights = []
     for device in (CPU, torch.device("cuda", 0)):

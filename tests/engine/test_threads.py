@@ -1,7 +1,5 @@
 """The number of compute threads while other programs use the cores."""
 
-from __future__ import annotations
-
 import logging
 import os
 import random
@@ -9,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -22,7 +19,7 @@ CHANCE = [RANDOM.random() for _ in range(5000)]
 
 
 @pytest.fixture(autouse=True)
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_threads(monkeypatch):
     """torch computes with two threads, and nobody has fixed the number."""
     before = torch.get_num_threads()
     monkeypatch.setattr(cpu, "_fixed_threads", 0)
@@ -40,17 +37,17 @@ class Machine:
 
     def __init__(
         self,
-        seconds: Callable[[int, int], float],
-        waiting: Callable[[int, int], float] | None = None,  # None: the system does not report it
-        cores: int = 2,
-    ) -> None:
+        seconds,
+        waiting=None,  # None: the system does not report it
+        cores=2,
+    ):
         torch.set_num_threads(cores)
         self.seconds, self.waiting, self.cores = seconds, waiting, cores
         self.now = self.computed = self.waited = 0.0
-        self.used: list[int] = []
+        self.used = []
         self.tuner = ThreadTuner(clock=lambda: self.now, usage=lambda: (self.computed, self.waited))
 
-    def run(self, steps: int, work: float = 1.0) -> set[int]:
+    def run(self, steps, work=1.0):
         """Compute steps; returns the numbers of threads that were used."""
         for step in range(len(self.used), len(self.used) + steps):
             with self.tuner.step(work):
@@ -66,7 +63,7 @@ class Machine:
         return set(self.used[-steps:])
 
 
-def spikes(step: int, threads: int) -> float:
+def spikes(step, threads):
     """Beside a busy program: two threads wait for each other, in one step of three for long."""
     if threads == 1:
         return 1.5
@@ -74,7 +71,7 @@ def spikes(step: int, threads: int) -> float:
 
 
 @pytest.mark.parametrize("reported", [True, False])
-def test_undisturbed_nothing_changes(reported: bool) -> None:
+def test_undisturbed_nothing_changes(reported):
     """With noise, first steps that are slow, and a loader that takes a little of the cores."""
     slow = {0, 1, 2, 3, 4, *range(7, 1000, 20)} if reported else set(range(7, 1000, 20))
     machine = Machine(
@@ -84,14 +81,12 @@ def test_undisturbed_nothing_changes(reported: bool) -> None:
     assert machine.run(1000) == {2}
 
 
-def test_large_steps_are_not_slow_ones() -> None:
+def test_large_steps_are_not_slow_ones():
     machine = Machine(lambda step, threads: 1.0)
     assert all(machine.run(1, 5.0 if step % 3 == 0 else 1.0) == {2} for step in range(200))
 
 
-def test_slow_steps_lead_to_fewer_threads_which_is_said_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_slow_steps_lead_to_fewer_threads_which_is_said_once(caplog):
     machine = Machine(spikes)
     with caplog.at_level(logging.WARNING, logger="mit_semseg"):
         machine.run(50)
@@ -103,7 +98,7 @@ def test_slow_steps_lead_to_fewer_threads_which_is_said_once(
     assert machine.used[100:].count(2) < 0.25 * 3000
 
 
-def test_threads_that_wait_for_cores_are_given_up() -> None:
+def test_threads_that_wait_for_cores_are_given_up():
     """Steps that are slow from the first on are not slower than their median."""
     machine = Machine(
         lambda step, threads: 3.0 if threads == 2 else 1.5,
@@ -115,7 +110,7 @@ def test_threads_that_wait_for_cores_are_given_up() -> None:
     assert 1 <= machine.used[60:].count(2) <= 12  # more and more rarely
 
 
-def test_all_threads_compute_again_when_the_other_program_has_gone() -> None:
+def test_all_threads_compute_again_when_the_other_program_has_gone():
     machine = Machine(
         lambda step, threads: 2 / threads if step >= 100 else 3.0 if threads == 2 else 1.5,
         lambda step, threads: 0.4 if threads == 2 and step < 100 else 0.0,
@@ -126,7 +121,7 @@ def test_all_threads_compute_again_when_the_other_program_has_gone() -> None:
     assert machine.run(100) == {2}
 
 
-def test_a_comparison_that_changes_nothing_is_rarely_repeated() -> None:
+def test_a_comparison_that_changes_nothing_is_rarely_repeated():
     machine = Machine(
         lambda step, threads: (5.0 if CHANCE[step] < 0.3 else 1.0) * (3 if threads == 1 else 1)
     )
@@ -134,7 +129,7 @@ def test_a_comparison_that_changes_nothing_is_rarely_repeated() -> None:
     assert 5 <= machine.used.count(1) <= 5 * 9
 
 
-def test_of_many_cores_the_taken_ones_are_given_up() -> None:
+def test_of_many_cores_the_taken_ones_are_given_up():
     machine = Machine(
         lambda step, threads: 2.0 if threads == 8 else 8 / threads,
         lambda step, threads: 0.3 if threads == 8 else 0.0,
@@ -146,7 +141,7 @@ def test_of_many_cores_the_taken_ones_are_given_up() -> None:
     assert machine.used[-100:].count(8) <= 3
 
 
-def test_many_cores_may_be_taken_at_once() -> None:
+def test_many_cores_may_be_taken_at_once():
     """Each comparison that pays is followed by the next one, with still fewer threads."""
     machine = Machine(
         lambda step, threads: 1.0 * threads, lambda step, threads: 1 - 2 / max(threads, 2), cores=32
@@ -155,7 +150,7 @@ def test_many_cores_may_be_taken_at_once() -> None:
     assert machine.tuner.threads <= 2
 
 
-def test_an_error_in_a_step_leaves_all_threads() -> None:
+def test_an_error_in_a_step_leaves_all_threads():
     machine = Machine(spikes)
     while machine.tuner.threads == 2:
         machine.run(1)
@@ -166,7 +161,7 @@ def test_an_error_in_a_step_leaves_all_threads() -> None:
 
 
 @pytest.mark.parametrize("how", ["fixed", "gpu", "one core"])
-def test_left_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_left_alone(how, monkeypatch):
     if how == "fixed":
         monkeypatch.setattr(os, "environ", os.environ.copy())
         cpu.fix_threads(2)
@@ -176,19 +171,19 @@ def test_left_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.run(200) == {machine.cores}
 
 
-def test_no_threads_are_refused() -> None:
+def test_no_threads_are_refused():
     with pytest.raises(ValueError, match="--threads 0: give at least 1"):
         cpu.fix_threads(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_waiting_is_read_from_the_system() -> None:
+def test_waiting_is_read_from_the_system():
     """Two threads that compute on one core: each of them waits while the other computes."""
     cores = os.sched_getaffinity(0)
     x = torch.zeros(1 << 20)
     torch.set_num_threads(1)
 
-    def compute() -> None:
+    def compute():
         os.sched_setaffinity(0, {min(cores)})
         end = time.monotonic() + 0.5
         while time.monotonic() < end:
@@ -209,7 +204,7 @@ def test_waiting_is_read_from_the_system() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="waiting is reported by Linux")
-def test_beside_busy_programs_half_of_one_thread_is_left() -> None:
+def test_beside_busy_programs_half_of_one_thread_is_left():
     """With a busy program on every core: measured, with convolutions as in training."""
     cores = len(os.sched_getaffinity(0))
     if cores < 2:
@@ -217,7 +212,7 @@ def test_beside_busy_programs_half_of_one_thread_is_left() -> None:
     layers = torch.nn.Sequential(*(torch.nn.Conv2d(48, 48, 3, padding=1) for _ in range(6)))
     image = torch.randn(2, 48, 60, 80)
 
-    def rate(tuner: ThreadTuner, seconds: float) -> float:
+    def rate(tuner, seconds):
         steps, began = 0, time.monotonic()
         while time.monotonic() < began + seconds:
             with tuner.step(1.0):

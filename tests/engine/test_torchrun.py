@@ -1,7 +1,5 @@
 """Ranks of torchrun: the gradient of one process, one stream of samples, one set of files."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -10,9 +8,6 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import scaling
@@ -22,13 +17,13 @@ import torch.nn.functional as F
 from communication import table, traffic_of
 from jobs import SIZES, Job, layout, phrases, steps_of
 from processes import ROOT, Command, free_port, kill, needs_proc, start_ranks, torchrun
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg.config import load_config
 from mit_semseg.demo import streets
 from mit_semseg.engine.rendezvous import join_process_group, leave_process_group
 from mit_semseg.lib.nn import sync_function
-from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models import ModelBuilder
 
 CPU = torch.device("cpu")
 WORLD = 3
@@ -40,10 +35,10 @@ AUXILIARY = 0.4
 
 
 # ------------------------------------------------------------------------------ the gradient
-def network() -> SegmentationModule:
+def network():
     """The same network in every process, in float64, without dropout."""
     torch.manual_seed(5)
-    opts: list[Any] = [
+    opts = [
         *("MODEL.arch_encoder", "resnet18dilated", "MODEL.arch_decoder", "ppm_deepsup"),
         *("MODEL.fc_dim", 512, "MODEL.weights_encoder", "none"),
         *("DATASET.num_class", CLASSES, "TRAIN.deep_sup_scale", AUXILIARY),
@@ -55,7 +50,7 @@ def network() -> SegmentationModule:
     return module
 
 
-def batch_of(rank: int) -> dict[str, Tensor]:
+def batch_of(rank):
     generator = torch.Generator().manual_seed(rank)
     n, height, width = BATCHES[rank]
     images = torch.randn(n, 3, height, width, generator=generator, dtype=torch.float64)
@@ -65,7 +60,7 @@ def batch_of(rank: int) -> dict[str, Tensor]:
     return {"img_data": images, "seg_label": label}
 
 
-def one_rank(rank: int, port: int, folder: str) -> None:
+def one_rank(rank, port, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -90,16 +85,16 @@ def one_rank(rank: int, port: int, folder: str) -> None:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[dict[str, list[int]]]:
+def counted():
     """Bytes of every exchange but for the gradients', by kind, while the context lasts."""
-    numbers: dict[str, list[int]] = {"all_reduce": [], "all_gather": []}
+    numbers = {"all_reduce": [], "all_gather": []}
     before = dist.all_reduce, sync_function._all_gather
 
-    def reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
+    def reduce(tensor, *args, **options):
         numbers["all_reduce"].append(tensor.nbytes)
         return before[0](tensor, *args, **options)
 
-    def gather(together: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    def gather(together, own, group):
         numbers["all_gather"].append(own.nbytes)
         before[1](together, own, group)
 
@@ -116,15 +111,15 @@ class RaggedBatchNorm(nn.Module):
     The threads meet in every layer, where one of them joins the rows of all.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d, meeting: threading.Barrier, ranks: dict[int, int]):
+    def __init__(self, norm, meeting, ranks):
         super().__init__()
         self.norm = nn.BatchNorm1d(norm.num_features, norm.eps, norm.momentum).double()
         self.norm.load_state_dict(norm.state_dict())
         self.meeting, self.ranks = meeting, ranks
-        self.inputs: list[Tensor] = [torch.empty(0)] * WORLD
-        self.outputs: list[Tensor] = []
+        self.inputs = [torch.empty(0)] * WORLD
+        self.outputs = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         rank = self.ranks[threading.get_ident()]
         n, c, h, w = x.shape
         self.inputs[rank] = x.permute(0, 2, 3, 1).reshape(-1, c)
@@ -138,7 +133,7 @@ class RaggedBatchNorm(nn.Module):
         return y.reshape(n, h, w, c).permute(0, 3, 1, 2).clone()  # which ReLU changes in place
 
 
-def union() -> tuple[SegmentationModule, Tensor, Tensor]:
+def union():
     """One process with torch's own batch norm and loss: (network, loss, accuracy), after backward.
 
     The loss is the sum over the labelled pixels of all batches divided by their number.
@@ -149,9 +144,9 @@ def union() -> tuple[SegmentationModule, Tensor, Tensor]:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, RaggedBatchNorm(child, meeting, ranks))
-    heads: dict[int, tuple[Tensor, ...]] = {}
+    heads = {}
 
-    def run(rank: int) -> None:
+    def run(rank):
         ranks[threading.get_ident()] = rank
         try:
             batch = batch_of(rank)
@@ -169,7 +164,7 @@ def union() -> tuple[SegmentationModule, Tensor, Tensor]:
     labels = [batch_of(rank)["seg_label"] for rank in range(WORLD)]
     labelled = sum(int((label >= 0).sum()) for label in labels)
 
-    def mean(head: int) -> Tensor:
+    def mean(head):
         sums = [
             F.cross_entropy(heads[rank][head], labels[rank], ignore_index=-1, reduction="sum")
             for rank in range(WORLD)
@@ -182,7 +177,7 @@ def union() -> tuple[SegmentationModule, Tensor, Tensor]:
     return module, loss.detach(), torch.tensor(right / labelled, dtype=torch.float64)
 
 
-def test_ranks_have_the_gradient_of_one_process_on_all_valid_pixels(tmp_path: Path) -> None:
+def test_ranks_have_the_gradient_of_one_process_on_all_valid_pixels(tmp_path):
     counts = [int((batch_of(rank)["seg_label"] >= 0).sum()) for rank in range(WORLD)]
     assert counts[2] == 0 and 0 < counts[1] < counts[0] or 0 < counts[0] != counts[1] > 0
     start_ranks(one_rank, WORLD, free_port(), str(tmp_path))
@@ -212,7 +207,7 @@ def test_ranks_have_the_gradient_of_one_process_on_all_valid_pixels(tmp_path: Pa
         assert sent == pytest.approx(traffic.statistics_sent(WORLD), rel=1e-12)
 
 
-def test_the_page_on_scaling_holds_the_traffic_of_every_recipe() -> None:
+def test_the_page_on_scaling_holds_the_traffic_of_every_recipe():
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
     lines = table()
     assert len(lines) > 20
@@ -241,9 +236,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 
 @pytest.fixture(scope="module")
-def job(
-    tmp_path_factory: pytest.TempPathFactory, make_images: Callable[..., None]
-) -> tuple[Job, Command, Command]:
+def job(tmp_path_factory, make_images):
     """A training by one process and one by two ranks, both done, with what they said."""
     job = Job(tmp_path_factory.mktemp("job"))
     make_images(job.data, SIZES)
@@ -258,7 +251,7 @@ def job(
     return job, runs[0], runs[1]
 
 
-def test_ranks_never_see_the_same_sample_in_one_pass(job: tuple[Job, Command, Command]) -> None:
+def test_ranks_never_see_the_same_sample_in_one_pass(job):
     root = job[0].root
     seen = [(root / f"seen_of_2_{rank}").read_text().splitlines() for rank in range(2)]
     everything = sorted((root / "seen_of_1_0").read_text().splitlines())
@@ -267,9 +260,7 @@ def test_ranks_never_see_the_same_sample_in_one_pass(job: tuple[Job, Command, Co
     assert sorted(seen[0] + seen[1]) == everything
 
 
-def test_ranks_leave_the_files_and_figures_of_one_process(
-    job: tuple[Job, Command, Command],
-) -> None:
+def test_ranks_leave_the_files_and_figures_of_one_process(job):
     job_, alone, ranks = job
     assert layout(job_.root / "ranks_1") == layout(job_.root / "ranks_2")
     assert "encoder_epoch_1.pth" in layout(job_.root / "ranks_2")
@@ -291,7 +282,7 @@ def test_ranks_leave_the_files_and_figures_of_one_process(
             assert re.match(rf"\[[-\d]+ [:\d]+{who} [A-Z]+\] ", line), line
 
 
-def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]) -> None:
+def test_ranks_evaluate_exactly_as_one_process(job):
     job_, _, _ = job
     image = job_.data / "img" / "part1" / "3.png"
     whole = image.read_bytes()
@@ -325,7 +316,7 @@ def test_ranks_evaluate_exactly_as_one_process(job: tuple[Job, Command, Command]
 
 
 # ------------------------------------------------------------------------------ hosts
-def host(job: Job, name: str, config: Path, port: int, *options: str, **where: Any) -> Command:
+def host(job, name, config, port, *options, **where):
     """One host of a training on several: an agent of torchrun, one rank, one core."""
     cores = sorted(os.sched_getaffinity(0))
     core = cores[len(list(job.root.glob("*.txt"))) % len(cores)]
@@ -354,11 +345,11 @@ LOST = r"rank \d: error: .*lost the connection to another rank in step \d+.*--re
 
 
 @pytest.fixture
-def hosts(tmp_path: Path, make_images: Callable[..., None]) -> Iterator[tuple[Job, list[Command]]]:
+def hosts(tmp_path, make_images):
     """A job, and a list of commands that are ended with the test."""
     job = Job(tmp_path)
     make_images(job.data, SIZES)
-    commands: list[Command] = []
+    commands = []
     yield job, commands
     for command in commands:
         command.destroy()
@@ -366,7 +357,7 @@ def hosts(tmp_path: Path, make_images: Callable[..., None]) -> Iterator[tuple[Jo
 
 @needs_proc
 @pytest.mark.slow
-def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Command]]) -> None:
+def test_a_lost_host_ends_the_others_with_one_line(hosts):
     job, commands = hosts
     config, port = job.config("lost", TRAIN__stall_seconds=20, **LONG), free_port()
     for name in "ab":
@@ -389,7 +380,7 @@ def test_a_lost_host_ends_the_others_with_one_line(hosts: tuple[Job, list[Comman
 
 @needs_proc
 @pytest.mark.slow
-def test_a_job_that_is_terminated_saves_and_goes_on(hosts: tuple[Job, list[Command]]) -> None:
+def test_a_job_that_is_terminated_saves_and_goes_on(hosts):
     job, commands = hosts
     few = {**LONG, "TRAIN__num_epoch": 3, "TRAIN__epoch_iters": 6}
     start = torchrun("--standalone", "--nproc-per-node", "2")
@@ -410,7 +401,7 @@ def test_a_job_that_is_terminated_saves_and_goes_on(hosts: tuple[Job, list[Comma
 
 @needs_proc
 @pytest.mark.slow
-def test_a_killed_rank_is_replaced_and_the_run_goes_on(hosts: tuple[Job, list[Command]]) -> None:
+def test_a_killed_rank_is_replaced_and_the_run_goes_on(hosts):
     job, commands = hosts
     config, port = job.config("elastic", **{**LONG, "TRAIN__num_epoch": 4}), free_port()
     options = ("--nnodes", "1:2", "--max-restarts", "3", "--rdzv-conf", "last_call_timeout=1")
@@ -428,14 +419,14 @@ def test_a_killed_rank_is_replaced_and_the_run_goes_on(hosts: tuple[Job, list[Co
     command.assert_nothing_left(2)
 
 
-def ip(*words: str) -> bool:
+def ip(*words):
     """Whether `ip` did what was asked."""
     done = subprocess.run(["ip", *words], capture_output=True, timeout=20)
     return done.returncode == 0
 
 
 @pytest.fixture
-def two_machines() -> Iterator[tuple[str, str]]:
+def two_machines():
     """Two network namespaces, a and b, with 10.77.0.1 and 10.77.0.2 at the ends of a cable."""
     names = tuple(f"semseg{os.getpid()}{end}" for end in "ab")
     if not shutil.which("ip") or not ip("netns", "add", names[0]):
@@ -457,9 +448,7 @@ def two_machines() -> Iterator[tuple[str, str]]:
 
 @needs_proc
 @pytest.mark.slow
-def test_a_cut_cable_ends_both_hosts_within_the_time_out(
-    two_machines: tuple[str, str], hosts: tuple[Job, list[Command]]
-) -> None:
+def test_a_cut_cable_ends_both_hosts_within_the_time_out(two_machines, hosts):
     """No connection is closed and nothing answers: only clocks tell that the other is gone.
 
     The ranks look at theirs. The agent of torchrun on the second host, which speaks to the first
@@ -469,7 +458,7 @@ def test_a_cut_cable_ends_both_hosts_within_the_time_out(
     job, commands = hosts
     config, port = job.config("cut", TRAIN__stall_seconds=10, **LONG), free_port()
     for number, machine in enumerate(two_machines, 1):
-        where: dict[str, Any] = {
+        where = {
             "address": "10.77.0.1",
             "inside": ("ip", "netns", "exec", machine),
             "environment": {"GLOO_SOCKET_IFNAME": "cable"},
@@ -491,9 +480,7 @@ def test_a_cut_cable_ends_both_hosts_within_the_time_out(
 
 @needs_proc
 @pytest.mark.slow
-def test_the_rest_of_an_elastic_job_goes_on_without_a_lost_host(
-    hosts: tuple[Job, list[Command]],
-) -> None:
+def test_the_rest_of_an_elastic_job_goes_on_without_a_lost_host(hosts):
     job, commands = hosts
     config, port = job.config("shrunk", **{**LONG, "TRAIN__num_epoch": 8}), free_port()
     quick = "last_call_timeout=15,keep_alive_interval=2,keep_alive_max_attempt=5"
@@ -511,7 +498,7 @@ def test_the_rest_of_an_elastic_job_goes_on_without_a_lost_host(
     assert len(resumed) >= 1 and int(resumed[-1][0]) > 0, first.text()
 
 
-def test_the_table_of_scaling_by_hand() -> None:
+def test_the_table_of_scaling_by_hand():
     found = {
         form: [scaling.Measured(images / form.ranks, cpu) for images, cpu in ((8, 20), (10, 30))]
         for form in scaling.FORMS
@@ -523,7 +510,7 @@ def test_the_table_of_scaling_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_scaling_is_measured(tmp_path: Path) -> None:
+def test_scaling_is_measured(tmp_path):
     scenes = streets.write(tmp_path, 8, 1, size=(64, 96))
     for ranks in (1, 2):
         found = scaling.measure(scaling.Form(ranks, False), scenes, steps=2)

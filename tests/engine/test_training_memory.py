@@ -1,10 +1,7 @@
 """A training that a GPU has too little memory for: one line with advice, and the exit status."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,13 +30,7 @@ torch.cuda.set_per_process_memory_fraction((512 << 20) / total)
         pytest.param("0", LIMITED, (600, 800), marks=pytest.mark.gpu),
     ],
 )
-def test_a_training_without_memory_ends_in_one_line(
-    tmp_path: Path,
-    make_images: Callable[..., None],
-    device: str,
-    before: str,
-    size: tuple[int, int],
-) -> None:
+def test_a_training_without_memory_ends_in_one_line(tmp_path, make_images, device, before, size):
     make_images(tmp_path / "data", [size] * 4)
     listed = str(tmp_path / "data" / "val.odgt")
     settings = {

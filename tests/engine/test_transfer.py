@@ -1,7 +1,5 @@
 """Copies from and to a device, and times on it, that nobody waits for."""
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +10,7 @@ import torch
 from mit_semseg.engine.transfer import HostCopy, Stopwatch, Threads, pinned
 
 
-def test_every_process_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_has_threads(monkeypatch):
     gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
     monkeypatch.setattr("mit_semseg.engine.cpu.cpu_count", lambda: 16)
     assert (Threads.of(gpu, 1).readers, Threads.of(gpu, 1).writers) == (8, 16)
@@ -23,7 +21,7 @@ def test_every_process_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Threads.of(gpu, 1).writers == 2
 
 
-def test_on_the_cpu_nothing_is_copied_or_pinned() -> None:
+def test_on_the_cpu_nothing_is_copied_or_pinned():
     device = torch.device("cpu")
     labels = torch.arange(6).view(2, 3)
     assert pinned(labels, device) is labels
@@ -34,7 +32,7 @@ def test_on_the_cpu_nothing_is_copied_or_pinned() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_not_waited_for() -> None:
+def test_a_gpu_is_not_waited_for():
     device = torch.device("cuda", torch.cuda.current_device())
     x = torch.rand(4096, 4096, device=device)
     torch.mm(x, x)

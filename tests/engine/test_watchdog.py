@@ -1,11 +1,8 @@
 """The watchdog: silent while something moves, and precise about what does not."""
 
-from __future__ import annotations
-
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -16,16 +13,16 @@ from mit_semseg.engine.watchdog import ReadingBoard, Watchdog, reading_watchdog
 class Ended:
     """Stands for os._exit: notes the exit status, and lets the test go on."""
 
-    def __init__(self) -> None:
-        self.codes: list[int] = []
+    def __init__(self):
+        self.codes = []
         self.event = threading.Event()
 
-    def __call__(self, code: int) -> None:
+    def __call__(self, code):
         self.codes.append(code)
         self.event.set()
 
 
-def test_a_stall_names_what_is_awaited_and_read(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stall_names_what_is_awaited_and_read(capfd):
     end = Ended()
     files = lambda: ["a.jpg", "b.png"]  # noqa: E731
     with Watchdog(0.8, "rank 2", files, "raise TRAIN.stall_seconds", end=end) as dog:
@@ -41,7 +38,7 @@ def test_a_stall_names_what_is_awaited_and_read(capfd: pytest.CaptureFixture[str
     assert "most recent call first" in said, "where every thread stands"
 
 
-def test_progress_sleep_and_the_end_keep_it_quiet() -> None:
+def test_progress_sleep_and_the_end_keep_it_quiet():
     end = Ended()
     with Watchdog(0.4, end=end) as dog:
         for _ in range(8):
@@ -53,9 +50,9 @@ def test_progress_sleep_and_the_end_keep_it_quiet() -> None:
     assert not end.codes
 
 
-def test_only_what_is_awaited_counts(capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_what_is_awaited_counts(capfd):
     end = Ended()
-    current: list[object] = [None]
+    current = [None]
     with Watchdog(0.4, awaited=lambda: current[0], what="a file", end=end):
         time.sleep(0.8)  # nothing is awaited
         for number in range(8):
@@ -68,7 +65,7 @@ def test_only_what_is_awaited_counts(capfd: pytest.CaptureFixture[str]) -> None:
     assert "waiting for a file" in capfd.readouterr().err
 
 
-def test_a_file_counts_from_when_it_is_opened(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_file_counts_from_when_it_is_opened(capfd):
     end = Ended()
     with reading_watchdog(0.4, "rank 1", "look at it") as dog:
         dog._end = end
@@ -84,7 +81,7 @@ def test_a_file_counts_from_when_it_is_opened(capfd: pytest.CaptureFixture[str])
     assert "waiting for a file to be read; being read: slow.png; look at it" in said
 
 
-def test_its_limit_can_be_shortened() -> None:
+def test_its_limit_can_be_shortened():
     end = Ended()
     with Watchdog(60, end=end) as dog:
         dog.shorten_limit(0.2)
@@ -92,18 +89,18 @@ def test_its_limit_can_be_shortened() -> None:
 
 
 @pytest.mark.timeout(20)
-def test_a_signal_may_shorten_its_limit_at_any_moment() -> None:
+def test_a_signal_may_shorten_its_limit_at_any_moment():
     with Watchdog(60, end=Ended()) as dog, dog._lock:  # as in the middle of `progress`
         dog.shorten_limit(30)
 
 
-def _read(note: Callable[[str], None], name: str, ready: threading.Event) -> None:
+def _read(note, name, ready):
     note(name)
     ready.set()
     time.sleep(60)
 
 
-def test_what_a_process_was_reading_when_it_died_is_known() -> None:
+def test_what_a_process_was_reading_when_it_died_is_known():
     board = ReadingBoard(2)
     ready = multiprocessing.get_context("fork").Event()
     name = "/data/" + "x" * 2000 + "/ümlaut.jpg"

@@ -1,9 +1,5 @@
 """What tests of faults have in common: rendered scenes, and a training that nothing happens to."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,7 +12,7 @@ from mit_semseg.engine.train import train
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Training]:
+def training(tmp_path_factory):
     """`training(name, SECTION__key=value)`: one that has not begun, on 12 small scenes."""
     root = tmp_path_factory.mktemp("faults")
     scenes = streets.write(root / "scenes", 12, 4, size=(96, 128))
@@ -24,11 +20,11 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Training
 
 
 @pytest.fixture(scope="module")
-def unbroken(training: Callable[..., Training]) -> Callable[..., Training]:
+def unbroken(training):
     """`unbroken(SECTION__key=value)`: the training to compare with, made at the first call."""
-    known: dict[str, Training] = {}
+    known = {}
 
-    def unbroken(**settings: Any) -> Training:
+    def unbroken(**settings):
         key = repr(sorted(settings.items()))
         if key not in known:
             known[key] = training(f"unbroken_{len(known)}", **settings)

@@ -1,19 +1,16 @@
 """A training that is killed, stopped, starved or damaged ends with the bits of an unbroken one."""
 
-from __future__ import annotations
-
 import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, Command
+from processes import ROOT
 from trainings import (
     BIT_FLIPPED,
     CUT_SHORT,
@@ -23,8 +20,6 @@ from trainings import (
     LOADER_STOPPED,
     SIGINT,
     SIGTERM,
-    Fault,
-    Training,
     train_through,
 )
 
@@ -38,42 +33,38 @@ SMALL = {
 }
 
 
-def after_steps(training: Training, command: Command, fault: Fault) -> None:
+def after_steps(training, command, fault):
     """Until two steps were taken since the start."""
     step = training.steps()
     command.until(lambda: not command.is_running() or training.steps() >= step + 2, 120)
 
 
-def after_a_state(training: Training, command: Command, fault: Fault) -> None:
+def after_a_state(training, command, fault):
     """Until a state was written since the start."""
     states = training.folder.states()[:1]
     command.until(lambda: not command.is_running() or training.folder.states()[:1] != states, 120)
 
 
-def after_two_states(training: Training, command: Command, fault: Fault) -> None:
+def after_two_states(training, command, fault):
     """Until two states were written since the start: of two, one may be damaged."""
     after_a_state(training, command, fault)
     after_a_state(training, command, fault)
 
 
-def in_validation(training: Training, command: Command, fault: Fault) -> None:
+def in_validation(training, command, fault):
     """Until the weights of an epoch were written, which its validation follows."""
     names = training.folder.names()
     command.until(lambda: not command.is_running() or training.folder.names() != names, 120)
 
 
-def test_a_killed_training_loses_nothing(
-    training: Callable[..., Training], unbroken: Callable[..., Training]
-) -> None:
+def test_a_killed_training_loses_nothing(training, unbroken):
     broken = training("broken", **SMALL)
     found = train_through(broken, iter((KILL,)), after_a_state, random.Random(0))
     assert found[KILL.name] == found["starts that resumed"] == 1
     assert not broken.differences(unbroken(**SMALL))
 
 
-def test_a_difference_is_found(
-    training: Callable[..., Training], unbroken: Callable[..., Training]
-) -> None:
+def test_a_difference_is_found(training, unbroken):
     one, other = unbroken(**SMALL), training("other", **SMALL)
     other.folder.path.mkdir()
     for file in one.folder.path.iterdir():
@@ -94,9 +85,7 @@ def test_a_difference_is_found(
     ]
 
 
-def test_a_collection_copies_no_page_shared_with_loading_processes(
-    training: Callable[..., Training],
-) -> None:
+def test_a_collection_copies_no_page_shared_with_loading_processes(training):
     """What the growth of memory would show after some thousand steps, at once."""
     code = (
         "import gc, sys, psutil, torch; from processes import filled_mib\n"
@@ -117,13 +106,11 @@ def test_a_collection_copies_no_page_shared_with_loading_processes(
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
-def test_kills_at_random_moments_lose_nothing(
-    training: Callable[..., Training], unbroken: Callable[..., Training]
-) -> None:
+def test_kills_at_random_moments_lose_nothing(training, unbroken):
     """With and without loading processes, mostly while it works, now and then while it starts."""
     rng, kills, starts, resumed, unfinished = random.Random(304), 0, 0, 0, 0
 
-    def at_random(training: Training, command: Command, fault: Fault) -> None:
+    def at_random(training, command, fault):
         if rng.random() < 0.8:
             after_a_state(training, command, fault)
         time.sleep(rng.random() * 3)
@@ -154,12 +141,7 @@ def test_kills_at_random_moments_lose_nothing(
     ],
     ids=lambda x: ", ".join(y.name for y in x) if isinstance(x, tuple) else x.__name__,
 )
-def test_nothing_is_lost_by(
-    training: Callable[..., Training],
-    unbroken: Callable[..., Training],
-    faults: tuple[Fault, ...],
-    pause: Callable[[Training, Command, Fault], None],
-) -> None:
+def test_nothing_is_lost_by(training, unbroken, faults, pause):
     # States by time, but for those that a signal asks for, where these are looked at.
     minutes = 0 if faults[0].saves else 0.01
     settings = {"TRAIN__num_epoch": 4, "TRAIN__checkpoint_minutes": minutes}

@@ -1,17 +1,12 @@
 """What a long job holds at its end beside what it held at its beginning."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import Command
-from trainings import Training
 
 from mit_semseg.dataset.images import image_size
 from mit_semseg.dataset.records import read_odgt
@@ -26,9 +21,9 @@ pytestmark = [
 NOISE_MIB = 32.0
 
 
-def assert_flat(command: Command, done: Callable[[], float]) -> None:
+def assert_flat(command, done):
     """Follow the memory of a job to its end; `done` tells the share of it that is done."""
-    samples: list[tuple[float, float]] = []
+    samples = []
     try:
         while command.is_running():
             samples.append((done(), command.memory_mib()))
@@ -38,7 +33,7 @@ def assert_flat(command: Command, done: Callable[[], float]) -> None:
         command.destroy()
     assert ended.code == 0, ended.output[-2000:]
 
-    def median(start: float, end: float) -> float:
+    def median(start, end):
         chosen = [mib for share, mib in samples if start <= share <= end]
         return statistics.median(chosen) if chosen else math.nan
 
@@ -47,7 +42,7 @@ def assert_flat(command: Command, done: Callable[[], float]) -> None:
     assert late - early < NOISE_MIB
 
 
-def test_training(training: Callable[..., Training]) -> None:
+def test_training(training):
     steps = 2000
     job = training(
         "growing",
@@ -60,9 +55,7 @@ def test_training(training: Callable[..., Training]) -> None:
     assert_flat(job.start("train"), lambda: job.steps() / steps)
 
 
-def test_evaluation(
-    training: Callable[..., Training], unbroken: Callable[..., Training], tmp_path: Path
-) -> None:
+def test_evaluation(training, unbroken, tmp_path):
     images, reference = 2000, unbroken()
     file = Path(reference.cfg.DATASET.list_val)
     lines = file.read_text().splitlines()

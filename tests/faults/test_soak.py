@@ -1,18 +1,13 @@
 """The demo's training again and again, while everything happens to it: `make soak`, for hours."""
 
-from __future__ import annotations
-
 import os
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from processes import Command
 from trainings import (
     BIT_FLIPPED,
     CUT_SHORT,
@@ -20,7 +15,6 @@ from trainings import (
     KILL,
     LOADER_KILLED,
     SIGTERM,
-    Fault,
     Training,
     train_through,
 )
@@ -53,7 +47,7 @@ DEMO = {
 @pytest.mark.faults
 @pytest.mark.timeout(3600 * (HOURS + 2))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's")
-def test_nothing_is_lost_whatever_happens(tmp_path: Path) -> None:
+def test_nothing_is_lost_whatever_happens(tmp_path):
     long = HOURS > 0.5
     counts = (160, 32) if long else (12, 4)
     scenes = streets.write(tmp_path / "scenes", *counts, size=(240, 320) if long else (96, 128))
@@ -63,13 +57,13 @@ def test_nothing_is_lost_whatever_happens(tmp_path: Path) -> None:
     train_through(reference, iter(()), lambda *_: None, rng)
     pace, end = time.monotonic() - began, began + 3600 * HOURS
 
-    def faults() -> Iterator[Fault]:
+    def faults():
         while time.monotonic() < end:
             (fault,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
             workers = ("TRAIN.workers", str(rng.choice((0, 1, 2))))
             yield fault if fault.options else replace(fault, options=workers)
 
-    def pause(training: Training, command: Command, fault: Fault) -> None:
+    def pause(training, command, fault):
         """Some part of the time that a whole training takes; most faults need it to be training."""
         if fault.name != KILL.name:
             step = training.steps()
@@ -78,7 +72,7 @@ def test_nothing_is_lost_whatever_happens(tmp_path: Path) -> None:
         while command.is_running() and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    found: Counter[str] = Counter()
+    found = Counter()
     while time.monotonic() < end or not found:
         training = Training(tmp_path / "soak", scenes, **settings)
         found += train_through(training, faults(), pause, rng)

@@ -4,8 +4,6 @@ Results are kept in the folder `$OVERFIT_OUT`, where the next run finds them. Of
 `docs/overfit` gets a table and the predictions.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -30,7 +28,7 @@ pytestmark = [
 ]
 
 
-def load(encoder: str, decoder: str) -> Overfit | None:
+def load(encoder, decoder):
     """What an earlier run found of a model."""
     try:
         with np.load(OUT / f"{encoder}+{decoder}.npz") as stored:
@@ -42,12 +40,12 @@ def load(encoder: str, decoder: str) -> Overfit | None:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scene(tmp_path_factory):
     return streets.write(tmp_path_factory.mktemp("scene"), 1, 1, size=(240, 320))
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), every_model())
-def test_the_model_learns_one_image(encoder: str, decoder: str, scene: Path) -> None:
+def test_the_model_learns_one_image(encoder, decoder, scene):
     found = load(encoder, decoder)
     if found is None or found.accuracy < TARGET:
         opts = [
@@ -67,7 +65,7 @@ def test_the_model_learns_one_image(encoder: str, decoder: str, scene: Path) -> 
     assert found.accuracy >= TARGET
 
 
-def test_the_page_is_written() -> None:
+def test_the_page_is_written():
     every = [load(*pair) for pair in every_model()]
     found = [one for one in every if one is not None]
     assert len(found) == len(every), "some models have not been run"

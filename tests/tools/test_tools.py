@@ -1,14 +1,11 @@
 """overfit, profile, sweep and compare on small models and rendered scenes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -22,7 +19,6 @@ from torch import nn
 
 from mit_semseg.cli import main
 from mit_semseg.config import Options, dump_config, load_config
-from mit_semseg.config.node import Config
 from mit_semseg.demo import streets
 from mit_semseg.engine.evaluate import evaluate, val_dataset
 from mit_semseg.engine.scoring import SavedPredictions
@@ -35,14 +31,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scenes(tmp_path_factory):
     return streets.write(tmp_path_factory.mktemp("scenes"), 8, 2, size=(64, 96))
 
 
 @pytest.fixture(scope="module")
-def recipe(scenes: Path) -> Callable[..., Path]:
-    def write(file: Path, decoder: str = "c1", **settings: object) -> Path:
-        opts: list[object] = [
+def recipe(scenes):
+    def write(file, decoder="c1", **settings):
+        opts = [
             *("DATASET.root_dataset", str(scenes), "DATASET.num_class", 10),
             *("DATASET.list_train", str(scenes / "training.odgt")),
             *("DATASET.list_val", str(scenes / "validation.odgt")),
@@ -59,17 +55,12 @@ def recipe(scenes: Path) -> Callable[..., Path]:
     return write
 
 
-def config(file: Path) -> Config:
+def config(file):
     return load_config(file)
 
 
 # ------------------------------------------------------------------------------ overfit
-def test_a_model_learns_one_image(
-    tmp_path: Path,
-    recipe: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_model_learns_one_image(tmp_path, recipe, monkeypatch, capsys):
     monkeypatch.setattr(overfit, "LEAST_SCORES", 4)
     file = recipe(tmp_path / "small.yaml", TRAIN__precision="fp32")
     out = tmp_path / "out"
@@ -86,17 +77,15 @@ def test_a_model_learns_one_image(
     assert (out / "overfit.png").stat().st_size > 1000
 
 
-def test_statistics_follow_and_dropout_lets_pass() -> None:
+def test_statistics_follow_and_dropout_lets_pass():
     layers = [nn.BatchNorm2d(1, momentum=m) for m in (0.01, 0.3, None)]
     net = nn.Sequential(*layers, nn.Dropout(0.5), nn.Dropout2d(0.1))
-    overfit.prepared(net)  # type: ignore[arg-type]
+    overfit.prepared(net)
     assert [layer.momentum for layer in layers] == [0.1, 0.3, None]
     assert net[3].p == net[4].p == 0
 
 
-def test_what_is_not_learned_is_said(
-    tmp_path: Path, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_learned_is_said(tmp_path, recipe, capsys):
     file = recipe(tmp_path / "small.yaml")
     found = overfit.overfit(config(file), CPU, steps=1, side=64, progress=False)
     truth, prediction = found.sample.truth, found.sample.prediction
@@ -109,9 +98,7 @@ def test_what_is_not_learned_is_said(
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_the_picture_of_a_recipe_with_depth_is_its_image(
-    tmp_path: Path, recipe: Callable[..., Path], scenes: Path, order: str
-) -> None:
+def test_the_picture_of_a_recipe_with_depth_is_its_image(tmp_path, recipe, scenes, order):
     record = json.loads((scenes / "training.odgt").read_text().splitlines()[0])
     image = cv2.imread(str(scenes / record["fpath_img"]))[..., ::-1]
     cv2.imwrite(str(tmp_path / "depth.png"), np.full(image.shape[:2], 3000, np.uint16))
@@ -127,7 +114,7 @@ def test_the_picture_of_a_recipe_with_depth_is_its_image(
     assert np.array_equal(shown[0].permute(1, 2, 0).numpy(), image)
 
 
-def test_every_registered_model_has_its_turn() -> None:
+def test_every_registered_model_has_its_turn():
     pairs = every_model()
     for registry, names in zip((ENCODERS, DECODERS), zip(*pairs)):
         assert set(map(registry.get, names)) == set(map(registry.get, registry.names()))
@@ -135,14 +122,12 @@ def test_every_registered_model_has_its_turn() -> None:
     assert {(model.encoder, model.decoder) for model in PAPER_MODELS} <= set(pairs)
 
 
-def test_steps_are_needed() -> None:
+def test_steps_are_needed():
     with pytest.raises(ValueError, match="--steps 0: give at least 1"):
         overfit.overfit(load_config(None), CPU, steps=0)
 
 
-def test_settings_of_crops_are_left_out_without_a_warning(
-    recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_settings_of_crops_are_left_out_without_a_warning(recipe, tmp_path, caplog):
     cfg = config(recipe(tmp_path / "crops.yaml"))
     opts = ["DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)", "DATASET.random_blur", "0"]
     opts += ["DATASET.random_rotation", "0", "DATASET.scale_jitter", "(1.0, 1.0)"]
@@ -152,36 +137,36 @@ def test_settings_of_crops_are_left_out_without_a_warning(
 
 
 # ------------------------------------------------------------------------------ profile
-def test_operations_are_those_of_the_layers() -> None:
+def test_operations_are_those_of_the_layers():
     """Against a count by hand of one convolution, and torchvision's of ResNet."""
 
     class OneConvolution(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
 
-        def logits(self, image: torch.Tensor) -> torch.Tensor:
+        def logits(self, image):
             return self.conv(image)
 
     image = torch.zeros(1, 3, 16, 20)
-    assert profile.operations(OneConvolution(), image) == 2 * 3 * 8 * 9 * 16 * 20  # type: ignore[arg-type]
+    assert profile.operations(OneConvolution(), image) == 2 * 3 * 8 * 9 * 16 * 20
 
     class Backbone(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.encoder = ModelBuilder.build_encoder("torchvision_resnet50", weights="none")
 
-        def logits(self, image: torch.Tensor) -> torch.Tensor:
+        def logits(self, image):
             return self.encoder(image)
 
     # Its figure is in multiplications with additions, and has the classifier of 1000 classes.
     theirs = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["_ops"] * 1e9 - 2048 * 1000
     with torch.device("meta"):
         backbone, image = Backbone(), torch.zeros(1, 3, 224, 224)
-    assert profile.operations(backbone, image) == pytest.approx(2 * theirs, rel=1e-3)  # type: ignore[arg-type]
+    assert profile.operations(backbone, image) == pytest.approx(2 * theirs, rel=1e-3)
 
 
-def test_activations_are_what_backward_needs(recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_activations_are_what_backward_needs(recipe, tmp_path):
     cfg = config(recipe(tmp_path / "small.yaml"))
     module = ModelBuilder.from_config(cfg)
     small, large = (
@@ -192,12 +177,7 @@ def test_activations_are_what_backward_needs(recipe: Callable[..., Path], tmp_pa
     assert small > 4 * 32 * 32 * 32
 
 
-def test_the_table_holds_every_recipe(
-    recipe: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_table_holds_every_recipe(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
     files = [recipe(tmp_path / f"{name}.yaml", name) for name in ("c1", "ppm")]
     words = ["profile", *map(str, files), "--gpus", "cpu", "--size", "64", "96"]
@@ -214,16 +194,14 @@ def test_the_table_holds_every_recipe(
 
 
 @pytest.mark.parametrize("size", [("0", "0"), ("64", "-1")])
-def test_an_image_that_is_no_image_is_refused(
-    capsys: pytest.CaptureFixture[str], size: tuple[str, str]
-) -> None:
+def test_an_image_that_is_no_image_is_refused(capsys, size):
     recipe = str(ROOT / "config/camvid-enet.yaml")
     assert main(["profile", recipe, "--gpus", "cpu", "--size", *size]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: --size {' '.join(size)}: ") and said.count("\n") == 1
 
 
-def test_an_image_below_the_reach_of_a_network_is_one_line() -> None:
+def test_an_image_below_the_reach_of_a_network_is_one_line():
     message = r"^--size 2 1: small works with no such image \(.+\); give a larger one"
     with pytest.raises(ValueError, match=message) as caught, profile._reach("small", (2, 1)):
         nn.MaxPool2d(2)(torch.zeros(1, 3, 2, 1))
@@ -231,12 +209,9 @@ def test_an_image_below_the_reach_of_a_network_is_one_line() -> None:
 
 
 def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
-    recipe: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def activations(module: nn.Module, image: torch.Tensor, cfg: Config) -> int:
+    recipe, tmp_path, capsys, monkeypatch
+):
+    def activations(module, image, cfg):
         if cfg.MODEL.arch_decoder == "ppm":
             raise error
         return 7 << 20
@@ -245,7 +220,7 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
     monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
     files = [str(recipe(tmp_path / f"{name}.yaml", name)) for name in ("ppm", "c1")]
     words = ["--gpus", "cpu", "--size", "64", "64"]
-    error: Exception = torch.OutOfMemoryError("no memory\nfor this")
+    error = torch.OutOfMemoryError("no memory\nfor this")
     assert main(["profile", *files, *words]) == 1
     assert "error: ppm is left out: no memory for this\n" in capsys.readouterr().err
     error = ValueError("too small")
@@ -258,9 +233,7 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
     assert main(["profile", files[0], *words]) == 2  # alone
 
 
-def test_auxiliary_heads_are_counted(
-    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auxiliary_heads_are_counted(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
     plain, deep = (
         profile.profile(config(recipe(tmp_path / f"{name}.yaml", name)), CPU, (64, 64))
@@ -272,9 +245,7 @@ def test_auxiliary_heads_are_counted(
     assert deep.gflops == plain.gflops
 
 
-def test_recipes_of_one_name_are_refused(
-    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_recipes_of_one_name_are_refused(recipe, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     files = [str(recipe(tmp_path / folder / "same.yaml")) for folder in ("", "other")]
     for command in ("profile", "sweep"):
@@ -283,9 +254,7 @@ def test_recipes_of_one_name_are_refused(
 
 
 # ------------------------------------------------------------------------------ sweep
-def test_a_queue_is_run_and_not_run_again(
-    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_queue_is_run_and_not_run_again(recipe, tmp_path, capsys):
     good = recipe(tmp_path / "good.yaml")
     broken = recipe(
         tmp_path / "broken.yaml",
@@ -335,10 +304,10 @@ SCORED = f"echo '{FIGURES}' > $folder/evaluation/eval.json\n"
 
 
 @pytest.fixture
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def commands(tmp_path, monkeypatch):
     program = tmp_path / "python"
 
-    def say(evaluation: str) -> None:
+    def say(evaluation):
         program.write_text(COMMAND + evaluation)
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
@@ -346,9 +315,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     return say
 
 
-def test_steps_follow_from_the_pace(
-    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
-) -> None:
+def test_steps_follow_from_the_pace(recipe, tmp_path, commands):
     commands(SCORED)
     file, out = recipe(tmp_path / "timed.yaml"), tmp_path / "out"
     for _ in range(2):
@@ -359,9 +326,7 @@ def test_steps_follow_from_the_pace(
     assert "train" in (out / "timed.said").read_text()
 
 
-def test_keys_are_varied_in_every_combination(
-    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
-) -> None:
+def test_keys_are_varied_in_every_combination(recipe, tmp_path, commands):
     commands(SCORED)
     file, out = str(recipe(tmp_path / "one.yaml")), tmp_path / "out"
     vary = ["--vary", "TRAIN.lr_encoder=0.1,0.2", "--vary", "DATASET.imgSizes=(32,64),[48]"]
@@ -373,9 +338,7 @@ def test_keys_are_varied_in_every_combination(
     assert list(cfg.DATASET.imgSizes) == [32, 64]
 
 
-def test_mistakes_are_found_before_anything_is_run(
-    recipe: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_mistakes_are_found_before_anything_is_run(recipe, tmp_path):
     good = recipe(tmp_path / "good.yaml")
     (tmp_path / "other").mkdir()
     same = recipe(tmp_path / "other" / "good.yaml")
@@ -391,9 +354,7 @@ def test_mistakes_are_found_before_anything_is_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_evaluation_without_figures_has_failed(
-    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
-) -> None:
+def test_an_evaluation_without_figures_has_failed(recipe, tmp_path, commands):
     files = [recipe(tmp_path / f"{name}.yaml") for name in ("odd", "silent", "partly", "good")]
     strange = "case $folder in */odd) echo '{}' > $folder/evaluation/eval.json; exit;; esac\n"
     broken = "case $folder in */silent) echo 'Traceback'; echo 'KeyError: 1'; exit 1;; esac\n"
@@ -407,12 +368,10 @@ def test_an_evaluation_without_figures_has_failed(
     assert [x["name"] for x in found] == ["partly", "good"]
 
 
-def test_an_edited_recipe_begins_anew(
-    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
-) -> None:
+def test_an_edited_recipe_begins_anew(recipe, tmp_path, commands):
     file, out = recipe(tmp_path / "one.yaml"), tmp_path / "out"
 
-    def trained() -> list[str]:
+    def trained():
         said = (out / "one.said").read_text().splitlines()
         return ["--resume auto" in line for line in said if " train " in line]
 
@@ -427,13 +386,11 @@ def test_an_edited_recipe_begins_anew(
     assert list(sweep.run([file], out)) == ["one"] and trained() == [False, True, False]
 
 
-def test_a_signal_is_handed_on_and_ends_the_queue(
-    recipe: Callable[..., Path], tmp_path: Path, commands: Callable[[str], None]
-) -> None:
+def test_a_signal_is_handed_on_and_ends_the_queue(recipe, tmp_path, commands):
     files, out = [recipe(tmp_path / f"{x}.yaml") for x in "ab"], tmp_path / "out"
     commands("trap 'echo told; exit 0' TERM; echo ready; sleep 60 & wait")
 
-    def stop() -> None:
+    def stop():
         while "ready" not in (out / "a.log").read_text():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -449,13 +406,7 @@ def test_a_signal_is_handed_on_and_ends_the_queue(
 
 
 # ------------------------------------------------------------------------------ compare
-def test_pictures_are_of_one_data_set(
-    recipe: Callable[..., Path],
-    scenes: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_pictures_are_of_one_data_set(recipe, scenes, tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     other = streets.write(tmp_path / "other", 1, 2, size=(64, 80))
     lists = {"DATASET__list_val": "validation.odgt"}  # of one name in either folder
@@ -476,7 +427,7 @@ def test_pictures_are_of_one_data_set(
             for number in range(2):
                 np.save(folder / f"labels/{number}.npy", np.zeros((64, 96), np.int16))
         places.append(folder)
-    rows: list[str] = []
+    rows = []
     monkeypatch.setattr(
         compare, "image_grid", lambda tiles, *a, **k: rows.extend(name for name, _ in tiles)
     )
@@ -494,9 +445,7 @@ def test_pictures_are_of_one_data_set(
     assert "compare_pictures.png is not drawn: FileNotFoundError: " in caplog.text
 
 
-def test_class_ids_that_are_kept_are_those_that_were_scored(
-    recipe: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_class_ids_that_are_kept_are_those_that_were_scored(recipe, tmp_path):
     """Two windows of 64 x 64 and both flips: their confusion matrix is that of `eval.json`."""
     settings = {"VAL__window": (64, 64), "VAL__flip": True, "DATASET__imgSizes": [64]}
     cfg = config(recipe(tmp_path / "one.yaml", **settings))
@@ -517,9 +466,7 @@ def test_class_ids_that_are_kept_are_those_that_were_scored(
     assert SavedPredictions.evenly(tmp_path, 3, 100).numbers == (16, 50, 83)
 
 
-def test_overrides_may_follow_options(
-    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overrides_may_follow_options(recipe, tmp_path, capsys):
     file = str(recipe(tmp_path / "one.yaml"))
     for words in (["--gpus", "cpu", "MODEL.fc_dim", "7"], ["MODEL.fc_dim", "7", "--gpus", "cpu"]):
         assert main(["profile", file, *words]) == 2
