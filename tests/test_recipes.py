@@ -47,12 +47,14 @@ ENCODER_FACTS = {
 NOT_ON_CAMVID = {
     "ppm": "is ppm_deepsup without its auxiliary head",
     "fcn_head": "is fcn_head_deepsup without its auxiliary head",
+    "pidnet_l": "is pidnet_s, larger",
 }
 ONLY_ON_CAMVID = {
     "fcdensenet56": "its paper's other data set, Gatech, is no format here",
     "fcdensenet67": "likewise",
     "fcdensenet103": "likewise",
     "fcn_head": "is fcn_head_deepsup without its auxiliary head",
+    "pidnet_l": "is pidnet_s, larger",
     "unet_bilinear": "is unet with other upsampling",
     "upernet_lite": "is upernet with a narrower pyramid",
 }
@@ -150,13 +152,15 @@ DATA_OF = {
     "DUNet": {"vocaug"},
     "UPerNet": {"ade20k"},
     "HRNetV2": {"cityscapes"},
+    **{f"DDRNet-23{size}": {"cityscapes"} for size in ("", "-slim")},
+    **{f"PIDNet-{size}": {"cityscapes"} for size in "SML"},
 }
 
 
-def body(encoder: str) -> str:
+def body(name: str) -> str:
     """An encoder without where its weights are from, its dilation and its width; ResNet50 and
-    ResNet101 are one."""
-    plain = re.sub(r"^torchvision_|_?dilated(16)?$|_w\d+$", "", encoder)
+    ResNet101 are one. Or a decoder without its size."""
+    plain = re.sub(r"^torchvision_|_?dilated(16)?$|_w\d+$|_(slim|[stbml])$", "", name)
     return "resnet" if plain in ("resnet50", "resnet101") else plain
 
 
@@ -164,7 +168,7 @@ def recipes_of(data: set[str]) -> set[tuple[str, str]]:
     """Body and decoder of the recipes on some data sets."""
     found = [recipe(path) for path in ALL]
     return {
-        (body(cfg.MODEL.arch_encoder), cfg.MODEL.arch_decoder)
+        (body(cfg.MODEL.arch_encoder), body(cfg.MODEL.arch_decoder))
         for cfg in found
         if data_set(cfg) in data
     }
@@ -172,13 +176,14 @@ def recipes_of(data: set[str]) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("model", PAPER_MODELS, ids=lambda model: "-".join(model))
 def test_every_model_has_a_recipe_on_the_data_of_its_paper(model: PaperModel) -> None:
-    assert (body(model.encoder), model.decoder) in recipes_of(DATA_OF[model.name])
+    assert (body(model.encoder), body(model.decoder)) in recipes_of(DATA_OF[model.name])
 
 
 @pytest.mark.parametrize("name", sorted({model.name for model in PAPER_MODELS}))
 def test_every_model_has_a_recipe_on_camvid(name: str) -> None:
     """Of a family of sizes one."""
-    pairs = {(body(model.encoder), model.decoder) for model in PAPER_MODELS if model.name == name}
+    models = [model for model in PAPER_MODELS if model.name == name]
+    pairs = {(body(model.encoder), body(model.decoder)) for model in models}
     assert pairs & recipes_of({"camvid"})
 
 

@@ -1,6 +1,6 @@
 """Losses on log-probabilities: functions in `functional`, modules by name through `build_loss`."""
 
-from mit_semseg.losses import functional
+from mit_semseg.losses import boundary, functional
 from mit_semseg.losses.modules import LOSSES, Loss, build_loss
 
-__all__ = ["LOSSES", "Loss", "build_loss", "functional"]
+__all__ = ["LOSSES", "Loss", "boundary", "build_loss", "functional"]

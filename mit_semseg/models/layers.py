@@ -11,6 +11,24 @@ from torch import Tensor, nn
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 
 
+class PooledBatchNorm2d(BatchNorm2d):
+    """BatchNorm that survives a single value per channel, as 1x1 pooling of one sample gives.
+
+    One value has no variance. Where no other replica or process adds any, training then
+    normalises with the running statistics, as evaluation does, and leaves them as they are; the
+    weight and bias still learn.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        B, _, H, W = input.shape
+        alone = self._replica is None and self._live_group() is None
+        if self.training and B * H * W == 1 and alone:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(input)
+
+
 def conv_bn_relu(
     n_in: int,
     n_out: int,

@@ -54,4 +54,9 @@ PAPER_MODELS: tuple[PaperModel, ...] = (
     PaperModel("DUNet", "resnet50dilated", "dunet"),
     PaperModel("UPerNet", "resnet50", "upernet"),
     PaperModel("HRNetV2", "hrnetv2", "c1"),
+    PaperModel("DDRNet-23-slim", "ddrnet_23_slim", "ddrnet_23_slim"),
+    PaperModel("DDRNet-23", "ddrnet_23", "ddrnet_23"),
+    PaperModel("PIDNet-S", "pidnet_s", "pidnet_s"),
+    PaperModel("PIDNet-M", "pidnet_m", "pidnet_m"),
+    PaperModel("PIDNet-L", "pidnet_l", "pidnet_l"),
 )

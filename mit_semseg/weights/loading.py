@@ -87,6 +87,15 @@ def _weighty(own: Mapping[str, Tensor]) -> list[str]:
     return [key for key in own if key.rsplit(".", 1)[-1] not in counters]
 
 
+def _own_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, without the prefix `model.` where the module's names have none.
+
+    Files of PIDNet and DDRNet, which were trained inside another module, have it.
+    """
+    names = {key: key.removeprefix("model.") for key in tensors}
+    return {names[k] if k not in own and names[k] in own else k: v for k, v in tensors.items()}
+
+
 def _other_classes(module: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
     """Names of the tensors that would fit if the module told another number of classes apart."""
     own = module.state_dict()
@@ -115,7 +124,8 @@ def load_into(
     """Loads what fits and says what matched, what was missing and what was left over.
 
     What is for another number of classes (see `Decoder.class_tensors`) is skipped; every other
-    difference of shape is an error. Values are cast to the module's dtype.
+    difference of shape is an error. Values are cast to the module's dtype. A prefix `model.` of the
+    names in the file, which the module's do not have, is dropped.
 
     Args:
         module: takes the tensors; stays on its device.
@@ -136,6 +146,7 @@ def load_into(
     name = file or (str(source) if not isinstance(source, Mapping) else "the given tensors")
     report = LoadReport(what, name)
     own = module.state_dict()
+    tensors = _own_names(own, tensors)
     other_classes = _other_classes(module, tensors)
     fitting: dict[str, Tensor] = {}
     wrong: list[str] = []
@@ -252,6 +263,7 @@ def _initialise(
         ValueError: the encoder has at least twice as many tensors as are found in the file.
     """
     own = encoder.state_dict()
+    state = _own_names(own, state)
     wanted = _weighty(own)
     found = [key for key in wanted if key in state]
     if 0 < 2 * len(found) < len(wanted):

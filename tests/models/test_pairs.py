@@ -39,13 +39,15 @@ DIFFERENT_ENCODERS = list({seen(name): name for name in UNIQUE_ENCODERS}.values(
 LEVEL = {"c1": -1, "c1_deepsup": -1, "ppm": -1, "ppm_deepsup": -1, "upernet": 0, "upernet_lite": 0}
 
 
-# Decoders that read what one encoder emits, and no other does. Of FC-DenseNet's encoders the maps
-# are features: others read them.
+# Decoders that read what certain encoders emit, and no other does.
 HALVES = {
-    **{name: name for name in ("enet", "fcdensenet56", "fcdensenet67", "fcdensenet103")},
-    "segnet": "vgg16_bn_indices",
-    "icnet": "icnet_resnet50",
-    "bisenet": "bisenet_resnet18",
+    **{name: (name,) for name in ("enet", "fcdensenet56", "fcdensenet67", "fcdensenet103")},
+    "segnet": ("vgg16_bn_indices",),
+    "icnet": ("icnet_resnet50",),
+    "bisenet": ("bisenet_resnet18",),
+    "ddrnet_23": ("ddrnet_23_slim", "ddrnet_23"),
+    "pidnet_s": ("pidnet_s", "pidnet_m"),
+    "pidnet_l": ("pidnet_l",),
 }
 
 
@@ -61,11 +63,13 @@ def emitted(arch_encoder: str) -> list[torch.Tensor]:
 
 def refusal(arch_encoder: str, arch_decoder: str) -> str:
     """What is said of a pair that cannot work; "" of one that can."""
-    if HALVES.get(arch_decoder, arch_encoder) != arch_encoder:
-        return f"set MODEL.arch_encoder to {HALVES[arch_decoder]}, or"
-    for decoder, encoder in HALVES.items():
-        if encoder == arch_encoder and decoder != arch_decoder and "fcdensenet" not in encoder:
-            return f"set MODEL.arch_decoder to {decoder}, or"
+    encoders = HALVES.get(arch_decoder, (arch_encoder,))
+    if arch_encoder not in encoders:
+        return f"set MODEL.arch_encoder to {' or '.join(encoders)}, or"
+    decoders = [decoder for decoder, encoders in HALVES.items() if arch_encoder in encoders]
+    # Of FC-DenseNet's encoders the maps are features: others read them.
+    if decoders and arch_decoder not in decoders and "fcdensenet" not in arch_encoder:
+        return rf"set MODEL.arch_decoder to (\w+ or )*{decoders[0]}"
     minimum = DECODERS.get(arch_decoder).min_feature_maps
     few = len(ENCODERS.get(arch_encoder).channels) < minimum
     return f"{arch_decoder} needs at least {minimum} feature maps" if few else ""

@@ -7,7 +7,7 @@ import torch
 from decoder_tester import DecoderTester
 from torch import nn
 
-from mit_semseg.models.decoders.ppm import PooledBatchNorm2d
+from mit_semseg.models.layers import PooledBatchNorm2d
 
 
 class TestPPM(DecoderTester):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, init_weights
-from mit_semseg.models.decoders.ppm import PooledBatchNorm2d
-from mit_semseg.models.layers import conv_bn_relu, resize
+from mit_semseg.models.layers import PooledBatchNorm2d, conv_bn_relu, resize
 from mit_semseg.models.pyramid import Tile
 
 

@@ -5,31 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.deepsup import DeepSup
+from mit_semseg.models.layers import PooledBatchNorm2d
 from mit_semseg.models.pyramid import PyramidConv2d, Tile
-
-
-class PooledBatchNorm2d(SynchronizedBatchNorm2d):
-    """BatchNorm that survives a single value per channel, as 1x1 pooling of one sample gives.
-
-    One value has no variance. Where no other replica or process adds any, training then
-    normalises with the running statistics, as evaluation does, and leaves them as they are; the
-    weight and bias still learn.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        B, _, H, W = input.shape
-        alone = self._replica is None and self._live_group() is None
-        if self.training and B * H * W == 1 and alone:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        return super().forward(input)
 
 
 def pool_branch(scale: int, n_in: int, n_out: int) -> nn.Sequential:

@@ -3,6 +3,7 @@
 # Importing registers.
 from mit_semseg.models.encoders import (  # noqa: F401
     bisenet,
+    ddrnet,
     densenet,
     drn,
     enet,
@@ -11,6 +12,7 @@ from mit_semseg.models.encoders import (  # noqa: F401
     icnet,
     mobilenet,
     mobilenetv3,
+    pidnet,
     resnet,
     resnext,
     unet,

@@ -38,12 +38,13 @@ def shortcut(n_in: int, n_out: int, stride: int) -> nn.Sequential | None:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions."""
+    """Two 3x3 convolutions, and a ReLU after the sum unless `last_relu` is false."""
 
     expansion: ClassVar[int] = 1
 
-    def __init__(self, n_in: int, width: int, stride: int = 1) -> None:
+    def __init__(self, n_in: int, width: int, stride: int = 1, last_relu: bool = True) -> None:
         super().__init__()
+        self.last_relu = last_relu
         self.conv1 = conv3x3(n_in, width, stride)
         self.bn1 = BatchNorm2d(width)
         self.conv2 = conv3x3(width, width)
@@ -56,17 +57,22 @@ class BasicBlock(nn.Module):
         residual = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
-        return self.relu(x + residual)
+        x = x + residual
+        return self.relu(x) if self.last_relu else x
 
 
 class Bottleneck(nn.Module):
-    """1x1 to the width, 3x3 (with the stride), 1x1 to `expansion` times the width."""
+    """1x1 to the width, 3x3 (with the stride), 1x1 to `expansion` times the width.
+
+    A ReLU follows the sum unless `last_relu` is false.
+    """
 
     expansion: ClassVar[int] = 4
     groups: ClassVar[int] = 1
 
-    def __init__(self, n_in: int, width: int, stride: int = 1) -> None:
+    def __init__(self, n_in: int, width: int, stride: int = 1, last_relu: bool = True) -> None:
         super().__init__()
+        self.last_relu = last_relu
         n_out = width * self.expansion
         self.conv1 = conv1x1(n_in, width)
         self.bn1 = BatchNorm2d(width)
@@ -82,7 +88,8 @@ class Bottleneck(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))
-        return self.relu(x + residual)
+        x = x + residual
+        return self.relu(x) if self.last_relu else x
 
 
 def stage(
