@@ -18,6 +18,7 @@ from mit_semseg.errors import one_line
 from mit_semseg.lib.nn.transfer import map_tensors
 from mit_semseg.models.layers import replace_modules
 from mit_semseg.models.module import SegmentationModule
+from mit_semseg.models.winograd import use_winograd
 
 log = logging.getLogger("mit_semseg")
 M = TypeVar("M", bound=nn.Module)
@@ -70,6 +71,8 @@ def inference_copy(
     fast.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dtype is not None and any(p.dtype != dtype for p in fast.parameters()):
         _cast(fast, dtype)
+    if place.type == "cpu":
+        use_winograd(fast)
     return fast
 
 

@@ -176,6 +176,18 @@ class PyramidConv2d(nn.Conv2d):
     takes half the work or less. A GPU is faster with one large convolution.
     """
 
+    def __init__(self, fine_channels: int, coarser_channels: int, out_channels: int) -> None:
+        """Declare the layer; zero padding, no bias.
+
+        Args:
+            fine_channels: of x.
+            coarser_channels: of all coarser maps together.
+            out_channels: of the result.
+        """
+        joined = fine_channels + coarser_channels
+        super().__init__(joined, out_channels, 3, padding=1, bias=False)
+        self.fine_channels = fine_channels
+
     def forward(  # type: ignore[override]
         self, x: Tensor, coarser: Sequence[Tensor] = (), tile: Tile | None = None
     ) -> Tensor:
@@ -192,12 +204,12 @@ class PyramidConv2d(nn.Conv2d):
         if coarser and x.device.type == "cpu" and is_plain(x):
             C = x.shape[1]
             y = F.conv2d(x, self.weight[:, :C], self.bias, padding=1)
-            return y + _of_coarser(coarser, self.weight[:, C:], y, tile).to(y.dtype)
+            return y + of_coarser(coarser, self.weight[:, C:], y, tile).to(y.dtype)
         resized = [resize_within(y, x.shape[2:], tile) for y in coarser]
         return super().forward(torch.cat([x, *resized], dim=1))
 
 
-def _of_coarser(maps: Sequence[Tensor], weight: Tensor, like: Tensor, tile: Tile | None) -> Tensor:
+def of_coarser(maps: Sequence[Tensor], weight: Tensor, like: Tensor, tile: Tile | None) -> Tensor:
     """What the coarse maps add to the output, in float32 at least: (N, K, H, W).
 
     Args:

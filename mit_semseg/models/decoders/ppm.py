@@ -49,9 +49,8 @@ class PPM(Decoder):
         n_in = channels[-1]
         self.pool_scales = tuple(pool_scales)
         self.ppm = nn.ModuleList(pool_branch(scale, n_in, width) for scale in pool_scales)
-        joined = n_in + len(pool_scales) * width
         self.conv_last = nn.Sequential(
-            PyramidConv2d(joined, width, 3, padding=1, bias=False),
+            PyramidConv2d(n_in, len(pool_scales) * width, width),
             SynchronizedBatchNorm2d(width),
             nn.ReLU(inplace=True),
             nn.Dropout2d(0.1),

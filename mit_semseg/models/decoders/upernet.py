@@ -51,7 +51,7 @@ class UPerNet(Decoder):
         self.fpn_in = nn.ModuleList(conv_bn_relu(n_in, fpn_dim, 1) for n_in in lower)
         # Published names have one more level of nesting here and in conv_last.
         self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn_relu(fpn_dim, fpn_dim)) for _ in lower)
-        join = PyramidConv2d(len(channels) * fpn_dim, fpn_dim, 3, padding=1, bias=False)
+        join = PyramidConv2d(fpn_dim, (len(channels) - 1) * fpn_dim, fpn_dim)
         self.conv_last = nn.Sequential(
             nn.Sequential(join, BatchNorm2d(fpn_dim), nn.ReLU(inplace=True)),
             nn.Conv2d(fpn_dim, num_class, 1),
