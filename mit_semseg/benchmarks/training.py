@@ -125,7 +125,7 @@ class Training:
             accumulate=1,
             clip_grad=0.0,
             channels_last=channels_last,
-            fix_bn=False,
+            fixed=(),
             on_nan="stop",
             rank=0,
             world=1,

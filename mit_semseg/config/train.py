@@ -30,9 +30,36 @@ class TrainOptions(Section):
     optim: str = key("SGD", "optimizer", words=("SGD", "Adam", "AdamW"))
     lr_encoder: float = key(0.02, "learning rate of the encoder before the schedule", least=0)
     lr_decoder: float = key(0.02, "learning rate of the decoder before the schedule", least=0)
-    lr_pow: float = key(0.9, "exponent of the polynomial schedule", least=0)
+    schedule: str = key(
+        "poly",
+        "learning rates over the run: `poly`: times (1 - step / steps) ** `lr_pow`; `cosine`: "
+        "along half a cosine to 0; `one_cycle`: from 1/25 up within the first 30 % (or "
+        "`warmup_iters`), then down to 0; `multi_step`: times `gamma` at each of `milestones`",
+        words=("poly", "cosine", "one_cycle", "multi_step"),
+    )
+    lr_pow: float = key(0.9, "exponent of the schedule `poly`; 0: constant", least=0)
+    milestones: tuple[int, ...] = key(
+        (),
+        "epochs after which the schedule `multi_step` lowers the learning rates",
+        least=1,
+        advice="give epochs, such as (60, 90)",
+    )
+    gamma: float = key(0.1, "factor of the schedule `multi_step`", least=0)
     warmup_iters: int = key(
         0, "steps over which the learning rate rises linearly from 0; 0 as published", least=0
+    )
+    layer_decay: float = key(
+        1.0,
+        "factor on the learning rate of each block of the encoder relative to the next deeper one "
+        "(layer-wise decay), in (0, 1]; 1: off",
+        most=1,
+        fits=lambda decay: decay > 0,
+        advice="it is a factor within (0, 1], such as 0.75",
+    )
+    freeze: tuple[str, ...] = key(
+        (),
+        "parts of the network that are not trained, whose BatchNorm stays in evaluation mode: "
+        "`encoder`, or names inside encoder and decoder, such as `encoder.layer1`",
     )
     beta1: float = key(0.9, "momentum of SGD, first beta of Adam and AdamW")
     weight_decay: float = key(1e-4, "of convolution and linear weights only", least=0)
@@ -133,6 +160,11 @@ class TrainOptions(Section):
     eval_epochs: int = key(
         1, "epochs between validations; the last epoch is always validated; 0: never", least=0
     )
+    patience: int = key(
+        0,
+        "stop early after so many validations in a row without a better mean IoU; 0: never",
+        least=0,
+    )
     keep: int = key(
         0,
         "number of newest epochs whose weights are kept besides the best; 0: all, as published",
@@ -161,7 +193,18 @@ class TrainOptions(Section):
     seed: int = key(304, "seed of all random numbers", least=0)
 
     def _check(self) -> None:
-        """Refuses a start after the end."""
+        """Refuses a start after the end, and settings without those that they work with."""
+        if (self.schedule == "multi_step") != bool(self.milestones):
+            raise ValueError(
+                f"TRAIN.schedule is {self.schedule} and TRAIN.milestones are "
+                f"{list(self.milestones)}: the schedule multi_step takes milestones, such as "
+                "TRAIN.milestones (60,90), and others take none"
+            )
+        if self.patience and not self.eval_epochs:
+            raise ValueError(
+                f"TRAIN.patience is {self.patience} and TRAIN.eval_epochs 0: without validations "
+                "there is nothing to wait for; set TRAIN.eval_epochs 1 or TRAIN.patience 0"
+            )
         if self.start_epoch > self.num_epoch:
             raise ValueError(
                 f"TRAIN.start_epoch {self.start_epoch} lies behind TRAIN.num_epoch "

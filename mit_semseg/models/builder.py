@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mit_semseg.config import Options
 from mit_semseg.dataset.base import FORMATS
+from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.split import check_depth
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.losses import build_loss
@@ -17,7 +19,7 @@ from mit_semseg.models.decoders import DECODERS, Decoder
 from mit_semseg.models.encoders import ENCODERS, Encoder
 from mit_semseg.models.encoders.base import Variant, widen_input
 from mit_semseg.models.module import SegmentationModule, check_head_weights
-from mit_semseg.weights import load_decoder, load_encoder
+from mit_semseg.weights import ClassRows, load_decoder, load_encoder
 
 
 def _encoder(arch: str) -> type[Encoder] | Variant:
@@ -129,6 +131,14 @@ def _channels(arch_decoder: str, fc_dim: int) -> tuple[int, ...]:
     return (fc_dim // 8, fc_dim // 4, fc_dim // 2, fc_dim)
 
 
+def _class_rows(weights: str, classes: Sequence[str]) -> ClassRows | None:
+    """Which classes of a checkpoint continue as which, where its folder names them."""
+    table = Path(weights).parent / "classes.csv"
+    if not classes or not Path(weights).is_file() or not table.is_file():
+        return None
+    return ClassRows.by_name(classes, ClassTable.load(table).names)
+
+
 class ModelBuilder:
     """Builds encoders, decoders and the whole from names."""
 
@@ -186,6 +196,7 @@ class ModelBuilder:
         use_softmax: bool = False,
         channels: Sequence[int] | None = None,
         strides: Sequence[int] | None = None,
+        classes: Sequence[str] = (),
     ) -> Decoder:
         """A decoder by name.
 
@@ -198,6 +209,8 @@ class ModelBuilder:
             channels: what the encoder declares; None takes the widths of the published
                 encoder, or of the decoder's own one, that ends in `fc_dim` channels.
             strides: likewise.
+            classes: names of the classes. Where a `classes.csv` beside the weights names others, or
+                in another order, rows of the classifier are loaded by name.
 
         Raises:
             ValueError: an unknown name, feature maps the decoder cannot work with, or weights
@@ -209,12 +222,15 @@ class ModelBuilder:
         decoder = _decoder(arch)(
             channels, num_class=num_class, strides=strides, use_softmax=use_softmax
         )
-        load_decoder(decoder, arch.lower(), weights)
+        load_decoder(decoder, arch.lower(), weights, _class_rows(weights, classes))
         return decoder
 
     @staticmethod
     def from_config(
-        cfg: Any, inference: bool = False, class_weights: Tensor | None = None
+        cfg: Any,
+        inference: bool = False,
+        class_weights: Tensor | None = None,
+        classes: Sequence[str] = (),
     ) -> SegmentationModule:
         """Encoder, decoder and loss as a configuration describes them.
 
@@ -222,6 +238,7 @@ class ModelBuilder:
             cfg: the whole configuration, `Options` or a yacs tree.
             inference: the decoder gives probabilities.
             class_weights: (num_class,) float for the loss, or None.
+            classes: names of the classes (see `build_decoder`).
 
         Raises:
             ValueError: an unknown name, or parts that do not fit together.
@@ -246,6 +263,7 @@ class ModelBuilder:
             use_softmax=inference,
             channels=encoder.channels,
             strides=encoder.strides,
+            classes=classes,
         )
         return SegmentationModule(
             encoder,

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from mit_semseg.config import Options
+from mit_semseg.config import Options, TrainOptions
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, build_split
-from mit_semseg.engine.training.optim import build_optimizer, poly_factor, set_learning_rates
+from mit_semseg.engine.training.optim import build_optimizer, set_learning_rates
+from mit_semseg.engine.training.schedule import learning_rate_factor
 from mit_semseg.engine.training.state import seed_everything
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.precision import Precision
@@ -182,10 +183,11 @@ def _train(
     """Steps of one learning rate, until the model knows the image."""
     optimizer = build_optimizer("AdamW", (module, rate), weight_decay=0.0)
     precision = Precision.of(options.TRAIN.precision, next(module.parameters()).device)
+    schedule = TrainOptions(lr_pow=0.9, warmup_iters=WARMUP)
     truth, began = batch["seg_label"][0].cpu().numpy(), time.monotonic()
     with tqdm(range(1, steps + 1), desc=name, disable=not progress, leave=False) as bar:
         for step in bar:
-            set_learning_rates(optimizer, rate * poly_factor(step, 2 * steps, 0.9, WARMUP))
+            set_learning_rates(optimizer, rate * learning_rate_factor(schedule, step, 2 * steps))
             module.train()
             with precision.products(), precision.autocast():
                 loss, _ = module(dict(batch))

@@ -1,7 +1,7 @@
 """Names, paths and urls of weights -> a verified local file -> loaded tensors, with a report."""
 
 from mit_semseg.weights.archive import check_archive, load_checked, read_state_dict
-from mit_semseg.weights.loading import LoadReport, load_decoder, load_encoder, load_into
+from mit_semseg.weights.loading import ClassRows, LoadReport, load_decoder, load_encoder, load_into
 from mit_semseg.weights.published import (
     PUBLISHED,
     SAMPLE_IMAGE,
@@ -28,6 +28,7 @@ from mit_semseg.weights.torchvision import (
 )
 
 __all__ = [
+    "ClassRows",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MIRROR",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class LoadReport:
         missing: in the module and not in the file: left at their initial values.
         unexpected: in the file and not in the module.
         mismatched: tensors for another number of classes: left at initial values.
+        by_name: tensors of which the rows of classes with equal names were loaded.
         dropped: bookkeeping of the published SyncBN.
     """
 
@@ -51,6 +53,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    by_name: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
 
     @property
@@ -68,6 +71,8 @@ class LoadReport:
             parts.append(f"{len(names)} {label}{few(names)}")
         if not self.mismatched:
             parts.pop()
+        if self.by_name:
+            parts.append(f"{len(self.by_name)} by the names of classes{few(self.by_name)}")
         return f"{self.what} from {self.file}: {', '.join(parts)}"
 
 
@@ -96,6 +101,61 @@ def _own_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict
     return {names[k] if k not in own and names[k] in own else k: v for k, v in tensors.items()}
 
 
+@dataclass(frozen=True)
+class ClassRows:
+    """Which class of a file each class of a module continues.
+
+    Attributes:
+        count: classes of the file.
+        rows: of each class of the module, its number in the file; None: it is new.
+    """
+
+    count: int
+    rows: tuple[int | None, ...]
+
+    @classmethod
+    def by_name(cls, own: Sequence[str], theirs: Sequence[str]) -> ClassRows:
+        """Classes of the same name, whatever its case; of several in the file the first.
+
+        Names that only number classes ("class 3") say nothing.
+        """
+        numbers = {
+            name.casefold(): i
+            for i, name in reversed(list(enumerate(theirs)))
+            if not re.fullmatch(r"class \d+", name)
+        }
+        return cls(len(theirs), tuple(numbers.get(name.casefold()) for name in own))
+
+    @property
+    def differ(self) -> bool:
+        """Whether some continue, and tensors as they are would put them elsewhere."""
+        same = len(self.rows) == self.count and all(
+            row in (i, None) for i, row in enumerate(self.rows)
+        )
+        return not same and any(row is not None for row in self.rows)
+
+    def fit(self, own: Tensor, value: Tensor, axes: Sequence[int]) -> bool:
+        """Whether classes lie along these axes of the module's and of the file's tensor."""
+        kept = [i for i in range(own.ndim) if i not in axes]
+        return (
+            own.ndim == value.ndim
+            and all(own.shape[i] == len(self.rows) and value.shape[i] == self.count for i in axes)
+            and all(own.shape[i] == value.shape[i] for i in kept)
+        )
+
+    def take(self, own: Tensor, value: Tensor, axes: Sequence[int]) -> Tensor:
+        """The module's tensor, with what classes continue taken from the file's."""
+        if not axes:
+            return value.to(own)
+        axis, *rest = axes
+        rest = [i - (i > axis) for i in rest]
+        parts = [own.select(axis, i) for i in range(len(self.rows))]
+        for i, row in enumerate(self.rows):
+            if row is not None:
+                parts[i] = self.take(parts[i], value.select(axis, row), rest)
+        return torch.stack(parts, axis)
+
+
 def _other_classes(module: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
     """Names of the tensors that would fit if the module told another number of classes apart."""
     own = module.state_dict()
@@ -120,6 +180,7 @@ def load_into(
     what: str,
     file: str = "",
     strict: bool = False,
+    classes: ClassRows | None = None,
 ) -> LoadReport:
     """Loads what fits and says what matched, what was missing and what was left over.
 
@@ -133,6 +194,7 @@ def load_into(
         what: which part of the model, for the report, e.g. "encoder".
         file: name to report when `source` is a mapping.
         strict: a missing tensor or another number of classes is an error.
+        classes: which rows of a classifier are loaded into which; None: all or none.
 
     Returns:
         What became of every tensor; its one line is logged, or printed without logging set up.
@@ -151,6 +213,8 @@ def load_into(
     fitting: dict[str, Tensor] = {}
     wrong: list[str] = []
 
+    if classes is not None and classes.differ:
+        tensors = _with_rows(module, tensors, classes, report)
     for key, value in tensors.items():
         if key.rsplit(".", 1)[-1] in _BOOKKEEPING:
             report.dropped.append(key)
@@ -186,6 +250,19 @@ def load_into(
     module.load_state_dict(fitting, strict=False)
     _say(str(report), problem=not report.ok)
     return report
+
+
+def _with_rows(
+    module: nn.Module, tensors: Mapping[str, Tensor], classes: ClassRows, report: LoadReport
+) -> dict[str, Tensor]:
+    """The tensors, with those of classes as the module has them; the report names these."""
+    own, found = module.state_dict(), dict(tensors)
+    find: Callable[[], dict[str, tuple[int, ...]]] = getattr(module, "class_tensors", dict)
+    for key, axes in find().items():
+        if key in found and classes.fit(own[key], found[key], axes):
+            found[key] = classes.take(own[key], found[key], axes)
+            report.by_name.append(key)
+    return found
 
 
 def load_encoder(
@@ -285,7 +362,9 @@ def _widened(value: Tensor, shape: torch.Size) -> Tensor:
     return torch.cat([value, value.mean(1, keepdim=True).expand(-1, further, -1, -1)], dim=1)
 
 
-def load_decoder(decoder: nn.Module, arch: str, weights: str | Path) -> LoadReport | None:
+def load_decoder(
+    decoder: nn.Module, arch: str, weights: str | Path, classes: ClassRows | None = None
+) -> LoadReport | None:
     """Initialises a decoder.
 
     Args:
@@ -294,6 +373,7 @@ def load_decoder(decoder: nn.Module, arch: str, weights: str | Path) -> LoadRepo
         weights: "" or "none" leaves it random; "torchvision:NAME" takes the head of a model in
             `TORCHVISION`, "torchvision:PATH" or "torchvision:URL" that in a file of one;
             else a path or url.
+        classes: which of a path's classes continue as which (see `load_into`).
 
     Returns:
         The report, or None for random weights.
@@ -314,7 +394,7 @@ def load_decoder(decoder: nn.Module, arch: str, weights: str | Path) -> LoadRepo
         return load_into(
             decoder, torchvision_decoder(read_state_dict(path), file), what=what, file=file
         )
-    return load_into(decoder, resolve(text), what=what)
+    return load_into(decoder, resolve(text), what=what, classes=classes)
 
 
 def _only_mobilenet(arch: str, weights: str) -> None:

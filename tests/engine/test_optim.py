@@ -1,4 +1,4 @@
-"""Optimizers, schedule, running average and class weights by hand numbers."""
+"""Optimizers, running average and class weights by hand numbers."""
 
 import copy
 
@@ -14,7 +14,6 @@ from mit_semseg.engine.training.optim import (
     joined_states,
     load_optimizer,
     parameter_groups,
-    poly_factor,
     set_learning_rates,
 )
 
@@ -26,13 +25,6 @@ def test_only_convolution_and_linear_weights_decay():
     assert len(plain["params"]) == 5
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(plain["params"]) == len(list(net.parameters()))
-
-
-def test_poly_schedule():
-    assert poly_factor(0, 100, 0.9) == 1.0
-    assert poly_factor(50, 100, 0.9) == pytest.approx(0.5**0.9)
-    assert poly_factor(0, 100, 0.9, warmup=10) == pytest.approx(0.1)
-    assert poly_factor(9, 100, 0.9, warmup=10) == pytest.approx(0.91**0.9)
 
 
 @pytest.mark.parametrize(

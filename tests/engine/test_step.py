@@ -41,7 +41,7 @@ class Head(Decoder):
 
 
 def make_step(device=CPU, **changes):
-    """A step of a small network; `ema` and `kind` beside the arguments of `TrainStep`."""
+    """A step of a small network; `ema`, `kind` and `fix_bn` beside arguments of `TrainStep`."""
     torch.manual_seed(0)
     module = SegmentationModule(Backbone(), Head(), build_loss("nll", CLASSES)).to(device)
     ema, kind = changes.pop("ema", 0.0), changes.pop("kind", "SGD")
@@ -54,7 +54,7 @@ def make_step(device=CPU, **changes):
         "accumulate": 1,
         "clip_grad": 0.0,
         "channels_last": False,
-        "fix_bn": False,
+        "fixed": (module,) if changes.pop("fix_bn", False) else (),
         "on_nan": "stop",
         "rank": 0,
         "world": 1,

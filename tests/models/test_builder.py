@@ -51,6 +51,41 @@ def test_a_decoder_without_enough_maps_is_refused() -> None:
         ModelBuilder.build_decoder("ppm_deepsup", fc_dim=720)
 
 
+TABLE = "Idx,Name\n1,Road\n2,car\n3,sky\n"
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows"),
+    [
+        (("sky", "road", "tram", "car"), (2, 0, None, 1)),  # one more
+        (("sky", "road"), (2, 0)),
+        (("car", "road", "sky"), (1, 0, 2)),  # as many, in another order
+        (("road", "bus", "sky"), (0, 1, 2)),  # one renamed
+        (("a", "b", "c"), (0, 1, 2)),
+        (("a", "b"), (None, None)),
+        (("class 0", "class 1"), (None, None)),
+    ],
+)
+def test_rows_of_classes_are_loaded_by_name(tmp_path: Path, classes, rows) -> None:
+    (tmp_path / "classes.csv").write_text(TABLE)
+    saved = ModelBuilder.build_decoder("c1_deepsup", fc_dim=512, num_class=3)
+    torch.save(saved.state_dict(), tmp_path / "decoder.pth")
+    weights = str(tmp_path / "decoder.pth")
+    torch.manual_seed(0)
+    fresh = ModelBuilder.build_decoder("c1_deepsup", fc_dim=512, num_class=len(classes))
+    torch.manual_seed(0)
+    loaded = ModelBuilder.build_decoder(
+        "c1_deepsup", fc_dim=512, num_class=len(classes), weights=weights, classes=classes
+    )
+    assert torch.equal(loaded.cbr[0].weight, saved.cbr[0].weight)
+    for layer in ("conv_last", "conv_last_deepsup"):
+        new, old, initial = (getattr(net, layer) for net in (loaded, saved, fresh))
+        for i, row in enumerate(rows):
+            source, at = (initial, i) if row is None else (old, row)
+            assert torch.equal(new.weight[i], source.weight[at])
+            assert torch.equal(new.bias[i], source.bias[at])
+
+
 def test_weights_are_loaded_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -27,6 +27,7 @@ from mit_semseg.engine.threads import ThreadTuner
 from mit_semseg.engine.training.balance import class_weights
 from mit_semseg.engine.training.checkpoints import RunFolder
 from mit_semseg.engine.training.earlier_runs import EarlierRuns
+from mit_semseg.engine.training.finetune import freeze, layer_scales
 from mit_semseg.engine.training.loader import TrainLoader
 from mit_semseg.engine.training.metrics_log import History, MetricsLog
 from mit_semseg.engine.training.optim import MovingAverage, OptimizerState, build_optimizer
@@ -155,7 +156,8 @@ def build(
         epoch_iters=plan.epoch_iters,
         batches_a_step=plan.batches_a_step,
     )
-    step = _step(train, place, _initial(options, weights, earlier.may_exist()), folder)
+    module = _initial(options, weights, split.classes.names, earlier.may_exist())
+    step = _step(train, place, module, folder)
     passed = Progress(plan.epoch_iters, plan.epoch_iters * train.num_epoch)
     history = History()
     random = RandomNumbers(train.seed, place.devices, rank, world, passed)
@@ -275,12 +277,16 @@ def _plan(options: Options, place: Place, split: Split, data: TrainDataset) -> P
     )
 
 
-def _initial(options: Options, class_weights: Tensor | None, resumes: bool) -> SegmentationModule:
+def _initial(
+    options: Options, class_weights: Tensor | None, classes: Sequence[str], resumes: bool
+) -> SegmentationModule:
     """The network as training begins."""
     if resumes:
         # The weights that training began with may be gone, or on a host that cannot be reached.
         options = options.without_weights()
-    return ModelBuilder.from_config(options, inference=False, class_weights=class_weights)
+    return ModelBuilder.from_config(
+        options, inference=False, class_weights=class_weights, classes=classes
+    )
 
 
 def _step(
@@ -293,12 +299,15 @@ def _step(
     module.to(device)
     if channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frozen = freeze(module, train.freeze)
+    scales = layer_scales(module.encoder, train.layer_decay) if train.layer_decay != 1 else None
     optimizer = build_optimizer(
         train.optim,
         (module.encoder, train.lr_encoder),
         (module.decoder, train.lr_decoder),
         beta1=train.beta1,
         weight_decay=train.weight_decay,
+        scales=scales,
     )
     average = MovingAverage(module, train.ema) if train.ema else None
     if train.activation_checkpointing:
@@ -317,7 +326,7 @@ def _step(
         accumulate=train.accumulate,
         clip_grad=train.clip_grad,
         channels_last=channels_last,
-        fix_bn=train.fix_bn,
+        fixed=(module,) if train.fix_bn else frozen,
         on_nan=train.on_nan,
         rank=place.rank,
         world=place.world,

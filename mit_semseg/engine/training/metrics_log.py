@@ -69,6 +69,15 @@ class History:
         return best_validation(zip(val["epoch"], val["mean_iou"]))
 
     @property
+    def validations_since_best(self) -> int:
+        """How many validations in a row were no better than an earlier one."""
+        epochs, scores = self.columns["val"]["epoch"], self.columns["val"]["mean_iou"]
+        best, count = -math.inf, 0
+        for _, score in sorted(zip(epochs, scores)):
+            best, count = (score, 0) if score > best else (best, count + 1)
+        return count
+
+    @property
     def best_mean_iou(self) -> float | None:
         """The mean IoU of the best validation."""
         return self.best[1] if self.best else None

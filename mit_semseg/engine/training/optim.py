@@ -1,4 +1,4 @@
-"""Optimizers, the poly schedule and the running average of weights."""
+"""Optimizers, and the moving average of weights."""
 
 from __future__ import annotations
 
@@ -13,36 +13,54 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Convolution and linear weights with weight decay, every other parameter without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def parameter_groups(
+    module: nn.Module, weight_decay: float, scales: Mapping[nn.Parameter, float] | None = None
+) -> list[dict[str, Any]]:
+    """Convolution and linear weights with weight decay, every other parameter without.
+
+    Args:
+        module: whose parameters are grouped, but for those without gradients.
+        weight_decay: of the first of each two groups.
+        scales: factors on the learning rate, each of which makes two groups of its own (see
+            `finetune.layer_scales`); parameters that it does not name have the factor 1.
+    """
+    scales = scales or {}
+    groups: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
     for child in module.modules():
         takes_decay = isinstance(child, (nn.Linear, nn.modules.conv._ConvNd))
         for name, parameter in child.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            scale = scales.get(parameter, 1.0)
+            decayed, plain = groups.setdefault(scale, ([], []))
             (decayed if takes_decay and name == "weight" else plain).append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for scale, pair in groups.items()
+        for parameters, decay in zip(pair, (weight_decay, 0.0))
     ]
 
 
 def build_optimizer(
-    kind: str, *parts: tuple[nn.Module, float], beta1: float = 0.9, weight_decay: float = 1e-4
+    kind: str,
+    *parts: tuple[nn.Module, float],
+    beta1: float = 0.9,
+    weight_decay: float = 1e-4,
+    scales: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.Optimizer:
     """One optimizer for all parts, which step together or not at all.
 
     Args:
         kind: SGD, Adam or AdamW.
         parts: modules, already on their device, each with its learning rate before the schedule.
-            A part makes two groups: parameters with weight decay, then those without.
         beta1: momentum of SGD, first beta of the others.
         weight_decay: of convolution and linear weights.
+        scales: factors on the learning rate (see `parameter_groups`).
     """
     groups = [
-        {**group, "lr": lr}
-        for module, lr in parts
-        for group in parameter_groups(module, weight_decay)
+        {**group, "part": number, "lr": lr * group["lr_scale"]}
+        for number, (module, lr) in enumerate(parts)
+        for group in parameter_groups(module, weight_decay, scales)
     ]
     if kind == "SGD":
         return torch.optim.SGD(groups, momentum=beta1, fused=True)
@@ -112,26 +130,10 @@ def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
-def poly_factor(step: int, total: int, power: float, warmup: int = 0) -> float:
-    """Factor on the learning rate at a step: (1 - step / total) ** power after a linear rise.
-
-    Paper: Chen et al. 2017 (DeepLab), arXiv:1606.00915, sec. 4.3.
-
-    Args:
-        step: from 0 to total - 1.
-        total: steps of the whole run.
-        power: exponent, 0.9 as published.
-        warmup: steps of the linear rise; 0 = none.
-    """
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return rise * (1.0 - step / total) ** power
-
-
 def set_learning_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
-    """Give the parts of an optimizer, two groups each, their learning rates."""
-    of_groups = [rate for rate in rates for _ in range(2)]
-    for group, rate in zip(optimizer.param_groups, of_groups, strict=True):
-        group["lr"] = rate
+    """Give the groups of each part of an optimizer its learning rate times their own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["part"]] * group["lr_scale"]
 
 
 class MovingAverage(Generic[M]):

@@ -90,7 +90,7 @@ class TrainStep:
         accumulate: parts of a step.
         clip_grad: largest norm of the gradients; 0: any.
         channels_last: whether images stay in the layout they are loaded in.
-        fix_bn: whether BatchNorm stays in evaluation mode.
+        fixed: modules whose BatchNorm stays in evaluation mode.
         on_nan: "stop" or "skip", for steps that are non-finite.
         rank, world: place among the ranks.
         save_batch: called with the number of a step and what is needed to replay a batch with a
@@ -110,7 +110,7 @@ class TrainStep:
         accumulate: int,
         clip_grad: float,
         channels_last: bool,
-        fix_bn: bool,
+        fixed: Sequence[nn.Module],
         on_nan: str,
         rank: int,
         world: int,
@@ -119,7 +119,9 @@ class TrainStep:
         self.module, self.parallel, self.optimizer = module, parallel, optimizer
         self.device, self.precision, self.scaler = device, precision, scaler
         self.average, self.accumulate, self.clip_grad = average, accumulate, clip_grad
-        self.channels_last, self.fix_bn, self.on_nan = channels_last, fix_bn, on_nan
+        self.channels_last, self.on_nan = channels_last, on_nan
+        norms = (layer for part in fixed for layer in part.modules())
+        self.fixed = [x for x in norms if isinstance(x, nn.modules.batchnorm._BatchNorm)]
         self.rank, self.world, self.save_batch = rank, world, save_batch
         self.statistics = Snapshot(module)
         self._parts: list[_Part] = []
@@ -132,10 +134,8 @@ class TrainStep:
     def training_mode(self) -> None:
         """Put the network in training mode."""
         self.parallel.train()
-        if self.fix_bn:
-            for layer in self.module.modules():
-                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                    layer.eval()
+        for norm in self.fixed:
+            norm.eval()
 
     def add(self, batch: list[dict[str, Any]]) -> None:
         """Launch forward and backward pass of the next part of the step.

@@ -21,7 +21,8 @@ from mit_semseg.engine.evaluate import Interrupted
 from mit_semseg.engine.scoring import Evaluation, merged
 from mit_semseg.engine.threads import pixels
 from mit_semseg.engine.training.build import Parts
-from mit_semseg.engine.training.optim import poly_factor, set_learning_rates
+from mit_semseg.engine.training.optim import set_learning_rates
+from mit_semseg.engine.training.schedule import learning_rate_factor
 from mit_semseg.engine.training.state import Progress, differences, is_finite
 from mit_semseg.engine.training.step import StepResult
 from mit_semseg.errors import one_line
@@ -148,7 +149,7 @@ class Trainer:
         if progress.step and not progress.inside:
             # The run was stopped after the last step of an epoch, before all was written.
             self._finish_epoch(progress.epoch)
-        while not progress.done and not self._is_asked_to_stop():
+        while not (progress.done or self._is_out_of_patience() or self._is_asked_to_stop()):
             epoch = progress.epoch + 1
             if not progress.inside:
                 self.parts.random.begin_epoch()
@@ -163,6 +164,12 @@ class Trainer:
                 log.warning("%d files could not be used so far", len(bad_files))
             self._save_state()
             self._finish_epoch(epoch)
+        if self._is_out_of_patience():
+            log.info(
+                "stopped early after epoch %d of %d: no better mean IoU in %d validations "
+                "(TRAIN.patience)",
+                *(progress.epoch, self.options.num_epoch, self.history.validations_since_best),
+            )
         self.parts.metrics.draw()
 
     def _epoch(self, epoch: int, batches: Batches) -> None:
@@ -211,9 +218,7 @@ class Trainer:
     def _set_rates(self) -> tuple[float, float]:
         """The learning rates of the next step."""
         options, progress = self.options, self.progress
-        factor = poly_factor(
-            progress.step, progress.max_iters, options.lr_pow, options.warmup_iters
-        )
+        factor = learning_rate_factor(options, progress.step, progress.max_iters)
         rates = options.lr_encoder * factor, options.lr_decoder * factor
         set_learning_rates(self.parts.step.optimizer, *rates)
         return rates
@@ -291,6 +296,11 @@ class Trainer:
             self._validate(epoch)
         parts.metrics.draw(every=60.0)
 
+    def _is_out_of_patience(self) -> bool:
+        """Whether mean IoU has not risen for TRAIN.patience validations."""
+        patience = self.options.patience
+        return bool(patience) and self.history.validations_since_best >= patience
+
     def _is_to_validate(self, epoch: int) -> bool:
         """Whether an epoch is to be validated, and has not been."""
         if self.parts.validate is None or self.history.is_validated(epoch):
@@ -337,12 +347,13 @@ class Trainer:
         parts, progress = self.parts, self.progress
         has_best = "best.pth" in parts.folder.names()
         name = "best.pth" if has_best else f"epoch_{self.options.num_epoch}.pth"
-        complete = progress.done and not self._is_to_validate(self.options.num_epoch)
+        validated = progress.done and not self._is_to_validate(self.options.num_epoch)
+        complete = validated or self._is_out_of_patience()
         if complete and self.place.rank == 0:
             parts.lock.note_job("")
         return {
             "best_mean_iou": self.history.best_mean_iou,
-            "checkpoint": name if progress.done else f"state_step_{progress.step}.pth",
+            "checkpoint": name if complete or progress.done else f"state_step_{progress.step}.pth",
             "history": self.history.columns,
             "step": progress.step,
             "steps": progress.max_iters,

@@ -1,0 +1,44 @@
+"""Factors on the learning rate, step by step (`TRAIN.schedule`)."""
+
+from __future__ import annotations
+
+import math
+
+from mit_semseg.config.train import TrainOptions
+
+# One-cycle: share of the steps that rise, and the factor that they begin and all steps end with.
+RISE, FIRST, LAST = 0.3, 1 / 25, 1 / 25e4
+
+
+def learning_rate_factor(options: TrainOptions, step: int, total: int) -> float:
+    """What the learning rates of the configuration are multiplied by at a step.
+
+    Papers: poly, Chen et al. 2017 (DeepLab), arXiv:1606.00915, sec. 4.3; cosine, Loshchilov &
+    Hutter 2017, arXiv:1608.03983, eq. 5, without restarts; one_cycle, Smith & Topin 2018,
+    arXiv:1708.07120, with torch's values and cosine annealing; momentum stays.
+
+    Args:
+        options: `schedule` with `lr_pow`, `milestones`, `gamma` and `warmup_iters`.
+        step: from 0 to total - 1.
+        total: steps of the whole run.
+    """
+    rising = options.warmup_iters
+    if options.schedule == "one_cycle":
+        top = (rising or RISE * total) - 1
+        if step <= top:
+            return _annealed(FIRST, 1.0, step / top if top > 0 else 1.0)
+        return _annealed(1.0, LAST, (step - top) / max(total - 1 - top, 1))
+    rise = min(1.0, (step + 1) / rising) if rising else 1.0
+    if options.schedule == "poly":
+        return rise * (1.0 - step / total) ** options.lr_pow
+    if options.schedule == "cosine":
+        return rise * _annealed(1.0, 0.0, step / total)
+    # Epochs are equally long.
+    epoch = step * options.num_epoch // total
+    passed = sum(epoch >= milestone for milestone in options.milestones)
+    return rise * options.gamma**passed
+
+
+def _annealed(first: float, last: float, share: float) -> float:
+    """From `first` at share 0 to `last` at share 1, along half a cosine."""
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
