@@ -95,11 +95,11 @@ class MobileNetV2Dilated(mobilenet_encoder.MobileNetV2):
     def __init__(self, orig_net: nn.Module, dilate_scale: int = 8) -> None:
         nn.Module.__init__(self)  # not of MobileNetV2, which makes layers
         self.features = cast(nn.Sequential, orig_net.features)[:-1]
-        self.down_idx, self.total_idx = list(self.taps[:-1]), len(self.features)
+        self.down_idx, self.total_idx = list(self.out_indices[:-1]), len(self.features)
         third, fourth = _DILATIONS.get(dilate_scale, (1, 1))
-        dilate(self.features[self.taps[2] : self.taps[3]], third)
-        dilate(self.features[self.taps[3] :], fourth)
-        channels = (_out_channels(self.features[tap]) for tap in self.taps)
+        dilate(self.features[self.out_indices[2] : self.out_indices[3]], third)
+        dilate(self.features[self.out_indices[3] :], fourth)
+        channels = (_out_channels(self.features[i]) for i in self.out_indices)
         self.channels = tuple(channels)
         stride = 32 // fourth
         self.strides = (4, 8, 16 // third, stride, stride)
