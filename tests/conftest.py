@@ -1,6 +1,7 @@
 """A small model in a checkpoint folder, and a few small images: what tests of runs start from."""
 
 import json
+import multiprocessing
 import os
 import signal
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from PIL import Image
+from processes import forkserver
 
 from mit_semseg.config import load_config
 from mit_semseg.dataset import ClassTable
@@ -31,7 +33,7 @@ def pytest_configure(config):
     keeps itself and what it starts to one core: threads that wait for each other's core make all
     of them slower than one process.
     """
-    if not _selects_gpu(config):
+    if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,10 +42,6 @@ def pytest_configure(config):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
         torch.set_num_threads(1)
-
-
-def _selects_gpu(config):
-    return bool(config.option.markexpr == "gpu")
 
 
 def pytest_runtest_setup(item):
@@ -59,6 +57,17 @@ def pytest_runtest_makereport():
     report.sections = [
         (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
     ]
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """What is spawned is forked instead, from a process that has imported torch."""
+    get_context = multiprocessing.get_context
+
+    def get(method=None):
+        return forkserver() if method == "spawn" else get_context(method)
+
+    monkeypatch.setattr(multiprocessing, "get_context", get)
 
 
 @pytest.fixture(scope="session")
@@ -120,14 +129,7 @@ def _make_images(root, sizes):
             path = root / name / f"part{k % 2}" / f"{k}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path)
-        lines.append(
-            json.dumps(
-                {
-                    "fpath_img": f"img/part{k % 2}/{k}.png",
-                    "fpath_segm": f"ann/part{k % 2}/{k}.png",
-                    "width": width,
-                    "height": height,
-                }
-            )
-        )
+        image, mask = (f"{name}/part{k % 2}/{k}.png" for name in ("img", "ann"))
+        record = {"fpath_img": image, "fpath_segm": mask, "width": width, "height": height}
+        lines.append(json.dumps(record))
     (root / "val.odgt").write_text("\n".join(lines) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from dataclasses import replace
@@ -28,14 +27,6 @@ from mit_semseg.benchmarks.sides import (
 from mit_semseg.benchmarks.training import NewShapes, Replicas, Training
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """Sides fork from a process that has imported torch, which takes each of them seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mit_semseg.benchmarks.rows"])
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
-
-
 def note(path, name):
     def run():
         with path.open("a") as file:
@@ -43,16 +34,6 @@ def note(path, name):
         time.sleep(0.01 if name == "A" else 0.03)
 
     return run
-
-
-@pytest.mark.usefixtures("forked")
-def test_sides_take_turns(tmp_path):
-    file = tmp_path / "order"
-    sides = {name: partial(note, file, name) for name in "AB"}
-    timings = take_turns(sides, 3)
-    assert file.read_text() == "AB" * 4  # the first call of each is not counted
-    assert len(timings["A"].seconds) == len(timings["B"].seconds) == 3
-    assert 0.01 <= timings["A"].median < timings["B"].median
 
 
 @pytest.mark.usefixtures("forked")
@@ -114,11 +95,7 @@ def stuck():
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("prepare", "message"),
-    [
-        (broken, "OSError: no such thing"),
-        (dying, "exit code 3"),
-        (stuck, "no answer for 5 s"),
-    ],
+    [(broken, "OSError: no such thing"), (dying, "exit code 3"), (stuck, "no answer for 3 s")],
 )
 def test_a_failing_side_ends_the_run(prepare, message):
     good, processes = partial(allocate, 1), Processes()
@@ -126,7 +103,7 @@ def test_a_failing_side_ends_the_run(prepare, message):
         take_turns({"good": good, "bad": good}, 0, processes=processes)
         began = time.monotonic()
         with pytest.raises(SideError, match=message):
-            take_turns({"good": good, "bad": prepare}, 2, patience=5, processes=processes)
+            take_turns({"good": good, "bad": prepare}, 2, patience=3, processes=processes)
         assert time.monotonic() - began < 60
         assert not processes.sides["bad"].process.is_alive()
     finally:
@@ -147,26 +124,31 @@ def timings(theirs, ours, mib=0.0):
     return {"published": Timing([theirs]), "ours": Timing([ours], extra_mib=mib)}
 
 
-def test_targets_are_judged():
-    row = rows.Counting(target=10)
-    assert row.judge(timings(1, 0.099)) == ("at least 10 x", True)
-    assert row.judge(timings(1, 0.101)) == ("at least 10 x", False)
-    assert rows.Counting().judge(timings(1, 2)) == ("", None)
-    memory = rows.ClassMap(target=5, limit_mib=64)
-    assert memory.judge(timings(6, 1, 63))[1] is True
-    assert memory.judge(timings(6, 1, 65))[1] is False
-    assert memory.judge(timings(4, 1, 63))[1] is False
-    assert rows.LargeClassMap().judge({"ours": Timing([1], extra_mib=255)})[1] is True
-    slower = rows.SyncBatchNorm()
-    assert slower.judge(timings(1, 1.19))[1] is True
-    assert slower.judge(timings(1, 1.21))[1] is False
-    replicas = Replicas()
-    assert replicas.judge(timings(1, 1.19))[1] is True
-    assert replicas.judge(timings(1, 1.21))[1] is False
-    start = rows.Startup(name="x", limit=0.2)
-    assert start.judge(timings(1, 1.1))[1] is True
-    assert start.judge(timings(1, 1.3))[1] is False
-    assert start.judge({"ours": Timing([0.3])})[1] is False
+MET = rows.ClassMap(target=5, limit_mib=64)
+
+
+@pytest.mark.parametrize(
+    ("row", "found", "met"),
+    [
+        (rows.Counting(target=10), timings(1, 0.099), True),
+        (rows.Counting(target=10), timings(1, 0.101), False),
+        (rows.Counting(), timings(1, 2), None),
+        (MET, timings(6, 1, 63), True),
+        (MET, timings(6, 1, 65), False),
+        (MET, timings(4, 1, 63), False),
+        (rows.LargeClassMap(), {"ours": Timing([1], extra_mib=255)}, True),
+        (rows.SyncBatchNorm(), timings(1, 1.19), True),
+        (rows.SyncBatchNorm(), timings(1, 1.21), False),
+        (Replicas(), timings(1, 1.19), True),
+        (Replicas(), timings(1, 1.21), False),
+        (rows.Startup(name="x", limit=0.2), timings(1, 1.1), True),
+        (rows.Startup(name="x", limit=0.2), timings(1, 1.3), False),
+        (rows.Startup(name="x", limit=0.2), {"ours": Timing([0.3])}, False),
+    ],
+)
+def test_targets_are_judged(row, found, met):
+    asked, judged = row.judge(found)
+    assert judged is met and bool(asked) == (met is not None)
 
 
 def shapes_timings(row, new, known):
@@ -201,31 +183,8 @@ def test_files_are_judged_where_there_are_the_cores(monkeypatch):
     assert met is None and "with 1000000 cores, here are" in asked
 
 
-def test_the_rows_state_the_targets():
-    wanted = {
-        "class map of 683x512, 150 classes, 5 scales": 6,
-        "class map of 683x512, 150 classes, one scale": 5,
-        "mobilenetv2dilated + c1_deepsup, 5 scales, bf16": 5,
-        "mobilenetv2dilated + c1_deepsup, 5 scales, fp32": 3,
-        "resnet50dilated + ppm_deepsup, 5 scales, bf16": 3,
-        "resnet50dilated + ppm_deepsup, 5 scales, fp32": 1.6,
-        "mobilenetv2dilated + c1_deepsup, 2x448x608, bf16": 2,
-        "resnet50dilated + ppm_deepsup, 2x448x608, bf16": 2.5,
-    }
-    assert wanted.items() <= {row.title: row.target for row in command.ON_CPU}.items()
-
-
-def test_the_rows_of_a_gpu_state_the_targets_and_fit_into_four_minutes():
+def test_the_rows_of_a_gpu_differ_and_fit_into_four_minutes():
     all_rows = [*gpu.gpu_rows(), *gpu.gpu_peers()]
-    wanted = {
-        "class map of 683x512, 150 classes, 5 scales": 6,
-        "class map of 683x512, 150 classes, one scale": 5,
-        "resnet50dilated + ppm_deepsup, 5 scales, bf16": 6,
-        "mobilenetv2dilated + c1_deepsup, 5 scales, bf16": 8,
-        "resnet50dilated + ppm_deepsup, one scale, bf16, against fp32": 1.5,
-        "mobilenetv2dilated + c1_deepsup, one scale, bf16, against fp32": 1.5,
-    }
-    assert wanted.items() <= {row.title: row.target for row in all_rows}.items()
     assert sum(row.budget for row in all_rows) < command.GPU_SECONDS
     assert len({row.title for row in all_rows}) == len(all_rows)
     for row in all_rows:

@@ -36,14 +36,9 @@ class Traffic:
     layers: int
     channels: int
 
-    @property
-    def gradients(self) -> int:
-        """Bytes of the gradients of one rank."""
-        return 4 * self.parameters
-
     def gradients_sent(self, ranks: int) -> float:
-        """Bytes each rank sends for their sum, in a ring."""
-        return 2 * (ranks - 1) / ranks * self.gradients
+        """Bytes each rank sends for the sum of the gradients, in a ring."""
+        return 2 * (ranks - 1) / ranks * 4 * self.parameters
 
     def statistics_sent(self, ranks: int) -> float:
         """Bytes each rank sends for batch normalisation, in rings.
@@ -57,22 +52,17 @@ class Traffic:
 
     @property
     def exchanges(self) -> int:
-        """Times in a step that a rank waits for all others, beside the sum of the gradients.
-
-        Twice for each layer of batch normalisation, once for the number of valid pixels, once for
-        the figures.
-        """
+        """Times in a step that a rank waits for all others, beside the sum of the gradients: twice
+        for each layer of batch normalisation, once for the number of valid pixels, once for the
+        figures."""
         return 2 * self.layers + 2
 
 
 def traffic_of(module: nn.Module) -> Traffic:
     """The traffic of training a module."""
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
-    return Traffic(
-        sum(p.numel() for p in module.parameters() if p.requires_grad),
-        len(norms),
-        sum(norm.num_features for norm in norms),
-    )
+    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return Traffic(parameters, len(norms), sum(norm.num_features for norm in norms))
 
 
 def recipes() -> dict[str, Traffic]:
@@ -95,16 +85,11 @@ def table() -> list[str]:
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     for name, traffic in recipes().items():
         sent = traffic.gradients_sent(RANKS)
-        cells = [
-            name,
-            f"{traffic.parameters / 1e6:.2f} M",
-            f"{traffic.gradients / 1e6:.1f} MB",
-            f"{sent / 1e6:.1f} MB",
-            *(f"{1e3 * sent / wire:.1f} ms" for wire in WIRES.values()),
-            str(traffic.layers),
-            f"{traffic.statistics_sent(RANKS) / 1e6:.2f} MB",
-            str(traffic.exchanges),
-        ]
+        cells = [name, f"{traffic.parameters / 1e6:.2f} M", f"{4e-6 * traffic.parameters:.1f} MB"]
+        cells += [f"{sent / 1e6:.1f} MB"]
+        cells += [f"{1e3 * sent / wire:.1f} ms" for wire in WIRES.values()]
+        cells += [str(traffic.layers), f"{traffic.statistics_sent(RANKS) / 1e6:.2f} MB"]
+        cells += [str(traffic.exchanges)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

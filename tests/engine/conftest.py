@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import ENCODERS as SMALL
+from small_runs import SMALL
 
 from mit_semseg.config import load_config
 from mit_semseg.engine import cpu

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from processes import Command, torchrun
+from processes import ROOT, Command, exit_codes, free_port
+from small_runs import register
 
+from mit_semseg.cli import main
 from mit_semseg.config import dump_config, load_config
+from mit_semseg.dataset import TrainDataset
 
+# For scripts that import small_runs.
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
 SIZES = [(48, 64), (64, 48), (48, 48), (40, 64), (64, 40), (56, 64)]
 
 
 class Job:
-    """A small training on six images; `run` it in one process or in several ranks."""
+    """A small training on six images."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -32,9 +39,10 @@ class Job:
             "DATASET.num_class": 4,
             "DATASET.label_offset": 0,
             "DATASET.imgSizes": [32],
-            "MODEL.arch_encoder": "resnet18dilated",
+            "DATASET.segm_downsampling_rate": 4,
+            "MODEL.arch_encoder": "small",
             "MODEL.arch_decoder": "c1",
-            "MODEL.fc_dim": 512,
+            "MODEL.fc_dim": 16,
             "MODEL.weights_encoder": "none",
             "TRAIN.num_epoch": 1,
             "TRAIN.epoch_iters": "auto",
@@ -50,18 +58,44 @@ class Job:
         dump_config(cfg, file)
         return file
 
-    def run(self, *words: str | Path, ranks: int = 1) -> Command:
-        """Start a script, under torchrun for more than one rank, and wait for its end."""
-        start = [sys.executable]
-        if ranks > 1:
-            start = torchrun("--standalone", "--nproc-per-node", str(ranks))
+    def run(self, *words: str | Path) -> Command:
+        """Start a script, which may import `small_runs`, and wait for its end."""
         log = self.root / f"log{len(list(self.root.glob('log*')))}.txt"
-        command = Command([*start, *words], log, SEEN=str(self.root / f"seen_of_{ranks}_"))
+        command = Command([sys.executable, *words], log, **ENVIRONMENT)
         try:
             command.code(120)
         finally:
             command.destroy()
         return command
+
+    def run_forked(self, *words: str | Path, ranks: int = 1) -> tuple[list[int | None], str]:
+        """Exit codes and output of a command in so many ranks, as if torchrun had started them.
+
+        The samples that are read for training are noted in files `seen_of_RANKS_RANK`.
+        """
+        log = self.root / f"log{len(list(self.root.glob('log*')))}.txt"
+        codes = exit_codes(_rank, ranks, list(map(str, words)), ranks, free_port(), log)
+        return codes, log.read_text()
+
+
+def _rank(rank: int, words: Sequence[str], world: int, port: int, log: Path) -> None:
+    if world > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    register()
+    read = TrainDataset.__getitem__
+
+    def noted(self: TrainDataset, index: int) -> dict[str, Any]:
+        item = read(self, index)
+        with (log.parent / f"seen_of_{world}_{rank}").open("a") as file:
+            file.writelines(name + "\n" for name in item["info"])
+        return item
+
+    TrainDataset.__getitem__ = noted  # type: ignore[method-assign]
+    sys.exit(main(list(words)))
 
 
 def layout(folder: Path) -> set[str]:
@@ -79,9 +113,14 @@ def phrases(folder: Path) -> list[str]:
     return [re.sub(r"[\d.]+", "#", line) for line in said]
 
 
-def steps_of(folder: Path) -> list[int]:
-    """Steps in the figures, in the order in which they were written."""
+def figures_of(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` so far, in the order in which they were written."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
     figures = [json.loads(line) for line in lines if line.endswith("}")]
-    return [one["step"] for one in figures if one["kind"] == "train"]
+    return [one for one in figures if one["kind"] == kind]
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Steps in the figures."""
+    return [one["step"] for one in figures_of(folder)]

@@ -13,119 +13,77 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mit_semseg.demo import streets
 from mit_semseg.engine.cpu import cpu_count
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 8  # of an epoch, of which there are two; the first has the start in it
 IMAGES = 4  # a step, in every form
+# Ranks, and TRAIN.fix_bn, without which ranks exchange statistics in every layer.
+FORMS = [(ranks, fix_bn) for fix_bn in (False, True) for ranks in (1, 2)]
 
 
-@dataclass(frozen=True)
-class Form:
-    """One way to run the same training.
-
-    Attributes:
-        ranks: processes of torchrun; 1 is a plain process with all the cores.
-        fix_bn: TRAIN.fix_bn, without which ranks exchange statistics in every layer.
-    """
-
-    ranks: int
-    fix_bn: bool
-
-    @property
-    def name(self) -> str:
-        what = (
-            f"one process, {cpu_count()} threads, batch {IMAGES}"
-            if self.ranks == 1
-            else f"{self.ranks} ranks of torchrun, batch {IMAGES // self.ranks} each"
-        )
-        return what + ", `TRAIN.fix_bn True`" * self.fix_bn
-
-    def command(self, recipe: Sequence[str]) -> list[str]:
-        launch = (
-            [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            + ["--nproc-per-node", str(self.ranks)]
-            if self.ranks > 1
-            else [sys.executable]
-        )
-        settings = ["TRAIN.batch_size_per_gpu", str(IMAGES // self.ranks)]
-        settings += ["TRAIN.fix_bn", str(self.fix_bn)]
-        return [*launch, str(ROOT / "train.py"), "--gpus", "cpu", *recipe, *settings]
-
-
-FORMS = [Form(ranks, fix_bn) for fix_bn in (False, True) for ranks in (1, 2)]
-
-
-@dataclass(frozen=True)
-class Measured:
+def measure(ranks: int, fix_bn: bool, scenes: Path, steps: int = 8) -> tuple[float, float]:
     """Images a second in the second epoch, and CPU seconds of the whole command."""
-
-    images: float
-    cpu: float
-
-
-def measure(form: Form, scenes: Path, steps: int = STEPS) -> Measured:
-    """Run one form once."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     with tempfile.TemporaryDirectory() as folder:
-        recipe = ["--cfg", str(ROOT / "config" / "demo.yaml"), "DIR", folder]
-        recipe += ["DATASET.root_dataset", str(scenes), "DATASET.classes", f"{scenes}/classes.csv"]
-        recipe += ["DATASET.list_train", f"{scenes}/training.odgt", "TRAIN.precision", "bf16"]
-        recipe += ["TRAIN.num_epoch", "2", "TRAIN.epoch_iters", str(steps), "TRAIN.ema", "0.0"]
-        recipe += ["TRAIN.disp_iter", str(steps), "TRAIN.eval_epochs", "0"]
-        recipe += ["TRAIN.class_weights", "none"]
+        settings = {
+            "DIR": folder,
+            "DATASET.root_dataset": scenes,
+            "DATASET.classes": f"{scenes}/classes.csv",
+            "DATASET.list_train": f"{scenes}/training.odgt",
+            "TRAIN.precision": "bf16",
+            "TRAIN.num_epoch": 2,  # the first has the start in it
+            "TRAIN.epoch_iters": steps,
+            "TRAIN.disp_iter": steps,
+            "TRAIN.eval_epochs": 0,
+            "TRAIN.ema": 0.0,
+            "TRAIN.class_weights": "none",
+            "TRAIN.batch_size_per_gpu": IMAGES // ranks,
+            "TRAIN.fix_bn": fix_bn,
+        }
+        words = [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / "train.py")]
+        words += ["--gpus", "cpu", "--cfg", str(ROOT / "config" / "demo.yaml")]
+        words += [str(word) for pair in settings.items() for word in pair]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         environment.pop("OMP_NUM_THREADS", None)
-        done = subprocess.run(
-            form.command(recipe), env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"{form.name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        subprocess.run(words, env=environment, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         lines = (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()
-    records = [record for line in lines if (record := json.loads(line))["kind"] == "train"]
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Measured(records[-1]["images_per_second"], cpu)
+    images = [json.loads(line)["images_per_second"] for line in lines][-1]
+    return images, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def table(found: Mapping[Form, Sequence[Measured]]) -> list[str]:
+def table(found: dict[tuple[int, bool], list[tuple[float, float]]]) -> list[str]:
     """The rows of the page, and what follows from them."""
     rows = ["| | images/s | CPU seconds of the whole command |", "|---|---|---|"]
-    for form, runs in found.items():
-        images = ", ".join(f"{run.images:.1f}" for run in runs)
-        rows.append(f"| {form.name} | {images} | {', '.join(f'{run.cpu:.0f}' for run in runs)} |")
-    seconds = {}
+    for (ranks, fix_bn), runs in found.items():
+        name = f"one process, {cpu_count()} threads" if ranks == 1 else f"{ranks} ranks of torchrun"
+        name += f", batch {IMAGES // ranks}" + " each" * (ranks > 1)
+        name += ", `TRAIN.fix_bn True`" * fix_bn
+        images = ", ".join(f"{images:.1f}" for images, _ in runs)
+        rows.append(f"| {name} | {images} | {', '.join(f'{cpu:.0f}' for _, cpu in runs)} |")
     for fix_bn in (False, True):
-        one, two = (found[Form(ranks, fix_bn)] for ranks in (1, 2))
-        ratios = [b.images / a.images for a, b in zip(one, two, strict=True)]
+        one, two = ([images for images, _ in found[ranks, fix_bn]] for ranks in (1, 2))
+        ratios = [b / a for a, b in zip(one, two, strict=True)]
         rows.append(
             f"TRAIN.fix_bn {fix_bn}: two ranks are {statistics.median(ratios):.2f} times as fast "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
+            f"({min(ratios):.2f} to {max(ratios):.2f}), with {IMAGES / statistics.median(two):.2f} "
+            "s a step"
         )
-        seconds[fix_bn] = statistics.median(IMAGES / run.images for run in two)
-    rows.append(
-        f"a step of two ranks takes {seconds[False]:.2f} s, with TRAIN.fix_bn {seconds[True]:.2f} s"
-    )
     return rows
 
 
 def main(rounds: int) -> None:
     """Measure all forms in turn, and print the table."""
-    found: dict[Form, list[Measured]] = {form: [] for form in FORMS}
+    found: dict[tuple[int, bool], list[tuple[float, float]]] = {form: [] for form in FORMS}
     with tempfile.TemporaryDirectory() as folder:
         scenes = streets.write(folder, 40, 1, size=(240, 320))
-        for number in range(rounds):
+        for _ in range(rounds):
             for form, runs in found.items():
-                began = time.monotonic()
-                runs.append(measure(form, scenes))
-                took = time.monotonic() - began
-                print(f"{number + 1}/{rounds} {form.name}: {took:.0f} s", file=sys.stderr)
+                runs.append(measure(*form, scenes))
     print("\n".join(table(found)))
 
 

@@ -13,7 +13,7 @@ from mit_semseg.engine.training.build import build
 from mit_semseg.engine.training.checkpoints import RunFolder
 from mit_semseg.engine.training.trainer import Trainer
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
-from mit_semseg.models import Encoder
+from mit_semseg.models import ENCODERS, Encoder
 from mit_semseg.models.encoders.base import Variant
 from mit_semseg.models.encoders.resnet import BasicBlock
 
@@ -35,9 +35,14 @@ class Small(Encoder):
         return [self.dropout(self.stage(self.norm(self.conv(images)).relu()))]
 
 
-ENCODERS = {"small": Small, "small_dropout": Variant(Small, dropout=0.1)}
+SMALL = {"small": Small, "small_dropout": Variant(Small, dropout=0.1)}
 # With it, random numbers must line up, too.
 DROPOUT = {"MODEL__arch_encoder": "small_dropout"}
+
+
+def register() -> None:
+    """For this process, which is none that looks at every encoder there is."""
+    ENCODERS._entries.update(SMALL)
 
 
 def trainer_of(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, exit_codes
 
 from mit_semseg.dataset import ClassTable
 from mit_semseg.engine.checkpoint import (
@@ -24,7 +25,6 @@ from mit_semseg.engine.checkpoint import (
 from mit_semseg.engine.training.checkpoints import RunFolder
 from mit_semseg.engine.training.run_lock import HOLDER, RunLock
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("wall", "floor", "tree", "sky")
 
 
@@ -33,8 +33,7 @@ def trained(tmp_path_factory, make_model):
     """A configuration whose folder has `best.pth`, and that checkpoint's tensors."""
     cfg = make_model(tmp_path_factory.mktemp("model"), NAMES)
     files = CheckpointFolder(cfg.DIR).files("best.pth")
-    halves = [torch.load(file, weights_only=True) for file in files]
-    return cfg, dict(zip(("encoder", "decoder"), halves))
+    return cfg, [torch.load(file, weights_only=True) for file in files]
 
 
 @pytest.fixture
@@ -56,40 +55,65 @@ def pairs(folder, *names):
     return touch(folder, *(f"{half}_{name}" for half in ("encoder", "decoder") for name in names))
 
 
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
 # ------------------------------------------------------------------------------ writing
-def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path):
-    file, other = tmp_path / "weights.pth", tmp_path / "other.pth"
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
+    file, other = tmp_path / "new" / "weights.pth", tmp_path / "new" / "other.pth"
     atomic_save({file: {"a": torch.arange(3)}})
+    assert torch.load(file, weights_only=True)["a"].tolist() == [0, 1, 2]
+    assert stat.S_IMODE(file.stat().st_mode) & 0o444 == 0o444, "others may read it"
     before = file.read_bytes()
     # Pickling fails after the tensor before it has been written.
     with pytest.raises((AttributeError, pickle.PicklingError)):
         atomic_save({file: {"a": torch.zeros(1000)}, other: {"b": lambda: None}})
-    assert file.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["weights.pth"]
 
-
-def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     def half(obj, file):
         file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        atomic_save({tmp_path / "weights.pth": {}})
-    assert list(tmp_path.iterdir()) == []
+        atomic_save({file: {}})
+    assert file.read_bytes() == before and names_in(file.parent) == {"weights.pth"}
 
 
-def test_a_save_makes_the_folder_and_a_file_others_may_read(tmp_path):
-    file = tmp_path / "new" / "weights.pth"
-    atomic_save({file: {"a": torch.arange(3)}})
-    assert torch.load(file, weights_only=True)["a"].tolist() == [0, 1, 2]
-    assert stat.S_IMODE(file.stat().st_mode) & 0o444 == 0o444
-    assert [p.name for p in file.parent.iterdir()] == ["weights.pth"]
+def test_a_full_disk_leaves_the_earlier_files(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.save_state(1, {"step": 1})
+    # /dev/full is a disk without room: what goes through the file's buffer fails there.
+    real = os.fdopen
+
+    def full(handle, mode):
+        return real(os.open("/dev/full", os.O_WRONLY), mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdopen", full)
+        with pytest.raises(OSError, match=r"No space left on device.*state_step_2\.pth"):
+            folder.save_state(2, {"step": 2, "weights": torch.zeros(1 << 20)})
+    assert names_in(tmp_path) == {"state_step_1.pth"}
+    assert folder.newest_state() == (tmp_path / "state_step_1.pth", {"step": 1})
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    make_writable(tmp_path / "a" / "b", "DIR")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "c").write_text("a file")
+    with pytest.raises(OSError, match=r"DIR .*c/d cannot be written to \(.*\): give another"):
+        RunLock(tmp_path / "c" / "d").acquire()
+    with pytest.raises(OSError, match=r"--out /proc/self/results cannot be written to"):
+        make_writable("/proc/self/results", "--out")
 
 
 # ------------------------------------------------------------------------------ names
 def test_names_are_whole_pairs_in_order(tmp_path):
-    folder = pairs(tmp_path, "epoch_10.pth", "epoch_2.pth", "best.pth")
+    folder = RunFolder(tmp_path)
+    assert folder.latest_epoch() == 0
+    pairs(tmp_path, "best.pth")
+    assert folder.latest_epoch() == 0
+    pairs(tmp_path, "epoch_10.pth", "epoch_2.pth")
     touch(
         tmp_path,
         "encoder_epoch_11.pth",  # the run was killed before its decoder was written
@@ -100,17 +124,12 @@ def test_names_are_whole_pairs_in_order(tmp_path):
         "config.yaml",
     )
     assert folder.names() == ["epoch_2.pth", "epoch_10.pth", "best.pth"]
+    assert folder.latest_epoch() == 10
+    halves = [tmp_path / f"{half}_epoch_2.pth" for half in ("encoder", "decoder")]
+    assert list(folder.files("epoch_2.pth")) == halves
     assert folder.best_or_latest() == "best.pth"
     (tmp_path / "decoder_best.pth").unlink()
     assert folder.best_or_latest() == "epoch_10.pth"
-
-
-def test_files(tmp_path):
-    folder = pairs(tmp_path, "epoch_2.pth")
-    assert folder.files("epoch_2.pth") == (
-        tmp_path / "encoder_epoch_2.pth",
-        tmp_path / "decoder_epoch_2.pth",
-    )
 
 
 def test_a_missing_checkpoint_is_answered_with_those_there_are(tmp_path):
@@ -126,6 +145,8 @@ def test_a_missing_checkpoint_is_answered_with_those_there_are(tmp_path):
         CheckpointFolder(tmp_path / "new").files("best.pth")
     with pytest.raises(FileNotFoundError, match=r"decoder_epoch_3\.pth does not exist"):
         folder.files("epoch_3.pth")
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist.*no checkpoint fol"):
+        folder.config()
 
 
 @pytest.mark.parametrize("ask", ["files", "best_or_latest"])
@@ -134,8 +155,8 @@ def test_a_folder_without_checkpoints_is_answered_with_what_it_holds(tmp_path, a
         with pytest.raises(FileNotFoundError) as error:
             folder.files("best.pth") if ask == "files" else folder.best_or_latest()
         assert "\n" not in str(error.value)
-        if ask == "files":
-            assert "train first, or put encoder_best.pth and" in str(error.value)
+        fix = "train first, or put encoder_best.pth and"
+        assert (fix in str(error.value)) == (ask == "files")
         return str(error.value)
 
     assert "no file" in message(CheckpointFolder(tmp_path))
@@ -146,16 +167,10 @@ def test_a_folder_without_checkpoints_is_answered_with_what_it_holds(tmp_path, a
     assert "z05 ..." in message(folder) and "z06" not in message(folder)  # long lists are cut
 
 
-def test_a_folder_without_configuration_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist.*no checkpoint fol"):
-        CheckpointFolder(tmp_path).config()
-
-
 @pytest.mark.parametrize(
     ("checkpoint", "folder", "name"),
     [
         ("best.pth", "mine", "best.pth"),
-        ("epoch_3.pth", "mine", "epoch_3.pth"),
         ("other/epoch_3.pth", "other", "epoch_3.pth"),
         ("/far/away/best.pth", "/far/away", "best.pth"),
         ("./best.pth", ".", "best.pth"),
@@ -166,20 +181,8 @@ def test_resolve_checkpoint(checkpoint, folder, name):
     assert (found.path, found_name) == (Path(folder), name)
 
 
-# ------------------------------------------------------------------------------ epochs
-def test_the_latest_epoch_is_one_whose_weights_are_there(tmp_path):
-    folder = CheckpointFolder(tmp_path)
-    assert folder.latest_epoch() == 0
-    pairs(tmp_path, "best.pth")
-    assert folder.latest_epoch() == 0
-    pairs(tmp_path, "epoch_2.pth", "epoch_9.pth", "epoch_10.pth")
-    touch(tmp_path, "encoder_epoch_11.pth")
-    assert folder.latest_epoch() == 10  # weights alone, as published
-
-
 @pytest.mark.parametrize(
-    ("keep", "left"),
-    [(0, [1, 2, 10]), (1, [10]), (2, [2, 10]), (3, [1, 2, 10]), (9, [1, 2, 10])],
+    ("keep", "left"), [(0, [1, 2, 10]), (1, [10]), (2, [2, 10]), (9, [1, 2, 10])]
 )
 def test_old_epochs_are_dropped_whole(tmp_path, keep, left):
     folder = pairs(tmp_path, "epoch_1.pth", "epoch_2.pth", "epoch_10.pth", "best.pth")
@@ -189,6 +192,7 @@ def test_old_epochs_are_dropped_whole(tmp_path, keep, left):
     assert {p.name for p in tmp_path.glob("history*")} == {f"history_epoch_{n}.pth" for n in left}
 
 
+# ------------------------------------------------------------------------------ states
 def test_the_newest_two_states_are_kept(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.newest_state() is None
@@ -220,57 +224,13 @@ def test_a_damaged_state_is_named_and_the_one_before_taken(tmp_path, how, caplog
     for step in (5, 7):
         folder.save_state(step, {"step": step, "weights": torch.arange(1000.0)})
     damage(tmp_path / "state_step_7.pth", how)
-    found = folder.newest_state()
-    assert found is not None and found[1]["step"] == 5
+    assert folder.newest_state()[1]["step"] == 5
     assert "state_step_7.pth" in caplog.text and "damaged" in caplog.text
-    names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"state_step_5.pth", "state_step_7.pth.damaged"}, "nothing is thrown away"
+    left = {"state_step_5.pth", "state_step_7.pth.damaged"}
+    assert names_in(tmp_path) == left, "nothing is thrown away"
     damage(tmp_path / "state_step_5.pth", how)
     with pytest.raises(ValueError, match=r"all 1 states in .* are damaged.*start_epoch"):
         folder.newest_state()
-
-
-def test_a_full_disk_leaves_the_earlier_files(tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path)
-    folder.save_state(1, {"step": 1})
-    # /dev/full is a disk without room: what goes through the file's buffer fails there.
-    real = os.fdopen
-    monkeypatch.setattr(
-        os, "fdopen", lambda handle, mode: real(os.open("/dev/full", os.O_WRONLY), mode)
-    )
-    with pytest.raises(OSError, match=r"No space left on device.*state_step_2\.pth"):
-        folder.save_state(2, {"step": 2, "weights": torch.zeros(1 << 20)})
-    monkeypatch.undo()
-    assert [p.name for p in tmp_path.iterdir()] == ["state_step_1.pth"]
-    assert folder.newest_state() == (tmp_path / "state_step_1.pth", {"step": 1})
-
-
-def test_one_run_at_a_time_uses_a_folder(tmp_path):
-    lock = RunLock(tmp_path / "model")
-    leftover = tmp_path / "model" / ".state_step_7.pth.abc123"
-    leftover.parent.mkdir()
-    leftover.write_bytes(b"half of a state")
-    other = (
-        "import sys; from pathlib import Path\n"
-        "from mit_semseg.engine.training.run_lock import RunLock\n"
-        "try: RunLock(Path(sys.argv[1])).acquire()\n"
-        "except ValueError as error: print(error)"
-    )
-
-    def ask():
-        command = [sys.executable, "-c", other, str(lock.folder)]
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=60
-        ).stdout
-
-    lock.acquire()
-    RunFolder(lock.folder).remove_unfinished()
-    assert not leftover.exists(), "what a killed run was writing is of no use"
-    assert f"model is in use by process {os.getpid()} on " in ask()
-    with pytest.raises(ValueError, match="in use by another run of this process"):
-        RunLock(lock.folder).acquire()
-    lock.release()
-    assert ask() == ""
 
 
 def test_a_state_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
@@ -284,6 +244,31 @@ def test_a_state_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"state_step_1\.pth cannot be read"):
         folder.newest_state()
     assert [file.name for file in folder.states()] == ["state_step_1.pth"]
+
+
+# ------------------------------------------------------------------------------ locks
+def acquire(rank, folder, said):
+    try:
+        RunLock(folder).acquire()
+    except ValueError as error:
+        said.write_text(str(error))
+        sys.exit(2)
+
+
+def test_one_run_at_a_time_uses_a_folder(tmp_path):
+    lock, said = RunLock(tmp_path / "model"), tmp_path / "said"
+    leftover = tmp_path / "model" / ".state_step_7.pth.abc123"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half of a state")
+    lock.acquire()
+    RunFolder(lock.folder).remove_unfinished()
+    assert not leftover.exists(), "what a killed run was writing is of no use"
+    assert exit_codes(acquire, 1, lock.folder, said) == [2]
+    assert f"model is in use by process {os.getpid()} on " in said.read_text()
+    with pytest.raises(ValueError, match="in use by another run of this process"):
+        RunLock(lock.folder).acquire()
+    lock.release()
+    assert exit_codes(acquire, 1, lock.folder, said) == [0]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
@@ -319,16 +304,6 @@ def test_the_lock_of_a_killed_run_is_free_though_its_workers_live(tmp_path):
         os.kill(int(done.stdout), signal.SIGKILL)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    make_writable(tmp_path / "a" / "b", "DIR")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    (tmp_path / "c").write_text("a file")
-    with pytest.raises(OSError, match=r"DIR .*c/d cannot be written to \(.*\): give another"):
-        RunLock(tmp_path / "c" / "d").acquire()
-    with pytest.raises(OSError, match=r"--out /proc/self/results cannot be written to"):
-        make_writable("/proc/self/results", "--out")
-
-
 # ------------------------------------------------------------------------------ models
 def predictions(cfg, checkpoint="best.pth"):
     image = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
@@ -350,35 +325,22 @@ def test_the_folder_describes_its_model(trained, tmp_path):
     assert str(tmp_path) == moved.config().DIR
 
 
-def test_a_model_comes_back_as_it_was_saved(trained):
-    cfg, halves = trained
-    model = load_model(cfg, "best.pth")
-    assert not model.training
-    for half, module in (("encoder", model.encoder), ("decoder", model.decoder)):
-        state = module.state_dict()
-        assert state.keys() == halves[half].keys()
-        for key, value in halves[half].items():
-            assert torch.equal(state[key], value), key
-
-
-def test_a_checkpoint_in_another_folder(elsewhere, tmp_path):
-    cfg, halves = elsewhere
-    CheckpointFolder(tmp_path / "a").save("epoch_4.pth", halves["encoder"], halves["decoder"])
-    there = predictions(cfg, f"{tmp_path}/a/epoch_4.pth")
-    cfg.DIR = str(tmp_path / "a")
-    assert torch.equal(predictions(cfg, "epoch_4.pth"), there)
-
-
-def test_loading_a_checkpoint_needs_no_pretrained_weights(trained, monkeypatch):
-    cfg = trained[0].clone()
+def test_a_model_comes_back_as_it_was_saved(trained, monkeypatch):
+    cfg, halves = trained[0].clone(), trained[1]
     cfg.MODEL.weights_encoder = ""  # as published: ImageNet weights, from the network
     monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", cfg.DIR)
-    load_model(cfg, "best.pth")
+    model = load_model(cfg, "best.pth")
+    assert not model.training
     assert cfg.MODEL.weights_encoder == "", "the caller's configuration stays as it was"
+    for module, expected in zip((model.encoder, model.decoder), halves):
+        state = module.state_dict()
+        assert state.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(state[key], value), key
 
 
-def test_files_of_the_published_training_load(elsewhere, trained):
+def test_files_of_the_published_training_load_from_any_folder(elsewhere, trained):
     """`module.` before each name, bookkeeping beside each BatchNorm, no batch counts."""
     cfg, halves = elsewhere
 
@@ -396,62 +358,62 @@ def test_files_of_the_published_training_load(elsewhere, trained):
                 old[f"{part}_running_iter"] = torch.ones(1)
         return old
 
-    encoder, decoder = as_published(halves["encoder"]), as_published(halves["decoder"])
-    assert any("_tmp_running_mean" in key for key in encoder)
-    CheckpointFolder(cfg.DIR).save("epoch_20.pth", encoder, decoder)
-    assert torch.equal(predictions(cfg, "epoch_20.pth"), predictions(trained[0]))
+    published = [as_published(state) for state in halves]
+    assert any("_tmp_running_mean" in key for key in published[0])
+    CheckpointFolder(cfg.DIR).save("epoch_20.pth", *published)
+    expected = predictions(trained[0])
+    assert torch.equal(predictions(cfg, "epoch_20.pth"), expected)
+    assert torch.equal(predictions(trained[0], f"{cfg.DIR}/epoch_20.pth"), expected)
 
 
 def test_half_precision_files_load_as_float32(elsewhere):
     cfg, halves = elsewhere
-    small = {
-        half: {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-        for half, state in halves.items()
-    }
-    CheckpointFolder(cfg.DIR).save("best.pth", small["encoder"], small["decoder"])
+    small = [
+        {k: v.half() if v.is_floating_point() else v for k, v in state.items()} for state in halves
+    ]
+    CheckpointFolder(cfg.DIR).save("best.pth", *small)
     model = load_model(cfg, "best.pth")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {b.dtype for b in model.buffers()} == {torch.float32, torch.int64}
     key = "conv_last.weight"
-    assert torch.equal(model.decoder.state_dict()[key], small["decoder"][key].float())
+    assert torch.equal(model.decoder.state_dict()[key], small[1][key].float())
 
 
-def test_another_class_count_names_the_file_and_the_fix(trained):
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        (
+            ["DATASET.num_class", 7],
+            ["decoder_best.pth does not fit", "conv_last.weight", "DATASET.num_class"],
+        ),
+        (
+            ["MODEL.arch_encoder", "resnet18dilated", "MODEL.fc_dim", 512],
+            ["encoder_best.pth does not fit the encoder"],
+        ),
+    ],
+)
+def test_another_network_names_the_file_and_the_fix(trained, changes, names):
     cfg = trained[0].clone()
-    cfg.DATASET.num_class = 7
+    cfg.merge_from_list(changes)
     with pytest.raises(ValueError) as error:
         load_model(cfg, "best.pth")
     message = str(error.value)
-    assert message.startswith(f"{cfg.DIR}/decoder_best.pth does not fit")
-    assert "conv_last.weight" in message
-    assert "DATASET.num_class" in message
-    assert "\n" not in message
+    assert message.startswith(f"{cfg.DIR}/{names[0]}") and "\n" not in message
+    assert all(name in message for name in names)
 
 
-def test_another_encoder_names_the_file_and_the_fix(trained):
-    cfg = trained[0].clone()
-    cfg.MODEL.arch_encoder, cfg.MODEL.fc_dim = "resnet18dilated", 512
-    with pytest.raises(ValueError, match=r"encoder_best\.pth does not fit the encoder"):
-        load_model(cfg, "best.pth")
-
-
-def test_a_lost_tensor_is_refused(elsewhere):
+def test_damaged_files_and_lost_tensors_are_refused_by_name(elsewhere):
     """A trained model with a random part would predict nonsense."""
-    cfg, halves = elsewhere
-    lost = next(key for key in halves["encoder"] if key.endswith("running_var"))
-    rest = {key: value for key, value in halves["encoder"].items() if key != lost}
-    CheckpointFolder(cfg.DIR).save("best.pth", rest, halves["decoder"])
+    cfg, (encoder, decoder) = elsewhere
+    lost = next(key for key in encoder if key.endswith("running_var"))
+    folder, rest = CheckpointFolder(cfg.DIR), {k: v for k, v in encoder.items() if k != lost}
+    folder.save("best.pth", rest, decoder)
     with pytest.raises(ValueError) as error:
         load_model(cfg, "best.pth")
-    assert f"{cfg.DIR}/encoder_best.pth does not fit" in str(error.value)
-    assert lost in str(error.value)
-    assert "MODEL.arch_encoder" in str(error.value)
-
-
-def test_a_damaged_file_is_refused_by_name(elsewhere):
-    cfg, halves = elsewhere
-    folder = CheckpointFolder(cfg.DIR)
-    folder.save("best.pth", halves["encoder"], halves["decoder"])
+    message = str(error.value)
+    assert message.startswith(f"{cfg.DIR}/encoder_best.pth does not fit")
+    assert lost in message and "MODEL.arch_encoder" in message
+    folder.save("best.pth", encoder, decoder)
     file = folder.files("best.pth")[1]
     file.write_bytes(file.read_bytes()[:-500])
     with pytest.raises(ValueError, match=r"decoder_best\.pth is damaged"):

@@ -1,10 +1,9 @@
 """`--gpus cpu` leaves the driver of GPUs alone: starting it takes seconds, and memory on a GPU."""
 
-import pytest
 from jobs import SIZES, Job
 
-# A command in which whoever asks for GPUs ends it, and is named; torch itself may ask whether
-# there are any, as some of its optimizers do, but nothing may be started.
+# Commands in which whoever asks for GPUs ends the process, and is named; torch itself may ask
+# whether there are any, as some of its optimizers do, but nothing may be started.
 REFUSING = """
 import os, sys, traceback, torch
 
@@ -24,34 +23,29 @@ def refuse(name):
 for name in ("_lazy_init", "is_available", "device_count"):
     setattr(torch.cuda, name, refuse(name))
 
+import small_runs
+small_runs.register()
+
 if __name__ == "__main__":
     from mit_semseg.cli import main
 
-    sys.exit(main(sys.argv[1:]))
+    _, config, image = sys.argv
+    assert main(["train", "--gpus", "cpu", "--cfg", config]) == 0
+    assert main(["eval", "--gpus", "cpu", "--workers", "2", "--cfg", config]) == 0
+    assert main(["predict", "--gpu", "cpu", "--imgs", image, "--cfg", config]) == 0
+    print("on the CPU alone", flush=True)
+    main(["train", "--cfg", config])
 """
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory, make_images):
-    job = Job(tmp_path_factory.mktemp("cpu"))
+def test_commands_on_the_cpu_ask_for_no_gpu(tmp_path, make_images):
+    job = Job(tmp_path)
     make_images(job.data, SIZES)
     (job.root / "refusing.py").write_text(REFUSING)
-    return job
-
-
-def run(job, command, *words):
     settings = {"TRAIN__precision": "bf16", "TRAIN__ema": 0.9, "TEST__checkpoint": "epoch_1.pth"}
     config = job.config("trained", TRAIN__workers=1, TEST__result=str(job.root), **settings)
-    done = job.run(job.root / "refusing.py", command, *words, "--cfg", config)
-    assert done.process.returncode == 0, done.text()
-
-
-def test_training_evaluation_and_prediction_on_the_cpu_ask_for_no_gpu(job):
-    run(job, "train", "--gpus", "cpu")
-    run(job, "eval", "--gpus", "cpu", "--workers", "2")
-    run(job, "predict", "--gpu", "cpu", "--imgs", job.data / "img" / "part0" / "0.png")
-
-
-def test_the_guard_notices(job):
-    done = job.run(job.root / "refusing.py", "train", "--cfg", job.config("asks"))
-    assert done.process.returncode == 9 and "was called" in done.text()
+    done = job.run(job.root / "refusing.py", config, job.data / "img" / "part0" / "0.png")
+    before, said, after = done.text().partition("on the CPU alone")
+    assert said and "was called" not in before, before
+    # Without `--gpus cpu` the question is noticed.
+    assert done.process.returncode == 9 and "was called" in after, after

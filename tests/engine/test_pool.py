@@ -52,16 +52,9 @@ def test_pool_ends_with_the_first_accident(poison, error, message):
 
 
 def test_pool_gives_up_on_a_hanging_worker():
-    results = []
-    with pytest.raises(TimeoutError, match=r"no answer from any worker for 5 s; .*image -3"):
-        run_pool(
-            squares,
-            [0],
-            [1, -3],
-            results.append,
-            describe=lambda task: f"image {task}",
-            timeout=5,
-        )
+    results, options = [], {"describe": lambda task: f"image {task}", "timeout": 3}
+    with pytest.raises(TimeoutError, match=r"no answer from any worker for 3 s; .*image -3"):
+        run_pool(squares, [0], [1, -3], results.append, **options)
     assert results == [1]
     assert not multiprocessing.active_children()
 
@@ -110,29 +103,20 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
         command.destroy()
 
 
-@pytest.fixture(scope="module")
-def long_evaluation(tmp_path_factory, make_model, make_images):
-    """The command line of an evaluation of 4000 images by two processes."""
-    root = tmp_path_factory.mktemp("long")
-    make_images(root, [(48, 64)] * 4)
-    lines = (root / "val.odgt").read_text()
-    (root / "val.odgt").write_text(lines * 1000)
-    names = ("road", "sky", "car", "tree")
-    cfg = make_model(
-        root / "model",
-        names,
-        DATASET__root_dataset=str(root),
-        DATASET__list_val=str(root / "val.odgt"),
-    )
-    dump_config(cfg, root / "job.yaml")
-    words = ["-m", "mit_semseg.cli", "eval", "--gpus", "cpu", "--workers", "2"]
-    return [sys.executable, *words, "--cfg", str(root / "job.yaml")]
-
-
 @needs_proc
-@pytest.mark.parametrize("victim", ["worker", pytest.param("parent", marks=pytest.mark.slow)])
-def test_a_kill_ends_the_evaluation_and_all_its_processes(victim, long_evaluation, tmp_path):
-    command = Command(long_evaluation, tmp_path / "log.txt")
+@pytest.mark.slow  # a killed worker: test_evaluate.py; a killed parent: above
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_kill_ends_the_command_and_its_processes(victim, tmp_path, make_model, make_images):
+    """Of 4000 images by two processes."""
+    make_images(tmp_path, [(48, 64)] * 4)
+    listing = tmp_path / "val.odgt"
+    listing.write_text(listing.read_text() * 1000)
+    lists = {"DATASET__root_dataset": str(tmp_path), "DATASET__list_val": str(listing)}
+    cfg = make_model(tmp_path / "model", ("road", "sky", "car", "tree"), **lists)
+    dump_config(cfg, tmp_path / "job.yaml")
+    words = ["-m", "mit_semseg.cli", "eval", "--gpus", "cpu", "--workers", "2"]
+    words = [sys.executable, *words, "--cfg", tmp_path / "job.yaml"]
+    command = Command(words, tmp_path / "log.txt")
     try:
         command.until_said(r" [1-9]\d*/4000 ")
         workers = command.members(WORKER)

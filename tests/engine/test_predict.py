@@ -7,7 +7,6 @@ import re
 import signal
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import Command, free_port, torchrun
+from processes import exit_codes, free_port
 
+from mit_semseg.cli import main
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import load_image
 from mit_semseg.dataset.transforms import scaled_inputs
@@ -34,8 +34,13 @@ NAMES = ("wall", "floor", "lamp", "plant")
 
 
 @pytest.fixture(scope="module")
-def cfg(tmp_path_factory, make_model):
+def model(tmp_path_factory, make_model):
     return make_model(tmp_path_factory.mktemp("ckpt") / "model", NAMES)
+
+
+@pytest.fixture
+def cfg(model):
+    return model.clone()
 
 
 def photo(path, size=(64, 48), mode="RGB", seed=0):
@@ -45,44 +50,46 @@ def photo(path, size=(64, 48), mode="RGB", seed=0):
     image = Image.fromarray(small.repeat(8, 0).repeat(8, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     if mode == "I;16":
-        grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
-        Image.fromarray(grey).save(path)
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
     else:
         image.convert(mode).save(path)
     return path
 
 
+def photos(folder, count, sizes=((64, 48),)):
+    return [photo(folder / f"{k:02}.png", sizes[k % len(sizes)], seed=k) for k in range(count)]
+
+
+def run(cfg, images, out, *kinds, device=CPU, **options):
+    if kinds:
+        cfg.TEST.save = list(kinds)
+    return predict(cfg, images, device, result=out, progress=False, **options)
+
+
+def labels_of(one):
+    return np.asarray(Image.open(one["outputs"]["index"]))
+
+
 def published(cfg, path):
     """Mean of the scales' probabilities at full size, (K, H, W), as the published script has it."""
-    module = load_model(cfg, "best.pth")
-    image = load_image(path)
-    height, width = image.shape[:2]
-    total = torch.zeros(1, len(NAMES), height, width)
+    module, image = load_model(cfg, "best.pth"), load_image(path)
+    total = torch.zeros(1, len(NAMES), *image.shape[:2])
     with torch.no_grad():
         for x in scaled_inputs(image, cfg.DATASET):
-            logits = F.interpolate(
-                module.logits(x), (height, width), mode="bilinear", align_corners=False
-            )
+            logits = F.interpolate(module.logits(x), image.shape[:2], mode="bilinear")
             total += torch.softmax(logits, dim=1) / len(cfg.DATASET.imgSizes)
     return total[0].numpy()
 
 
-def with_save(cfg, *kinds):
-    changed = cfg.clone()
-    changed.TEST.save = list(kinds)
-    return changed
-
-
 # ------------------------------------------------------------------------------ results
 def test_prediction_is_the_published_procedure(cfg, tmp_path, capsys):
-    path = photo(tmp_path / "in" / "room.jpg")
+    path, out = photo(tmp_path / "in" / "room.jpg"), tmp_path / "out"
     scores = published(cfg, path)
     expected = scores.argmax(0)
     assert len(np.unique(expected)) >= 2, "the random model must see more than one class"
     kinds = ("color", "index", "overlay", "prob", "side", "legend")
-    (one,) = predict(with_save(cfg, *kinds), path, CPU, result=tmp_path / "out", progress=False)
+    (one,) = run(cfg, path, out, *kinds)
 
-    out = tmp_path / "out"
     files = {kind: out / f"room_{kind}.{'npy' if kind == 'prob' else 'png'}" for kind in kinds}
     assert one["outputs"] == {kind: str(file) for kind, file in files.items()}
     stored = np.load(files["prob"], mmap_mode="r")
@@ -102,8 +109,7 @@ def test_prediction_is_the_published_procedure(cfg, tmp_path, capsys):
     np.testing.assert_array_equal(np.asarray(index.convert("RGB")), colors[labels])
     np.testing.assert_array_equal(np.asarray(Image.open(files["color"])), colors[labels])
     side = np.asarray(Image.open(files["side"]))
-    np.testing.assert_array_equal(side[:, :64], load_image(path))
-    np.testing.assert_array_equal(side[:, 64:], colors[labels])
+    np.testing.assert_array_equal(side, np.hstack([load_image(path), colors[labels]]))
     overlay = np.asarray(Image.open(files["overlay"])).astype(float)
     half = (load_image(path).astype(float) + colors[labels]) / 2
     assert np.abs(overlay - half).max() <= 1
@@ -120,30 +126,24 @@ def test_prediction_is_the_published_procedure(cfg, tmp_path, capsys):
 
 
 def test_settings_of_the_prediction_are_its_own(cfg, tmp_path):
-    path = photo(tmp_path / "a.png")
-    changed = with_save(cfg, "prob")
-    changed.TEST.imgSizes = [40]
-    changed.TEST.flip = True
-    predict(changed, path, CPU, result=tmp_path / "out", progress=False)
-    stored = np.load(tmp_path / "out" / "a.npy")
+    path, turned = photo(tmp_path / "a.png"), tmp_path / "turned.png"
     single = cfg.clone()
     single.DATASET.imgSizes = [40]
-    turned = tmp_path / "turned.png"
     Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(turned)
     both = (published(single, path) + published(single, turned)[:, :, ::-1]) / 2
-    np.testing.assert_allclose(stored, both, atol=1e-3)
+    cfg.TEST.imgSizes, cfg.TEST.flip = [40], True
+    run(cfg, path, tmp_path / "out", "prob")
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "a.npy"), both, atol=1e-3)
 
 
 def test_batches_lose_no_image(cfg, tmp_path):
-    for k, size in enumerate([(64, 48), (48, 64), (64, 48), (64, 48), (72, 40)]):
-        photo(tmp_path / "in" / f"{k}.png", size, seed=k)
-    changed = with_save(cfg, "index")
-    single = predict(changed, tmp_path / "in", CPU, result=tmp_path / "a", progress=False)
-    changed.TEST.batch_size = 4
-    batched = predict(changed, tmp_path / "in", CPU, result=tmp_path / "b", progress=False)
-    assert [Path(one["image"]).name for one in batched] == [f"{k}.png" for k in range(5)]
+    images = photos(tmp_path / "in", 5, [(64, 48), (48, 64), (64, 48), (64, 48), (72, 40)])
+    single = run(cfg, tmp_path / "in", tmp_path / "a", "index")
+    cfg.TEST.batch_size = 4
+    batched = run(cfg, tmp_path / "in", tmp_path / "b")
+    assert [Path(one["image"]) for one in batched] == images
     for one, other in zip(single, batched, strict=True):
-        a, b = (np.asarray(Image.open(x["outputs"]["index"])) for x in (one, other))
+        a, b = labels_of(one), labels_of(other)
         assert a.shape == b.shape and (a == b).mean() > 0.99
 
 
@@ -153,20 +153,32 @@ def test_every_mode_and_extension(cfg, tmp_path):
         *(("e.bmp", "L"), ("f.jpeg", "CMYK"), ("g.webp", "RGB"), ("h.gif", "P")),
     ]:
         photo(tmp_path / "in" / name, mode=mode)
-    results = predict(
-        with_save(cfg, "index"), tmp_path / "in", CPU, result=tmp_path / "out", progress=False
-    )
+    results = run(cfg, tmp_path / "in", tmp_path / "out", "index")
     assert [Path(one["image"]).name[0] for one in results] == list("abcdefgh")
     assert all("error" not in one for one in results)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{x}.png" for x in "abcdefgh"]
 
 
-def test_bad_image_is_reported_and_does_not_stop_the_others(cfg, tmp_path, capsys):
-    photo(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+def test_images_may_be_computed_in_tiles(cfg, tmp_path):
+    path = photo(tmp_path / "a.png", (160, 120))
+    cfg.TEST.imgSizes, cfg.DATASET.imgMaxSize = [240], 320
+    labels = {}
+    for tile in ("off", "auto", 64, 320):
+        cfg.TEST.tile = tile
+        (one,) = run(cfg, path, tmp_path / str(tile), "index")
+        labels[tile] = labels_of(one)
+    for tile in ("auto", 320):
+        np.testing.assert_array_equal(labels[tile], labels["off"])
+    assert (labels[64] != labels["off"]).any()  # a random network, and tiles that see little
+
+
+# ------------------------------------------------------------------------------ bad images
+def test_a_bad_image_is_reported_and_does_not_stop_the_others(cfg, tmp_path, capsys):
+    image = photo(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(image.read_bytes()[:60])
     (tmp_path / "c.jpg").write_text("no picture")
     photo(tmp_path / "d.png")
-    results = predict(cfg, tmp_path, CPU, result=tmp_path / "out", progress=False)
+    results = run(cfg, tmp_path, tmp_path / "out")
     assert ["error" in one for one in results] == [False, True, True, False]
     assert "b.png" in results[1]["error"] and "c.jpg" in results[2]["error"]
     printed = capsys.readouterr().out
@@ -175,7 +187,7 @@ def test_bad_image_is_reported_and_does_not_stop_the_others(cfg, tmp_path, capsy
 
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, MemoryError, RuntimeError])
-def test_what_no_memory_is_enough_for_is_reported(cfg, tmp_path, monkeypatch, error):
+def test_out_of_memory_is_reported_with_its_image(cfg, tmp_path, monkeypatch, error):
     """Last of all, after tiles and the CPU; torch's error on the CPU has no type of its own."""
     plain, calls = Predictor.logits, []
 
@@ -186,38 +198,53 @@ def test_what_no_memory_is_enough_for_is_reported(cfg, tmp_path, monkeypatch, er
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(Predictor, "logits", scarce)
-    for name in "ab":
-        photo(tmp_path / f"{name}.png")
-    results = predict(cfg, tmp_path, CPU, result=tmp_path / "out", progress=False)
+    photos(tmp_path, 2)
+    results = run(cfg, tmp_path, tmp_path / "out")
     assert results[0]["error"].startswith("out of memory: lower DATASET.imgMaxSize")
     assert "error" not in results[1]
 
-
-def test_other_errors_are_not_taken_for_want_of_memory(cfg, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(Predictor, "logits", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        predict(cfg, photo(tmp_path / "a.png"), CPU, result=tmp_path / "out", progress=False)
+        run(cfg, tmp_path, tmp_path / "out")
 
 
-def test_images_may_be_computed_in_tiles(cfg, tmp_path):
-    path = photo(tmp_path / "a.png", (160, 120))
-    changed = with_save(cfg, "index")
-    changed.TEST.imgSizes, changed.DATASET.imgMaxSize = [240], 320
-    labels = {}
-    for tile in ("off", "auto", 64, 320):
-        changed.TEST.tile = tile
-        (one,) = predict(changed, path, CPU, result=tmp_path / str(tile), progress=False)
-        labels[tile] = np.asarray(Image.open(one["outputs"]["index"]))
-    np.testing.assert_array_equal(labels["auto"], labels["off"])
-    np.testing.assert_array_equal(labels[320], labels["off"])
-    assert (labels[64] != labels["off"]).any()  # a random network, and tiles that see little
+def test_what_cannot_be_written_is_reported_with_its_image(cfg, tmp_path, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no full device")
+    photos(tmp_path / "in", 3)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "01_legend.png").symlink_to("/dev/full")
+    results = run(cfg, tmp_path / "in", tmp_path / "out", "color", "legend")
+    assert ["error" in one for one in results] == [False, True, False]
+    assert "No space left on device" in results[1]["error"]
+    assert "01_legend.png" in results[1]["error"]
+    printed = capsys.readouterr().out
+    assert "1 of 3 images failed" in printed and "2 images parsed" in printed
+
+
+def test_bad_settings_are_refused(cfg, tmp_path):
+    path = photo(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match=r"epoch_3\.pth.*best\.pth"):
+        run(cfg, path, tmp_path, checkpoint="epoch_3.pth")
+    with pytest.raises(ValueError, match="device is empty"):
+        run(cfg, path, tmp_path, device=[])
+    with pytest.raises(ValueError, match=r"TEST\.save.*colour.*any of color, index"):
+        run(cfg, path, tmp_path, "colour")
+
+
+# ------------------------------------------------------------------------------ the pipeline
+@pytest.fixture
+def several_writers(monkeypatch):
+    """More threads than a CPU gets."""
+    threads = Threads(readers=2, writers=3)
+    monkeypatch.setattr(Threads, "of", lambda device, processes: threads)
+    return threads
 
 
 def test_large_images_are_not_read_while_others_are_computed(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_LARGE", 64 * 48 - 1)
     plain, busy, seen = Predictor.logits, [], []
 
     def computing(*args, **kwargs):
@@ -231,27 +258,17 @@ def test_large_images_are_not_read_while_others_are_computed(cfg, tmp_path, monk
         seen.append(bool(busy))
         return load_image(path)
 
+    monkeypatch.setattr(engine, "_LARGE", 64 * 48 - 1)
     monkeypatch.setattr(Predictor, "logits", computing)
     monkeypatch.setattr(engine, "load_image", reading)
-    for k in range(4):
-        photo(tmp_path / "in" / f"{k}.png", seed=k)
-    predict(cfg, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
+    photos(tmp_path / "in", 4)
+    run(cfg, tmp_path / "in", tmp_path / "out")
     assert seen == [False] * 4
 
 
-# ------------------------------------------------------------------------------ the pipeline
-@pytest.fixture
-def several_writers(monkeypatch):
-    """More threads than a CPU gets."""
-    threads = Threads(readers=2, writers=3)
-    monkeypatch.setattr(Threads, "of", lambda device, processes: threads)
-    return threads
-
-
-def test_images_are_computed_by_one_thread_and_written_by_others_in_order(
-    cfg, tmp_path, monkeypatch, several_writers, capsys
-):
-    images = [photo(tmp_path / "in" / f"{k}.png", seed=k) for k in range(8)]
+@pytest.mark.usefixtures("several_writers")
+def test_one_thread_computes_and_others_write_in_order(cfg, tmp_path, monkeypatch, capsys):
+    images = photos(tmp_path / "in", 8)
     threads = {"read": set(), "logits": set(), "labels": set(), "write": set()}
     written = []
 
@@ -263,7 +280,7 @@ def test_images_are_computed_by_one_thread_and_written_by_others_in_order(
         return call
 
     def slow(path, *args):
-        time.sleep(0.3 if path.name == "0.png" else 0)
+        time.sleep(0.3 if path.name == "00.png" else 0)
         save_result(path, *args)
         written.append(path.name)
 
@@ -271,11 +288,9 @@ def test_images_are_computed_by_one_thread_and_written_by_others_in_order(
     monkeypatch.setattr(engine, "save_result", watched("write", slow))
     for name in ("logits", "labels"):
         monkeypatch.setattr(Predictor, name, watched(name, getattr(Predictor, name)))
-    results = predict(
-        with_save(cfg, "color"), tmp_path / "in", CPU, result=tmp_path / "out", progress=False
-    )
+    results = run(cfg, tmp_path / "in", tmp_path / "out", "color")
     assert [Path(one["image"]) for one in results] == images
-    assert sorted(written) == [image.name for image in images] and written[0] != "0.png"
+    assert sorted(written) == [image.name for image in images] and written[0] != "00.png"
     printed = re.findall(r"Predictions in \[(.*)\]", capsys.readouterr().out)
     assert printed == [str(image) for image in images]
     assert threads["logits"] == threads["labels"] == {threading.get_ident()}
@@ -284,8 +299,7 @@ def test_images_are_computed_by_one_thread_and_written_by_others_in_order(
 
 
 def test_reading_does_not_run_away_from_writing(cfg, tmp_path, monkeypatch, several_writers):
-    for k in range(24):
-        photo(tmp_path / "in" / f"{k:02}.png", seed=k)
+    photos(tmp_path / "in", 24)
     counts, most = {"read": 0, "written": 0}, [0]
 
     def reading(path):
@@ -294,61 +308,39 @@ def test_reading_does_not_run_away_from_writing(cfg, tmp_path, monkeypatch, seve
         return load_image(path)
 
     def writing(*args):
-        time.sleep(0.1)
+        time.sleep(0.05)
         counts["written"] += 1
 
     monkeypatch.setattr(engine, "load_image", reading)
     monkeypatch.setattr(engine, "save_result", writing)
-    changed = with_save(cfg, "color")
-    predict(changed, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
+    run(cfg, tmp_path / "in", tmp_path / "out", "color")
     assert most[0] <= several_writers.held + 1 < 24
     # So many pixels, however many images that is.
     counts.update(read=0, written=0)
     most[0] = 0
     monkeypatch.setattr(engine, "_IN_MEMORY", 3 * 64 * 48)
-    predict(changed, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
+    run(cfg, tmp_path / "in", tmp_path / "out", "color")
     assert most[0] == 3
 
 
-def test_what_cannot_be_written_is_reported_with_its_image(cfg, tmp_path, capsys):
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no full device")
-    for name in "abc":
-        photo(tmp_path / "in" / f"{name}.png")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "b_legend.png").symlink_to("/dev/full")
-    changed = with_save(cfg, "color", "legend")
-    results = predict(changed, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
-    assert ["error" in one for one in results] == [False, True, False]
-    assert "No space left on device" in results[1]["error"]
-    assert "b_legend.png" in results[1]["error"]
-    printed = capsys.readouterr().out
-    assert "1 of 3 images failed" in printed and "2 images parsed" in printed
-
-
+@pytest.mark.usefixtures("several_writers")
 @pytest.mark.parametrize("error", [MemoryError, ZeroDivisionError, KeyboardInterrupt])
-def test_errors_of_writers(cfg, tmp_path, monkeypatch, several_writers, error):
+def test_errors_of_writers(cfg, tmp_path, monkeypatch, error):
     """Too little memory is one image's; anything else ends the run, and all its threads."""
 
     def broken(path, *args):
-        if path.name == "3.png":
+        if path.name == "03.png":
             raise error("while drawing")
 
-    for k in range(9):
-        photo(tmp_path / "in" / f"{k}.png", seed=k)
+    photos(tmp_path / "in", 9)
     monkeypatch.setattr(engine, "save_result", broken)
-    run = partial(
-        *(predict, with_save(cfg, "color"), tmp_path / "in", CPU),
-        result=tmp_path / "out",
-        progress=False,
-    )
     threads = threading.active_count()
     if error is MemoryError:
-        failed = [one for one in run() if "error" in one]
-        assert len(failed) == 1 and failed[0]["error"].startswith("out of memory: lower")
+        (failed,) = [one for one in run(cfg, tmp_path / "in", tmp_path, "color") if "error" in one]
+        assert failed["error"].startswith("out of memory: lower")
     else:
         with pytest.raises(error, match="while drawing"):
-            run()
+            run(cfg, tmp_path / "in", tmp_path, "color")
     assert threading.active_count() == threads
 
 
@@ -361,127 +353,112 @@ def test_control_c_ends_all_threads(cfg, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(*args)
 
-    for k in range(9):
-        photo(tmp_path / "in" / f"{k}.png", seed=k)
+    photos(tmp_path / "in", 9)
     monkeypatch.setattr(Predictor, "logits", interrupted)
     # Readers wait for memory, which nobody gives back any more.
     monkeypatch.setattr(engine, "_LARGE", 0)
     threads = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        predict(cfg, tmp_path / "in", CPU, result=tmp_path / "out", progress=False)
+        run(cfg, tmp_path / "in", tmp_path / "out")
     assert threading.active_count() == threads
 
 
+# ------------------------------------------------------------------------------ processes
+@pytest.mark.usefixtures("forked")
 def test_several_devices_share_the_images(cfg, tmp_path, capsys):
-    for k, size in enumerate([(64, 48), (48, 64), (64, 48), (72, 40), (64, 48)]):
-        photo(tmp_path / "in" / f"{k}.png", size, seed=k)
-    (tmp_path / "in" / "5.png").write_text("no picture")
-    changed = with_save(cfg, "index")
-    one = predict(changed, tmp_path / "in", CPU, result=tmp_path / "a", progress=False)
-    first = capsys.readouterr().out
-    two = predict(changed, tmp_path / "in", [CPU, CPU], result=tmp_path / "b", progress=False)
-    second = capsys.readouterr().out
+    photos(tmp_path / "in", 5, [(64, 48), (48, 64), (64, 48), (72, 40), (64, 48)])
+    (tmp_path / "in" / "05.png").write_text("no picture")
+    one, two = (
+        run(cfg, tmp_path / "in", tmp_path / str(len(devices)), "index", device=devices)
+        for devices in ([CPU], [CPU, CPU])
+    )
     assert [x["image"] for x in two] == [x["image"] for x in one]
     assert ["error" in x for x in two] == [False] * 5 + [True]
     assert two[5]["error"] == one[5]["error"]
     for a, b in zip(one[:5], two[:5], strict=True):
-        labels = [np.asarray(Image.open(x["outputs"]["index"])) for x in (a, b)]
-        assert (labels[0] == labels[1]).mean() > 0.99
-    order = [re.findall(r"Predictions in \[.*(\d)\.png\]", text) for text in (first, second)]
-    assert order == [list("01234")] * 2
-    assert "5 images parsed" in second and "1 of 6 images failed" in second
-    with pytest.raises(ValueError, match="device is empty"):
-        predict(changed, tmp_path / "in", [], result=tmp_path / "c", progress=False)
+        assert (labels_of(a) == labels_of(b)).mean() > 0.99
+    said = capsys.readouterr().out
+    assert re.findall(r"Predictions in \[.*0(\d)\.png\]", said) == list("01234") * 2
+    assert said.count("5 images parsed") == said.count("1 of 6 images failed") == 2
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_device_that_dies_ends_the_run(cfg, tmp_path):
-    for k in range(40):
-        photo(tmp_path / "in" / f"{k:02}.png", seed=k)
+    photos(tmp_path / "in", 40)
 
     def kill_one():
         while not (alive := multiprocessing.active_children()):
-            time.sleep(0.05)
-        os.kill(alive[0].pid or 0, signal.SIGKILL)
+            time.sleep(0.01)
+        os.kill(alive[0].pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
     with pytest.raises(ChildProcessError, match=r"SIGKILL.* while it held .*\.png"):
-        predict(cfg, tmp_path / "in", [CPU, CPU], result=tmp_path / "out", progress=False)
+        run(cfg, tmp_path / "in", tmp_path / "out", device=[CPU, CPU])
     killer.join()
     assert not multiprocessing.active_children()
 
 
+def rank(number, port, log, words):
+    os.environ.update(RANK=str(number), WORLD_SIZE="2", LOCAL_RANK=str(number))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    raise SystemExit(main(words))
+
+
 def test_ranks_share_the_images(cfg, tmp_path):
     """By the command line; the results lie among the images, where other ranks look for some."""
-    for k in range(5):
-        photo(tmp_path / "in" / f"{k}.png", seed=k)
+    photos(tmp_path / "in", 5)
     (tmp_path / "in" / "x.png").write_text("no picture")
-    words = [*("test.py", "--gpu", "cpu", "--cfg", f"{cfg.DIR}/config.yaml", "--imgs")]
+    words = ["predict", "--gpu", "cpu", "--cfg", f"{cfg.DIR}/config.yaml", "--imgs"]
     words += [str(tmp_path / "in"), "TEST.result", str(tmp_path / "in"), "TEST.save", "['index']"]
-    start = torchrun("--nproc-per-node", "2", "--master-port", str(free_port()))
-    command = Command([*start, *words], tmp_path / "log.txt")
-    try:
-        assert command.code(240) != 0, "an image failed"
-    finally:
-        command.destroy()
-    said = command.text()
+    codes = exit_codes(rank, 2, free_port(), tmp_path / "log.txt", words)
+    assert codes == [1, 1], "an image failed"
+    said = (tmp_path / "log.txt").read_text()
     assert said.count("5 images parsed") == 1 and said.count("1 of 6 images failed") == 1
-    assert sorted(re.findall(r"Predictions in \[.*/(.)\.png\]", said)) == list("01234")
-    written = sorted(path.name for path in (tmp_path / "in").glob("?_png.png"))
-    assert written == [f"{k}_png.png" for k in range(5)]
+    assert sorted(re.findall(r"Predictions in \[.*/0(.)\.png\]", said)) == list("01234")
+    written = sorted(path.name for path in (tmp_path / "in").glob("*_png.png"))
+    assert written == [f"0{k}_png.png" for k in range(5)]
 
 
 @pytest.mark.gpu
 def test_a_folder_on_a_gpu_is_what_segmenter_says(cfg, tmp_path):
-    sizes = [(64, 48), (48, 64), (64, 48), (160, 120)]
-    images = [photo(tmp_path / "in" / f"{k:02}.png", sizes[k % 4], seed=k) for k in range(24)]
+    images = photos(tmp_path / "in", 24, [(64, 48), (48, 64), (64, 48), (160, 120)])
     device = torch.device("cuda:0")
-    results = predict(
-        with_save(cfg, "index"), tmp_path / "in", device, result=tmp_path / "out", progress=False
-    )
+    results = run(cfg, tmp_path / "in", tmp_path / "out", "index", device=device)
     segmenter = Segmenter.from_checkpoint(cfg.DIR, device=device)
     for one, image in zip(results, images, strict=True):
-        labels = np.asarray(Image.open(one["outputs"]["index"])).astype(int)
-        expected = segmenter(image).labels + cfg.DATASET.label_offset
+        labels, expected = labels_of(one), segmenter(image).labels + cfg.DATASET.label_offset
         # Kernels may be chosen anew for each call: labels differ where classes tie.
         assert labels.shape == expected.shape and (labels == expected).mean() > 0.995
         assert one["seconds"] > 0
 
 
 # ------------------------------------------------------------------------------ names
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def test_no_input_is_ever_overwritten(cfg, tmp_path, monkeypatch):
     """As published: PNG inputs in the working folder, results written to `./`."""
     monkeypatch.chdir(tmp_path)
+
+    def digests():
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs]
+
     inputs = [photo(tmp_path / name, seed=k) for k, name in enumerate(["x.png", "x.jpg", "y.PNG"])]
-    before = [digest(path) for path in inputs]
+    before = digests()
     results = predict(cfg, ".", CPU, progress=False)
-    assert [digest(path) for path in inputs] == before
-    outputs = [Path(one["outputs"]["side"]).name for one in results]
+    assert digests() == before
     assert [Path(one["image"]).name for one in results] == ["x.jpg", "x.png", "y.PNG"]
+    outputs = [Path(one["outputs"]["side"]).name for one in results]
     assert outputs == ["x_jpg.png", "x_png.png", "y_PNG.png"]
 
 
 def test_relative_paths_are_kept(cfg, tmp_path):
-    photo(tmp_path / "in" / "one" / "x.png")
-    photo(tmp_path / "in" / "two" / "deep" / "x.png")
-    photo(tmp_path / "in" / "x.jpg")
-    predict(cfg, tmp_path / "in", CPU, result=tmp_path / "in" / "out", progress=False)
+    for name in ("one/x.png", "two/deep/x.png", "x.jpg"):
+        photo(tmp_path / "in" / name)
     out = tmp_path / "in" / "out"
+    run(cfg, tmp_path / "in", out)
     found = sorted(p.relative_to(out).as_posix() for p in out.rglob("*.png"))
     pictures = ["one/x.png", "two/deep/x.png", "x.png"]
     assert found == sorted(pictures + [p.replace(".png", "_legend.png") for p in pictures])
     # Results inside the given folder are no images of the next run.
     files, _ = find_images(tmp_path / "in", skip=out)
     assert len(files) == 3
-
-
-def test_bad_settings_are_refused(cfg, tmp_path):
-    path = photo(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"TEST\.save.*colour.*any of color, index"):
-        predict(with_save(cfg, "colour"), path, CPU, result=tmp_path, progress=False)
-    with pytest.raises(FileNotFoundError, match=r"epoch_3\.pth.*best\.pth"):
-        predict(cfg, path, CPU, checkpoint="epoch_3.pth", result=tmp_path, progress=False)

@@ -2,17 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
+import psutil
 import pytest
+from processes import exit_codes, forkserver, needs_proc
 
-from mit_semseg.engine.signals import StopRequest
-
-ROOT = Path(__file__).resolve().parents[2]
+from mit_semseg.engine.signals import StopRequest, ignore_stops, leave_to_parent
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -53,52 +50,49 @@ def test_in_another_thread_nothing_is_touched():
     assert found == [before]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel does it on Linux only")
+def wait_for_signals(rank, pids):
+    """A process with a worker that is left to it; the worker says when it is ready."""
+    ready, told = os.pipe()
+    worker = os.fork()
+    if not worker:
+        leave_to_parent()
+        os.write(told, b"ready")
+        time.sleep(100)
+    os.read(ready, 5)
+    pids.write_text(f"{os.getpid()} {worker}")
+    time.sleep(100)
+
+
+@needs_proc
 def test_a_worker_ignores_the_group_and_dies_with_its_parent(tmp_path):
-    worker = (
-        "import time; from mit_semseg.engine.signals import leave_to_parent\n"
-        "leave_to_parent(); print('ready', flush=True); time.sleep(100)"
-    )
-    parent = (
-        "import subprocess, sys, time\n"
-        f"p = subprocess.Popen([sys.executable, '-c', {worker!r}], stdout=subprocess.PIPE)\n"
-        "p.stdout.readline(); print(p.pid, flush=True); time.sleep(100)"
-    )
-    running = subprocess.Popen(
-        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert running.stdout is not None
-    pid = int(running.stdout.readline())
-    os.kill(pid, signal.SIGTERM)
-    os.kill(pid, signal.SIGINT)
+    pids = tmp_path / "pids"
+    thread = threading.Thread(target=exit_codes, args=(wait_for_signals, 1, pids))
+    thread.start()
+    while not pids.is_file() or len(pids.read_text().split()) < 2:
+        time.sleep(0.02)
+    parent, worker = (psutil.Process(int(pid)) for pid in pids.read_text().split())
+    worker.send_signal(signal.SIGTERM)
+    worker.send_signal(signal.SIGINT)
     time.sleep(0.3)
-    assert _lives(pid)
-    running.kill()
-    running.wait()
-    end = time.monotonic() + 10
-    while _lives(pid) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not _lives(pid)
+    assert worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
+    parent.kill()
+    thread.join(20)
+    psutil.wait_procs([worker], 10)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_signal_to_a_process_that_is_done_changes_nothing():
-    done = (
-        "import atexit, time; from mit_semseg.engine.signals import ignore_stops\n"
-        "atexit.register(lambda: (print('ending', flush=True), time.sleep(1)))\n"
-        "atexit.register(ignore_stops)"
-    )
-    running = subprocess.Popen(
-        [sys.executable, "-c", done], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert running.stdout is not None
-    running.stdout.readline()
-    running.send_signal(signal.SIGTERM)
-    running.send_signal(signal.SIGINT)
-    assert running.wait(30) == 0
+def end_slowly(rank, ending):
+    ignore_stops()
+    ending.touch()
+    time.sleep(0.5)
 
 
-def _lives(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+def test_a_signal_to_a_process_that_is_done_changes_nothing(tmp_path):
+    process = forkserver().Process(target=end_slowly, args=(0, tmp_path / "ending"))
+    process.start()
+    while not (tmp_path / "ending").exists():
+        time.sleep(0.02)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 0

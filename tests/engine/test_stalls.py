@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mit_semseg.config import load_config
 from mit_semseg.dataset import images, read_odgt
 from mit_semseg.engine.evaluate import evaluate
 from mit_semseg.engine.predict import predict
@@ -51,21 +50,9 @@ def hang(monkeypatch):
     return hang
 
 
-@pytest.fixture
-def job(tmp_path, make_images):
-    """A training of two epochs, each of them validated, on four images."""
-    root = tmp_path / "data"
-    make_images(root, [(32, 32)] * 4)
-    opts = [
-        *("DIR", str(tmp_path / "model"), "DATASET.root_dataset", str(root)),
-        *("DATASET.list_train", str(root / "val.odgt"), "DATASET.list_val", str(root / "val.odgt")),
-        *("DATASET.num_class", "4", "DATASET.label_offset", "0", "DATASET.imgSizes", "[32]"),
-        *("MODEL.arch_encoder", "enet", "MODEL.arch_decoder", "enet", "MODEL.fc_dim", "128"),
-        *("MODEL.weights_encoder", "none", "DATASET.segm_downsampling_rate", "1"),
-        *("TRAIN.num_epoch", "1", "TRAIN.epoch_iters", "1", "TRAIN.stall_seconds", "1"),
-        *("TRAIN.class_weights", "median"),
-    ]
-    return load_config(None, opts)
+def stalled(capfd):
+    said = capfd.readouterr().err
+    return next(line for line in said.splitlines() if "error: no progress" in line)
 
 
 # How often the mask is opened before: the samples of both lists are looked at.
@@ -77,14 +64,20 @@ def job(tmp_path, make_images):
         ("validation", 3, "waiting for an image to be validated"),
     ],
 )
-def test_training(job, hang, capfd, when, after, awaited):
-    job.TRAIN.workers = 1  # the training images are opened in another process
-    mask = read_odgt(job.DATASET.list_val)[2]["fpath_segm"]
+def test_training(settings, hang, capfd, when, after, awaited):
+    cfg = settings(
+        TRAIN__num_epoch=1,
+        TRAIN__epoch_iters=1,
+        TRAIN__eval_epochs=1,
+        TRAIN__class_weights="median",
+        TRAIN__workers=1,  # the training images are opened in another process
+        TRAIN__stall_seconds=1,
+    )
+    mask = read_odgt(cfg.DATASET.list_val)[2]["fpath_segm"]
     statuses = hang(mask, after)
-    train(job, [CPU], progress=False)
+    train(cfg, [CPU], progress=False)
     assert statuses == [3], when
-    said = capfd.readouterr().err
-    line = next(line for line in said.splitlines() if "error: no progress" in line)
+    line = stalled(capfd)
     assert awaited in line and f"{mask};" in line.partition("being read: ")[2]
     assert "TRAIN.stall_seconds" in line
     assert not multiprocessing.active_children()
@@ -92,25 +85,18 @@ def test_training(job, hang, capfd, when, after, awaited):
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
 def test_other_commands(tmp_path, make_model, make_images, hang, capfd, command):
-    make_images(tmp_path / "data", [(32, 48)] * 3)
-    cfg = make_model(
-        tmp_path / "model",
-        ("road", "sky", "car", "tree"),
-        DATASET__root_dataset=str(tmp_path / "data"),
-        DATASET__list_val=str(tmp_path / "data" / "val.odgt"),
-        VAL__timeout=1,
-        TEST__timeout=1,
-        TEST__result=str(tmp_path / "out"),
-    )
+    data = tmp_path / "data"
+    make_images(data, [(32, 48)] * 3)
+    lists = {"DATASET__root_dataset": str(data), "DATASET__list_val": str(data / "val.odgt")}
+    limits = {"VAL__timeout": 1, "TEST__timeout": 1, "TEST__result": str(tmp_path / "out")}
+    cfg = make_model(tmp_path / "model", ("road", "sky", "car", "tree"), **lists, **limits)
     image = read_odgt(cfg.DATASET.list_val)[1]["fpath_img"]
     statuses = hang(image)
     if command == "evaluate":
         evaluate(cfg, [CPU], progress=False)
     else:
-        predict(cfg, (tmp_path / "data" / image).parent, CPU, progress=False)
+        predict(cfg, (data / image).parent, CPU, progress=False)
     assert statuses == [3]
-    said = capfd.readouterr().err
-    line = next(line for line in said.splitlines() if "error: no progress" in line)
-    key = "VAL" if command == "evaluate" else "TEST"
+    line, key = stalled(capfd), "VAL" if command == "evaluate" else "TEST"
     assert "waiting for a file to be read; being read: " in line
     assert f"{image};" in line and f"raise {key}.timeout" in line

@@ -5,45 +5,26 @@ import copy
 import pytest
 import torch
 from reads import gpu_waits, reads_of
-from torch import Tensor, nn
+from small_runs import CPU, Small
+from torch import Tensor
 
 from mit_semseg.engine.training.optim import MovingAverage, build_optimizer
 from mit_semseg.engine.training.state import Progress
 from mit_semseg.engine.training.step import TrainStep
 from mit_semseg.losses import build_loss
-from mit_semseg.models import Decoder, Encoder, SegmentationModule
+from mit_semseg.models import DECODERS, SegmentationModule
 from mit_semseg.precision import Precision
 
-CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
 CLASSES = 3
-
-
-class Backbone(Encoder):
-    """A convolution with BatchNorm."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3, 2, padding=1), nn.BatchNorm2d(4)
-
-    def feature_maps(self, images):
-        return [self.norm(self.conv(images)).relu()]
-
-
-class Head(Decoder):
-    """A convolution."""
-
-    def __init__(self):
-        super().__init__((4,), CLASSES)
-        self.conv_last = nn.Conv2d(4, CLASSES, 1)
-
-    def logits(self, features):
-        return (self.conv_last(features[-1]),)
 
 
 def make_step(device=CPU, **changes):
     """A step of a small network; `ema`, `kind` and `fix_bn` beside arguments of `TrainStep`."""
     torch.manual_seed(0)
-    module = SegmentationModule(Backbone(), Head(), build_loss("nll", CLASSES)).to(device)
+    module = SegmentationModule(
+        Small(), DECODERS.get("c1")((16,), CLASSES), build_loss("nll", CLASSES)
+    ).to(device)
     ema, kind = changes.pop("ema", 0.0), changes.pop("kind", "SGD")
     optimizer = build_optimizer(kind, (module.encoder, 0.1), (module.decoder, 0.1))
     options = {
@@ -69,7 +50,7 @@ def batch(number):
     generator = torch.Generator().manual_seed(number)
     return [
         {
-            "img_data": torch.randn(2, 3, 12, 16, generator=generator),
+            "img_data": torch.randn(2, 3, 24, 32, generator=generator),
             "seg_label": torch.randint(-1, CLASSES, (2, 6, 8), generator=generator),
             "info": [f"{number}a.png", f"{number}b.png"],
         }
@@ -203,10 +184,9 @@ def pinned(number):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_gpu_is_waited_for_once_a_step(name, precision):
-    device = torch.device("cuda", 0)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16", init_scale=16.0)
-    options = {"precision": Precision.of(precision, device), "scaler": scaler, **OPTIONS[name]}
-    step = make_step(device, **options)
+    options = {"precision": Precision.of(precision, GPU), "scaler": scaler, **OPTIONS[name]}
+    step = make_step(GPU, **options)
     progress = Progress(10, 100)
     for _ in range(4):
         parts = [pinned(number) for number in range(step.accumulate)]
@@ -223,10 +203,9 @@ def test_a_gpu_is_waited_for_once_a_step(name, precision):
 @pytest.mark.gpu
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])
 def test_an_overflow_on_a_gpu_leaves_no_trace(clip_grad):
-    device = torch.device("cuda", 0)
     scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
-    half = Precision.of("fp16", device)
-    step = make_step(device, scaler=scaler, clip_grad=clip_grad, precision=half, ema=0.9)
+    half = Precision.of("fp16", GPU)
+    step = make_step(GPU, scaler=scaler, clip_grad=clip_grad, precision=half, ema=0.9)
     progress = Progress(10, 100)
     before = copy.deepcopy(step.module.state_dict())
     hook = step.module.decoder.conv_last.weight.register_hook(lambda grad: grad * torch.inf)
@@ -247,7 +226,7 @@ def test_an_overflow_on_a_gpu_leaves_no_trace(clip_grad):
 def test_fused_steps_on_a_gpu_are_those_of_a_cpu(kind, layout):
     """In both layouts; with a learning rate that keeps rounding small."""
     weights = []
-    for device in (CPU, torch.device("cuda", 0)):
+    for device in (CPU, GPU):
         channels_last = layout == torch.channels_last
         step = make_step(device, kind=kind, channels_last=channels_last, ema=0.9)
         step.module.to(memory_format=layout)

@@ -1,6 +1,5 @@
 """The number of compute threads while other programs use the cores."""
 
-import logging
 import os
 import random
 import subprocess
@@ -86,24 +85,28 @@ def test_large_steps_are_not_slow_ones():
     assert all(machine.run(1, 5.0 if step % 3 == 0 else 1.0) == {2} for step in range(200))
 
 
-def test_slow_steps_lead_to_fewer_threads_which_is_said_once(caplog):
+def test_slow_steps_lead_to_fewer_threads_with_one_warning(caplog):
     machine = Machine(spikes)
-    with caplog.at_level(logging.WARNING, logger="mit_semseg"):
-        machine.run(50)
-        assert 1 in machine.run(50)
-        machine.run(3000)
-    (message,) = [record.getMessage() for record in caplog.records]
+    machine.run(50)
+    assert 1 in machine.run(50)
+    machine.run(3000)
+    (message,) = caplog.messages
     assert "computing with 1 instead of 2" in message and "--threads N" in message
     # Where nothing tells of waiting, a step with all threads may look better than it is.
     assert machine.used[100:].count(2) < 0.25 * 3000
 
 
-def test_threads_that_wait_for_cores_are_given_up():
-    """Steps that are slow from the first on are not slower than their median."""
-    machine = Machine(
-        lambda step, threads: 3.0 if threads == 2 else 1.5,
-        lambda step, threads: 0.4 if threads == 2 else 0.0,
+def taken(until):
+    """Another program takes a core up to a step; slow from the first one on, no step is slower
+    than the median."""
+    return Machine(
+        lambda step, threads: 2 / threads if step >= until else 3.0 if threads == 2 else 1.5,
+        lambda step, threads: 0.4 if threads == 2 and step < until else 0.0,
     )
+
+
+def test_threads_that_wait_for_cores_are_given_up():
+    machine = taken(until=5000)
     machine.run(40)
     assert machine.run(20) == {1}
     machine.run(5000 - 60)
@@ -111,10 +114,7 @@ def test_threads_that_wait_for_cores_are_given_up():
 
 
 def test_all_threads_compute_again_when_the_other_program_has_gone():
-    machine = Machine(
-        lambda step, threads: 2 / threads if step >= 100 else 3.0 if threads == 2 else 1.5,
-        lambda step, threads: 0.4 if threads == 2 and step < 100 else 0.0,
-    )
+    machine = taken(until=100)
     machine.run(100)
     assert machine.used[-1] == 1
     machine.run(300)
@@ -139,10 +139,7 @@ def test_of_many_cores_the_taken_ones_are_given_up():
     assert set(machine.used) == {4, 7, 8}
     assert machine.run(100) <= {7, 8}
     assert machine.used[-100:].count(8) <= 3
-
-
-def test_many_cores_may_be_taken_at_once():
-    """Each comparison that pays is followed by the next one, with still fewer threads."""
+    # Each comparison that pays is followed by the next one, with still fewer threads.
     machine = Machine(
         lambda step, threads: 1.0 * threads, lambda step, threads: 1 - 2 / max(threads, 2), cores=32
     )

@@ -15,6 +15,8 @@ import torch
 from small_runs import CPU, state_of, trainer_of, weights
 from torch import nn
 
+from mit_semseg.cli import main
+from mit_semseg.config import dump_config
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.reading import READINGS
 from mit_semseg.engine.train import train
@@ -257,3 +259,32 @@ def test_an_exception_in_a_replica_ends_the_run_at_once(settings, monkeypatch):
     for process in left:  # which would keep the tests from ending
         process.kill()
     assert not left and caught.value.__traceback__ is not None
+
+
+# ------------------------------------------------------------------------------ memory
+@pytest.mark.parametrize("device", ["cpu", pytest.param("0", marks=pytest.mark.gpu)])
+def test_a_training_without_memory_ends_in_one_line(
+    settings, tmp_path, monkeypatch, make_images, capfd, device
+):
+    def forward(self, *args, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    options = {"MODEL__arch_encoder": "resnet18dilated", "MODEL__fc_dim": 512}
+    cfg = settings(**options, TRAIN__batch_size_per_gpu=8, DATASET__imgSizes=[600])
+    if device == "cpu":  # what the allocator says, in the place of a step
+        cfg.DATASET.imgSizes = [48]
+        monkeypatch.setattr(SegmentationModule, "forward", forward)
+    else:
+        make_images(Path(cfg.DATASET.root_dataset), [(600, 800)] * 4)
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((512 << 20) / total)
+    dump_config(cfg, tmp_path / "job.yaml")
+    code = main(["train", "--gpus", device, "--cfg", str(tmp_path / "job.yaml")])
+    if device != "cpu":
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    said = capfd.readouterr().err
+    (error,) = [line for line in said.splitlines() if "error:" in line]
+    assert code == 2 and "Traceback" not in said
+    assert error.startswith("error: CUDA out of memory. Tried to allocate")
+    assert "lower TRAIN.batch_size_per_gpu (and raise TRAIN.accumulate)" in error
+    assert "TRAIN.precision bf16" in error

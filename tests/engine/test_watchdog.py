@@ -38,26 +38,25 @@ def test_a_stall_names_what_is_awaited_and_read(capfd):
     assert "most recent call first" in said, "where every thread stands"
 
 
-def test_progress_sleep_and_the_end_keep_it_quiet():
+def test_progress_patience_and_the_end_keep_it_quiet():
     end = Ended()
     with Watchdog(0.4, end=end) as dog:
-        for _ in range(8):
+        for _ in range(6):
             dog.progress("the next")
             time.sleep(0.1)
         with dog.patient():
-            time.sleep(0.8)
+            time.sleep(0.6)
     time.sleep(0.6)
     assert not end.codes
 
 
 def test_only_what_is_awaited_counts(capfd):
-    end = Ended()
-    current = [None]
+    end, current = Ended(), [None]
     with Watchdog(0.4, awaited=lambda: current[0], what="a file", end=end):
-        time.sleep(0.8)  # nothing is awaited
-        for number in range(8):
+        time.sleep(0.6)  # nothing is awaited
+        for number in range(5):
             current[0] = number
-            time.sleep(0.15)
+            time.sleep(0.12)
         assert not end.codes
         current[0] = "this one"
         assert end.event.wait(10)
@@ -69,8 +68,8 @@ def test_a_file_counts_from_when_it_is_opened(capfd):
     end = Ended()
     with reading_watchdog(0.4, "rank 1", "look at it") as dog:
         dog._end = end
-        time.sleep(0.8)
-        for _ in range(8):
+        time.sleep(0.6)
+        for _ in range(5):
             with READINGS.of("quick.png"):
                 time.sleep(0.1)
         assert not end.codes
@@ -81,16 +80,13 @@ def test_a_file_counts_from_when_it_is_opened(capfd):
     assert "waiting for a file to be read; being read: slow.png; look at it" in said
 
 
-def test_its_limit_can_be_shortened():
+@pytest.mark.timeout(20)
+def test_its_limit_can_be_shortened_at_any_moment():
     end = Ended()
     with Watchdog(60, end=end) as dog:
         dog.shorten_limit(0.2)
         assert end.event.wait(10)
-
-
-@pytest.mark.timeout(20)
-def test_a_signal_may_shorten_its_limit_at_any_moment():
-    with Watchdog(60, end=Ended()) as dog, dog._lock:  # as in the middle of `progress`
+    with Watchdog(60, end=Ended()) as dog, dog._lock:  # by a signal in the middle of `progress`
         dog.shorten_limit(30)
 
 

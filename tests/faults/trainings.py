@@ -67,8 +67,7 @@ class Training:
             "VAL__imgSizes": [64],
         }
         self.cfg = load_config(
-            None,
-            [x for k, v in {**small, **settings}.items() for x in (k.replace("__", "."), v)],
+            None, [x for k, v in {**small, **settings}.items() for x in (k.replace("__", "."), v)]
         )
         shutil.rmtree(folder, ignore_errors=True)
         self.folder = RunFolder(folder)

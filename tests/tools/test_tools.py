@@ -55,46 +55,35 @@ def recipe(scenes):
     return write
 
 
-def config(file):
-    return load_config(file)
-
-
 # ------------------------------------------------------------------------------ overfit
-def test_a_model_learns_one_image(tmp_path, recipe, monkeypatch, capsys):
+def test_overfitting_one_image_is_judged(tmp_path, recipe, monkeypatch, capsys):
     monkeypatch.setattr(overfit, "LEAST_SCORES", 4)
-    file = recipe(tmp_path / "small.yaml", TRAIN__precision="fp32")
-    out = tmp_path / "out"
-    assert (
-        main(["overfit", "--gpus", "cpu", "--side", "32", "--out", str(out), "--cfg", f"{file}"])
-        == 0
-    )
+    file, out = recipe(tmp_path / "small.yaml", TRAIN__precision="fp32"), tmp_path / "out"
+    words = ["overfit", "--gpus", "cpu", "--side", "32", "--out", str(out), "--cfg", str(file)]
+    assert main(words) == 0
     (found,) = json.loads((out / "overfit.json").read_text())
     assert found["name"] == "small" and found["accuracy"] >= 0.98 and found["steps"] <= 400
     said = capsys.readouterr().out
     assert said.startswith("small: ") and f"Table and picture in {out}" in said
-    assert "below" not in said
-    assert "| small | " in (out / "overfit.md").read_text()
+    assert "below" not in said and "| small | " in (out / "overfit.md").read_text()
     assert (out / "overfit.png").stat().st_size > 1000
+    assert main([*words, "--steps", "1"]) == 1
+    assert "of rate 0.001, below 98 %" in capsys.readouterr().out
+    found = overfit.overfit(load_config(file), CPU, steps=1, side=64, progress=False)
+    truth, prediction = found.sample.truth, found.sample.prediction
+    assert found.accuracy < 0.98 and found.steps == 1
+    assert found.accuracy == pytest.approx((truth == prediction)[truth >= 0].mean())
+    assert found.sample.image.shape == (*truth.shape, 3)
+    with pytest.raises(ValueError, match="--steps 0: give at least 1"):
+        overfit.overfit(load_config(file), CPU, steps=0)
 
 
-def test_statistics_follow_and_dropout_lets_pass():
+def test_overfitting_prepares_batchnorm_and_dropout():
     layers = [nn.BatchNorm2d(1, momentum=m) for m in (0.01, 0.3, None)]
     net = nn.Sequential(*layers, nn.Dropout(0.5), nn.Dropout2d(0.1))
     overfit.prepared(net)
     assert [layer.momentum for layer in layers] == [0.1, 0.3, None]
     assert net[3].p == net[4].p == 0
-
-
-def test_what_is_not_learned_is_said(tmp_path, recipe, capsys):
-    file = recipe(tmp_path / "small.yaml")
-    found = overfit.overfit(config(file), CPU, steps=1, side=64, progress=False)
-    truth, prediction = found.sample.truth, found.sample.prediction
-    assert found.accuracy < 0.98 and found.steps == 1
-    assert found.accuracy == pytest.approx((truth == prediction)[truth >= 0].mean())
-    assert found.sample.image.shape == (*truth.shape, 3)
-    words = ["overfit", "--gpus", "cpu", "--side", "64", "--steps", "1", "--cfg", str(file)]
-    assert main([*words, "--out", str(tmp_path / "out")]) == 1
-    assert "of rate 0.001, below 98 %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
@@ -106,7 +95,7 @@ def test_the_picture_of_a_recipe_with_depth_is_its_image(tmp_path, recipe, scene
     (tmp_path / "list.odgt").write_text(json.dumps(record))
     settings = {"DATASET__list_train": str(tmp_path / "list.odgt"), "DATASET__depth": True}
     settings |= {"DATASET__color_order": order, "DATASET__mean": (0.4, 0.5, 0.6)}
-    cfg = config(recipe(tmp_path / "deep.yaml", MODEL__in_channels=4, **settings))
+    cfg = load_config(recipe(tmp_path / "deep.yaml", MODEL__in_channels=4, **settings))
     options = Options.read(cfg)
     batch = overfit.one_image(options, 64, 8)
     assert batch["img_data"].shape == (1, 4, 64, 96) and batch["img_data"].is_floating_point()
@@ -122,13 +111,8 @@ def test_every_registered_model_has_its_turn():
     assert {(model.encoder, model.decoder) for model in PAPER_MODELS} <= set(pairs)
 
 
-def test_steps_are_needed():
-    with pytest.raises(ValueError, match="--steps 0: give at least 1"):
-        overfit.overfit(load_config(None), CPU, steps=0)
-
-
 def test_settings_of_crops_are_left_out_without_a_warning(recipe, tmp_path, caplog):
-    cfg = config(recipe(tmp_path / "crops.yaml"))
+    cfg = load_config(recipe(tmp_path / "crops.yaml"))
     opts = ["DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)", "DATASET.random_blur", "0"]
     opts += ["DATASET.random_rotation", "0", "DATASET.scale_jitter", "(1.0, 1.0)"]
     cfg.merge_from_list(opts)
@@ -167,7 +151,7 @@ def test_operations_are_those_of_the_layers():
 
 
 def test_activations_are_what_backward_needs(recipe, tmp_path):
-    cfg = config(recipe(tmp_path / "small.yaml"))
+    cfg = load_config(recipe(tmp_path / "small.yaml"))
     module = ModelBuilder.from_config(cfg)
     small, large = (
         profile.activations(module, torch.zeros(1, 3, 64, width), cfg) for width in (64, 128)
@@ -191,14 +175,6 @@ def test_the_table_holds_every_recipe(recipe, tmp_path, capsys, monkeypatch):
     decoder = sum(p.numel() for p in DECODERS.get("c1")((320,), num_class=10).parameters())
     assert found[0]["parameters"] == pytest.approx((parameters + decoder) / 1e6)
     assert found[1]["gflops"] > found[0]["gflops"] and found[0]["images_per_second"] > 0
-
-
-@pytest.mark.parametrize("size", [("0", "0"), ("64", "-1")])
-def test_an_image_that_is_no_image_is_refused(capsys, size):
-    recipe = str(ROOT / "config/camvid-enet.yaml")
-    assert main(["profile", recipe, "--gpus", "cpu", "--size", *size]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: --size {' '.join(size)}: ") and said.count("\n") == 1
 
 
 def test_an_image_below_the_reach_of_a_network_is_one_line():
@@ -236,7 +212,7 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
 def test_auxiliary_heads_are_counted(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
     plain, deep = (
-        profile.profile(config(recipe(tmp_path / f"{name}.yaml", name)), CPU, (64, 64))
+        profile.profile(load_config(recipe(tmp_path / f"{name}.yaml", name)), CPU, (64, 64))
         for name in ("c1", "c1_deepsup")
     )
     # The auxiliary head of c1_deepsup: a 3x3 convolution of 160 -> 80, BatchNorm, scores of 10.
@@ -245,44 +221,26 @@ def test_auxiliary_heads_are_counted(recipe, tmp_path, monkeypatch):
     assert deep.gflops == plain.gflops
 
 
-def test_recipes_of_one_name_are_refused(recipe, tmp_path, capsys):
-    (tmp_path / "other").mkdir()
-    files = [str(recipe(tmp_path / folder / "same.yaml")) for folder in ("", "other")]
-    for command in ("profile", "sweep"):
-        assert main([command, *files, "--gpus", "cpu", "--out", str(tmp_path / "out")]) == 2
-        assert "two recipes are called same: " in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------ sweep
 def test_a_queue_is_run_and_not_run_again(recipe, tmp_path, capsys):
-    good = recipe(tmp_path / "good.yaml")
-    broken = recipe(
-        tmp_path / "broken.yaml",
-        DATASET__root_dataset=str(tmp_path / "nowhere"),
-        DATASET__list_train=str(tmp_path / "nowhere.odgt"),
-    )
-    out = tmp_path / "out"
-    assert main(["sweep", str(broken), str(good), "--gpus", "cpu", "--out", str(out)]) == 1
-    printed = capsys.readouterr().out
-    assert "broken: failed: train ended with 2: error: " in printed and "nowhere.odgt" in printed
-    written = json.loads((out / "sweep.json").read_text())
-    (found,) = written["evaluations"]
+    good, out = recipe(tmp_path / "good.yaml"), tmp_path / "out"
+    assert main(["sweep", str(good), "--gpus", "cpu", "--out", str(out)]) == 0
+    (found,) = json.loads((out / "sweep.json").read_text())["evaluations"]
     result = json.loads((out / "good/evaluation/eval.json").read_text())
     assert found["name"] == "good" and found["mean_iou"] == result["mean_iou"]
     assert found["steps"] == 6 and found["train_minutes"] > 0
-    assert list(written["failed"]) == ["broken"]
-    table = (out / "sweep.md").read_text()
-    assert "| good | mobilenetv2dilated + c1 | " in table and "| broken | failed: " in table
+    assert "| good | mobilenetv2dilated + c1 | " in (out / "sweep.md").read_text()
     assert (out / "sweep.png").is_file()
     with Image.open(out / "sweep_pictures.png") as sheet:  # 2 images: as they are, as
         assert sheet.height > 3 * sheet.width / 2 * 64 / 96  # they should be, and seen
     before = (out / "good/metrics.jsonl").stat().st_mtime_ns
+    capsys.readouterr()
     assert main(["sweep", str(good), "--gpus", "cpu", "--out", str(out)]) == 0
     assert (out / "good/metrics.jsonl").stat().st_mtime_ns == before
     assert "1/1 good: mean IoU " in capsys.readouterr().out
-    for words in (["compare", str(out / "good/evaluation")], ["compare", str(out)]):
-        code = main([*words, "--out", str(tmp_path / "compared")])
-        assert code == (0 if "evaluation" in words[1] else 2)
+    compared = ["--out", str(tmp_path / "compared")]
+    assert main(["compare", str(out / "good/evaluation"), *compared]) == 0
+    assert main(["compare", str(out), *compared]) == 2
     said = capsys.readouterr()
     assert "| good | mobilenetv2dilated + c1 | " in said.out
     assert f"{out}/eval.json is missing; run mit-semseg eval" in said.err
@@ -294,6 +252,7 @@ COMMAND = """#!/bin/sh
 command=$3; folder=$(echo "$*" | sed 's/.*--cfg \\([^ ]*\\)\\.yaml.*/\\1/')
 mkdir -p $folder/evaluation; echo "$*" >> $folder.said
 if [ $command = train ]; then
+  case $folder in */broken) echo 'error: nowhere.odgt does not exist'; exit 2;; esac
   for step in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
     echo '{"kind": "train", "epoch": 2, "step": '$step', "seconds": '$step'}'
   done >> $folder/metrics.jsonl; exit
@@ -321,7 +280,7 @@ def test_steps_follow_from_the_pace(recipe, tmp_path, commands):
     for _ in range(2):
         assert sweep.run([file], out, minutes=2) == {}
         # 120 seconds, one a step, in two epochs.
-        assert config(out / "timed.yaml").TRAIN.epoch_iters == 60
+        assert load_config(out / "timed.yaml").TRAIN.epoch_iters == 60
     assert (out / "timed.pace.said").read_text().count("train") == 1
     assert "train" in (out / "timed.said").read_text()
 
@@ -331,7 +290,7 @@ def test_keys_are_varied_in_every_combination(recipe, tmp_path, commands):
     file, out = str(recipe(tmp_path / "one.yaml")), tmp_path / "out"
     vary = ["--vary", "TRAIN.lr_encoder=0.1,0.2", "--vary", "DATASET.imgSizes=(32,64),[48]"]
     assert main(["sweep", file, "--out", str(out), *vary, "TRAIN.seed", "7"]) == 0
-    found = {x.stem: config(x) for x in out.glob("*.yaml")}
+    found = {x.stem: load_config(x) for x in out.glob("*.yaml")}
     assert len(found) == len(json.loads((out / "sweep.json").read_text())["evaluations"]) == 4
     cfg = found["one,lr_encoder=0.2,imgSizes=(32,64)"]
     assert (cfg.TRAIN.lr_encoder, cfg.TRAIN.seed) == (0.2, 7)
@@ -354,18 +313,23 @@ def test_mistakes_are_found_before_anything_is_run(recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_evaluation_without_figures_has_failed(recipe, tmp_path, commands):
-    files = [recipe(tmp_path / f"{name}.yaml") for name in ("odd", "silent", "partly", "good")]
+def test_recipes_that_fail_are_told_and_the_others_run(recipe, tmp_path, commands, capsys):
+    names = ("broken", "odd", "silent", "partly", "good")
+    files, out = [str(recipe(tmp_path / f"{name}.yaml")) for name in names], tmp_path / "out"
     strange = "case $folder in */odd) echo '{}' > $folder/evaluation/eval.json; exit;; esac\n"
     broken = "case $folder in */silent) echo 'Traceback'; echo 'KeyError: 1'; exit 1;; esac\n"
     some = "case $folder in */partly) " + SCORED.strip() + "; exit 1;; esac\n"
     commands(strange + broken + some + SCORED)
-    failed = sweep.run(files, tmp_path / "out")
-    assert list(failed) == ["odd", "silent"]
+    assert main(["sweep", *files, "--gpus", "cpu", "--out", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert "broken: failed: train ended with 2: error: nowhere.odgt does not exist" in printed
+    written = json.loads((out / "sweep.json").read_text())
+    failed = written["failed"]
+    assert list(failed) == ["broken", "odd", "silent"]
     assert "odd/evaluation/eval.json holds no evaluation: KeyError: 'mean_iou'" in failed["odd"]
     assert failed["silent"].startswith("eval ended with 1: KeyError: 1 (")
-    found = json.loads((tmp_path / "out/sweep.json").read_text())["evaluations"]
-    assert [x["name"] for x in found] == ["partly", "good"]
+    assert [x["name"] for x in written["evaluations"]] == ["partly", "good"]
+    assert "| broken | failed: " in (out / "sweep.md").read_text()
 
 
 def test_an_edited_recipe_begins_anew(recipe, tmp_path, commands):
@@ -448,7 +412,7 @@ def test_pictures_are_of_one_data_set(recipe, scenes, tmp_path, caplog, monkeypa
 def test_class_ids_that_are_kept_are_those_that_were_scored(recipe, tmp_path):
     """Two windows of 64 x 64 and both flips: their confusion matrix is that of `eval.json`."""
     settings = {"VAL__window": (64, 64), "VAL__flip": True, "DATASET__imgSizes": [64]}
-    cfg = config(recipe(tmp_path / "one.yaml", **settings))
+    cfg = load_config(recipe(tmp_path / "one.yaml", **settings))
     torch.manual_seed(0)
     model = ModelBuilder.from_config(cfg)
     result = evaluate(cfg, [CPU], model=model, out_dir=tmp_path, keep=3, progress=False)
@@ -466,11 +430,22 @@ def test_class_ids_that_are_kept_are_those_that_were_scored(recipe, tmp_path):
     assert SavedPredictions.evenly(tmp_path, 3, 100).numbers == (16, 50, 83)
 
 
-def test_overrides_may_follow_options(recipe, tmp_path, capsys):
-    file = str(recipe(tmp_path / "one.yaml"))
-    for words in (["--gpus", "cpu", "MODEL.fc_dim", "7"], ["MODEL.fc_dim", "7", "--gpus", "cpu"]):
-        assert main(["profile", file, *words]) == 2
-        assert "MODEL.fc_dim is 7" in capsys.readouterr().err
+def test_mistakes_are_one_line(recipe, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    files = [str(recipe(tmp_path / folder / "same.yaml")) for folder in ("", "other")]
+    cpu, out = ["--gpus", "cpu"], ["--out", str(tmp_path / "out")]
+    for words, message in (
+        (["profile", files[0], *cpu, "--size", "0", "0"], "error: --size 0 0: "),
+        (["profile", files[0], *cpu, "--size", "64", "-1"], "error: --size 64 -1: "),
+        (["profile", *files, *cpu, *out], "two recipes are called same: "),
+        (["sweep", *files, *cpu, *out], "two recipes are called same: "),
+        # Overrides may follow options, and come before them.
+        (["profile", files[0], *cpu, "MODEL.fc_dim", "7"], "MODEL.fc_dim is 7"),
+        (["profile", files[0], "MODEL.fc_dim", "7", *cpu], "MODEL.fc_dim is 7"),
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
     with pytest.raises(SystemExit):
-        main(["profile", file, "--gpus", "cpu", "--what", "7"])
+        main(["profile", files[0], *cpu, "--what", "7"])
     assert "unrecognized arguments: --what 7" in capsys.readouterr().err
