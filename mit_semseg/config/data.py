@@ -122,6 +122,27 @@ class DataOptions(Section):
         most=1,
         advice="a probability within [0, 1]",
     )
+    cutmix: float = key(
+        0.0,
+        "probability with which a training sample takes a random rectangle of another one of its "
+        "batch",
+        least=0,
+        most=1,
+        advice="a probability within [0, 1]",
+    )
+    classmix: float = key(
+        0.0,
+        "probability with which a training sample takes half of the classes of another one of its "
+        "batch",
+        least=0,
+        most=1,
+        advice="a probability within [0, 1]",
+    )
+    transform: str = key(
+        "",
+        "`module:function`: a transform of your own on training samples, after those above; see "
+        "[data](data.md#transforms-of-your-own)",
+    )
     mean: tuple[float, ...] = key(
         (0.485, 0.456, 0.406),
         "per channel in `color_order`, in units of `value_range`: the network's input is (pixel / "
@@ -180,6 +201,11 @@ class DataOptions(Section):
 
     def _check(self) -> None:
         """Refuses classes that do not exist, and crops that do not fit the network."""
+        if self.transform and self.depth:
+            raise ValueError(
+                f"DATASET.transform is {self.transform} and DATASET.depth True: a transform takes "
+                "image and mask only; leave one of them out"
+            )
         stored = [value for value, _ in self.label_map]
         for value, number in self.label_map:
             if not -1 <= number < self.num_class:

@@ -14,9 +14,11 @@ from mit_semseg.config import DataOptions, TrainOptions
 from mit_semseg.dataset.aspect import AspectPreserving
 from mit_semseg.dataset.base_dataset import BaseDataset
 from mit_semseg.dataset.label_map import LabelMap
+from mit_semseg.dataset.mixing import Mixing
 from mit_semseg.dataset.records import with_sizes
-from mit_semseg.dataset.sample import BatchStyle, Sample, load_sample
+from mit_semseg.dataset.sample import BatchStyle, LoadedSample, Sample, load_sample
 from mit_semseg.dataset.transforms import Normalize, round_up
+from mit_semseg.dataset.user_transform import UserTransform
 from mit_semseg.errors import one_line
 
 # Separate streams of random numbers: the order of a pass, what happens to a batch, and what takes
@@ -97,6 +99,13 @@ class TrainDataset(BaseDataset):
         self.list_sample = with_sizes(self.list_sample, self.root_dataset, options.on_error)
         self.num_sample = len(self.list_sample)
         self._style = batch_style(options)
+        self._transform = UserTransform(options.transform) if options.transform else None
+        self._mixing = Mixing(options)
+        if self._mixing and batch_per_gpu < 2:
+            raise ValueError(
+                "DATASET.cutmix and DATASET.classmix mix samples of one batch, and "
+                f"TRAIN.batch_size_per_gpu is {batch_per_gpu}: set it to 2 or more"
+            )
         portrait = np.array(
             [self._style.by_orientation and r["height"] > r["width"] for r in self.list_sample]
         )
@@ -164,7 +173,10 @@ class TrainDataset(BaseDataset):
             self._usable(number, short, rng, [self.seed, _INSTEAD, index, position])
             for position, number in enumerate(self._numbers(index))
         ]
-        batch = self._stack([sample for _, sample, _ in usable])
+        loaded = [sample for _, sample, _ in usable]
+        if self._mixing:
+            loaded = self._mixing(loaded, rng)
+        batch = self._stack([one.sample(self.segm_downsampling_rate) for one in loaded])
         batch["info"] = [self.list_sample[number]["fpath_img"] for number, _, _ in usable]
         if self.options.on_error == "skip":
             batch["skipped"] = [bad for _, _, skipped in usable for bad in skipped]
@@ -172,7 +184,7 @@ class TrainDataset(BaseDataset):
 
     def _usable(
         self, number: int, short: int, rng: np.random.Generator, instead: list[int]
-    ) -> tuple[int, Sample, list[tuple[str, str]]]:
+    ) -> tuple[int, LoadedSample, list[tuple[str, str]]]:
         """The sample of record `number`, or of the first usable one drawn in its place.
 
         Those are drawn, and augmented, by a generator of their own with the seed `instead`.
@@ -201,7 +213,7 @@ class TrainDataset(BaseDataset):
             "samples are not skipped, look for the cause (mit-semseg data check)"
         )
 
-    def _make(self, number: int, short: int, rng: np.random.Generator) -> Sample:
+    def _make(self, number: int, short: int, rng: np.random.Generator) -> LoadedSample:
         """The sample of record `number`: planned, loaded, and changed as planned."""
         record = self.list_sample[number]
         plan = self._style.plan((record["width"], record["height"]), short, rng)
@@ -213,7 +225,7 @@ class TrainDataset(BaseDataset):
             rng.bit_generator.state = plan.state
             raise
         loaded = self._style.apply(loaded, plan)
-        return loaded.sample(self.options.segm_downsampling_rate)
+        return loaded if self._transform is None else self._transform(loaded, rng)
 
     def _stack(self, samples: list[Sample]) -> dict[str, Any]:
         """Samples of different sizes as one padded batch."""

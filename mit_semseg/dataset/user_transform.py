@@ -1,0 +1,123 @@
+"""A transform of the user's own on training samples (`DATASET.transform`)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from mit_semseg.dataset.sample import LoadedSample
+from mit_semseg.errors import one_line
+
+
+class UserTransform:
+    """Calls `function(image, mask)` on samples, with the random numbers of the sample.
+
+    The function takes and returns torchvision's `tv_tensors`: an Image, (3, h, w) uint8 RGB, and a
+    Mask, (h, w) int64 with -1 ignored; a transform of `torchvision.transforms.v2` is such a
+    function. The generators of torch, NumPy and Python are seeded for each call and put back after
+    it, so that a sample does not depend on which process makes it.
+
+    Args:
+        name: "module:function"; the module is looked for in the working folder, too.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._function = _load(name)
+
+    def __getstate__(self) -> str:
+        return self.name  # a function need not be picklable
+
+    def __setstate__(self, name: str) -> None:
+        self.__init__(name)  # type: ignore[misc]
+
+    def __call__(self, sample: LoadedSample, rng: np.random.Generator) -> LoadedSample:
+        """The sample, transformed.
+
+        Raises:
+            RuntimeError: the function raised, or what it returned is no such sample. Unlike an
+                error of a file it is not skipped.
+        """
+        from torchvision import tv_tensors  # slow to import
+
+        pixels = np.ascontiguousarray(sample.image.transpose(2, 0, 1))
+        image = tv_tensors.Image(torch.from_numpy(pixels))
+        mask = tv_tensors.Mask(torch.from_numpy(sample.labels()))
+        with _seeded(int(rng.integers(2**32))):
+            try:
+                given = self._function(image, mask)
+            except Exception as error:  # noqa: BLE001  # it is the user's
+                raise RuntimeError(
+                    f"DATASET.transform {self.name} failed with {type(error).__name__}: "
+                    f"{one_line(error)}"
+                ) from error
+        image, mask = self._checked(given)
+        return replace(
+            sample.relabelled(mask.numpy().astype(np.int64)),
+            image=np.ascontiguousarray(image.permute(1, 2, 0).numpy()),
+        )
+
+    def _checked(self, given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and mask of what the function returned."""
+        pair = given if isinstance(given, (tuple, list)) else ()
+        if len(pair) == 2 and all(isinstance(part, torch.Tensor) for part in pair):
+            image, mask = (part.as_subclass(torch.Tensor) for part in pair)
+            whole = not mask.is_floating_point() and image.dtype == torch.uint8
+            if whole and image.ndim == 3 and image.shape == (3, *mask.shape):
+                return image, mask
+        shown = [
+            f"{tuple(part.shape)} {part.dtype}" if isinstance(part, torch.Tensor) else type(part)
+            for part in pair or [given]
+        ]
+        raise RuntimeError(
+            f"DATASET.transform {self.name} returned {', '.join(map(str, shown))}; it has to "
+            "return (image, mask): (3, h, w) uint8 and (h, w) integers"
+        )
+
+
+def _load(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(
+            f"DATASET.transform is {name!r}; give module:function, such as my_transforms:train"
+        )
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"DATASET.transform {name}: {module} cannot be imported ({one_line(error)}); put "
+            f"{module.partition('.')[0]}.py into {here}, or install it"
+        ) from error
+    function = getattr(found, attribute, None)
+    if not callable(function):
+        raise ValueError(f"DATASET.transform {name}: {found.__file__} has no function {attribute}")
+    return function  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Global random generators that begin with a seed, and are as they were afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
