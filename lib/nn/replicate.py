@@ -89,6 +89,12 @@ def _copy_tree(originals: list[nn.Module], tensors: dict[Tensor, Tensor]) -> nn.
     for original, copy in copies.items():
         for key, child in original._modules.items():
             copy._modules[key] = None if child is None else copies[child]
+        for key, value in original.__dict__.items():
+            # Some modules call their children by plain lists of them.
+            if type(value) is list and any(isinstance(x, nn.Module) for x in value):
+                copy.__dict__[key] = [
+                    copies.get(x, x) if isinstance(x, nn.Module) else x for x in value
+                ]
         # Modules that keep lists of their own parameters (RNNs) follow when they are set. That is
         # slow, so it is left out where the class does not look.
         notices = type(original).__setattr__ is not nn.Module.__setattr__

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from mit_semseg.lib.nn.batchnorm import _SynchronizedBatchNorm
 from mit_semseg.lib.nn.sync_function import Statistics
 from mit_semseg.lib.nn.transfer import map_tensors
-from mit_semseg.models.layers import replace_modules
+from mit_semseg.models.layers import replace_modules, with_attributes
 
 
 def checkpoint_activations(encoder: nn.Module) -> list[nn.Module]:
@@ -80,17 +80,18 @@ def _is_layer(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
-def _checkpointed(block: nn.Module, *inputs: Any) -> Any:
+def _checkpointed(block: nn.Module, *inputs: Any, **named: Any) -> Any:
     """What a block gives, of which the backward pass finds the inputs only."""
     if not torch.is_grad_enabled():
-        return block(*inputs)
+        return block(*inputs, **named)
     if torch.compiler.is_compiling():
         # The compiler sees both passes, and keeps the effects of one by itself.
-        return checkpoint(block, *inputs, use_reentrant=False)
-    passes = _Passes(block, inputs)
+        return checkpoint(block, *inputs, use_reentrant=False, **named)
+    passes = _Passes(block, [*inputs, *named.values()])
     return checkpoint(
         block,
         *inputs,
+        **named,
         use_reentrant=False,
         context_fn=lambda: (passes.first(), _Reusable(passes.second)),
     )
@@ -114,7 +115,7 @@ class _Passes:
         """Notes the statistics that synchronised layers agree upon."""
         with ExitStack() as stack:
             for norm, noted in self.agreed.items():
-                stack.enter_context(_with(norm, noted=noted))
+                stack.enter_context(with_attributes(norm, noted=noted))
             yield
         self._check_inputs()
 
@@ -124,7 +125,7 @@ class _Passes:
         self._check_inputs()
         with ExitStack() as stack:
             for norm, noted in self.agreed.items():
-                stack.enter_context(_with(norm, given=iter(noted)))
+                stack.enter_context(with_attributes(norm, given=iter(noted)))
             for norm in self.norms:
                 stack.enter_context(_scratch_buffers(norm))
             yield
@@ -150,17 +151,6 @@ class _Reusable:
 
     def __exit__(self, *error: Any) -> None:
         self.context.__exit__(*error)
-
-
-@contextmanager
-def _with(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Sets attributes for a while; they are the class's again afterwards."""
-    module.__dict__.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            module.__dict__.pop(name, None)
 
 
 @contextmanager

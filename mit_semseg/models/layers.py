@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,23 @@ def replace_modules(module: nn.Module, new: Mapping[nn.Module, nn.Module]) -> No
         for name, child in list(parent._modules.items()):
             if child is not None and child in new:
                 setattr(parent, name, new[child])
+        for value in parent.__dict__.values():  # some call their children by plain lists of them
+            if type(value) is list:
+                value[:] = [new.get(x, x) if isinstance(x, nn.Module) else x for x in value]
+
+
+@contextmanager
+def with_attributes(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Sets attributes of one object for a while; they are what they were before afterwards."""
+    own = module.__dict__
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            own.pop(name, None)
+        own.update(before)
 
 
 def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
