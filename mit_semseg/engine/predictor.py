@@ -64,7 +64,8 @@ class Predictor:
             precision: fp32 | tf32 | bf16 | fp16 | auto (see `precision.Precision`).
             flip: average over mirrored images too.
             tile: "auto", "off", or a side in pixels (see `models.tiles.TiledNetwork`).
-            window: slide this over images of every size, instead of tiles.
+            window: slide this over images of every size, instead of tiles. By default a network
+                that takes images of one size only gets windows of that size.
             compile: compile the network with torch.compile: the first images wait for it.
 
         Raises:
@@ -75,8 +76,15 @@ class Predictor:
         self.precision = Precision.of(precision, self.device)
         half = self.precision.dtype != torch.float32
         self.module = inference_copy(
-            module, self.device, Normalize.of(self.options), self.precision.dtype if half else None
+            module,
+            self.device,
+            _normalization(module) or Normalize.of(self.options),
+            self.precision.dtype if half else None,
         )
+        size = getattr(self.module.encoder, "fixed_size", None)
+        if window is None and size is not None:
+            height, width = size
+            window = Sliding(height, width, overlap=0)  # images of other sizes it cannot take
         network: Callable[[Tensor], Tensor] = self.module.logits
         if compile:
             network = _compiled(network)
@@ -204,6 +212,12 @@ class Predictor:
         other = dict(pairs) | {b: a for a, b in pairs}
         order = [other.get(k, k) for k in range(logits.shape[1])]
         return logits[:, to_device(torch.tensor(order), logits.device)]
+
+
+def _normalization(module: SegmentationModule) -> Normalize | None:
+    """What the encoder's input is made with, where it says so itself."""
+    declared = getattr(module.encoder, "normalization", None)  # any module may be the encoder
+    return None if declared is None else declared()
 
 
 def _compiled(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

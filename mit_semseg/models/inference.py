@@ -131,6 +131,8 @@ class _Float32(nn.Module):
 @torch.no_grad()
 def _folded(module: SegmentationModule) -> SegmentationModule:
     """The module with BatchNorms folded, or as it is where that would not be the same."""
+    if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+        return module
     try:
         folded, apart = _trial(module)
         if not apart <= _ROUNDING:
@@ -163,6 +165,7 @@ def _trial(module: SegmentationModule) -> tuple[SegmentationModule, float]:
 def _noise(module: SegmentationModule, size: tuple[int, int]) -> Tensor:
     """(1, channels, *size) normally distributed values, the same for one size."""
     channels = getattr(module.encoder, "in_channels", 3)
+    size = getattr(module.encoder, "fixed_size", None) or size
     return torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(sum(size)))
 
 

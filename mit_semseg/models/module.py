@@ -143,13 +143,14 @@ class SegmentationModule(SegmentationModuleBase):
         size = (label.shape[-2], label.shape[-1])
         with _named_single_values(images):
             main, *auxiliary = leave(self.decoder, features, size, sides)
-        loss = self._loss(main, label)
+        trains = self.decoder.trains_scores
+        loss = self._loss(main, label) if trains else main.new_zeros(())
         own: list[Tensor] = []  # losses that are means over something else
         weights = self._weights() if auxiliary else ()
         for head, weight, output in zip(self.decoder.auxiliary, weights, auxiliary):
             value = weight * (head.loss or self._loss)(output, label)
             if head.denominator:
-                own.append(value)
+                own.extend(value.reshape(-1).unbind())
             else:
                 loss = loss + value
         accuracy = self.pixel_acc(main, label)
@@ -257,7 +258,8 @@ class SegmentationModule(SegmentationModuleBase):
         else:
             of_loss = functional.denominator(label, getattr(self.crit, "weight", None))
         valid = functional.denominator(label)
-        own = [head.denominator(label) for head in self.decoder.auxiliary if head.denominator]
+        heads = [head.denominator(label) for head in self.decoder.auxiliary if head.denominator]
+        own = [part for found in heads for part in found.reshape(-1).unbind()]
         # In float64: the shares are to be exact for losses in float64 too.
         return torch.stack([x.detach().double() for x in (of_loss, valid, *own)])
 

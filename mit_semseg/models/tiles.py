@@ -322,7 +322,9 @@ class TiledNetwork:
         self.tile, self.window = InferenceOptions(tile=tile).tile, window
         self.network = module.logits if network is None else network
         # Any module may be the encoder or the decoder.
-        self.grid = math.lcm(_GRID, *getattr(module.encoder, "strides", ()))
+        strides = getattr(module.encoder, "strides", ())
+        fixed = getattr(module.encoder, "fixed_size", None)  # windows alone, each on its own grid
+        self.grid = math.lcm(*strides) if fixed else math.lcm(_GRID, *strides)
         self.pool_scales = _declared_pools(module.decoder)
 
     def __call__(self, image: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ class Auxiliary:
         loss: `loss(logits, label (B, h, w) int64, -1 ignored)` -> scalar, for a head that does not
             score pixels; None resizes its scores to the label and takes the configured loss.
         denominator: `denominator(label)` -> scalar: what the mean in `loss` divides by, from which
-            the shares of replicas and ranks follow; None: the same as the configured loss.
+            the shares of replicas and ranks follow; None: the same as the configured loss. A loss
+            that has one may be several means, (n,), of which this gives the (n,) denominators.
     """
 
     weight: float | None = None
@@ -62,6 +63,8 @@ class Decoder(nn.Module):
         min_feature_maps: least number of feature maps that it can be built for.
         supported_encoders: names of the encoders it works with; empty: all with enough maps.
         auxiliary: its auxiliary heads, in the order in which `logits` returns their scores.
+        trains_scores: whether the configured loss is taken of the main head's scores; otherwise
+            `auxiliary` is all that trains.
         pool_scales: sides of the grids that it averages the deepest map over, taken from `pools`:
             what a tile of an image must know of the whole. Its `logits` then takes a second
             argument, `tile` (see `models.pyramid.Tile`).
@@ -79,6 +82,7 @@ class Decoder(nn.Module):
 
     min_feature_maps: ClassVar[int] = 1
     supported_encoders: ClassVar[tuple[str, ...]] = ()
+    trains_scores: ClassVar[bool] = True
     auxiliary: ClassVar[tuple[Auxiliary, ...]] = ()
     pool_scales: tuple[int, ...] = ()
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.registry import DILATED_NAMES, Registry
 
 ENCODERS: Registry[type[Encoder] | Variant] = Registry("encoder")
@@ -28,6 +29,8 @@ class Encoder(nn.Module):
         supported_decoders: names of the decoders it works with; empty: all. Set it where some
             maps are not features (pooling indices), or where a decoder that does not read every
             map would leave branches of the encoder untrained.
+        fixed_size: (height, width) that images must have, where they must.
+        spare_parameters: some of its parameters may have no part in the maps.
 
     Deviations:
         - BatchNorm has torch's defaults, momentum 0.1 and eps 1e-5, unless stated otherwise. The
@@ -43,6 +46,8 @@ class Encoder(nn.Module):
     fp32_layers: ClassVar[tuple[str, ...]] = ()
     supported_decoders: ClassVar[tuple[str, ...]] = ()
     in_channels: int = 3  # of the images
+    fixed_size: tuple[int, int] | None = None
+    spare_parameters: ClassVar[bool] = False
 
     @classmethod
     def strides_at(cls, output_stride: int) -> tuple[int, ...]:
@@ -61,6 +66,10 @@ class Encoder(nn.Module):
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """All feature maps of (B, 3, H, W) images: (B, channels[i], H/strides[i], W/strides[i])."""
         raise NotImplementedError(f"{type(self).__name__} must implement feature_maps")
+
+    def normalization(self) -> Normalize | None:
+        """What makes its input of bytes; None: what `DATASET` says."""
+        return None
 
     def forward(self, images: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         """Feature maps of a batch of images.
