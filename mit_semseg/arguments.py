@@ -78,6 +78,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="epoch_N.pth or best.pth (default: best, else the latest)",
     )
+    pack.add_argument(
+        "--library",
+        action="store_true",
+        help="write a model of MODEL.arch for its own library (save_pretrained), in float32",
+    )
+
+    commands.add_parser("models", help="list trained models that can be loaded by name")
 
     config = commands.add_parser("config", help="print all settings: value, origin, meaning")
     config.add_argument("--only", default="", metavar="TEXT", help="keys with TEXT in their name")

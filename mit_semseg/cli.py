@@ -157,11 +157,22 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def run_pack(args: argparse.Namespace) -> int:
     """Pack one checkpoint."""
-    from mit_semseg.engine.checkpoint import pack
+    from mit_semseg.engine.checkpoint import pack, pack_for_library
 
+    if args.library:
+        print(pack_for_library(args.source, args.out, args.checkpoint))
+        return 0
     path = pack(args.source, args.out, args.checkpoint)
     size = sum(file.stat().st_size for file in path.glob("*.pth")) / 1e6
     print(f"{path}: weights of {size:.1f} MB")
+    return 0
+
+
+def run_models(args: argparse.Namespace) -> int:
+    """List trained models."""
+    from mit_semseg.tools.models import listing
+
+    print(listing())
     return 0
 
 
@@ -264,6 +275,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": run_eval,
     "predict": run_predict,
     "pack": run_pack,
+    "models": run_models,
     "config": run_config,
     "bench": run_bench,
     "overfit": run_overfit,

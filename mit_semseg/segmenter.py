@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from mit_semseg.config import DataOptions
+from mit_semseg.config import DataOptions, Options
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import exif_orientation, is_deep, load_image, to_rgb
 from mit_semseg.dataset.loading import load_depth_beside
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
 from mit_semseg.engine.devices import usable_device
 from mit_semseg.engine.predictor import Predictor
+from mit_semseg.engine.pretrained import load_pretrained
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.tiles import Sliding
 from mit_semseg.visualize import color_encode, overlay
@@ -193,12 +194,63 @@ class Segmenter:
         folder = CheckpointFolder(Path(path))
         options = folder.options()
         module = load_model(options, checkpoint or folder.best_or_latest())
+        return cls._of(
+            module, folder.classes(), options, imgSizes, device, precision, compile, tile
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        precision: str = "fp32",
+        imgSizes: int | Sequence[int] | None = None,
+        compile: bool = False,
+        tile: str | int | None = None,
+    ) -> Segmenter:
+        """A trained model by name or folder, with its class names and colours.
+
+        Images are resized and normalised as the model's own preprocessing says; their aspect ratio
+        is kept.
+
+        Args:
+            source: `hf:OWNER/NAME` or `hf:FOLDER` (transformers), a folder that transformers or
+                segmentation_models.pytorch saved, a name in `weights.MODELS`, which is downloaded
+                once, or a checkpoint folder of this toolkit.
+            device: where to compute; by default the first GPU, else the CPU.
+            precision: fp32 | tf32 | bf16 | fp16 | auto.
+            imgSizes: short sides in pixels that are averaged over, instead of the model's own.
+            compile: compile the network: pays for many images of few sizes.
+            tile: "auto", "off", or a side in pixels, instead of the folder's own.
+
+        Raises:
+            FileNotFoundError: no such folder or name.
+            ValueError: no trained model, a library is not installed, or there is no such device.
+            OSError: it cannot be read or downloaded.
+        """
+        device = usable_device(device)
+        module, classes, options = load_pretrained(source)
+        return cls._of(module, classes, options, imgSizes, device, precision, compile, tile)
+
+    @classmethod
+    def _of(
+        cls,
+        module: SegmentationModule,
+        classes: ClassTable,
+        options: Options,
+        sizes: int | Sequence[int] | None,
+        device: torch.device,
+        precision: str,
+        compile: bool,
+        tile: str | int | None,
+    ) -> Segmenter:
+        """As `TEST` says, where the arguments do not."""
         test = options.TEST
-        sizes = test.imgSizes if imgSizes is None else imgSizes
         return cls(
             module,
-            folder.classes(),
-            options.DATASET.at_scales(sizes),
+            classes,
+            options.DATASET.at_scales(test.imgSizes if sizes is None else sizes),
             device=device,
             precision=precision,
             flip=test.flip,

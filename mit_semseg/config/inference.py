@@ -23,7 +23,8 @@ class InferenceOptions(Section):
 
     checkpoint: str = key(
         "epoch_20.pth",
-        "`epoch_N.pth` or `best.pth` in `DIR`; with a folder as prefix, in that folder",
+        "`epoch_N.pth` or `best.pth` in `DIR`; with a folder as prefix, in that folder; "
+        "`pretrained`: the weights that `MODEL.arch` names",
     )
     batch_size: int = key(
         1, "neighbours in the list that share a forward pass if their sizes are equal", least=1

@@ -12,6 +12,12 @@ from mit_semseg.config.model import ModelOptions
 from mit_semseg.config.schema import Section, Setting, key, settings
 from mit_semseg.config.train import TrainOptions
 
+# What models of other libraries bring along.
+_OF_PARTS = (
+    *("MODEL.arch_encoder", "MODEL.arch_decoder", "MODEL.fc_dim"),
+    *("DATASET.mean", "DATASET.std", "DATASET.color_order", "DATASET.value_range"),
+)
+
 
 @dataclass(frozen=True)
 class Options(Section):
@@ -52,6 +58,11 @@ class Options(Section):
     def _check(self) -> None:
         """Refuses sections that contradict each other."""
         depth, weights = self.DATASET.depth, self.TRAIN.class_weights
+        if self.MODEL.arch and depth:
+            raise ValueError(
+                f"MODEL.arch {self.MODEL.arch} takes no depth: set DATASET.depth False and "
+                "MODEL.in_channels 3"
+            )
         if self.MODEL.in_channels != 3 + depth:
             raise ValueError(
                 f"MODEL.in_channels is {self.MODEL.in_channels} and DATASET.depth {depth}: set "
@@ -84,6 +95,7 @@ class Options(Section):
             "DATASET.depth_scale": (self.DATASET.depth, "DATASET.depth True"),
             "DATASET.depth_mean": (self.DATASET.depth, "DATASET.depth True"),
             "DATASET.depth_std": (self.DATASET.depth, "DATASET.depth True"),
+            **dict.fromkeys(_OF_PARTS, (not self.MODEL.arch, "MODEL.arch ''")),
         }
         return [
             f"{name} has no effect: it is for {what}"

@@ -64,8 +64,7 @@ def show(
         names,
         colors,
         out / "overview.png",
-        title=f"{options.MODEL.arch_encoder} + {options.MODEL.arch_decoder} on held-out scenes: "
-        f"mean IoU {figures['mean_iou']:.3f}",
+        title=f"{options.MODEL.name} on held-out scenes: mean IoU {figures['mean_iou']:.3f}",
     )
     return write_page(
         out / "index.html",
@@ -73,7 +72,7 @@ def show(
         names,
         colors,
         title="Scene parsing: a model trained here, from scratch",
-        lead=f"{options.MODEL.arch_encoder} + {options.MODEL.arch_decoder}, randomly initialised, "
+        lead=f"{options.MODEL.name}, randomly initialised, "
         f"trained on rendered street scenes with exact labels and shown scenes it has never seen. "
         f"{platform.machine()}, {cores} core{'s' if cores > 1 else ''}, torch {torch.__version__}.",
         figures=summary,

@@ -19,10 +19,12 @@ from mit_semseg.config import Options, dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models.external import FILE, Architecture, build, describe, save_pretrained
 from mit_semseg.weights import load_into, read_state_dict
 
 CONFIG = "config.yaml"
 CLASSES = "classes.csv"
+PRETRAINED = "pretrained"  # instead of a checkpoint: the weights that MODEL.arch names
 
 
 def atomic_save(files: Mapping[Path, Any]) -> None:
@@ -171,11 +173,21 @@ class CheckpointFolder:
             f"and decoder_{checkpoint} there"
         )
 
-    def prepare(self, options: Options, classes: ClassTable) -> None:
-        """Create the folder with configuration, class names and palette."""
+    def prepare(
+        self, options: Options, classes: ClassTable, architecture: Architecture | None = None
+    ) -> None:
+        """Create the folder with configuration, class names and palette.
+
+        Args:
+            options: all settings.
+            classes: names and colours.
+            architecture: what a model of another library is.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         dump_config(options, self.path / CONFIG)
         classes.save(self.path / CLASSES)
+        if architecture is not None:
+            architecture.save(self.path)
 
     def save(self, name: str, encoder: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:
         """Write one checkpoint; `name` is `epoch_N.pth` or `best.pth`."""
@@ -230,10 +242,28 @@ def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> 
     test = replace(options.TEST, checkpoint="best.pth")
     packed.prepare(replace(options, DIR=str(out), VAL=val, TEST=test), folder.classes())
     packed.save("best.pth", halves[0], halves[1])
-    for name in ("metrics.jsonl", "curves.png", "log.txt"):
+    for name in (FILE, "metrics.jsonl", "curves.png", "log.txt"):
         if (folder.path / name).is_file():
             shutil.copyfile(folder.path / name, packed.path / name)
     return packed.path
+
+
+def pack_for_library(source: str | Path, out: str | Path, checkpoint: str | None = None) -> Path:
+    """Write one checkpoint of a model of another library as that library saves it.
+
+    Args:
+        source: a checkpoint folder.
+        out: the folder to write; created.
+        checkpoint: `epoch_N.pth` or `best.pth`; None takes the best, else the latest.
+
+    Raises:
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: the model is one of this toolkit.
+    """
+    folder = CheckpointFolder(source)
+    module = load_model(folder.config(), checkpoint or folder.best_or_latest())
+    save_pretrained(module.encoder, module.decoder, Path(out), folder.classes().names)
+    return Path(out)
 
 
 def resolve_checkpoint(directory: str | Path, checkpoint: str) -> tuple[CheckpointFolder, str]:
@@ -244,12 +274,33 @@ def resolve_checkpoint(directory: str | Path, checkpoint: str) -> tuple[Checkpoi
     return CheckpointFolder(path.parent), path.name
 
 
+def find_checkpoint(options: Options, checkpoint: str) -> None:
+    """Refuses a checkpoint that is not there; `pretrained` is taken from `MODEL.arch`.
+
+    Raises:
+        FileNotFoundError: the checkpoint does not exist; those that do are listed.
+        ValueError: `pretrained`, and no model of another library is configured.
+    """
+    if checkpoint != PRETRAINED:
+        folder, name = resolve_checkpoint(options.DIR, checkpoint)
+        folder.files(name)
+    elif not options.MODEL.arch:
+        raise ValueError(
+            f"checkpoint {PRETRAINED} is for models of other libraries: set MODEL.arch, or give "
+            "epoch_N.pth or best.pth"
+        )
+
+
 def model_classes(options: Options, checkpoint: str) -> ClassTable:
     """Names and colours: those beside the checkpoint, else the configuration's data set's.
 
     Raises:
         ValueError: the table has not `DATASET.num_class` rows.
     """
+    own = class_table(options.DATASET) if checkpoint == PRETRAINED else None
+    if own is not None:
+        names = describe(options.MODEL.arch).names
+        return ClassTable(names, own.colors) if len(names) == len(own) else own
     folder, _ = resolve_checkpoint(options.DIR, checkpoint)
     file = folder.path / CLASSES
     if not file.is_file():
@@ -262,19 +313,39 @@ def load_model(cfg: Options | Config, checkpoint: str) -> SegmentationModule:
     """The model of a configuration with a checkpoint's weights, in evaluation mode on the CPU.
 
     Args:
-        checkpoint: `epoch_N.pth` or `best.pth` in `cfg.DIR`, or with a folder in front.
+        checkpoint: `epoch_N.pth` or `best.pth` in `cfg.DIR`, or with a folder in front;
+            `pretrained` for the weights that `MODEL.arch` names.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist; those that do are listed.
         ValueError: the weights do not fit the configured model.
     """
     options = Options.read(cfg)
+    if checkpoint == PRETRAINED:
+        return whole_model(options)
     folder, name = resolve_checkpoint(options.DIR, checkpoint)
     encoder_file, decoder_file = folder.files(name)
-    module = ModelBuilder.from_config(options.without_weights(), inference=True)
+    described = replace(options.without_weights(), DIR=str(folder.path))
+    module = ModelBuilder.from_config(described, inference=True)
     load_whole(module.encoder, encoder_file, "encoder")
     load_whole(module.decoder, decoder_file, "decoder")
     return module.eval()
+
+
+def whole_model(options: Options, architecture: Architecture | None = None) -> SegmentationModule:
+    """A model of another library with all of its weights, in evaluation mode on the CPU.
+
+    Args:
+        options: with `MODEL.arch`.
+        architecture: what `describe` says of it, if it was asked already.
+
+    Raises:
+        ValueError: the source has no weights for a part of it, or is for other classes.
+    """
+    model = replace(options.MODEL, weights_encoder="", weights_decoder="")
+    encoder, decoder = build(replace(options, MODEL=model), architecture, whole=True)
+    decoder.use_softmax = True
+    return SegmentationModule(encoder, decoder, None, normalize=encoder.normalization()).eval()
 
 
 def load_whole(module: nn.Module, file: Path, what: str) -> None:

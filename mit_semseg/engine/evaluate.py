@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mit_semseg.config import Options
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, ValDataset, build_split
-from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
+from mit_semseg.engine.checkpoint import find_checkpoint, load_model, model_classes
 from mit_semseg.engine.cpu import cpu_count, fixed_threads, local_ranks
 from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.eval_report import format_report, result_of, single_class, write_report
@@ -129,8 +129,7 @@ def evaluate(
     count, classes = len(split.records), split.classes
     if model is None:
         # Found missing here, it is one clear line instead of one traceback per process.
-        folder, name = resolve_checkpoint(options.DIR, checkpoint)
-        folder.files(name)
+        find_checkpoint(options, checkpoint)
         classes = model_classes(options, checkpoint)
         _compare_classes(classes, split.classes, quiet=rank > 0)
     out = Path(options.DIR) / "result_eval" if out_dir is None else Path(out_dir)

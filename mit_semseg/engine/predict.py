@@ -28,7 +28,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import image_size, load_image
 from mit_semseg.dataset.loading import load_depth_beside
-from mit_semseg.engine.checkpoint import load_model, model_classes, resolve_checkpoint
+from mit_semseg.engine.checkpoint import find_checkpoint, load_model, model_classes
 from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.inputs import (
     PathLike,
@@ -175,8 +175,8 @@ def _jobs(
     names = [f"rank {rank}"] * len(devices) if world > 1 else [str(place) for place in devices]
     if len(devices) == world == 1:
         names = [""]
-    folder, file = resolve_checkpoint(options.DIR, checkpoint)
-    folder.files(file)  # missing, it is one clear line now instead of one for each process
+    # Found missing here, it is one clear line instead of one for each process.
+    find_checkpoint(options, checkpoint)
     classes = model_classes(options, checkpoint)
     return [
         Job(options, checkpoint, place, classes, name, len(devices))

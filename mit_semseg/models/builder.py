@@ -15,6 +15,7 @@ from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.split import check_depth
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.losses import build_loss
+from mit_semseg.models import external
 from mit_semseg.models.decoders import DECODERS, Decoder
 from mit_semseg.models.encoders import ENCODERS, Encoder
 from mit_semseg.models.encoders.base import Variant, widen_input
@@ -70,9 +71,12 @@ def check_options(options: Options) -> None:
         ValueError: an unknown name, or parts that cannot work together, with the reason.
     """
     model = options.MODEL
+    check_depth(options.DATASET)
+    if model.arch:
+        external.check(options)
+        return
     check_pair(model.arch_encoder, model.arch_decoder, model.fc_dim)
     check_aux_weights(model.arch_decoder, options.TRAIN.aux_weights)
-    check_depth(options.DATASET)
     stride = math.lcm(*_encoder(model.arch_encoder).strides)
     for section in (options.VAL, options.TEST):
         if any(side % stride for side in section.window):
@@ -246,25 +250,9 @@ class ModelBuilder:
         """
         options = Options.read(cfg)
         check_options(options)
-        model, data, train = options.MODEL, options.DATASET, options.TRAIN
-        encoder = ModelBuilder.build_encoder(
-            model.arch_encoder,
-            fc_dim=model.fc_dim,
-            weights=model.weights_encoder,
-            in_channels=model.in_channels,
-            mean=[m / data.value_range for m in data.mean],
-            std=[s / data.value_range for s in data.std],
-        )
-        decoder = ModelBuilder.build_decoder(
-            model.arch_decoder,
-            fc_dim=model.fc_dim,
-            num_class=data.num_class,
-            weights=model.weights_decoder,
-            use_softmax=inference,
-            channels=encoder.channels,
-            strides=encoder.strides,
-            classes=classes,
-        )
+        data, train = options.DATASET, options.TRAIN
+        encoder, decoder = _parts(options, classes)
+        decoder.use_softmax = inference
         return SegmentationModule(
             encoder,
             decoder,
@@ -273,6 +261,31 @@ class ModelBuilder:
             if any(head.weight is None for head in decoder.auxiliary)
             else None,
             aux_weights=train.aux_weights,
-            normalize=Normalize.of(data),
+            normalize=encoder.normalization() or Normalize.of(data),
             mirror_pairs=FORMATS.get(data.format)().mirror_pairs,
         )
+
+
+def _parts(options: Options, classes: Sequence[str]) -> tuple[Encoder, Decoder]:
+    """Encoder and decoder with the weights that the options ask for."""
+    model, data = options.MODEL, options.DATASET
+    if model.arch:
+        return external.build(options, classes=classes)
+    encoder = ModelBuilder.build_encoder(
+        model.arch_encoder,
+        fc_dim=model.fc_dim,
+        weights=model.weights_encoder,
+        in_channels=model.in_channels,
+        mean=[m / data.value_range for m in data.mean],
+        std=[s / data.value_range for s in data.std],
+    )
+    decoder = ModelBuilder.build_decoder(
+        model.arch_decoder,
+        fc_dim=model.fc_dim,
+        num_class=data.num_class,
+        weights=model.weights_decoder,
+        channels=encoder.channels,
+        strides=encoder.strides,
+        classes=classes,
+    )
+    return encoder, decoder

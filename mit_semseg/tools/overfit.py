@@ -102,7 +102,7 @@ def overfit(
     options = Options.read(cfg)
     if steps < 1:
         raise ValueError(f"--steps {steps}: give at least 1")
-    name = name or f"{options.MODEL.arch_encoder} + {options.MODEL.arch_decoder}"
+    name = name or options.MODEL.name
     began, tries = time.monotonic(), []
     for rate in RATES:
         seed_everything(options.TRAIN.seed)

@@ -79,14 +79,14 @@ def profile(
     image = torch.zeros(1, model.in_channels, *size, device=device)
     parts = [*module.encoder.parameters(), *module.decoder.parameters()]
     held = [*parts, *module.buffers()]
-    name = name or f"{model.arch_encoder} + {model.arch_decoder}"
+    name = name or model.name
     with _reach(name, size):
         gflops = operations(module, image) / 1e9
         activations_mib = activations(module, image, options) / 2**20
     return Profile(
         name,
-        model.arch_encoder,
-        model.arch_decoder,
+        model.arch or model.arch_encoder,
+        "" if model.arch else model.arch_decoder,
         sum(p.numel() for p in parts) / 1e6,
         sum(4 * x.numel() for x in held) / 2**20,
         gflops,

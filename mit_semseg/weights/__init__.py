@@ -3,8 +3,10 @@
 from mit_semseg.weights.archive import check_archive, load_checked, read_state_dict
 from mit_semseg.weights.loading import ClassRows, LoadReport, load_decoder, load_encoder, load_into
 from mit_semseg.weights.published import (
+    MODELS,
     PUBLISHED,
     SAMPLE_IMAGE,
+    PublishedModel,
     fetch_published,
     published_checkpoint,
 )
@@ -32,11 +34,13 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MIRROR",
+    "MODELS",
     "PUBLISHED",
     "SAMPLE_IMAGE",
     "TORCHVISION",
     "WEIGHTS",
     "LoadReport",
+    "PublishedModel",
     "TorchvisionSource",
     "WeightSource",
     "cache_dir",

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from mit_semseg.download import fetch
 from mit_semseg.registry import closest
 from mit_semseg.weights.archive import read_state_dict
 from mit_semseg.weights.sources import HOST, mirrored
 
-PUBLISHED: dict[str, int] = {
-    "ade20k-mobilenetv2dilated-c1_deepsup": 20,
-    "ade20k-resnet18dilated-c1_deepsup": 20,
-    "ade20k-resnet18dilated-ppm_deepsup": 20,
-    "ade20k-resnet50dilated-ppm_deepsup": 20,
-    "ade20k-resnet101dilated-ppm_deepsup": 25,
-    "ade20k-resnet50-upernet": 30,
-    "ade20k-resnet101-upernet": 50,
-    "ade20k-hrnetv2-c1": 30,
+
+class PublishedModel(NamedTuple):
+    """A model whose checkpoint is published.
+
+    Attributes:
+        encoder, decoder: their names here.
+        fc_dim: channels of the encoder's last feature map.
+        multiple: what sides of its images are multiples of.
+        epoch: the one that was scored.
+        mean_iou: in percent at one scale, as its authors report it.
+        millions: of parameters.
+    """
+
+    encoder: str
+    decoder: str
+    fc_dim: int
+    multiple: int
+    epoch: int
+    mean_iou: float
+    millions: float
+
+
+MODELS: dict[str, PublishedModel] = {
+    f"ade20k-{row[0]}-{row[1]}": PublishedModel(*row)
+    for row in (
+        ("mobilenetv2dilated", "c1_deepsup", 320, 8, 20, 34.84, 2.2),
+        ("resnet18dilated", "c1_deepsup", 512, 8, 20, 33.82, 12.2),
+        ("resnet18dilated", "ppm_deepsup", 512, 8, 20, 38.00, 24.6),
+        ("resnet50dilated", "ppm_deepsup", 2048, 8, 20, 41.26, 51.6),
+        ("resnet101dilated", "ppm_deepsup", 2048, 8, 25, 42.19, 70.6),
+        ("resnet50", "upernet", 2048, 32, 30, 40.44, 64.2),
+        ("resnet101", "upernet", 2048, 32, 50, 42.00, 83.2),
+        ("hrnetv2", "c1", 720, 32, 30, 42.03, 66.5),
+    )
 }
+"""The published checkpoints, all of ADE20K; their publisher states no licence for weights."""
+
+PUBLISHED: dict[str, int] = {name: model.epoch for name, model in MODELS.items()}
 """Configurations with published ADE20K checkpoints, and the epoch that was scored."""
 
 SAMPLE_IMAGE = (

@@ -183,7 +183,12 @@ def build(
         state=_state(train.optim, plan.config, step, passed, history, random),
         folder=folder,
         lock=lock,
-        describe=partial(folder.prepare, options, split.classes),
+        describe=partial(
+            folder.prepare,
+            options,
+            split.classes,
+            getattr(step.module.encoder, "architecture", None),
+        ),
         metrics=MetricsLog(folder.path, rank),
         earlier=earlier,
         supervisor=Supervisor(
@@ -270,7 +275,7 @@ def _plan(options: Options, place: Place, split: Split, data: TrainDataset) -> P
         epoch_iters=epoch_iters,
         batches_a_step=count * train.accumulate,
         fixed_size=bool(options.DATASET.crop_size),
-        summary=f"{model.arch_encoder} + {model.arch_decoder} on {len(split.records)} images: "
+        summary=f"{model.name} on {len(split.records)} images: "
         f"epochs {train.num_epoch}, steps each {epoch_iters}, batch "
         f"{train.batch_size_per_gpu * train.accumulate} x {count} devices, {train.precision}",
         config=tree_of(options).dump(),
@@ -363,7 +368,10 @@ def _parallel(module: SegmentationModule, place: Place, timeout: float) -> nn.Mo
         ids = [place.device.index] if place.device.type == "cuda" else None
         with lost_peers(1):
             return nn.parallel.DistributedDataParallel(
-                module, device_ids=ids, broadcast_buffers=False
+                module,
+                device_ids=ids,
+                broadcast_buffers=False,
+                find_unused_parameters=module.encoder.spare_parameters,
             )
     if len(place.devices) > 1:
         return UserScatteredDataParallel(module, device_ids=place.devices, timeout=timeout)

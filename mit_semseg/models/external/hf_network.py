@@ -1,0 +1,327 @@
+"""Networks of transformers in two halves: the backbone, and the rest with its heads.
+
+The rest is the library's own network, whose backbone is replaced by a module that hands over the
+features which the encoder has computed. So what computes scores and losses is the library's code.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mit_semseg.models.decoders.base import Auxiliary, crop
+from mit_semseg.models.external.base import Architecture, ExternalDecoder, ExternalEncoder
+from mit_semseg.models.layers import with_attributes
+from mit_semseg.models.pyramid import without_autocast
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of network, by its `model_type`.
+
+    Attributes:
+        path: where the backbone stands in the network; "" where its first layers are the backbone.
+        emits: the field of the backbone's output that holds the features.
+        masks: it classifies masks (`...ForUniversalSegmentation`), not pixels.
+        stride: sides of images must be multiples of it; 0: of the size of a patch.
+        fixed: images must be of `config.image_size`.
+        text: it is told by a text what to do.
+    """
+
+    path: str
+    emits: str = "feature_maps"
+    masks: bool = False
+    stride: int = 32
+    fixed: bool = False
+    text: bool = False
+
+
+_PIXELS = "model.pixel_level_module.encoder"
+KINDS: dict[str, Kind] = {
+    "segformer": Kind("segformer", "hidden_states"),
+    "upernet": Kind("backbone"),
+    "dpt": Kind("dpt", "hidden_states", stride=0),
+    "beit": Kind("beit", "hidden_states", stride=0, fixed=True),
+    "maskformer": Kind(_PIXELS, masks=True),
+    "mask2former": Kind(_PIXELS, masks=True),
+    "oneformer": Kind(_PIXELS, masks=True, text=True),
+    "eomt": Kind("", masks=True, stride=0, fixed=True),
+    "eomt_dinov3": Kind("", masks=True, stride=0, fixed=True),
+}
+# What OneFormer is told, tokenised, among the values of `Architecture.config`.
+TASK = "semseg_task"
+
+
+class Backbone(ExternalEncoder):
+    """A backbone of transformers."""
+
+    def __init__(self, net: nn.Module, architecture: Architecture, kind: Kind, config: Any) -> None:
+        side = int(getattr(config, "image_size", 0) or 0) if kind.fixed else 0
+        prefix = f"{kind.path}." if kind.path else ""
+        stride = kind.stride or int(config.patch_size)
+        super().__init__(net, architecture, prefix, stride, (side, side) if side else None)
+        self.emits = kind.emits
+
+    def features(self, images: Tensor) -> Sequence[Tensor]:
+        """Feature maps, or hidden states of all layers."""
+        if isinstance(self.net, FirstLayers):
+            found: list[Tensor] = self.net(images)
+            return found
+        options = {"output_hidden_states": True} if self.emits == "hidden_states" else {}
+        maps: Sequence[Tensor] = getattr(self.net(images, **options), self.emits)
+        return maps
+
+
+class FirstLayers(nn.Module):
+    """The layers of an EoMT before its queries come in."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.embeddings = network.embeddings
+        blocks = network.config.num_blocks
+        self.layers = nn.ModuleList(network.layers[: len(network.layers) - blocks])
+        self.dropout = getattr(network, "dropout", nn.Identity())
+        self.rope_embeddings = getattr(network, "rope_embeddings", None)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, tokens, channels), and the rotary embeddings, if it has such: in training random."""
+        tokens: Tensor = self.dropout(self.embeddings(images))
+        if self.rope_embeddings is None:
+            for layer in self.layers:
+                tokens = layer(tokens)
+            return [tokens]
+        places = self.rope_embeddings(images.to(tokens.dtype))
+        for layer in self.layers:
+            tokens = layer(tokens, position_embeddings=places)
+        return [tokens, *places]
+
+
+class _Given(nn.Module):
+    """In the place of a module: hands over what that has computed already."""
+
+    given: Any = None  # set for the time of a call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.given
+
+    forward_with_filtered_kwargs = forward
+
+
+class _Done(nn.Module):
+    """In the place of a layer that what comes in has already passed."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
+class Head(ExternalDecoder):
+    """A network of transformers without its backbone, that scores pixels."""
+
+    def __init__(
+        self,
+        net: Any,
+        num_class: int,
+        make: Callable[[int], ExternalDecoder],
+        kind: Kind,
+        task: Sequence[int] = (),
+    ) -> None:
+        super().__init__(net, num_class, make)
+        self.emits, self.path, self.task = kind.emits, kind.path or "embeddings", tuple(task)
+        self.own = getattr(net, "auxiliary_head", None) is not None
+
+    @property
+    def auxiliary(self) -> tuple[Auxiliary, ...]:  # type: ignore[override]
+        """The auxiliary head, if the network has one."""
+        return (Auxiliary(float(self.net.config.auxiliary_loss_weight)),) if self.own else ()
+
+    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        """As `Decoder.logits`."""
+        if not self.own:
+            return (self.run(features).logits,)
+        if not self.training:  # it would be computed and thrown away
+            with with_attributes(self.net, _modules={**self.net._modules, "auxiliary_head": None}):
+                return (self.run(features).logits,)
+        head, found = self.net.auxiliary_head, []
+
+        def forward(*args: Any) -> Tensor:
+            scores: Tensor = type(head).forward(head, *args)
+            found.append(scores)
+            return scores
+
+        with with_attributes(head, forward=forward):
+            main = self.run(features).logits
+        return (main, found[0])
+
+    def run(self, features: list[Tensor]) -> Any:
+        """What the network makes of the features."""
+        images, *maps = features
+        told = {}
+        if self.task:
+            task = torch.tensor(self.task, device=images.device).expand(len(images), -1)
+            told = {"task_inputs": task}
+        if self.path == "backbone":  # it would enlarge the scores to images, here to the first map
+            images = images[..., : maps[0].shape[-2], : maps[0].shape[-1]]
+        with ExitStack() as stack:
+            for path, value in self.given(maps).items():
+                place = self.net.get_submodule(path)
+                stack.enter_context(with_attributes(place, given=value))
+            return self.net(images, **told)
+
+    def given(self, maps: list[Tensor]) -> dict[str, Any]:
+        """What stands-in of modules, by their names, give of what the encoder has computed."""
+        if self.path == "embeddings":
+            places = {"rope_embeddings": tuple(maps[1:])} if len(maps) > 1 else {}
+            return {"embeddings": maps[0], **places}
+        found = SimpleNamespace(hidden_states=None, feature_maps=None, attentions=None)
+        setattr(found, self.emits, tuple(maps))
+        return {self.path: found}
+
+
+class MaskHead(Head):
+    """A network of transformers without its backbone, that classifies masks.
+
+    The score of a class at a pixel is the log of the sum over the masks of the probability of the
+    class times that of the mask, from which the library's `post_process_semantic_segmentation`
+    takes the maximum.
+    """
+
+    trains_scores = False
+    further_scores = ("no object",)
+
+    @property
+    def auxiliary(self) -> tuple[Auxiliary, ...]:  # type: ignore[override]
+        """The library's own losses, of the masks of all layers."""
+        return (Auxiliary(1.0, loss=self.matched, denominator=self.counts),)
+
+    def logits(self, features: list[Tensor]) -> tuple[Any, ...]:
+        """Scores, (B, num_class, h, w); in training also what the losses take."""
+        if not self.training:
+            return (self._scored(self.run(features)),)
+        calls: list[dict[str, Any]] = []
+        signature = inspect.signature(self.net.get_loss_dict)
+
+        def note(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            calls.append(signature.bind(*args, **kwargs).arguments)
+            return {}
+
+        with with_attributes(self.net, get_loss_dict=note):
+            found = self.run(features)
+        with torch.no_grad():
+            scores = self._scored(found)
+        return scores, calls
+
+    def run(self, features: list[Tensor]) -> Any:
+        """What the network makes of the features."""
+        if not self.training:
+            return super().run(features)
+        # With labels, which `logits` takes out again, so that the network shows what it compares.
+        labels: dict[str, Any] = {"mask_labels": [], "class_labels": []}
+        with with_attributes(self.net, forward=_with(self.net, labels)):
+            return super().run(features)
+
+    def log_probabilities(
+        self,
+        features: list[Tensor],
+        size: tuple[int, int] | None = None,
+        image: tuple[int, int] | None = None,
+    ) -> tuple[Any, ...]:
+        """As `Decoder.log_probabilities`; in training what the losses take comes second."""
+        if not self.training:
+            return super().log_probabilities(features, size, image)
+        scores, calls = self.logits(features)
+        with torch.no_grad():
+            main = self._scores(crop(scores, image), size, True).log_softmax(dim=1)
+        return main, calls
+
+    def matched(self, calls: Any, label: Tensor) -> Tensor:
+        """(2,): the means of the library's losses over queries, and over masks.
+
+        Args:
+            calls: what the network compares with labels, from `logits`.
+            label: (B, h, w) int64, -1 ignored: in no mask.
+        """
+        there = self._classes(label)
+        classes = [row.nonzero()[:, 0] for row in there]
+        masks = [(one == ids[:, None, None]).float() for one, ids in zip(label, classes)]
+        sums = torch.zeros(2, dtype=torch.float32, device=label.device)
+        with without_autocast(label.device):
+            for call in calls:
+                given = {**_in_float32(call), "mask_labels": masks, "class_labels": classes}
+                for name, loss in self.net.get_loss_dict(**given).items():
+                    sums = sums + loss * sums.new_tensor(
+                        [1.0, 0.0] if "cross_entropy" in name else [0.0, 1.0]
+                    )
+        return sums
+
+    def counts(self, label: Tensor) -> Tensor:
+        """(2,): what those means divide by, the weights of the queries, and the masks."""
+        config = self.net.config
+        queries = getattr(config, "num_queries", None) or config.decoder_config.num_queries
+        masks = self._classes(label).sum(1)
+        matched = masks.clamp(max=queries).sum()
+        rest = len(label) * queries - matched
+        return torch.stack([matched + config.no_object_weight * rest, masks.sum().float()])
+
+    def _classes(self, label: Tensor) -> Tensor:
+        """(B, num_class) bool: which are there."""
+        there = torch.zeros(len(label), self.num_class + 1, device=label.device)
+        return there.scatter_(1, label.clamp(min=-1).flatten(1) + 1, 1.0)[:, 1:] > 0
+
+    @staticmethod
+    def _scored(found: Any) -> Tensor:
+        classes = found.class_queries_logits.softmax(-1)[..., :-1]
+        masks = found.masks_queries_logits.sigmoid()
+        sums = torch.einsum("bqc,bqhw->bchw", classes, masks)
+        return sums.clamp(min=torch.finfo(sums.dtype).tiny).log()
+
+
+def _with(net: Any, more: dict[str, Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return type(net).forward(net, *args, **kwargs, **more)
+
+    return forward
+
+
+def _in_float32(x: Any) -> Any:
+    """All floating tensors in nested dicts and lists, in float32 at least."""
+    if isinstance(x, Tensor):
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if isinstance(x, dict):
+        return {key: _in_float32(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_in_float32(value) for value in x]
+    return x
+
+
+def halves(
+    network: Any,
+    architecture: Architecture,
+    num_class: int,
+    make: Callable[[int], ExternalDecoder],
+) -> tuple[Backbone, Head]:
+    """A network in two, which from now on belongs to these."""
+    config = network.config
+    kind = KINDS[config.model_type]
+    backbone: nn.Module
+    if kind.path:
+        backbone = network.get_submodule(kind.path)
+        network.set_submodule(kind.path, _Given())
+    else:
+        backbone = FirstLayers(network)
+        place = _Given()
+        place.num_prefix_tokens = network.embeddings.num_prefix_tokens
+        network.embeddings = place
+        if backbone.rope_embeddings is not None:
+            network.rope_embeddings = _Given()
+        for i in range(len(backbone.layers)):
+            network.layers[i] = _Done()
+    task = architecture.config.get(TASK, ())
+    head = (MaskHead if kind.masks else Head)(network, num_class, make, kind, task)
+    return Backbone(backbone, architecture, kind, config), head

@@ -1,0 +1,270 @@
+"""Models of transformers, beside what transformers itself computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from other_libraries import MASKS, NAMES, SEMANTIC, SIDE, saved_hf
+from torch import Tensor, nn
+
+from mit_semseg.config import DataOptions, ModelOptions, Options
+from mit_semseg.lib.nn import UserScatteredDataParallel
+from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models.external import save_pretrained
+
+pytest.importorskip("transformers")
+CLOSE = 1e-4
+
+
+class Pair:
+    """A network of transformers, its folder, and what is built of that here."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind, self.folder = kind, folder
+        self.theirs: Any = saved_hf(kind, folder)
+        self.ours = build(folder)
+
+
+def build(folder: Path, num_class: int = len(NAMES), **model: Any) -> SegmentationModule:
+    options = Options(
+        MODEL=ModelOptions(arch=f"hf:{folder}", **model),
+        DATASET=DataOptions(num_class=num_class),
+        DIR=str(folder / "none"),
+    )
+    return ModelBuilder.from_config(options).eval()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    made: dict[str, Pair] = {}
+
+    def get(kind: str) -> Pair:
+        if kind not in made:
+            made[kind] = Pair(kind, tmp_path_factory.mktemp("hf") / kind)
+        return made[kind]
+
+    return get
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+def labels(count: int = 2) -> Tensor:
+    """Blocks of four classes, and some pixels without."""
+    cells = torch.tensor([[[0, 1], [2, -1]], [[3, 3], [0, 1]], [[2, 2], [2, 1]]])[:count]
+    return cells.repeat_interleave(SIDE // 2, 1).repeat_interleave(SIDE // 2, 2)
+
+
+@pytest.mark.parametrize("kind", (*SEMANTIC, *MASKS))
+def test_logits_and_state_dict_are_theirs(
+    kind: str, pair: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    it = pair(kind)
+    with torch.no_grad():
+        found, ours = it.theirs(images()), it.ours.logits(images())
+    if kind in SEMANTIC:
+        ours = F.interpolate(ours, size=found.logits.shape[2:], mode="bilinear")
+        assert torch.allclose(ours, found.logits, rtol=0, atol=CLOSE * float(ours.std()))
+        expected = found.logits.argmax(1)
+    else:
+        classes = found.class_queries_logits.softmax(-1)[..., :-1]
+        expected = torch.einsum("bqc,bqhw->bchw", classes, found.masks_queries_logits.sigmoid())
+        assert torch.allclose(ours.exp(), expected, rtol=CLOSE, atol=1e-30)
+        expected = expected.argmax(1)
+    assert torch.equal(ours.argmax(1), expected)
+    assert len(expected.unique()) > 1
+
+    save_pretrained(it.ours.encoder, it.ours.decoder, tmp_path, names=NAMES)
+    back = type(it.theirs).from_pretrained(tmp_path)
+    assert back.config.id2label == dict(enumerate(NAMES))
+    ours, theirs = back.state_dict(), it.theirs.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("kind", ["segformer", "maskformer"])
+def test_label_maps_are_those_of_their_post_processing(
+    kind: str, pair: Callable[[str], Pair]
+) -> None:
+    import transformers
+
+    it = pair(kind)
+    name = {"segformer": "SegformerImageProcessor", "maskformer": "MaskFormerImageProcessor"}[kind]
+    processor = getattr(transformers, name)()
+    with torch.no_grad():
+        found = it.theirs(images())
+        probabilities = it.ours({"img_data": images()}, segSize=(SIDE // 4, SIDE // 4))
+    sizes = [(SIDE // 4, SIDE // 4)] * 2  # where mask logits, and scores, are computed
+    theirs = processor.post_process_semantic_segmentation(found, target_sizes=sizes)
+    assert torch.equal(probabilities.argmax(1), torch.stack(theirs))
+
+
+def test_masks_are_summed_as_by_mask2formers_post_processing(
+    pair: Callable[[str], Pair],
+) -> None:
+    """Which resizes mask logits to 384 x 384 first: here they are of that size already."""
+    from transformers import Mask2FormerImageProcessor
+
+    it = pair("mask2former")
+    generator = torch.Generator().manual_seed(2)
+    found = SimpleNamespace(
+        class_queries_logits=torch.randn(1, 6, 6, generator=generator),
+        masks_queries_logits=torch.randn(1, 6, 384, 384, generator=generator),
+    )
+    ours = it.ours.decoder._scored(found).argmax(1)
+    processor = Mask2FormerImageProcessor()
+    assert torch.equal(ours[0], processor.post_process_semantic_segmentation(found)[0])
+
+
+@pytest.mark.parametrize("kind", SEMANTIC)
+def test_semantic_loss_is_theirs(kind: str, pair: Callable[[str], Pair]) -> None:
+    it = pair(kind)
+    label = labels()
+    with both_training(it):
+        ours, _ = it.ours({"img_data": images(), "seg_label": label})
+        theirs = it.theirs(images(), labels=label.where(label >= 0, 255)).loss
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=CLOSE)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_mask_loss_is_theirs(kind: str, pair: Callable[[str], Pair]) -> None:
+    it = pair(kind)
+    label = labels()
+    ids = [one.unique()[one.unique() >= 0] for one in label]
+    masks = [(one == k[:, None, None]).float() for one, k in zip(label, ids)]
+    with both_training(it):
+        torch.manual_seed(3)
+        ours, _ = it.ours({"img_data": images(), "seg_label": label})
+        torch.manual_seed(3)  # for the points that losses are taken at
+        theirs = it.theirs(images(), mask_labels=masks, class_labels=ids).loss
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["segformer", "upernet", "mask2former", "eomt"])
+def test_replicas_learn_the_loss_of_the_union(
+    kind: str, pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The same points for every mask, whatever else is in the batch.
+    monkeypatch.setattr(torch, "rand", same_points)
+    it = pair(kind)
+    whole = {"img_data": images(3), "seg_label": labels(3)}
+    parts = [{k: v[:1] for k, v in whole.items()}, {k: v[1:] for k, v in whole.items()}]
+    with both_training(it):
+        losses, accuracies = UserScatteredDataParallel(it.ours, device_ids=["cpu"] * 2)(parts)
+        expected = gradients(it.ours, losses.mean())
+        loss, accuracy = it.ours(whole)
+        found = gradients(it.ours, loss)
+    assert float(losses.mean().detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert float(accuracies.mean()) == pytest.approx(float(accuracy), rel=1e-5)
+    largest = max(float(x.abs().max()) for x in expected.values())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-4 * largest), name
+
+
+def same_points(*size: Any, device: Any = None) -> Tensor:
+    sides = tuple(size[0] if isinstance(size[0], tuple) else size)
+    one = torch.empty(sides[1:]).uniform_(generator=torch.Generator().manual_seed(5))
+    return one.expand(sides).contiguous()
+
+
+def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    module.zero_grad()
+    loss.backward()
+    grads = {name: p.grad for name, p in module.named_parameters()}
+    return {name: g.clone() for name, g in grads.items() if g is not None}
+
+
+class both_training:
+    """Both networks in training, and then as they were."""
+
+    def __init__(self, it: Pair) -> None:
+        self.modules = it.ours, it.theirs
+        self.states = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.modules]
+
+    def __enter__(self) -> None:
+        for module in self.modules:
+            module.train()
+
+    def __exit__(self, *error: Any) -> None:
+        for module, state in zip(self.modules, self.states):
+            module.load_state_dict(state)
+            module.eval().zero_grad()
+
+
+def test_an_image_without_labels_teaches_nothing_of_masks(pair: Callable[[str], Pair]) -> None:
+    it = pair("mask2former")
+    with both_training(it):
+        loss, accuracy = it.ours({"img_data": images(), "seg_label": torch.full_like(labels(), -1)})
+        loss.backward()
+    assert torch.isfinite(loss) and float(accuracy) == 0
+
+
+@pytest.mark.parametrize("kind", ["segformer", "mask2former"])
+def test_other_classes_give_a_new_head_and_say_so(
+    kind: str, pair: Callable[[str], Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    module = build(pair(kind).folder, num_class=7)
+    assert "skipped, another number of classes" in caplog.text
+    assert module.logits(images()).shape[1] == 7
+    theirs = pair(kind).ours.encoder.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in module.encoder.state_dict().items())
+
+
+def test_images_of_other_sizes_are_refused(pair: Callable[[str], Pair]) -> None:
+    with pytest.raises(ValueError, match=r"multiples of 32.*set DATASET.padding_constant 32"):
+        pair("segformer").ours.logits(torch.zeros(1, 3, 40, 64))
+    with pytest.raises(ValueError, match=r"64 x 64 only.*DATASET.crop_size \[64, 64\]"):
+        pair("eomt").ours.logits(torch.zeros(1, 3, 64, 96))
+
+
+def test_random_weights_on_request(pair: Callable[[str], Pair]) -> None:
+    it = pair("segformer")
+    module = build(it.folder, weights_encoder="none", weights_decoder="none")
+    weight = next(iter(module.encoder.parameters()))
+    assert not torch.equal(weight, next(iter(it.ours.encoder.parameters())))
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("hf:", "it is hf:NAME or smp:NAME"),
+        ("timm:resnet50", "it is hf:NAME or smp:NAME"),
+        ("hf:no such folder", "no such folder, and no name on huggingface.co"),
+    ],
+)
+def test_mistaken_names(arch: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ModelBuilder.from_config(Options(MODEL=ModelOptions(arch=arch)))
+
+
+def test_folders_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
+        build(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="is a bert; models that can be used are segformer"):
+        build(tmp_path)
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"cannot be downloaded .* give a folder") as caught:
+        build(Path("nobody/nothing"))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'mit_semseg\[hf\]'"):
+        build(Path("nobody/nothing"))
