@@ -72,7 +72,7 @@ def test_it_learns_and_resumes_exactly_and_needs_its_source_no_more(
     out = pack_for_library(cut.DIR, tmp_path / "out")
     assert (out / "config.json").is_file()
     packed = pack(cut.DIR, tmp_path / "packed")
-    image = np.zeros((48, 64, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     ours, half, theirs = (
         Segmenter.from_pretrained(x, device="cpu", imgSizes=64)(image).labels
         for x in (cut.DIR, packed, out)
