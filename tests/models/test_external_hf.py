@@ -218,6 +218,22 @@ def test_other_classes_give_a_new_head_and_say_so(
     assert all(torch.equal(v, theirs[k]) for k, v in module.encoder.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "tensor"),
+    [
+        ("segformer", "net.decode_head.classifier.weight"),
+        ("maskformer", "net.class_predictor.weight"),
+    ],
+)
+def test_classes_of_equal_names_go_on(kind: str, tensor: str, pair: Callable[[str], Pair]) -> None:
+    it = pair(kind)
+    options = Options(MODEL=ModelOptions(arch=f"hf:{it.folder}"), DATASET=DataOptions(num_class=3))
+    module = ModelBuilder.from_config(options, classes=("lamp", "sofa", "wall"))
+    ours, theirs = (x.decoder.state_dict()[tensor] for x in (module, it.ours))
+    assert torch.equal(ours[[0, 2]], theirs[[2, 0]])  # NAMES
+    assert torch.equal(ours[3:], theirs[5:])  # no object, where it is scored
+
+
 def test_images_of_other_sizes_are_refused(pair: Callable[[str], Pair]) -> None:
     with pytest.raises(ValueError, match=r"multiples of 32.*set DATASET.padding_constant 32"):
         pair("segformer").ours.logits(torch.zeros(1, 3, 40, 64))
