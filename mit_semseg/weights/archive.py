@@ -19,6 +19,7 @@ from torch import Tensor
 from mit_semseg.errors import one_line
 
 _ZIP = b"PK\x03\x04"  # how an archive of torch.save begins
+_FOLDER = 0x10  # the attribute of a record, as of MS-DOS
 # What Python raises on broken archives, by where they are broken. RuntimeError: a flag that was
 # flipped claims encryption, or a method of compression nobody knows.
 _BROKEN_ZIP = (
@@ -56,16 +57,17 @@ def check_archive(path: str | Path) -> None:
     """
     head = _head(path)
     # An old file begins with a pickle, and may hold anything that looks like the end of an archive.
-    whole = not head.startswith(b"\x80") and zipfile.is_zipfile(path)
-    if not whole and head != _ZIP:
+    if head.startswith(b"\x80"):
         return
     wrong = "cut short: its end is missing"
-    if whole:
-        try:
+    try:
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 wrong = _wrong_record(archive)
-        except _BROKEN_ZIP as error:
-            wrong = f"{error}"
+        elif head != _ZIP:
+            return
+    except _BROKEN_ZIP as error:
+        wrong = f"{error}"
     if wrong:
         raise ValueError(
             f"{path} is damaged ({wrong}); copy or download it again, or use an earlier checkpoint"
@@ -83,6 +85,9 @@ def _wrong_record(archive: zipfile.ZipFile) -> str:
         # Nobody compresses weights, and torch reads by the one size, Python by the other.
         if record.compress_type == zipfile.ZIP_STORED and record.file_size != record.compress_size:
             return f"record {record.filename} has two sizes"
+        # Which torch takes for empty, so that a tensor is whatever the memory held.
+        if record.external_attr & _FOLDER:
+            return f"record {record.filename} is marked as a folder"
     name = archive.testzip()
     return "" if name is None else f"the checksum of record {name} is wrong"
 
