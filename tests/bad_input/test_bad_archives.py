@@ -84,10 +84,8 @@ def test_links_and_devices_are_left_out(tmp_path: Path, untouched: Untouched) ->
     out = tmp_path / "out"
     with untouched(but=out):
         assert unpack(path, out, progress=False) == 2
-    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) == [
-        "door/evil",
-        "good",
-    ]
+    files = [p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir()]
+    assert sorted(files) == ["door/evil", "good"]
     assert not any(p.is_symlink() for p in out.rglob("*"))
     link = zipfile.ZipInfo("door")
     link.external_attr = 0o120777 << 16
@@ -150,7 +148,7 @@ def test_damage_anywhere(tmp_path: Path, kind: str) -> None:
     content = path.read_bytes()
     rng = np.random.default_rng(7)
     refused = 0
-    for k in range(120):
+    for k in range(60):
         changed = bytearray(content)
         position = int(rng.integers(len(content)))
         if k % 3:
@@ -169,4 +167,4 @@ def test_damage_anywhere(tmp_path: Path, kind: str) -> None:
         if kind != "tar":  # which has checksums for names alone
             found = {p.read_bytes() for p in out.rglob("*") if p.is_file()}
             assert found == {CONTENT}, (k, position)
-    assert refused > (20 if kind == "tar" else 60)
+    assert refused > (10 if kind == "tar" else 30)

@@ -31,37 +31,26 @@ def config_of(model: Config) -> str:
     return os.path.join(model.DIR, "config.yaml")
 
 
-def write_all(folder: Path, cases: list[corpus.Case]) -> None:
-    folder.mkdir(parents=True)
-    for case in cases:
-        case.write(folder / case.name)
-
-
-def write_samples(root: Path, faulty: dict[str, corpus.Case], good: int = 4) -> Path:
-    """A list of good samples and one for each faulty image or mask ("image x", "mask y")."""
+def write_samples(root: Path, *faulty: corpus.Case, good: int = 4) -> Path:
+    """A list of good samples, and of one for each faulty image or mask."""
     lines = []
 
-    def add(name: str, image: Path, mask: Path) -> None:
-        lines.append(json.dumps({"fpath_img": str(image), "fpath_segm": str(mask)}))
+    def sample(
+        name: str, image: corpus.Case | None = None, mask: corpus.Case | None = None
+    ) -> None:
+        files = {}
+        for key, case, pixels in (("img", image, COLOR), ("segm", mask, LABELS)):
+            case = case or corpus.ok(f"{name}.png", corpus.png(pixels), pixels)
+            file = root / {"img": "images", "segm": "masks"}[key] / case.name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            case.write(file)
+            files[f"fpath_{key}"] = str(file)
+        lines.append(json.dumps(files))
 
-    for kind in ("images", "masks"):
-        (root / kind).mkdir(parents=True)
     for k in range(good):
-        image, mask = root / "images" / f"good{k}.png", root / "masks" / f"good{k}.png"
-        Image.fromarray(COLOR).save(image)
-        Image.fromarray(LABELS).save(mask)
-        add(f"good{k}", image, mask)
-    for kind, case in faulty.items():
-        image, mask = root / "images" / f"{kind}.png", root / "masks" / f"{kind}.png"
-        if kind.startswith("image"):
-            image = image.with_name(case.name)
-            case.write(image)
-            Image.fromarray(LABELS).save(mask)
-        else:
-            mask = mask.with_name(case.name)
-            Image.fromarray(COLOR).save(image)
-            case.write(mask)
-        add(kind, image, mask)
+        sample(f"good{k}")
+    for case in faulty:
+        sample(f"with_{case.name}", **{"mask" if case in corpus.MASKS else "image": case})
     path = root / "list.odgt"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -75,61 +64,57 @@ BAD_IMAGES = by_name(
     corpus.IMAGES, "truncated.jpg", "empty.png", "bomb.png", "pipe.jpg", "page.jpg"
 )
 BAD_MASKS = by_name(corpus.MASKS, "turned.png", "colors.png", "far.png", "cut.png", "gone.png")
-
-
-def faulty() -> dict[str, corpus.Case]:
-    found = {f"image {k}": case for k, case in enumerate(BAD_IMAGES)}
-    return {**found, **{f"mask {k}": case for k, case in enumerate(BAD_MASKS)}}
+ALL_BAD = [*BAD_IMAGES, *BAD_MASKS]
 
 
 # ------------------------------------------------------------------------------ predict
+def predicting(model: Config, images: Path, out: Path, *more: Any) -> list[Any]:
+    where = ["--gpu", "cpu", "--imgs", images, "TEST.result", out]
+    return ["predict", "--cfg", config_of(model), *where, *more]
+
+
 def test_predict_goes_on_past_bad_images(
     tmp_path: Path, model: Config, command: Command, untouched: Untouched
 ) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
     cases = [case for case in corpus.IMAGES if case.name not in ("gone.jpg", "folder.jpg")]
-    write_all(folder, cases)
+    for case in cases:
+        case.write(folder / case.name)
     (folder / "loop").symlink_to(folder)
-    for name in corpus.NAMES.values():
-        Image.fromarray(COLOR).save(folder / name, "PNG")
     with untouched(but=out):
-        outcome = command(
-            "predict", "--cfg", config_of(model), "--gpu", "cpu", "--imgs", folder,
-            "TEST.result", out, "TEST.save", "[index]",
-        )  # fmt: skip
+        outcome = command(*predicting(model, folder, out, "TEST.save", "[index]"))
     assert outcome.code == 1
     report = outcome.out.partition("images failed:")[2]
-    bad = [case for case in corpus.UNREADABLE if case in cases]
     results = {path.stem: path for path in out.rglob("*.png")}
-    for case in bad:
-        (line,) = [x for x in report.splitlines() if f"/{case.name}: " in x]
-        assert re.search(case.message, line), line
-        assert Path(case.name).stem not in results or case.name.split(".")[0] in (
-            "empty", "truncated", "page", "header_only"
-        )  # fmt: skip
-    for case in cases:
+    stems = [case.name.rpartition(".")[0] for case in cases]
+    for case, stem in zip(cases, stems):
         if case.good is None:
+            (line,) = [x for x in report.splitlines() if f"/{case.name}: " in x]
+            assert re.search(case.message, line), line
+            assert stem not in results or stems.count(stem) > 1
             continue
-        stem, _, ending = case.name.rpartition(".")
-        found = results.get(stem) or results[f"{stem}_{ending}"]
-        with Image.open(found) as image:
+        ending = case.name.rpartition(".")[2]
+        with Image.open(results.get(stem) or results[f"{stem}_{ending}"]) as image:
             assert image.size == case.good.shape[1::-1], case.name
 
 
 def test_predict_peculiar_names(
     tmp_path: Path, model: Config, command: Command, untouched: Untouched
 ) -> None:
+    """One of them is too long with an ending, which the others do not suffer from."""
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for name in corpus.NAMES.values():
-        Image.fromarray(COLOR).save(folder / name, "PNG")
+        (folder / name).write_bytes(corpus.png(COLOR))
     with untouched(but=out):
-        outcome = command(
-            "predict", "--cfg", config_of(model), "--gpu", "cpu", "--imgs", folder,
-            "TEST.result", out, "TEST.save", "[color]",
-        )  # fmt: skip
+        outcome = command(*predicting(model, folder, out, "TEST.save", "[color]"))
     assert outcome.code == 0, outcome.out + outcome.err
     assert sorted(os.listdir(out)) == sorted(corpus.NAMES.values())
+    inside = folder / "out"  # whose pictures are no images to predict
+    outcome = command(*predicting(model, folder, inside, "TEST.save", "[color,overlay]"))
+    assert outcome.code == 1 and re.search("nnn.png: .*File name too long", outcome.out)
+    assert len(os.listdir(inside)) == 2 * (len(corpus.NAMES) - 1)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -139,48 +124,18 @@ def test_names_of_any_bytes_where_output_takes_text_alone(
     """A terminal of UTF-8, or of ASCII alone: a name is no reason to stop, nor for a traceback."""
     folder = tmp_path / "in"
     folder.mkdir()
-    for peculiar in ("not UTF-8", "unicode"):
-        Image.fromarray(COLOR).save(folder / corpus.NAMES[peculiar], "PNG")
-    os.link(folder / corpus.NAMES["unicode"], folder / os.fsdecode(b"bad\xff.jpg"))
+    for name in (corpus.NAMES["not UTF-8"], corpus.NAMES["unicode"], os.fsdecode(b"x\xff.jpg")):
+        (folder / name).write_bytes(corpus.png(COLOR))
     (folder / os.fsdecode(b"bad\xfe.jpg")).write_text("no picture")
     shown = {}
     for stream in ("stdout", "stderr"):
         shown[stream] = io.BytesIO()
         terminal = io.TextIOWrapper(shown[stream], encoding, "strict", write_through=True)
         monkeypatch.setattr(sys, stream, terminal)
-    code = main(
-        ["predict", "--cfg", config_of(model), "--gpu", "cpu", "--imgs", str(folder),
-         "TEST.result", str(tmp_path / "out")],
-    )  # fmt: skip
+    code = main([str(word) for word in predicting(model, folder, tmp_path / "out")])
     out, err = shown["stdout"].getvalue(), shown["stderr"].getvalue()
     assert code == 1 and b"Traceback" not in err, err
     assert b"1 of 4 images failed" in out and b"bad\\udcfe.jpg" in out
-
-
-def test_a_log_takes_names_of_any_bytes(tmp_path: Path, model: Config, command: Command) -> None:
-    (case,) = by_name(corpus.IMAGES, "page.jpg")
-    bad = replace(case, name=os.fsdecode(b"bad\xff.jpg"))
-    listing = write_samples(tmp_path / "data", {"image 0": bad})
-    folder = tmp_path / "run"
-    outcome = command(
-        *training(model, listing, folder, "DATASET.on_error", "skip", "TRAIN.workers", 0)
-    )
-    assert outcome.code == 0, outcome.out + outcome.err
-    assert "bad\\udcff.jpg" in (folder / "log.txt").read_text()
-
-
-def test_predict_names_that_are_too_long_with_an_ending(
-    tmp_path: Path, model: Config, command: Command
-) -> None:
-    for name in (corpus.NAMES["255 bytes"], "short.png"):
-        Image.fromarray(COLOR).save(tmp_path / name, "PNG")
-    out = tmp_path / "out"
-    outcome = command(
-        "predict", "--cfg", config_of(model), "--gpu", "cpu", "--imgs", tmp_path,
-        "TEST.result", out, "TEST.save", "[color,overlay]",
-    )  # fmt: skip
-    assert outcome.code == 1 and re.search("nnn.png: .*File name too long", outcome.out)
-    assert {"short_color.png", "short_overlay.png"} <= set(os.listdir(out))
 
 
 @pytest.mark.parametrize("name", ["truncated.jpg", "pipe.jpg", "dangling.png", "gone.jpg"])
@@ -188,17 +143,12 @@ def test_predict_one_bad_image(
     tmp_path: Path, model: Config, command: Command, untouched: Untouched, name: str
 ) -> None:
     (case,) = by_name(corpus.IMAGES, name)
-    path = tmp_path / name
+    path, out = tmp_path / name, tmp_path / "out"
     case.write(path)
-    out = tmp_path / "out"
     with untouched(but=out):
-        outcome = command(
-            "predict", "--cfg", config_of(model), "--gpu", "cpu", "--imgs", path,
-            "TEST.result", out,
-        )  # fmt: skip
+        outcome = command(*predicting(model, path, out, "TEST.save", "[index]"))
     assert outcome.code in (1, 2)
-    said = outcome.error if outcome.code == 2 else outcome.out
-    assert str(path) in said
+    assert str(path) in (outcome.error if outcome.code == 2 else outcome.out)
     assert not out.exists() or not any(out.iterdir())
 
 
@@ -206,31 +156,24 @@ def test_predict_one_bad_image(
 def test_data_check_names_every_bad_sample(
     tmp_path: Path, command: Command, untouched: Untouched
 ) -> None:
-    path = write_samples(tmp_path / "data", faulty())
+    path = write_samples(tmp_path / "data", *ALL_BAD)
     with untouched():
         outcome = command("data", "check", path, "--num-class", 3)
     assert outcome.code == 1
-    for case in [*BAD_IMAGES, *BAD_MASKS]:
+    for case in ALL_BAD:
         (line,) = [x for x in outcome.out.splitlines() if f"/{case.name}: " in x]
         assert re.search(case.message, line), line
-
-
-@pytest.mark.parametrize("case", [c for c in corpus.LISTS if c.good is None], ids=str)
-def test_data_check_of_bad_lists(tmp_path: Path, command: Command, case: corpus.Case) -> None:
-    path = tmp_path / case.name
-    case.write(path)
-    error = command("data", "check", path).error
-    assert str(path) in error and re.search(case.message, error)
 
 
 def test_make_odgt_leaves_out_what_cannot_be_read(
     tmp_path: Path, command: Command, untouched: Untouched
 ) -> None:
-    write_samples(tmp_path / "data", {})
-    for name in ("turned.png", "text.png", "empty.png", "folder.png", "pipe.png"):
-        (case,) = by_name(corpus.MASKS, name)
-        case.write(tmp_path / "data" / "masks" / name)
-        Image.fromarray(COLOR).save(tmp_path / "data" / "images" / name)
+    write_samples(tmp_path / "data")
+    for case in by_name(
+        corpus.MASKS, "turned.png", "text.png", "empty.png", "folder.png", "pipe.png"
+    ):
+        case.write(tmp_path / "data/masks" / case.name)
+        (tmp_path / "data/images" / case.name).write_bytes(corpus.png(COLOR))
     out = tmp_path / "lists"
     with untouched(but=out):
         outcome = command(
@@ -238,10 +181,11 @@ def test_make_odgt_leaves_out_what_cannot_be_read(
             "--labels", tmp_path / "data/masks", "--out", out,
         )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert "3 training and 1 validation samples" in outcome.out
-    assert "2 images without mask, left out:\n  folder.png\n  pipe.png" in outcome.out
-    assert "3 unusable, left out:" in outcome.out
-    for said in ("turned.png: 24x40 pixels", "text.png: not a readable", "empty.png: not a"):
+    for said in (
+        "3 training and 1 validation samples", "3 unusable, left out:", "empty.png: not a",
+        "2 images without mask, left out:\n  folder.png\n  pipe.png",
+        "turned.png: 24x40 pixels", "text.png: not a readable",
+    ):  # fmt: skip
         assert said in outcome.out
 
 
@@ -251,7 +195,7 @@ def training(model: Config, listing: Path, folder: Path, *more: Any) -> list[Any
         "train", "--cfg", config_of(model), "--gpus", "cpu", "DIR", folder,
         "DATASET.list_train", listing, "DATASET.root_dataset", listing.parent,
         "DATASET.num_class", 3, "DATASET.imgSizes", "[24]", "DATASET.padding_constant", 8,
-        "TRAIN.batch_size_per_gpu", 2, "TRAIN.num_epoch", 1, "TRAIN.epoch_iters", 4,
+        "TRAIN.batch_size_per_gpu", 2, "TRAIN.num_epoch", 1, "TRAIN.epoch_iters", 1,
         "TRAIN.eval_epochs", 0, *more,
     ]  # fmt: skip
 
@@ -268,41 +212,43 @@ def resumed(words: list[Any], state: Path) -> list[Any]:
 def test_training_stops_at_a_bad_sample(
     tmp_path: Path, model: Config, command: Command, case: corpus.Case, workers: int
 ) -> None:
-    kind = "image 0" if case in BAD_IMAGES else "mask 0"
-    listing = write_samples(tmp_path / "data", {kind: case})
+    listing = write_samples(tmp_path / "data", case)
     error = command(*training(model, listing, tmp_path / "run", "TRAIN.workers", workers)).error
     assert case.name in error and re.search(case.message, error)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 def test_training_skips_bad_samples(
-    tmp_path: Path, model: Config, command: Command, untouched: Untouched, workers: int
+    tmp_path: Path, model: Config, command: Command, untouched: Untouched
 ) -> None:
-    listing = write_samples(tmp_path / "data", faulty(), good=6)
+    (case,) = by_name(corpus.IMAGES, "page.jpg")
+    odd = replace(case, name=os.fsdecode(b"bad\xff.jpg"))  # the log takes names of any bytes
+    listing = write_samples(tmp_path / "data", *ALL_BAD, odd, good=2)
     folder = tmp_path / "run"
+    more = ("DATASET.on_error", "skip", "TRAIN.workers", 2, "TRAIN.epoch_iters", 4)
     with untouched(but=folder):
-        outcome = command(
-            *training(model, listing, folder, "DATASET.on_error", "skip", "TRAIN.workers", workers)
-        )
+        outcome = command(*training(model, listing, folder, *more))
     assert outcome.code == 0, outcome.out + outcome.err
     assert (folder / "encoder_epoch_1.pth").is_file()
     said = (folder / "log.txt").read_text()
-    assert any(case.name in said for case in BAD_IMAGES)
+    assert any(case.name in said for case in BAD_IMAGES) and "bad\\udcff.jpg" in said
 
 
 # ------------------------------------------------------------------------------ eval
+def evaluating(model: Config, listing: Path, out: Path, *more: Any) -> list[Any]:
+    return [
+        "eval", "--cfg", config_of(model), "--gpus", "cpu", "--out", out,
+        "DATASET.list_val", listing, "DATASET.root_dataset", listing.parent, *more,
+    ]  # fmt: skip
+
+
 def test_eval_goes_on_past_bad_samples(
     tmp_path: Path, model: Config, command: Command, untouched: Untouched
 ) -> None:
-    listing = write_samples(tmp_path / "data", faulty())
-    out = tmp_path / "out"
+    listing, out = write_samples(tmp_path / "data", *ALL_BAD), tmp_path / "out"
     with untouched(but=out):
-        outcome = command(
-            "eval", "--cfg", config_of(model), "--gpus", "cpu", "--out", out,
-            "DATASET.list_val", listing, "DATASET.root_dataset", listing.parent,
-        )  # fmt: skip
+        outcome = command(*evaluating(model, listing, out))
     assert outcome.code == 1, outcome.out + outcome.err
-    for case in [*BAD_IMAGES, *BAD_MASKS]:
+    for case in ALL_BAD:
         lines = [x for x in (outcome.out + outcome.err).splitlines() if f"/{case.name}: " in x]
         assert lines and re.search(case.message, lines[0]), case
     assert (out / "eval.json").is_file()
@@ -311,77 +257,65 @@ def test_eval_goes_on_past_bad_samples(
 def test_pictures_of_images_from_anywhere_stay_in_the_result_folder(
     tmp_path: Path, model: Config, command: Command, untouched: Untouched
 ) -> None:
-    root, out = tmp_path / "data" / "root", tmp_path / "out"
-    write_samples(root, {}, good=1)
+    root, out = tmp_path / "data/root", tmp_path / "out"
+    listing = write_samples(root, good=1)
     lines = []
     for place, named in (
-        (tmp_path / "beside" / "a.png", "../../beside/a.png"),
-        (tmp_path / "far" / "b.png", str(tmp_path / "far" / "b.png")),
-        (root / "images" / "good0.png", "images/../images/good0.png"),
+        ("beside/a.png", "../../beside/a.png"),
+        ("far/b.png", str(tmp_path / "far/b.png")),
+        ("data/root/images/good0.png", "images/../images/good0.png"),
     ):
-        place.parent.mkdir(exist_ok=True)
-        Image.fromarray(COLOR).save(place)
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(corpus.png(COLOR))
         lines.append(json.dumps({"fpath_img": named, "fpath_segm": "masks/good0.png"}))
-    listing = root / "list.odgt"
     listing.write_text("\n".join(lines) + "\n")
     with untouched(but=out):
-        outcome = command(
-            "eval", "--cfg", config_of(model), "--gpus", "cpu", "--out", out,
-            "DATASET.list_val", listing, "DATASET.root_dataset", root, "VAL.visualize", True,
-        )  # fmt: skip
+        outcome = command(*evaluating(model, listing, out, "VAL.visualize", True))
     assert outcome.code == 0, outcome.out + outcome.err
     pictures = {path.relative_to(out / "pictures").as_posix() for path in out.rglob("*/*.png")}
     assert pictures == {"beside/a.png", "far/b.png", "data/root/images/good0.png"}
 
 
 # ------------------------------------------------------------------------------ checkpoints
-FAULTS = ("empty", "cut in the middle", "a bit flipped", "a web page", "code among weights",
-          "old, with code", "TorchScript", "another architecture", "another width")  # fmt: skip
+FAULTS: dict[str, tuple[str, ...]] = {
+    "predict": ("empty", "a bit flipped", "code among weights", "another architecture"),
+    "eval": ("cut in the middle", "old, with code", "another width"),
+    "pack": ("a web page", "code among weights", "a bit flipped"),
+    "train --resume": ("TorchScript", "code among weights", "another architecture"),
+    "MODEL.weights_encoder": ("a bit flipped", "old, with code", "another width"),
+}
 
 
-@pytest.mark.parametrize(
-    "what", ["predict", "eval", "pack", "train --resume", "MODEL.weights_encoder"]
-)
+@pytest.mark.parametrize("what", FAULTS)
 def test_bad_checkpoints(
     tmp_path: Path, model: Config, command: Command, untouched: Untouched, what: str
 ) -> None:
-    marker = tmp_path / "marker"
-    folder = tmp_path / "ckpt"
+    marker, folder, out = (tmp_path / name for name in ("marker", "ckpt", "out"))
     shutil.copytree(model.DIR, folder)
-    good = Path(model.DIR) / "encoder_best.pth"
-    listing = write_samples(tmp_path / "data", {})
-    image = tmp_path / "data/images/good0.png"
-    out = tmp_path / "out"
-    words: dict[str, list[Any]] = {
-        "predict": ["predict", "--cfg", folder / "config.yaml", "--gpu", "cpu", "--imgs", image,
-                    "DIR", folder, "TEST.result", out],
-        "eval": ["eval", "--cfg", folder / "config.yaml", "--gpus", "cpu", "--out", out, "DIR",
-                 folder, "DATASET.list_val", listing],
+    bad, listing = folder / "encoder_best.pth", write_samples(tmp_path / "data")
+    words: list[Any] = {
+        "predict": [*predicting(model, tmp_path / "data/images/good0.png", out), "DIR", folder],
+        "eval": evaluating(model, listing, out, "DIR", folder),
         "pack": ["pack", folder, out],
-        "train --resume": resumed(training(model, listing, out), folder / good.name),
-        "MODEL.weights_encoder": training(
-            model, listing, out, "MODEL.weights_encoder", folder / good.name
-        ),
-    }  # fmt: skip
-    files = corpus.weight_files(good, tmp_path / "faults", marker)
-    for fault in FAULTS:
-        if what == "pack" and fault.startswith("another"):
-            continue  # packing takes any weights
-        path, message = files[fault]
+        "train --resume": resumed(training(model, listing, out), bad),
+        "MODEL.weights_encoder": training(model, listing, out, "MODEL.weights_encoder", bad),
+    }[what]
+    files = corpus.weight_files(bad, tmp_path / "faults", marker, FAULTS[what])
+    for fault, (path, message) in files.items():
         if what == "train --resume" and fault.startswith("another"):
             message = "is no state of a run"  # weights alone are not
-        shutil.copyfile(path, folder / "encoder_best.pth")
+        shutil.copyfile(path, bad)
         with untouched(but=out):
-            error = command(*words[what]).error
-        assert str(folder / "encoder_best.pth") in error and re.search(message, error), error
+            error = command(*words).error
+        assert str(bad) in error and re.search(message, error), error
         assert not marker.exists()
 
 
 def test_bad_states(tmp_path: Path, model: Config, command: Command, untouched: Untouched) -> None:
     """Whole files of torch.save that no training, or one of another kind, has written."""
-    listing = write_samples(tmp_path / "data", {})
+    listing = write_samples(tmp_path / "data")
     done = tmp_path / "done"
-    assert command(*training(model, listing, done, "TRAIN.epoch_iters", 1)).code == 0
+    assert command(*training(model, listing, done)).code == 0
     good = torch.load(done / "state_step_1.pth", weights_only=True)
     unfit = "does not fit this run"
     odd = {"step": torch.ones(2, 2), "epoch_iters": 0, "position": None, "encoder": 3}
@@ -407,26 +341,11 @@ def test_bad_states(tmp_path: Path, model: Config, command: Command, untouched: 
     ]
     file, out = tmp_path / "odd" / "x.pth", tmp_path / "out"
     file.parent.mkdir()
-    words = training(model, listing, out, "TRAIN.num_epoch", 2, "TRAIN.epoch_iters", 1)
+    words = training(model, listing, out, "TRAIN.num_epoch", 2)
     for state, message in cases:
         torch.save(state, file)
         with untouched(but=out):
             error = command(*resumed(words, file)).error
-        assert str(file) in error and message in error and len(error) < 500, error
+        assert str(file) in error and message in error, error
     torch.save(good, file)
     assert command(*resumed(words, file)).code == 0
-
-
-# ------------------------------------------------------------------------------ configurations
-@pytest.mark.parametrize("case", [c for c in corpus.CONFIGS if c.good is None], ids=str)
-def test_bad_configurations(
-    tmp_path: Path, command: Command, untouched: Untouched, monkeypatch: pytest.MonkeyPatch,
-    case: corpus.Case,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / case.name
-    case.write(path)
-    with untouched():
-        for words in (["train"], ["eval"], ["predict", "--imgs", "x.jpg"]):
-            error = command(words[0], "--cfg", path, *words[1:]).error
-            assert str(path) in error and re.search(case.message, error)

@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socketserver
 import subprocess
@@ -23,6 +24,7 @@ from mit_semseg.download import DownloadError, fetch
 
 BODY = bytes(range(251)) * 800  # 200 kB
 SHA = hashlib.sha256(BODY).hexdigest()
+V1 = 'ETag: "v1"'
 Send = Callable[[bytes], None]
 Answer = Callable[[int | None, Send], None]
 
@@ -76,11 +78,11 @@ def whole(body: bytes = BODY, *lines: str, length: Any = None) -> Answer:
     return answer
 
 
-def rest(body: bytes = BODY, content_range: str = "", etag: str = '"v1"', shift: int = 0) -> Answer:
+def rest(body: bytes = BODY, content_range: str = "", etag: str = '"v1"') -> Answer:
     """What a Range asks for, or something else under its name."""
 
     def answer(start: int | None, send: Send) -> None:
-        begin = (start or 0) + shift
+        begin = start or 0
         said = content_range or f"bytes {begin}-{len(body) - 1}/{len(body)}"
         lines = [f"Content-Length: {len(body) - begin}", f"ETag: {etag}"]
         lines += [f"Content-Range: {said}"] if said != "none" else []
@@ -90,7 +92,7 @@ def rest(body: bytes = BODY, content_range: str = "", etag: str = '"v1"', shift:
 
 
 def honest(start: int | None, send: Send) -> None:
-    (rest() if start is not None else whole(BODY, 'ETag: "v1"'))(start, send)
+    (rest() if start is not None else whole(BODY, V1))(start, send)
 
 
 def cut(after: int, *lines: str) -> Answer:
@@ -102,10 +104,6 @@ def cut(after: int, *lines: str) -> Answer:
 
 def redirect(to: str) -> Answer:
     return lambda start, send: send(head("302 Found", f"Location: {to}", "Content-Length: 0"))
-
-
-def raw(content: bytes) -> Answer:
-    return lambda start, send: send(content)
 
 
 @pytest.fixture
@@ -127,9 +125,9 @@ def dest(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "w.pth"
 
 
-def complete(dest: Path) -> bool:
+def complete(dest: Path, body: bytes = BODY) -> bool:
     """The right file, and nothing beside it."""
-    return dest.read_bytes() == BODY and os.listdir(dest.parent) == [dest.name]
+    return dest.read_bytes() == body and os.listdir(dest.parent) == [dest.name]
 
 
 def refused(dest: Path, *urls: str, **options: Any) -> str:
@@ -144,55 +142,47 @@ def refused(dest: Path, *urls: str, **options: Any) -> str:
 # ------------------------------------------------------------------------------ cut, stalled
 @pytest.mark.parametrize("after", [0, 1, 1000, len(BODY) - 1])
 def test_cut_answers_are_continued(server: Server, dest: Path, after: int) -> None:
-    server.answers = [cut(after, 'ETag: "v1"')]
+    server.answers = [cut(after, V1)]
     fetch(server.url, dest, sha256=SHA, progress=False)
     assert complete(dest) and server.starts == [None, after or None]
 
 
-def test_a_stalled_server_is_given_up_in_time_and_continued(server: Server, dest: Path) -> None:
+def test_stalled_servers_are_given_up_in_time(server: Server, dest: Path) -> None:
     def stalls(start: int | None, send: Send) -> None:
-        cut(5000, 'ETag: "v1"')(start, send)
+        cut(5000, V1)(start, send)
         time.sleep(10)
 
-    server.answers = [stalls]
-    began = time.monotonic()
-    fetch(server.url, dest, sha256=SHA, progress=False, timeout=0.3)
-    assert complete(dest) and server.starts == [None, 5000]
-    assert time.monotonic() - began < 8
-
-
-def test_a_server_that_never_answers(server: Server, dest: Path) -> None:
-    server.answers = [lambda start, send: time.sleep(10)]
-    began = time.monotonic()
-    assert "timed out" in refused(dest, server.url, timeout=0.3)
-    assert time.monotonic() - began < 8
-
-
-def test_a_trickle_is_a_stall(server: Server, dest: Path) -> None:
-    """A byte now and then resets every time limit of a socket."""
-
     def trickles(start: int | None, send: Send) -> None:
+        """A byte now and then resets every time limit of a socket."""
         cut(0)(start, send)
         for k in range(100):
             send(BODY[k : k + 1])
             time.sleep(0.05)
 
+    began = time.monotonic()
+    server.answers = [lambda start, send: time.sleep(10)]
+    assert "timed out" in refused(dest, server.url, timeout=0.3)
     server.answers = [trickles]
-    assert re.search(r"only \d+ bytes came in 0\.4 s", refused(dest, server.url, timeout=0.4))
+    assert re.search(r"only \d+ bytes came in 0\.3 s", refused(dest, server.url, timeout=0.3))
+    shutil.rmtree(dest.parent)
+    server.answers, server.starts = [stalls], []
+    fetch(server.url, dest, sha256=SHA, progress=False, timeout=0.3)
+    assert complete(dest) and server.starts == [None, 5000]
+    assert time.monotonic() - began < 8
 
 
 # ------------------------------------------------------------------------------ lies
-def test_more_promised_than_sent(server: Server, dest: Path) -> None:
+def test_lengths_that_are_lies(server: Server, dest: Path) -> None:
     server.answers = [whole(length=len(BODY) + 1000)] * 3
     text = refused(dest, server.url, retries=2)
     assert f"{len(BODY)} of {len(BODY) + 1000} bytes" in text
-
-
-def test_less_promised_than_sent(server: Server, dest: Path) -> None:
-    """Without a digest nobody can know; with one it is seen."""
+    shutil.rmtree(dest.parent)
+    # Less promised than sent: without a digest nobody can know; with one it is seen.
     server.answers = [whole(length=1000)] * 3
     text = refused(dest, server.url, sha256=SHA, retries=2)
     assert "its sha256 is" in text and not any(dest.parent.iterdir())
+    server.answers = [whole(length=10**17)]  # more than the disk holds
+    assert re.search(r"it has 1000+ bytes, .* has \d+ left", refused(dest, server.url))
 
 
 @pytest.mark.parametrize("length", ["-5", "many", "1e6", "", "0x10", "9" * 40])
@@ -206,19 +196,17 @@ def test_a_length_that_is_none(server: Server, dest: Path, length: str) -> None:
         assert complete(dest)
 
 
-def test_more_than_the_disk_holds(server: Server, dest: Path) -> None:
-    server.answers = [whole(length=10**17)]
-    assert re.search(r"it has 1000+ bytes, .* has \d+ left", refused(dest, server.url))
+OK = b"HTTP/1.1 200 OK\r\n"
 
 
 @pytest.mark.parametrize(
     "answer",
     [b"", b"\r\n\r\n", b"SSH-2.0-OpenSSH_9\r\n", b"\x16\x03\x01" * 50, b"HTTP/1.1 abc\r\n\r\n",
-     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000,
-     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nno chunk\r\n"],
+     OK + b"X: y\r\n" * 500 + b"\r\n", OK + b"X: " + b"y" * 70000,
+     OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nno chunk\r\n"],
 )  # fmt: skip
 def test_answers_that_are_no_http(server: Server, dest: Path, answer: bytes) -> None:
-    server.answers = [raw(answer)]
+    server.answers = [lambda start, send: send(answer)]
     assert refused(dest, server.url, sha256=SHA).isprintable()
 
 
@@ -238,34 +226,31 @@ def test_answers_that_are_no_http(server: Server, dest: Path, answer: bytes) -> 
 def test_a_wrong_continuation_starts_again(
     server: Server, dest: Path, answer: Answer, reason: str, sha256: str | None
 ) -> None:
-    server.answers = [cut(5000, 'ETag: "v1"'), answer]
+    server.answers = [cut(5000, V1), answer]
     fetch(server.url, dest, sha256=sha256, progress=False, retries=2)
     assert complete(dest) and server.starts == [None, 5000, None]
     dest.unlink()
-    server.answers = [cut(5000, 'ETag: "v1"'), answer]
+    server.answers = [cut(5000, V1), answer]
     assert reason in refused(dest, server.url, sha256=sha256, retries=1)
     assert os.listdir(dest.parent) == []
 
 
 def test_a_continuation_with_other_bytes_starts_again(server: Server, dest: Path) -> None:
     """Right by its headers, wrong by its digest: one more attempt, from the beginning."""
-    server.answers = [cut(5000, 'ETag: "v1"'), rest(BODY[::-1])]
+    server.answers = [cut(5000, V1), rest(BODY[::-1])]
     fetch(server.url, dest, sha256=SHA, progress=False)
     assert complete(dest) and server.starts == [None, 5000, None]
-
-
-def test_changed_between_attempts(server: Server, dest: Path) -> None:
-    """No digest: what arrives is one version or the other, never some of each."""
-    server.answers = [cut(5000, 'ETag: "v1"')]
+    dest.unlink()
+    server.answers = [cut(5000, V1), rest(BODY[::-1], etag='"other"')]
+    mirrors = [server.url, f"{server.base}/mirror"]
+    fetch(mirrors, dest, sha256=SHA, progress=False, retries=1)
+    assert complete(dest)
+    # No digest: what arrives is one version or the other, never some of each.
+    dest.unlink()
+    server.answers = [cut(5000, V1)]
     server.honest = whole(BODY[::-1], 'ETag: "v2"')  # the answer to an If-Range that fails
     fetch(server.url, dest, progress=False)
-    assert dest.read_bytes() == BODY[::-1] and os.listdir(dest.parent) == ["w.pth"]
-
-
-def test_a_mirror_continues_or_starts_again(server: Server, dest: Path) -> None:
-    server.answers = [cut(5000, 'ETag: "v1"'), rest(BODY[::-1], etag='"other"')]
-    fetch([server.url, f"{server.base}/mirror"], dest, sha256=SHA, progress=False, retries=1)
-    assert complete(dest)
+    assert complete(dest, BODY[::-1])
 
 
 # ------------------------------------------------------------------------------ redirects
@@ -301,20 +286,17 @@ def _fetch(url: str, dest: Path, sha256: str | None) -> str:
     return str(fetch(url, dest, sha256=sha256, progress=False))
 
 
-@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("sha256", [SHA, None])
-def test_processes_get_one_good_copy(
-    server: Server, dest: Path, processes: int, sha256: str | None
-) -> None:
+def test_processes_get_one_good_copy(server: Server, dest: Path, sha256: str | None) -> None:
     def slowly(start: int | None, send: Send) -> None:
-        send(head("200 OK", f"Content-Length: {len(BODY)}", 'ETag: "v1"') + BODY[:100_000])
+        send(head("200 OK", f"Content-Length: {len(BODY)}", V1) + BODY[:100_000])
         time.sleep(0.2)
         send(BODY[100_000:])
 
     server.answers = [slowly]
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        got = pool.starmap(_fetch, [(server.url, dest, sha256)] * processes)
-    assert got == [str(dest)] * processes and complete(dest)
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        got = pool.starmap(_fetch, [(server.url, dest, sha256)] * 3)
+    assert got == [str(dest)] * 3 and complete(dest)
     assert len(server.starts) == 1
 
 
@@ -322,9 +304,9 @@ def test_who_waits_takes_over_from_a_process_that_is_killed(server: Server, dest
     started = threading.Event()
 
     def stalls(start: int | None, send: Send) -> None:
-        cut(5000, 'ETag: "v1"')(start, send)
+        cut(5000, V1)(start, send)
         started.set()
-        time.sleep(3)
+        time.sleep(1.5)
 
     server.answers = [stalls]
     code = "import sys; from mit_semseg.download import fetch; fetch(*sys.argv[1:3])"

@@ -44,7 +44,7 @@ def picture(width: int, height: int, mode: str, seed: int = 0) -> Image.Image:
 
 
 @given(sides, sides, st.sampled_from(MODES), st.sampled_from(KINDS))
-@settings(max_examples=150)
+@settings(max_examples=120)
 def test_every_mode_in_every_format(
     folder: Path, width: int, height: int, mode: str, kind: str
 ) -> None:
@@ -68,17 +68,11 @@ def test_every_mode_in_every_format(
     st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]),
     st.sampled_from(["1", "L", "P", "RGB", "I;16"]),
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
-    st.floats(0, 1),
-    st.booleans(),
+    st.floats(0, 2),
 )
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_damaged_files(
-    folder: Path,
-    kind: str,
-    mode: str,
-    changes: list[tuple[float, int]],
-    length: float,
-    cut: bool,
+    folder: Path, kind: str, mode: str, changes: list[tuple[float, int]], length: float
 ) -> None:
     """Bytes changed and ends cut off: what cannot be read is said of the file."""
     try:
@@ -87,8 +81,7 @@ def test_damaged_files(
         return
     for place, value in changes:
         content[int(place * (len(content) - 1))] = value
-    if cut:
-        del content[int(length * len(content)) :]
+    del content[int(length * len(content)) :]
     path = folder / f"{next(numbers)}.img"
     path.write_bytes(content)
     for read in (load_image, load_mask, image_size):
@@ -102,7 +95,7 @@ def test_damaged_files(
 
 
 @given(sides, sides, scales, st.integers(1, 200), st.sampled_from([1, 8, 32]))
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_scaled_inputs(
     width: int, height: int, shorts: list[int], longest: int, multiple: int
 ) -> None:
@@ -127,17 +120,11 @@ def test_scaled_inputs(
     st.integers(1, 4),
     st.integers(0, 300),
 )
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_training_batches(
-    folder: Path,
-    sizes: list[tuple[int, int]],
-    shorts: list[int],
-    classes: int,
-    strides: tuple[int, int],
-    crop: tuple[int, ...],
-    batch_size: int,
-    highest: int,
-) -> None:
+    folder: Path, sizes: list[tuple[int, int]], shorts: list[int], classes: int,
+    strides: tuple[int, int], crop: tuple[int, ...], batch_size: int, highest: int,
+) -> None:  # fmt: skip
     """Batches of the right shapes and labels below the class count, or the mask named."""
     records = []
     for width, height in sizes:
@@ -148,13 +135,9 @@ def test_training_batches(
         records.append({"fpath_img": f"{name}.png", "fpath_segm": f"{name}_mask.png"})
     rate, multiple = strides
     options = {
-        "num_class": classes,
-        "imgSizes": shorts,
-        "imgMaxSize": 120,
-        "segm_downsampling_rate": rate,
-        "padding_constant": multiple,
-        "crop_size": crop,
-    }
+        "num_class": classes, "imgSizes": shorts, "imgMaxSize": 120,
+        "segm_downsampling_rate": rate, "padding_constant": multiple, "crop_size": crop,
+    }  # fmt: skip
     data = TrainDataset(folder, records, options, batch_per_gpu=batch_size)
     for index in range(data.batches_per_pass):
         try:
@@ -182,7 +165,7 @@ def segmenter(model: Config) -> Segmenter:
 
 
 @given(sides, sides, st.sampled_from(["L", "RGB", "RGBA", "P", "1", "I;16"]))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_any_image_through_the_network(
     segmenter: Segmenter, folder: Path, width: int, height: int, mode: str
 ) -> None:

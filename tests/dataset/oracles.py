@@ -9,9 +9,12 @@ from torch import Tensor
 
 from mit_semseg.config import DataOptions
 
+NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
 
-def normalize(image: np.ndarray, options: DataOptions) -> Tensor:
+
+def normalize(image: np.ndarray, options: DataOptions | None = None) -> Tensor:
     """(H, W, 3) uint8 RGB -> (3, H, W) float32 as the encoder expects it."""
+    options = options or DataOptions()
     if options.color_order == "BGR":
         image = image[:, :, ::-1]
     values = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()  # 3, H, W
@@ -22,10 +25,16 @@ def normalize(image: np.ndarray, options: DataOptions) -> Tensor:
     return values.sub_(mean).div_(std)
 
 
+def levels(normalized: Tensor, image: np.ndarray) -> float:
+    """The largest difference, in grey levels, between a normalised image and these pixels."""
+    difference = (normalized - normalize(image)).abs()
+    return float((difference * torch.tensor(DataOptions.std)[:, None, None] * 255).max())
+
+
 def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Grey levels between two images."""
     return np.abs(a.astype(int) - b.astype(int))
 
 
 def pillow_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(image).resize(size, BILINEAR))

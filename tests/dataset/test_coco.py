@@ -17,44 +17,40 @@ import numpy as np
 import pytest
 from dataset_files import config, named, put_image, stems
 
-from mit_semseg.dataset import (
-    build_split,
-    check_sample,
-    class_table,
-    coco,
-    load_mask,
-)
+from mit_semseg.dataset import build_split, check_sample, class_table, coco, load_mask
 from mit_semseg.dataset.checking import check
 from mit_semseg.dataset.cocostuff import UNUSED
 from mit_semseg.dataset.drawn import Drawing, drawn_once
 
 
+def pixels(expected: str) -> np.ndarray:
+    """Rows of letters, as the names of classes begin: `.` is background, `-` ignored."""
+    stored = {".": 0, "-": 255, "t": 61, "b": 74, "p": 1, "s": 2}
+    return np.array([[stored[letter] for letter in row] for row in expected.split()])
+
+
 # ------------------------------------------------------------------------------ COCO
-def coco_categories() -> list[dict[str, Any]]:
-    """As in COCO's own annotation files, whose names a test on a real one compares."""
-    names = class_table(config("coco", Path(), 81)).names[1:]
-    return [{"id": key, "name": name} for key, name in zip(coco.ALL, names, strict=True)]
+INSTANCES = "annotations/instances_train2017.json"
 
 
-def coco_tree(root: Path) -> dict[str, Any]:
-    """One image of 6 x 8 pixels with a table, a book on it, a crowd, and a person in the crowd."""
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    """An image of 6 x 8 pixels with a table, a book on it, a crowd, and a person in the crowd."""
 
     def box(x0: int, y0: int, x1: int, y1: int) -> list[list[int]]:
         return [[x0, y0, x1, y0, x1, y1, x0, y1]]
 
-    def one(category: int, shape: Any, crowd: int = 0, image: int = 7) -> dict[str, Any]:
-        return {
-            "image_id": image,
-            "category_id": category,
-            "segmentation": shape,
-            "iscrowd": crowd,
-        }
+    def one(category: int, shape: Any, crowd: int = 0) -> dict[str, Any]:
+        names = ("image_id", "category_id", "segmentation", "iscrowd")
+        return dict(zip(names, (7, category, shape, crowd)))
 
     crowd_runs = [30, 18]  # down the columns: the last three of eight
+    images = ["000007.jpg", "000008.jpg"]
+    # As in COCO's own annotation files, whose names a test on a real one compares.
+    names = class_table(config("coco", "", 81)).names[1:]
     content = {
         "images": [
-            {"id": 7, "file_name": "000007.jpg", "width": 8, "height": 6},
-            {"id": 8, "file_name": "000008.jpg", "width": 8, "height": 6},
+            {"id": int(name[:6]), "file_name": name, "width": 8, "height": 6} for name in images
         ],
         "annotations": [
             one(84, box(1, 1, 3, 3)),  # a book, listed before the table below it
@@ -62,90 +58,78 @@ def coco_tree(root: Path) -> dict[str, Any]:
             one(1, {"counts": crowd_runs, "size": [6, 8]}, crowd=1),
             one(1, box(6, 0, 7, 6)),
         ],
-        "categories": coco_categories(),
+        "categories": [
+            {"id": key, "name": name} for key, name in zip(coco.ALL, names, strict=True)
+        ],
     }
-    for name in ("000007", "000008"):
-        put_image(root / f"images/train2017/{name}.jpg", 8, 6)
-    (root / "annotations").mkdir()
-    (root / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    for name in images:
+        put_image(tmp_path / "images/train2017" / name, 8, 6)
+    save(tmp_path / INSTANCES, content)
     return content
 
 
-def test_coco_draws_every_class_or_those_of_voc(tmp_path: Path) -> None:
-    coco_tree(tmp_path)
+def save(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call it where masks are there, and must not be drawn again."""
+    return lambda: monkeypatch.setattr(coco, "draw", lambda *_: pytest.fail("the masks are good"))
+
+
+def first_mask(root: Path, num_class: int = 81) -> np.ndarray:
+    return load_mask(build_split(config("coco", root, num_class), "train").records[0]["fpath_segm"])
+
+
+@pytest.mark.usefixtures("tree")
+def test_coco_draws_every_class_or_those_of_voc_once(tmp_path: Path, no_drawing: Any) -> None:
     split = build_split(config("coco", tmp_path, 81), "train")
     assert stems(split) == ["000007", "000008"]
     assert [split.records[0][key] for key in ("width", "height")] == [8, 6]
-    table, book, person, void = 61, 74, 1, 255
-    assert split.classes.names[table] == "dining table" and split.classes.names[book] == "book"
-    expected = np.zeros((6, 8), np.uint8)
-    expected[0:4, 0:4] = table
-    expected[1:3, 1:3] = book
-    expected[:, 5:] = void
-    expected[:, 6] = person
-    assert np.array_equal(load_mask(split.records[0]["fpath_segm"]), expected)
+    assert [split.classes.names[k] for k in (61, 74)] == ["dining table", "book"]
+    expected = "tttt.-p- tbbt.-p- tbbt.-p- tttt.-p- .....-p- .....-p-"
+    assert np.array_equal(first_mask(tmp_path), pixels(expected))
     assert not load_mask(split.records[1]["fpath_segm"]).any()  # an image without objects
     of_voc = build_split(config("coco", tmp_path, 21), "train")
     assert named(of_voc)[:5] == ["diningtable"] * 4 + ["background"]
-    inside = load_mask(of_voc.records[0]["fpath_segm"])
+    inside = first_mask(tmp_path, 21)
     assert set(np.unique(inside).tolist()) == {0, 11, 15, 255} and inside[1, 1] == 11  # no book
     assert check_sample(of_voc) == []
+    left = sorted(path.name for path in (tmp_path / "semantic_masks/coco81").rglob("*.*"))
+    assert left == ["000007.png", "000008.png", "train2017.json", "train2017.odgt"]
+    # Copied, without its annotations, or with its images elsewhere: the masks are good.
+    no_drawing()
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path, copy, copy_function=shutil.copyfile)
+    assert len(build_split(config("coco", copy, 81), "train").records) == 2
+    (copy / INSTANCES).unlink()
+    assert len(build_split(config("coco", copy, 81), "train").records) == 2
+    (tmp_path / "images/train2017").rename(tmp_path / "train2017")
+    moved = build_split(config("coco", tmp_path, 81), "train")
+    assert stems(moved) == ["000007", "000008"] and check_sample(moved) == []
+    (tmp_path / "train2017/000007.jpg").unlink()  # one image that is missing changes nothing
+    assert build_split(config("coco", tmp_path, 81), "train").records == moved.records
 
 
-def test_coco_draws_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    coco_tree(tmp_path)
-    first = build_split(config("coco", tmp_path, 81), "train")
-    (tmp_path / "annotations/instances_train2017.json").unlink()
-    again = build_split(config("coco", tmp_path, 81), "train")
-    assert again.records == first.records
-    left = [path.name for path in (tmp_path / "semantic_masks").rglob("*") if path.is_file()]
-    assert sorted(left) == ["000007.png", "000008.png", "train2017.json", "train2017.odgt"]
-
-
-def test_coco_draws_again_what_has_changed(tmp_path: Path) -> None:
-    content = coco_tree(tmp_path)
-    cfg = config("coco", tmp_path, 81)
-    record = build_split(cfg, "train").records[0]
+def test_coco_draws_again_what_has_changed(tmp_path: Path, tree: dict[str, Any]) -> None:
+    record = build_split(config("coco", tmp_path, 81), "train").records[0]
     assert 74 in load_mask(record["fpath_segm"])
-    file = tmp_path / "annotations/instances_train2017.json"
-    earlier = file.stat().st_mtime_ns - 10**12
-    content["annotations"][0]["category_id"] = 85  # the book was a clock
-    file.write_text(json.dumps(content))
-    os.utime(file, ns=(earlier, earlier))  # put in its place, though written before
-    assert build_split(cfg, "train").records[0] == record
-    mask = load_mask(record["fpath_segm"])
-    assert 75 in mask and 74 not in mask
-
-
-def test_masks_of_a_copied_data_set_are_not_drawn_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    coco_tree(tmp_path / "a")
-    build_split(config("coco", tmp_path / "a", 81), "train")
-    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
-    monkeypatch.setattr(coco, "draw", lambda *args: pytest.fail("the masks are good"))
-    assert len(build_split(config("coco", tmp_path / "b", 81), "train").records) == 2
-
-
-def test_coco_with_entries_that_lack_something(tmp_path: Path) -> None:
-    content = coco_tree(tmp_path)
-    file = tmp_path / "annotations/instances_train2017.json"
-    for one in content["annotations"]:
+    earlier = (tmp_path / INSTANCES).stat().st_mtime_ns - 10**12
+    tree["annotations"][0]["category_id"] = 85  # the book was a clock
+    for one in tree["annotations"]:
         del one["iscrowd"]  # as tools write it that know no crowds
-    file.write_text(json.dumps(content))
-    mask = load_mask(build_split(config("coco", tmp_path, 81), "train").records[0]["fpath_segm"])
-    assert set(np.unique(mask).tolist()) == {0, 1, 61, 74}
-    del content["annotations"][0]["segmentation"]
-    file.write_text(json.dumps(content))
-    shutil.rmtree(tmp_path / "semantic_masks")
-    with pytest.raises(ValueError, match=r"000007\.jpg: damaged annotation: .* not None"):
-        build_split(config("coco", tmp_path, 81), "train")
+    save(tmp_path / INSTANCES, tree)
+    os.utime(tmp_path / INSTANCES, ns=(earlier, earlier))  # put in place, though written before
+    assert build_split(config("coco", tmp_path, 81), "train").records[0] == record
+    assert set(np.unique(load_mask(record["fpath_segm"])).tolist()) == {0, 1, 61, 75}
 
 
+@pytest.mark.usefixtures("tree")
 def test_coco_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    coco_tree(tmp_path)
     drawn: list[str] = []
     real = coco.draw
 
@@ -162,22 +146,6 @@ def test_coco_goes_on_where_it_was_interrupted(
     assert not list((tmp_path / "semantic_masks").rglob("*.part"))
     assert len(build_split(config("coco", tmp_path, 81), "train").records) == 2
     assert sorted(drawn[:2]) == ["000007.jpg", "000008.jpg"] and drawn[2:] == drawn[1:2]
-
-
-def test_coco_finds_images_that_have_been_moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    coco_tree(tmp_path)
-    cfg = config("coco", tmp_path, 81)
-    build_split(cfg, "train")
-    (tmp_path / "images/train2017").rename(tmp_path / "train2017")
-    monkeypatch.setattr(coco, "draw", lambda *args: pytest.fail("the masks are good"))
-    split = build_split(cfg, "train")
-    assert [Path(record["fpath_img"]).is_file() for record in split.records] == [True, True]
-    assert stems(split) == ["000007", "000008"] and check_sample(split) == []
-    (tmp_path / "train2017/000007.jpg").unlink()  # one image that is missing changes nothing
-    monkeypatch.setattr(coco, "read_json", None)
-    assert build_split(cfg, "train").records == split.records
 
 
 def test_processes_that_start_together_share_the_masks(
@@ -206,6 +174,10 @@ def test_processes_that_start_together_share_the_masks(
     assert len(drawn) < 150  # one after the other, all of them would draw most of the 100
 
 
+def categories(*names: str, second: int = 2) -> list[dict[str, Any]]:
+    return [{"id": number, "name": name} for number, name in zip((1, second), names)]
+
+
 SCALED = [{"image_id": 7, "category_id": 1, "segmentation": [[0.1, 0, 0.9, 0, 0.9, 1]]}]
 
 
@@ -227,14 +199,8 @@ SCALED = [{"image_id": 7, "category_id": 1, "segmentation": [[0.1, 0, 0.9, 0, 0.
         ({"categories": None}, "has no 'categories', a list of id and name"),
         ({"categories": [{"id": 1}]}, "entry 0 of 'categories' is {'id': 1}"),
         ({"categories": [{"id": 1, "name": " "}]}, "entry 0 of 'categories'"),
-        (
-            {"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]},
-            "two of its categories have the id 1",
-        ),
-        (
-            {"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a "}]},
-            "two of its categories have the name 'a'",
-        ),
+        ({"categories": categories("a", "b", second=1)}, "two of its categories have the id 1"),
+        ({"categories": categories("a", "a ")}, "two of its categories have the name 'a'"),
         ({"category_id": 12}, "annotation 0 has category_id 12, which is none of its categories"),
         ({"category_id": None}, "annotation 0 has category_id None"),
         ({"category_id": "84"}, "annotation 0 has category_id '84'"),
@@ -250,16 +216,12 @@ SCALED = [{"image_id": 7, "category_id": 1, "segmentation": [[0.1, 0, 0.9, 0, 0.
     ],
 )
 def test_damaged_coco_is_told_in_one_line(
-    tmp_path: Path, change: dict[str, Any], says: str
+    tmp_path: Path, tree: dict[str, Any], change: dict[str, Any], says: str
 ) -> None:
-    content = coco_tree(tmp_path)
     ((key, value),) = change.items()
-    owner = next(
-        one for one in (content, content["images"][0], content["annotations"][0]) if key in one
-    )
-    owner[key] = value
-    file = tmp_path / "annotations/instances_train2017.json"
-    file.write_text(json.dumps(content))
+    owners = (tree, tree["images"][0], tree["annotations"][0])
+    next(one for one in owners if key in one)[key] = value
+    save(tmp_path / INSTANCES, tree)
     with pytest.raises(ValueError, match=rf"instances_train2017\.json: {says}") as caught:
         build_split(config("coco", tmp_path, 81), "train")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -269,20 +231,12 @@ def test_coco_says_what_is_missing(tmp_path: Path) -> None:
     cfg = config("coco", tmp_path, 81)
     with pytest.raises(FileNotFoundError, match="expected the folder images/train2017"):
         build_split(cfg, "train")
-    coco_tree(tmp_path)
-    file = tmp_path / "annotations/instances_train2017.json"
-    file.write_text(file.read_text().replace("[6, 8]", "[8, 6]"))
-    with pytest.raises(ValueError, match=r"000007\.jpg: damaged annotation: run lengths of size"):
-        build_split(cfg, "train")
-    shutil.rmtree(tmp_path / "semantic_masks")
-    file.write_text("[")
-    with pytest.raises(ValueError, match=r"instances_train2017\.json: damaged"):
-        build_split(cfg, "train")
-    file.write_text('{"images": [], "categories": [{"id": 1, "name": "person"}]}')
-    with pytest.raises(ValueError, match=r"has no 'annotations'; it is no annotation file"):
-        build_split(cfg, "train")
-    file.unlink()
+    put_image(tmp_path / "images/train2017/x.jpg", 8, 6)
     with pytest.raises(FileNotFoundError, match=r"expected annotations/instances_train2017\.json"):
+        build_split(cfg, "train")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / INSTANCES).write_text("[")
+    with pytest.raises(ValueError, match=r"instances_train2017\.json: damaged"):
         build_split(cfg, "train")
     assert not (tmp_path / "semantic_masks").exists()
 
@@ -293,49 +247,45 @@ POLE_SIGN = [{"id": 1, "name": "pole"}, {"id": 5, "name": "sign"}]
 
 def own_tree(root: Path, name: str = "train.json", **changes: Any) -> dict[str, Any]:
     """One image of 6 x 8 pixels: a pole as polygon, a sign as runs, and a crowd of signs."""
-    shape = {"image_id": 3, "iscrowd": 0}
-    pole = [[0, 0, 2, 0, 2, 6, 0, 6]]
-    sign = {"size": [6, 8], "counts": [18, 2, 4, 2, 22]}  # two columns of two pixels
+
+    def one(category: int, shape: Any, crowd: int = 0) -> dict[str, Any]:
+        return {"image_id": 3, "category_id": category, "segmentation": shape, "iscrowd": crowd}
+
     content = {
         "images": [{"id": 3, "file_name": "sub/a.jpg", "width": 8, "height": 6}],
         "annotations": [
-            {**shape, "category_id": 1, "segmentation": pole},
-            {**shape, "category_id": 5, "segmentation": sign},
-            {
-                **shape,
-                "category_id": 5,
-                "iscrowd": 1,
-                "segmentation": {"size": [6, 8], "counts": [42, 6]},
-            },
+            one(1, [[0, 0, 2, 0, 2, 6, 0, 6]]),
+            one(5, {"size": [6, 8], "counts": [18, 2, 4, 2, 22]}),  # two columns of two pixels
+            one(5, {"size": [6, 8], "counts": [42, 6]}, crowd=1),
         ],
         "categories": POLE_SIGN,
         **changes,
     }
     put_image(root / "photos/sub/a.jpg", 8, 6)
-    (root / name).write_text(json.dumps(content))
+    save(root / name, content)
     return content
 
 
-def own_config(root: Path, num_class: int = 3, **changes: Any) -> SimpleNamespace:
-    entry = "photos:train.json"
-    return config("coco", root, num_class, list_train=entry, list_val=entry, **changes)
+def own_config(root: Path, num_class: int = 3, entry: Any = "photos:train.json") -> SimpleNamespace:
+    return config("coco", root, num_class, list_train=entry, list_val=entry)
 
 
 def test_categories_of_ones_own_keep_their_names(tmp_path: Path) -> None:
-    own_tree(tmp_path)
+    # A category called background is class 0.
+    own_tree(tmp_path, categories=[{"id": 0, "name": "Background"}, *POLE_SIGN])
     split = build_split(own_config(tmp_path), "train")
     assert split.classes.names == ("background", "pole", "sign")
     assert len({tuple(color) for color in split.classes.colors.tolist()}) == 3
-    expected = np.zeros((6, 8), np.uint8)
-    expected[:, :2] = 1
-    expected[:2, 3:5] = 2
-    expected[:, 7] = 255
-    assert np.array_equal(load_mask(split.records[0]["fpath_segm"]), expected)
+    expected = "pp.ss..- pp.ss..- pp.....- pp.....- pp.....- pp.....-"
+    assert np.array_equal(load_mask(split.records[0]["fpath_segm"]), pixels(expected))
     assert named(split) == ["pole", "pole", "background", "sign", "sign", *["background"] * 2, "-"]
     assert check_sample(split) == []
     report = check("photos:train.json", tmp_path, data_format="coco", progress=False)
     assert report["ok"] and report["num_class"] == 3
     assert [row["name"] for row in report["classes"]] == ["background", "pole", "sign"]
+    (tmp_path / "photos/sub/a.jpg").unlink()
+    report = check("photos:train.json", tmp_path, data_format="coco", progress=False)
+    assert not report["ok"] and "sub/a.jpg: no such file" in report["unreadable"][0]
     (tmp_path / "train.json").unlink()  # the masks and names are kept
     again = build_split(own_config(tmp_path), "train")
     assert again.records == split.records and again.classes.names == split.classes.names
@@ -344,22 +294,18 @@ def test_categories_of_ones_own_keep_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_class", [2, 21, 81, 150])
 def test_the_number_of_ones_own_categories_is_checked(tmp_path: Path, num_class: int) -> None:
     own_tree(tmp_path)
-    message = (
-        rf"num_class is {num_class}, but .*train\.json has 2 categories \(pole, sign\), 3 classes "
-        "with background; set DATASET.num_class 3$"
-    )
-    with pytest.raises(ValueError, match=message):
+    says = r"has 2 categories \(pole, sign\), 3 classes with background; set DATASET.num_class 3$"
+    with pytest.raises(ValueError, match=rf"num_class is {num_class}, but .*train\.json {says}"):
         build_split(own_config(tmp_path, num_class), "train")
     assert not (tmp_path / "semantic_masks").exists()
 
 
-def test_files_with_cocos_names_and_other_categories_are_not_taken_for_coco(tmp_path: Path) -> None:
-    content = coco_tree(tmp_path)
-    for one in content["annotations"]:
+def test_files_with_cocos_names_and_other_categories_are_not_taken_for_coco(
+    tmp_path: Path, tree: dict[str, Any]
+) -> None:
+    for one in tree["annotations"]:
         one["category_id"] = 1 if one["category_id"] == 84 else 5
-    content["categories"] = POLE_SIGN
-    file = tmp_path / "annotations/instances_train2017.json"
-    file.write_text(json.dumps(content))
+    save(tmp_path / INSTANCES, {**tree, "categories": POLE_SIGN})
     with pytest.raises(ValueError, match=r"2 categories \(pole, sign\)"):
         build_split(config("coco", tmp_path, 81), "train")
     assert build_split(config("coco", tmp_path, 3), "train").classes.names[1:] == ("pole", "sign")
@@ -367,9 +313,7 @@ def test_files_with_cocos_names_and_other_categories_are_not_taken_for_coco(tmp_
 
 def test_categories_are_compared_with_cocos_by_name(tmp_path: Path) -> None:
     """A part of COCO with ids of its own: its names decide, and `num_class` which classes."""
-    content = own_tree(tmp_path)
-    content["categories"] = [{"id": 5, "name": "person"}, {"id": 1, "name": "bus"}]
-    (tmp_path / "train.json").write_text(json.dumps(content))
+    own_tree(tmp_path, categories=[{"id": 5, "name": "person"}, {"id": 1, "name": "bus"}])
     whole = build_split(own_config(tmp_path, 81), "train")
     assert named(whole)[:4] == ["bus", "bus", "background", "person"]
     assert load_mask(whole.records[0]["fpath_segm"])[0, 0] == 6
@@ -380,17 +324,12 @@ def test_categories_are_compared_with_cocos_by_name(tmp_path: Path) -> None:
         build_split(own_config(tmp_path, 21), "train")
 
 
-def test_a_category_called_background_is_class_0(tmp_path: Path) -> None:
-    own_tree(tmp_path, categories=[{"id": 0, "name": "Background"}, *POLE_SIGN])
-    assert build_split(own_config(tmp_path), "train").classes.names[1:] == ("pole", "sign")
-
-
 def test_images_in_folders_of_their_own_do_not_share_masks(tmp_path: Path) -> None:
     content = own_tree(tmp_path)
-    other = {"id": 4, "file_name": "other/a.jpg", "width": 8, "height": 6}
-    outside = {"id": 5, "file_name": "../a.jpg", "width": 8, "height": 6}
-    content["images"] += [other, outside]
-    (tmp_path / "train.json").write_text(json.dumps(content))
+    for number, name in ((4, "other/a.jpg"), (5, "../a.jpg")):
+        image = {"id": number, "file_name": name, "width": 8, "height": 6}
+        content["images"].append(image)
+    save(tmp_path / "train.json", content)
     records = build_split(own_config(tmp_path), "train").records
     masks = [Path(record["fpath_segm"]) for record in records]
     assert [load_mask(mask).any() for mask in masks] == [True, False, False]
@@ -400,44 +339,33 @@ def test_images_in_folders_of_their_own_do_not_share_masks(tmp_path: Path) -> No
 
 def test_files_of_one_list_have_the_same_categories(tmp_path: Path) -> None:
     own_tree(tmp_path)
-    own_tree(
-        tmp_path, "more.json", categories=[{"id": 1, "name": "sign"}, {"id": 5, "name": "pole"}]
-    )
-    cfg = own_config(tmp_path)
-    cfg.list_train = ["photos:train.json", "photos:more.json"]
+    renamed = [{"id": 1, "name": "sign"}, {"id": 5, "name": "pole"}]
+    own_tree(tmp_path, "more.json", categories=renamed)
+    cfg = own_config(tmp_path, entry=["photos:train.json", "photos:more.json"])
     with pytest.raises(ValueError, match=r"train\.json and photos:more\.json have different cat"):
         build_split(cfg, "train")
     own_tree(tmp_path, "more.json")
     assert len(build_split(cfg, "train").records) == 2
 
 
-def test_annotations_of_other_images_are_refused(tmp_path: Path) -> None:
-    images = [{"id": "3", "file_name": "sub/a.jpg", "width": 8, "height": 6}]
-    own_tree(tmp_path, images=images)
-    with pytest.raises(ValueError, match="the first has image_id 3, the first image the id '3'"):
-        build_split(own_config(tmp_path), "train")
-
-
-def test_list_entries_of_annotation_files_are_named(tmp_path: Path) -> None:
-    own_tree(tmp_path)
-    for entry, message in (
-        ("photos:none.json", r"none\.json: no such annotation file; check .*'photos:none\.json'"),
-        ("none:train.json", r"none: no such folder of images; .*'none:train\.json'"),
-        ("train.json", r"give 'images_dir:FILE\.json'"),
-        ("photos:masks", r"give 'images_dir:FILE\.json'"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            build_split(config("coco", tmp_path, 3, list_train=entry), "train")
-    for name, message in (("odgt", "coco for images_dir:FILE.json"), ("folder", "format coco")):
-        with pytest.raises(ValueError, match=message):
-            build_split(config(name, tmp_path, 3, list_train="photos:train.json"), "train")
-
-
-def test_images_that_are_missing_are_named(tmp_path: Path) -> None:
-    own_tree(tmp_path)
-    (tmp_path / "photos/sub/a.jpg").unlink()
-    report = check("photos:train.json", tmp_path, data_format="coco", progress=False)
-    assert not report["ok"] and "sub/a.jpg: no such file" in report["unreadable"][0]
+@pytest.mark.parametrize(
+    ("name", "entry", "says"),
+    [
+        ("coco", "photos:none.json", r"none\.json: no such annotation file; check .*'photos:none"),
+        ("coco", "none:train.json", "none: no such folder of images; .*'none:train"),
+        ("coco", "train.json", r"give 'images_dir:FILE\.json'"),
+        ("coco", "photos:masks", r"give 'images_dir:FILE\.json'"),
+        ("coco", "photos:train.json", "has image_id 3, the first image the id '3'"),
+        ("odgt", "photos:train.json", "coco for images_dir:FILE.json"),
+        ("folder", "photos:train.json", "format coco"),
+    ],
+)
+def test_list_entries_of_annotation_files_are_named(
+    tmp_path: Path, name: str, entry: str, says: str
+) -> None:
+    own_tree(tmp_path, images=[{"id": "3", "file_name": "sub/a.jpg", "width": 8, "height": 6}])
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        build_split(config(name, tmp_path, 3, list_train=entry), "train")
 
 
 def test_cocos_classes_in_vocs_order() -> None:
@@ -462,14 +390,3 @@ def test_tables_of_coco_agree_with_each_other() -> None:
     assert np.array_equal(objects.colors[1:], panoptic.colors[:80])
     assert objects.names[1:] == tuple(stuff.names[category - 1] for category in coco.ALL)
     assert not {stuff.names[value] for value in UNUSED} & set(objects.names)
-
-
-def test_vocs_palette_is_that_of_its_masks() -> None:
-    """The bits of a class in threes, from the highest bit of red, green and blue down."""
-    colors = class_table(config("voc2012", Path(), 21)).colors
-    for k, color in enumerate(colors.tolist()):
-        expected = [0, 0, 0]
-        for place in range(8):
-            for channel in range(3):
-                expected[channel] |= ((k >> (3 * place + channel)) & 1) << (7 - place)
-        assert color == expected

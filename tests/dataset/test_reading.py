@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import scipy.io
+import torch
+from dataset_files import Samples, put
 
 from mit_semseg.dataset.images import ImageFile, load_depth, load_image, load_mask
 from mit_semseg.dataset.reading import READINGS, Readings
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What this process says it reads."""
+    files: list[str] = []
+    monkeypatch.setattr(READINGS, "listener", files.append)
+    return files
 
 
 def test_one_file_is_read_while_another_is_open() -> None:
@@ -59,40 +68,70 @@ def depth(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "load"),
-    [("a.png", load_image), ("a.jpg", load_image), ("a.png", load_mask), ("a.png", depth)],
-)
+    [("a.png", load_image), ("a.jpg", load_image), ("a.png", load_mask), ("a.png", depth),
+     ("a.mat", load_mask)],
+)  # fmt: skip
 def test_every_kind_of_file_is_noted(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    load: Callable[[Path], np.ndarray],
+    tmp_path: Path, heard: list[str], name: str, load: Any
 ) -> None:
     file = tmp_path / name
-    cv2.imwrite(str(file), np.zeros((4, 5), np.uint8))
-    heard: list[str] = []
-    monkeypatch.setattr(READINGS, "listener", heard.append)
+    grey = np.zeros((4, 5), np.uint8)
+    if name == "a.mat":
+        scipy.io.savemat(file, {"GTcls": {"Segmentation": grey}})
+    else:
+        put(file, grey)
     load(file)
     assert heard == [str(file), ""]
     file.write_bytes(b"")
-    with pytest.raises(ValueError, match="an empty file"):
+    with pytest.raises(ValueError, match=r"an empty file|a\.mat: no mask"):
         load(file)
     assert heard == [str(file), ""] * 2 and not READINGS.files()
 
 
-def test_masks_of_matlab_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "a.mat"
-    classes = np.zeros((4, 5), np.uint8)
-    scipy.io.savemat(file, {"GTcls": {"Segmentation": classes}})
-    heard: list[str] = []
-    monkeypatch.setattr(READINGS, "listener", heard.append)
-    load_mask(file)
-    assert heard == [str(file), ""]
-
-
-def test_an_image_is_being_read_as_long_as_it_is_open(tmp_path: Path) -> None:
-    file = tmp_path / "a.png"
-    cv2.imwrite(str(file), np.zeros((4, 5, 3), np.uint8))
+def test_an_image_is_being_read_as_long_as_it_is_open(samples: Samples) -> None:
+    file = samples.root / samples.write("a")["fpath_img"]
     with ImageFile(file) as image:
         assert READINGS.files() == [str(file)]
         image.pixels()
     assert not READINGS.files()
+
+
+def test_every_file_of_a_batch_is_named_before_it_is_read(
+    samples: Samples, heard: list[str]
+) -> None:
+    data = samples.train(samples.mixed(), 2)
+    batch = data[0]
+    expected = []
+    for image in batch["info"]:
+        mask = image.replace("images", "masks")
+        # The mask is read between the image's header and its pixels.
+        expected += [str(samples.root / name) for name in (image, mask, image)] + [""]
+    assert heard == expected
+    (samples.root / batch["info"][0]).unlink()
+    heard.clear()
+    with pytest.raises(FileNotFoundError):
+        data[0]
+    assert heard == [expected[0], ""]
+
+
+def write_down(worker: int) -> None:
+    info = torch.utils.data.get_worker_info()
+    assert info is not None
+    folder = Path(info.dataset.root_dataset)  # type: ignore[attr-defined]
+
+    def reading(file: str) -> None:
+        with open(folder / f"worker{worker}", "a") as log:
+            log.write(f"{file}\n")
+
+    READINGS.listener = reading
+
+
+def test_a_worker_listens_to_its_own_reading(samples: Samples) -> None:
+    loader = torch.utils.data.DataLoader(
+        samples.train(samples.mixed()), batch_size=None, sampler=range(4), num_workers=2,
+        worker_init_fn=write_down,
+    )  # fmt: skip
+    assert len(list(loader)) == 4 and READINGS.listener is None
+    for worker in (0, 1):
+        lines = (samples.root / f"worker{worker}").read_text().splitlines()
+        assert len(lines) == 8 and lines[3] == lines[7] == ""

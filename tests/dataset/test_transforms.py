@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import apart, normalize, pillow_resize
+from oracles import BILINEAR, NEAREST, apart, levels, normalize, pillow_resize
 from PIL import Image
-from tolerances import rounding
 
-from mit_semseg.config import DataOptions
+from mit_semseg.config import DataOptions, get_defaults
 from mit_semseg.dataset.transforms import (
     Normalize,
     as_batch,
@@ -28,6 +28,10 @@ from mit_semseg.dataset.transforms import (
 
 RNG = np.random.default_rng(0)
 COLOR = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+BGR: dict[str, Any] = {
+    "mean": (102.9801, 115.9465, 122.7717), "std": (1.0, 2.0, 3.0), "color_order": "BGR",
+    "value_range": 255,
+}  # fmt: skip
 
 
 def test_fitted_size_by_hand() -> None:
@@ -38,121 +42,66 @@ def test_fitted_size_by_hand() -> None:
     assert [round_up(n, 8) for n in (1, 8, 9, 400)] == [8, 8, 16, 400]
 
 
-@given(
-    st.integers(1, 60),
-    st.integers(1, 60),
-    st.integers(1, 70),
-    st.integers(1, 70),
-    st.integers(0, 9),
-)
-@settings(max_examples=60, deadline=None)
+sides = st.integers(1, 70)
+
+
+@given(sides, sides, sides, sides, st.integers(0, 9))
+@settings(max_examples=60)
 def test_labels_resize_exactly_as_pillow_nearest(
     h: int, w: int, h2: int, w2: int, seed: int
 ) -> None:
     labels = np.random.default_rng(seed).integers(-1, 2**20, (h, w)).astype(np.int64)
-    pillow = Image.fromarray(labels.astype(np.int32)).resize((w2, h2), Image.Resampling.NEAREST)
+    pillow = Image.fromarray(labels.astype(np.int32)).resize((w2, h2), NEAREST)
     resized = labels[nearest_index(h, h2)][:, nearest_index(w, w2)]
     assert np.array_equal(resized, np.asarray(pillow))
 
 
-@given(st.integers(2, 80), st.integers(2, 80), st.integers(1, 120), st.integers(1, 120))
-@settings(max_examples=40, deadline=None)
-def test_images_resize_as_antialiased_bilinear(h: int, w: int, h2: int, w2: int) -> None:
-    """Pillow in float is the independent reference: within one grey level."""
-    image = np.random.default_rng(h * 100 + w).integers(0, 256, (h, w, 3), dtype=np.uint8)
-    result = resize_image(image, (w2, h2))
-    assert result.shape == (h2, w2, 3) and result.dtype == np.uint8
-    for channel in range(3):
-        plane = Image.fromarray(image[:, :, channel].astype(np.float32))
-        reference = np.asarray(plane.resize((w2, h2), Image.Resampling.BILINEAR))
-        assert np.abs(result[:, :, channel] - reference).max() <= 1.01
-
-
-@given(
-    st.integers(1, 250),
-    st.integers(1, 250),
-    st.integers(1, 300),
-    st.integers(1, 300),
-    st.booleans(),
-)
-@settings(max_examples=60, deadline=None)
+@given(*[st.integers(1, 250)] * 2, *[st.integers(1, 300)] * 2, st.booleans())
+@settings(max_examples=60)
 def test_images_resize_within_one_grey_level_of_pillow(
     h: int, w: int, h2: int, w2: int, hard: bool
 ) -> None:
-    rng = np.random.default_rng(h * 1000 + w)
-    image = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+    """In bytes, and, which is not rounded, in floats."""
+    image = np.random.default_rng(h * 1000 + w).integers(0, 256, (h, w, 3), dtype=np.uint8)
     if hard:  # nothing but black and white
         image = np.where(image > 127, np.uint8(255), np.uint8(0))
-    assert apart(resize_image(image, (w2, h2)), pillow_resize(image, (w2, h2))).max() <= 1
+    result = resize_image(image, (w2, h2))
+    assert result.shape == (h2, w2, 3) and result.dtype == np.uint8
+    assert apart(result, pillow_resize(image, (w2, h2))).max() <= 1
+    red = Image.fromarray(image[:, :, 0].astype(np.float32)).resize((w2, h2), BILINEAR)
+    assert np.abs(result[:, :, 0] - np.asarray(red)).max() <= 1.01
 
 
 def test_arrays_that_torch_does_not_take_are_resized_too() -> None:
-    frozen = COLOR.copy()
+    frozen, mirrored = COLOR.copy(), COLOR[:, ::-1]
     frozen.setflags(write=False)
-    expected = resize_image(COLOR.copy(), (5, 4))
-    assert np.array_equal(resize_image(frozen, (5, 4)), expected)
-    mirrored = COLOR[:, ::-1]
-    assert np.array_equal(resize_image(mirrored, (5, 4)), resize_image(mirrored.copy(), (5, 4)))
+    for array in (frozen, mirrored):
+        assert np.array_equal(resize_image(array, (5, 4)), resize_image(array.copy(), (5, 4)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"imgSizes": 40}])
+def test_scaled_inputs_are_resized_to_the_next_multiple(changes: dict[str, Any]) -> None:
+    image = RNG.integers(0, 256, (50, 75, 3), dtype=np.uint8)
+    settings = {"imgSizes": [40, 100], "imgMaxSize": 90, "padding_constant": 16, **changes}
+    # 40 x 60; 60 x 90, where the long side decides
+    expected = [(48, 64), (64, 96)][: 1 if changes else 2]
+    ready, raw = (scaled_inputs(image, SimpleNamespace(**settings), normalized=n) for n in (1, 0))
+    assert [tuple(x.shape[2:]) for x in ready] == expected
+    for done, pixels, (h, w) in zip(ready, raw, expected):
+        assert levels(done[0], pillow_resize(image, (w, h))) <= 1.001
+        assert pixels.dtype == torch.uint8 and done.dtype == torch.float32
+        assert pixels.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(Normalize()(pixels), done)
 
 
 # ------------------------------------------------------------------------------ values
-def test_normalize_as_published() -> None:
-    out = Normalize.of(DataOptions())(as_batch(COLOR))[0]
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    expected = (torch.from_numpy(COLOR).float() / 255 - mean) / std
-    assert out.dtype == torch.float32
-    assert torch.equal(out, expected.permute(2, 0, 1))
-
-
-def test_normalize_bgr_255_as_the_first_checkpoints() -> None:
-    options = DataOptions(
-        mean=(102.9801, 115.9465, 122.7717), std=(1, 1, 1), color_order="BGR", value_range=255
-    )
-    out = Normalize.of(options)(as_batch(np.array([[[10, 20, 30]]], np.uint8)))
-    assert out.flatten().tolist() == pytest.approx([30 - 102.9801, 20 - 115.9465, 10 - 122.7717])
-
-
-def test_scaled_inputs_are_resized_to_the_next_multiple() -> None:
-    image = RNG.integers(0, 256, (50, 75, 3), dtype=np.uint8)
-    opt = SimpleNamespace(imgSizes=[40, 100], imgMaxSize=90, padding_constant=16)
-    small, large = scaled_inputs(image, opt)
-    assert small.shape == (1, 3, 48, 64)  # 40 x 60
-    assert large.shape == (1, 3, 64, 96)  # 60 x 90: the long side decides
-    difference = (small[0] - normalize(pillow_resize(image, (64, 48)), DataOptions())).abs()
-    assert (difference * torch.tensor(DataOptions.std)[:, None, None] * 255).max() <= 1.001
-    single = scaled_inputs(image, SimpleNamespace(imgSizes=40, imgMaxSize=90, padding_constant=16))
-    assert torch.equal(single[0], small)
-
-
-BGR = {
-    "mean": (102.9801, 115.9465, 122.7717),
-    "std": (1.0, 2.0, 3.0),
-    "color_order": "BGR",
-    "value_range": 255,
-}
-
-
-def test_normalize_module_by_formula() -> None:
-    images = torch.from_numpy(RNG.integers(0, 256, (2, 3, 5, 7), dtype=np.uint8))
-    out = Normalize()(images)
-    for channel, (mean, std) in enumerate(
-        [(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]  # published, R, G, B
-    ):
-        expected = (images[:, channel].numpy() / 255 - mean) / std
-        np.testing.assert_allclose(out[:, channel], expected, atol=rounding(out, 4))
-    pixel = torch.tensor([10, 20, 30], dtype=torch.uint8)[None, :, None, None]
-    expected = [30 - 102.9801, (20 - 115.9465) / 2, (10 - 122.7717) / 3]
-    assert Normalize(**BGR)(pixel).flatten().tolist() == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("settings", [{}, BGR, {**BGR, "color_order": "RGB"}])
-def test_normalize_is_the_plain_formula_bit_for_bit(settings: dict[str, object]) -> None:
+def test_normalize_is_the_plain_formula_bit_for_bit(settings: dict[str, Any]) -> None:
     """Every value in every channel, in both memory formats."""
     image = np.stack([np.roll(np.arange(256, dtype=np.uint8), k) for k in (0, 7, 99)], axis=1)
     image = image.reshape(16, 16, 3)
     expected = normalize(image, DataOptions.read(settings))[None]
-    module = Normalize.of(settings)
-    last = as_batch(image)
+    module, last = Normalize.of(settings), as_batch(image)
     assert torch.equal(module(last), expected)
     assert torch.equal(module(last.contiguous()), expected)
     assert module(last.contiguous()).is_contiguous()
@@ -161,49 +110,40 @@ def test_normalize_is_the_plain_formula_bit_for_bit(settings: dict[str, object])
     assert torch.equal(module(sliced), module(sliced.contiguous()))
 
 
-def test_normalize_module_keeps_its_input_and_saves_nothing() -> None:
-    module = Normalize()
-    images = torch.full((1, 3, 2, 2), 9, dtype=torch.uint8)
-    module(images, torch.tensor([[1, 1]]))
-    assert (images == 9).all()
-    assert module.state_dict() == {} and not list(module.parameters())
-    assert {name for name, _ in module.named_buffers()} >= {"mean", "std"}
+def test_normalize_by_hand() -> None:
+    """The published constants, and those of the first checkpoints."""
+    pixel = as_batch(np.array([[[10, 20, 30]]], np.uint8))
+    expected = [(10 / 255 - 0.485) / 0.229, (20 / 255 - 0.456) / 0.224, (30 / 255 - 0.406) / 0.225]
+    assert Normalize()(pixel).flatten().tolist() == pytest.approx(expected)
+    expected = [30 - 102.9801, (20 - 115.9465) / 2, (10 - 122.7717) / 3]
+    assert Normalize(**BGR)(pixel).flatten().tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("settings", [{}, BGR])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_normalize_module_pads_with_the_mean(
-    settings: dict[str, object], format: torch.memory_format
+def test_normalize_pads_with_the_mean(
+    settings: dict[str, Any], format: torch.memory_format
 ) -> None:
     images = torch.from_numpy(RNG.integers(0, 256, (3, 3, 6, 8), dtype=np.uint8))
     images = images.contiguous(memory_format=format)
-    sizes = [(6, 8), (4, 8), (3, 5)]
-    module = Normalize.of(settings)
+    before, sizes, module = images.clone(), [(6, 8), (4, 8), (3, 5)], Normalize.of(settings)
     out, bare = module(images, torch.tensor(sizes)), module(images)
     for k, (h, w) in enumerate(sizes):
         assert torch.equal(out[k, :, :h, :w], bare[k, :, :h, :w])
         assert not out[k, :, h:].any() and not out[k, :, :, w:].any()
     assert out.is_contiguous(memory_format=format) and (bare[2, :, 3:] != 0).any()
+    assert torch.equal(images, before)
+    assert module.state_dict() == {} and not list(module.parameters())  # checkpoints have none
+    assert {name for name, _ in module.named_buffers()} >= {"mean", "std"}
 
 
-def test_normalize_module_refuses_what_is_no_picture() -> None:
+def test_normalize_refuses_what_is_no_picture() -> None:
     with pytest.raises(ValueError, match=r"uint8, got \(1, 3, 2, 2\) torch.float32"):
         Normalize()(torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match=r"got \(3, 2, 2\) torch.uint8"):
         Normalize()(torch.zeros(3, 2, 2, dtype=torch.uint8))
     with pytest.raises(ValueError, match="value_range is 7"):
         Normalize(value_range=7)
-
-
-def test_scaled_inputs_may_stay_pixels() -> None:
-    image = RNG.integers(0, 256, (50, 75, 3), dtype=np.uint8)
-    opt = SimpleNamespace(imgSizes=[40, 48, 100], imgMaxSize=90, padding_constant=16)
-    ready, raw = scaled_inputs(image, opt), scaled_inputs(image, opt, normalized=False)
-    module = Normalize.of(opt)
-    for done, pixels in zip(ready, raw):
-        assert pixels.dtype == torch.uint8 and done.dtype == torch.float32
-        assert pixels.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(module(pixels), done)
 
 
 def test_color_jitter_moves_colors_within_its_strength() -> None:
@@ -228,11 +168,6 @@ def test_color_jitter_moves_colors_within_its_strength() -> None:
     ],
 )
 def test_options_that_cannot_work_are_refused(change: dict[str, object], says: str) -> None:
+    assert DataOptions.read(get_defaults().DATASET) == DataOptions()
     with pytest.raises(ValueError, match=says):
         DataOptions.read(SimpleNamespace(**change))
-
-
-def test_options_defaults_are_those_of_the_configuration() -> None:
-    from mit_semseg.config import get_defaults
-
-    assert DataOptions.read(get_defaults().DATASET) == DataOptions()
