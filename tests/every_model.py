@@ -1,16 +1,12 @@
 """Pairs of encoders and decoders in which every registered model occurs."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-
 import torch
 
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder, check_pair
 from mit_semseg.models.papers import PAPER_MODELS
 
 
-def every_model() -> list[tuple[str, str]]:
+def every_model():
     """The models of the papers, and pairs with all other registered encoders and decoders."""
     encoders, decoders = ENCODERS.first_names(), DECODERS.first_names()
     pairs = {(model.encoder, model.decoder) for model in PAPER_MODELS}
@@ -25,7 +21,7 @@ def every_model() -> list[tuple[str, str]]:
     return sorted(pairs)
 
 
-def _first_fit(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
+def _first_fit(pairs):
     for pair in pairs:
         try:
             check_pair(*pair)

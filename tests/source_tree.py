@@ -1,7 +1,5 @@
 """Which files make up the source tree: what git tracks, or would."""
 
-from __future__ import annotations
-
 import fnmatch
 import os
 import subprocess
@@ -10,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def source_files() -> list[Path]:
+def source_files():
     """Paths relative to ROOT, symlinks among them not followed, sorted.
 
     In a git checkout those that are tracked or neither tracked nor ignored; elsewhere, such as in
@@ -25,13 +23,13 @@ def source_files() -> list[Path]:
     return sorted(file for file in files if os.path.lexists(ROOT / file))
 
 
-def git(*arguments: str) -> str:
+def git(*arguments):
     """What git answers in ROOT."""
     command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _walk(folder: Path, ignored: list[str]) -> list[Path]:
+def _walk(folder, ignored):
     found = []
     for entry in sorted(folder.iterdir()):
         path = entry.relative_to(ROOT)
@@ -44,7 +42,7 @@ def _walk(folder: Path, ignored: list[str]) -> list[Path]:
     return found
 
 
-def _matches(path: Path, pattern: str) -> bool:
+def _matches(path, pattern):
     # `/name` is a path from ROOT, `name` any entry called so; a trailing `/` marks folders.
     name = str(path) if pattern.startswith("/") else path.name
     return fnmatch.fnmatch(name, pattern.strip("/"))

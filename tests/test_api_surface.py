@@ -8,14 +8,10 @@ away on purpose, with a line in the changelog) write the list anew:
     PYTHONPATH=. python tests/test_api_surface.py
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,13 +20,12 @@ from mit_semseg.config.node import keys
 from mit_semseg.dataset import FORMATS
 from mit_semseg.losses import LOSSES
 from mit_semseg.models import DECODERS, ENCODERS
-from mit_semseg.registry import Registry
 
 FILE = Path(__file__).with_name("api_surface.json")
 REGISTRIES = {"encoders": ENCODERS, "decoders": DECODERS, "losses": LOSSES, "formats": FORMATS}
 
 # What is to be imported from where, None standing for a module's `__all__`; the rest may move.
-PUBLIC: dict[str, tuple[str, ...] | None] = {
+PUBLIC = {
     "mit_semseg": None,
     "mit_semseg.config": None,
     "mit_semseg.dataset": None,
@@ -68,7 +63,7 @@ PUBLIC: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def surface() -> dict[str, Any]:
+def surface():
     """What there is today, in the layout of `api_surface.json`."""
     return {
         "modules": {module: sorted(public_names(module)) for module in PUBLIC},
@@ -77,7 +72,7 @@ def surface() -> dict[str, Any]:
     }
 
 
-def public_names(module: str) -> Iterator[str]:
+def public_names(module):
     """The names of a public module; classes with their methods and fields, not torch's."""
     namespace = importlib.import_module(module)
     for name in PUBLIC[module] or namespace.__all__:
@@ -91,37 +86,36 @@ def public_names(module: str) -> Iterator[str]:
             yield from (f"{name}.{part}" for part in parts if not part.startswith("_"))
 
 
-def _annotations(cls: type) -> Iterable[str]:
+def _annotations(cls):
     # Fields without a default are no attributes of the class.
     return inspect.get_annotations(cls)
 
 
-def recorded() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    return table
+def recorded():
+    return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("module", PUBLIC)
-def test_no_public_name_disappears(module: str) -> None:
+def test_no_public_name_disappears(module):
     lost = set(recorded()["modules"][module]) - set(public_names(module))
     assert not lost
 
 
-def test_no_public_module_is_unrecorded() -> None:
+def test_no_public_module_is_unrecorded():
     assert set(recorded()["modules"]) == set(PUBLIC)
 
 
 @pytest.mark.parametrize("kind", REGISTRIES)
-def test_no_registered_name_disappears(kind: str) -> None:
-    registry: Registry = REGISTRIES[kind]
+def test_no_registered_name_disappears(kind):
+    registry = REGISTRIES[kind]
     assert set(recorded()["registries"][kind]) <= set(registry.names())
 
 
-def test_no_configuration_key_disappears() -> None:
+def test_no_configuration_key_disappears():
     assert set(recorded()["config"]) <= set(keys(get_defaults()))
 
 
-def test_all_names_only_what_exists() -> None:
+def test_all_names_only_what_exists():
     """`from mit_semseg.x import *` works, and no name is listed twice."""
     for module in PUBLIC:
         namespace = importlib.import_module(module)

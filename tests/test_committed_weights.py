@@ -1,7 +1,5 @@
 """The weights that come with the repository: whole, small, and good at what they are for."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -24,7 +22,7 @@ RECIPE = ROOT / "config" / "camvid-mobilenetv2dilated-c1_deepsup.yaml"
 DATA = Path(os.environ.get("SEMSEG_DATA", ROOT.parent / "shared" / "data")) / "CamVid"
 
 
-def test_the_folder_is_whole_and_small() -> None:
+def test_the_folder_is_whole_and_small():
     folder = CheckpointFolder(CAMVID)
     assert folder.best_or_latest() == "best.pth"
     assert len(folder.classes().names) == folder.config().DATASET.num_class == 11
@@ -33,7 +31,7 @@ def test_the_folder_is_whole_and_small() -> None:
         assert (CAMVID / name).is_file(), name
 
 
-def test_the_recipe_is_what_was_trained() -> None:
+def test_the_recipe_is_what_was_trained():
     recipe, trained = load_config(RECIPE), CheckpointFolder(CAMVID).config()
     assert recipe.DATASET == trained.DATASET
     # On the CPU, where it was trained, what is the default now is what was the default then.
@@ -42,9 +40,7 @@ def test_the_recipe_is_what_was_trained() -> None:
     assert recipe.VAL.imgSizes == trained.VAL.imgSizes
 
 
-def test_python_test_py_runs_it_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_python_test_py_runs_it_without_a_network(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
     # A sky above a road: no photograph, but the classes of the two halves are beyond doubt.
@@ -60,7 +56,7 @@ def test_python_test_py_runs_it_without_a_network(
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no CamVid at {DATA} (or under $SEMSEG_DATA)")
-def test_real_streets_are_parsed_as_measured() -> None:
+def test_real_streets_are_parsed_as_measured():
     cfg = CheckpointFolder(CAMVID).config()
     cfg.DATASET.root_dataset = str(DATA)
     split = build_split(cfg.DATASET, "val")

@@ -4,8 +4,6 @@ Without a GPU they run in triton's interpreter, which takes tensors of the CPU. 
 compile, so that is done apart: for a GPU that need not be there.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import logging
@@ -14,34 +12,18 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from test_scores import published, random_logits
 
 from mit_semseg import scores
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def published(logits: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """Every scale at full size, softmax, averaged: (N, C, H, W)."""
-    total = torch.zeros(())
-    for x in logits:
-        resized = F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False)
-        total = total + F.softmax(resized, dim=1) / len(logits)
-    return total
-
-
-def random_logits(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(len(shapes) + shapes[0][-1])
-    return [(4 * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes]
-
-
-def run_python(code: str, **environment: str) -> str:
+def run_python(code, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -61,7 +43,7 @@ sys.path.insert(0, "tests")
 import torch
 import triton.runtime.interpreter as interpreter
 from mit_semseg import fused_scores, scores
-from test_fused_scores import published, random_logits
+from test_scores import published, random_logits
 
 # Triton's interpreter before 3.8 reads a scalar by int(array of one element): NumPy 2.5 refuses it.
 patch = interpreter._patch_lang_tensor
@@ -126,7 +108,7 @@ print(json.dumps(result))
 """
 
 
-def test_the_kernels_give_the_published_labels() -> None:
+def test_the_kernels_give_the_published_labels():
     triton = pytest.importorskip("triton")
     if triton.__version__.startswith("3.0.") and np.lib.NumpyVersion(np.__version__) >= "2.0.0":
         pytest.skip("the interpreter of triton 3.0 computes wrong offsets with NumPy 2")
@@ -141,9 +123,7 @@ POINTERS = {"table": "*i64", "steps": "*fp32", "peaks": "*fp32", "weights": "*fp
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_kernels_compile_for_a_gpu(
-    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kernels_compile_for_a_gpu(dtype, tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -171,7 +151,7 @@ def test_the_kernels_compile_for_a_gpu(
         assert ".entry" in ptx and "shfl" not in ptx and "bar.sync" not in ptx
 
 
-def test_triton_is_not_imported_before_it_is_needed() -> None:
+def test_triton_is_not_imported_before_it_is_needed():
     code = """
 import sys, torch
 before = "triton" in sys.modules
@@ -188,11 +168,11 @@ class Kernels:
 
     FAILURES = (RuntimeError, OSError)
 
-    def __init__(self, do: Any = None) -> None:
+    def __init__(self, do=None):
         self.do = do
-        self.calls: list[tuple[int, ...]] = []
+        self.calls = []
 
-    def class_map(self, logits: list[Tensor], size: tuple[int, int]) -> Tensor:
+    def class_map(self, logits, size):
         self.calls.append(size)
         if isinstance(self.do, Exception):
             raise self.do
@@ -201,10 +181,10 @@ class Kernels:
 
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+def install(monkeypatch):
     """Makes class_map try the given kernels, on the CPU, as if for the first time."""
 
-    def install(kernels: Any) -> None:
+    def install(kernels):
         monkeypatch.setattr(scores, "_FUSED_DEVICES", ("cpu",))
         monkeypatch.setattr(scores, "_verdicts", {})
         monkeypatch.setattr(scores, "_fused", lambda: kernels)
@@ -216,7 +196,7 @@ LOGITS = random_logits((2, 6, 5, 5), (2, 6, 7, 8))
 SIZE = (20, 30)
 
 
-def test_right_kernels_are_tried_once_and_used(install: Any) -> None:
+def test_right_kernels_are_tried_once_and_used(install):
     kernels = Kernels()
     install(kernels)
     for _ in range(2):
@@ -240,9 +220,7 @@ def test_right_kernels_are_tried_once_and_used(install: Any) -> None:
         (lambda right: right + 90, "to 100"),
     ],
 )
-def test_kernels_that_fail_leave_the_plain_form_and_one_warning(
-    do: Any, why: str, install: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_kernels_that_fail_leave_the_plain_form_and_one_warning(do, why, install, caplog):
     kernels = Kernels(do)
     install(kernels)
     with caplog.at_level(logging.WARNING, logger="mit_semseg"):
@@ -259,9 +237,7 @@ def test_kernels_that_fail_leave_the_plain_form_and_one_warning(
     assert why in str(raised.value)
 
 
-def test_no_triton_leaves_the_plain_form(
-    install: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_triton_the_plain_form_is_used(install, monkeypatch, caplog):
     true_fused = scores._fused
     install(None)
     monkeypatch.setattr(scores, "_fused", true_fused)
@@ -273,14 +249,14 @@ def test_no_triton_leaves_the_plain_form(
     assert "triton" in record.getMessage()
 
 
-def test_a_full_memory_says_nothing_about_the_kernels(install: Any) -> None:
+def test_out_of_memory_does_not_rule_the_kernels_out(install):
     install(Kernels(torch.cuda.OutOfMemoryError("full")))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         scores.class_map(LOGITS, SIZE)
     assert not scores._verdicts
 
 
-def test_what_the_kernels_do_not_take(install: Any) -> None:
+def test_inputs_that_the_kernels_do_not_take(install):
     with pytest.raises(ValueError, match="on cpu, not on CUDA"):
         scores.class_map(LOGITS, SIZE, fused=True)
     kernels = Kernels()
@@ -294,7 +270,7 @@ def test_what_the_kernels_do_not_take(install: Any) -> None:
     assert not kernels.calls
 
 
-def test_an_interface_that_changed_counts_as_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interface_that_changed_counts_as_no_triton(monkeypatch):
     monkeypatch.delitem(sys.modules, "mit_semseg.fused_scores", raising=False)
     monkeypatch.delattr("mit_semseg.fused_scores", raising=False)
     fake = SimpleNamespace(TritonError=RuntimeError)
@@ -308,7 +284,7 @@ def test_an_interface_that_changed_counts_as_no_triton(monkeypatch: pytest.Monke
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_cuda_gives_the_same(dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_cuda_gives_the_same(dtype, layout):
     shapes = [(2, 150, 38, 50), (2, 150, 57, 75), (2, 150, 75, 100)]
     logits = random_logits(*shapes, dtype=dtype)
     for scales in (logits, logits[:1]):

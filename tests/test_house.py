@@ -1,7 +1,5 @@
 """The house rules that no linter knows."""
 
-from __future__ import annotations
-
 import ast
 import doctest
 import importlib
@@ -26,36 +24,36 @@ MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:work|root|home/\w+|Users/\w+)/")
 PACKAGE_HOST = re.compile(r"pypi\.|pythonhosted|artifactory|/simple/", re.IGNORECASE)
 
 
-def dotted(file: Path) -> str:
+def dotted(file):
     """`lib/nn/x.py` -> `mit_semseg.lib.nn.x`, as which it is imported."""
     parts = [*(["mit_semseg"] if file.parts[0] == "lib" else []), *file.with_suffix("").parts]
     return ".".join(parts).removesuffix(".__init__")
 
 
-def has_example(file: Path) -> bool:
+def has_example(file):
     lines = (ROOT / file).read_text().splitlines()
     shown = [line for line in lines if line.lstrip().startswith(">>> ") and "+SKIP" not in line]
     return file.parts[0] in ("mit_semseg", "lib") and bool(shown)
 
 
-def test_the_files_are_found() -> None:
+def test_the_files_are_found():
     assert {"train.py", "eval.py", "eval_multipro.py", "test.py"} <= {p.name for p in SCRIPTS}
     assert len(PYTHON) > 100
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
-def test_a_script_only_hands_over(script: Path) -> None:
+def test_a_script_only_hands_over(script):
     assert len((ROOT / script).read_text().splitlines()) < 60
 
 
-def test_every_module_says_what_it_is_for() -> None:
+def test_every_module_says_what_it_is_for():
     silent = [
         str(file) for file in PYTHON if not ast.get_docstring(ast.parse((ROOT / file).read_text()))
     ]
     assert not silent
 
 
-def test_no_file_is_large() -> None:
+def test_no_file_is_large():
     large = [
         str(file)
         for file in FILES
@@ -64,7 +62,7 @@ def test_no_file_is_large() -> None:
     assert not large
 
 
-def test_no_file_knows_the_machine_it_was_written_on() -> None:
+def test_no_file_knows_the_machine_it_was_written_on():
     told = []
     for file in FILES:
         data = (ROOT / file).read_bytes()
@@ -87,16 +85,16 @@ def test_no_file_knows_the_machine_it_was_written_on() -> None:
         ("/data/root/x", False),
     ],
 )
-def test_what_a_machine_path_is(line: str, found: bool) -> None:
+def test_what_a_machine_path_is(line, found):
     assert bool(MACHINE_PATH.search(line)) is found
 
 
-def test_no_file_is_a_link() -> None:
+def test_no_file_is_a_link():
     """Clones on Windows, and some archives, have text files in their place."""
     assert not [str(file) for file in FILES if (ROOT / file).is_symlink()]
 
 
-def test_lib_begins_with_nothing() -> None:
+def test_lib_begins_with_nothing():
     """Installed, `lib/__init__.py` is run; in a checkout the package's own in its place."""
     body = ast.parse((ROOT / "lib/__init__.py").read_text()).body
     assert not [
@@ -104,12 +102,12 @@ def test_lib_begins_with_nothing() -> None:
     ]
 
 
-def test_lib_is_not_imported_twice() -> None:
+def test_lib_is_not_imported_twice():
     with pytest.raises(ImportError, match="import mit_semseg.lib in place of lib"):
         importlib.import_module("lib")
 
 
-def test_continuous_integration_runs_what_there_is() -> None:
+def test_continuous_integration_runs_what_there_is():
     spec = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
     assert spec and spec.loader
     noxfile = importlib.util.module_from_spec(spec)
@@ -124,19 +122,19 @@ def test_continuous_integration_runs_what_there_is() -> None:
     assert {*re.findall(r"\bmake ([\w-]+)", text + hooks)} <= {*targets}
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == mit_semseg.__version__
 
 
-def test_the_readme_begins_with_what_to_type() -> None:
+def test_the_readme_begins_with_what_to_type():
     top = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40]
     for command in ("make demo", "make test"):
         assert any(command in line for line in top), command
 
 
 @pytest.mark.parametrize("module", [dotted(file) for file in PYTHON if has_example(file)])
-def test_examples_in_docstrings_run(module: str) -> None:
+def test_examples_in_docstrings_run(module):
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted
     assert not result.failed

@@ -1,18 +1,14 @@
 """Memory of a prediction, measured from outside: the whole process, its imports included."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mit_semseg.config.node import Config
 from mit_semseg.dataset.images import load_image
 from mit_semseg.demo.streets import render
 
@@ -31,7 +27,7 @@ print(usage.ru_maxrss if os.waitstatus_to_exitcode(status) == 0 else -1)
 """
 
 
-def peak(image: Path, model: Path, out: Path, *opts: str, save: str = PICTURES) -> float:
+def peak(image, model, out, *opts, save=PICTURES):
     """Most memory that `mit-semseg predict` ever held, in MB (10^6 bytes)."""
     settings = ["TEST.result", str(out), "TEST.save", save, *opts]
     command = [sys.executable, "-m", "mit_semseg.cli", "predict", "--gpu", "cpu"]
@@ -48,7 +44,7 @@ def peak(image: Path, model: Path, out: Path, *opts: str, save: str = PICTURES) 
     return int(done.stdout) * 1024 / 1e6
 
 
-def streets(path: Path, width: int, height: int) -> Path:
+def streets(path, width, height):
     """A picture of many street scenes side by side: photographs, or drawn ones without the data."""
     files = sorted(DATA.glob("*.png"))[:12]
     scenes = [load_image(file) for file in files] or [render(k)[0] for k in range(4)]
@@ -63,23 +59,23 @@ def streets(path: Path, width: int, height: int) -> Path:
 
 
 @pytest.fixture
-def model(tmp_path: Path, make_model: Callable[..., Config]) -> Callable[[int], Path]:
+def model(tmp_path, make_model):
     """`model(count)`: the configuration of a model of so many classes."""
 
-    def build(count: int) -> Path:
+    def build(count):
         make_model(tmp_path / "model", tuple(f"class {k}" for k in range(count)))
         return tmp_path / "model" / "config.yaml"
 
     return build
 
 
-def native(width: int, height: int) -> list[str]:
+def native(width, height):
     """Settings for the picture's own scale."""
     return ["DATASET.imgMaxSize", str(width), "TEST.imgSizes", f"({height},)"]
 
 
 @pytest.mark.slow
-def test_four_million_pixels(model: Callable[[int], Path], tmp_path: Path) -> None:
+def test_four_million_pixels(model, tmp_path):
     cfg, save = model(20), "['index', 'overlay']"
     small = streets(tmp_path / "small.jpg", 240, 160)
     large = streets(tmp_path / "large.jpg", 2464, 1760)
@@ -94,9 +90,7 @@ def test_four_million_pixels(model: Callable[[int], Path], tmp_path: Path) -> No
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("scales", ["native", "default"])
 @pytest.mark.parametrize("classes", [11, 150])
-def test_96_million_pixels_in_3_gigabytes(
-    model: Callable[[int], Path], tmp_path: Path, classes: int, scales: str
-) -> None:
+def test_96_million_pixels_in_3_gigabytes(model, tmp_path, classes, scales):
     large = streets(tmp_path / "large.jpg", 12000, 8000)
     opts = native(12000, 8000) if scales == "native" else []
     used = peak(large, CAMVID if classes == 11 else model(150), tmp_path / "out", *opts)

@@ -1,24 +1,19 @@
 """Metrics against hand-computed numbers and torchmetrics."""
 
-from __future__ import annotations
-
-import doctest
 import math
 import pickle
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.classification import MulticlassConfusionMatrix as TheirMatrix
 from torchmetrics.classification import MulticlassJaccardIndex as Jaccard
 
 from mit_semseg import metrics
-from mit_semseg.metrics import ConfusionMatrix, confusion, functional
+from mit_semseg.metrics import ConfusionMatrix
 
 # Classes: 0 twice hit, once taken for 1; 1 hit once; 2 never labelled but predicted once; 3 absent.
 PRED = [0, 0, 1, 1, 2, 0]
@@ -26,7 +21,7 @@ LABEL = [0, 0, 0, 1, 1, -1]
 MATRIX = [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
-def random_pair(seed: int, classes: int, occurring: int) -> tuple[Tensor, Tensor]:
+def random_pair(seed, classes, occurring):
     generator = torch.Generator().manual_seed(seed)
     pred = torch.randint(0, occurring, (2, 37, 41), generator=generator)
     label = torch.randint(-1, occurring, (2, 37, 41), generator=generator)
@@ -34,11 +29,12 @@ def random_pair(seed: int, classes: int, occurring: int) -> tuple[Tensor, Tensor
     return pred, label
 
 
-def test_by_hand() -> None:
+def test_by_hand():
     counts = ConfusionMatrix(4)
     counts.update(torch.tensor(PRED), torch.tensor(LABEL))
     assert counts.matrix.tolist() == MATRIX
     assert counts.matrix.dtype == torch.int64
+    assert pickle.loads(pickle.dumps(counts)).matrix.tolist() == MATRIX
     figures = counts.compute()
     iou = [2 / 3, 1 / 3, 0.0, math.nan]
     assert figures["iou"].dtype == torch.float64
@@ -55,35 +51,31 @@ def test_by_hand() -> None:
     assert figures["mean_dice"] == pytest.approx(13 / 30)
 
 
-@pytest.mark.parametrize(("classes", "occurring"), [(1, 1), (2, 2), (5, 5), (11, 7), (150, 40)])
-def test_torchmetrics_agrees(classes: int, occurring: int) -> None:
+@pytest.mark.parametrize(("classes", "occurring"), [(2, 2), (5, 5), (11, 7), (150, 40)])
+def test_torchmetrics_agrees(classes, occurring):
     pred, label = random_pair(classes, classes, occurring)
     matrix = metrics.confusion_matrix(pred, label, classes)
-    common: dict[str, Any] = {"num_classes": classes, "ignore_index": -1}
-    if classes > 1:
-        reference = TheirMatrix(**common)(pred, label)
-        assert torch.equal(matrix, reference.long())
-        close = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False}
-        theirs = Jaccard(average="macro", **common)(pred, label)
-        torch.testing.assert_close(metrics.mean_iou(matrix), theirs, **close)
-        theirs = Jaccard(average="none", **common)(pred, label)
-        torch.testing.assert_close(metrics.class_iou(matrix).nan_to_num(0.0), theirs, **close)
-        torch.testing.assert_close(metrics.mean_iou_all_classes(matrix), theirs.mean(), **close)
-        theirs = Jaccard(average="weighted", **common)(pred, label)
-        torch.testing.assert_close(metrics.fw_iou(matrix), theirs, **close)
-        theirs = MulticlassAccuracy(average="micro", **common)(pred, label)
-        torch.testing.assert_close(metrics.pixel_accuracy(matrix), theirs, **close)
-        theirs = MulticlassAccuracy(average="macro", **common)(pred, label)
-        torch.testing.assert_close(metrics.class_accuracy(matrix), theirs, **close)
-        theirs = MulticlassF1Score(average="none", **common)(pred, label)
-        torch.testing.assert_close(metrics.class_dice(matrix).nan_to_num(0.0), theirs, **close)
-    else:
-        assert matrix.tolist() == [[int((label == 0).sum())]]
+
+    def theirs(kind, **options):
+        return kind(num_classes=classes, ignore_index=-1, **options)(pred, label)
+
+    assert torch.equal(matrix, theirs(TheirMatrix).long())
+    iou = theirs(Jaccard, average="none")
+    for got, wanted in (
+        (metrics.mean_iou(matrix), theirs(Jaccard, average="macro")),
+        (metrics.class_iou(matrix).nan_to_num(0.0), iou),
+        (metrics.mean_iou_all_classes(matrix), iou.mean()),
+        (metrics.fw_iou(matrix), theirs(Jaccard, average="weighted")),
+        (metrics.pixel_accuracy(matrix), theirs(MulticlassAccuracy, average="micro")),
+        (metrics.class_accuracy(matrix), theirs(MulticlassAccuracy, average="macro")),
+        (metrics.class_dice(matrix).nan_to_num(0.0), theirs(MulticlassF1Score, average="none")),
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.data())
-def test_counts_and_merging(data: st.DataObject) -> None:
+def test_counts_and_merging(data):
     classes = data.draw(st.integers(1, 6))
     pairs = st.tuples(st.integers(0, classes - 1), st.integers(-1, classes - 1))
     pixels = data.draw(st.lists(pairs, max_size=30))
@@ -99,12 +91,12 @@ def test_counts_and_merging(data: st.DataObject) -> None:
         counts.update(array[:, 0], array[:, 1])
         parts.append(counts)
     assert (parts[0] + parts[1]).matrix.tolist() == expected.tolist()
-    assert sum(parts).matrix.tolist() == expected.tolist()  # type: ignore[union-attr]
+    assert sum(parts).matrix.tolist() == expected.tolist()
     # Addition leaves the parts alone.
     assert sum(int(p.matrix.sum()) for p in parts) == expected.sum()
 
 
-def test_nothing_counted_is_nan_everywhere_but_in_the_published_mean() -> None:
+def test_metrics_of_nothing_are_nan():
     counts = ConfusionMatrix(3)
     counts.update(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     counts.update(torch.tensor([1, 2]), torch.tensor([-1, -1]))
@@ -114,7 +106,7 @@ def test_nothing_counted_is_nan_everywhere_but_in_the_published_mean() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint64])
-def test_any_integer_type_layout_and_kind(dtype: type) -> None:
+def test_any_integer_type_layout_and_kind(dtype):
     pred, label = random_pair(0, 5, 5)
     label = label.clamp(min=0)
     reference = metrics.confusion_matrix(pred, label, 5)
@@ -123,12 +115,6 @@ def test_any_integer_type_layout_and_kind(dtype: type) -> None:
     flipped = [a[:, ::-1, ::2] for a in arrays]
     expected = metrics.confusion_matrix(flipped[0].copy(), flipped[1].copy(), 5)
     assert torch.equal(metrics.confusion_matrix(*flipped, 5), expected)
-
-
-def test_survives_a_trip_between_processes() -> None:
-    counts = ConfusionMatrix(4)
-    counts.update(PRED, LABEL)
-    assert pickle.loads(pickle.dumps(counts)).matrix.tolist() == MATRIX
 
 
 @pytest.mark.parametrize(
@@ -146,7 +132,7 @@ def test_survives_a_trip_between_processes() -> None:
     ],
 )
 @pytest.mark.parametrize("kind", [torch.tensor, np.array])
-def test_wrong_arguments_are_named(pred: Any, label: Any, message: str, kind: Any) -> None:
+def test_wrong_arguments_are_named(pred, label, message, kind):
     message = message.replace("is float", r"is (torch\.)?float")
     counts = ConfusionMatrix(3)
     with pytest.raises(ValueError, match=message):
@@ -154,13 +140,13 @@ def test_wrong_arguments_are_named(pred: Any, label: Any, message: str, kind: An
     assert int(counts.matrix.sum()) == 0
 
 
-def test_wrong_matrices_are_refused() -> None:
+def test_wrong_matrices_are_refused():
     with pytest.raises(ValueError, match="num_class is 0"):
         ConfusionMatrix(0)
     with pytest.raises(ValueError, match="3 and 4 classes"):
         ConfusionMatrix(3) + ConfusionMatrix(4)
     with pytest.raises(TypeError):
-        ConfusionMatrix(3) + 1  # type: ignore[operator]
+        ConfusionMatrix(3) + 1
     for name in metrics.__all__:
         if name not in ("BoundaryScore", "ConfusionMatrix", "boundary_f", "confusion_matrix"):
             function = getattr(metrics, name)
@@ -170,7 +156,7 @@ def test_wrong_matrices_are_refused() -> None:
                 function(torch.tensor([[1, -5], [0, 1]]))
 
 
-def test_counts_without_checks_are_the_same() -> None:
+def test_counts_without_checks_are_the_same():
     generator = torch.Generator().manual_seed(0)
     pred = torch.randint(7, (3, 40, 50), generator=generator, dtype=torch.uint8)
     label = torch.randint(-1, 7, (3, 40, 50), generator=generator)
@@ -185,14 +171,7 @@ def test_counts_without_checks_are_the_same() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_predictions_and_cpu_labels() -> None:
+def test_cuda_predictions_and_cpu_labels():
     counts = ConfusionMatrix(4)
     counts.update(torch.tensor(PRED).cuda(), torch.tensor(LABEL))
     assert counts.matrix.tolist() == MATRIX
-
-
-def test_examples_run() -> None:
-    for module in (functional, confusion):
-        result = doctest.testmod(module)
-        assert result.attempted > 0
-        assert result.failed == 0

@@ -1,7 +1,5 @@
 """What pip installs: whole, standing alone, and built without the network."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -29,7 +27,7 @@ INSTALLED = ["wheel", pytest.param("sdist", marks=pytest.mark.slow)]
 CAMVID = ROOT / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
 
 
-def run(*command: object, cwd: Path, **environment: str) -> str:
+def run(*command, cwd, **environment):
     done = subprocess.run(
         [*map(str, command)],
         cwd=cwd,
@@ -43,7 +41,7 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory):
     """A copy of the sources, since building writes beside them."""
     copy = tmp_path_factory.mktemp("tree")
     for file in source_files():
@@ -53,7 +51,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist(checkout, tmp_path_factory):
     """A folder with the sdist, and the wheel that was made from it."""
     dest = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dest, checkout, cwd=dest)
@@ -61,19 +59,19 @@ def dist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(dist: Path) -> Path:
+def wheel(dist):
     (file,) = dist.glob("*.whl")
     return file
 
 
 @pytest.fixture(scope="module")
-def sdist(dist: Path) -> Path:
+def sdist(dist):
     (file,) = dist.glob("*.tar.gz")
     return file
 
 
 @pytest.fixture(scope="module")
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(request, tmp_path_factory):
     """A new environment with the package; in that of "checkout" it is found where it is written.
 
     It sees torch and the rest of this environment, but no package that is installed here in
@@ -82,7 +80,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     environment = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment)
     lines = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    source: Path = request.getfixturevalue(request.param)
+    source = request.getfixturevalue(request.param)
     if request.param == "checkout":
         lines.insert(0, str(source))
     (site_packages(environment) / "others.pth").write_text("\n".join(lines) + "\n")
@@ -95,16 +93,16 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return environment
 
 
-def python(environment: Path) -> Path:
+def python(environment):
     return environment / "bin" / "python"
 
 
-def site_packages(environment: Path) -> Path:
+def site_packages(environment):
     (folder,) = environment.glob("lib/*/site-packages")
     return folder
 
 
-def test_the_wheel_holds_every_module_and_table_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_and_table_and_nothing_else(wheel):
     """A package left out of pyproject's list, or a test let in, shows here."""
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -124,7 +122,7 @@ def test_the_wheel_holds_every_module_and_table_and_nothing_else(wheel: Path) ->
     assert "mit_semseg/lib/nn/batchnorm.py" in held
 
 
-def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+def test_the_wheel_says_what_it_is(wheel):
     assert wheel.name.endswith("-py3-none-any.whl"), "pure Python: one wheel for all"
     with zipfile.ZipFile(wheel) as archive:
         files = {name.split(".dist-info/")[-1]: name for name in archive.namelist()}
@@ -137,7 +135,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert not [line for line in needed if "<" in line or "==" in line.split(";")[0]]
 
 
-def test_the_index_will_take_both(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+def test_the_index_will_take_both(wheel, sdist, tmp_path):
     run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist, cwd=tmp_path)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -163,7 +161,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("place", ["checkout", *INSTALLED], indirect=True)
-def test_the_package_stands_alone(place: Path, checkout: Path, tmp_path: Path) -> None:
+def test_the_package_stands_alone(place, checkout, tmp_path):
     (tmp_path / "main.py").write_text(STANDS_ALONE)
     told = run(python(place), "main.py", cwd=tmp_path)
     files, classes, has_lib, segmenter = json.loads(told)
@@ -183,7 +181,7 @@ def test_the_package_stands_alone(place: Path, checkout: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("place", INSTALLED, indirect=True)
-def test_the_installed_command_runs(place: Path, tmp_path: Path) -> None:
+def test_the_installed_command_runs(place, tmp_path):
     """In any folder: it says its version, and parses an image."""
     command = place / "bin" / "mit-semseg"
     assert run(command, "--version", cwd=tmp_path) == f"mit-semseg {mit_semseg.__version__}\n"

@@ -1,7 +1,5 @@
 """What the names of precisions mean on each device."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -25,29 +23,20 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         (GPU, "fp16", torch.float16, False),
     ],
 )
-def test_a_named_precision_is_what_it_says(
-    monkeypatch: pytest.MonkeyPatch,
-    fast: bool,
-    device: torch.device,
-    name: str,
-    dtype: torch.dtype,
-    tf32: bool,
-) -> None:
+def test_a_named_precision_is_what_it_says(monkeypatch, fast, device, name, dtype, tf32):
     monkeypatch.setattr(precision, "has_fast_bf16", lambda device: fast)
     assert name in PRECISIONS
     assert Precision.of(name, device) == Precision(device, dtype, tf32)
 
 
-@pytest.mark.parametrize("device", [CPU, GPU])
-@pytest.mark.parametrize(("fast", "name"), [(True, "bf16"), (False, "tf32")])
-def test_auto_takes_bf16_where_it_is_fast(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, fast: bool, name: str
-) -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_takes_bf16_where_it_is_fast(monkeypatch, fast):
     monkeypatch.setattr(precision, "has_fast_bf16", lambda device: fast)
-    assert Precision.of("auto", device) == Precision.of(name, device)
+    for device in (CPU, GPU):
+        assert Precision.of("auto", device) == Precision.of("bf16" if fast else "tf32", device)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"fp16 needs a GPU; on the CPU use bf16 or fp32"):
         Precision.of("fp16", CPU)
     with pytest.raises(ValueError, match="precision is 'fp8'; it is fp32, tf32, bf16, fp16"):
@@ -57,17 +46,13 @@ def test_what_cannot_be_is_refused() -> None:
 @pytest.mark.parametrize(
     ("capability", "fast"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)]
 )
-def test_gpus_have_fast_bf16_from_ampere_on(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fast: bool
-) -> None:
+def test_gpus_have_fast_bf16_from_ampere_on(monkeypatch, capability, fast):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert has_fast_bf16(GPU) is fast
 
 
 @pytest.mark.parametrize("supported", [True, False, None])
-def test_a_cpu_without_the_instructions_has_no_fast_bf16(
-    monkeypatch: pytest.MonkeyPatch, supported: bool | None
-) -> None:
+def test_a_cpu_without_the_instructions_has_no_fast_bf16(monkeypatch, supported):
     name = "_is_avx512_bf16_supported"
     if supported is None:  # a torch that does not tell
         monkeypatch.delattr(torch.cpu, name, raising=False)
@@ -77,14 +62,14 @@ def test_a_cpu_without_the_instructions_has_no_fast_bf16(
 
 
 @pytest.mark.parametrize(("name", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_autocast_computes_in_it(name: str, expected: torch.dtype) -> None:
+def test_autocast_computes_in_it(name, expected):
     a = torch.ones(2, 2)
     with Precision.of(name, CPU).autocast():
         assert (a @ a).dtype is expected
     assert (a @ a).dtype is torch.float32
 
 
-def settings() -> list[object]:
+def settings():
     """What torch says of TF32, by the names this release has."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     if hasattr(cudnn, "conv"):
@@ -92,29 +77,22 @@ def settings() -> list[object]:
     return [cudnn.allow_tf32, matmul.allow_tf32]
 
 
-def test_products_follow_the_precision_and_the_setting_is_put_back() -> None:
+def test_products_follow_the_precision_and_the_setting_is_put_back():
     before = settings()
-    exact, fast = Precision.of("fp32", GPU).products(), Precision.of("tf32", GPU).products()
-    with exact:
+    with Precision.of("fp32", GPU).products():
         assert settings()[0] in ("ieee", False) and settings()[1] in ("ieee", False)
     assert settings() == before
-    with fast:
-        assert settings()[0] in ("tf32", True) and settings()[1] in ("tf32", True)
-    assert settings() == before
-
-
-def test_threads_that_overlap_leave_the_setting_as_it_was() -> None:
-    before = settings()
-    first, second = Precision.of("fp32", GPU).products(), Precision.of("tf32", GPU).products()
+    # Threads may overlap.
+    first, second = (Precision.of(name, GPU).products() for name in ("fp32", "tf32"))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert settings()[0] in ("tf32", True)
+    assert settings()[0] in ("tf32", True) and settings()[1] in ("tf32", True)
     second.__exit__(None, None, None)
     assert settings() == before
 
 
-def test_other_ways_of_setting_it_still_work() -> None:
+def test_other_ways_of_setting_it_still_work():
     before = torch.get_float32_matmul_precision()
     try:
         for name in ("medium", "high", "highest"):
@@ -127,7 +105,7 @@ def test_other_ways_of_setting_it_still_work() -> None:
 
 
 @pytest.mark.gpu
-def test_fp32_is_true_float32() -> None:
+def test_fp32_is_true_float32():
     a = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) + 1
     exact = a.double() @ a.double()
     weight, image = a.cuda()[:, :, None, None], a.cuda()[None, :, :, None]

@@ -1,13 +1,10 @@
 """The result page and the sheets of images."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +18,7 @@ NAMES = ("sky", "road <b>", "car & van")
 COLORS = np.array([(10, 20, 30), (200, 100, 0), (0, 250, 90)], np.uint8)
 
 
-def sample(height: int = 20, width: int = 30) -> Sample:
+def sample(height=20, width=30):
     rng = np.random.default_rng(4)
     truth = rng.integers(-1, 3, (height, width))
     prediction = np.where(truth < 0, 0, truth)
@@ -33,44 +30,41 @@ def sample(height: int = 20, width: int = 30) -> Sample:
 class _Page(HTMLParser):
     """Collects image sources, links and text; fails on tags that are closed in the wrong order."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         super().__init__()
-        self.sources: list[str] = []
-        self.outside: list[str] = []
-        self.text: list[str] = []
+        self.sources = []
+        self.outside = []
+        self.text = []
         self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         for key, value in attrs:
             if key == "src":
                 self.sources.append(value or "")
             if key in ("href", "srcset", "action", "data") or tag in ("script", "link", "iframe"):
                 self.outside.append(f"{tag} {key}={value}")
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         self.text.append(data)
 
 
-def page(path: Path, **more) -> tuple[_Page, str]:
+def page(path, **more):
     write_page(path, [sample()], NAMES, COLORS, title="Title & more", **more)
     text = path.read_text(encoding="utf-8")
     return _Page(text), text
 
 
-def test_accuracy_leaves_ignored_pixels_out() -> None:
+def test_accuracy_leaves_ignored_pixels_out():
     truth = np.array([[0, 1, -1, 2]])
     shown = Sample("x", np.zeros((1, 4, 3), np.uint8), truth, np.array([[0, 2, 1, 2]]))
     assert shown.accuracy == pytest.approx(2 / 3)
     nothing = Sample("x", np.zeros((1, 4, 3), np.uint8), truth * 0 - 1, truth)
     assert np.isnan(nothing.accuracy)
-
-
-def test_sizes_that_differ_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="street.png: prediction"):
         Sample("street.png", np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4)), np.zeros((2, 4)))
 
 
-def test_colours_and_errors() -> None:
+def test_colours_and_errors():
     truth, prediction = np.array([[0, 2, -1]]), np.array([[0, 1, 1]])
     image = np.full((1, 3, 3), 100, np.uint8)
     assert paint(truth, COLORS)[0, :2].tolist() == COLORS[[0, 2]].tolist()
@@ -81,15 +75,15 @@ def test_colours_and_errors() -> None:
     assert np.array_equal(ignored, paint(np.array([[-1]]), COLORS)[0, 0])
 
 
-def test_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
+def test_page_needs_nothing_beside_itself(tmp_path):
     parsed, text = page(tmp_path / "deep" / "index.html")
     assert parsed.outside == []
     assert not re.search(r"url\(|@import|https?:", text)
     assert len(parsed.sources) == 4 and all(s.startswith("data:image/") for s in parsed.sources)
-
-
-def test_label_pictures_survive_the_page_exactly(tmp_path: Path) -> None:
-    parsed, _ = page(tmp_path / "index.html")
+    # Names are escaped.
+    assert "<b>." not in text and "road <b>" not in text
+    assert "road <b>" in parsed.text and "Title & more" in parsed.text
+    # Label maps survive exactly.
     shown = sample()
     for source, labels in zip(parsed.sources[1:3], (shown.truth, shown.prediction), strict=True):
         data = base64.b64decode(source.partition(",")[2])
@@ -97,13 +91,7 @@ def test_label_pictures_survive_the_page_exactly(tmp_path: Path) -> None:
         assert np.array_equal(picture, paint(labels, COLORS))
 
 
-def test_names_are_escaped(tmp_path: Path) -> None:
-    parsed, text = page(tmp_path / "index.html")
-    assert "<b>." not in text and "road <b>" not in text
-    assert "road <b>" in parsed.text and "Title & more" in parsed.text
-
-
-def test_summary_charts_and_commands_are_on_the_page(tmp_path: Path) -> None:
+def test_summary_charts_and_commands_are_on_the_page(tmp_path):
     history = [
         {"kind": "train", "epoch": 1, "step": 20, "loss": 1.5, "accuracy": 0.5},
         {"kind": "train", "epoch": 2, "step": 40, "loss": 0.75, "accuracy": 0.7},
@@ -122,19 +110,13 @@ def test_summary_charts_and_commands_are_on_the_page(tmp_path: Path) -> None:
     assert len(charts) == 2 and parsed.sources[-2:] == charts
     for chart in charts:
         assert b"<svg" in base64.b64decode(chart.partition(",")[2])
-
-
-def test_a_single_record_draws_no_curve(tmp_path: Path) -> None:
-    record = {"kind": "train", "epoch": 1, "step": 20, "loss": 1.5}
-    assert "svg" not in page(tmp_path / "index.html", history=[record])[1]
-
-
-def test_numbers_that_disagree_are_refused(tmp_path: Path) -> None:
+    # A single record draws no curve, and numbers that disagree are refused.
+    assert "svg" not in page(tmp_path / "index.html", history=history[:1])[1]
     with pytest.raises(ValueError, match="3 names, 3 colours, 2 IoUs"):
         page(tmp_path / "index.html", ious=[0.1, 0.2])
 
 
-def test_contact_sheet_holds_the_images(tmp_path: Path) -> None:
+def test_contact_sheet_holds_the_images(tmp_path):
     shown, path = sample(30, 40), tmp_path / "new" / "a.png"
     sheet = contact_sheet([shown, shown], NAMES, COLORS, path, title="T")
     assert path.is_file() and [text.get_text() for text in sheet.texts] == ["T"]
@@ -151,7 +133,7 @@ def test_contact_sheet_holds_the_images(tmp_path: Path) -> None:
         contact_sheet([], NAMES, COLORS, path)
 
 
-def test_grid_holds_images_and_label_maps_under_their_captions(tmp_path: Path) -> None:
+def test_grid_holds_images_and_label_maps_under_their_captions(tmp_path):
     tiles = [(f"model {n}\nsecond line", np.full((6, 8, 3), 20 * n, np.uint8)) for n in range(1, 6)]
     tiles.append(("labels", np.resize([0, 2, -1], (6, 8))))
     path = tmp_path / "x" / "a.png"
@@ -178,7 +160,7 @@ def test_grid_holds_images_and_label_maps_under_their_captions(tmp_path: Path) -
 # ------------------------------------------------------------------------------ the demo's page
 
 
-def test_demo_page_from_the_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_demo_page_from_the_files_of_a_run(tmp_path, capsys):
     """What render, train.py, eval_multipro.py and test.py leave behind is all the page needs."""
     from mit_semseg.cli import main
     from mit_semseg.config import dump_config, load_config

@@ -1,12 +1,9 @@
 """How far two computations of the same numbers may be apart."""
 
-from __future__ import annotations
-
 import torch
-from torch import Tensor
 
 
-def rounding(x: Tensor, layers: int) -> float:
+def rounding(x, layers):
     """What rounding does at most to values like `x` that came through so many layers.
 
     Every layer rounds sums of terms as large as its largest value, and different kernels add these

@@ -1,12 +1,8 @@
 """Replicas as the published toolkit had them: callbacks, a master and its slaves, gathering."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg.compat import data, parallel
 from mit_semseg.lib.nn import UserScatteredDataParallel, patch_replication_callback
@@ -15,28 +11,28 @@ from mit_semseg.lib.nn import UserScatteredDataParallel, patch_replication_callb
 class SumOfReplicas(nn.Module):
     """Adds up its input over all replicas, by way of the published master and pipes."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.master = parallel.SyncMaster(self.combine)
-        self.seen: list[int] = []
+        self.seen = []
 
-    def combine(self, messages: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+    def combine(self, messages):
         self.seen.append(len(messages))
         total = sum(message for _, message in messages)
         return [(identifier, total) for identifier, _ in messages]
 
-    def __data_parallel_replicate__(self, ctx: Any, copy_id: int) -> None:
+    def __data_parallel_replicate__(self, ctx, copy_id):
         self.copy_id = copy_id
         if copy_id == 0:
             ctx.sync_master = self.master
         else:
             self.pipe = ctx.sync_master.register_slave(copy_id)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.master.run_master(x) if self.copy_id == 0 else self.pipe.run_slave(x)
 
 
-def test_a_layer_with_a_master_of_its_own_runs_on_replicas() -> None:
+def test_a_layer_with_a_master_of_its_own_runs_on_replicas():
     layer = SumOfReplicas()
     model = UserScatteredDataParallel(nn.Sequential(layer, layer), device_ids=["cpu"] * 3)
     patch_replication_callback(model)
@@ -47,7 +43,7 @@ def test_a_layer_with_a_master_of_its_own_runs_on_replicas() -> None:
     assert layer.master.nr_slaves == 2
 
 
-def test_answers_go_to_who_asked() -> None:
+def test_answers_go_to_who_asked():
     master = parallel.SyncMaster(lambda messages: [(i, f"{m}!") for i, m in messages])
     pipe = master.register_slave("b")
     pipe.queue.put(("b", "second"))
@@ -59,9 +55,6 @@ def test_answers_go_to_who_asked() -> None:
     turned = parallel.SyncMaster(lambda messages: [(5, 1)])
     with pytest.raises(ValueError, match="it must be for 0"):
         turned.run_master("x")
-
-
-def test_a_result_is_not_overwritten() -> None:
     future = parallel.FutureResult()
     future.put(1)
     with pytest.raises(RuntimeError, match="has not been fetched"):
@@ -69,15 +62,15 @@ def test_a_result_is_not_overwritten() -> None:
     assert future.get() == 1
 
 
-def test_callbacks_of_modules_share_a_context_and_the_first_comes_first() -> None:
-    called: list[tuple[str, int]] = []
+def test_callbacks_of_modules_share_a_context_and_the_first_comes_first():
+    called = []
 
     class Layer(nn.Module):
-        def __init__(self, name: str) -> None:
+        def __init__(self, name):
             super().__init__()
             self.name = name
 
-        def __data_parallel_replicate__(self, ctx: Any, copy_id: int) -> None:
+        def __data_parallel_replicate__(self, ctx, copy_id):
             ctx.members = [*getattr(ctx, "members", []), self.name]
             called.append((ctx.members[0], copy_id))
 
@@ -86,7 +79,7 @@ def test_callbacks_of_modules_share_a_context_and_the_first_comes_first() -> Non
     assert called == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
 
 
-def test_a_context_of_its_own_is_a_run_of_one_replica() -> None:
+def test_a_context_of_its_own_is_a_run_of_one_replica():
     layer, plain = parallel.SynchronizedBatchNorm1d(3), nn.BatchNorm1d(3)
     layer.__data_parallel_replicate__(parallel.CallbackContext(), 0)
     x = torch.randn(5, 3)
@@ -94,7 +87,7 @@ def test_a_context_of_its_own_is_a_run_of_one_replica() -> None:
 
 
 @pytest.mark.parametrize("target", [-1, "cpu"])
-def test_outputs_are_gathered_in_dicts(target: Any) -> None:
+def test_outputs_are_gathered_in_dicts(target):
     outputs = [{"x": torch.ones(n, 2), "loss": torch.tensor(float(n)), "no": None} for n in (1, 2)]
     joined = parallel.dict_gather(outputs, target)
     assert joined["x"].shape == (3, 2)
@@ -105,7 +98,7 @@ def test_outputs_are_gathered_in_dicts(target: Any) -> None:
     assert model.gather([torch.ones(1), torch.zeros(2)], target).tolist() == [1, 0, 0]
 
 
-def test_batches_are_copied_one_to_a_device() -> None:
+def test_batches_are_copied_one_to_a_device():
     batches = [{"x": torch.ones(1)}, {"x": torch.zeros(2)}]
     assert parallel._async_copy(batches, ["cpu", "cpu"]) == tuple(batches)
     assert parallel._async_copy_stream(batches, ["cpu", "cpu"]) == batches
@@ -113,7 +106,7 @@ def test_batches_are_copied_one_to_a_device() -> None:
         parallel._async_copy(batches, ["cpu"])
 
 
-def test_tensors_are_compared() -> None:
+def test_tensors_are_compared():
     case = parallel.TorchTestCase()
     case.assertTensorClose(torch.tensor([1.0, 100.0]), torch.tensor([1.0005, 100.05]))
     with pytest.raises(AssertionError):
@@ -121,7 +114,7 @@ def test_tensors_are_compared() -> None:
 
 
 # ------------------------------------------------------------------------------ lib.utils.data
-def test_datasets_and_loaders_of_2018() -> None:
+def test_datasets_and_loaders_of_2018():
     x, y = torch.arange(6).float(), torch.arange(6)
     pairs = data.TensorDataset(data_tensor=x, target_tensor=y)
     assert pairs.data_tensor is x
@@ -138,13 +131,13 @@ def test_datasets_and_loaders_of_2018() -> None:
     assert torch.equal(data.default_collate([1, 2]), torch.tensor([1, 2]))
 
 
-def test_samplers_of_2018() -> None:
+def test_samplers_of_2018():
     class Backwards(data.Sampler):
-        def __init__(self, data_source: list[int]) -> None:
+        def __init__(self, data_source):
             super().__init__(data_source)
             self.data_source = data_source
 
-        def __iter__(self) -> Any:
+        def __iter__(self):
             return iter(range(len(self.data_source))[::-1])
 
     items = list(range(5))

@@ -3,17 +3,13 @@
 The calls are theirs, in the same order; the CPU stands for their GPUs.
 """
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +17,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mit_semseg.config.node import Config
 from mit_semseg.dataset import TestDataset, TrainDataset, ValDataset
 from mit_semseg.lib.nn import (
     UserScatteredDataParallel,
@@ -39,7 +34,7 @@ PATIENCE = 120  # seconds, for any one thing that another process is to do
 
 
 @pytest.fixture
-def cfg(tmp_path: Path, make_images: Callable[..., None]) -> Config:
+def cfg(tmp_path, make_images):
     """The module-level configuration, as scripts fill it, for three images."""
     from mit_semseg.config import cfg as shared
 
@@ -59,7 +54,7 @@ def cfg(tmp_path: Path, make_images: Callable[..., None]) -> Config:
     return cfg
 
 
-def nets(cfg: Config, **options: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+def nets(cfg, **options):
     """Encoder, decoder and loss by the published calls."""
     encoder = ModelBuilder.build_encoder(
         arch=cfg.MODEL.arch_encoder.lower(),
@@ -76,16 +71,16 @@ def nets(cfg: Config, **options: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
     return encoder, decoder, nn.NLLLoss(ignore_index=-1)
 
 
-def loader(data: Any, batch_size: int, **options: Any) -> DataLoader[Any]:
+def loader(data, batch_size, **options):
     return DataLoader(
         data, batch_size=batch_size, shuffle=False, collate_fn=user_scattered_collate, **options
     )
 
 
-def decayed(module: nn.Module) -> list[dict[str, Any]]:
+def decayed(module):
     """Parameter groups found by the kinds of layers, which must find all of them."""
-    weights: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    weights = []
+    others = []
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)):
             weights.append(m.weight)
@@ -96,11 +91,11 @@ def decayed(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
 
 
-def train(cfg: Config, devices: list[str]) -> list[float]:
+def train(cfg, devices):
     """One epoch, with its checkpoint; the losses."""
     torch.manual_seed(cfg.TRAIN.seed)
     encoder, decoder, crit = nets(cfg)
-    module: nn.Module = SegmentationModule(encoder, decoder, crit, cfg.TRAIN.deep_sup_scale)
+    module = SegmentationModule(encoder, decoder, crit, cfg.TRAIN.deep_sup_scale)
     data = TrainDataset(
         cfg.DATASET.root_dataset,
         cfg.DATASET.list_train,
@@ -136,7 +131,7 @@ def train(cfg: Config, devices: list[str]) -> list[float]:
     return seen
 
 
-def evaluate(cfg: Config, data: ValDataset, put: Callable[[Any], None]) -> None:
+def evaluate(cfg, data, put):
     """Figures of every image of a part of the list."""
     encoder, decoder, crit = nets(cfg, use_softmax=True)
     module = SegmentationModule(encoder, decoder, crit).eval()
@@ -155,7 +150,7 @@ def evaluate(cfg: Config, data: ValDataset, put: Callable[[Any], None]) -> None:
         put((*accuracy(pred, label), *intersectionAndUnion(pred, label, CLASSES)))
 
 
-def work(cfg: Config, start_idx: int, end_idx: int, results: Any) -> None:
+def work(cfg, start_idx, end_idx, results):
     """One process of two."""
     torch.set_num_threads(1)
     data = ValDataset(
@@ -168,7 +163,7 @@ def work(cfg: Config, start_idx: int, end_idx: int, results: Any) -> None:
     evaluate(cfg, data, results.put_nowait)
 
 
-def summary(results: list[Any]) -> tuple[np.ndarray, float]:
+def summary(results):
     acc, inter, union = AverageMeter(), AverageMeter(), AverageMeter()
     for value, pixels, intersection, total in results:
         acc.update(value, pixels)
@@ -178,7 +173,7 @@ def summary(results: list[Any]) -> tuple[np.ndarray, float]:
 
 
 @pytest.mark.timeout(3 * PATIENCE)
-def test_training_on_two_devices_and_evaluation_by_two_processes(cfg: Config) -> None:
+def test_training_on_two_devices_and_evaluation_by_two_processes(cfg):
     losses = train(cfg, ["cpu", "cpu"])
     assert all(map(math.isfinite, losses))
     cfg.MODEL.weights_encoder = os.path.join(cfg.DIR, f"encoder_{cfg.VAL.checkpoint}")
@@ -203,7 +198,7 @@ def test_training_on_two_devices_and_evaluation_by_two_processes(cfg: Config) ->
         for process in processes:
             process.kill()
 
-    alone: list[Any] = []
+    alone = []
     data = ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_val, cfg.DATASET)
     evaluate(cfg, data, alone.append)
     for one, other in zip(summary(divided), summary(alone)):
@@ -211,7 +206,7 @@ def test_training_on_two_devices_and_evaluation_by_two_processes(cfg: Config) ->
     assert 0 <= summary(alone)[1] <= 1
 
 
-def test_a_picture_is_predicted_from_a_list_of_ones_own(cfg: Config, tmp_path: Path) -> None:
+def test_a_picture_is_predicted_from_a_list_of_ones_own(cfg, tmp_path):
     cfg.list_test = [{"fpath_img": str(tmp_path / "img" / "part0" / "0.png")}]
     encoder, decoder, crit = nets(cfg, use_softmax=True)
     module = SegmentationModule(encoder, decoder, crit).eval()
@@ -224,14 +219,14 @@ def test_a_picture_is_predicted_from_a_list_of_ones_own(cfg: Config, tmp_path: P
         torch.testing.assert_close(scores.sum(1), torch.ones(1, *size))
 
 
-def test_a_script_leaves_no_log_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_leaves_no_log_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setup_logger(distributed_rank=0).info("Loaded configuration file")
     assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------ shell scripts
-def shell(script: str, folder: Path, *arguments: str, **environment: str) -> str:
+def shell(script, folder, *arguments, **environment):
     """Runs a copy of a shell script in `folder`, which is where they work."""
     shutil.copy(ROOT / script, folder)
     done = subprocess.run(
@@ -246,7 +241,7 @@ def shell(script: str, folder: Path, *arguments: str, **environment: str) -> str
     return done.stdout
 
 
-def test_only_a_download_is_made(tmp_path: Path) -> None:
+def test_only_a_download_is_made(tmp_path):
     """Into the places from which the published notebook reads."""
     name = "ade20k-resnet50dilated-ppm_deepsup"
     host, folder = tmp_path / "host", tmp_path / "here"
@@ -266,7 +261,7 @@ def test_only_a_download_is_made(tmp_path: Path) -> None:
     }
 
 
-def test_ade20k_is_fetched_by_its_published_name(tmp_path: Path) -> None:
+def test_ade20k_is_fetched_by_its_published_name(tmp_path):
     told = shell("download_ADE20K.sh", tmp_path, "--to", "elsewhere", PYTHON="echo")
     assert told.split() == [
         *("-m", "mit_semseg.cli", "data", "download", "ade20k", "--to", "elsewhere")

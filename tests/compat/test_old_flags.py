@@ -1,7 +1,5 @@
 """Flags of 2017 to 2019: the error says what each has become, and what to type."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +11,6 @@ from mit_semseg.cli import main, split_overrides
 from mit_semseg.compat import flags
 from mit_semseg.compat.flags import replacement
 from mit_semseg.config import load_config
-from mit_semseg.config.node import Config
 
 ADE20K = "data/ADEChallengeData2016"
 
@@ -89,7 +86,7 @@ CASES = {
 }
 
 
-def as_read(words: list[str]) -> Config:
+def as_read(words):
     """The configuration that a command line asks for; an error when it cannot be read."""
     args, rest = build_parser().parse_known_args(words)
     assert not rest
@@ -99,7 +96,7 @@ def as_read(words: list[str]) -> Config:
 
 
 @pytest.mark.parametrize("typed", CASES)
-def test_the_whole_new_command_line_is_told_and_can_be_read(typed: str) -> None:
+def test_the_whole_new_command_line_is_told_and_can_be_read(typed):
     command, *words = shlex.split(typed)
     advice = replacement(command, words, f"mit-semseg {command}")
     told = advice.partition("; type: ")[2].rpartition("&& ")[2]
@@ -110,7 +107,7 @@ def test_the_whole_new_command_line_is_told_and_can_be_read(typed: str) -> None:
             assert f"{word.partition('=')[0]} by " in advice
 
 
-def test_lists_of_2017_are_made_first() -> None:
+def test_lists_of_2017_are_made_first():
     advice = replacement("eval", ["--root_img", "d/photos", "--root_seg", "d/masks"], "x")
     made = advice.partition("; type: ")[2].partition(" && ")[0]
     assert made == "mit-semseg data make-odgt --images d/photos --labels d/masks --out lists"
@@ -118,7 +115,7 @@ def test_lists_of_2017_are_made_first() -> None:
     assert (args.images, args.labels, args.out) == ("d/photos", "d/masks", "lists")
 
 
-def test_what_is_typed_today_is_left_alone() -> None:
+def test_what_is_typed_today_is_left_alone():
     today = (
         *("train --gpus 0-1 --cfg a.yaml TRAIN.workers 2", "eval --out x", "eval --workers 2"),
         *("predict --imgs a", "data check --id 3"),
@@ -136,20 +133,14 @@ def test_what_is_typed_today_is_left_alone() -> None:
         ("/usr/bin/mit-semseg", ["train"], "mit-semseg train DIR ckpt/a"),
     ],
 )
-def test_the_command_says_so_in_one_line(
-    script: str,
-    argv: list[str],
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_command_says_so_in_one_line(script, argv, told, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [script, "--id", "a"])
     assert main([*argv, "--id", "a"]) == 2
     said = capsys.readouterr().err
     assert said == f"error: flags have been replaced: --id by DIR; type: {told}\n"
 
 
-def test_the_page_names_every_flag_and_shows_what_is_said() -> None:
+def test_the_page_names_every_flag_and_shows_what_is_said():
     page = (Path(__file__).resolve().parents[2] / "docs" / "published.md").read_text()
     known = {*flags._KEYS, *flags._OPTIONS, *flags._GONE}
     assert known == set(re.findall(r"`--(\w+)`", page)) - {"gpus", "imgs", "out"}
@@ -162,16 +153,11 @@ def test_the_page_names_every_flag_and_shows_what_is_said() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            "--num_gpus",
-            "--num_gpus needs a number, and has been replaced: use --gpus with a number",
-        ),
-        ("--num_gpus two", "--num_gpus needs a number"),
-        (
-            "--arch_encoder --gpus 0",
-            "--arch_encoder needs a value, and has been replaced: use MODEL.",
-        ),
+        ("--num_gpus", "needs a number, and has been replaced: use --gpus with a number"),
+        ("--num_gpus two", "needs a number"),
+        ("--arch_encoder --gpus 0", "needs a value, and has been replaced: use MODEL."),
     ],
 )
-def test_a_flag_without_its_value_is_named(words: str, message: str) -> None:
-    assert message in replacement("train", words.split(), "python train.py")
+def test_a_flag_without_its_value_is_named(words, message):
+    said = replacement("train", words.split(), "python train.py")
+    assert f"{words.split()[0]} {message}" in said

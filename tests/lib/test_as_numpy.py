@@ -1,7 +1,5 @@
 """Nested tensors, to and from numpy."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import numpy as np
@@ -25,13 +23,13 @@ Pair = namedtuple("Pair", "first second")
         (torch.uint8, np.uint8),
     ],
 )
-def test_dtype_and_values(dtype: torch.dtype, want: type) -> None:
+def test_dtype_and_values(dtype, want):
     array = as_numpy(torch.tensor([[0, 1], [1, 1]]).to(dtype))
     assert array.dtype == want
     np.testing.assert_array_equal(array, [[0, 1], [1, 1]])
 
 
-def test_nested() -> None:
+def test_nested():
     tensor = torch.ones(2, requires_grad=True) * 3
     out = as_numpy({"a": [tensor, (tensor, 4)], "b": Pair(tensor, "text"), "c": None})
     for array in (out["a"][0], out["a"][1][0], out["b"].first):
@@ -40,7 +38,7 @@ def test_nested() -> None:
     assert out["b"].second == "text" and out["c"] is None
 
 
-def test_variables_are_tensors() -> None:
+def test_variables_are_tensors():
     tensor = torch.ones(1)
     made = as_variable({"a": [tensor, 2], "b": (torch.zeros(1).numpy(), None, "name")})
     assert made["a"][0] is tensor
@@ -50,7 +48,7 @@ def test_variables_are_tensors() -> None:
     assert made["b"][1:] == (None, "name")
 
 
-def test_marking_changes_no_gradient() -> None:
+def test_marking_changes_no_gradient():
     x = torch.ones(1, requires_grad=True)
     marked = mark_volatile({"x": [x], "n": 3})
     assert marked == {"x": [x], "n": 3}

@@ -1,15 +1,12 @@
 """Synchronised batch normalisation reads nothing back to the host, on which a GPU would wait."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import start_ranks
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,13 +25,11 @@ READS = {
 
 
 class _Functions(TorchFunctionMode):
-    def __init__(self, seen: list[str]) -> None:
+    def __init__(self, seen):
         super().__init__()
         self.seen = seen
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in READS:
             self.seen.append(func.__name__)
         return func(*args, **(kwargs or {}))
@@ -43,13 +38,11 @@ class _Functions(TorchFunctionMode):
 class _Operators(TorchDispatchMode):
     """Reads by torch itself, such as of a tensor that is given where a number is expected."""
 
-    def __init__(self, seen: list[str]) -> None:
+    def __init__(self, seen):
         super().__init__()
         self.seen = seen
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "_local_scalar_dense" in str(func) or "nonzero" in str(func):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
@@ -58,14 +51,14 @@ class _Operators(TorchDispatchMode):
 class Watched:
     """A context that notes the reads of its thread; modes are a thread's own."""
 
-    def __init__(self, seen: list[str]) -> None:
+    def __init__(self, seen):
         self.modes = (_Functions(seen), _Operators(seen))
 
-    def __enter__(self) -> None:
+    def __enter__(self):
         for mode in self.modes:
             mode.__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error):
         for mode in reversed(self.modes):
             mode.__exit__(*error)
 
@@ -73,7 +66,7 @@ class Watched:
 class Net(nn.Module):
     """Watches the threads it is called in."""
 
-    def __init__(self, seen: list[str], **options: Any) -> None:
+    def __init__(self, seen, **options):
         super().__init__()
         self.seen = seen
         self.body = nn.Sequential(
@@ -84,17 +77,17 @@ class Net(nn.Module):
             SynchronizedBatchNorm2d(C, **options),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         with Watched(self.seen):
             return self.body(x).square().mean()
 
 
-OPTIONS: list[dict[str, Any]] = [{}, {"momentum": None}, {"eps_mode": "clamp"}, {"affine": False}]
+OPTIONS = [{}, {"momentum": None}, {"eps_mode": "clamp"}, {"affine": False}]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_replicas_read_nothing(options: dict[str, Any]) -> None:
-    seen: list[str] = []
+def test_replicas_read_nothing(options):
+    seen = []
     model = UserScatteredDataParallel(Net(seen, **options), ["cpu"] * 3)
     xs = [torch.randn(n, 2, 5, 4) for n in (2, 0, 3)]
     xs[1] = torch.randn(1, 2, 3, 3)
@@ -118,23 +111,23 @@ def test_replicas_read_nothing(options: dict[str, Any]) -> None:
         lambda x: x.nonzero(),
     ],
 )
-def test_the_guard_notices(read: Any) -> None:
+def test_the_guard_notices(read):
     class Reads(SynchronizedBatchNorm1d):
-        def forward(self, input: Tensor) -> Tensor:
+        def forward(self, input):
             read(input)
             return super().forward(input)
 
-    seen: list[str] = []
+    seen = []
     net = Net(seen)
     net.body = Reads(C)
     UserScatteredDataParallel(net, ["cpu"] * 2)([torch.ones(2, C), torch.ones(3, C)])
     assert seen
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    seen: list[str] = []
+    seen = []
     for options in OPTIONS:
         torch.manual_seed(0)
         net = Net(seen, **options)
@@ -148,6 +141,6 @@ def one_rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
-def test_processes_read_nothing(tmp_path: Path) -> None:
+def test_processes_read_nothing(tmp_path):
     start_ranks(one_rank, 2, str(tmp_path))
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["", ""]

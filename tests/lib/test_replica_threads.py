@@ -1,7 +1,5 @@
 """The threads of replicas: they last, nothing piles up in them, and they end with the process."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import os
@@ -11,7 +9,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,33 +26,33 @@ ROOT = Path(__file__).resolve().parents[2]
 class Net(nn.Module):
     """Notes the threads it is called in."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.norm = SynchronizedBatchNorm1d(2)
-        self.seen: list[int] = []
+        self.seen = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         self.seen.append(threading.get_ident())
         return self.norm(x)
 
 
-def batches(n: int = 2) -> list[Tensor]:
+def batches(n=2):
     return [torch.randn(i + 2, 2) for i in range(n)]
 
 
-def replicas_of(model: Any) -> list[threading.Thread]:
+def replicas_of(model):
     """Living threads in which a model's replicas have run."""
     seen = set(model.module.seen)
     return [thread for thread in threading.enumerate() if thread.ident in seen]
 
 
-def wait_for_end(threads: list[threading.Thread]) -> None:
+def wait_for_end(threads):
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
 
 
-def test_the_same_threads_serve_every_pass() -> None:
+def test_the_same_threads_serve_every_pass():
     model = UserScatteredDataParallel(Net(), ["cpu"] * 2)
     model(batches())
     before, threads = threading.active_count(), set(model.module.seen)
@@ -64,15 +61,22 @@ def test_the_same_threads_serve_every_pass() -> None:
         model(batches())
     assert set(model.module.seen) == threads
     assert threading.active_count() == before
+    net = Net()
+    model = DataParallelWithCallback(net)
+    model.device_ids = ["cpu", "cpu"]
+    for _ in range(3):
+        replicas = model.replicate(net, model.device_ids)
+        model.parallel_apply(replicas, [(x,) for x in batches()], [{}, {}])
+    assert len(set(net.seen)) == 2
 
 
-def test_a_replica_keeps_its_thread() -> None:
+def test_a_replica_keeps_its_thread():
     """cuDNN's plans are kept by thread: those of replica 0 are of no use to replica 1."""
     model = UserScatteredDataParallel(Net(), ["cpu"] * 3)
-    places: list[dict[int, int]] = []
+    places = []
 
     class Placed(Net):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             places[-1][len(x)] = threading.get_ident()
             return super().forward(x)
 
@@ -84,35 +88,15 @@ def test_a_replica_keeps_its_thread() -> None:
     assert all(places[1][rows] == ident for rows, ident in places[2].items())
 
 
-def test_data_parallel_keeps_its_threads_too() -> None:
-    net = Net()
-    model = DataParallelWithCallback(net)
-    model.device_ids = ["cpu", "cpu"]
-    for _ in range(3):
-        replicas = model.replicate(net, model.device_ids)
-        model.parallel_apply(replicas, [(x,) for x in batches()], [{}, {}])
-    assert len(set(net.seen)) == 2
-
-
-def test_threads_end_with_the_module() -> None:
-    model = UserScatteredDataParallel(Net(), ["cpu"] * 2)
-    model(batches())
-    threads = replicas_of(model)
-    assert len(threads) == 2
-    del model
-    gc.collect()
-    wait_for_end(threads)
-
-
-def test_nothing_of_a_pass_is_kept_in_the_threads() -> None:
+def test_nothing_of_a_pass_is_kept_in_the_threads():
     class Freed(Net):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             self.norm(x)
             return x.sum() * 0
 
     model = UserScatteredDataParallel(Freed(), ["cpu"] * 2)
 
-    def tensors() -> int:
+    def tensors():
         gc.collect()
         return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
 
@@ -122,7 +106,7 @@ def test_nothing_of_a_pass_is_kept_in_the_threads() -> None:
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_has_threads_of_its_own(how: Any) -> None:
+def test_a_copy_has_threads_of_its_own(how):
     model = UserScatteredDataParallel(Net(), ["cpu"] * 2)
     model(batches())
     model.module.seen.clear()
@@ -137,17 +121,17 @@ def test_a_copy_has_threads_of_its_own(how: Any) -> None:
     assert model(batches()).shape == (5, 2)
 
 
-def test_passes_at_the_same_time_do_not_wait_for_each_other() -> None:
+def test_passes_at_the_same_time_do_not_wait_for_each_other():
     meeting = threading.Barrier(4, timeout=20)  # two replicas of each of two passes
 
     class Meeting(Net):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             if not meeting.broken:
                 meeting.wait()
             return self.norm(x)
 
     model = UserScatteredDataParallel(Meeting(), ["cpu"] * 2)
-    results: list[Tensor] = []
+    results = []
     callers = [threading.Thread(target=lambda: results.append(model(batches()))) for _ in range(2)]
     for caller in callers:
         caller.start()
@@ -162,7 +146,7 @@ def test_passes_at_the_same_time_do_not_wait_for_each_other() -> None:
         time.sleep(0.01)
 
 
-def test_a_forked_process_starts_its_own() -> None:
+def test_a_forked_process_starts_its_own():
     model = UserScatteredDataParallel(Net(), ["cpu"] * 2)
     model(batches())
     child = os.fork()
@@ -216,7 +200,7 @@ if "circular" in sys.argv:
 """
 
 
-def test_a_process_with_replicas_exits_as_any_other(tmp_path: Path) -> None:
+def test_a_process_with_replicas_exits_as_any_other(tmp_path):
     """A thread that lives when the interpreter shuts down may abort the process."""
     codes = {"": 0, "deleted": 0, "circular": 0, "fails": 1, "fails caught": 0}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,24 +1,20 @@
 """Replicas and synchronised batch normalisation on a GPU."""
 
-from __future__ import annotations
-
 import copy
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg.config import load_config
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel
-from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models import ModelBuilder
 
 pytestmark = pytest.mark.gpu
 
@@ -26,18 +22,18 @@ C = 6
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def rows(x: Tensor) -> Tensor:
+def rows(x):
     return x.transpose(0, 1).reshape(x.shape[1], -1).T
 
 
 class Rows(nn.Module):
     """A layer whose outputs of any size are joined as (values, C)."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return rows(self.layer(x))
 
 
@@ -46,9 +42,7 @@ class Rows(nn.Module):
 @pytest.mark.parametrize(
     "sizes", [[(2, 4, 5), (3, 6, 2)], [(2, 4, 5), (0, 3, 3), (1, 1, 1)]], ids=["two", "three"]
 )
-def test_replicas_on_one_gpu_equal_batch_norm_on_the_union(
-    sizes: list[tuple[int, int, int]], options: dict[str, Any], layout: torch.memory_format
-) -> None:
+def test_replicas_on_one_gpu_equal_batch_norm_on_the_union(sizes, options, layout):
     torch.manual_seed(0)
     ours = SynchronizedBatchNorm2d(C, device="cuda", dtype=torch.float64, **options)
     theirs = nn.BatchNorm1d(C, device="cuda", dtype=torch.float64, **options)
@@ -71,7 +65,7 @@ def test_replicas_on_one_gpu_equal_batch_norm_on_the_union(
     torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), **EXACT)
 
 
-def network() -> nn.Module:
+def network():
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1, bias=False),
         SynchronizedBatchNorm2d(16),
@@ -84,7 +78,7 @@ def network() -> nn.Module:
 
 
 @contextmanager
-def refused_waits() -> Iterator[None]:
+def refused_waits():
     """Whatever makes the host wait for the GPU raises, in every thread."""
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
@@ -95,18 +89,18 @@ def refused_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_the_guard_against_waits_notices() -> None:
+def test_the_guard_against_waits_notices():
     x = torch.ones(1, device="cuda")
     with refused_waits(), pytest.raises(RuntimeError, match="synchroniz"):
         x.item()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_pass_never_waits_for_the_gpu(autocast: bool) -> None:
+def test_a_pass_never_waits_for_the_gpu(autocast):
     model = UserScatteredDataParallel(network().cuda(), ["cuda:0", "cuda:0"])
     xs = [torch.randn(2, 3, size, 24, device="cuda") for size in (32, 40)]
 
-    def step() -> None:
+    def step():
         half = torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext()
         with half:
             loss = model(xs).float().square().mean()
@@ -118,7 +112,7 @@ def test_a_pass_never_waits_for_the_gpu(autocast: bool) -> None:
         step()
 
 
-def test_labels_on_the_gpu_are_weighed_without_a_wait() -> None:
+def test_labels_on_the_gpu_are_weighed_without_a_wait():
     module = segmentation().cuda()
     batches = [{"seg_label": torch.randint(-1, 5, (2, 4, size), device="cuda")} for size in (5, 7)]
     with refused_waits():
@@ -129,25 +123,25 @@ def test_labels_on_the_gpu_are_weighed_without_a_wait() -> None:
     torch.testing.assert_close(shares, want)
 
 
-def segmentation(encoder: str = "resnet18dilated", width: int = 512) -> SegmentationModule:
-    opts: list[Any] = [
+def segmentation(encoder="resnet18dilated", width=512):
+    opts = [
         *("MODEL.arch_encoder", encoder, "MODEL.arch_decoder", "ppm_deepsup"),
         *("MODEL.fc_dim", width, "MODEL.weights_encoder", "none", "DATASET.num_class", 5),
     ]
     return ModelBuilder.from_config(load_config(None, opts), inference=False)
 
 
-def resident() -> int:
+def resident():
     """Bytes of host memory that this process holds."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
 
-def test_passes_leave_host_memory_as_it_is() -> None:
+def test_passes_leave_host_memory_as_it_is():
     model = UserScatteredDataParallel(network().cuda(), ["cuda:0", "cuda:0"])
     xs = [torch.randn(2, 3, size, 24, device="cuda") for size in (32, 40)]
 
-    def passes(count: int) -> None:
+    def passes(count):
         for _ in range(count):
             model(xs).mean().backward()
         torch.cuda.synchronize()
@@ -158,7 +152,7 @@ def test_passes_leave_host_memory_as_it_is() -> None:
     assert resident() - before < 8 << 20
 
 
-def seconds(function: Callable[[], object]) -> float:
+def seconds(function):
     torch.cuda.synchronize()
     began = time.perf_counter()
     function()
@@ -166,7 +160,7 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def test_two_replicas_cost_little_more_than_two_networks() -> None:
+def test_two_replicas_cost_little_more_than_two_networks():
     module = segmentation("resnet50dilated", 2048).cuda().train()
     model = UserScatteredDataParallel(module, ["cuda:0", "cuda:0"])
     batches = [
@@ -176,7 +170,7 @@ def test_two_replicas_cost_little_more_than_two_networks() -> None:
         }
         for _ in range(2)
     ]
-    found: dict[str, list[float]] = {"one": [], "two": []}
+    found = {"one": [], "two": []}
     with torch.autocast("cuda", torch.bfloat16):
         for turn in range(25):
             times = {
@@ -195,14 +189,14 @@ def test_two_replicas_cost_little_more_than_two_networks() -> None:
 SIZES = [(2, 4, 5), (1, 7, 3)]
 
 
-def feed(rank: int) -> tuple[Tensor, Tensor]:
+def feed(rank):
     n, h, w = SIZES[rank]
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(n, C, h, w, generator=generator, dtype=torch.float64) + 10 * rank
     return x.cuda(), torch.randn(n, C, h, w, generator=generator, dtype=torch.float64).cuda()
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     x, g = feed(rank)
     x.requires_grad_()
@@ -215,7 +209,7 @@ def one_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_on_one_gpu_equal_one(tmp_path: Path) -> None:
+def test_two_processes_on_one_gpu_equal_one(tmp_path):
     mp.spawn(one_rank, (str(tmp_path),), nprocs=2)
     got = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     xs, gs = zip(*map(feed, range(2)), strict=True)

@@ -1,16 +1,13 @@
 """Synchronised batch normalisation against torch's layer on the concatenated batch."""
 
-from __future__ import annotations
-
 import copy
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg.lib.nn import (
     SynchronizedBatchNorm1d,
@@ -27,19 +24,19 @@ TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 class Rows(nn.Module):
     """A layer on dict["x"], (N, C, ...), whose output is laid out as (values, C)."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer):
         super().__init__()
         self.layer = layer
 
-    def forward(self, feed: dict[str, Tensor]) -> Tensor:
+    def forward(self, feed):
         return rows(self.layer(feed["x"]))
 
 
-def rows(x: Tensor) -> Tensor:
+def rows(x):
     return x.transpose(0, 1).reshape(x.shape[1], -1).T
 
 
-def randomised(layer: Any) -> Any:
+def randomised(layer):
     """Float64, with parameters and running statistics unlike the initial ones."""
     layer = layer.double()
     with torch.no_grad():
@@ -49,7 +46,7 @@ def randomised(layer: Any) -> Any:
     return layer
 
 
-def check_equal_to_torch(layer: Any, xs: list[Tensor]) -> None:
+def check_equal_to_torch(layer, xs):
     """One training step on replicas against one of torch's layer on all their values."""
     ours = randomised(layer)
     theirs = nn.BatchNorm1d(
@@ -92,9 +89,7 @@ CASES = [(layer, shapes) for layer, lists in SHAPES.items() for shapes in lists]
         {"track_running_stats": False},
     ],
 )
-def test_equals_torch_on_concatenated_batch(
-    layer: type, shapes: list[tuple[int, ...]], options: dict[str, Any]
-) -> None:
+def test_equals_torch_on_concatenated_batch(layer, shapes, options):
     torch.manual_seed(0)
     # Means far from zero: E[x^2] - E[x]^2 would lose the digits that are checked here.
     xs = [torch.randn(shape, dtype=torch.float64) * 2 + 50 * i for i, shape in enumerate(shapes)]
@@ -104,30 +99,22 @@ def test_equals_torch_on_concatenated_batch(
 @settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(
-        st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)), min_size=2, max_size=4
+        st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3
     ),
     channels_last=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_equals_torch_for_random_sizes(
-    sizes: list[tuple[int, int, int]], channels_last: bool, seed: int
-) -> None:
+def test_equals_torch_for_random_sizes(sizes, channels_last, seed):
     torch.manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     xs = [
         torch.randn(n, C, h, w, dtype=torch.float64).to(memory_format=layout) for n, h, w in sizes
     ]
+    xs.append(torch.randn(2, C, 8, 8, dtype=torch.float64)[:, :, ::2, 1::3])  # strided
     check_equal_to_torch(SynchronizedBatchNorm2d(C), xs)
 
 
-def test_empty_replica_and_strided_input() -> None:
-    torch.manual_seed(0)
-    wide = torch.randn(2, C, 8, 8, dtype=torch.float64)
-    xs = [torch.empty(0, C, 2, 2, dtype=torch.float64), wide[:, :, ::2, 1::3].detach()]
-    check_equal_to_torch(SynchronizedBatchNorm2d(C), xs)
-
-
-def test_large_mean_in_float32() -> None:
+def test_large_mean_in_float32():
     torch.manual_seed(0)
     xs = [torch.randn(2, C, 16, 16) + 4096 for _ in range(2)]
     layer = SynchronizedBatchNorm2d(C, momentum=1.0)
@@ -139,7 +126,7 @@ def test_large_mean_in_float32() -> None:
 class Net(nn.Module):
     """conv-bn-relu-conv-bn, and a loss whose sum over replicas is the loss of the union."""
 
-    def __init__(self, norm: type[nn.Module]) -> None:
+    def __init__(self, norm):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(2, 4, 3, bias=False),
@@ -149,12 +136,12 @@ class Net(nn.Module):
             norm(C),
         )
 
-    def forward(self, feed: dict[str, Tensor]) -> Tensor:
+    def forward(self, feed):
         return (self.body(feed["x"]) * feed["w"]).sum()
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_nested_model_trains_as_one_process_on_the_union(freeze: bool) -> None:
+def test_nested_model_trains_as_one_process_on_the_union(freeze):
     torch.manual_seed(0)
     ours = Net(SynchronizedBatchNorm2d).double()
     theirs = Net(nn.BatchNorm2d).double()
@@ -182,13 +169,10 @@ def test_nested_model_trains_as_one_process_on_the_union(freeze: bool) -> None:
     torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), **TOLERANCE)
 
 
-def test_loss_of_one_replica_still_reaches_the_others_inputs() -> None:
+def test_loss_of_one_replica_still_reaches_the_others_inputs():
     torch.manual_seed(0)
     xs = [torch.randn(2, C, n, dtype=torch.float64, requires_grad=True) for n in (4, 6)]
-    ours, theirs = (
-        randomised(SynchronizedBatchNorm1d(C)),
-        nn.BatchNorm1d(C).double(),
-    )
+    ours, theirs = (randomised(SynchronizedBatchNorm1d(C)), nn.BatchNorm1d(C).double())
     theirs.load_state_dict(ours.state_dict())
     y = UserScatteredDataParallel(Rows(ours), ["cpu"] * 2)([{"x": x} for x in xs])[:8]
     want_y = theirs(torch.cat([rows(x) for x in xs]))[:8]
@@ -197,14 +181,14 @@ def test_loss_of_one_replica_still_reaches_the_others_inputs() -> None:
     torch.testing.assert_close(got, want, **TOLERANCE)
 
 
-def test_layer_called_twice_and_tied_layers() -> None:
+def test_layer_called_twice_and_tied_layers():
     class Twice(nn.Module):
-        def __init__(self, norm: type[nn.Module]) -> None:
+        def __init__(self, norm):
             super().__init__()
             self.a = norm(C)
             self.b = self.a
 
-        def forward(self, feed: dict[str, Tensor]) -> Tensor:
+        def forward(self, feed):
             return self.b(self.a(feed["x"]).pow(2))
 
     torch.manual_seed(0)
@@ -219,9 +203,7 @@ def test_layer_called_twice_and_tied_layers() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("half_parameters", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_keeps_float32_statistics(
-    dtype: torch.dtype, half_parameters: bool, autocast: bool
-) -> None:
+def test_half_precision_keeps_float32_statistics(dtype, half_parameters, autocast):
     torch.manual_seed(0)
     layer = SynchronizedBatchNorm2d(C, momentum=1.0)
     if half_parameters:
@@ -248,7 +230,7 @@ def test_half_precision_keeps_float32_statistics(
     torch.testing.assert_close(got_gx[2].double(), want_gx[2], rtol=0.02, atol=0.5)
 
 
-def test_weight_changed_before_backward_is_noticed() -> None:
+def test_weight_changed_before_backward_is_noticed():
     layer = SynchronizedBatchNorm1d(C)
     xs = [torch.randn(3, C, requires_grad=True) for _ in range(2)]
     y = UserScatteredDataParallel(Rows(layer), ["cpu"] * 2)([{"x": x} for x in xs])
@@ -258,13 +240,13 @@ def test_weight_changed_before_backward_is_noticed() -> None:
         y.sum().backward()
 
 
-def published_clamp(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def published_clamp(x, weight, bias, eps):
     """max(var, eps) in plain differentiable torch; x is (values, C)."""
     var = x.var(0, unbiased=False)
     return (x - x.mean(0)) * var.clamp(min=eps).rsqrt() * weight + bias
 
 
-def test_clamped_variance_as_published() -> None:
+def test_clamped_variance_as_published():
     torch.manual_seed(0)
     layer = randomised(SynchronizedBatchNorm1d(C, eps=0.05, eps_mode="clamp"))
     # Variances far below, around and above eps.
@@ -280,11 +262,6 @@ def test_clamped_variance_as_published() -> None:
     )
 
 
-def test_unknown_eps_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="eps_mode = 'max'"):
-        SynchronizedBatchNorm2d(C, eps_mode="max")
-
-
 @pytest.mark.parametrize(
     ("ours", "theirs", "shape"),
     [
@@ -293,9 +270,7 @@ def test_unknown_eps_mode_is_refused() -> None:
         (SynchronizedBatchNorm3d, nn.BatchNorm3d, (2, C, 2, 2, 2)),
     ],
 )
-def test_is_torchs_layer_when_alone(
-    ours: type[Any], theirs: type[Any], shape: tuple[int, ...]
-) -> None:
+def test_is_torchs_layer_when_alone(ours, theirs, shape):
     a, b = ours(C), theirs(C)
     assert isinstance(a, theirs)
     assert a.momentum == b.momentum and a.eps == b.eps
@@ -307,7 +282,7 @@ def test_is_torchs_layer_when_alone(
     assert all(torch.equal(p, q) for p, q in zip(a.buffers(), b.buffers(), strict=True))
 
 
-def test_eval_mode_in_replicas_uses_and_keeps_running_statistics() -> None:
+def test_eval_mode_in_replicas_uses_and_keeps_running_statistics():
     layer = randomised(SynchronizedBatchNorm1d(C)).eval()
     before = copy.deepcopy(dict(layer.state_dict()))
     xs = [torch.randn(n, C, dtype=torch.float64) for n in (1, 4)]
@@ -318,7 +293,7 @@ def test_eval_mode_in_replicas_uses_and_keeps_running_statistics() -> None:
     torch.testing.assert_close(dict(layer.state_dict()), before, rtol=0, atol=0)
 
 
-def test_loaded_running_statistics_are_kept_and_published_bookkeeping_dropped() -> None:
+def test_published_state_dicts_load():
     model = nn.Sequential(SynchronizedBatchNorm1d(C))
     published = {
         "0.weight": torch.ones(C),
@@ -338,7 +313,7 @@ def test_loaded_running_statistics_are_kept_and_published_bookkeeping_dropped() 
     np.testing.assert_allclose(model[0].running_var, [6.7, 6.3, 6.7], rtol=8 * EPS)
 
 
-def test_one_value_per_channel_raises_as_torch_does() -> None:
+def test_one_value_per_channel_raises_as_torch_does():
     layer = SynchronizedBatchNorm2d(C)
     model = UserScatteredDataParallel(Rows(layer), ["cpu"] * 2)
     feeds = [{"x": torch.randn(1, C, 1, 1)}, {"x": torch.randn(0, C, 1, 1)}]
@@ -349,10 +324,12 @@ def test_one_value_per_channel_raises_as_torch_does() -> None:
     assert y.shape == (2, C)
 
 
-def test_wrong_inputs_raise_value_errors() -> None:
+def test_mistakes_are_named():
     model = UserScatteredDataParallel(Rows(SynchronizedBatchNorm2d(C)), ["cpu"] * 2)
     good = torch.randn(1, C, 2, 2)
     with pytest.raises(ValueError, match="expected 4D input"):
         model([{"x": good}, {"x": good[0]}])
     with pytest.raises(ValueError, match="expected 3 channels"):
         model([{"x": good}, {"x": good[:, :2]}])
+    with pytest.raises(ValueError, match="eps_mode = 'max'"):
+        SynchronizedBatchNorm2d(C, eps_mode="max")

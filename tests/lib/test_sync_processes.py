@@ -1,15 +1,10 @@
 """Synchronised batch normalisation over processes, against torch on the concatenated batch."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
 from processes import start_ranks
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel
 
@@ -17,7 +12,7 @@ WORLD = 3
 SIZES = [(2, 4, 5), (1, 7, 3), (3, 2, 2)]  # rank 0, 1, 2: batch, height, width
 
 
-def feed(rank: int) -> tuple[Tensor, Tensor]:
+def feed(rank):
     """Input and output gradient of one rank, (n, 2, h, w) each."""
     n, h, w = SIZES[rank]
     generator = torch.Generator().manual_seed(rank)
@@ -25,20 +20,20 @@ def feed(rank: int) -> tuple[Tensor, Tensor]:
     return x, torch.randn(n, 2, h, w, generator=generator, dtype=torch.float64)
 
 
-def rows(x: Tensor) -> Tensor:
+def rows(x):
     return x.transpose(0, 1).reshape(2, -1).T
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.norm = SynchronizedBatchNorm2d(2).double()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return rows(self.norm(x))
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
@@ -79,12 +74,12 @@ def one_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _groups_of_one(rank: int) -> Any:
+def _groups_of_one(rank):
     return [dist.new_group([i]) for i in range(WORLD)][rank]
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
-def test_processes_of_different_sizes_equal_torch_on_their_union(tmp_path: Path) -> None:
+def test_processes_of_different_sizes_equal_torch_on_their_union(tmp_path):
     start_ranks(one_rank, WORLD, str(tmp_path))
     got = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 

@@ -1,7 +1,5 @@
 """Replicas: scattering, gathering, gradients, and what happens when one of them fails."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -9,11 +7,10 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, namedtuple
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg.lib.nn import (
     DataParallelWithCallback,
@@ -31,30 +28,30 @@ Pair = namedtuple("Pair", "first second")
 class Call(nn.Module):
     """Runs a function on (module, feed), with one parameter and one layer to synchronise."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function):
         super().__init__()
         self.function = function
         self.scale = nn.Parameter(torch.tensor(2.0))
         self.norm = SynchronizedBatchNorm1d(2)
         self.other = SynchronizedBatchNorm1d(2)
 
-    def forward(self, feed: Any, **kwargs: Any) -> Any:
+    def forward(self, feed, **kwargs):
         return self.function(self, feed, **kwargs)
 
 
-def parallel(function: Any, n: int = 3, **options: Any) -> UserScatteredDataParallel:
+def parallel(function, n=3, **options):
     return UserScatteredDataParallel(Call(function), device_ids=["cpu"] * n, **options)
 
 
-def batches(n: int = 3) -> list[dict[str, Any]]:
+def batches(n=3):
     return [{"x": torch.randn(i + 2, 2), "id": i} for i in range(n)]
 
 
 # What goes in and comes out
 
 
-def test_gathers_nested_outputs_of_different_sizes() -> None:
-    def function(module: Call, feed: dict[str, Any]) -> dict[str, Any]:
+def test_gathers_nested_outputs_of_different_sizes():
+    def function(module, feed):
         x, i = feed["x"], feed["id"]
         return {
             "tensor": x * module.scale,
@@ -77,13 +74,13 @@ def test_gathers_nested_outputs_of_different_sizes() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_fewer_inputs_than_devices_and_shape_of_scalars(n: int) -> None:
+def test_fewer_inputs_than_devices_and_shape_of_scalars(n):
     out = parallel(lambda module, feed: feed["x"].mean())(batches(n))
     assert out.shape == (n,)
 
 
 @pytest.mark.parametrize("inputs", [[], batches(4), batches(1)[0], torch.zeros(3, 2)])
-def test_wrong_inputs_are_refused(inputs: Any) -> None:
+def test_wrong_inputs_are_refused(inputs):
     with pytest.raises(ValueError, match="list of 1 to 3 elements"):
         parallel(lambda module, feed: 0)(inputs)
 
@@ -98,54 +95,52 @@ def test_wrong_inputs_are_refused(inputs: Any) -> None:
         ([torch.zeros(2), "text"], "different types"),
     ],
 )
-def test_outputs_that_do_not_join_are_refused(outputs: list[Any], message: str) -> None:
+def test_outputs_that_do_not_join_are_refused(outputs, message):
     model = parallel(lambda module, feed: outputs[feed["id"]], 2)
     with pytest.raises(ValueError, match=message):
         model(batches(2))
 
 
 @pytest.mark.parametrize(
-    ("device_ids", "message"),
+    ("options", "message"),
     [
-        ([], "device_ids is empty"),
-        (["cpu", 99], r"device_ids\[1\] = 99"),
-        ([-1], "CUDA index from 0"),
-        (["gpu"], "'gpu'"),
+        ({"device_ids": []}, "device_ids is empty"),
+        ({"device_ids": ["cpu", 99]}, r"device_ids\[1\] = 99"),
+        ({"device_ids": [-1]}, "CUDA index from 0"),
+        ({"device_ids": ["gpu"]}, "'gpu'"),
+        ({"device_ids": ["cpu"], "timeout": 0}, "timeout = 0"),
     ],
 )
-def test_wrong_devices_are_refused(device_ids: list[Any], message: str) -> None:
+def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        UserScatteredDataParallel(nn.Identity(), device_ids)
+        UserScatteredDataParallel(nn.Identity(), **options)
 
 
-def test_default_devices_and_state_dict_names() -> None:
+def test_default_devices_and_state_dict_names():
     model = UserScatteredDataParallel(nn.Linear(2, 1))
     assert len(model.device_ids) == 1  # no GPU is seen here: the CPU
     assert list(model.state_dict()) == ["module.weight", "module.bias"]
-
-
-def test_module_elsewhere_than_first_device_is_refused() -> None:
     model = UserScatteredDataParallel(nn.Linear(2, 1, device="meta"), ["cpu", "cpu"])
     with pytest.raises(ValueError, match=r"module has tensors on meta.*module\.to\('cpu'\)"):
         model([torch.zeros(1, 2)] * 2)
 
 
-def test_one_input_runs_the_module_itself_in_the_callers_thread() -> None:
-    seen: list[Any] = []
+def test_one_input_runs_the_module_itself_in_the_callers_thread():
+    seen = []
     model = parallel(lambda module, feed: seen.append((module, threading.current_thread())))
     model(batches(1))
     assert seen == [(model.module, threading.current_thread())]
 
 
-def test_keyword_arguments_reach_every_replica() -> None:
+def test_keyword_arguments_reach_every_replica():
     model = parallel(lambda module, feed, size, shift: feed["x"].sum() * 0 + size[0] + shift)
     out = model(batches(), size=(5, 7), shift=torch.tensor(0.5))
     assert out.tolist() == [5.5, 5.5, 5.5]
 
 
-def test_prepare_scatter_sees_the_whole_list_once() -> None:
+def test_prepare_scatter_sees_the_whole_list_once():
     class Weighted(Call):
-        def prepare_scatter(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        def prepare_scatter(self, inputs):
             total = sum(len(feed["x"]) for feed in inputs)
             return [{**feed, "share": len(feed["x"]) / total} for feed in inputs]
 
@@ -158,7 +153,7 @@ def test_prepare_scatter_sees_the_whole_list_once() -> None:
         torch.testing.assert_close(model(feeds).sum(), want)
 
 
-def test_collate_and_copy() -> None:
+def test_collate_and_copy():
     feeds = batches()
     assert user_scattered_collate(feeds) is feeds
     nested = OrderedDict(a=[torch.ones(2), "text"], b=Pair(torch.zeros(1), None))
@@ -175,7 +170,7 @@ def test_collate_and_copy() -> None:
 class Zoo(nn.Module):
     """Parameters and buffers of every kind there is."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.items = nn.ParameterList([torch.randn(3), torch.randn(3)])
         self.named = nn.ParameterDict({"a": torch.randn(3)})
@@ -186,12 +181,12 @@ class Zoo(nn.Module):
         self.tied.weight = self.first.weight
         self.same = self.first
         self.parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
-        self.missing: nn.Module | None = None
+        self.missing = None
         self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("largest", torch.zeros(()))
         self.register_buffer("nothing", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         assert len(list(self.parameters())) == 14 and self.tied.weight is self.first.weight
         self.seen += len(x)  # in place
         self.largest = x.detach().max()  # replaced
@@ -200,7 +195,7 @@ class Zoo(nn.Module):
         return self.rnn(x[:, None])[0].sum()
 
 
-def test_gradients_and_buffers_of_every_kind_of_module() -> None:
+def test_gradients_and_buffers_of_every_kind_of_module():
     torch.manual_seed(0)
     model = Zoo().double()
     xs = [torch.randn(n, 3, dtype=torch.float64) for n in (2, 1, 3)]
@@ -221,23 +216,20 @@ def test_gradients_and_buffers_of_every_kind_of_module() -> None:
     assert all(p.is_leaf for p in model.parameters())
 
 
-def test_modes_of_the_caller_hold_in_replicas() -> None:
-    def modes(module: Call, feed: Any) -> tuple[Any, ...]:
+def test_modes_of_the_caller_hold_in_replicas():
+    def modes(module, feed):
         return (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cpu"),
-            str(torch.get_autocast_dtype("cpu")),
             module.training,
             (feed["x"] @ feed["x"].T).flatten().sum().dtype == torch.bfloat16,
         )
 
     model = parallel(modes, 2)
 
-    def seen() -> list[Any]:
-        grad, inference, autocast, dtype, training, half = model(batches(2))
-        assert dtype[0] == dtype[1]
-        flags = (grad, inference, autocast, training, half)
+    def seen():
+        flags = model(batches(2))
         assert all(bool(flag[0]) == bool(flag[1]) for flag in flags)
         return [bool(flag[0]) for flag in flags]
 
@@ -252,7 +244,7 @@ def test_modes_of_the_caller_hold_in_replicas() -> None:
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def test_number_of_threads_is_restored() -> None:
+def test_number_of_threads_is_restored():
     before = torch.get_num_threads()
     torch.set_num_threads(6)
     try:
@@ -267,20 +259,20 @@ def test_number_of_threads_is_restored() -> None:
 
 
 class Listener(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.inner = SynchronizedBatchNorm1d(2, affine=False)
-        self.heard: list[tuple[Any, int]] = []
+        self.heard = []
 
-    def __data_parallel_replicate__(self, ctx: Any, copy_id: int) -> None:
+    def __data_parallel_replicate__(self, ctx, copy_id):
         self.heard.append((ctx, copy_id))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.inner(x)
 
 
 @pytest.mark.parametrize("patch", [False, True])
-def test_data_parallel_with_callback(patch: bool) -> None:
+def test_data_parallel_with_callback(patch):
     net = Listener()
     if patch:
         model = nn.DataParallel(net)
@@ -297,34 +289,24 @@ def test_data_parallel_with_callback(patch: bool) -> None:
     torch.testing.assert_close(torch.cat(y), want)
 
 
-def test_scattered_replicas_need_no_patch() -> None:
-    """The published training script gives them one."""
-    net = Listener()
-    model = UserScatteredDataParallel(net, device_ids=["cpu", "cpu"])
-    patch_replication_callback(model)
-    xs = [torch.randn(3, 2), torch.randn(5, 2)]
-    want = nn.BatchNorm1d(2, affine=False)(torch.cat(xs))
-    torch.testing.assert_close(model(xs), want)
-    assert [copy_id for _, copy_id in net.heard] == [0, 1]  # once each
-
-
-def test_patching_something_else_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear"):
-        patch_replication_callback(nn.Linear(1, 1))
-
-
 # Failures
 
 
-def failure(function: Any, n: int = 3, **options: Any) -> tuple[BaseException, float]:
-    """The error of a forward pass and the seconds it took to arrive."""
+def failure(function, n=3, hanging=0, **options):
+    """The error of a forward pass, which comes soon and leaves no replica at work."""
     start = time.monotonic()
     with pytest.raises(BaseException) as caught:  # noqa: B017, PT011 - callers check it
         parallel(function, n, **options)(batches(n))
-    return caught.value, time.monotonic() - start
+    assert time.monotonic() - start < 5
+    assert len(busy_replicas()) == hanging
+    return caught.value
 
 
-def busy_replicas() -> list[threading.Thread]:
+def text_of(error):
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+
+
+def busy_replicas():
     """Threads of replicas that run or free something, instead of waiting for the next pass."""
     frames = sys._current_frames()
     return [
@@ -336,7 +318,7 @@ def busy_replicas() -> list[threading.Thread]:
     ]
 
 
-def _inside(frame: Any) -> Any:
+def _inside(frame):
     """The innermost code that is not of the standard library."""
     while "threading" in frame.f_code.co_filename and frame.f_back is not None:
         frame = frame.f_back
@@ -346,147 +328,142 @@ def _inside(frame: Any) -> Any:
 class SlowToFree:
     """What a replica's frame may hold: large tensors, which take their time to be freed."""
 
-    def __del__(self) -> None:
+    def __del__(self):
         time.sleep(0.2)
 
 
 class OwnError(Exception):
     """Takes two arguments, so it could not be rebuilt from a message."""
 
-    def __init__(self, code: int, text: str) -> None:
+    def __init__(self, code, text):
         super().__init__(text)
         self.code = code
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("who", [0, 2])
-def test_error_in_one_replica_reaches_the_caller(when: str, who: int) -> None:
-    def breaks_here(i: int) -> None:
-        if i == who:
+def test_error_in_one_replica_reaches_the_caller(when, who):
+    def breaks_here(module, feed):
+        if feed["id"] == who:
             raise OwnError(7, "no such pixel")
 
-    def function(module: Call, feed: dict[str, Any]) -> Tensor:
+    def function(module, feed):
         if when == "before":
-            breaks_here(feed["id"])
+            breaks_here(module, feed)
         y = module.norm(feed["x"])
         if when == "after":
-            breaks_here(feed["id"])
+            breaks_here(module, feed)
         return module.other(y)
 
-    error, seconds = failure(function)
+    error = failure(function)
     assert isinstance(error, OwnError) and error.code == 7
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    assert "breaks_here" in text and "no such pixel" in text
-    assert f"replica {who} of 3 on device cpu" in text
-    assert seconds < 5 and not busy_replicas()
+    for words in ("breaks_here", "no such pixel", f"replica {who} of 3 on device cpu"):
+        assert words in text_of(error)
 
 
 @pytest.mark.parametrize("failing", [{1}, {0, 2}, {0, 1, 2}])
-def test_nothing_is_left_to_free_when_an_error_arrives(failing: set[int]) -> None:
-    def function(module: Call, feed: dict[str, Any]) -> Tensor:
+def test_nothing_is_left_to_free_when_an_error_arrives(failing):
+    def function(module, feed):
         held = SlowToFree()  # noqa: F841 - freed with the frame, when the replica has failed
         if feed["id"] in failing:
             raise KeyError(feed["id"])
         return module.norm(feed["x"])
 
-    error, seconds = failure(function)
-    assert not busy_replicas()
+    error = failure(function)
     assert isinstance(error, KeyError) and error.args[0] in failing
-    assert seconds < 5
 
 
-def test_error_waits_for_a_busy_replica() -> None:
+def test_error_waits_for_a_busy_replica():
     release = threading.Event()
 
-    def function(module: Call, feed: dict[str, Any]) -> Tensor:
+    def function(module, feed):
         if feed["id"] == 1:
-            threading.Timer(2.5, release.set).start()
+            threading.Timer(1.0, release.set).start()
             raise KeyError("gone")
         if feed["id"] == 2:
             release.wait(20)
         return module.norm(feed["x"])
 
-    error, seconds = failure(function)
-    assert not busy_replicas() and release.is_set()
-    assert isinstance(error, KeyError) and seconds < 5
+    assert isinstance(failure(function), KeyError) and release.is_set()
 
 
-def test_control_c_waits_for_the_replicas() -> None:
-    def function(module: Call, feed: dict[str, Any]) -> Tensor:
+def test_control_c_waits_for_the_replicas():
+    def function(module, feed):
         held = SlowToFree()  # noqa: F841
         if feed["id"] == 1:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.5)
         return module.norm(feed["x"])
 
-    error, seconds = failure(function)
-    assert not busy_replicas()
-    assert isinstance(error, KeyboardInterrupt) and seconds < 5
+    assert isinstance(failure(function), KeyboardInterrupt)
 
 
-def test_a_thread_that_cannot_start_releases_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_cannot_start_releases_the_others(monkeypatch):
     start = threading.Thread.start
 
-    def no_third(self: threading.Thread) -> None:
+    def no_third(self):
         if self.name == "replica-2":
             raise RuntimeError("can't start new thread")
         start(self)
 
     monkeypatch.setattr(threading.Thread, "start", no_third)
-    error, seconds = failure(lambda module, feed: module.norm(feed["x"]))
-    assert not busy_replicas()
-    assert isinstance(error, RuntimeError) and "new thread" in str(error) and seconds < 5
+    error = failure(lambda module, feed: module.norm(feed["x"]))
+    assert isinstance(error, RuntimeError) and "new thread" in str(error)
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_replica_that_skips_a_layer_is_named(who: int) -> None:
-    def function(module: Call, feed: dict[str, Any]) -> Tensor:
-        return feed["x"] if feed["id"] == who else module.norm(feed["x"])
-
-    error, seconds = failure(function)
+def test_replica_that_skips_a_layer_is_named(who):
+    error = failure(lambda module, feed: feed["x"] if feed["id"] == who else module.norm(feed["x"]))
     assert isinstance(error, RuntimeError)
     assert f"replica {who} finished without reaching norm" in str(error)
-    assert seconds < 5 and not busy_replicas()
 
 
-def test_replicas_waiting_at_different_layers_are_named() -> None:
-    def function(module: Call, feed: dict[str, Any]) -> Tensor:
-        first, second = (
-            (module.norm, module.other) if feed["id"] < 2 else (module.other, module.norm)
-        )
-        return second(first(feed["x"]))
+def test_replicas_waiting_at_different_layers_are_named():
+    def function(module, feed):
+        layers = [module.norm, module.other][:: 1 if feed["id"] < 2 else -1]
+        return layers[1](layers[0](feed["x"]))
 
-    error, seconds = failure(function)
+    error = failure(function)
     assert isinstance(error, RuntimeError)
     assert "norm" in str(error) and "other" in str(error) and "waits at" in str(error)
-    assert seconds < 5 and not busy_replicas()
 
 
-def test_slow_replica_runs_into_the_timeout() -> None:
+def test_slow_replica_runs_into_the_timeout():
     release = threading.Event()
 
-    def function(module: Call, feed: dict[str, Any]) -> Tensor:
+    def function(module, feed):
         if feed["id"] == 0:
             release.wait(20)
         return module.norm(feed["x"])
 
-    error, seconds = failure(function, timeout=0.2)
+    error = failure(function, timeout=0.2, hanging=1)
     assert isinstance(error, TimeoutError)
     assert "waited 0.2 s at norm for replica 0" in str(error)
-    assert 0.2 <= seconds < 5
     # Nothing can end a thread that hangs: its replica is named.
-    said = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    assert "replica 0 did not end within 0.2 s" in said
+    assert "replica 0 did not end within 0.2 s" in text_of(error)
     (hanging,) = busy_replicas()
     release.set()
     hanging.join(10)
     assert not hanging.is_alive(), "it is nobody's thread any more"
 
 
-def test_works_again_after_a_failure() -> None:
+def test_scattered_replicas_need_no_patch():
+    """The published training script patches them all the same."""
+    net = Listener()
+    model = UserScatteredDataParallel(net, device_ids=["cpu", "cpu"])
+    patch_replication_callback(model)
+    xs = [torch.randn(3, 2), torch.randn(5, 2)]
+    want = nn.BatchNorm1d(2, affine=False)(torch.cat(xs))
+    torch.testing.assert_close(model(xs), want)
+    assert [copy_id for _, copy_id in net.heard] == [0, 1]  # once each
+    with pytest.raises(ValueError, match="Linear"):
+        patch_replication_callback(nn.Linear(1, 1))
+
+
+def test_works_again_after_a_failure():
     broken = True
 
-    def function(module: Call, feed: dict[str, Any]) -> Tensor:
+    def function(module, feed):
         if broken and feed["id"] == 1:
             raise OwnError(1, "once")
         return module.norm(feed["x"])
@@ -499,8 +476,8 @@ def test_works_again_after_a_failure() -> None:
     assert model.module.norm.num_batches_tracked == 1
 
 
-def test_recomputation_in_backward_is_refused_instead_of_hanging() -> None:
-    def function(module: Call, feed: dict[str, Any]) -> Tensor:
+def test_recomputation_in_backward_is_refused_instead_of_hanging():
+    def function(module, feed):
         return torch.utils.checkpoint.checkpoint(
             module.norm, feed["x"] * module.scale, use_reentrant=False
         )
@@ -508,8 +485,3 @@ def test_recomputation_in_backward_is_refused_instead_of_hanging() -> None:
     loss = parallel(function, 2)(batches(2)).pow(2).sum()
     with pytest.raises(RuntimeError, match="norm was called after its replica had finished"):
         loss.backward()
-
-
-def test_wrong_timeout_is_refused() -> None:
-    with pytest.raises(ValueError, match="timeout = 0"):
-        parallel(lambda module, feed: 0, timeout=0)

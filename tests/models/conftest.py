@@ -1,7 +1,5 @@
 """Makes the stored references of tests/fixtures available to the model tests."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -16,7 +14,7 @@ BOOKKEEPING = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
 
 
 @pytest.fixture(scope="session")
-def published_shapes() -> dict[str, dict[str, list[int]]]:
+def published_shapes():
     """Keys and shapes of every published state dict, without the bookkeeping."""
     table = json.loads((FIXTURES / "state_dicts.json").read_text())
     return {

@@ -1,18 +1,16 @@
 """Every encoder and every decoder computes on a GPU what it computes on a CPU."""
 
-from __future__ import annotations
-
 import copy
 import math
 
 import pytest
 import torch
 from every_model import every_model
-from pair_tester import PairTester
-from torch import Tensor, nn
+from pairs import Pair
+from torch import nn
 
 from mit_semseg.engine.predictor import Predictor
-from mit_semseg.models import SegmentationModule, inference
+from mit_semseg.models import inference
 
 # How much farther from float64 another float32 computation may be. Other kernels add in other
 # orders, and Winograd's rounds more; TensorFloat-32, at 2 ** 13 times the rounding, is some
@@ -22,12 +20,12 @@ SLACK = 16
 MOVED = {"segnet": 0.02}
 
 
-def image() -> Tensor:
+def image():
     return torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def tolerance(module: SegmentationModule, exact: Tensor) -> float:
+def tolerance(module, exact):
     """How far float32 scores may be from those in float64.
 
     A multiple of the distance of the CPU's, which tells how the network passes on errors, and at
@@ -41,10 +39,9 @@ def tolerance(module: SegmentationModule, exact: Tensor) -> float:
 
 
 @torch.no_grad()
-def compare(encoder: str, decoder: str, device: str) -> tuple[Tensor, float]:
+def compare(encoder, decoder, device):
     """Errors of the scores on a device, (1, C, h, w), and the tolerance."""
-    tester = type("Pair", (PairTester,), {"encoder": encoder, "decoder": decoder})()
-    module = tester.trained()
+    module = Pair(encoder, decoder).trained()
     exact = copy.deepcopy(module).double().logits(image().double())
     (given,) = Predictor(module, {}, device, precision="fp32").logits([image()])
     return (given.cpu().double() - exact).abs(), tolerance(module, exact)
@@ -52,9 +49,7 @@ def compare(encoder: str, decoder: str, device: str) -> tuple[Tensor, float]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("encoder", "decoder"), every_model())
-def test_the_scores_are_those_of_the_cpu(
-    encoder: str, decoder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scores_are_those_of_the_cpu(encoder, decoder, monkeypatch):
     # The copy for prediction proves itself on images of its own: small ones are enough here.
     monkeypatch.setattr(inference, "_WIRING", (32, 32))
     monkeypatch.setattr(inference, "_PROOF", ((32, 32),))
@@ -62,12 +57,12 @@ def test_the_scores_are_those_of_the_cpu(
     assert float((off > limit).double().mean()) <= MOVED.get(decoder, 0.0)
 
 
-def test_the_tolerance_tells_float32_from_less() -> None:
-    """On a CPU, with a network of the kind that errors grow in."""
+@pytest.mark.gpu
+def test_the_tolerance_tells_float32_from_less():
+    """On the CPU, with a network of the kind that errors grow in."""
     off, limit = compare("resnet18dilated", "ppm_deepsup", "cpu")
     assert off.max() <= limit
-    module = type("Pair", (PairTester,), {"encoder": "resnet18dilated", "decoder": "ppm_deepsup"})()
-    rounded = copy.deepcopy(module.trained())
+    rounded = Pair("resnet18dilated", "ppm_deepsup").trained()
     exact = copy.deepcopy(rounded).double().logits(image().double())
     for weight in rounded.parameters():
         weight.data = (weight.data.view(torch.int32) & ~0x1FFF).view(torch.float32)  # as in TF32

@@ -1,14 +1,10 @@
 """When CUDA graphs are recorded, replayed and dropped; how is for a GPU (`test_predictor`)."""
 
-from __future__ import annotations
-
 import random
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mit_semseg.models import graphs
 from mit_semseg.models.graphs import GraphedNetwork
@@ -17,16 +13,16 @@ CPU = torch.device("cpu")
 
 
 class Stream:
-    def wait_stream(self, other: Any) -> None:
+    def wait_stream(self, other):
         pass
 
 
 class Replayed(GraphedNetwork):
     """Records by remembering what to compute."""
 
-    fails: Exception | None = None
+    fails = None
 
-    def _record(self, image: Tensor) -> Any:
+    def _record(self, image):
         if self.fails:
             raise self.fails
         self.bytes += 100
@@ -36,7 +32,7 @@ class Replayed(GraphedNetwork):
 
 
 @pytest.fixture
-def graphed(monkeypatch: pytest.MonkeyPatch) -> Replayed:
+def graphed(monkeypatch):
     properties = SimpleNamespace(total_memory=10**6)
     for name, value in {
         "get_device_properties": lambda device: properties,
@@ -49,13 +45,13 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> Replayed:
     return Replayed(lambda image: 2 * image, CPU)
 
 
-def visit(network: GraphedNetwork, side: int, times: int = 1) -> None:
+def visit(network, side, times=1):
     for _ in range(times):
         image = torch.randn(1, 3, side, side)
         assert torch.equal(network(image), 2 * image)
 
 
-def test_the_third_image_of_a_shape_is_recorded(graphed: Replayed) -> None:
+def test_the_third_image_of_a_shape_is_recorded(graphed):
     visit(graphed, 8, times=2)
     assert not graphed.graphs
     visit(graphed, 8)
@@ -66,13 +62,13 @@ def test_the_third_image_of_a_shape_is_recorded(graphed: Replayed) -> None:
     assert torch.equal(kept, torch.full((1, 3, 8, 8), 2.0)), "results are not written over"
 
 
-def test_a_shape_is_one_whatever_it_is_cut_from(graphed: Replayed) -> None:
+def test_a_shape_is_one_whatever_it_is_cut_from(graphed):
     for width in (30, 31, 32):
         graphed(torch.randn(1, 3, 20, width)[..., :8, :8])
     assert len(graphed.graphs) == 1
 
 
-def test_the_least_recently_used_graph_is_dropped(graphed: Replayed) -> None:
+def test_the_least_recently_used_graph_is_dropped(graphed):
     for side in range(1, graphs.MOST_GRAPHS + 1):
         visit(graphed, side, times=3)
     visit(graphed, 1)
@@ -81,21 +77,21 @@ def test_the_least_recently_used_graph_is_dropped(graphed: Replayed) -> None:
     assert len(sides) == graphs.MOST_GRAPHS and {1, 99} < sides and 2 not in sides
 
 
-def test_graphs_hold_bounded_memory(graphed: Replayed) -> None:
+def test_graphs_hold_bounded_memory(graphed):
     graphed.limit = 350
     for side in range(1, 20):
         visit(graphed, side, times=3)
         assert graphed.bytes <= 400
 
 
-def test_shapes_that_hardly_come_again_are_not_recorded_for_ever(graphed: Replayed) -> None:
+def test_rare_shapes_are_not_recorded_for_ever(graphed):
     generator = random.Random(0)
     for _ in range(6000):
         graphed(torch.zeros(1, 1, 1, generator.randrange(1, 600)))
     assert graphed.recordings <= graphed.replays / 2 + graphs.SPARE_RECORDINGS + 1
 
 
-def test_without_memory_for_recording_it_is_computed(graphed: Replayed) -> None:
+def test_a_recording_that_runs_out_of_memory_is_given_up(graphed):
     graphed.fails = torch.cuda.OutOfMemoryError("full")
     visit(graphed, 8, times=9)
     graphed.fails = None
@@ -105,9 +101,7 @@ def test_without_memory_for_recording_it_is_computed(graphed: Replayed) -> None:
     assert len(graphed.graphs) == 1
 
 
-def test_what_cannot_be_recorded_is_said_once(
-    graphed: Replayed, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_recording_is_reported_once(graphed, caplog):
     graphed.fails = RuntimeError("operation not permitted when stream is capturing")
     with caplog.at_level("WARNING", logger="mit_semseg"):
         for side in (8, 9):

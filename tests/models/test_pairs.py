@@ -1,72 +1,169 @@
-"""Every encoder with every decoder it can feed, and the refusal of the rest."""
+"""Encoders with decoders: which work together, and what those that do must do."""
 
-from __future__ import annotations
-
+import math
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import torch
-from encoder_tester import declared_maps
 from every_model import every_model
-from pair_tester import build_pair
+from pairs import CLASSES, PAIRS, Pair, declared_maps, on_meta, without_gradient
+from torch import nn
 
-from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder, check_pair
-from mit_semseg.registry import Registry
+from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder, check_pair, inference
+from mit_semseg.models.activation_checkpointing import checkpoint_activations
+from mit_semseg.models.decoders.fcn import FCN
+from mit_semseg.models.papers import PAPER_MODELS
 
-
-def unique(registry: Registry) -> list[str]:
-    """The shortest name of everything registered."""
-    longest_first = sorted(registry.names(), key=len, reverse=True)
-    return sorted({registry.get(name): name for name in longest_first}.values())
-
-
-UNIQUE_ENCODERS, UNIQUE_DECODERS = unique(ENCODERS), unique(DECODERS)
+every_pair = pytest.mark.parametrize(
+    "pair", [pytest.param(p, id=str(p), marks=[pytest.mark.slow] if p.slow else []) for p in PAIRS]
+)
 
 
-def seen(arch_encoder: str) -> tuple[object, ...]:
-    """All that decoders see of an encoder."""
-    kind = ENCODERS.get(arch_encoder)
-    made_for_it = tuple(
-        n for n in UNIQUE_DECODERS if arch_encoder in DECODERS.get(n).supported_encoders
-    )
-    return kind.channels, kind.strides, kind.supported_decoders, made_for_it
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """FCN's 4096 channels are not needed here; the smallest image proves the copy to itself."""
+    monkeypatch.setattr(FCN, "width", 64)
+    monkeypatch.setattr(inference, "_WIRING", (32, 32))
+    monkeypatch.setattr(inference, "_PROOF", ((32, 32),))
 
 
-# One name stands for all that look the same.
-DIFFERENT_ENCODERS = list({seen(name): name for name in UNIQUE_ENCODERS}.values())
-# Which of the encoder's maps has the resolution of the scores: counted from the finest (0), or
-# from the deepest (-1). Where it is none of them, the test of the decoder says what it is.
-LEVEL = {"c1": -1, "c1_deepsup": -1, "ppm": -1, "ppm_deepsup": -1, "upernet": 0, "upernet_lite": 0}
+@every_pair
+@torch.no_grad()
+def test_scores_any_size(pair):
+    with torch.device("meta"):
+        module = pair.build()
+    for batch, *size in ((2, 64, 96), (1, 67, 97), (1, 96, 40)):
+        padded = [math.ceil(n / pair.multiple) * pair.multiple for n in size]
+        wanted = (batch, CLASSES, *(math.ceil(n / pair.stride) for n in padded))
+        images = torch.zeros(batch, 3, *size, device="meta")
+        assert module.train(batch == 1).logits(images).shape == wanted
 
 
+@every_pair
+def test_one_odd_image_trains_every_parameter_also_recomputed(pair):
+    generator = torch.Generator().manual_seed(2)
+    batch = {
+        "img_data": torch.randn(1, 3, 49, 65, generator=generator),
+        "seg_label": torch.randint(-1, CLASSES, (1, 33, 47), generator=generator),
+    }
+    batch["seg_label"][:, 16:] = 0  # not every pixel is at a boundary
+    plain, again = pair.build(), pair.build()
+    assert checkpoint_activations(again.encoder)
+    losses = []
+    for module in (plain, again):
+        torch.manual_seed(1)  # of dropout
+        loss, accuracy = module.train()(batch)
+        loss.backward()
+        losses.append(loss.item())
+        assert 0 <= accuracy <= 1
+    assert without_gradient(plain) == []
+    assert math.isfinite(losses[0]) and losses[0] == losses[1]
+    for mine, its in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+@every_pair
+@torch.no_grad()
+def test_prediction_is_the_same_folded_and_nearly_in_half_precision(pair, caplog):
+    module = pair.trained()
+    image = torch.randn(1, 3, 32, 32)  # convolutions in float16 are slow on a CPU
+
+    def log_probabilities():
+        return module.decoder.log_probabilities(module.features(image), (40, 30))[0]
+
+    expected = log_probabilities()
+    for dtype, limit in zip((torch.bfloat16, torch.float16), pair.rounding, strict=True):
+        with torch.autocast("cpu", dtype=dtype):
+            given = log_probabilities()
+        assert given.dtype == torch.float32
+        torch.testing.assert_close(given.exp().sum(1), torch.ones(1, 40, 30))
+        assert (given - expected).abs().mean() / expected.std() < limit
+    # With weights of that type, as in prediction.
+    half = inference.inference_copy(module, "cpu", dtype=torch.bfloat16)
+    cast = half.decoder.log_probabilities(half.features(image), (40, 30))[0]
+    assert (cast - expected).abs().mean() / expected.std() < pair.rounding[0]
+
+    module.double()
+    fast = inference.inference_copy(module, "cpu")
+    assert "not folded" not in caplog.text
+    image = torch.randn(1, 3, 32, 64, dtype=torch.float64)
+    torch.testing.assert_close(fast.logits(image), module.logits(image), rtol=0, atol=1e-9)
+    norms = [
+        {name for name, x in m.named_modules() if isinstance(x, nn.BatchNorm2d)}
+        for m in (module, fast)
+    ]
+    assert (norms[1] < norms[0]) == pair.folds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch_encoder", "arch_decoder"), every_model())
+def test_training_gives_every_parameter_a_gradient(arch_encoder, arch_decoder):
+    """One without would end DistributedDataParallel in its second step."""
+    module = Pair(arch_encoder, arch_decoder).build().train()
+    label = torch.randint(0, CLASSES, (2, 8, 8))
+    module({"img_data": torch.randn(2, 3, 64, 64), "seg_label": label})[0].backward()
+    assert [name for name, p in module.named_parameters() if p.grad is None] == []
+
+
+def test_every_model_of_a_paper_is_among_the_pairs():
+    """With an encoder of the same class, or another; of auxiliary heads one form is enough."""
+    tested = {part for pair in PAIRS for part in DECODERS.get(pair.decoder).__mro__}
+    papers = {model.decoder for model in PAPER_MODELS}
+    assert {name for name in papers if DECODERS.get(name) not in tested} == {"fcn16s", "fcn32s"}
+
+
+# Of 16 million parameters and more the paper's, or what is known of the model otherwise.
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "classes", "millions", "slack"),
+    [
+        ("vgg16", "fcn8s", 21, 134, 0.01),  # table 1
+        ("torchvision_resnet18", "linknet", 21, 11.5, 0.005),  # table 3
+        ("enet", "enet", 12, 0.37, 0.03),  # table 3
+        ("enet", "enet", 20, 0.37, 0.03),
+        ("unet", "unet", 21, 31.03, 0.01),
+        ("unet_bilinear", "unet_bilinear", 11, 13.37, 0.01),
+        ("unet_bilinear", "unet_bilinear", 21, 13.37, 0.01),
+        ("fcdensenet56", "fcdensenet56", 11, 1.5, 0.09),  # table 3
+        ("fcdensenet67", "fcdensenet67", 11, 3.5, 0.02),
+        ("fcdensenet103", "fcdensenet103", 11, 9.33, 0.01),
+    ],
+)
+def test_size(encoder, decoder, classes, millions, slack, monkeypatch):
+    monkeypatch.undo()  # all channels
+    with torch.device("meta"):
+        module = Pair(encoder, decoder).build(classes)
+    count = sum(p.numel() for p in module.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=slack)
+    if encoder.startswith("fcdensenet"):
+        # The name counts the convolutions and transposed convolutions, transitions included.
+        layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+        assert len(layers) == int(encoder.removeprefix("fcdensenet"))
+
+
+# ----------------------------------------------------------------------------- which may be used
 # Decoders that read what certain encoders emit, and no other does.
-HALVES = {
-    **{name: (name,) for name in ("enet", "fcdensenet56", "fcdensenet67", "fcdensenet103")},
-    "segnet": ("vgg16_bn_indices",),
-    "icnet": ("icnet_resnet50",),
-    "bisenet": ("bisenet_resnet18",),
-    "ddrnet_23": ("ddrnet_23_slim", "ddrnet_23"),
-    "pidnet_s": ("pidnet_s", "pidnet_m"),
-    "pidnet_l": ("pidnet_l",),
+OWN = {
+    name: own for name in DECODERS.first_names() if (own := DECODERS.get(name).supported_encoders)
 }
 
 
-def emitted(arch_encoder: str) -> list[torch.Tensor]:
+@cache
+def emitted(arch_encoder):
     """Feature maps of two images of 64x96, without arithmetic."""
-    encoder = ENCODERS.get(arch_encoder)
-    if encoder.supported_decoders:  # its maps have dtypes of their own
-        with torch.device("meta"):
-            return encoder()(torch.zeros(2, 3, 64, 96), return_feature_maps=True)
+    if ENCODERS.get(arch_encoder).supported_decoders:  # its maps have dtypes of their own
+        return on_meta(arch_encoder)(torch.zeros(2, 3, 64, 96, device="meta"), True)
     # What the encoder really emits is tested with it; here its declaration stands for it.
     return declared_maps(arch_encoder, 2, 64, 96)
 
 
-def refusal(arch_encoder: str, arch_decoder: str) -> str:
+def refusal(arch_encoder, arch_decoder):
     """What is said of a pair that cannot work; "" of one that can."""
-    encoders = HALVES.get(arch_decoder, (arch_encoder,))
+    encoders = OWN.get(arch_decoder, (arch_encoder,))
     if arch_encoder not in encoders:
         return f"set MODEL.arch_encoder to {' or '.join(encoders)}, or"
-    decoders = [decoder for decoder, encoders in HALVES.items() if arch_encoder in encoders]
+    decoders = [decoder for decoder, encoders in OWN.items() if arch_encoder in encoders]
     # Of FC-DenseNet's encoders the maps are features: others read them.
     if decoders and arch_decoder not in decoders and "fcdensenet" not in arch_encoder:
         return rf"set MODEL.arch_decoder to (\w+ or )*{decoders[0]}"
@@ -75,23 +172,31 @@ def refusal(arch_encoder: str, arch_decoder: str) -> str:
     return f"{arch_decoder} needs at least {minimum} feature maps" if few else ""
 
 
-@pytest.mark.parametrize("arch_encoder", UNIQUE_ENCODERS)
-def test_every_pair_is_taken_or_refused(arch_encoder: str) -> None:
-    fc_dim = ENCODERS.get(arch_encoder).channels[-1]
-    for arch_decoder in UNIQUE_DECODERS:
+@pytest.mark.parametrize("arch_decoder", DECODERS.first_names())
+def test_every_pair_is_taken_or_refused(arch_decoder):
+    for arch_encoder in ENCODERS.first_names():
         refused = refusal(arch_encoder, arch_decoder)
         with pytest.raises(ValueError, match=refused) if refused else nullcontext():
-            check_pair(arch_encoder, arch_decoder, fc_dim)
+            check_pair(arch_encoder, arch_decoder, ENCODERS.get(arch_encoder).channels[-1])
 
 
-@pytest.mark.parametrize("arch_encoder", DIFFERENT_ENCODERS)
+# Which of the encoder's maps has the resolution of the scores: the finest (0), or the deepest (-1).
+LEVEL = {"c1": -1, "c1_deepsup": -1, "ppm": -1, "ppm_deepsup": -1, "upernet": 0, "upernet_lite": 0}
+
+
+@pytest.mark.parametrize("arch_decoder", DECODERS.first_names())
 @torch.no_grad()
-def test_every_pair_that_is_taken_works(arch_encoder: str) -> None:
-    encoder = ENCODERS.get(arch_encoder)
-    maps = emitted(arch_encoder)
-    for arch_decoder in UNIQUE_DECODERS:
+def test_every_pair_that_is_taken_works(arch_decoder):
+    # One encoder stands for all with the same strides: any widths work, see test_decoders.py.
+    owned = {encoder for encoders in OWN.values() for encoder in encoders}
+    kinds = {
+        (kind.strides, kind.supported_decoders, name in owned): name
+        for name, kind in ((name, ENCODERS.get(name)) for name in ENCODERS.first_names())
+    }
+    for arch_encoder in kinds.values():
         if refusal(arch_encoder, arch_decoder):
             continue
+        encoder = ENCODERS.get(arch_encoder)
         try:
             with torch.device("meta"):
                 decoder = ModelBuilder.build_decoder(
@@ -100,50 +205,36 @@ def test_every_pair_that_is_taken_works(arch_encoder: str) -> None:
         except ValueError as error:  # strides that it cannot work with
             assert "stride" in str(error) and "\n" not in str(error)
             continue
-        heads = decoder.train().logits(maps)
-        assert len(heads) == 1 + len(decoder.auxiliary)
-        for head, auxiliary in zip(heads, (None, *decoder.auxiliary)):
+        heads = decoder.train().logits(emitted(arch_encoder))
+        for head, auxiliary in zip(heads, (None, *decoder.auxiliary), strict=True):
             assert head.shape[:2] == (2, 7) or (auxiliary and auxiliary.loss)
         if arch_decoder in LEVEL:
             stride = encoder.strides[LEVEL[arch_decoder]]
             assert heads[0].shape[2:] == (64 // stride, 96 // stride)
 
 
-def test_a_wrong_fc_dim_is_refused_with_the_right_one() -> None:
-    with pytest.raises(ValueError) as error:
-        check_pair("resnet18dilated", "ppm_deepsup", 2048)
-    assert str(error.value) == (
-        "resnet18dilated emits 512 channels; MODEL.fc_dim is 2048: set MODEL.fc_dim 512"
-    )
-
-
-def test_a_decoder_that_needs_more_maps_is_refused_with_others() -> None:
-    with pytest.raises(
-        ValueError, match=r"upernet needs at least 2 feature maps and hrnetv2 emits 1.*c1.*ppm"
-    ):
-        check_pair("hrnetv2", "upernet", 720)
-
-
 @pytest.mark.parametrize(
-    ("encoder", "decoder", "near"),
-    [("resnet50dilatd", "c1", "resnet50dilated"), ("resnet18", "upernett", "upernet")],
+    ("names", "message"),
+    [
+        (
+            ("resnet18dilated", "ppm_deepsup", 2048),
+            "^resnet18dilated emits 512 channels; MODEL.fc_dim is 2048: set MODEL.fc_dim 512$",
+        ),
+        (
+            ("hrnetv2", "upernet", 720),
+            r"upernet needs at least 2 feature maps and hrnetv2 emits 1.*c1.*ppm",
+        ),
+        (("resnet50dilatd", "c1"), "did you mean 'resnet50dilated'"),
+        (("resnet18", "upernett"), "did you mean 'upernet'"),
+    ],
 )
-def test_an_unknown_name_is_refused_with_the_nearest(encoder: str, decoder: str, near: str) -> None:
-    with pytest.raises(ValueError, match=f"did you mean '{near}'"):
-        check_pair(encoder, decoder)
+def test_a_refusal_says_what_to_set(names, message):
+    with pytest.raises(ValueError, match=message):
+        check_pair(*names)
 
 
-def test_older_decoder_names_mean_the_same() -> None:
+def test_older_decoder_names_mean_the_same():
     for name in ("c1", "ppm"):
         assert DECODERS.get(name) is DECODERS.get(f"{name}_bilinear")
         assert DECODERS.get(f"{name}_deepsup") is DECODERS.get(f"{name}_bilinear_deepsup")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("arch_encoder", "arch_decoder"), every_model())
-def test_training_gives_every_parameter_a_gradient(arch_encoder: str, arch_decoder: str) -> None:
-    """One without would end DistributedDataParallel in its second step."""
-    module = build_pair(arch_encoder, arch_decoder).train()
-    label = torch.randint(0, 5, (2, 8, 8))
-    module({"img_data": torch.randn(2, 3, 64, 64), "seg_label": label})[0].backward()
-    assert [name for name, p in module.named_parameters() if p.grad is None] == []
+    assert DECODERS.get("ocnet") is DECODERS.get("ocnet_base")

@@ -37,7 +37,7 @@ class Measured:
 
 
 @pytest.fixture(scope="module", params=PAIRS)
-def measured(request: pytest.FixtureRequest) -> Measured:
+def measured(request):
     pair = request.param
     arch_encoder, arch_decoder = pair.split("+")
     encoder = fill(ModelBuilder.build_encoder(arch_encoder, weights="none"))
@@ -67,23 +67,23 @@ def measured(request: pytest.FixtureRequest) -> Measured:
     return Measured(pair, prob, feat, loss.item(), accuracy.item(), squares**0.5, wanted)
 
 
-def test_probabilities(measured: Measured) -> None:
+def test_probabilities(measured):
     atol = np.finfo(np.float32).eps * measured.wanted["prob"].max()
     np.testing.assert_allclose(measured.prob, measured.wanted["prob"], rtol=1e-4, atol=atol)
 
 
-def test_features(measured: Measured) -> None:
+def test_features(measured):
     # Sums of large terms that cancel are rounded as these terms are, not as what is left of them.
     atol = np.finfo(np.float32).eps * np.abs(measured.wanted["feat"]).max()
     np.testing.assert_allclose(measured.feat, measured.wanted["feat"], rtol=1e-4, atol=atol)
 
 
-def test_loss_and_accuracy(measured: Measured) -> None:
+def test_loss_and_accuracy(measured):
     got = [measured.loss, measured.accuracy]
     np.testing.assert_allclose(got, measured.wanted["loss"], rtol=1e-4)
 
 
-def test_gradients(measured: Measured) -> None:
+def test_gradients(measured):
     wanted = float(measured.wanted["gradnorm"][0])
     # Through this one's kinks (ReLU, max pool) rounding alone moves the norm by up to 3 %: float64
     # gives 317.1, the reference 314.7. Where the loss agrees to the last bit (two threads: the

@@ -1,31 +1,26 @@
 """Images in tiles and windows: weights, places, and pools of the whole image."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import rounding
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg import scores
 from mit_semseg.config import load_options
-from mit_semseg.dataset.images import load_image, load_mask
+from mit_semseg.dataset.images import load_image
 from mit_semseg.dataset.transforms import Normalize, as_batch, resize_image
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.models import DECODERS, Decoder, Encoder, SegmentationModule, tiles
 from mit_semseg.models.decoders.upernet import UPerNet
-from mit_semseg.models.pyramid import pool_matrix
 from mit_semseg.models.tiles import Sliding, TiledNetwork, parts, spans, window_spans
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,30 +32,30 @@ lengths = st.integers(1, 3000)
 class Pointwise(Encoder):
     """Every pixel by itself, at a stride."""
 
-    channels: ClassVar[tuple[int, ...]] = (6,)
-    strides: ClassVar[tuple[int, ...]] = (8,)
+    channels = (6,)
+    strides = (8,)
 
-    def __init__(self, stride: int = 8) -> None:
+    def __init__(self, stride=8):
         super().__init__()
         self.conv = nn.Conv2d(3, 6, 1, stride)
 
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
+    def feature_maps(self, images):
         return [self.conv(images).relu()]
 
 
 class Local(Encoder):
     """Sees 15 pixels around each; three maps."""
 
-    channels: ClassVar[tuple[int, ...]] = (6, 8, 10)
-    strides: ClassVar[tuple[int, ...]] = (2, 4, 4)
+    channels = (6, 8, 10)
+    strides = (2, 4, 4)
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride, 1) for a, b, stride in ((3, 6, 2), (6, 8, 2), (8, 10, 1))
         )
 
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
+    def feature_maps(self, images):
         maps = [images]
         for conv in self.convs:
             maps.append(conv(maps[-1]).relu())
@@ -73,7 +68,7 @@ class Small(UPerNet):
     fpn_dim = 32
 
 
-def module_of(encoder: Encoder, decoder: str = "c1", **options: Any) -> SegmentationModule:
+def module_of(encoder, decoder="c1", **options):
     torch.manual_seed(0)
     kind = Small if decoder == "upernet" else DECODERS.get(decoder)
     head = kind(encoder.channels, **{"num_class": 5, **options})
@@ -83,15 +78,15 @@ def module_of(encoder: Encoder, decoder: str = "c1", **options: Any) -> Segmenta
 class Linear1x1(Decoder):
     """A classifier and nothing around it."""
 
-    def __init__(self, channels: int, num_class: int = 5) -> None:
+    def __init__(self, channels, num_class=5):
         super().__init__((channels,), num_class)
         self.head = nn.Conv2d(channels, num_class, 1)
 
-    def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+    def logits(self, features):
         return (self.head(features[-1]),)
 
 
-def pointwise(stride: int = 8) -> SegmentationModule:
+def pointwise(stride=8):
     torch.manual_seed(0)
     return SegmentationModule(Pointwise(stride), Linear1x1(6), None).double().eval()
 
@@ -99,7 +94,7 @@ def pointwise(stride: int = 8) -> SegmentationModule:
 # ------------------------------------------------------------------------------ geometry
 @few
 @given(lengths, st.integers(2, 12), st.data())
-def test_tiles_cover_an_axis(length: int, cells: int, data: st.DataObject) -> None:
+def test_tiles_cover_an_axis(length, cells, data):
     grid = data.draw(st.sampled_from([8, 32, 224]))
     shared = data.draw(st.integers(0, cells - 1))
     found = spans(length, cells * grid, shared * grid, grid)
@@ -114,7 +109,7 @@ def test_tiles_cover_an_axis(length: int, cells: int, data: st.DataObject) -> No
 
 @few
 @given(lengths, st.integers(2, 12), st.data())
-def test_weights_are_one_in_sum(length: int, cells: int, data: st.DataObject) -> None:
+def test_weights_add_up_to_one(length, cells, data):
     grid, factor = 32, data.draw(st.sampled_from([1, 4, 8, 32]))
     shared = data.draw(st.integers(0, cells - 1))
     found = spans(length, cells * grid, shared * grid, grid)
@@ -131,7 +126,7 @@ def test_weights_are_one_in_sum(length: int, cells: int, data: st.DataObject) ->
     assert placed[-1].settled == len(total)
 
 
-def test_a_tile_counts_least_where_it_ends() -> None:
+def test_a_tile_counts_least_where_it_ends():
     first, second = parts([(0, 512), (256, 700)], 64)
     # Of 32 shared pixels of the map the outer 14 do not count, and 4 are the ramp.
     assert first.weights[: 32 + 14].eq(1).all() and second.weights[:14].eq(0).all()
@@ -140,16 +135,10 @@ def test_a_tile_counts_least_where_it_ends() -> None:
     torch.testing.assert_close(first.weights[46:50], 1 - ramp)
 
 
-@pytest.mark.parametrize(("n_in", "n_out"), [(1, 1), (1, 6), (5, 6), (7, 3), (13, 6), (60, 2)])
-def test_pooling_as_a_matrix(n_in: int, n_out: int) -> None:
-    x = torch.randn(4, n_in)
-    torch.testing.assert_close(x @ pool_matrix(n_in, n_out).T, F.adaptive_avg_pool1d(x, n_out))
-
-
 # ------------------------------------------------------------------------------ the same scores
 @settings(max_examples=30)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([64, 96, 128, 200]))
-def test_a_network_without_surroundings_is_computed_exactly(H: int, W: int, tile: int) -> None:
+def test_a_network_without_surroundings_is_computed_exactly(H, W, tile):
     """Of any size, 1 pixel wide, and no multiple of the stride."""
     module = pointwise()
     image = torch.randn(2, 3, H, W, dtype=torch.float64, generator=torch.Generator().manual_seed(H))
@@ -169,9 +158,7 @@ def test_a_network_without_surroundings_is_computed_exactly(H: int, W: int, tile
     ],
 )
 @torch.no_grad()
-def test_what_is_far_from_the_edges_of_tiles_is_the_same(
-    decoder: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_in_tiles_are_those_of_the_whole_image(decoder, size, monkeypatch):
     """With a network that sees no farther than the margin tiles do not count in."""
     options = {"width": 8} if decoder != "c1" else {}
     module = module_of(Local(), decoder, **options).double()
@@ -186,7 +173,7 @@ def test_what_is_far_from_the_edges_of_tiles_is_the_same(
 
 
 @torch.no_grad()
-def test_reduced_precision_and_batches() -> None:
+def test_tiles_in_reduced_precision():
     module = module_of(Local(), "ppm", width=8)
     image = torch.rand(2, 3, 300, 520)
     whole = module.logits(image)
@@ -197,9 +184,7 @@ def test_reduced_precision_and_batches() -> None:
 
 
 @torch.no_grad()
-def test_scores_of_many_classes_are_kept_in_half_precision(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_scores_of_many_classes_are_kept_in_half_precision(monkeypatch):
     module = pointwise().float()
     module.decoder.head.weight.mul_(1e5)  # beyond what float16 holds
     image = torch.randn(1, 3, 200, 333)
@@ -219,7 +204,7 @@ def test_scores_of_many_classes_are_kept_in_half_precision(
 STREETS, ROOMS = "CamVid/val/*.png", "ade20k*/images/*/*.jpg"
 
 
-def photographs(pattern: str, number: int, height: int) -> list[Tensor]:
+def photographs(pattern, number, height):
     """So many of them, spread over all, (1, 3, height, width) uint8 with sides as trained on."""
     files = sorted(DATA.glob(pattern))
     if not files:
@@ -229,7 +214,7 @@ def photographs(pattern: str, number: int, height: int) -> list[Tensor]:
     return [as_batch(resize_image(x, (width, height))) for x, width in zip(images, widths)]
 
 
-def agreement(module: SegmentationModule, tile: int, image: Tensor) -> float:
+def agreement(module, tile, image):
     """Share of pixels that get the class they get without tiles."""
     size = (image.shape[2], image.shape[3])
     labels = []
@@ -240,7 +225,7 @@ def agreement(module: SegmentationModule, tile: int, image: Tensor) -> float:
     return float((labels[0] == labels[1]).float().mean())
 
 
-def trained() -> SegmentationModule:
+def trained():
     folder = ROOT / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
     return load_model(CheckpointFolder(folder).config(), f"{folder}/best.pth")
 
@@ -257,9 +242,7 @@ AGREEMENT = [
 
 
 @pytest.mark.parametrize(("pattern", "number", "height", "tile", "least"), AGREEMENT)
-def test_labels_of_photographs_agree(
-    pattern: str, number: int, height: int, tile: int, least: float
-) -> None:
+def test_labels_of_photographs_agree(pattern, number, height, tile, least):
     module = trained()
     shares = [agreement(module, tile, image) for image in photographs(pattern, number, height)]
     print(
@@ -269,56 +252,11 @@ def test_labels_of_photographs_agree(
     assert min(shares) >= least
 
 
-@torch.no_grad()
-def fitted(decoder: str) -> SegmentationModule:
-    """The trained encoder with a decoder of random layers and a classifier fitted to labels."""
-    module = trained()
-    module.decoder = module_of(module.encoder, decoder, width=32, num_class=11).decoder
-    files = sorted((DATA / "CamVid" / "train").glob("*.png"))[::60]
-    images = [as_batch(load_image(file)) for file in files]
-    labels = torch.stack(
-        [torch.from_numpy(load_mask(f"{file.parent}annot/{file.name}")) for file in files]
-    )
-    for layer in module.decoder.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0
-    pixels = Normalize()(torch.cat(images))
-    module.decoder.train().logits(module.features(pixels))
-    last = [layer for layer in module.decoder.modules() if isinstance(layer, nn.Conv2d)][-1]
-    seen: list[Tensor] = []
-    hook = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    module.eval().logits(pixels)
-    hook.remove()
-    # Ridge regression of one-hot labels.
-    x = seen[0].permute(0, 2, 3, 1)
-    small = F.interpolate(labels[:, None].float(), x.shape[1:3], mode="nearest")[:, 0].long()
-    valid = small < 11
-    inputs = F.pad(x[valid], (0, 1), value=1.0).double()
-    wanted = F.one_hot(small[valid], 11).double()
-    gram = inputs.T @ inputs + 1e-3 * len(inputs) * torch.eye(inputs.shape[1]).double()
-    weights = torch.linalg.solve(gram, inputs.T @ wanted).float().T  # (11, K + 1)
-    last.weight.copy_(10 * weights[:, :-1, None, None])
-    last.bias.copy_(10 * weights[:, -1])
-    return module
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["ppm", "upernet"])
-def test_labels_of_decoders_that_pool_agree(decoder: str) -> None:
-    (image,) = photographs(STREETS, 1, 720)
-    module = fitted(decoder)
-    assert agreement(module, 512, image) >= 0.995
-    # A tile's own pools are others.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_declared_pools", lambda decoder: ())
-        assert agreement(module, 512, image) < 0.97
-
-
 # ------------------------------------------------------------------------------ settings
-def test_only_large_images_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_large_images_are_cut(monkeypatch):
     module, seen = pointwise().float(), []
 
-    def network(image: Tensor) -> Tensor:
+    def network(image):
         seen.append(tuple(image.shape[2:]))
         return module.logits(image)
 
@@ -341,27 +279,14 @@ def test_only_large_images_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tile", ["on", "", 0, 63, -1, 512.5, True, None])
-def test_other_settings_are_refused(tile: Any) -> None:
+def test_other_settings_are_refused(tile):
     with pytest.raises(ValueError, match="tile is .*; give auto, off or a side of 64"):
         TiledNetwork(pointwise(), tile)
 
 
-class Valid(Encoder):
-    """Loses a pixel at every side."""
-
-    channels: ClassVar[tuple[int, ...]] = (6,)
-    strides: ClassVar[tuple[int, ...]] = (1,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3)
-
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
-        return [self.conv(images)]
-
-
-def test_what_cannot_be_tiled_is_computed_whole(caplog: pytest.LogCaptureFixture) -> None:
-    module = SegmentationModule(Valid(), Linear1x1(6), None).eval()
+def test_a_network_that_changes_sizes_is_computed_whole(caplog):
+    module = pointwise(1).float()
+    module.encoder.conv = nn.Conv2d(3, 6, 3)  # loses a pixel at every side
     image = torch.rand(1, 3, 100, 130)
     with caplog.at_level(logging.WARNING, logger="mit_semseg"):
         assert torch.equal(TiledNetwork(module, 64)(image), module.logits(image))
@@ -371,7 +296,7 @@ def test_what_cannot_be_tiled_is_computed_whole(caplog: pytest.LogCaptureFixture
 # ------------------------------------------------------------------------------ sliding windows
 @few
 @given(lengths, st.integers(64, 700), st.floats(0, 0.99), st.sampled_from([8, 32]))
-def test_windows_cover_an_axis(length: int, side: int, overlap: float, grid: int) -> None:
+def test_windows_cover_an_axis(length, side, overlap, grid):
     found = window_spans(length, side, overlap, grid)
     assert found[0][0] == 0 and found[-1][1] == length
     assert all(stop == min(start + side, length) for start, stop in found)
@@ -382,7 +307,7 @@ def test_windows_cover_an_axis(length: int, side: int, overlap: float, grid: int
     assert found[-1][0] + side < length + grid or len(found) == 1
 
 
-def test_windows_by_hand() -> None:
+def test_windows_by_hand():
     # 1/2 of 100 is 50, and 48 on a grid of 8; the last one sees 96 pixels and 4 beyond the image.
     assert window_spans(200, 100, 0.5, 8) == [(0, 100), (48, 148), (96, 196), (104, 200)]
     assert window_spans(100, 100, 0.5, 8) == [(0, 100)]
@@ -390,16 +315,14 @@ def test_windows_by_hand() -> None:
     assert window_spans(101, 100, 0.0, 8) == [(0, 100), (8, 101)]
 
 
-def naive_windows(
-    module: SegmentationModule, image: Tensor, sides: tuple[int, int], steps: tuple[int, int]
-) -> Tensor:
+def naive_windows(module, image, sides, steps):
     """Sum and number of the windows' scores at every pixel; on a grid of 32."""
     H, W = image.shape[2:]
     stride = module.encoder.strides[-1]
     total = torch.zeros(len(image), 5, -(-H // stride) + 99, -(-W // stride) + 99).to(image)
     number = torch.zeros_like(total)
 
-    def starts(length: int, side: int, step: int) -> list[int]:
+    def starts(length, side, step):
         start, found = 0, [0]
         while start + side < length:
             last = math.ceil((length - side) / 32) * 32
@@ -434,13 +357,7 @@ def naive_windows(
     ],
 )
 @torch.no_grad()
-def test_windows_are_those_of_a_naive_loop(
-    decoder: str,
-    size: tuple[int, int],
-    sides: tuple[int, int],
-    overlap: float,
-    steps: tuple[int, int],
-) -> None:
+def test_windows_are_those_of_a_naive_loop(decoder, size, sides, overlap, steps):
     """Decoders that pool do it in every window: it is an image of its own."""
     module = module_of(Local(), decoder, **({"width": 8} if decoder == "ppm" else {})).double()
     image = torch.rand(2, 3, *size, dtype=torch.float64)
@@ -451,11 +368,11 @@ def test_windows_are_those_of_a_naive_loop(
 
 
 @torch.no_grad()
-def test_windows_are_of_exactly_that_size_and_beyond_the_image_is_the_mean_colour() -> None:
+def test_windows_are_padded_with_the_mean_colour():
     module, seen = module_of(Local()), []
     module.normalize = Normalize()
 
-    def network(image: Tensor) -> Tensor:
+    def network(image):
         seen.append(image)
         return module.logits(image)
 
@@ -469,7 +386,7 @@ def test_windows_are_of_exactly_that_size_and_beyond_the_image_is_the_mean_colou
     torch.testing.assert_close(floats, given_)
 
 
-def test_windows_that_cannot_work_are_refused() -> None:
+def test_windows_that_cannot_work_are_refused():
     module = pointwise().float()
     with pytest.raises(ValueError, match=r"\(13, 12\) pixels of a window of \(100, 96\).* 32"):
         TiledNetwork(module, window=Sliding(100, 96))(torch.rand(1, 3, 200, 200))
@@ -481,8 +398,8 @@ def test_windows_that_cannot_work_are_refused() -> None:
 
 
 @pytest.mark.parametrize("section", ["VAL", "TEST"])
-def test_windows_in_the_configuration(section: str) -> None:
-    def asked(*options: str) -> Sliding | None:
+def test_windows_in_the_configuration(section):
+    def asked(*options):
         return Sliding.of(getattr(load_options(None, list(options)), section))
 
     assert asked() is None

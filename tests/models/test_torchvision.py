@@ -1,20 +1,18 @@
 """Torchvision's models: the encoders and decoders here give the same with the same weights."""
 
-from __future__ import annotations
-
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from pairs import randomise
 from tolerances import rounding
 from torch import nn
 
 from mit_semseg.dataset.classes import table_of
-from mit_semseg.models import ENCODERS, Decoder, Encoder, ModelBuilder, SegmentationModule
+from mit_semseg.models import ENCODERS, ModelBuilder, SegmentationModule
 from mit_semseg.models.decoders.fcn import FCN
 from mit_semseg.models.inference import inference_copy
 from mit_semseg.weights import (
@@ -36,28 +34,29 @@ SEGMENTATION = {
 }
 
 
-def published(name: str) -> nn.Module:
+def published(name):
     """Torchvision's module with random weights, and BatchNorms that have seen a batch of noise."""
     torch.manual_seed(0)
     if name in SEGMENTATION:
-        build = getattr(torchvision.models.segmentation, name)
-        theirs = build(weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
+        theirs = segmentation(name)
     else:
         theirs = getattr(torchvision.models, name)(weights=None)
-    for layer in theirs.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0  # one batch sets the running statistics
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.normal_(layer.bias, std=0.1)
+    norms = [layer for layer in randomise(theirs) if isinstance(layer, nn.BatchNorm2d)]
+    for layer in norms:
+        layer.momentum = 1.0  # one batch sets the running statistics
     with torch.no_grad():
         theirs.train()(torch.randn(2, 3, 64, 64))
-    for layer in theirs.modules():
-        if isinstance(layer, nn.BatchNorm2d):  # means over an image of noise hardly vary
-            layer.running_var.clamp_(min=0.1)
+    for layer in norms:  # means over an image of noise hardly vary
+        layer.running_var.clamp_(min=0.1)
     return theirs.eval()
 
 
-def built(name: str) -> tuple[Encoder, Decoder]:
+def segmentation(name):
+    build = getattr(torchvision.models.segmentation, name)
+    return build(weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
+
+
+def built(name):
     arch_encoder, arch_decoder = SEGMENTATION[name]
     encoder = ModelBuilder.build_encoder(arch_encoder, weights="none").eval()
     decoder = ModelBuilder.build_decoder(
@@ -67,11 +66,10 @@ def built(name: str) -> tuple[Encoder, Decoder]:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if "101" in n else []) for n in SEGMENTATION],
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if "101" in n else []) for n in SEGMENTATION]
 )
 @torch.no_grad()
-def test_segmentation_models_give_the_same_logits(name: str) -> None:
+def test_segmentation_models_give_the_same_logits(name):
     theirs, (encoder, decoder) = published(name), built(name)
     state = theirs.state_dict()
     reports = [
@@ -80,26 +78,26 @@ def test_segmentation_models_give_the_same_logits(name: str) -> None:
     ]
     assert [report.unexpected for report in reports] == [[], []]
     assert sum(len(report.matched) for report in reports) == len(state)
+    module = SegmentationModule(encoder, decoder, None)
+    if "mobilenet" in name:  # in deeper ones folding rounds more than this
+        module = inference_copy(module, "cpu")
     for height, width in ((64, 96), (65, 97)):
         image = torch.randn(1, 3, height, width)
         wanted = theirs(image)
         features = encoder(image, return_feature_maps=True)
         main = decoder.logits(features)[0]
         auxiliary = decoder.conv_last_deepsup(decoder.cbr_deepsup(features[-2]))
-        for ours, key in ((main, "out"), (auxiliary, "aux")):
+        for ours, key in ((main, "out"), (auxiliary, "aux"), (module.logits(image), "out")):
             scores = F.interpolate(ours, (height, width), mode="bilinear", align_corners=False)
             atol = rounding(wanted[key], 101)
             torch.testing.assert_close(scores, wanted[key], rtol=0, atol=atol)
             assert wanted[key].std() > 0.1
 
 
-@pytest.mark.parametrize("name", list(SEGMENTATION))
-def test_segmentation_models_have_the_same_tensors(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in SEGMENTATION if "101" in name])
+def test_segmentation_models_have_the_same_tensors(name):
     with torch.device("meta"):
-        build = getattr(torchvision.models.segmentation, name)
-        theirs = build(weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
-        encoder, decoder = built(name)
-    state = theirs.state_dict()
+        state, (encoder, decoder) = segmentation(name).state_dict(), built(name)
     for ours, given in (
         (encoder, torchvision_encoder(state)),
         (decoder, torchvision_decoder(state)),
@@ -108,28 +106,14 @@ def test_segmentation_models_have_the_same_tensors(name: str) -> None:
         assert {k: v.shape for k, v in given.items()} == wanted
 
 
-def test_the_copy_for_prediction_gives_them_too() -> None:
-    name = "deeplabv3_mobilenet_v3_large"
-    theirs, (encoder, decoder) = published(name), built(name)
-    state = theirs.state_dict()
-    load_into(encoder, torchvision_encoder(state), what="encoder", strict=True)
-    load_into(decoder, torchvision_decoder(state), what="decoder", strict=True)
-    fast = inference_copy(SegmentationModule(encoder, decoder, None), "cpu")
-    image = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        scores = F.interpolate(fast.logits(image), (64, 96), mode="bilinear", align_corners=False)
-        wanted = theirs(image)["out"]
-        torch.testing.assert_close(scores, wanted, rtol=0, atol=rounding(wanted, 101))
-
-
-def test_by_name_and_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_name_and_from_a_file(tmp_path, monkeypatch):
     name = "deeplabv3_mobilenet_v3_large"
     state = published(name).state_dict()
     path = tmp_path / "mine.pth"
     torch.save(state, path)
-    asked: list[list[str]] = []
+    asked = []
 
-    def fetch(urls: list[str], dest: Path, sha256: str | None = None) -> Path:
+    def fetch(urls, dest, sha256=None):
         asked.append([*urls, dest.name, str(sha256)])
         return path
 
@@ -148,9 +132,7 @@ def test_by_name_and_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert asked == [[url, file, "fc3c493d"]] * 2
 
 
-def test_the_classifier_of_vgg_becomes_the_convolutions_of_fcn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_classifier_of_vgg_becomes_the_convolutions_of_fcn(tmp_path, monkeypatch):
     """Paper: Long et al. 2015, fig. 2. On the map of one 224x224 image both are the same."""
     monkeypatch.setattr(FCN, "width", 20)
     torch.manual_seed(0)
@@ -168,30 +150,20 @@ def test_the_classifier_of_vgg_becomes_the_convolutions_of_fcn(
         torch.testing.assert_close(ours, theirs[:4](x.flatten(1))[0])
 
 
-def test_another_number_of_classes_keeps_all_but_the_classifiers() -> None:
-    theirs = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
-    )
+def test_heads_that_differ_in_part():
+    """Another number of classes leaves out the classifiers, no auxiliary head that of theirs."""
+    state = torchvision_decoder(segmentation("deeplabv3_mobilenet_v3_large").state_dict())
     decoder = ModelBuilder.build_decoder(
         "deeplabv3_wide_deepsup", num_class=5, channels=(24, 40, 960)
     )
-    report = load_into(decoder, torchvision_decoder(theirs.state_dict()), what="decoder")
-    names = [f"{c}.{p}" for c in ("conv_last", "conv_last_deepsup") for p in ("weight", "bias")]
-    assert sorted(report.mismatched) == sorted(names)
-    assert report.missing == []
-
-
-def test_a_head_without_an_auxiliary_one_leaves_that_over() -> None:
-    theirs = torchvision.models.segmentation.fcn_resnet50(
-        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
-    )
+    report = load_into(decoder, state, what="decoder")
+    names = [f"{c}.{p}" for c in ("conv_last", "conv_last_deepsup") for p in ("bias", "weight")]
+    assert (sorted(report.mismatched), report.missing) == (names, [])
+    state = torchvision_decoder(segmentation("fcn_resnet50").state_dict())
     decoder = ModelBuilder.build_decoder("fcn_head", num_class=21, channels=(256, 512, 1024, 2048))
-    report = load_into(decoder, torchvision_decoder(theirs.state_dict()), what="decoder")
-    assert report.ok
-    assert {name.split(".")[0] for name in report.unexpected} == {
-        "cbr_deepsup",
-        "conv_last_deepsup",
-    }
+    report = load_into(decoder, state, what="decoder")
+    left_over = {name.split(".")[0] for name in report.unexpected}
+    assert report.ok and left_over == {"cbr_deepsup", "conv_last_deepsup"}
 
 
 @pytest.mark.parametrize(
@@ -203,13 +175,12 @@ def test_a_head_without_an_auxiliary_one_leaves_that_over() -> None:
         ("fcn_head", "fcn_resnet5", "did you mean 'fcn_resnet50'"),
     ],
 )
-def test_heads_of_another_decoder_are_refused(arch: str, source: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason) as caught:
+def test_weights_of_another_decoder_are_refused(arch, source, reason):
+    with pytest.raises(ValueError, match=f"^.*{reason}.*$"):
         load_decoder(nn.Conv2d(3, 3, 1), arch, f"torchvision:{source}")
-    assert "\n" not in str(caught.value)
 
 
-def test_a_file_without_a_head_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_a_head_is_refused(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth.* holds no head of torchvision"):
         load_decoder(nn.Conv2d(3, 3, 1), "fcn_head", f"torchvision:{tmp_path / 'x.pth'}")
@@ -220,13 +191,20 @@ IMAGENET = [name for name, source in TORCHVISION.items() if not source.segments]
 
 
 @pytest.mark.parametrize("name", IMAGENET)
-def test_imagenet_weights_are_those_of_the_encoder_and_nothing_else(name: str) -> None:
+def test_imagenet_weights_have_the_same_tensors(name):
     backbone = TORCHVISION[name].encoder
     with torch.device("meta"):
         theirs = getattr(torchvision.models, name)(weights=None).state_dict()
         ours = ENCODERS.get(backbone)().state_dict()
     given = {k: v.shape for k, v in torchvision_encoder(theirs).items()}
     assert given == {k: v.shape for k, v in ours.items()}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_urls_are_torchvisions(name):
+    enum = torchvision.models.get_model_weights(name)
+    assert TORCHVISION[name].urls == (next(iter(enum)).url,)
+    assert TORCHVISION[name].sha256 == TORCHVISION[name].file.rsplit("-", 1)[1][:8]
 
 
 # What torchvision computes before its classifiers, of architectures not compared elsewhere.
@@ -240,9 +218,9 @@ def test_imagenet_weights_are_those_of_the_encoder_and_nothing_else(name: str) -
     ],
 )
 @torch.no_grad()
-def test_imagenet_encoders_compute_what_torchvision_does(name: str, arch: str, last: str) -> None:
+def test_imagenet_encoders_compute_what_torchvision_does(name, arch, last):
     theirs = published(name)
-    emitted: list[torch.Tensor] = []
+    emitted = []
     theirs.get_submodule(last).register_forward_hook(lambda m, args, out: emitted.append(out))
     encoder = ModelBuilder.build_encoder(arch, weights="none").eval()
     load_into(encoder, torchvision_encoder(theirs.state_dict()), what="encoder", strict=True)
@@ -253,7 +231,7 @@ def test_imagenet_encoders_compute_what_torchvision_does(name: str, arch: str, l
     assert (ours - emitted[0]).abs().max() <= 1e-5 * emitted[0].abs().max()
 
 
-def test_the_names_in_published_densenets_are_older() -> None:
+def test_older_names_of_published_densenets():
     state = {
         "features.denseblock1.denselayer10.norm.1.weight": torch.ones(1),
         "features.denseblock1.denselayer10.conv.2.weight": torch.ones(1),
@@ -267,16 +245,7 @@ def test_the_names_in_published_densenets_are_older() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", list(TORCHVISION))
-def test_urls_are_torchvisions(name: str) -> None:
-    enum = torchvision.models.get_model_weights(name)
-    assert TORCHVISION[name].urls == (next(iter(enum)).url,)
-    assert TORCHVISION[name].sha256 == TORCHVISION[name].file.rsplit("-", 1)[1][:8]
-
-
-def test_imagenet_weights_without_a_name_are_torchvisions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imagenet_weights_without_a_name_are_torchvisions(tmp_path, monkeypatch):
     state = published("resnet34").state_dict()
     path = tmp_path / "resnet34-b627a593.pth"
     torch.save(state, path)
@@ -288,9 +257,7 @@ def test_imagenet_weights_without_a_name_are_torchvisions(
 
 
 @pytest.mark.parametrize("by", ["path", "url"])
-def test_a_plain_file_of_torchvisions_densenet_is_recognised(
-    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plain_file_of_torchvisions_densenet_is_recognised(by, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "cache_dir", lambda: tmp_path / "cache")
     with torch.device("meta"):
         encoder = ENCODERS.get("densenet121")().to_empty(device="cpu")
@@ -306,7 +273,7 @@ def test_a_plain_file_of_torchvisions_densenet_is_recognised(
     torch.testing.assert_close(encoder.state_dict(), state, check_dtype=False)
 
 
-def test_a_file_without_most_of_the_encoder_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_most_of_the_encoder_is_refused(tmp_path):
     path = tmp_path / "mine.pth"
     encoder = ENCODERS.get("mobilenetv2")()
     before = copy.deepcopy(encoder.state_dict())
@@ -323,9 +290,7 @@ def test_a_file_without_most_of_the_encoder_is_refused(tmp_path: Path) -> None:
     assert report is not None and report.ok
 
 
-def test_a_backbone_among_branches_takes_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backbone_takes_the_weights_of_its_own_name(tmp_path, monkeypatch):
     source = ENCODERS.get("resnet18")()
     torch.save(source.state_dict(), tmp_path / "w.pth")
     monkeypatch.setattr(sources, "fetch", lambda urls, dest, sha256=None: tmp_path / "w.pth")
@@ -335,7 +300,7 @@ def test_a_backbone_among_branches_takes_its_own(
     assert torch.equal(target.context.conv1.weight, source.conv1.weight)
 
 
-def test_labels_are_in_the_order_of_voc() -> None:
+def test_labels_are_in_the_order_of_voc():
     enum = torchvision.models.get_model_weights("fcn_resnet50")
     background, *others = next(iter(enum)).meta["categories"]
     table = table_of("voc2012", 21, "Pascal VOC 2012")

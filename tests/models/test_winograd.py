@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg.models.decoders import DECODERS
 from mit_semseg.models.inference import inference_copy
@@ -11,12 +11,12 @@ from mit_semseg.models.pyramid import PyramidConv2d
 from mit_semseg.models.winograd import WinogradConv2d, WinogradPyramidConv2d, use_winograd
 
 
-def inputs(channels: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def inputs(channels, size, dtype):
     x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def scaled(conv: nn.Conv2d, dtype: torch.dtype) -> nn.Conv2d:
+def scaled(conv, dtype):
     """Filters that give outputs of variance 1."""
     torch.manual_seed(1)
     nn.init.normal_(conv.weight, std=(9 * conv.in_channels) ** -0.5)
@@ -26,7 +26,7 @@ def scaled(conv: nn.Conv2d, dtype: torch.dtype) -> nn.Conv2d:
 @pytest.mark.parametrize("dilation", [1, 2, 4])
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (9, 14), (23, 16)])
 @torch.no_grad()
-def test_equals_the_direct_convolution(dilation: int, size: tuple[int, int]) -> None:
+def test_equals_the_direct_convolution(dilation, size):
     conv = nn.Conv2d(8, 5, 3, padding=dilation, dilation=dilation)
     conv, x = scaled(conv, torch.float64), inputs(8, size, torch.float64)
     fast = WinogradConv2d(conv)
@@ -35,7 +35,7 @@ def test_equals_the_direct_convolution(dilation: int, size: tuple[int, int]) -> 
 
 
 @torch.no_grad()
-def test_blocks_of_tiles_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_tiles_join_without_a_seam(monkeypatch):
     conv = scaled(nn.Conv2d(16, 8, 3, padding=2, dilation=2), torch.float32)
     x = inputs(16, (31, 22), torch.float32)
     monkeypatch.setattr("mit_semseg.models.winograd._BLOCK", 1)
@@ -44,7 +44,7 @@ def test_blocks_of_tiles_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 0.008)])
 @torch.no_grad()
-def test_rounding_of_a_wide_layer(dtype: torch.dtype, most: float) -> None:
+def test_rounding_of_a_wide_layer(dtype, most):
     """Mean error of outputs whose variance is 1: two roundings of bfloat16 in what is summed."""
     conv = scaled(nn.Conv2d(512, 256, 3, padding=1, bias=False), dtype)
     x = inputs(512, (12, 15), dtype)
@@ -53,7 +53,7 @@ def test_rounding_of_a_wide_layer(dtype: torch.dtype, most: float) -> None:
 
 
 @torch.no_grad()
-def test_finest_map_of_a_pyramid() -> None:
+def test_finest_map_of_a_pyramid():
     conv = PyramidConv2d(256, 2 * 16, 256)
     conv = scaled(conv, torch.float32)
     x, pools = inputs(256, (12, 17), torch.float32), [torch.randn(2, 16, s, s) for s in (2, 6)]
@@ -64,9 +64,9 @@ def test_finest_map_of_a_pyramid() -> None:
     torch.testing.assert_close(net[0](x[:, :, :1, :1], pools), conv(x[:, :, :1, :1], pools))
 
 
-def test_only_what_predicts_on_a_cpu_and_pays_has_it() -> None:
+def test_only_what_predicts_on_a_cpu_and_pays_has_it():
     class Encoder(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.wide = nn.Conv2d(3, 256, 3, padding=1)
             self.used = nn.Conv2d(256, 256, 3, padding=2, dilation=2)
@@ -74,7 +74,7 @@ def test_only_what_predicts_on_a_cpu_and_pays_has_it() -> None:
             self.grouped = nn.Conv2d(256, 256, 3, padding=1, groups=2)
             self.narrow = nn.Conv2d(256, 255, 3, padding=1)
 
-        def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
+        def forward(self, x, return_feature_maps=False):
             return [self.narrow(self.grouped(self.strided(self.used(self.wide(x)))))]
 
     decoder = DECODERS.get("c1")(channels=(255,), num_class=4)

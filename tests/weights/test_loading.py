@@ -1,44 +1,28 @@
 """What loads, what is refused, and what is reported of it."""
 
-from __future__ import annotations
-
 import logging
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from heads import Head, Pyramid, same, values
 
-from mit_semseg.weights import (
-    load_into,
-    loading,
-    read_state_dict,
-)
+from mit_semseg.weights import load_into, loading
 
 
-def test_everything_matches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
+def test_wrappers_and_prefixes(tmp_path, wrapper):
     source, target = Head(), Head()
-    torch.save(source.state_dict(), tmp_path / "w.pth")
-    report = load_into(target, tmp_path / "w.pth", what="decoder")
-    assert same(target, values(source))
-    assert report.ok
+    state = {f"module.{k}": v for k, v in source.state_dict().items()}
+    if wrapper:
+        state = {"epoch": 3, wrapper: state, "arch": "x"}
+    torch.save(state, tmp_path / "w.pth.tar", _use_new_zipfile_serialization=wrapper is None)
+    report = load_into(target, tmp_path / "w.pth.tar", what="decoder")
+    assert same(target, values(source)) and report.ok
     assert (report.missing, report.unexpected, report.mismatched, report.dropped) == ([],) * 4
     assert sorted(report.matched) == sorted(target.state_dict())
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
-def test_wrappers_and_prefixes(tmp_path: Path, wrapper: str | None) -> None:
-    source, target = Head(), Head()
-    state: Any = {f"module.{k}": v for k, v in source.state_dict().items()}
-    if wrapper:
-        state = {"epoch": 3, wrapper: state, "arch": "x"}
-    torch.save(state, tmp_path / "w.pth.tar", _use_new_zipfile_serialization=wrapper is None)
-    load_into(target, tmp_path / "w.pth.tar", what="decoder")
-    assert same(target, values(source))
-
-
-def test_bookkeeping_is_dropped_and_batch_counts_are_not_missed() -> None:
+def test_bookkeeping_is_dropped_and_batch_counts_are_not_missed():
     source, target = Head(), Head()
     state = values(source)
     del state["cbr.1.num_batches_tracked"]
@@ -50,7 +34,7 @@ def test_bookkeeping_is_dropped_and_batch_counts_are_not_missed() -> None:
     assert report.file == "old.pth"
 
 
-def test_half_precision_is_cast() -> None:
+def test_half_precision_is_cast():
     source, target = Head().half(), Head()
     load_into(target, source.state_dict(), what="decoder")
     for key, value in target.state_dict().items():
@@ -74,9 +58,7 @@ def test_half_precision_is_cast() -> None:
         (Pyramid, ("conv_last.4.weight", "conv_last.4.bias")),
     ],
 )
-def test_another_class_count_loads_all_but_the_classifier(
-    kind: Any, classifier: tuple[str, ...]
-) -> None:
+def test_another_class_count_loads_all_but_the_classifier(kind, classifier):
     source, target = kind(num_class=150), kind(num_class=4)
     before = values(target)
     report = load_into(target, source.state_dict(), what="decoder")
@@ -88,7 +70,7 @@ def test_another_class_count_loads_all_but_the_classifier(
 
 
 @pytest.mark.parametrize("kind", [Head, Pyramid])
-def test_another_width_is_refused(kind: Any) -> None:
+def test_another_width_is_refused(kind):
     target = kind(width=3)
     before = values(target)
     with pytest.raises(ValueError, match="differ in shape") as caught:
@@ -98,12 +80,12 @@ def test_another_width_is_refused(kind: Any) -> None:
     assert same(target, before)
 
 
-def test_no_common_name_is_refused() -> None:
+def test_no_common_name_is_refused():
     with pytest.raises(ValueError, match="no tensor name matches.*fc.weight.*cbr.0.weight"):
         load_into(Head(), {"fc.weight": torch.ones(2)}, what="decoder", file="w.pth")
 
 
-def test_missing_and_left_over_are_reported_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_and_left_over_are_reported_and_logged(caplog):
     state = values(Head())
     del state["cbr.0.weight"]
     state |= {f"extra{i}.weight": torch.ones(1) for i in range(7)}
@@ -119,24 +101,18 @@ def test_missing_and_left_over_are_reported_and_logged(caplog: pytest.LogCapture
     )
 
 
-def test_a_full_match_is_told_without_alarm(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_match_is_an_info_or_printed_without_logging(monkeypatch, capsys, caplog):
     with caplog.at_level(logging.INFO, logger="mit_semseg"):
         load_into(Head(), Head().state_dict(), what="decoder", file="w.pth")
     assert [r.levelname for r in caplog.records] == ["INFO"]
-
-
-def test_it_is_printed_where_no_logging_is_set_up(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    capsys.readouterr()
     monkeypatch.setattr(loading, "logger", logging.Logger("silent"))
     load_into(Head(), Head().state_dict(), what="decoder", file="w.pth")
-    assert (
-        capsys.readouterr().out
-        == "decoder from w.pth: 10 tensors matched, 0 missing, 0 left over\n"
-    )
+    said = "decoder from w.pth: 10 tensors matched, 0 missing, 0 left over\n"
+    assert capsys.readouterr().out == said
 
 
-def test_strict() -> None:
+def test_strict_refuses_what_is_missing_or_differs():
     state = values(Head())
     del state["cbr.0.weight"]
     target = Head()
@@ -148,7 +124,7 @@ def test_strict() -> None:
         load_into(target, Head(num_class=9).state_dict(), what="decoder", strict=True)
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
+def test_values_that_are_not_finite_are_refused():
     state = values(Head())
     state["cbr.1.running_var"][0] = float("nan")
     with pytest.raises(ValueError, match="cbr.1.running_var"):
@@ -156,32 +132,20 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 class Evil:
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
+    def __reduce__(self):
         return print, ("code of the file ran",)
 
 
-@pytest.mark.parametrize("content", ["code", "garbage", "list", "empty"])
-def test_what_is_no_weight_file_is_refused_by_name(
-    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("content", ["code", "garbage", "list", "empty", "cut"])
+def test_what_is_no_weight_file_is_refused_by_name(tmp_path, content, capsys):
     path = tmp_path / "w.pth"
-    if content == "code":
-        torch.save({"a": Evil()}, path)
-    elif content == "garbage":
+    given = {"code": {"a": Evil()}, "list": [1, 2], "empty": {"epoch": 3}}
+    torch.save(given.get(content, Head().state_dict()), path)
+    if content == "garbage":
         path.write_bytes(b"<html>not here</html>")
-    elif content == "list":
-        torch.save([1, 2], path)
-    else:
-        torch.save({"epoch": 3}, path)
-    with pytest.raises(ValueError, match="w.pth") as caught:
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:-400])
+    reason = r"w\.pth is damaged \(cut short" if content == "cut" else "w.pth"
+    with pytest.raises(ValueError, match=rf"^.*{reason}.*$"):
         load_into(Head(), path, what="decoder")
-    assert "\n" not in str(caught.value)
     assert "code of the file ran" not in capsys.readouterr().out
-
-
-def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "w.pth"
-    torch.save(Head().state_dict(), path)
-    path.write_bytes(path.read_bytes()[:-400])
-    with pytest.raises(ValueError, match=r"w\.pth is damaged \(cut short"):
-        read_state_dict(path)

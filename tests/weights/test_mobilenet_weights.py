@@ -1,16 +1,16 @@
 """MobileNetV2 of torchvision and of TF-slim: conversions are exact."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from heads import Head
-from torch import Tensor, nn
+from torch import nn
+from torchvision.models import mobilenet_v2
 
 from mit_semseg.download import DownloadError
+from mit_semseg.models import ENCODERS
 from mit_semseg.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -27,30 +27,7 @@ REAL = (
 )
 
 
-class Flat(nn.Module):
-    """Torchvision's MobileNetV2 features under the published names: blocks counted through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from torchvision.models import mobilenet_v2
-        from torchvision.models.mobilenetv2 import InvertedResidual
-
-        features = mobilenet_v2(weights=None).features[:18]
-        for block in features:
-            if isinstance(block, InvertedResidual):
-                flat: list[nn.Module] = []
-                for part in block.conv:
-                    flat += list(part) if isinstance(part, nn.Sequential) else [part]
-                block.conv = nn.Sequential(*flat)
-        self.features = features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.features(x)
-
-
-def torchvision_mobilenet(eps: float = 1e-5) -> nn.Module:
-    from torchvision.models import mobilenet_v2
-
+def torchvision_mobilenet(eps=1e-05):
     torch.manual_seed(0)
     net = mobilenet_v2(weights=None, norm_layer=lambda c: nn.BatchNorm2d(c, eps=eps))
     for module in net.modules():
@@ -63,44 +40,19 @@ def torchvision_mobilenet(eps: float = 1e-5) -> nn.Module:
     return net.eval()
 
 
-def test_torchvision_names_become_the_published_ones() -> None:
-    source, target = torchvision_mobilenet(), Flat().eval()
-    state = rename_torchvision_mobilenet(source.state_dict())
-    assert sorted(state) == sorted(target.state_dict())
-    load_into(target, state, what="encoder", strict=True)
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(target(x), source.features[:18](x))
-
-
-def test_the_projects_own_encoder_takes_them_all() -> None:
-    from mit_semseg.models import ENCODERS
-
-    state = rename_torchvision_mobilenet(torchvision_mobilenet().state_dict())
-    report = load_into(ENCODERS.get("mobilenetv2dilated")(), state, what="encoder", strict=True)
-    assert (len(report.matched), report.unexpected) == (306, [])
-
-
-def test_torchvision_weights_from_a_mirror_and_from_a_file(
-    host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, target = torchvision_mobilenet(), Flat()
+def test_torchvision_weights_from_a_mirror_and_from_a_file(host, tmp_path, monkeypatch):
+    source, target = torchvision_mobilenet(), ENCODERS.get("mobilenetv2")()
     path = tmp_path / "mine.pth"
     torch.save(source.state_dict(), path)
     report = load_encoder(target, "mobilenetv2dilated", f"torchvision:{path}")
     assert report is not None
-    assert report.ok
-    assert report.unexpected == []
+    assert (report.ok, report.unexpected, len(report.matched)) == (True, [], 306)
 
     # The published file's digest is in its name, and ours is another file.
     torch.save(source.state_dict(), host / "mobilenet_v2-b0353104.pth")
-    monkeypatch.setattr(sources, "mirrored", lambda name, urls: [f"{_mirror()}{name}"])
+    monkeypatch.setattr(sources, "mirrored", lambda name, urls: [(host / name).as_uri()])
     with pytest.raises(DownloadError, match="expected b0353104"):
         load_encoder(target, "mobilenetv2dilated", "torchvision:mobilenet_v2")
-
-
-def _mirror() -> str:
-    return os.environ["MIT_SEMSEG_MIRROR"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +65,7 @@ def _mirror() -> str:
         ("mobilenetv2dilated", "torchvision:mobilenet_v3", "did you mean 'mobilenet_v2'"),
     ],
 )
-def test_weights_of_another_architecture_are_refused(arch: str, name: str, reason: str) -> None:
+def test_weights_of_another_architecture_are_refused(arch, name, reason):
     with pytest.raises(ValueError, match=reason):
         load_encoder(Head(), arch, name)
 
@@ -121,10 +73,10 @@ def test_weights_of_another_architecture_are_refused(arch: str, name: str, reaso
 @pytest.mark.parametrize(
     ("mean", "std"), [(IMAGENET_MEAN, IMAGENET_STD), ((0.5, 0.4, 0.3), (0.5, 0.6, 0.7))]
 )
-def test_tfslim_conversion_is_exact(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def test_tfslim_conversion_is_exact(mean, std):
     """Both nets see one picture, each in its own convention; no zero padding is involved."""
     source = torchvision_mobilenet(eps=1e-3)
-    target = Flat().eval()
+    target = ENCODERS.get("mobilenetv2")().eval()
     state = convert_tfslim_mobilenet(source.state_dict(), mean=mean, std=std)
     load_into(target, state, what="encoder", strict=True)
     nets = [source.features[:18].double(), target.features.double()]
@@ -144,21 +96,18 @@ def test_tfslim_conversion_is_exact(mean: tuple[float, ...], std: tuple[float, .
     assert (unconverted - expected).abs().max() > 100 * tolerance
 
 
-def test_tfslim_needs_a_mobilenet() -> None:
+def test_tfslim_needs_a_mobilenet():
     with pytest.raises(ValueError, match="not a MobileNetV2"):
         convert_tfslim_mobilenet(Head().state_dict())
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is not there")
-def test_the_real_tfslim_file_loads_and_is_the_same_net() -> None:
-    from torchvision.models import mobilenet_v2
-
+def test_the_real_tfslim_file_loads_and_is_the_same_net():
     source = mobilenet_v2(weights=None, norm_layer=lambda c: nn.BatchNorm2d(c, eps=1e-3))
     source.load_state_dict(torch.load(REAL, weights_only=True), strict=False)
-    target = Flat().eval()
+    target = ENCODERS.get("mobilenetv2")().eval()
     report = load_encoder(target, "mobilenetv2dilated", f"tfslim:{REAL}")
-    assert report is not None
-    assert report.ok
+    assert report is not None and report.ok
     torch.manual_seed(1)
     x = torch.rand(1, 3, 320, 320)
     y = (x - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)

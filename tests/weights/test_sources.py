@@ -1,9 +1,6 @@
 """Names, paths and urls of weights to files, and published checkpoints."""
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +19,7 @@ from mit_semseg.weights import (
 )
 
 
-def test_a_missing_file_lists_what_is_there(tmp_path: Path) -> None:
+def test_a_missing_file_lists_what_is_there(tmp_path):
     for name in ("encoder_epoch_1.pth", "encoder_epoch_2.pth", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(FileNotFoundError) as caught:
@@ -35,7 +32,7 @@ def test_a_missing_file_lists_what_is_there(tmp_path: Path) -> None:
         load_into(Head(), tmp_path / "gone" / "x.pth", what="decoder")
 
 
-def test_every_source_says_where_it_comes_from() -> None:
+def test_every_source_says_where_it_comes_from():
     for source in WEIGHTS.values():
         assert source.urls
         assert source.file == source.urls[0].rsplit("/", 1)[-1]
@@ -45,12 +42,12 @@ def test_every_source_says_where_it_comes_from() -> None:
         assert (source.mean, source.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_an_encoder_without_published_weights() -> None:
+def test_an_encoder_without_published_weights():
     with pytest.raises(ValueError, match="'resnet51'.*'none'.*did you mean 'resnet50'"):
         imagenet_weights("resnet51")
 
 
-def test_imagenet_weights_by_name_are_fetched_once_and_cached(host: Path, tmp_path: Path) -> None:
+def test_imagenet_weights_by_name_are_fetched_once_and_cached(host, tmp_path):
     source, target = Head(), Head()
     torch.save(source.state_dict(), host / "resnet18-imagenet.pth")
     report = load_encoder(target, "resnet18dilated", "")
@@ -63,7 +60,7 @@ def test_imagenet_weights_by_name_are_fetched_once_and_cached(host: Path, tmp_pa
     assert resolve("resnet18") == cached
 
 
-def test_urls_that_end_alike_do_not_share_a_cached_file(host: Path) -> None:
+def test_urls_that_end_alike_do_not_share_a_cached_file(host):
     base = os.environ["MIT_SEMSEG_MIRROR"]
     sources = {}
     for name in ("a", "b"):
@@ -76,9 +73,7 @@ def test_urls_that_end_alike_do_not_share_a_cached_file(host: Path) -> None:
         assert same(target, values(source))
 
 
-def test_offline_says_what_to_fetch_and_where_to_put_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(DownloadError) as caught:
@@ -90,7 +85,7 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(
     assert "torchvision:mobilenet_v2" in text
 
 
-def test_none_is_random_and_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_none_is_random_and_downloads_nothing(monkeypatch):
     monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
     target = Head()
     before = values(target)
@@ -101,7 +96,7 @@ def test_none_is_random_and_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 
 # ------------------------------------------------------------------------ published checkpoints
-def test_published_checkpoint_urls() -> None:
+def test_published_checkpoint_urls():
     host = "http://sceneparsing.csail.mit.edu/model/pytorch"
     name = "ade20k-resnet50dilated-ppm_deepsup"
     assert published_checkpoint(name) == (
@@ -114,7 +109,7 @@ def test_published_checkpoint_urls() -> None:
         published_checkpoint("ade20k-resnet50-uppernet")
 
 
-def test_a_published_model_and_its_image_are_fetched(host: Path, tmp_path: Path) -> None:
+def test_a_published_model_and_its_image_are_fetched(host, tmp_path):
     folder = host / "ade20k-resnet50-upernet"
     folder.mkdir()
     for part in ("encoder", "decoder"):
