@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from download_server import Server
 from hypothesis import settings
 from PIL import Image
 from processes import forkserver
@@ -133,3 +135,24 @@ def _make_images(root, sizes):
         record = {"fpath_img": image, "fpath_segm": mask, "width": width, "height": height}
         lines.append(json.dumps(record))
     (root / "val.odgt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server for downloads, without the pauses between attempts."""
+    for name in ("MIT_SEMSEG_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("mit_semseg.download._PAUSE", 0.01)
+    made = Server()
+    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+@pytest.fixture
+def dest(tmp_path):
+    """Where a download is to go."""
+    return tmp_path / "cache" / "w.pth"

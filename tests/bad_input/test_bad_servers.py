@@ -1,158 +1,39 @@
 """Downloads from servers that cut, stall, lie and redirect, and by several processes at once."""
 
-from __future__ import annotations
-
-import contextlib
-import hashlib
 import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socketserver
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
+from download_server import BODY, SHA, V1, complete, cut, head, refused, rest, whole
 
 from mit_semseg.download import DownloadError, fetch
 
-BODY = bytes(range(251)) * 800  # 200 kB
-SHA = hashlib.sha256(BODY).hexdigest()
-V1 = 'ETag: "v1"'
-Send = Callable[[bytes], None]
-Answer = Callable[[int | None, Send], None]
 
-
-class Server(socketserver.ThreadingTCPServer):
-    """Gives the answers it was told to, then honest ones; remembers where each was to begin."""
-
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: list[Answer] = []
-        self.honest: Answer = honest
-        self.starts: list[int | None] = []
-        self.base = f"http://127.0.0.1:{self.server_address[1]}"
-        self.url = f"{self.base}/w.pth"
-
-
-class Handler(socketserver.StreamRequestHandler):
-    """One request a connection."""
-
-    server: Server
-
-    def handle(self) -> None:
-        request = b""
-        while not request.endswith(b"\r\n\r\n"):
-            line = self.rfile.readline()
-            if not line:
-                return
-            request += line
-        found = re.search(rb"Range: bytes=(\d+)-", request)
-        start = int(found[1]) if found else None
-        self.server.starts.append(start)
-        answer = self.server.answers.pop(0) if self.server.answers else self.server.honest
-        with contextlib.suppress(OSError):  # who asked has gone
-            answer(start, self.request.sendall)
-
-
-def head(status: str, *lines: str) -> bytes:
-    return "\r\n".join([f"HTTP/1.1 {status}", *lines, "Connection: close", "", ""]).encode()
-
-
-def whole(body: bytes = BODY, *lines: str, length: Any = None) -> Answer:
-    """All of a body, with a Content-Length that may be a lie."""
-    said = len(body) if length is None else length
-
-    def answer(start: int | None, send: Send) -> None:
-        send(head("200 OK", f"Content-Length: {said}", *lines) + body)
-
-    return answer
-
-
-def rest(body: bytes = BODY, content_range: str = "", etag: str = '"v1"') -> Answer:
-    """What a Range asks for, or something else under its name."""
-
-    def answer(start: int | None, send: Send) -> None:
-        begin = start or 0
-        said = content_range or f"bytes {begin}-{len(body) - 1}/{len(body)}"
-        lines = [f"Content-Length: {len(body) - begin}", f"ETag: {etag}"]
-        lines += [f"Content-Range: {said}"] if said != "none" else []
-        send(head("206 Partial Content", *lines) + body[begin:])
-
-    return answer
-
-
-def honest(start: int | None, send: Send) -> None:
-    (rest() if start is not None else whole(BODY, V1))(start, send)
-
-
-def cut(after: int, *lines: str) -> Answer:
-    def answer(start: int | None, send: Send) -> None:
-        send(head("200 OK", f"Content-Length: {len(BODY)}", *lines) + BODY[:after])
-
-    return answer
-
-
-def redirect(to: str) -> Answer:
+def redirect(to):
     return lambda start, send: send(head("302 Found", f"Location: {to}", "Content-Length: 0"))
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name in ("MIT_SEMSEG_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("mit_semseg.download._PAUSE", 0.01)
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
-
-
-@pytest.fixture
-def dest(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "w.pth"
-
-
-def complete(dest: Path, body: bytes = BODY) -> bool:
-    """The right file, and nothing beside it."""
-    return dest.read_bytes() == body and os.listdir(dest.parent) == [dest.name]
-
-
-def refused(dest: Path, *urls: str, **options: Any) -> str:
-    """The one line about a download that failed; no file under its name."""
-    with pytest.raises(DownloadError) as caught:
-        fetch(list(urls), dest, progress=False, **{"retries": 0, "timeout": 2.0, **options})
-    assert not dest.exists() and "\n" not in str(caught.value)
-    assert f"put it at {dest}" in str(caught.value)
-    return str(caught.value)
 
 
 # ------------------------------------------------------------------------------ cut, stalled
 @pytest.mark.parametrize("after", [0, 1, 1000, len(BODY) - 1])
-def test_cut_answers_are_continued(server: Server, dest: Path, after: int) -> None:
+def test_cut_answers_are_continued(server, dest, after):
     server.answers = [cut(after, V1)]
     fetch(server.url, dest, sha256=SHA, progress=False)
     assert complete(dest) and server.starts == [None, after or None]
 
 
-def test_stalled_servers_are_given_up_in_time(server: Server, dest: Path) -> None:
-    def stalls(start: int | None, send: Send) -> None:
+def test_stalled_servers_are_given_up_in_time(server, dest):
+    def stalls(start, send):
         cut(5000, V1)(start, send)
         time.sleep(10)
 
-    def trickles(start: int | None, send: Send) -> None:
+    def trickles(start, send):
         """A byte now and then resets every time limit of a socket."""
         cut(0)(start, send)
         for k in range(100):
@@ -172,7 +53,7 @@ def test_stalled_servers_are_given_up_in_time(server: Server, dest: Path) -> Non
 
 
 # ------------------------------------------------------------------------------ lies
-def test_lengths_that_are_lies(server: Server, dest: Path) -> None:
+def test_lengths_that_are_lies(server, dest):
     server.answers = [whole(length=len(BODY) + 1000)] * 3
     text = refused(dest, server.url, retries=2)
     assert f"{len(BODY)} of {len(BODY) + 1000} bytes" in text
@@ -186,7 +67,7 @@ def test_lengths_that_are_lies(server: Server, dest: Path) -> None:
 
 
 @pytest.mark.parametrize("length", ["-5", "many", "1e6", "", "0x10", "9" * 40])
-def test_a_length_that_is_none(server: Server, dest: Path, length: str) -> None:
+def test_a_length_that_is_none(server, dest, length):
     server.answers = [whole(length=length)]
     try:
         fetch(server.url, dest, sha256=SHA, progress=False, retries=0)
@@ -205,7 +86,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
      OK + b"X: y\r\n" * 500 + b"\r\n", OK + b"X: " + b"y" * 70000,
      OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nno chunk\r\n"],
 )  # fmt: skip
-def test_answers_that_are_no_http(server: Server, dest: Path, answer: bytes) -> None:
+def test_answers_that_are_no_http(server, dest, answer):
     server.answers = [lambda start, send: send(answer)]
     assert refused(dest, server.url, sha256=SHA).isprintable()
 
@@ -223,9 +104,7 @@ def test_answers_that_are_no_http(server: Server, dest: Path, answer: bytes) -> 
     ],
 )
 @pytest.mark.parametrize("sha256", [SHA, None])
-def test_a_wrong_continuation_starts_again(
-    server: Server, dest: Path, answer: Answer, reason: str, sha256: str | None
-) -> None:
+def test_a_wrong_continuation_starts_again(server, dest, answer, reason, sha256):
     server.answers = [cut(5000, V1), answer]
     fetch(server.url, dest, sha256=sha256, progress=False, retries=2)
     assert complete(dest) and server.starts == [None, 5000, None]
@@ -235,7 +114,7 @@ def test_a_wrong_continuation_starts_again(
     assert os.listdir(dest.parent) == []
 
 
-def test_a_continuation_with_other_bytes_starts_again(server: Server, dest: Path) -> None:
+def test_a_continuation_with_other_bytes_starts_again(server, dest):
     """Right by its headers, wrong by its digest: one more attempt, from the beginning."""
     server.answers = [cut(5000, V1), rest(BODY[::-1])]
     fetch(server.url, dest, sha256=SHA, progress=False)
@@ -254,7 +133,7 @@ def test_a_continuation_with_other_bytes_starts_again(server: Server, dest: Path
 
 
 # ------------------------------------------------------------------------------ redirects
-def test_redirects_are_followed_and_loops_end(server: Server, dest: Path) -> None:
+def test_redirects_are_followed_and_loops_end(server, dest):
     server.answers = [redirect("/elsewhere"), redirect(f"{server.base}/there")]
     fetch(server.url, dest, sha256=SHA, progress=False)
     assert complete(dest) and len(server.starts) == 3
@@ -267,7 +146,7 @@ def test_redirects_are_followed_and_loops_end(server: Server, dest: Path) -> Non
 @pytest.mark.parametrize(
     "to", ["file:///etc/hostname", "FILE:///etc/hostname", "ftp://127.0.0.1/x", "data:,x", "jar:x"]
 )
-def test_redirects_to_this_machines_files_are_refused(server: Server, dest: Path, to: str) -> None:
+def test_redirects_to_this_machines_files_are_refused(server, dest, to):
     server.answers = [redirect(to)] * 3
     text = refused(dest, server.url, retries=2)
     assert re.search("redirected to .* refused|Redirection to .* not allowed", text)
@@ -275,20 +154,20 @@ def test_redirects_to_this_machines_files_are_refused(server: Server, dest: Path
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://host:port/x", "http://a b/x", "http:///x"])
-def test_urls_that_are_none(dest: Path, url: str) -> None:
+def test_urls_that_are_none(dest, url):
     with pytest.raises((ValueError, DownloadError)) as caught:
         fetch(url, dest, retries=0, timeout=2)
     assert url in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------ several at once
-def _fetch(url: str, dest: Path, sha256: str | None) -> str:
+def _fetch(url, dest, sha256):
     return str(fetch(url, dest, sha256=sha256, progress=False))
 
 
 @pytest.mark.parametrize("sha256", [SHA, None])
-def test_processes_get_one_good_copy(server: Server, dest: Path, sha256: str | None) -> None:
-    def slowly(start: int | None, send: Send) -> None:
+def test_processes_get_one_good_copy(server, dest, sha256):
+    def slowly(start, send):
         send(head("200 OK", f"Content-Length: {len(BODY)}", V1) + BODY[:100_000])
         time.sleep(0.2)
         send(BODY[100_000:])
@@ -300,10 +179,10 @@ def test_processes_get_one_good_copy(server: Server, dest: Path, sha256: str | N
     assert len(server.starts) == 1
 
 
-def test_who_waits_takes_over_from_a_process_that_is_killed(server: Server, dest: Path) -> None:
+def test_who_waits_takes_over_from_a_process_that_is_killed(server, dest):
     started = threading.Event()
 
-    def stalls(start: int | None, send: Send) -> None:
+    def stalls(start, send):
         cut(5000, V1)(start, send)
         started.set()
         time.sleep(1.5)
