@@ -11,7 +11,7 @@ from torch import nn
 
 NAMES = ("wall", "floor", "lamp", "plant", "door")
 SEMANTIC = ("segformer", "upernet", "dpt", "beit")
-MASKS = ("maskformer", "mask2former", "eomt", "eomt_dinov3")
+MASKS = ("maskformer", "mask2former", "oneformer", "eomt", "eomt_dinov3")
 SIDE = 64  # of images, in pixels; the only one that some take
 
 
@@ -139,8 +139,9 @@ def saved_hf(kind: str, folder: Path, **preprocessing: Any) -> nn.Module:
     """A network of transformers with random weights, saved by `save_pretrained`."""
     import transformers as t
 
-    mask = kind in (*MASKS, "oneformer")
-    auto = t.AutoModelForUniversalSegmentation if mask else t.AutoModelForSemanticSegmentation
+    auto = (
+        t.AutoModelForUniversalSegmentation if kind in MASKS else t.AutoModelForSemanticSegmentation
+    )
     torch.manual_seed(0)
     model: Any = auto.from_config(config_of(kind))
     with torch.no_grad():  # as they are initialised, all classes have nearly equal scores
@@ -148,9 +149,20 @@ def saved_hf(kind: str, folder: Path, **preprocessing: Any) -> nn.Module:
             if parameter.ndim > 1 and any(x in name for x in ("class", "head", "quer", "mask")):
                 parameter.mul_(10)
     model.save_pretrained(folder)
+    if kind == "oneformer":
+        tokenizer(folder)
     if preprocessing:
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     return model.eval()
+
+
+def tokenizer(folder: Path) -> None:
+    """Files of a tokenizer as OneFormer has it, which knows the letters only."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
 
 
 def saved_smp(arch: str, folder: Path, **options: Any) -> nn.Module:

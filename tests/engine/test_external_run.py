@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,7 @@ def test_a_folder_of_transformers_predicts_as_its_own_pipeline(tmp_path: Path) -
     assert (segmenter(image).labels == theirs.numpy()).mean() > 0.999  # ties of rounding
 
 
-@pytest.mark.parametrize("kind", ["eomt", "beit"])
+@pytest.mark.parametrize("kind", ["eomt", "beit", "dpt"])
 def test_one_size_means_windows(kind: str, tmp_path: Path) -> None:
     saved_hf(kind, tmp_path)
     segmenter = Segmenter.from_pretrained(f"hf:{tmp_path}", device="cpu", imgSizes=64)
@@ -189,3 +191,13 @@ def test_classes_of_a_checkpoint_folder_are_kept(settings: Any, tmp_path: Path) 
     folder.prepare(options, ClassTable.of(NAMES), module.encoder.architecture)
     folder.save("best.pth", module.encoder.state_dict(), module.decoder.state_dict())
     assert load_pretrained(options.DIR).classes.names == NAMES
+
+
+def test_libraries_are_imported_when_they_are_used() -> None:
+    code = (
+        "import sys, mit_semseg.segmenter, mit_semseg.models.external.hf, "
+        "mit_semseg.models.external.smp\n"
+        "print({'transformers', 'segmentation_models_pytorch', 'timm'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"

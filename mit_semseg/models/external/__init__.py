@@ -148,7 +148,8 @@ def _rows(
     architecture: Architecture, decoder: ExternalDecoder, classes: Sequence[str]
 ) -> ClassRows | None:
     """Which classes of the source continue as which, where both are named."""
-    if not (classes and architecture.names):
+    known = {name.casefold() for name in architecture.names}
+    if not any(name.casefold() in known for name in classes):
         return None
     rest = decoder.further_scores
     return ClassRows.by_name((*classes, *rest), (*architecture.names, *rest))

@@ -158,6 +158,8 @@ def _config(architecture: Architecture, num_class: int) -> Any:
     values.pop(TASK, None)
     for other in ("dtype", "torch_dtype"):  # weights are float32 here, whatever they are stored in
         values.pop(other, None)
+    if KINDS[values["model_type"]].text:
+        values["is_training"] = False  # which would need a text for each image
     # JSON has no numbers as keys.
     values["id2label"] = {int(k): v for k, v in values["id2label"].items()}
     config = AutoConfig.for_model(**values)

@@ -32,6 +32,7 @@ class Kind:
         masks: it classifies masks (`...ForUniversalSegmentation`), not pixels.
         stride: sides of images must be multiples of it; 0: of the size of a patch.
         fixed: images must be of `config.image_size`.
+        square: images must be square, and are best of the size of the image processor's.
         text: it is told by a text what to do.
     """
 
@@ -40,6 +41,7 @@ class Kind:
     masks: bool = False
     stride: int = 32
     fixed: bool = False
+    square: bool = False
     text: bool = False
 
 
@@ -47,7 +49,7 @@ _PIXELS = "model.pixel_level_module.encoder"
 KINDS: dict[str, Kind] = {
     "segformer": Kind("segformer", "hidden_states"),
     "upernet": Kind("backbone"),
-    "dpt": Kind("dpt", "hidden_states", stride=0),
+    "dpt": Kind("dpt", "hidden_states", stride=0, square=True),
     "beit": Kind("beit", "hidden_states", stride=0, fixed=True),
     "maskformer": Kind(_PIXELS, masks=True),
     "mask2former": Kind(_PIXELS, masks=True),
@@ -63,9 +65,11 @@ class Backbone(ExternalEncoder):
     """A backbone of transformers."""
 
     def __init__(self, net: nn.Module, architecture: Architecture, kind: Kind, config: Any) -> None:
-        side = int(getattr(config, "image_size", 0) or 0) if kind.fixed else 0
         prefix = f"{kind.path}." if kind.path else ""
         stride = kind.stride or int(config.patch_size)
+        side = int(config.image_size) if kind.fixed or kind.square else 0
+        if kind.square and architecture.short:
+            side = architecture.short // stride * stride
         super().__init__(net, architecture, prefix, stride, (side, side) if side else None)
         self.emits = kind.emits
 
