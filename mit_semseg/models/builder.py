@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mit_semseg.config import Options
+from mit_semseg.config.options import SETTINGS
 from mit_semseg.dataset.base import FORMATS
 from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.split import check_depth
@@ -21,6 +23,8 @@ from mit_semseg.models.encoders import ENCODERS, Encoder
 from mit_semseg.models.encoders.base import Variant, widen_input
 from mit_semseg.models.module import SegmentationModule, check_head_weights
 from mit_semseg.weights import ClassRows, load_decoder, load_encoder
+
+log = logging.getLogger("mit_semseg")
 
 
 def _encoder(arch: str) -> type[Encoder] | Variant:
@@ -253,6 +257,8 @@ class ModelBuilder:
         data, train = options.DATASET, options.TRAIN
         encoder, decoder = _parts(options, classes)
         decoder.use_softmax = inference
+        if not decoder.trains_scores and not inference:
+            _warn_of_losses(options)
         return SegmentationModule(
             encoder,
             decoder,
@@ -264,6 +270,15 @@ class ModelBuilder:
             normalize=encoder.normalization() or Normalize.of(data),
             mirror_pairs=FORMATS.get(data.format)().mirror_pairs,
         )
+
+
+def _warn_of_losses(options: Options) -> None:
+    """Says which settings have no effect on a decoder that brings its own losses."""
+    for name in ("TRAIN.loss", "TRAIN.label_smoothing", "TRAIN.class_weights"):
+        if options[name] != SETTINGS[name].default:
+            log.warning(
+                "%s has no effect: %s is trained with its own loss", name, options.MODEL.name
+            )
 
 
 def _parts(options: Options, classes: Sequence[str]) -> tuple[Encoder, Decoder]:

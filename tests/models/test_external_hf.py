@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from other_libraries import MASKS, NAMES, SEMANTIC, SIDE, saved_hf
 from torch import Tensor, nn
 
-from mit_semseg.config import DataOptions, ModelOptions, Options
+from mit_semseg.config import DataOptions, ModelOptions, Options, TrainOptions
 from mit_semseg.lib.nn import UserScatteredDataParallel
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.external import save_pretrained
@@ -248,6 +248,18 @@ def test_images_of_other_sizes_are_refused(pair: Callable[[str], Pair]) -> None:
         pair("segformer").ours.logits(torch.zeros(1, 3, 40, 64))
     with pytest.raises(ValueError, match=r"64 x 64 only.*DATASET.crop_size \[64, 64\]"):
         pair("eomt").ours.logits(torch.zeros(1, 3, 64, 96))
+
+
+def test_a_loss_that_is_not_taken_is_named(
+    pair: Callable[[str], Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = Options(
+        MODEL=ModelOptions(arch=f"hf:{pair('maskformer').folder}"),
+        DATASET=DataOptions(num_class=5),
+        TRAIN=TrainOptions(loss="focal"),
+    )
+    ModelBuilder.from_config(options)
+    assert "TRAIN.loss has no effect: hf:" in caplog.text
 
 
 def test_random_weights_on_request(pair: Callable[[str], Pair]) -> None:
