@@ -99,7 +99,7 @@ for arguments, expected in {MISTAKES}:
     assert not (heavy := set({HEAVY}) & set(sys.modules)), (arguments, heavy)
 assert main(["eval", "--gpus", "zero"]) == 2 and "torch" not in sys.modules
 import mit_semseg.engine.train, mit_semseg.segmenter, mit_semseg.tools.sweep
-slow = {{"torch._dynamo", "matplotlib", "jinja2"}} & set(sys.modules)
+slow = {{"torch._dynamo", "matplotlib", "jinja2", "timm"}} & set(sys.modules)
 assert not slow, f"{{slow}} are imported before they are used"
 """
     run("-c", code)

@@ -38,6 +38,22 @@ class Options(Section):
     VAL: EvalOptions = EvalOptions()
     TEST: PredictOptions = PredictOptions()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        trained = self.MODEL.trained_with()
+        data = self.DATASET
+        if trained is None or (data.color_order, data.value_range) != ("RGB", 1):
+            return
+        mean, std = trained
+        if (data.mean, data.std) == (DataOptions.mean, DataOptions.std):
+            object.__setattr__(self, "DATASET", replace(data, mean=mean, std=std))
+        elif (data.mean, data.std) != (mean, std) and not self.MODEL.weights_encoder:
+            raise ValueError(
+                f"DATASET.mean is {list(data.mean)} and DATASET.std {list(data.std)}; the weights "
+                f"of {self.MODEL.arch_encoder} were trained with {list(mean)} and {list(std)}: "
+                "leave both out, or set MODEL.weights_encoder none or a file"
+            )
+
     @classmethod
     def read(cls, given: Any) -> Options:
         """Options from a yacs tree, or anything else with some of these attributes or keys.
