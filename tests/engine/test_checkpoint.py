@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------ names
-def test_names_are_whole_pairs_in_order(tmp_path):
+def test_only_complete_checkpoints_are_listed_in_order(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.latest_epoch() == 0
     pairs(tmp_path, "best.pth")
@@ -184,7 +184,7 @@ def test_resolve_checkpoint(checkpoint, folder, name):
 @pytest.mark.parametrize(
     ("keep", "left"), [(0, [1, 2, 10]), (1, [10]), (2, [2, 10]), (9, [1, 2, 10])]
 )
-def test_old_epochs_are_dropped_whole(tmp_path, keep, left):
+def test_old_epochs_are_removed_with_their_history(tmp_path, keep, left):
     folder = pairs(tmp_path, "epoch_1.pth", "epoch_2.pth", "epoch_10.pth", "best.pth")
     touch(tmp_path, "history_epoch_1.pth", "history_epoch_2.pth", "history_epoch_10.pth")
     folder.drop_epochs(keep)
@@ -311,7 +311,7 @@ def predictions(cfg, checkpoint="best.pth"):
         return load_model(cfg, checkpoint).logits(image)
 
 
-def test_the_folder_describes_its_model(trained, tmp_path):
+def test_a_checkpoint_folder_holds_configuration_and_classes(trained, tmp_path):
     cfg, _ = trained
     folder = CheckpointFolder(cfg.DIR)
     assert folder.config() == cfg

@@ -193,7 +193,7 @@ def test_batches_keep_every_image_and_pictures_never_collide(cfg, tmp_path):
     assert (truth[mask == 0] == 0).all()
 
 
-def test_one_class_everywhere_is_pointed_out(cfg, tmp_path, caplog):
+def test_predicting_a_single_class_warns(cfg, tmp_path, caplog):
     module = load_model(cfg, "best.pth")
     evaluate(cfg, [CPU], model=module, out_dir=tmp_path, progress=False)
     assert "predicted as" not in caplog.text
@@ -216,7 +216,7 @@ def test_data_with_the_classes_in_another_order_are_refused(cfg, tmp_path, caplo
     assert "class 2 of the checkpoint is 'car', of DATASET.list_val 'vehicle'" in caplog.text
 
 
-def test_scales_and_flip_of_the_evaluation_are_its_own(cfg, tmp_path):
+def test_evaluation_scales_and_flip_override_the_data_set(cfg, tmp_path):
     cfg.VAL.imgSizes, cfg.VAL.flip = [40], True
     other = cfg.clone()
     other.DATASET.imgSizes, other.VAL.imgSizes = 40, []  # one scale needs no list
@@ -316,9 +316,7 @@ def test_what_cannot_be_evaluated_is_refused(cfg, tmp_path, make_images):
 
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(("workers", "batch_size"), [(1, 1), (1, 3), (2, 2)])
-def test_bad_files_are_named_counted_and_left_out(
-    workers, batch_size, damaged, tmp_path, capsys, caplog
-):
+def test_bad_files_are_reported_and_skipped(workers, batch_size, damaged, tmp_path, capsys, caplog):
     cfg = damaged
     cfg.VAL.batch_size, cfg.VAL.visualize = batch_size, True
     result = evaluate(cfg, [CPU], workers, out_dir=tmp_path / "out", progress=False)
@@ -344,7 +342,7 @@ def test_bad_files_are_named_counted_and_left_out(
     assert abs(result["pixel_accuracy"] - clean["pixel_accuracy"]) <= rounding
 
 
-def test_other_errors_than_a_files_end_the_evaluation(cfg, tmp_path, monkeypatch):
+def test_programming_errors_end_the_evaluation(cfg, tmp_path, monkeypatch):
     def broken(self, index):
         raise ZeroDivisionError("a bug")
 
@@ -354,7 +352,7 @@ def test_other_errors_than_a_files_end_the_evaluation(cfg, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_shares_have_nothing_in_common_and_together_everything(batch_size, damaged):
+def test_shares_of_ranks_partition_the_images(batch_size, damaged):
     damaged.VAL.batch_size = batch_size
     module, data = loaded(damaged)
     whole = evaluate_model(module, data, damaged, CPU, progress=False)

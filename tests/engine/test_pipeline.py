@@ -65,7 +65,7 @@ def test_memory_is_granted_in_order_and_bounded():
     assert granted == sorted(granted) and peak[0] == 10 and budget.used == 0
 
 
-def test_nobody_waits_for_memory_at_the_end():
+def test_closing_the_budget_releases_waiting_threads():
     budget = Budget(10)
     budget.take(0, 10)
     waiting = threading.Thread(target=budget.take, args=(1, 1))

@@ -125,7 +125,7 @@ def test_prediction_is_the_published_procedure(cfg, tmp_path, capsys):
     assert "48x32" in printed and "64x48" in printed, "the time of each scale is printed"
 
 
-def test_settings_of_the_prediction_are_its_own(cfg, tmp_path):
+def test_prediction_scales_and_flip_override_the_data_set(cfg, tmp_path):
     path, turned = photo(tmp_path / "a.png"), tmp_path / "turned.png"
     single = cfg.clone()
     single.DATASET.imgSizes = [40]
@@ -298,7 +298,7 @@ def test_one_thread_computes_and_others_write_in_order(cfg, tmp_path, monkeypatc
     assert threading.get_ident() not in threads["write"] | threads["read"]
 
 
-def test_reading_does_not_run_away_from_writing(cfg, tmp_path, monkeypatch, several_writers):
+def test_reading_ahead_of_writing_is_bounded(cfg, tmp_path, monkeypatch, several_writers):
     photos(tmp_path / "in", 24)
     counts, most = {"read": 0, "written": 0}, [0]
 

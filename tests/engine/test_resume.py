@@ -222,7 +222,7 @@ def test_an_earlier_run_is_set_aside(settings):
     assert (aside.path / "result_eval").is_dir() and not (Path(cfg.DIR) / "result_eval").exists()
 
 
-def test_a_run_that_goes_back_keeps_what_it_leaves(settings):
+def test_start_epoch_sets_newer_checkpoints_aside(settings):
     cfg = settings(TRAIN__num_epoch=4, TRAIN__eval_epochs=1)
     scores = train(cfg, [CPU], progress=False)["history"]["val"]["mean_iou"]
     folder, aside = RunFolder(cfg.DIR), RunFolder(f"{cfg.DIR}/earlier_1")
@@ -244,7 +244,7 @@ def test_a_run_that_goes_back_keeps_what_it_leaves(settings):
 
 
 # ------------------------------------------------------------------------------ other settings
-def test_other_devices_go_on_at_the_same_place_of_the_data(settings, caplog):
+def test_more_devices_resume_at_the_same_position_in_the_data(settings, caplog):
     train(settings(TRAIN__epoch_iters="auto", TRAIN__num_epoch=1), [CPU], progress=False)
     # 2 steps, each a batch of 2 of the 4 images
     more = settings(TRAIN__epoch_iters="auto", TRAIN__lr_encoder=0.01, TRAIN__workers=1)
@@ -256,7 +256,7 @@ def test_other_devices_go_on_at_the_same_place_of_the_data(settings, caplog):
     assert "TRAIN.workers" not in caplog.text
 
 
-def test_an_epoch_of_another_length_keeps_the_place(settings, monkeypatch):
+def test_another_epoch_length_resumes_at_the_same_position(settings, monkeypatch):
     long = settings(TRAIN__epoch_iters=8, TRAIN__checkpoint_minutes=1e-9)
     with monkeypatch.context() as patch:
         signal_after(6, signal.SIGTERM, patch)

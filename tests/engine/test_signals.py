@@ -36,7 +36,7 @@ def test_repeated_signals_of_a_launcher_count_once():
     assert stop.asked == "SIGINT"
 
 
-def test_in_another_thread_nothing_is_touched():
+def test_outside_the_main_thread_handlers_stay():
     before = signal.getsignal(signal.SIGTERM)
     found = []
 
@@ -87,7 +87,7 @@ def end_slowly(rank, ending):
     time.sleep(0.5)
 
 
-def test_a_signal_to_a_process_that_is_done_changes_nothing(tmp_path):
+def test_a_finished_process_ignores_signals(tmp_path):
     process = forkserver().Process(target=end_slowly, args=(0, tmp_path / "ending"))
     process.start()
     while not (tmp_path / "ending").exists():

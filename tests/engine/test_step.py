@@ -90,7 +90,7 @@ def test_the_host_waits_once_a_step_and_after_the_backward_pass(monkeypatch, nam
         assert reads.before_backward == []
 
 
-def test_reads_are_seen(monkeypatch):
+def test_reads_counts_every_kind_of_synchronisation(monkeypatch):
     """What the test before relies upon."""
     step = make_step()
     x = torch.arange(3.0)
@@ -164,7 +164,7 @@ def test_a_part_with_a_non_finite_loss_is_named_and_leaves_no_trace(fp16, caplog
     assert take(step, progress, (7, 8, 9)).updated, "the next one is as ever"
 
 
-def test_flags_are_those_of_this_rank():
+def test_stop_and_save_flags_are_returned():
     step, progress = make_step(), Progress(10, 100)
     for stop, save in ((False, False), (True, False), (False, True)):
         step.add(batch(1))

@@ -130,7 +130,7 @@ def test_auto_epoch_is_one_pass(settings):
     assert [build(cfg, [CPU] * n).progress.epoch_iters for n in (1, 2)] == [2, 1]
 
 
-def test_ranks_and_devices_share_one_stream():
+def test_rank_sampler_partitions_the_stream():
     def taken(devices, rank, world):
         return list(RankSampler(world * devices, 2, devices, rank, world))
 

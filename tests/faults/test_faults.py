@@ -60,7 +60,7 @@ def in_validation(training, command, fault):
     command.until(lambda: not command.is_running() or training.folder.names() != names, 120)
 
 
-def test_a_killed_training_loses_nothing(training, unbroken):
+def test_a_killed_training_ends_bit_identical(training, unbroken):
     broken = training("broken", **SMALL)
     found = train_through(broken, iter((KILL,)), after_a_state, random.Random(0))
     assert found[KILL.name] == found["starts that resumed"] == 1

@@ -103,7 +103,7 @@ def test_the_picture_of_a_recipe_with_depth_is_its_image(tmp_path, recipe, scene
     assert np.array_equal(shown[0].permute(1, 2, 0).numpy(), image)
 
 
-def test_every_registered_model_has_its_turn():
+def test_every_registered_model_is_overfitted():
     pairs = every_model()
     for registry, names in zip((ENCODERS, DECODERS), zip(*pairs)):
         assert set(map(registry.get, names)) == set(map(registry.get, registry.names()))
@@ -177,7 +177,7 @@ def test_the_table_holds_every_recipe(recipe, tmp_path, capsys, monkeypatch):
     assert found[1]["gflops"] > found[0]["gflops"] and found[0]["images_per_second"] > 0
 
 
-def test_an_image_below_the_reach_of_a_network_is_one_line():
+def test_an_image_too_small_for_the_network_is_one_line():
     message = r"^--size 2 1: small works with no such image \(.+\); give a larger one"
     with pytest.raises(ValueError, match=message) as caught, profile._reach("small", (2, 1)):
         nn.MaxPool2d(2)(torch.zeros(1, 3, 2, 1))
@@ -274,7 +274,7 @@ def commands(tmp_path, monkeypatch):
     return say
 
 
-def test_steps_follow_from_the_pace(recipe, tmp_path, commands):
+def test_minutes_determine_the_number_of_steps(recipe, tmp_path, commands):
     commands(SCORED)
     file, out = recipe(tmp_path / "timed.yaml"), tmp_path / "out"
     for _ in range(2):
@@ -332,7 +332,7 @@ def test_recipes_that_fail_are_told_and_the_others_run(recipe, tmp_path, command
     assert "| broken | failed: " in (out / "sweep.md").read_text()
 
 
-def test_an_edited_recipe_begins_anew(recipe, tmp_path, commands):
+def test_an_edited_recipe_is_trained_again(recipe, tmp_path, commands):
     file, out = recipe(tmp_path / "one.yaml"), tmp_path / "out"
 
     def trained():
@@ -350,7 +350,7 @@ def test_an_edited_recipe_begins_anew(recipe, tmp_path, commands):
     assert list(sweep.run([file], out)) == ["one"] and trained() == [False, True, False]
 
 
-def test_a_signal_is_handed_on_and_ends_the_queue(recipe, tmp_path, commands):
+def test_a_signal_is_passed_on_and_ends_the_queue(recipe, tmp_path, commands):
     files, out = [recipe(tmp_path / f"{x}.yaml") for x in "ab"], tmp_path / "out"
     commands("trap 'echo told; exit 0' TERM; echo ready; sleep 60 & wait")
 
@@ -409,7 +409,7 @@ def test_pictures_are_of_one_data_set(recipe, scenes, tmp_path, caplog, monkeypa
     assert "compare_pictures.png is not drawn: FileNotFoundError: " in caplog.text
 
 
-def test_class_ids_that_are_kept_are_those_that_were_scored(recipe, tmp_path):
+def test_saved_predictions_reproduce_the_scores(recipe, tmp_path):
     """Two windows of 64 x 64 and both flips: their confusion matrix is that of `eval.json`."""
     settings = {"VAL__window": (64, 64), "VAL__flip": True, "DATASET__imgSizes": [64]}
     cfg = load_config(recipe(tmp_path / "one.yaml", **settings))
