@@ -1,7 +1,6 @@
 """Resuming: bit by bit where nothing changed, and with a word about what did."""
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -10,37 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from processes import ROOT
-from small_runs import CPU, DROPOUT, assert_same_weights, state_of, trainer_of, weights
+from small_runs import (
+    CPU,
+    DROPOUT,
+    assert_same_weights,
+    signal_after,
+    state_of,
+    trainer_of,
+    weights,
+)
 
 from mit_semseg.cli import main
 from mit_semseg.config import dump_config
 from mit_semseg.engine.train import train
 from mit_semseg.engine.training.checkpoints import RunFolder
 from mit_semseg.engine.training.optim import parameter_groups
-from mit_semseg.engine.training.step import TrainStep
-from mit_semseg.engine.training.trainer import Trainer
 
 
 def figures_of(cfg):
     return [json.loads(x) for x in (Path(cfg.DIR) / "metrics.jsonl").read_text().splitlines()]
-
-
-def signal_after(steps, number, monkeypatch):
-    """Send this process a signal in the middle of a step."""
-    take_step, add = Trainer._step, TrainStep.add
-    running = []
-
-    def remember(self, *args):
-        running[:] = [self]
-        return take_step(self, *args)
-
-    def and_signal(self, batch):
-        if running[0].progress.step == steps and not running[0].parts.supervisor.asked:
-            os.kill(os.getpid(), number)
-        add(self, batch)
-
-    monkeypatch.setattr(Trainer, "_step", remember)
-    monkeypatch.setattr(TrainStep, "add", and_signal)
 
 
 # ------------------------------------------------------------------------------ bit by bit
