@@ -84,7 +84,7 @@ def test_a_difference_is_found(training, unbroken):
     lines = len(one.figures())
     assert other.differences(one) == [
         f"decoder_best.pth: {name}",
-        f"{lines - 1} lines of figures, not {lines}",
+        f"{lines - 1} lines of metrics, not {lines}",
     ]
 
 
