@@ -124,6 +124,29 @@ def test_precision_option_beats_the_configuration(words, section, calls, tmp_pat
     assert all(found[0][x].precision == found[1][x].precision for x in others)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["train", "--gpus", "cpu"], "TRAIN.precision"),
+        (["eval", "--gpus", "cpu"], "VAL.precision"),
+        (["predict", "--gpu", "cpu", "--imgs", "missing"], "TEST.precision"),
+    ],
+)
+def test_a_precision_for_gpus_is_refused_before_data_is_read(
+    words: list[str],
+    key: str,
+    precision: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ["--precision", precision, "DIR", str(tmp_path), "TEST.result", str(tmp_path)]
+    file = str(ROOT / "config" / "demo.yaml")
+    assert main([*words, "--cfg", file, *settings]) == 2
+    message = f"error: {key} {precision} needs a GPU; on the CPU use bf16 or fp32\n"
+    assert capsys.readouterr().err == message
+
+
 @pytest.mark.parametrize(
     ("restarts", "asked", "resume"),
     [(None, "", ""), ("0", "", ""), ("1", "", "auto"), ("2", "", "auto"), ("1", "x.pth", "x.pth")],

@@ -256,7 +256,7 @@ def test_recipes_for_contributors_train_and_predict(tree):
         *(*overrides, "TEST.checkpoint", "epoch_1.pth", "TEST.result", "out"),
         cwd=tree,
     )
-    assert "2 images parsed" in told
+    assert "2 images segmented" in told
 
 
 # ----------------------------------------------------------------------------------------- site

@@ -41,9 +41,9 @@ class ModelOptions(Section):
     in_channels: int = key(
         3,
         "channels of the images: 3, or 4 with `DATASET.depth`. Filters of the fourth channel are "
-        "initialised with the mean of the three colours'",
+        "initialised with the mean of the three colour filters",
         fits=lambda count: count in (3, 4),
-        advice="it is 3, or 4 with DATASET.depth",
+        advice="give 3, or 4 with DATASET.depth",
     )
     fc_dim: int = key(
         2048,

@@ -76,16 +76,6 @@ class LoadReport:
         return f"{self.what} from {self.file}: {', '.join(parts)}"
 
 
-def _say(line: str, problem: bool) -> None:
-    """Logs; prints where nobody has set logging up, since the user is to see it either way."""
-    if not logger.hasHandlers():
-        print(line)
-    elif problem:
-        logger.warning(line)
-    else:
-        logger.info(line)
-
-
 def _weighty(own: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that a file has to have: counters of batches may be missing."""
     counters = (*_BOOKKEEPING, "num_batches_tracked")
@@ -248,7 +238,7 @@ def load_into(
     if strict and not report.ok:
         raise ValueError(f"{report}")
     module.load_state_dict(fitting, strict=False)
-    _say(str(report), problem=not report.ok)
+    logger.log(logging.INFO if report.ok else logging.WARNING, "%s", report)
     return report
 
 

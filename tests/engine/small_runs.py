@@ -90,7 +90,7 @@ def signal_after(steps: int, number: signal.Signals, monkeypatch: pytest.MonkeyP
         return take_step(self, *args)
 
     def and_signal(self: TrainStep, batch: list[dict[str, Any]]) -> None:
-        if running[0].progress.step == steps and not running[0].parts.supervisor.asked:
+        if running[0].progress.step == steps and not running[0].parts.supervisor.stop_signal:
             os.kill(os.getpid(), number)
         add(self, batch)
 

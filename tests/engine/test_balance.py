@@ -106,9 +106,9 @@ def test_a_cache_that_cannot_be_used_is_no_error(cfg, tmp_path):
 
 
 def test_mistakes_are_named(cfg):
-    with pytest.raises(ValueError, match=r"'mean'; it takes none, sqrt, median, enet or a list"):
+    with pytest.raises(ValueError, match=r"'mean'; give none, sqrt, median, enet or a list"):
         weights(cfg, "mean")
-    with pytest.raises(ValueError, match=r"has 2 numbers; DATASET\.num_class is 4"):
+    with pytest.raises(ValueError, match=r"has 2 numbers, but DATASET\.num_class is 4"):
         weights(cfg, [1, 2])
     (Path(cfg.DATASET.root_dataset) / "ann" / "part0" / "2.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"2\.png"):

@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     make_writable(tmp_path / "a" / "b", "DIR")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "c").write_text("a file")
-    with pytest.raises(OSError, match=r"DIR .*c/d cannot be written to \(.*\): give another"):
+    with pytest.raises(OSError, match=r"DIR .*c/d cannot be written to \(.*\): use another folder"):
         RunLock(tmp_path / "c" / "d").acquire()
     with pytest.raises(OSError, match=r"--out /proc/self/results cannot be written to"):
         make_writable("/proc/self/results", "--out")
@@ -141,11 +141,11 @@ def test_a_missing_checkpoint_is_answered_with_those_there_are(tmp_path):
     assert str(error.value) == f"{wanted} does not exist; {tmp_path} has epoch_2.pth, best.pth"
     (tmp_path / "new" / "earlier_1").mkdir(parents=True)
     pairs(tmp_path / "new" / "earlier_1", "best.pth")
-    with pytest.raises(FileNotFoundError, match=r"an earlier run has left its own in .*earlier_1"):
+    with pytest.raises(FileNotFoundError, match=r"that of an earlier run is in .*earlier_1"):
         CheckpointFolder(tmp_path / "new").files("best.pth")
     with pytest.raises(FileNotFoundError, match=r"decoder_epoch_3\.pth does not exist"):
         folder.files("epoch_3.pth")
-    with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist.*no checkpoint fol"):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist.*not a checkpoint"):
         folder.config()
 
 
@@ -155,7 +155,7 @@ def test_a_folder_without_checkpoints_is_answered_with_what_it_holds(tmp_path, a
         with pytest.raises(FileNotFoundError) as error:
             folder.files("best.pth") if ask == "files" else folder.best_or_latest()
         assert "\n" not in str(error.value)
-        fix = "train first, or put encoder_best.pth and"
+        fix = "train first, or copy encoder_best.pth and"
         assert (fix in str(error.value)) == (ask == "files")
         return str(error.value)
 

@@ -52,8 +52,8 @@ def test_a_class_without_pixels_is_printed_as_not_available():
 
 def test_single_class_warnings():
     classes, matrix = ClassTable.of(["floor", "crack"]), ConfusionMatrix(2)
-    labelled = "every labelled pixel is floor, and every one is predicted as floor: check DATA"
-    predicted = "every pixel of all images is predicted as flo"
+    labelled = "all labelled pixels are floor, and all are predicted as floor: check DATASET"
+    predicted = "all pixels of all images are predicted as flo"
     for pixels, start in (
         (([0], [-1]), ""),  # nothing was labelled
         (([0, 0, 0], [0, 0, -1]), labelled),

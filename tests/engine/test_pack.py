@@ -32,7 +32,7 @@ def test_packed_checkpoint_predicts_the_same(tmp_path, make_model, make_images):
 
 def test_packing_refuses_bad_sources_and_targets(tmp_path, make_model):
     make_model(tmp_path / "model", NAMES)
-    with pytest.raises(ValueError, match="is the source itself"):
+    with pytest.raises(ValueError, match="is the source folder"):
         pack(tmp_path / "model", tmp_path / "model")
     with pytest.raises(FileNotFoundError, match=r"has best\.pth"):
         pack(tmp_path / "model", tmp_path / "out", "epoch_9.pth")

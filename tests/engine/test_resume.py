@@ -144,7 +144,7 @@ def test_without_a_state_weights_start_momentum_and_average(settings, caplog):
     (Path(cfg.DIR) / "state_step_2.pth").unlink()
     trainer = trainer_of(settings(TRAIN__start_epoch=1, TRAIN__ema=0.9))
     trainer.resume()
-    assert "momentum starts afresh" in caplog.text and trainer.progress.step == 2
+    assert "the optimizer state is reset" in caplog.text and trainer.progress.step == 2
     step = trainer.parts.step
     for averaged, own in zip(step.evaluated.parameters(), step.module.parameters()):
         assert averaged is not own and torch.equal(averaged, own)

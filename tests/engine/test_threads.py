@@ -91,7 +91,7 @@ def test_slow_steps_lead_to_fewer_threads_with_one_warning(caplog):
     assert 1 in machine.run(50)
     machine.run(3000)
     (message,) = caplog.messages
-    assert "computing with 1 instead of 2" in message and "--threads N" in message
+    assert "using 1 instead of 2" in message and "--threads N" in message
     # Where nothing tells of waiting, a step with all threads may look better than it is.
     assert machine.used[100:].count(2) < 0.25 * 3000
 

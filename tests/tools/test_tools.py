@@ -64,11 +64,11 @@ def test_overfitting_one_image_is_judged(tmp_path, recipe, monkeypatch, capsys):
     (found,) = json.loads((out / "overfit.json").read_text())
     assert found["name"] == "small" and found["accuracy"] >= 0.98 and found["steps"] <= 400
     said = capsys.readouterr().out
-    assert said.startswith("small: ") and f"Table and picture in {out}" in said
+    assert said.startswith("small: ") and f"Results in {out}" in said
     assert "below" not in said and "| small | " in (out / "overfit.md").read_text()
     assert (out / "overfit.png").stat().st_size > 1000
     assert main([*words, "--steps", "1"]) == 1
-    assert "of rate 0.001, below 98 %" in capsys.readouterr().out
+    assert "%, below 98 %, after 1 step with learning rate 0.001, loss " in capsys.readouterr().out
     found = overfit.overfit(load_config(file), CPU, steps=1, side=64, progress=False)
     truth, prediction = found.sample.truth, found.sample.prediction
     assert found.accuracy < 0.98 and found.steps == 1
@@ -162,7 +162,7 @@ def test_the_table_holds_every_recipe(recipe, tmp_path, capsys, monkeypatch):
 
 
 def test_an_image_too_small_for_the_network_is_one_line():
-    message = r"^--size 2 1: small works with no such image \(.+\); give a larger one"
+    message = r"^--size 2 1 does not work with small \(.+\); give a larger one"
     with pytest.raises(ValueError, match=message) as caught, profile._reach("small", (2, 1)):
         nn.MaxPool2d(2)(torch.zeros(1, 3, 2, 1))
     assert "\n" not in str(caught.value)
@@ -182,13 +182,11 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
     words = ["--gpus", "cpu", "--size", "64", "64"]
     error = torch.OutOfMemoryError("no memory\nfor this")
     assert main(["profile", *files, *words]) == 1
-    assert "error: ppm is left out: no memory for this\n" in capsys.readouterr().err
+    assert "error: ppm is skipped: no memory for this\n" in capsys.readouterr().err
     error = ValueError("too small")
     assert main(["profile", *files, *words]) == 1
     said = capsys.readouterr()
-    assert (
-        "error: ppm is left out: --size 64 64: ppm works with no such image (too small)" in said.err
-    )
+    assert "error: ppm is skipped: --size 64 64 does not work with ppm (too small)" in said.err
     assert "| c1 " in said.out and "| ppm " not in said.out
     assert main(["profile", files[0], *words]) == 2  # alone
 
@@ -310,7 +308,7 @@ def test_recipes_that_fail_are_told_and_the_others_run(recipe, tmp_path, command
     written = json.loads((out / "sweep.json").read_text())
     failed = written["failed"]
     assert list(failed) == ["broken", "odd", "silent"]
-    assert "odd/evaluation/eval.json holds no evaluation: KeyError: 'mean_iou'" in failed["odd"]
+    assert "odd/evaluation/eval.json is not an evaluation: KeyError: 'mean_iou'" in failed["odd"]
     assert failed["silent"].startswith("eval ended with 1: KeyError: 1 (")
     assert [x["name"] for x in written["evaluations"]] == ["partly", "good"]
     assert "| broken | failed: " in (out / "sweep.md").read_text()
@@ -383,7 +381,7 @@ def test_pictures_are_of_one_data_set(recipe, scenes, tmp_path, caplog, monkeypa
     assert [x.name for x in found] == ["best", "plain", "other", "absent"]
     table = (tmp_path / "out/compare.md").read_text().splitlines()
     assert table[2] == "| best | mobilenetv2dilated + c1 | 50.00 % | 50.00 % |  |  | 0.50 |"
-    shown = ["image", "truth", "best, mean IoU 50.00 %", "plain, mean IoU 40.00 %"]
+    shown = ["image", "ground truth", "best, mean IoU 50.00 %", "plain, mean IoU 40.00 %"]
     assert rows == [x for row in shown for x in (row, "")]
     (scenes / "validation.odgt").rename(scenes / "moved.odgt")
     try:
