@@ -44,7 +44,7 @@ def test_stalled_servers_are_given_up_in_time(server, dest):
     server.answers = [lambda start, send: time.sleep(10)]
     assert "timed out" in refused(dest, server.url, timeout=0.3)
     server.answers = [trickles]
-    assert re.search(r"only \d+ bytes came in 0\.3 s", refused(dest, server.url, timeout=0.3))
+    assert re.search(r"only \d+ bytes in 0\.3 s", refused(dest, server.url, timeout=0.3))
     shutil.rmtree(dest.parent)
     server.answers, server.starts = [stalls], []
     fetch(server.url, dest, sha256=SHA, progress=False, timeout=0.3)
