@@ -45,7 +45,7 @@ DROPOUT = {"MODEL__arch_encoder": "small_dropout"}
 
 
 def register() -> None:
-    """For this process, which is none that looks at every encoder there is."""
+    """Register the encoders until this process ends: one without tests of every encoder."""
     ENCODERS._entries.update(SMALL)
 
 

@@ -160,7 +160,7 @@ def test_bad_samples_stop_a_training_or_are_replaced(settings, caplog, workers):
 
 
 def hurt(monkeypatch, how):
-    """Let the loading of the third sample do something; returns what it is while reading."""
+    """Call `how` in the loading process while it reads for the third sample."""
     item = TrainDataset.__getitem__
 
     def getitem(self, index):
