@@ -269,8 +269,9 @@ def test_a_training_without_memory_ends_in_one_line(
     def forward(self, *args, **options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
-    options = {"MODEL__arch_encoder": "resnet18dilated", "MODEL__fc_dim": 512}
-    cfg = settings(**options, TRAIN__batch_size_per_gpu=8, DATASET__imgSizes=[600])
+    network = {"MODEL__arch_encoder": "resnet18dilated", "MODEL__fc_dim": 512}
+    size = {"TRAIN__batch_size_per_gpu": 8, "DATASET__imgSizes": [600]}
+    cfg = settings(**network, **size, TRAIN__precision="fp32")
     if device == "cpu":  # what the allocator says, in the place of a step
         cfg.DATASET.imgSizes = [48]
         monkeypatch.setattr(SegmentationModule, "forward", forward)
