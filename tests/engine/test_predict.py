@@ -308,7 +308,7 @@ def test_reading_ahead_of_writing_is_bounded(cfg, tmp_path, monkeypatch, several
         return load_image(path)
 
     def writing(*args):
-        time.sleep(0.05)
+        time.sleep(0.1)
         counts["written"] += 1
 
     monkeypatch.setattr(engine, "load_image", reading)
