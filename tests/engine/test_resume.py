@@ -239,7 +239,7 @@ def test_more_devices_resume_at_the_same_position_in_the_data(settings, caplog):
     assert trainer.progress.epoch_iters == 1
     trainer.resume()
     assert (trainer.progress.step, trainer.progress.position) == (1, 2)
-    assert "TRAIN.lr_encoder was 0.02, and is 0.01 now" in caplog.text
+    assert "TRAIN.lr_encoder was 0.02 and is now 0.01" in caplog.text
     assert "TRAIN.workers" not in caplog.text
 
 
