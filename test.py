@@ -1,4 +1,4 @@
-"""Predict for images: python test.py --imgs PATH --gpu 0 --cfg FILE"""
+"""Run a model on images: python test.py --imgs PATH --gpu 0 --cfg FILE."""
 
 import sys
 

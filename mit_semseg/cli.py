@@ -1,7 +1,6 @@
-"""The command line.
+"""The command line: arguments in, one library call, clear errors out.
 
-Each command imports its modules, and torch, when it runs, so that `--help` and argument errors are
-fast.
+Each command imports what it runs, and torch with it; `--help` and argument errors do without.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train in one process, in one process per GPU, or as a rank of torchrun."""
+    """Train, in one process, in one for each GPU, or as one rank of either launcher."""
     if args.resume.startswith(SECTIONS) and not os.path.exists(args.resume):
-        # `--resume TRAIN.num_epoch 30`: argparse takes the first override for a path.
+        # `--resume TRAIN.num_epoch 30`: the first override, taken for a path.
         args.opts.insert(0, args.resume)
         args.resume = "auto"
     options = _options(args)
@@ -52,12 +51,12 @@ def run_train(args: argparse.Namespace) -> int:
     use_device(devices[0])
     if rank == 0:
         make_writable(options.DIR, "DIR")
-    # Without ranks in the log if the command has started the processes itself.
+    # The log of a command is the same, whether it drives GPUs by threads or by processes.
     setup_logger(
         rank, named=world > 1 and not (processes.started_here() and rank == 0), folder=options.DIR
     )
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        args.resume = args.resume or "auto"  # torchrun restarted the job after a failure
+        args.resume = args.resume or "auto"  # torchrun began anew because a rank was lost
     atexit.register(ignore_stops)
     result = train(options, devices, rank=rank, world=world, resume=args.resume, job=job_name())
     leave_process_group()
@@ -70,7 +69,7 @@ def _print_end(folder: str, result: dict[str, Any]) -> None:
     if result["stopped"]:
         print(
             f"Stopped by {result['stopped']} after step {result['step']} of {result['steps']}; "
-            f"the state is saved. Resume with:\n  {_resume_command()}"
+            f"nothing is lost. Continue with:\n  {_resume_command()}"
         )
         return
     best = result["best_mean_iou"]
@@ -79,7 +78,7 @@ def _print_end(folder: str, result: dict[str, Any]) -> None:
 
 
 def _resume_command() -> str:
-    """The command line that resumes this training."""
+    """This command, as it is to be typed to go on."""
     words = list(sys.argv[1:])
     if "--resume" in words:
         at = words.index("--resume")
@@ -91,7 +90,7 @@ def _resume_command() -> str:
 
 
 def _called(command: str) -> str:
-    """The beginning of the command line with which a command was started."""
+    """How a command was begun, as it is to be typed."""
     script = os.path.basename(sys.argv[0])
     if not script.endswith(".py") or script == "__main__.py":
         return f"mit-semseg {command}"
@@ -104,7 +103,7 @@ def _called(command: str) -> str:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """Evaluate with worker processes or as a rank of torchrun; returns 1 if images failed."""
+    """Evaluate, one worker process a device or one rank of torchrun; 1 when some images failed."""
     options = _options(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
@@ -121,7 +120,7 @@ def run_eval(args: argparse.Namespace) -> int:
         make_writable(args.out or options.DIR, "--out" if args.out else "DIR")
     if args.single_process:
         devices, workers = devices[:1], 1
-    if len(devices) * workers == 1:  # otherwise worker processes compute
+    if len(devices) * workers == 1:  # otherwise the work is done by other processes
         use_device(devices[0])
     place = {"out_dir": args.out, "rank": rank, "world": world}
     result = evaluate(options, devices, workers=workers, keep=args.keep, **place)
@@ -130,7 +129,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def run_predict(args: argparse.Namespace) -> int:
-    """Predict with one process per device or as a rank of torchrun; returns 1 if images failed."""
+    """Predict, one process a device or one rank of torchrun; 1 when some images failed."""
     images, more = split_overrides(args.imgs)
     options = _options(args, more)
     from mit_semseg.engine.checkpoint import make_writable
@@ -148,8 +147,8 @@ def run_predict(args: argparse.Namespace) -> int:
     if rank == 0:
         make_writable(options.TEST.result, "TEST.result")
     if args.devices is None:
-        devices = devices[:1]  # as published
-    if len(devices) == 1:  # otherwise worker processes compute
+        devices = devices[:1]  # as published; mostly there are few images
+    if len(devices) == 1:  # otherwise the work is done by other processes
         use_device(devices[0])
     results = predict(options, images, devices, rank=rank, world=world)
     leave_process_group()
@@ -157,7 +156,7 @@ def run_predict(args: argparse.Namespace) -> int:
 
 
 def run_pack(args: argparse.Namespace) -> int:
-    """Copy a checkpoint in half precision, or in the form of its library."""
+    """Pack one checkpoint."""
     from mit_semseg.engine.checkpoint import pack, pack_for_library
 
     if args.library:
@@ -187,7 +186,7 @@ def run_config(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """Run benchmarks; returns 0 even if a target is missed."""
+    """Measure; 0 even where a target is missed, which the table says."""
     from mit_semseg.benchmarks.command import bench
 
     bench(args.device, args.out, quick=args.quick, only=args.only)
@@ -195,7 +194,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_overfit(args: argparse.Namespace) -> int:
-    """Overfit one image; returns 1 if the model does not."""
+    """Overfit one image; 1 when the model does not."""
     options = _options(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
@@ -214,7 +213,7 @@ def run_overfit(args: argparse.Namespace) -> int:
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    """Profile recipes; returns 1 if one of them failed."""
+    """What recipes cost; 1 when one of them could not be measured."""
     files, opts = split_overrides(args.recipes)
     read = {file: _read(file, opts) for file in files}
     from mit_semseg.engine.checkpoint import make_writable
@@ -233,7 +232,7 @@ def run_profile(args: argparse.Namespace) -> int:
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """Train and evaluate recipes; returns 1 if one of them failed."""
+    """Train and evaluate configurations; 1 when one failed."""
     files, opts = split_overrides(args.recipes)
     for file in files:
         _read(file, opts)
@@ -249,12 +248,12 @@ def run_compare(args: argparse.Namespace) -> int:
     from mit_semseg.tools.compare import compare, table
 
     make_writable(args.out, "--out")
-    print(f"{table(compare(args.evaluations, args.out))}\n\nResults in {args.out}")
+    print(f"{table(compare(args.evaluations, args.out))}\n\nTable and figures in {args.out}")
     return 0
 
 
 def run_data(args: argparse.Namespace) -> int:
-    """Download data, create or check lists; returns 1 if there are problems."""
+    """Make, check or download data; 1 when problems were found or met."""
     if args.action == "check" and args.cfg:
         args.options = _read(args.cfg)
     from mit_semseg.dataset.commands import run
@@ -263,7 +262,7 @@ def run_data(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Render the demo's data, or write its page of results."""
+    """Render the demo's data, or show what came of them."""
     if args.action == "page":
         args.options = _read(args.cfg)
     from mit_semseg.demo.command import run
@@ -289,7 +288,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split `a.jpg b.jpg TEST.result out` into files and configuration overrides."""
+    """Part `--imgs a.jpg b.jpg TEST.result out` into images and configuration overrides."""
     for i, word in enumerate(words):
         if word.startswith(SECTIONS) and not os.path.exists(word) and (len(words) - i) % 2 == 0:
             return list(words[:i]), list(words[i:])
@@ -297,39 +296,39 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 2 for a user's mistake, 130 for an interrupt."""
+    """Run one command; user errors print one line and return 2, an interrupt returns 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names may not be valid UTF-8
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be of any bytes
             stream.reconfigure(errors="backslashreplace")
     return guarded(lambda: _dispatch(arguments))
 
 
 def script(*command: str) -> int:
-    """Main function of a top-level script with the published name of `command`."""
+    """The body of a top-level script that keeps a published name for `command`."""
     return main([*command, *sys.argv[1:]])
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """Call `run` and print errors that a user can fix as one line, without a traceback."""
+    """Call `run`; what the user can mend is printed as one line instead of a traceback."""
     from mit_semseg.engine.processes import report, started_here
 
-    status, message, lost = 0, "", False
+    status, said, lost = 0, "", False
     try:
         status = run()
     except KeyboardInterrupt:
-        status, message = 130, "interrupted"
+        status, said = 130, "interrupted"
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        status, message, lost = 2, one_line(error), isinstance(error, ConnectionError)
+        status, said, lost = 2, one_line(error), isinstance(error, ConnectionError)
     if started_here():
-        report(status, message if status == 2 else "", lost)
-    elif message:
-        print(f"{_rank()}{'error: ' if status == 2 else ''}{message}", file=sys.stderr)
+        report(status, said if status == 2 else "", lost)
+    elif said:
+        print(f"{_who()}{'error: ' if status == 2 else ''}{said}", file=sys.stderr)
     return status
 
 
-def _rank() -> str:
-    """`rank N: ` under torchrun, for messages."""
+def _who() -> str:
+    """Which rank of torchrun says something; nothing outside it."""
     return f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
@@ -340,7 +339,7 @@ def _dispatch(arguments: list[str]) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(args, "recipes") and rest[0].startswith(SECTIONS)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides after an option, where argparse does not expect further recipes
+    if rest:  # argparse takes the words before the first option for recipes: overrides came later
         args.recipes += rest
     if args.threads is not None:
         from mit_semseg.engine.cpu import fix_threads
@@ -355,15 +354,15 @@ def _refuse_early_flags(arguments: list[str]) -> None:
         return
     command, *words = arguments
     if words[:1] == ["--single-process"] and words[:1] != sys.argv[1:2]:
-        words = words[1:]  # added by eval.py
+        words = words[1:]  # put there by eval.py
     if advice := replacement(command, words, _called(command)):
         raise ValueError(advice)
 
 
 def _options(args: argparse.Namespace, more: Sequence[str] = ()) -> Options:
-    """The options from the configuration file, `KEY value` pairs and `--precision`.
+    """The configuration file, with `KEY value` pairs and what options say after them.
 
-    Also checks the names of the devices.
+    Mistakes in the devices' names are looked for here, too.
     """
     opts = [*more, *args.opts]
     if args.precision:
@@ -377,7 +376,7 @@ def _options(args: argparse.Namespace, more: Sequence[str] = ()) -> Options:
 
 
 def _read(config: str, opts: Sequence[str] = ()) -> Options:
-    """Read and check a configuration, before torch is imported, which takes seconds."""
+    """Refuse a mistaken configuration now: this takes no time, what comes next imports torch."""
     from mit_semseg.config import load_options
 
     return load_options(config, opts)

@@ -60,7 +60,7 @@ SNIPPETS = {
 
 
 @pytest.mark.parametrize("page", SNIPPETS)
-def test_python_examples_run(page, tmp_path, monkeypatch):
+def test_python_runs(page, tmp_path, monkeypatch):
     """The blocks of a page one after the other, where checkpoints and photographs are."""
     for checkpoint in ("weights/camvid-mobilenetv2dilated-c1_deepsup", "ckpt/mine"):
         shutil.copytree(CAMVID, tmp_path / checkpoint)
@@ -142,7 +142,7 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("message", re.findall(r"^\| `(.+?)` \|", PAGE, re.MULTILINE))
-def test_messages_in_troubleshooting_exist(message, texts):
+def test_a_message_on_the_page_is_one_of_the_code(message, texts):
     """But for values; up to three strings of the code may be put together."""
     for _ in range(3):
         message = min((beyond(message, parts) for parts in texts), key=len)
@@ -162,14 +162,14 @@ OPTIM, BUILD = (f"mit_semseg/engine/training/{name}.py" for name in ("optim", "b
 # What the recipes say in words: file, text, and what stands there afterwards.
 EDITS = [
     ("mit_semseg/models/encoders/__init__.py", "    resnext,\n", "    resnext,\n    tiny,\n"),
-    ("mit_semseg/models/decoders/__init__.py", "    icnet,\n", "    icnet,\n    linear,\n"),
+    ("mit_semseg/models/decoders/__init__.py", "    pidnet,\n", "    pidnet,\n    pointwise,\n"),
     ("mit_semseg/dataset/__init__.py", "    ade20k,\n", "    ade20k,\n    balls,\n"),
     ("mit_semseg/dataset/__init__.py", '    "ade20k",\n', '    "ade20k",\n    "balls",\n'),
     ("mit_semseg/arguments.py", 'FORMATS = ("folder"', 'FORMATS = ("balls", "folder"'),
     (
         "tests/models/pairs.py",
         "PAIRS = (\n",
-        'PAIRS = (\n    Pair("resnet18dilated", "linear", 8),\n',
+        'PAIRS = (\n    Pair("resnet18dilated", "pointwise", 8),\n',
     ),
     ("mit_semseg/config/train.py", "    weight_decay:", "SETTING    weight_decay:"),
     (OPTIM, "beta1: float = 0.9,", "beta1: float = 0.9, beta2: float = 0.999,"),
@@ -213,20 +213,20 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def test_recipes_for_contributors_pass_their_tests(tree):
+def test_what_is_added_passes_its_tests(tree):
     tests = [path for _, path, _ in recipe_files() if path.startswith("tests/")]
     assert len(tests) == 3  # loss, data set, setting
     tests += [f"tests/models/test_{name}.py" for name in ("encoders", "decoders", "pairs")]
     tests += [f"tests/{name}.py" for name in ("losses/test_losses", "test_api_surface")]
     tests += ["tests/test_docs_settings.py"]
-    names = "tiny or linear or brier or balls or surface or beta or TRAIN"
+    names = "tiny or pointwise or brier or balls or surface or beta or TRAIN"
     options = ("-n0", "-p", "no:cacheprovider", "-k", names)
     told = run("-c", RENEW_AND_TEST, *options, *tests, cwd=tree)
     passed = re.search(r"(\d+) passed", told)
     assert passed and int(passed[1]) > 20, told[-3000:]
 
 
-def test_recipes_for_contributors_train_and_predict(tree):
+def test_what_is_added_trains_and_predicts(tree):
     rng = np.random.default_rng(0)
     kinds = {"photos": ("jpg", 256, (32, 48, 3)), "masks": ("png", 3, (32, 48))}
     for folder, (suffix, top, shape) in kinds.items():
@@ -256,11 +256,11 @@ def test_recipes_for_contributors_train_and_predict(tree):
         *(*overrides, "TEST.checkpoint", "epoch_1.pth", "TEST.result", "out"),
         cwd=tree,
     )
-    assert "2 images segmented" in told
+    assert "2 images parsed" in told
 
 
 # ----------------------------------------------------------------------------------------- site
-def test_the_package_diagram_matches_the_import_contract():
+def test_the_picture_of_the_packages_is_that_of_the_contract():
     rooms = runpy.run_path(str(ROOT / "docs" / "rooms.py"))
     assert rooms["PICTURE"].read_text("utf-8") == rooms["picture"](), "run python docs/rooms.py"
     assert not {name for row in rooms["layers"]() for name in row} - rooms["CONTENT"].keys()

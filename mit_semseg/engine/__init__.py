@@ -1,1 +1,1 @@
-"""Training, evaluation and prediction, as the commands use them."""
+"""What the commands do: train, evaluate, predict; each module one job."""

@@ -1,4 +1,4 @@
-"""Stages of a pipeline in threads, with ordered results and bounded memory."""
+"""Stages of a pipeline in threads: reading ahead, work handed on, bounded memory, order kept."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def in_threads(
     ahead: int = 2,
     initializer: Callable[[], None] | None = None,
 ) -> Generator[tuple[T, Future[R]], None, None]:
-    """Call a function with each task in threads; yields the tasks in order with their futures.
+    """Tasks in order with what `function` makes of them, computed in threads meanwhile.
 
     Args:
-        function: called with a task.
-        tasks: consumed as needed.
-        threads: number of threads.
-        ahead: tasks submitted beyond the one that is yielded.
+        function: called with each task in one of the threads.
+        tasks: taken one by one as there is room.
+        threads: calls that run side by side.
+        ahead: tasks taken beyond the one that is yielded.
         initializer: called once in each thread.
     """
     with ThreadPoolExecutor(threads, initializer=initializer) as executor:
@@ -42,12 +42,12 @@ def in_threads(
                 future.cancel()
 
 
-class OrderedCalls(Generic[R]):
-    """Calls in threads, with results in the order of the calls.
+class HandedOn(Generic[R]):
+    """Calls handed on to threads; results come back in the order of the calls.
 
     Args:
-        threads: number of threads.
-        most: calls whose result has not been returned yet, at most.
+        threads: calls that run side by side.
+        most: calls that may be unfinished, or finished with their result not yet taken.
         initializer: called once in each thread.
     """
 
@@ -58,40 +58,39 @@ class OrderedCalls(Generic[R]):
         self._held: deque[Future[R]] = deque()
         self.most = most
 
-    def __enter__(self) -> OrderedCalls[R]:
+    def __enter__(self) -> HandedOn[R]:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def add(self, function: Callable[..., R], *args: object) -> Iterator[R]:
-        """Call `function` in a thread; yields results of earlier calls.
+        """Call `function` in a thread; yields the results that are due.
 
-        Yields the oldest results that are available, and waits for results while there are `most`
-        calls or more.
+        Those are the oldest ones as far as they are there, and as many as it takes to hold fewer
+        than `most`, which are waited for.
 
         Raises:
-            Exception: raised by a call, in place of its result.
+            Exception: what a call raised, in place of its result.
         """
         self._held.append(self._executor.submit(function, *args))
         while self._held and (len(self._held) >= self.most or self._held[0].done()):
             yield self._held.popleft().result()
 
     def rest(self) -> Iterator[R]:
-        """Wait for the remaining results."""
+        """Wait for the results of all calls."""
         while self._held:
             yield self._held.popleft().result()
 
 
 class Budget:
-    """Limits memory in use; requests are granted in the order of their numbers.
+    """Bounds what is in memory at a time; it is granted in the order of the requests' numbers.
 
-    Any other order could deadlock: a later task could hold the memory that an earlier one needs,
-    while its result has to wait for that of the earlier one.
+    Without that order a later task could hold what an earlier one waits for, while its own result
+    waits for the earlier one's.
 
     Args:
-        total: largest amount in use, in any unit. A larger request is granted when nothing else is
-            in use.
+        total: amount that is granted at a time, in any unit. A larger request is granted alone.
     """
 
     def __init__(self, total: int) -> None:
@@ -101,15 +100,11 @@ class Budget:
         self._closed = False
         self._changed = threading.Condition()
 
-    def acquire(self, number: int, amount: int) -> int:
-        """Wait until `amount` is available.
-
-        Args:
-            number: of the request, counted from 0 without gaps.
-            amount: requested.
+    def take(self, number: int, amount: int) -> int:
+        """Wait until `amount` is free; requests are numbered from 0, without a gap.
 
         Returns:
-            The amount to release, at most `total`.
+            What has to be given back, at most `total`.
         """
         amount = min(amount, self.total)
         with self._changed:
@@ -121,14 +116,14 @@ class Budget:
             self._changed.notify_all()
         return amount
 
-    def release(self, amount: int) -> None:
-        """Release an amount returned by `acquire`."""
+    def give(self, amount: int) -> None:
+        """Give back what `take` returned."""
         with self._changed:
             self.used -= amount
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Grant all requests from now on, to end waiting threads."""
+        """Grant everything from now on: the work is being ended."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

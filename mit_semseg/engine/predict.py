@@ -1,10 +1,10 @@
-"""Prediction for a file, a folder, a glob or a list of images.
+"""Prediction: a file, a folder, a glob or a list of images in, pictures and label files out.
 
-For each device, threads read images, one thread computes, and other threads render and write the
-results. The memory of images between reading and writing is limited.
+On each device images are read by threads, computed by one thread, and drawn and written by threads
+again, so that the device waits for neither. What is between reading and writing is bounded.
 
-With `DATASET.depth` each image needs a depth image: `street_depth.png` beside `street.jpg`, or
-`depth/street.png` beside its folder (see `dataset.records.find_depth`).
+With `DATASET.depth` each image needs its depth: `street_depth.png` beside `street.jpg`, or
+`depth/street.png` beside its folder (see `dataset.records.find_depth`). Depth files are no images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mit_semseg.engine.inputs import (
     without_depths,
 )
 from mit_semseg.engine.peers import found_by_rank_0, results_of_ranks
-from mit_semseg.engine.pipeline import Budget, OrderedCalls, in_threads
+from mit_semseg.engine.pipeline import Budget, HandedOn, in_threads
 from mit_semseg.engine.pool import run_here, run_pool
 from mit_semseg.engine.predict_report import Report, Result, print_summary
 from mit_semseg.engine.predictor import Predictor, out_of_memory
@@ -53,20 +53,18 @@ from mit_semseg.engine.transfer import (
 )
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.errors import one_line
-from mit_semseg.precision import Precision
 from mit_semseg.visualize.results import areas, save_result
 
-# Most pixels of images between reading and writing. An image with more than _LARGE is processed
-# alone.
+# Pixels of images between reading and writing; a larger image than _LARGE is alone there.
 _IN_MEMORY, _LARGE = 1 << 26, 1 << 24
 
-# Number of a batch and its images.
+# Number of a batch, and its images.
 Batch = tuple[int, Sequence["Task"]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """An image and its output files by kind."""
+    """One image and where its results go, by their kinds."""
 
     path: Path
     outputs: dict[str, Path]
@@ -74,14 +72,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """Picklable arguments of the process of one device."""
+    """What the process of one device needs; small, since it is sent there."""
 
     options: Options
     checkpoint: str
     device: torch.device
     classes: ClassTable
-    name: str = ""  # of the process, for messages
-    processes: int = 1  # of this rank, which share its cores
+    name: str = ""  # of the process, in messages
+    processes: int = 1  # among which the cores of this rank are divided
 
 
 def predict(
@@ -95,38 +93,36 @@ def predict(
     rank: int = 0,
     world: int = 1,
 ) -> list[Result]:
-    """Segment images, print the class areas and write the outputs of `TEST.save`.
+    """Parse images, print the class areas and write what `TEST.save` asks for.
 
-    A file that cannot be read or written is reported and skipped. Neighbouring images of the same
-    size share a forward pass, up to `TEST.batch_size`.
-
-    If reading a file takes longer than `TEST.timeout`, the process is ended with exit status 3 and
-    a message that names the file.
+    A file that cannot be read or written is reported and does not stop the others.
 
     Args:
-        cfg: the configuration.
-        imgs: a file, a folder, a glob, or a list of these.
-        device: where to compute; with several devices each has a process and a share of the images.
+        cfg: the configuration; images of equal size among `TEST.batch_size` neighbours share a
+            forward pass.
+        imgs: a file, a folder, a glob, or a list of them.
+        device: where to compute; several share the images, one process each.
         checkpoint: instead of `TEST.checkpoint`.
         result: folder of the results, instead of `TEST.result`.
-        progress: show a progress bar.
-        rank: in torchrun's process group (`join_process_group`). Rank 0 finds the images and prints
-            the summary; each rank computes a share of the images.
-        world: number of ranks.
+        progress: show a bar.
+        rank, world: place in torchrun's process group (`join_process_group`). Rank 0 looks for the
+            images, each rank parses its share of them, rank 0 prints the summary.
 
     Returns:
         One dict per image, in order, on every rank: `image` (its path), `outputs` (kind -> path),
-        `areas` (class name -> share), `size` (width, height), `seconds`, `scales` (one tuple
-        (width, height, seconds) per scale; seconds is None on a GPU); or `image` and `error`.
+        `areas` (class name -> share), `size` (width, height), `seconds`, `scales` ((width, height,
+        seconds) each; on a GPU without the seconds of each, None); or `image` and `error`.
 
     Raises:
         FileNotFoundError: no images, or no checkpoint.
-        ValueError: a wrong configuration.
+        ValueError: a setting that cannot work.
         ChildProcessError: the process of one of several devices died.
         ConnectionError: another rank was lost.
+
+    When a file is not read within TEST.timeout the process is ended, with exit status 3 and a
+    line that names the file.
     """
-    options, devices = Options.read(cfg), _devices(device)
-    Precision.of(options.TEST.precision, devices[0], "TEST.precision")
+    options = Options.read(cfg)
     checkpoint = checkpoint or options.TEST.checkpoint
     out = Path(options.TEST.result if result is None else result)
     tasks = found_by_rank_0(partial(_tasks, options, imgs, out), rank, world)
@@ -135,11 +131,11 @@ def predict(
     share = batches[rank::world]
     report = Report(share, progress and rank == 0)
     with report:
-        _run(_jobs(options, checkpoint, devices[: len(share)], rank, world), share, report)
+        _run(_jobs(options, checkpoint, device, len(share), rank, world), share, report)
     parts = [report.results]
     if world > 1:
         parts = [{} for _ in range(world)]
-        with results_of_ranks(rank, "segmented its images", "TEST.timeout", options.TEST.timeout):
+        with results_of_ranks(rank, "parsed its images", "TEST.timeout", options.TEST.timeout):
             dist.all_gather_object(parts, report.results)
     whole = {number: results for part in parts for number, results in part.items()}
     ordered = [one for number in sorted(whole) for one in whole[number]]
@@ -149,7 +145,7 @@ def predict(
 
 
 def _tasks(options: Options, imgs: PathLike | Iterable[PathLike], out: Path) -> list[Task]:
-    """The images with their output files."""
+    """The images, each with the names of its results."""
     files, base = find_images(imgs, skip=out)
     if options.DATASET.depth:
         files = without_depths(files)
@@ -161,23 +157,25 @@ def _tasks(options: Options, imgs: PathLike | Iterable[PathLike], out: Path) -> 
     ]
 
 
-def _devices(device: torch.device | Sequence[torch.device]) -> list[torch.device]:
+def _jobs(
+    options: Options,
+    checkpoint: str,
+    device: torch.device | Sequence[torch.device],
+    batches: int,
+    rank: int,
+    world: int,
+) -> list[Job]:
+    """One for each device, as long as there are batches for them."""
+    devices = [device] if isinstance(device, torch.device) else list(device)
     if isinstance(device, str):
         raise ValueError(f"device is {device!r}; give torch.device({device!r}), or a list of them")
-    devices = [device] if isinstance(device, torch.device) else list(device)
     if not devices:
         raise ValueError("device is empty; give at least torch.device('cpu')")
-    return devices
-
-
-def _jobs(
-    options: Options, checkpoint: str, devices: Sequence[torch.device], rank: int, world: int
-) -> list[Job]:
-    """One job per device."""
+    devices = devices[:batches]
     names = [f"rank {rank}"] * len(devices) if world > 1 else [str(place) for place in devices]
     if len(devices) == world == 1:
         names = [""]
-    # A missing checkpoint is one line here, and not an error in each process.
+    # Found missing here, it is one clear line instead of one for each process.
     find_checkpoint(options, checkpoint)
     classes = model_classes(options, checkpoint)
     return [
@@ -202,28 +200,28 @@ def _run(jobs: Sequence[Job], batches: Sequence[Batch], report: Report) -> None:
 
 # ------------------------------------------------------------------------------ one device
 def _work(job: Job, batches: Iterator[Batch]) -> Generator[tuple[int, list[Result]], None, None]:
-    """Run the job of one device."""
+    """Everything of one device, in a process of its own where there are several."""
     use_device(job.device)
-    advice = "check these files, or raise TEST.timeout"
+    advice = "look at these files, or raise TEST.timeout"
     with reading_watchdog(job.options.TEST.timeout, job.name, advice):
         yield from _Pipeline(job).run(batches)
 
 
 @dataclass
 class _Read:
-    """The images of a batch, or the errors of those that cannot be read."""
+    """The images of one batch, or why they cannot be used."""
 
     number: int
     tasks: Sequence[Task]
     images: list[np.ndarray | None] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     groups: list[_Group] = field(default_factory=list)
-    memory: int = 0  # acquired from the budget
+    memory: int = 0  # to be given back to the budget
 
 
 @dataclass
 class _Group:
-    """Images of a batch with inputs of equal shapes, which share a forward pass."""
+    """Images of a batch that are computed together: the scales of equal shape."""
 
     positions: list[int]
     size: tuple[int, int]
@@ -232,7 +230,7 @@ class _Group:
 
 @dataclass
 class _Computed:
-    """Class maps of a group, being copied to the host."""
+    """Class maps of a group, on their way from the device."""
 
     positions: list[int]
     labels: HostCopy  # (N, H, W)
@@ -241,7 +239,7 @@ class _Computed:
 
 
 class _Pipeline:
-    """Reading, computing and writing for one device."""
+    """Reading, computing and writing on one device."""
 
     def __init__(self, job: Job) -> None:
         options, test = job.options, job.options.TEST
@@ -254,8 +252,8 @@ class _Pipeline:
         self.tuner = ThreadTuner(enabled=job.device.type == "cpu" and not test.compile)
 
     def run(self, batches: Iterable[Batch]) -> Generator[tuple[int, list[Result]], None, None]:
-        """Yields the number of each batch with its results; computes in the calling thread."""
-        # OpenCV's own threads would compete with the writers for the cores.
+        """Numbers of the batches with their results, in order; computes in the calling thread."""
+        # OpenCV's own threads on top of the writers would fight for the cores.
         cv2.setNumThreads(0)
         threads, enter = self.threads, partial(use_device, self.device)
         reading = in_threads(
@@ -263,7 +261,7 @@ class _Pipeline:
         )
         with (
             on_device(self.device),
-            OrderedCalls[tuple[int, list[Result]]](
+            HandedOn[tuple[int, list[Result]]](
                 threads.writers, threads.unwritten, enter
             ) as writing,
             contextlib.closing(reading),
@@ -275,13 +273,13 @@ class _Pipeline:
                     yield from writing.add(self._write, read, computed)
                 yield from writing.rest()
             finally:
-                self.budget.close()  # ends readers that wait for memory
+                self.budget.close()  # readers that wait for memory end
 
     def _read(self, numbered: tuple[int, Batch]) -> _Read:
-        """Read a batch; called in a reader thread."""
+        """Read a batch; in a reader."""
         turn, (number, tasks) = numbered
         read = _Read(number, tasks, [None] * len(tasks), [""] * len(tasks))
-        read.memory = self.budget.acquire(turn, self._memory(read))
+        read.memory = self.budget.take(turn, self._memory(read))
         inputs: list[list[Tensor]] = [[]] * len(tasks)
         for i, task in enumerate(tasks):
             if read.errors[i]:
@@ -305,7 +303,7 @@ class _Pipeline:
         return read
 
     def _memory(self, read: _Read) -> int:
-        """Pixels of a batch, from the headers of its files; the whole budget for a large image."""
+        """Pixels of a batch, by the headers of its files; a large image is alone."""
         sizes = [0]
         for i, task in enumerate(read.tasks):
             try:
@@ -315,7 +313,7 @@ class _Pipeline:
         return self.budget.total if max(sizes) > _LARGE else sum(sizes)
 
     def _compute(self, read: _Read) -> list[_Computed]:
-        """Launch the computation of a batch."""
+        """Start what the device has to do for a batch."""
         computed = []
         for group in read.groups:
             try:
@@ -326,7 +324,7 @@ class _Pipeline:
                     raise
                 for i in group.positions:
                     read.errors[i] = _no_memory(error)
-        read.groups.clear()  # frees the inputs
+        read.groups.clear()  # the scales are needed no more
         return computed
 
     def _computed(self, group: _Group, read: _Read) -> _Computed:
@@ -336,7 +334,7 @@ class _Pipeline:
         copy = HostCopy(labels)
         watch.stop()
         if "prob" in self.save:
-            # Not in a writer thread: the logits are too large to be kept.
+            # Here, where the logits are: they are too large to wait for a writer.
             for n, i in enumerate(group.positions):
                 try:
                     path = read.tasks[i].outputs["prob"]
@@ -352,7 +350,7 @@ class _Pipeline:
         return _Computed(group.positions, copy, watch, scales)
 
     def _logits(self, scales: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[float | None]]:
-        """Logits and seconds per scale; on a GPU, where timing would wait, without seconds."""
+        """Of all scales, and the seconds of each where that can be told without waiting."""
         if self.device.type == "cuda":
             return self.predictor.logits(scales), [None] * len(scales)
         logits: list[Tensor] = []
@@ -364,7 +362,7 @@ class _Pipeline:
         return logits, [watch.seconds() for watch in watches]
 
     def _write(self, read: _Read, computed: list[_Computed]) -> tuple[int, list[Result]]:
-        """Render and write the results of a batch; called in a writer thread."""
+        """Draw and write the results of a batch; in a writer."""
         try:
             results: list[Result] = [
                 {"image": str(task.path), "error": error}
@@ -378,10 +376,10 @@ class _Pipeline:
                         results[i] = self._written(read.tasks[i], image, labels[n], group)
             return read.number, results
         finally:
-            # There may be other references to the batch: free its memory before releasing it.
+            # Others may still hold the batch, and the budget counts what it holds.
             read.images.clear()
             computed.clear()
-            self.budget.release(read.memory)
+            self.budget.give(read.memory)
 
     def _written(
         self, task: Task, image: np.ndarray, labels: np.ndarray, group: _Computed
@@ -407,14 +405,13 @@ class _Pipeline:
 
 
 def save_probabilities(path: PathLike, logits: Sequence[Tensor], size: tuple[int, int]) -> None:
-    """Write class probabilities as a (K, H, W) float16 `.npy` file.
+    """Write class probabilities as a (K, H, W) float16 `.npy`, band by band.
 
-    Computed in bands of rows, so that the whole array is never in memory;
-    `numpy.load(path, mmap_mode="r")` reads it in the same way.
+    All classes at full size are never in memory; `numpy.load(path, mmap_mode="r")` reads them so.
 
     Args:
         path: the file.
-        logits: one (1, K, h, w) tensor per scale.
+        logits: one (1, K, h, w) per scale.
         size: (H, W) of the image.
     """
     shape = (logits[0].shape[1], *size)

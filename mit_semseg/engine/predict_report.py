@@ -1,4 +1,4 @@
-"""Output of a prediction: progress bar, class areas of each image, and summary."""
+"""What a prediction prints: a bar, the class areas of every image, and a summary."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mit_semseg.errors import counted
-
 Result = dict[str, Any]
 
 
 class Report:
-    """A progress bar, and class areas and times in the order of the images.
+    """A bar, and the images' areas and times in the order of the images.
 
     Attributes:
-        results: number of a batch -> its results.
+        results: number of a batch -> its results, as they come.
     """
 
     def __init__(self, batches: Sequence[tuple[int, Sequence[object]]], shown: bool) -> None:
@@ -38,7 +36,7 @@ class Report:
         self._bar.close()
 
     def add(self, done: tuple[int, list[Result]]) -> None:
-        """Add the results of a batch; the order of batches is arbitrary."""
+        """A batch is done; batches of several devices come in any order."""
         number, self.results[number] = done
         self._bar.update(len(self.results[number]))
         while self._due and self._due[0] in self.results:
@@ -66,9 +64,11 @@ def print_summary(results: Sequence[Mapping[str, Any]], out: Path) -> None:
     done = len(results) - len(failed)
     if done:
         seconds = sum(one.get("seconds", 0.0) for one in results) / done
-        print(f"{counted(done, 'image')} segmented, {seconds:.3f} s each; results in {out}")
+        print(
+            f"{done} image{'s' if done > 1 else ''} parsed, {seconds:.3f} s each; results in {out}"
+        )
     if failed:
-        print(f"{len(failed)} of {counted(len(results), 'image')} failed:")
+        print(f"{len(failed)} of {len(results)} images failed:")
         for one in failed:
-            # Most messages begin with the file.
+            # Most messages name the file themselves.
             print(f"  {one['image']}: {one['error'].removeprefix(one['image'] + ': ')}")

@@ -59,4 +59,13 @@ PAPER_MODELS: tuple[PaperModel, ...] = (
     PaperModel("PIDNet-S", "pidnet_s", "pidnet_s"),
     PaperModel("PIDNet-M", "pidnet_m", "pidnet_m"),
     PaperModel("PIDNet-L", "pidnet_l", "pidnet_l"),
+    PaperModel("BiSeNetV2", "bisenetv2", "bisenetv2"),
+    PaperModel("STDC1-Seg", "stdc1", "stdc"),
+    PaperModel("STDC2-Seg", "stdc2", "stdc"),
+    PaperModel("PP-LiteSeg-T", "stdc1", "ppliteseg_t"),
+    PaperModel("PP-LiteSeg-B", "stdc2", "ppliteseg_b"),
+    PaperModel("SegNeXt-T", "mscan_t", "hamburger"),
+    PaperModel("SegNeXt-S", "mscan_s", "hamburger"),
+    PaperModel("SegNeXt-B", "mscan_b", "hamburger_b"),
+    PaperModel("SegNeXt-L", "mscan_l", "hamburger_l"),
 )

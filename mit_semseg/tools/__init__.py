@@ -1,1 +1,1 @@
-"""Commands for recipes: overfit, profile, sweep and compare."""
+"""Commands about recipes: can it learn (overfit), what does it cost (profile), many (sweep)."""

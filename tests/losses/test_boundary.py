@@ -41,9 +41,42 @@ def test_boundary_nll_is_that_of_the_sure_pixels():
     torch.testing.assert_close(boundary.boundary_nll(scores, label, 0.6), wanted)
 
 
-@pytest.mark.parametrize("loss", [boundary.boundary_bce, boundary.boundary_nll])
+def test_details_are_edges_at_one_of_three_scales():
+    torch.manual_seed(0)
+    label = torch.randint(-1, 3, (2, 4, 5)).repeat_interleave(5, 1).repeat_interleave(5, 2)
+    _, H, W = label.shape
+
+    def edge(b, y, x):
+        near = label[b, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+        own = label[b, y, x]
+        return bool(own >= 0 and (own - near[near >= 0]).sum() > 0)
+
+    wanted = torch.zeros_like(label, dtype=torch.bool)
+    for b in range(2):
+        for y in range(H):
+            for x in range(W):
+                total = 0.0  # of maps of every step-th pixel, resized to the nearest
+                for weight, step in ((0.6, 1), (0.3, 2), (0.1, 4)):
+                    h, w = -(-H // step), -(-W // step)
+                    total += weight * edge(b, y * h // H * step, x * w // W * step)
+                wanted[b, y, x] = total > 0.15 and label[b, y, x] >= 0
+    assert torch.equal(boundary.details(label), wanted)
+    assert 0 < wanted.sum() < (label >= 0).sum()
+
+
+def test_detail_by_hand():
+    # Pixels of class 1 have a positive Laplacian, where 0 is beside them; the last is ignored.
+    label = torch.tensor([[[0, 0, 1, 1, 1, -1]]])
+    assert boundary.details(label).int().tolist() == [[[0, 0, 1, 1, 0, 0]]]
+    p = torch.tensor([0.2, 0.2, 0.8, 0.8, 0.2, 0.5], dtype=torch.float64)
+    loss = boundary.detail(torch.logit(p).view(1, 1, 1, 6), label)
+    dice = 1 - (2 * 1.6 + 1) / (2.2 + 2 + 1)
+    assert loss.item() == pytest.approx(-torch.tensor(0.8).log().item() + dice)
+
+
+@pytest.mark.parametrize("loss", [boundary.boundary_bce, boundary.boundary_nll, boundary.detail])
 def test_nothing_to_learn_is_zero_with_a_gradient(loss):
-    scores = torch.randn(1, 1 if loss is boundary.boundary_bce else 4, 3, 4, requires_grad=True)
+    scores = torch.randn(1, 4 if loss is boundary.boundary_nll else 1, 3, 4, requires_grad=True)
     value = loss(scores, torch.full((1, 6, 8), -1))
     value.backward()
     assert value.item() == 0 and not scores.grad.any()

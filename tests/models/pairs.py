@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from mit_semseg.losses import build_loss
 from mit_semseg.models import ENCODERS, ModelBuilder, SegmentationModule
@@ -40,7 +41,8 @@ class Pair:
         return f"{self.encoder}-{self.decoder}"
 
     def build(self, classes=CLASSES, **options):
-        """With random weights, attention whose share is not 0, and options of the encoder."""
+        """With random weights, attention whose share is not 0, no block dropped, and options of the
+        encoder."""
         torch.manual_seed(0)
         encoder = ModelBuilder.build_encoder(self.encoder, weights="none", **options)
         decoder = ModelBuilder.build_decoder(
@@ -49,6 +51,9 @@ class Pair:
         scale = 0.4 if any(head.weight is None for head in decoder.auxiliary) else None
         module = SegmentationModule(encoder, decoder, build_loss("nll", classes), scale)
         set_gammas(module)
+        for layer in module.modules():
+            if isinstance(layer, StochasticDepth):
+                layer.p = 0.0
         return module
 
     @torch.no_grad()
@@ -90,13 +95,17 @@ PAIRS = (
     Pair("bisenet_resnet18", "bisenet", 8),
     Pair("ddrnet_23_slim", "ddrnet_23_slim", 8),
     Pair("pidnet_s", "pidnet_s", 8),
+    Pair("bisenetv2", "bisenetv2", 8),
+    Pair("stdc1", "stdc", 8),
+    Pair("stdc1", "ppliteseg_t", 8, slow=True),
+    Pair("mscan_t", "hamburger", 8),
+    Pair("resnet18", "segformer", 4, slow=True),
+    Pair("resnet18", "linear", 4, slow=True),
     Pair("resnet18dilated", "danet", 8),
     Pair("resnet18dilated", "ocnet_base", 8),
     Pair("resnet18dilated", "ocnet_pyramid", 8, slow=True),
     Pair("resnet18dilated", "ocnet_asp", 8, slow=True),
     Pair("resnet18", "dunet"),
-    Pair("timm:mobilenetv3_small_050", "deeplabv3plus", 4),
-    Pair("timm:pvt_v2_b0", "upernet_lite", 4),
 )
 
 

@@ -14,6 +14,7 @@ from mit_semseg.models.decoders.bisenet import AttentionRefinement, FeatureFusio
 from mit_semseg.models.decoders.danet import ChannelAttention, PositionAttention
 from mit_semseg.models.decoders.deeplabv3 import ASPP
 from mit_semseg.models.decoders.encnet import Encoding
+from mit_semseg.models.decoders.hamburger import NonnegativeFactorisation
 from mit_semseg.models.decoders.ocnet import BaseContext, ObjectContext
 from mit_semseg.models.layers import PooledBatchNorm2d
 from mit_semseg.models.pyramid import Tile
@@ -306,3 +307,65 @@ def test_a_tile_of_icnet_knows_the_pools_of_the_whole_image():
     assert tile.shape[-1] == 128
     torch.testing.assert_close(tile[far], whole[far], rtol=0, atol=rounding(whole, 50))
     assert (blind[far] - whole[far]).abs().max() > 0.01
+
+
+# ------------------------------------------------------------ Hamburger, SegFormer, linear
+@torch.no_grad()
+def test_factorisation_is_the_multiplicative_update():
+    """Pixel by pixel and entry by entry, and what it gives is nearer and nearer the map."""
+    torch.manual_seed(0)
+    layer = NonnegativeFactorisation(6, rank=3).double().eval()
+    x = torch.rand(1, 6, 4, 5, dtype=torch.float64)
+    pixels, bases = x[0].flatten(1).numpy(), layer.bases.numpy().copy()
+    shares = torch.from_numpy(pixels.T @ bases).softmax(1).numpy()
+    for step in range(8):
+        wanted, given = pixels.T @ bases, shares @ bases.T @ bases
+        shares = shares * wanted / (given + 1e-6)
+        if step < 7:
+            wanted, given = pixels @ shares, bases @ shares.T @ shares
+            bases = bases * wanted / (given + 1e-6)
+    kept = layer(x)[0].flatten(1)
+    torch.testing.assert_close(kept, torch.from_numpy(bases @ shares.T))
+    assert (kept - x[0].flatten(1)).square().mean() < x.var()
+
+
+B0, B1 = (32, 64, 160, 256), (64, 128, 320, 512)  # channels of MiT
+
+
+@pytest.mark.parametrize(
+    ("arch", "channels", "width"),
+    [("segformer", B0, 256), ("segformer", B1, 256), ("segformer_wide", B1, 768)],
+    ids=["B0", "B1", "B2 to B5"],
+)
+@torch.no_grad()
+def test_logits_of_segformer_are_those_of_transformers(arch, channels, width):
+    models = pytest.importorskip("transformers.models.segformer.modeling_segformer")
+    config = models.SegformerConfig(
+        hidden_sizes=list(channels), decoder_hidden_size=width, num_labels=5
+    )
+    torch.manual_seed(0)
+    theirs = models.SegformerDecodeHead(config).eval()
+    torch.nn.init.normal_(theirs.batch_norm.running_mean)
+    torch.nn.init.uniform_(theirs.batch_norm.running_var, 0.5, 2)
+    ours = ModelBuilder.build_decoder(arch, channels=channels, num_class=5).eval()
+    # Both have the same layers in the same order; a linear layer has no 1x1 window.
+    for mine, its in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        mine.copy_(its.view(mine.shape))
+    features = [torch.randn(2, c, 16 >> i, 24 >> i) for i, c in enumerate(channels)]
+    wanted = theirs(features)
+    torch.testing.assert_close(ours.logits(features)[0], wanted, rtol=0, atol=rounding(wanted, 5))
+
+
+@torch.no_grad()
+def test_linear_classifies_a_pixel_by_all_features_there():
+    torch.manual_seed(0)
+    decoder = ModelBuilder.build_decoder("linear", channels=(3, 4), num_class=5).eval()
+    torch.nn.init.normal_(decoder.norm.running_mean)
+    torch.nn.init.uniform_(decoder.norm.running_var, 0.5, 2)
+    fine, coarse = torch.randn(2, 3, 4, 6), torch.randn(2, 4, 2, 3)
+    large = F.interpolate(coarse, (4, 6), mode="bilinear", align_corners=False)
+    pixels = torch.cat([fine, large], 1).movedim(1, -1)  # (B, H, W, C)
+    normal = (pixels - decoder.norm.running_mean) / (decoder.norm.running_var + 1e-5).sqrt()
+    layer = decoder.conv_last
+    wanted = (normal + decoder.norm.bias) @ layer.weight.flatten(1).T + layer.bias
+    torch.testing.assert_close(decoder.logits([fine, coarse])[0], wanted.movedim(-1, 1))

@@ -24,8 +24,9 @@ CHANNELS = (12, 20, 28, 36)
 SIDES = ((12, 18), (6, 9), (3, 5), (3, 5))
 # A pixel alone in its block has nothing to attend to.
 LARGER = {"ocnet_pyramid": ((13, 14),) * 4}
-# The deeper ones differ in the number of layers only.
-ARCHS = sorted({*DECODERS.first_names()} - {"fcdensenet67", "fcdensenet103"})
+# The deeper and wider ones differ in numbers only.
+LARGE = {"fcdensenet67", "fcdensenet103", "hamburger_b", "hamburger_l", "segformer_wide"}
+ARCHS = sorted({*DECODERS.first_names()} - LARGE)
 every_decoder = pytest.mark.parametrize("arch", ARCHS)
 
 
@@ -210,5 +211,8 @@ def test_weights_of_auxiliary_losses_are_the_published_ones():
         "bisenet": [1, 1],
         "encnet": [0.2, None],
         "ddrnet_23": [0.4],
+        "bisenetv2": [1, 1, 1, 1],
+        "stdc": [1, 1, 1],
+        "ppliteseg_t": [1, 1],
     }.items():
         assert [head.weight for head in DECODERS.get(arch).auxiliary] == weights, arch

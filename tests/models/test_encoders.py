@@ -10,19 +10,23 @@ from pairs import PAIRS, declared_maps, on_meta, randomise, without_gradient
 from tolerances import rounding
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
+from torchvision.ops import StochasticDepth
 
 from mit_semseg.models import ENCODERS, ModelBuilder
 from mit_semseg.models.encoders.base import widen_input
+from mit_semseg.models.encoders.bisenetv2 import GatherExpansion
 from mit_semseg.models.encoders.enet import Bottleneck, Downsampling
 from mit_semseg.models.encoders.fcdensenet import DenseBlock
 from mit_semseg.models.encoders.mobilenetv3 import MobileNetV3Large
+from mit_semseg.models.encoders.mscan import MultiScaleConvAttention
+from mit_semseg.models.encoders.stdc import ShortTermDenseConcatenate
 from mit_semseg.models.encoders.xception import Separable
 from mit_semseg.weights import imagenet_weights, load_into
 
 # Deeper or wider forms of other encoders.
 LARGE = re.compile(
     r"(torchvision_)?(resnet(34|101|152)|resnet50(?=_))|torchvision_resnet50|resnext101"
-    r"|densenet(161|169|201)|fcdensenet(67|103)|(hrnetv2(_w32)?|ddrnet_23|pidnet_[ml])$"
+    r"|densenet(161|169|201)|fcdensenet(67|103)|(hrnetv2(_w32)?|ddrnet_23|pidnet_[ml]|stdc2|mscan_[sbl])$"
 )
 
 
@@ -104,6 +108,9 @@ SIZES = {
     "hrnetv2_w32": 29_305_536,
     "hrnetv2": 65_325_120,
     "xception65": 37_867_312,
+    # 8.44 and 12.47 million with a classifier of two layers of 1024 units and one of 1000.
+    "stdc1": 8_443_552 - 2 * 1024 * 1026 - 1024 * 1000,
+    "stdc2": 12_474_016 - 2 * 1024 * 1026 - 1024 * 1000,
 }
 
 
@@ -378,3 +385,69 @@ def test_icnets_branches_see_the_image_at_three_sizes():
     wanted = rest(F.avg_pool2d(wanted, 2))
     torch.testing.assert_close(quarter, wanted, rtol=0, atol=rounding(wanted, 50))
     torch.testing.assert_close(full, encoder.full(image))
+
+
+# ------------------------------------------------------------------- BiSeNetV2, STDC and MSCAN
+@pytest.mark.parametrize("stride", [1, 2])
+@torch.no_grad()
+def test_a_block_of_bisenetv2_is_added_to_its_input(stride):
+    torch.manual_seed(0)
+    block = GatherExpansion(6, 6 * stride, stride).eval()
+    x = torch.randn(2, 6, 8, 12)
+    around = x
+    if stride == 2:
+        around = F.conv2d(x, block.shortcut[0][0].weight, None, 2, 1, 1, 6) / (1 + 1e-5) ** 0.5
+        around = F.conv2d(around, block.shortcut[1][0].weight) / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(block(x), (block.main(x) + around).relu())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@torch.no_grad()
+def test_a_block_of_stdc_joins_what_every_convolution_gives(stride):
+    torch.manual_seed(0)
+    block = ShortTermDenseConcatenate(6, 16, stride).eval()
+    x = torch.randn(2, 6, 9, 11)
+
+    def conv(layers, x):
+        weight = layers[0].weight
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2).div((1 + 1e-5) ** 0.5).relu()
+
+    first = conv(block.first, x)
+    maps, y = [first], first
+    if stride == 2:
+        maps = [F.avg_pool2d(F.pad(first, (1, 1, 1, 1)), 3, 2)]
+        y = F.conv2d(first, block.down[0].weight, None, 2, 1, 1, 8) / (1 + 1e-5) ** 0.5
+    for layers in block.rest:
+        y = conv(layers, y)
+        maps.append(y)
+    assert [x.shape[1] for x in maps] == [8, 4, 2, 2]
+    torch.testing.assert_close(block(x), torch.cat(maps, 1))
+
+
+@torch.no_grad()
+def test_attention_of_mscan_sees_strips_of_7_11_and_21_pixels_around_a_square_of_5():
+    attention = MultiScaleConvAttention(1)
+    for parameter in attention.parameters():
+        parameter.fill_(float(parameter.ndim > 1))
+    # Weights are the number of ways that lead from the one pixel to each.
+    x = torch.zeros(1, 1, 41, 41)
+    x[0, 0, 20, 20] = 1
+    near = attention.conv0(x)
+    seen = near.clone()
+    for side in (7, 11, 21):
+        window = torch.ones(1, 1, side, side)
+        seen += F.conv2d(near, window, padding=side // 2)
+    weights = attention.conv3(
+        near
+        + sum(
+            getattr(attention, f"conv{i}_2")(getattr(attention, f"conv{i}_1")(near))
+            for i in range(3)
+        )
+    )
+    torch.testing.assert_close(weights, seen)
+    torch.testing.assert_close(attention(x)[0, 0, 20, 20], seen[0, 0, 20, 20])
+
+
+def test_later_blocks_of_mscan_are_dropped_more_often():
+    rates = [m.p for m in on_meta("mscan_l").modules() if isinstance(m, StochasticDepth)]
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.3) and rates == sorted(rates)

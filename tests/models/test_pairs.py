@@ -125,6 +125,10 @@ def test_every_model_of_a_paper_is_among_the_pairs():
         ("unet", "unet", 21, 31.03, 0.01),
         ("unet_bilinear", "unet_bilinear", 11, 13.37, 0.01),
         ("unet_bilinear", "unet_bilinear", 21, 13.37, 0.01),
+        ("mscan_t", "hamburger", 150, 4.3, 0.02),  # table 2
+        ("mscan_s", "hamburger", 150, 13.9, 0.005),
+        ("mscan_b", "hamburger_b", 150, 27.6, 0.005),
+        ("mscan_l", "hamburger_l", 150, 48.9, 0.005),
         ("fcdensenet56", "fcdensenet56", 11, 1.5, 0.09),  # table 3
         ("fcdensenet67", "fcdensenet67", 11, 3.5, 0.02),
         ("fcdensenet103", "fcdensenet103", 11, 9.33, 0.01),

@@ -1,4 +1,4 @@
-"""PIDNet and DDRNet, beside their authors' code and papers."""
+"""PIDNet, DDRNet, BiSeNetV2, STDC and PP-LiteSeg, beside their authors' code and papers."""
 
 from pathlib import Path
 
@@ -12,7 +12,10 @@ from tolerances import rounding
 
 from mit_semseg.losses import boundary
 from mit_semseg.models import DECODERS, ModelBuilder
+from mit_semseg.models.decoders.bisenetv2 import BilateralGuidedAggregation
+from mit_semseg.models.decoders.ppliteseg import UnifiedAttentionFusion
 from mit_semseg.models.encoders.ddrnet import DAPPM
+from mit_semseg.models.pyramid import Tile
 from mit_semseg.weights import load_decoder, load_encoder
 
 FILE = Path(__file__).resolve().parents[1] / "fixtures" / "reference_realtime.npz"
@@ -135,3 +138,61 @@ def test_the_loss_of_pidnet_is_the_sum_of_eq_10():
         + F.cross_entropy(main, sure, ignore_index=-1)
     )
     torch.testing.assert_close(loss, wanted)
+
+
+def test_bisenetv2_has_the_layers_of_the_usual_implementation():
+    """github.com/CoinCheung/BiSeNet, whose parameters are these without auxiliary heads."""
+    with torch.device("meta"):
+        decoder = DECODERS.get("bisenetv2")(on_meta("bisenetv2").channels, 19)
+    parts = (on_meta("bisenetv2"), decoder.aggregate, decoder.conv_last)
+    assert sum(p.numel() for part in parts for p in part.parameters()) == 3_358_627
+
+
+@torch.no_grad()
+def test_each_branch_is_weighed_by_the_other():
+    torch.manual_seed(0)
+    layer = BilateralGuidedAggregation(4, 6).eval()
+    detail, semantic = torch.randn(2, 4, 16, 24), torch.randn(2, 6, 4, 6)
+
+    def up(x):
+        return F.interpolate(x, (16, 24), mode="bilinear", align_corners=False)
+
+    pooled = F.avg_pool2d(F.pad(layer.detail_down(detail), (1, 1, 1, 1)), 3, 2)
+    fine = layer.detail(detail) * up(layer.semantic_up(semantic)).sigmoid()
+    coarse = pooled * layer.semantic(semantic).sigmoid()
+    torch.testing.assert_close(layer(detail, semantic), layer.fuse(fine + up(coarse)))
+
+
+@torch.no_grad()
+def test_a_fusion_of_ppliteseg_is_the_weighted_mean_of_eq_3():
+    torch.manual_seed(0)
+    fusion = UnifiedAttentionFusion(5, 4, 3).eval()
+    fine, coarse = torch.randn(2, 5, 8, 12), torch.randn(2, 4, 4, 6)
+    x = fusion.project(fine)
+    y = F.interpolate(coarse, (8, 12), mode="bilinear", align_corners=False)
+    stats = torch.stack([x.mean(1), x.max(1)[0], y.mean(1), y.max(1)[0]], 1)
+    share = torch.sigmoid(fusion.attention(stats))
+    torch.testing.assert_close(fusion(fine, coarse), fusion.fuse(share * x + (1 - share) * y))
+
+
+@torch.no_grad()
+def test_the_pyramid_of_ppliteseg_adds_up_pools_of_the_whole_image():
+    torch.manual_seed(0)
+    decoder = ModelBuilder.build_decoder("ppliteseg_t", channels=(4, 6, 8), num_class=5).eval()
+    maps = [torch.randn(1, c, n, n) for c, n in ((4, 16), (6, 8), (8, 4))]
+    seen = []
+    decoder.context.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    pools = {scale: F.adaptive_avg_pool2d(maps[-1], scale) for scale in (1, 2, 4)}
+    branches = [branch(pools[scale]) for branch, scale in zip(decoder.ppm, pools, strict=True)]
+    wanted = sum(F.interpolate(x, (4, 4), mode="bilinear", align_corners=False) for x in branches)
+    decoder.logits(maps)
+    decoder.logits([x[..., : x.shape[-1] // 2] for x in maps], Tile(pools, 0, 0, 4, 4))
+    torch.testing.assert_close(seen[0], wanted)
+    torch.testing.assert_close(seen[1], wanted[..., :2])
+
+
+def test_fusions_of_ppliteseg_are_as_wide_as_published():
+    for size, widths in (("t", [32, 64, 128]), ("b", [64, 96, 128])):
+        with torch.device("meta"):
+            decoder = DECODERS.get(f"ppliteseg_{size}")((256, 512, 1024), 19)
+        assert [fusion.fuse[0].out_channels for fusion in decoder.fusions] == widths

@@ -1,4 +1,4 @@
-"""Find the state, or the weights, of an earlier run to resume from."""
+"""Where a run resumes: the newest state, or the newest weights, that an earlier one has left."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ log = logging.getLogger("mit_semseg")
 
 
 class EarlierRun(NamedTuple):
-    """A state of an earlier run and its file."""
+    """A place in an earlier run."""
 
     file: Path
-    state: dict[str, Any]  # of `RunState`; from weights without a state only some entries
+    state: dict[str, Any]  # as `RunState` has it, or the part of it that weights can tell
 
 
 @dataclass(frozen=True)
 class EarlierRuns:
-    """Finds what a new run resumes from.
+    """What a new run may resume from.
 
     Attributes:
-        folder: checkpoint folder of the new run.
+        folder: its own.
         lock: of that folder.
-        resume: "auto", a state file, a folder with a state, or "" to start from the beginning.
-        job: name of the torchrun job; a restarted job resumes its own state for any `resume`.
-        start_epoch: `TRAIN.start_epoch`; 0 for none.
-        epoch_iters: steps per epoch.
-        batches_per_step: batches per step of all ranks together.
+        resume: "auto", a state file, a folder with one, or "" to start anew.
+        job: the name of its job, which resumes its own states whatever `resume` says.
+        start_epoch: TRAIN.start_epoch; 0 for none.
+        epoch_iters: steps of an epoch.
+        batches_a_step: batches that all ranks together take for one.
     """
 
     folder: RunFolder
@@ -42,65 +42,65 @@ class EarlierRuns:
     job: str
     start_epoch: int
     epoch_iters: int
-    batches_per_step: int
+    batches_a_step: int
 
     def may_exist(self) -> bool:
-        """Whether `find` may return something, judged without reading files."""
+        """Whether there is anything to look for, as far as can be said without reading it."""
         if self.resume not in ("", "auto"):
             return True
         begun = bool(self.folder.states()) or self.folder.latest_epoch() > 0
-        return begun and bool(self.resume or self._is_same_job or self.start_epoch)
+        return begun and bool(self.resume or self._comes_back or self.start_epoch)
 
     @property
-    def _is_same_job(self) -> bool:
+    def _comes_back(self) -> bool:
         return bool(self.job) and self.lock.job() == self.job
 
     def find(self, module: SegmentationModule) -> EarlierRun | None:
-        """The state to resume from; None to start from the beginning.
+        """The place to resume from; None to start anew.
 
         Args:
-            module: weights of an epoch are loaded into this if there is no state.
+            module: has to fit published weights, which it gets where there is no state.
 
         Raises:
-            FileNotFoundError: `resume` does not exist.
-            ValueError: a file is damaged, not a state of a run, or of another network.
+            FileNotFoundError: `resume` names nothing that is there.
+            ValueError: what is there is damaged, no state of a run, or of another network.
         """
         earlier = None
-        for place in ("auto" if self._is_same_job else "", self.resume):
+        for place in ("auto" if self._comes_back else "", self.resume):
             if place and earlier is None:
                 earlier = self._in(place, module)
         if earlier is None and self.start_epoch:
             earlier = self._at_epoch(module)
         if earlier is None:
             if self.resume:
-                log.info("nothing to resume in %s: starting from the beginning", self.folder.path)
+                log.info("%s holds nothing to resume from: starting anew", self.folder.path)
             return None
         _check(earlier)
         epoch, inside = divmod(earlier.state["step"], earlier.state["epoch_iters"])
         if not inside:
-            # The validation of the epoch is later than its state.
+            # It may have been validated after the state was written.
             later = RunFolder(earlier.file.parent).load_history(epoch)
             earlier.state["history"] = {**earlier.state["history"], **later}
         return earlier
 
     def _in(self, resume: str, module: SegmentationModule) -> EarlierRun | None:
-        """The state that a value of `--resume` names; None if auto finds nothing."""
+        """What `--resume` names; nothing where auto finds nothing."""
         place = self.folder.path if resume == "auto" else Path(resume)
         if place.is_file():
             return EarlierRun(place, load_state(place))
         if not place.is_dir():
             raise FileNotFoundError(
                 f"--resume {resume}: no such file or folder; give auto, a state_step_N.pth, or a "
-                "folder with one"
+                "folder that holds one"
             )
         folder = RunFolder(place)
-        if found := folder.newest_state(rename_damaged=resume == "auto"):
+        if found := folder.newest_state(mend=resume == "auto"):
             return EarlierRun(*found)
         if latest := folder.latest_epoch():
             return self._weights(folder, latest, module)
         if resume == "auto":
             return None
-        raise FileNotFoundError(f"--resume {resume}: no state_step_N.pth in this folder")
+        raise FileNotFoundError(f"--resume {resume}: the folder holds no state_step_N.pth")
 
     def _at_epoch(self, module: SegmentationModule) -> EarlierRun:
         file = self.folder.path / f"state_step_{self.start_epoch * self.epoch_iters}.pth"
@@ -109,19 +109,18 @@ class EarlierRuns:
         return self._weights(self.folder, self.start_epoch, module)
 
     def _weights(self, folder: RunFolder, epoch: int, module: SegmentationModule) -> EarlierRun:
-        """A state made from the weights of an epoch."""
+        """What the published files of an epoch hold, in the form of a state."""
         encoder, decoder = folder.files(f"epoch_{epoch}.pth")
         load_whole(module.encoder, encoder, "encoder")
         load_whole(module.decoder, decoder, "decoder")
         log.warning(
-            "%s has no state_step_N.pth of epoch %d: loading the weights only, the optimizer "
-            "state is reset",
+            "%s has no state_step_N.pth of epoch %d: weights are loaded, momentum starts afresh",
             folder.path,
             epoch,
         )
         state = {
             "step": epoch * self.epoch_iters,
-            "position": epoch * self.epoch_iters * self.batches_per_step,
+            "position": epoch * self.epoch_iters * self.batches_a_step,
             "epoch_iters": self.epoch_iters,
             "encoder": module.encoder.state_dict(),
             "decoder": module.decoder.state_dict(),
@@ -131,18 +130,19 @@ class EarlierRuns:
 
 
 def _check(earlier: EarlierRun) -> None:
-    """Reject files of other programs; whether a state fits the run is checked when it is loaded."""
+    """Refuse what another program has saved; whether a state fits the run is seen later."""
     state = earlier.state
     wrong = [
         key for key in ("encoder", "decoder", "history") if not isinstance(state.get(key), dict)
     ]
     for key, least in (("step", 0), ("position", 0), ("epoch_iters", 1)):
-        if type(state.get(key)) is not int or state[key] < least:  # a bool is an int, too
+        # True and False are numbers to Python.
+        if type(state.get(key)) is not int or state[key] < least:
             wrong.append(key)
     if not isinstance(state.get("config", ""), str):
         wrong.append("config")
     if wrong:
         raise ValueError(
-            f"{earlier.file} is not a state of a run ({', '.join(sorted(wrong))}: missing or of "
-            "the wrong type); give auto, a state_step_N.pth, or a folder with one"
+            f"{earlier.file} is no state of a run ({', '.join(sorted(wrong))}: missing, or of "
+            "another kind); give auto, a state_step_N.pth, or a folder that holds one"
         )

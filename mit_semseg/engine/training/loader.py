@@ -1,4 +1,4 @@
-"""Loading of one rank's batches, from any position of the training data."""
+"""Batches of one rank, in order, from any place of the endless stream."""
 
 from __future__ import annotations
 
@@ -27,17 +27,14 @@ log = logging.getLogger("mit_semseg")
 
 
 class RankSampler(Sampler[int]):
-    """Batch indices of one rank.
+    """Indices of one rank in the endless stream of batches.
 
-    Each micro-step consumes one batch per device and rank: with R ranks of D devices, a rank takes
-    D consecutive batches out of every R x D.
+    Every micro-step consumes one batch per device and rank; a rank with D devices of R ranks
+    takes D consecutive ones out of each R x D.
 
     Args:
-        first: index of the first batch of all ranks.
-        micro_steps: number of micro-steps.
-        devices: number of devices of this rank.
-        rank: of this process.
-        world: number of ranks.
+        first: number of the first batch that any rank takes.
+        micro_steps: how many micro-steps there are.
     """
 
     def __init__(self, first: int, micro_steps: int, devices: int, rank: int, world: int) -> None:
@@ -54,24 +51,24 @@ class RankSampler(Sampler[int]):
 
 
 class TrainLoader:
-    """Loads the batches of one rank for all steps of a run; `close` ends its worker processes.
-
-    Iterating yields one batch dict per device for every micro-step. It raises ChildProcessError
-    if a worker process dies, and TimeoutError, with the files, if there is no batch for
-    `stall_seconds`. A file that is replaced by another sample is logged once.
+    """One rank's batches for all the steps of a run; close it to end its processes.
 
     Args:
-        data: the training data.
+        data: the stream.
         devices: of this rank.
-        rank: of this process.
-        world: number of ranks.
-        workers: worker processes per device, limited by the number of cores.
-        stall_seconds: longest time for a batch.
-        first: index of the first batch of all ranks.
-        micro_steps: number of micro-steps, each with one batch per device.
+        rank, world: place among the ranks.
+        workers: loading processes per device, at most what the cores allow.
+        stall_seconds: how long a batch may take.
+        first: number of the first batch that any rank takes.
+        micro_steps: how many there are, each of one batch per device.
 
     Attributes:
         bad_files: files that could not be used, with the reason.
+
+    Iterating yields, for every micro-step, one batch dict per device; it raises
+    ChildProcessError when a loading process died and TimeoutError when no batch came for
+    `stall_seconds`, naming the files. Each file in whose place another sample was taken is logged
+    once.
     """
 
     def __init__(
@@ -89,7 +86,8 @@ class TrainLoader:
         self.data, self.stall_seconds = data, stall_seconds
         self.sampler = RankSampler(first, micro_steps, len(devices), rank, world)
         self.bad_files: dict[str, str] = {}
-        # On the CPU the loader shares the cores with the network.
+        # On the CPU the loader shares the cores with the network: more processes only get in
+        # each other's way.
         on_cpu = devices[0].type == "cpu"
         cores = cpu_count() // 2 if on_cpu else cpu_count()
         workers = min(workers * len(devices), max(1, cores // local_ranks()))
@@ -103,12 +101,12 @@ class TrainLoader:
             pin_memory=devices[0].type == "cuda",
             timeout=stall_seconds if workers else 0,
             worker_init_fn=partial(_start_worker, self.board),
-            # A separate generator: otherwise starting the loader would change the random numbers
-            # of dropout, and a resumed run would differ.
+            # A generator of its own: otherwise starting the loader would draw from the one that
+            # dropout uses, and a resumed run would differ.
             generator=torch.Generator().manual_seed(data.seed),
         )
-        # The garbage collector writes to every object, which would copy memory pages shared with
-        # the worker processes: 40 MiB for each of them.
+        # The collector writes to every object it looks at, and the page that it lies on, shared
+        # with the loading processes until then, is copied: 40 MiB for each of them.
         gc.freeze()
         self._batches: Iterator[Any] | None = iter(self.loader)
         self._processes: list[Any] = list(getattr(self._batches, "_workers", ()))
@@ -116,8 +114,8 @@ class TrainLoader:
         self._position = 0
         self._earlier_handler: Any = None
         if workers and threading.current_thread() is threading.main_thread():
-            # torch's handler raises at the death of a worker wherever the main thread is, even
-            # while it writes a checkpoint.
+            # torch raises at the death of a worker wherever the main thread is at that moment,
+            # be it in the middle of writing a checkpoint.
             self._earlier_handler = signal.signal(signal.SIGCHLD, self._on_child)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -130,8 +128,8 @@ class TrainLoader:
                 self._check_processes()
                 batch = next(self._batches)
             except (ConnectionError, EOFError):
-                # A dying process may break the transfer of its batch before it counts as dead,
-                # and its sentinel is ready a little before it can be joined.
+                # A process that dies may leave its batch half handed over before it is seen dead;
+                # its sentinel, too, is ready a little before it can be reaped.
                 ready = connection.wait([process.sentinel for process in self._processes], 5)
                 for process in self._processes:
                     if process.sentinel in ready:
@@ -145,10 +143,11 @@ class TrainLoader:
                 if "timed out" not in str(error):
                     raise
                 files = self.files()
-                self.kill()  # a hanging process ignores the usual shutdown
+                self.kill()  # those that hang do not go by themselves
                 raise TimeoutError(
-                    f"no batch for {self.stall_seconds} s while loading {', '.join(files)}: check "
-                    "these files, raise TRAIN.stall_seconds, or lower TRAIN.workers"
+                    f"no batch for {self.stall_seconds} s; the loader stands at "
+                    f"{', '.join(files)}: raise TRAIN.stall_seconds, lower TRAIN.workers, or look "
+                    "at these files"
                 ) from error
             finally:
                 self._waiting = False
@@ -159,7 +158,7 @@ class TrainLoader:
     def _report(self, skipped: Sequence[tuple[str, str]]) -> None:
         for file, reason in skipped:
             if file not in self.bad_files:
-                log.warning("replaced by another sample: %s", reason)
+                log.warning("left out, and another sample taken instead: %s", reason)
                 self.bad_files[file] = reason
 
     def _on_child(self, number: int, frame: FrameType | None) -> None:
@@ -169,41 +168,42 @@ class TrainLoader:
     def _check_processes(self) -> None:
         for process in self._processes:
             if not process.is_alive():
+                # What lies between two files, such as the making of a batch, is at none of them.
                 where = (
                     f"while reading {', '.join(files)}"
                     if (files := self.reading())
                     else f"before the batch of {', '.join(self._files(self._position))}"
                 )
                 raise ChildProcessError(
-                    f"a data loader process (pid {process.pid}) died with "
-                    f"{_exit_cause(process.exitcode)} {where}: if memory ran out, lower "
-                    "TRAIN.workers; --resume auto resumes from the newest checkpoint"
+                    f"a loading process (pid {process.pid}) ended with {_how(process.exitcode)}"
+                    f" {where}: when memory ran out lower TRAIN.workers; --resume auto resumes "
+                    "from the newest checkpoint"
                 )
 
     def reading(self) -> list[str]:
-        """Files being read in this process and in the worker processes."""
+        """What is being read, in this process and in the loading ones."""
         return [*READINGS.files(), *self.board.files()]
 
     def files(self) -> list[str]:
-        """Files being read; if there are none, the images of the batch being waited for."""
+        """What is being read; else, where a batch is waited for, its images."""
         return self.reading() or (self._files(self._position) if self._waiting else [])
 
     def kill(self) -> None:
-        """Kill the worker processes."""
+        """End the loading processes by force."""
         self._waiting = False
         for process in self._processes:
             process.kill()
             process.join(1)
 
     def _files(self, position: int) -> list[str]:
-        """Images of a micro-step."""
+        """Images of a batch list that has not come."""
         indices = itertools.islice(self.sampler, position * self.sampler.devices, None)
         first = itertools.islice(indices, self.sampler.devices)
         return [path for index in first for path in self.data.files(index)]
 
     def close(self) -> None:
-        """End the worker processes."""
-        # Not left to the garbage collector: a traceback may hold references to them.
+        """End the loading processes, by force where they do not go by themselves."""
+        # Left to the garbage collector they live as long as any traceback that knows them.
         shutdown = getattr(self._batches, "_shutdown_workers", None)
         self._batches = None
         if shutdown is not None:
@@ -215,7 +215,7 @@ class TrainLoader:
             self._earlier_handler = None
 
 
-def _exit_cause(code: int | None) -> str:
+def _how(code: int | None) -> str:
     if code is not None and code < 0:
         return f"signal {signal.Signals(-code).name}"
     return f"exit code {code}"

@@ -1,4 +1,4 @@
-"""Optimizers, and the EMA of the weights."""
+"""Optimizers, and the moving average of weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ M = TypeVar("M", bound=nn.Module)
 def parameter_groups(
     module: nn.Module, weight_decay: float, scales: Mapping[nn.Parameter, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups: convolution and linear weights with weight decay, the rest without.
+    """Convolution and linear weights with weight decay, every other parameter without.
 
     Args:
-        module: whose parameters are grouped, except for those without gradients.
+        module: whose parameters are grouped, but for those without gradients.
         weight_decay: of the first of each two groups.
-        scales: factors on the learning rate, with two groups for each factor (see
-            `finetune.layer_scales`); 1 for other parameters.
+        scales: factors on the learning rate, each of which makes two groups of its own (see
+            `finetune.layer_scales`); parameters that it does not name have the factor 1.
     """
     scales = scales or {}
     groups: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
@@ -48,12 +48,12 @@ def build_optimizer(
     weight_decay: float = 1e-4,
     scales: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """One optimizer for several modules.
+    """One optimizer for all parts, which step together or not at all.
 
     Args:
         kind: SGD, Adam or AdamW.
-        parts: modules on their device, each with its initial learning rate.
-        beta1: momentum of SGD, first beta of Adam and AdamW.
+        parts: modules, already on their device, each with its learning rate before the schedule.
+        beta1: momentum of SGD, first beta of the others.
         weight_decay: of convolution and linear weights.
         scales: factors on the learning rate (see `parameter_groups`).
     """
@@ -70,9 +70,9 @@ def build_optimizer(
 
 
 class OptimizerState:
-    """An optimizer in the state of a run: the entries `optim` (its kind) and `optimizer`.
+    """An optimizer as part of the state of a run: the entries `optim`, its kind, and `optimizer`.
 
-    The state of an optimizer of another kind is not loaded.
+    Of a state of another kind nothing is taken: momentum starts afresh.
     """
 
     def __init__(self, kind: str, optimizer: torch.optim.Optimizer) -> None:
@@ -83,21 +83,22 @@ class OptimizerState:
         return {"optim": self.kind, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the momentum; learning rates and other settings stay."""
+        """Take the momentum; the settings stay."""
         if state.get("optim") == self.kind:
-            two = "optimizers" in state  # earlier releases had one each for encoder and decoder
-            saved = joined_states(state["optimizers"]) if two else state["optimizer"]
+            before = "optimizers" in state  # one for each half
+            saved = joined_states(state["optimizers"]) if before else state["optimizer"]
             load_optimizer(self.optimizer, saved)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the momentum of a saved optimizer; learning rates and other settings stay.
+    """Give an optimizer the momentum of a saved one; its own settings stay.
 
-    Momentum is stored in the memory format of its parameter, which may differ from the saved one
-    (`TRAIN.channels_last`): fused optimizers ignore strides.
+    Momentum takes the memory layout of its parameter, which may be another than it was saved with
+    (TRAIN.channels_last): fused steps go through the memory of both side by side, whatever their
+    strides are.
 
     Raises:
-        ValueError, KeyError: the state does not fit the parameters.
+        ValueError, KeyError: the state is that of other parameters.
     """
     settings = [
         {key: value for key, value in group.items() if key != "params"}
@@ -113,9 +114,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join the states of one optimizer per module into the state of a single optimizer.
+    """The states of one optimizer per part as the state of one over all: numbers go on.
 
-    States of earlier releases have `"optimizers": [encoder, decoder]`.
+    What states of runs held before there was one optimizer: `"optimizers": [encoder, decoder]`.
     """
     state: dict[int, Any] = {}
     groups: list[dict[str, Any]] = []
@@ -130,26 +131,26 @@ def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
-    """Set the learning rates of the modules of `build_optimizer`, times the factors of groups."""
+    """Give the groups of each part of an optimizer its learning rate times their own factor."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["part"]] * group["lr_scale"]
 
 
 class MovingAverage(Generic[M]):
-    """Exponential moving average (EMA) of the parameters and buffers of a module.
+    """An exponential moving average of all weights and running statistics of a module.
 
-    The first update copies. The decay then grows with the number n of updates, (1 + n) / (10 + n),
-    up to `decay`, so that the initial weights are forgotten quickly. The state dict is that of
-    `torch.optim.swa_utils.AveragedModel`, which, however, waits for the device at every update to
-    read its counter.
+    The first update copies. The decay then grows with the number of updates, (1 + n) / (10 + n),
+    up to `decay`, so that the random start does not linger. Updates are counted on the host, so
+    that none of them waits for the device; `torch.optim.swa_utils.AveragedModel`, whose state
+    dict this has, reads its counter there.
 
     Args:
-        module: on its device and in its memory format.
-        decay: in [0, 1).
+        module: on its device, in its layout; what it becomes is averaged.
+        decay: within [0, 1).
 
     Attributes:
         module: a copy with the averages.
-        updates: number of updates.
+        updates: how many there were.
     """
 
     def __init__(self, module: M, decay: float) -> None:
@@ -158,9 +159,9 @@ class MovingAverage(Generic[M]):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the averages with the module's current values."""
+        """Follow the module by one step."""
         weight = 1.0 - min(self.decay, (1.0 + self.updates) / (10.0 + self.updates))
-        # The foreach operations need tensors of one dtype.
+        # Tensors of one type at a time.
         pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for old, new in zip(_tensors(self.module), _tensors(self._live), strict=True):
             averages, current = pairs.setdefault(old.dtype, ([], []))
@@ -179,10 +180,10 @@ class MovingAverage(Generic[M]):
         return {"n_averaged": torch.tensor(self.updates), **tensors}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load an earlier average.
+        """Go on from an earlier average.
 
         Raises:
-            KeyError, RuntimeError: the state does not fit the module.
+            KeyError, RuntimeError: the state is that of another module.
         """
         self.updates = int(state["n_averaged"])
         tensors = {name: value for name, value in state.items() if name != "n_averaged"}
@@ -191,7 +192,7 @@ class MovingAverage(Generic[M]):
         )
 
     def restart(self) -> None:
-        """Set the averages to the module's current values."""
+        """Take the module's present weights for the average."""
         self.module.load_state_dict(self._live.state_dict())
 
 

@@ -1,4 +1,4 @@
-"""The state of a run for resuming: its parts by name, progress, random states, settings."""
+"""What a run resumes from: its parts by name, how far it is, random numbers, settings."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
-# Settings that do not affect the weights, except by rounding.
-_NO_EFFECT = {
+# Settings that change no weight, or its rounding only.
+_HARMLESS = {
     *("DIR", "TRAIN.workers", "TRAIN.start_epoch", "TRAIN.keep", "TRAIN.checkpoint_minutes"),
     *(
         "TRAIN.stall_seconds",
@@ -27,20 +27,20 @@ _NO_EFFECT = {
 
 
 class Stateful(Protocol):
-    """Anything with a state dict, such as torch's modules, optimizers and gradient scalers."""
+    """Anything with a state, such as modules, optimizers and gradient scalers of torch."""
 
     def state_dict(self) -> Any:
-        """The state."""
+        """What it resumes from."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Restore the state."""
+        """Become what `state_dict` returned in an earlier process."""
 
 
 class RunState:
-    """The state of a run: one dict, assembled from the states of its parts.
+    """The state of a run: one dict, put together from the states of its parts.
 
     Args:
-        fixed: constant entries.
+        fixed: entries that are written as they are.
     """
 
     def __init__(self, **fixed: str) -> None:
@@ -49,24 +49,24 @@ class RunState:
         self._parts: dict[str, tuple[Stateful | None, Callable[[], None] | None]] = {}
 
     def include(self, part: Stateful) -> None:
-        """Add a part whose state dict is merged into the state of the run."""
+        """Add a part whose state is a dict of several entries, and which reads its own of all."""
         self._included.append(part)
 
     def register(
-        self, name: str, part: Stateful | None, fallback: Callable[[], None] | None = None
+        self, name: str, part: Stateful | None, otherwise: Callable[[], None] | None = None
     ) -> None:
         """Add a part whose state is the entry `name`.
 
         Args:
             name: of the entry.
-            part: None if this run does not have it: the entry is written as None and not read.
-            fallback: called if a state has no such entry or an empty one; without a fallback this
-                is an error.
+            part: None for what this run does not have: its entry is None, and is not read.
+            otherwise: called in place of loading where a state has no such entry, or an empty one;
+                without it that is an error.
         """
-        self._parts[name] = part, fallback
+        self._parts[name] = part, otherwise
 
     def state_dict(self) -> dict[str, Any]:
-        """The entries of all parts."""
+        """All entries."""
         state: dict[str, Any] = dict(self._fixed)
         for name, (part, _) in self._parts.items():
             state[name] = None if part is None else part.state_dict()
@@ -75,34 +75,34 @@ class RunState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore all parts.
+        """Give every part its own.
 
         Raises:
             KeyError: an entry is missing.
-            Exception: raised by a part that its entry does not fit.
+            Exception: whatever a part raises that its entry does not fit.
         """
-        for name, (part, fallback) in self._parts.items():
-            if part is not None and (state.get(name) or fallback is None):
+        for name, (part, otherwise) in self._parts.items():
+            if part is not None and (state.get(name) or otherwise is None):
                 part.load_state_dict(state[name])
-            elif part is not None and fallback is not None:
-                fallback()
+            elif part is not None and otherwise is not None:
+                otherwise()
         for included in self._included:
             included.load_state_dict(state)
 
 
 @dataclass
 class Progress:
-    """Progress of a run.
+    """How far a run is.
 
     Attributes:
-        epoch_iters: steps per epoch.
-        max_iters: steps of the run.
-        step: completed steps.
-        position: batches that all ranks have consumed.
-        losses, accuracies: of the steps of the current epoch, without skipped steps.
-        skipped: skipped steps of the run.
-        skipped_in_a_row: skipped steps since the last update.
-        seconds: training time.
+        epoch_iters: steps of an epoch.
+        max_iters: steps of the run; with `step` all that the schedule depends on.
+        step: steps done.
+        position: batches that all ranks have taken for them.
+        losses, accuracies: of the steps of this epoch that were not skipped.
+        skipped: skipped steps of the whole run.
+        skipped_in_a_row: those since the last one that was not.
+        seconds: that training has taken.
     """
 
     epoch_iters: int
@@ -117,21 +117,21 @@ class Progress:
 
     @property
     def epoch(self) -> int:
-        """Completed epochs."""
+        """Epochs done."""
         return self.step // self.epoch_iters
 
     @property
     def inside(self) -> int:
-        """Completed steps of the current epoch."""
+        """Steps done of the epoch that is not."""
         return self.step % self.epoch_iters
 
     @property
     def done(self) -> bool:
-        """Whether all steps are completed."""
+        """Whether there is no step left."""
         return self.step >= self.max_iters
 
     def advance(self, loss: float, accuracy: float, updated: bool, batches: int) -> None:
-        """Count a step that consumed `batches` batches of all ranks."""
+        """Count a step, which took so many batches of all ranks."""
         if updated:
             self.losses.append(loss)
             self.accuracies.append(accuracy)
@@ -143,11 +143,12 @@ class Progress:
         self.position += batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The attributes."""
+        """One entry for each attribute."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue an earlier run; with another `epoch_iters`, at the same fraction of an epoch."""
+        """Go to the place of an earlier run, whose epochs may be of another length."""
+        # How far the run is counts in epochs.
         self.step = state["step"] * self.epoch_iters // state["epoch_iters"]
         self.position = state["position"]
         self.losses = [float(value) for value in state.get("losses", ())]
@@ -166,14 +167,13 @@ def seed_everything(seed: int) -> None:
 
 
 class RandomNumbers:
-    """The random number generators of all ranks; its state is the entry `random`.
+    """The generators that the ranks of a run draw from; its state is the entry `random`.
 
     Args:
         seed: of the run.
-        devices: of this process; each GPU has its own generator.
-        rank: of this process.
-        world: number of ranks.
-        progress: of the run; has to be loaded first.
+        devices: those of this process; GPUs have generators of their own.
+        rank, world: place among the ranks.
+        progress: of the run; loaded before this is.
     """
 
     def __init__(
@@ -188,11 +188,11 @@ class RandomNumbers:
         self.progress = progress
 
     def begin_epoch(self, offset: int = 0) -> None:
-        """Seed the generators for the current epoch and rank."""
+        """Draw other numbers in every epoch and rank, whatever was drawn before."""
         seed_everything(self.seed + 1009 * (self.progress.epoch + 1) + self.rank + offset)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all ranks (a collective: every rank has to call this)."""
+        """The states of all ranks, each of which has to call this."""
         everyone: list[Any] = [random_state(self.devices)]
         if self.world > 1:
             own, everyone = everyone[0], [None] * self.world
@@ -200,7 +200,7 @@ class RandomNumbers:
         return {"random": everyone}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the generators; with another number of ranks they are seeded anew."""
+        """Draw what the earlier run would have drawn; of other ranks, something else."""
         states = state.get("random", [])
         if len(states) == self.world:
             restore_random_state(states[self.rank], self.devices)
@@ -209,10 +209,10 @@ class RandomNumbers:
 
 
 def random_state(devices: Sequence[torch.device]) -> dict[str, Any]:
-    """The states of all generators of a process, in types that `weights_only` loading accepts.
+    """The state of every generator a process draws from, in types that load without pickled code.
 
     Args:
-        devices: of the process; each GPU has its own generator.
+        devices: those of the process; GPUs have generators of their own.
     """
     name, keys, *rest = np.random.get_state()
     return {
@@ -224,7 +224,7 @@ def random_state(devices: Sequence[torch.device]) -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any], devices: Sequence[torch.device]) -> None:
-    """Restore the states returned by `random_state`."""
+    """Put back what `random_state` returned in an earlier process."""
     torch.set_rng_state(state["torch"])
     for device, one in zip((d for d in devices if d.type == "cuda"), state["cuda"]):
         torch.cuda.set_rng_state(one, device)
@@ -234,9 +234,9 @@ def restore_random_state(state: Mapping[str, Any], devices: Sequence[torch.devic
     random.setstate((version, tuple(internal), gauss))
 
 
-# ------------------------------------------------------------------------------ skipped steps
+# ------------------------------------------------------------------------------ a step that fails
 class Snapshot:
-    """A copy of the buffers of a module (BatchNorm statistics), restored if a step is skipped."""
+    """A module's running statistics before a step, to be put back should the step be skipped."""
 
     def __init__(self, module: nn.Module) -> None:
         by_type: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -245,30 +245,30 @@ class Snapshot:
         self._pairs = [([b.clone() for b in group], group) for group in by_type.values()]
 
     @torch.no_grad()
-    def save(self) -> None:
-        """Copy the buffers, on their device."""
+    def take(self) -> None:
+        """Copy them, on their device."""
         for kept, live in self._pairs:
             torch._foreach_copy_(kept, live)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Reset the buffers to the copy."""
+    def put_back(self) -> None:
+        """Make them what they were."""
         for kept, live in self._pairs:
             torch._foreach_copy_(live, kept)
 
 
 @torch.no_grad()
 def is_finite(module: nn.Module) -> bool:
-    """Whether all parameters are finite, with one read from their device."""
+    """Whether all weights are; read once from their device."""
     return bool(torch.stack([weight.isfinite().all() for weight in module.parameters()]).all())
 
 
 # ------------------------------------------------------------------------------ settings
 def differences(before: str, now: str) -> list[str]:
-    """One line for each setting that differs and affects the weights.
+    """Settings of a state that are others now, but for those that change no weight.
 
     Args:
-        before, now: configurations as YAML.
+        before, now: configurations as yaml.
     """
     try:
         old = yaml.safe_load(before) or {}
@@ -277,24 +277,25 @@ def differences(before: str, now: str) -> list[str]:
     if not isinstance(old, dict) or not old:
         return []
     lines = []
-    for key, value in _flatten(yaml.safe_load(now)):
-        if key.startswith(("VAL.", "TEST.")) or key in _NO_EFFECT:
+    for key, value in _leaves(yaml.safe_load(now)):
+        if key.startswith(("VAL.", "TEST.")) or key in _HARMLESS:
             continue
-        was = _value_at(old, key)
-        if was not in (value, None):  # None: the key did not exist
-            lines.append(f"{key} was {was} and is now {value}")
+        was = _at(old, key)
+        if was not in (value, None):  # None: there was no such setting
+            lines.append(f"{key} was {was}, and is {value} now")
     return lines
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def _value_at(tree: Any, dotted: str) -> Any:
+def _at(tree: Any, dotted: str) -> Any:
     for part in dotted.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree

@@ -3,6 +3,7 @@
 # Importing registers.
 from mit_semseg.models.decoders import (  # noqa: F401
     bisenet,
+    bisenetv2,
     c1,
     danet,
     ddrnet,
@@ -15,12 +16,17 @@ from mit_semseg.models.decoders import (  # noqa: F401
     fcdensenet,
     fcn,
     fcn_head,
+    hamburger,
     icnet,
+    linear,
     linknet,
     ocnet,
     pidnet,
+    ppliteseg,
     ppm,
+    segformer,
     segnet,
+    stdc,
     unet,
     upernet,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +40,14 @@ class FeatureFusion(nn.Module):
     Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.3, fig. 2 (c).
     """
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, n_in: int, n_out: int, reduction: int = 1) -> None:
         super().__init__()
         self.join = conv_bn_relu(n_in, n_out, 1)
         self.weigh = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(n_out, n_out, 1),
+            nn.Conv2d(n_out, n_out // reduction, 1),
             nn.ReLU(inplace=True),
-            nn.Conv2d(n_out, n_out, 1),
+            nn.Conv2d(n_out // reduction, n_out, 1),
             nn.Sigmoid(),
         )
 
@@ -80,8 +80,8 @@ class BiSeNet(Decoder):
     """
 
     min_feature_maps = 3
-    supported_encoders = ("bisenet_resnet18",)
-    auxiliary = (Auxiliary(weight=1.0), Auxiliary(weight=1.0))
+    supported_encoders: ClassVar[tuple[str, ...]] = ("bisenet_resnet18",)
+    auxiliary: ClassVar[tuple[Auxiliary, ...]] = (Auxiliary(weight=1.0), Auxiliary(weight=1.0))
 
     def __init__(
         self, channels: Sequence[int], num_class: int = 150, width: int = 128, **options: Any

@@ -3,6 +3,7 @@
 # Importing registers.
 from mit_semseg.models.encoders import (  # noqa: F401
     bisenet,
+    bisenetv2,
     ddrnet,
     densenet,
     drn,
@@ -12,9 +13,11 @@ from mit_semseg.models.encoders import (  # noqa: F401
     icnet,
     mobilenet,
     mobilenetv3,
+    mscan,
     pidnet,
     resnet,
     resnext,
+    stdc,
     unet,
     vgg,
     xception,
