@@ -48,6 +48,12 @@ class TrainOptions(Section):
     warmup_iters: int = key(
         0, "steps over which the learning rate rises linearly from 0; 0 as published", least=0
     )
+    encoder_delay: int = key(
+        0, "steps for which the encoder's learning rate is 0, before its warm-up", least=0
+    )
+    encoder_warmup_iters: int = key(
+        0, "steps of the encoder's warm-up; 0: `warmup_iters`. Not of `one_cycle`", least=0
+    )
     layer_decay: float = key(
         1.0,
         "factor on the learning rate of each block of the encoder relative to the next deeper one "
@@ -199,6 +205,11 @@ class TrainOptions(Section):
                 f"TRAIN.schedule is {self.schedule} and TRAIN.milestones are "
                 f"{list(self.milestones)}: the schedule multi_step takes milestones, such as "
                 "TRAIN.milestones (60,90), and others take none"
+            )
+        if self.schedule == "one_cycle" and (self.encoder_delay or self.encoder_warmup_iters):
+            raise ValueError(
+                "TRAIN.schedule one_cycle has one course for all: leave out TRAIN.encoder_delay "
+                "and TRAIN.encoder_warmup_iters"
             )
         if self.patience and not self.eval_epochs:
             raise ValueError(

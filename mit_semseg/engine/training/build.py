@@ -305,7 +305,10 @@ def _step(
     if channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen = freeze(module, train.freeze)
-    scales = layer_scales(module.encoder, train.layer_decay) if train.layer_decay != 1 else None
+    deeper = module.decoder.encoder_layers()
+    scales = (
+        layer_scales(module.encoder, train.layer_decay, deeper) if train.layer_decay != 1 else None
+    )
     optimizer = build_optimizer(
         train.optim,
         (module.encoder, train.lr_encoder),
@@ -313,6 +316,7 @@ def _step(
         beta1=train.beta1,
         weight_decay=train.weight_decay,
         scales=scales,
+        of_first=deeper,
     )
     average = MovingAverage(module, train.ema) if train.ema else None
     if train.activation_checkpointing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import nn
@@ -39,7 +40,9 @@ def freeze(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return frozen
 
 
-def layer_scales(encoder: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+def layer_scales(
+    encoder: nn.Module, decay: float, deeper: Sequence[nn.Module] = ()
+) -> dict[nn.Parameter, float]:
     """Factor on the learning rate of every parameter: `decay` once for each block after it.
 
     The last block and what follows it have the factor 1. The layers before the first block count
@@ -53,12 +56,15 @@ def layer_scales(encoder: nn.Module, decay: float) -> dict[nn.Parameter, float]:
         encoder: its blocks are found by `find_blocks`, unless it names them by a method
             `checkpoint_blocks`. They follow each other in the order they are registered in.
         decay: within (0, 1]; 1 gives every parameter the factor 1.
+        deeper: layers of a decoder that follow (see `Decoder.encoder_layers`): those with layers of
+            their own are blocks.
 
     Raises:
         ValueError: the encoder has no blocks.
     """
     declared = getattr(encoder, "checkpoint_blocks", None)
     blocks = list(find_blocks(encoder) if declared is None else declared())
+    blocks += [layer for layer in deeper if next(layer.children(), None) is not None]
     if not blocks and decay != 1:
         raise ValueError(
             f"TRAIN.layer_decay is {decay:g}, and {type(encoder).__name__} has no blocks in a "
@@ -68,7 +74,7 @@ def layer_scales(encoder: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     depths: dict[nn.Parameter, int] = {}
     between: list[nn.Parameter] = []
     last, depth = None, 0
-    for parameter in encoder.parameters():
+    for parameter in itertools.chain(*(part.parameters() for part in (encoder, *deeper))):
         block = inside.get(parameter)
         if block is None and depth:
             between.append(parameter)

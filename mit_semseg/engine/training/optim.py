@@ -47,6 +47,7 @@ def build_optimizer(
     beta1: float = 0.9,
     weight_decay: float = 1e-4,
     scales: Mapping[nn.Parameter, float] | None = None,
+    of_first: Sequence[nn.Module] = (),
 ) -> torch.optim.Optimizer:
     """One optimizer for all parts, which step together or not at all.
 
@@ -56,12 +57,18 @@ def build_optimizer(
         beta1: momentum of SGD, first beta of the others.
         weight_decay: of convolution and linear weights.
         scales: factors on the learning rate (see `parameter_groups`).
+        of_first: modules inside other parts that learn at the rate of the first one.
     """
-    groups = [
-        {**group, "part": number, "lr": lr * group["lr_scale"]}
-        for number, (module, lr) in enumerate(parts)
-        for group in parameter_groups(module, weight_decay, scales)
-    ]
+    moved = {parameter for module in of_first for parameter in module.parameters()}
+    groups = []
+    for number, (module, _) in enumerate(parts):
+        for group in parameter_groups(module, weight_decay, scales):
+            by_part = {number: [p for p in group["params"] if p not in moved]}
+            if moved and number:
+                by_part[0] = [p for p in group["params"] if p in moved]
+            for part, own in by_part.items():
+                lr = parts[part][1] * group["lr_scale"]
+                groups.append({**group, "params": own, "part": part, "lr": lr})
     if kind == "SGD":
         return torch.optim.SGD(groups, momentum=beta1, fused=True)
     return {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[kind](

@@ -10,7 +10,20 @@ from mit_semseg.config.train import TrainOptions
 RISE, FIRST, LAST = 0.3, 1 / 25, 1 / 25e4
 
 
-def learning_rate_factor(options: TrainOptions, step: int, total: int) -> float:
+def encoder_factor(options: TrainOptions, step: int, total: int) -> float:
+    """What the encoder's learning rate is multiplied by: 0 for `encoder_delay` steps.
+
+    Paper: Kerssies et al. 2025 (EoMT), arXiv:2503.19108, appendix (two-stage warm-up).
+    """
+    if step < options.encoder_delay:
+        return 0.0
+    rising = options.encoder_warmup_iters or options.warmup_iters
+    return learning_rate_factor(options, step, total, options.encoder_delay, rising)
+
+
+def learning_rate_factor(
+    options: TrainOptions, step: int, total: int, delay: int = 0, rising: int | None = None
+) -> float:
     """What the learning rates of the configuration are multiplied by at a step.
 
     Papers: poly, Chen et al. 2017 (DeepLab), arXiv:1606.00915, sec. 4.3; cosine, Loshchilov &
@@ -21,14 +34,16 @@ def learning_rate_factor(options: TrainOptions, step: int, total: int) -> float:
         options: `schedule` with `lr_pow`, `milestones`, `gamma` and `warmup_iters`.
         step: from 0 to total - 1.
         total: steps of the whole run.
+        delay: steps before the warm-up.
+        rising: steps of the warm-up; None: `warmup_iters`.
     """
-    rising = options.warmup_iters
+    rising = options.warmup_iters if rising is None else rising
     if options.schedule == "one_cycle":
         top = (rising or RISE * total) - 1
         if step <= top:
             return _annealed(FIRST, 1.0, step / top if top > 0 else 1.0)
         return _annealed(1.0, LAST, (step - top) / max(total - 1 - top, 1))
-    rise = min(1.0, (step + 1) / rising) if rising else 1.0
+    rise = min(1.0, (step + 1 - delay) / rising) if rising else 1.0
     if options.schedule == "poly":
         return rise * (1.0 - step / total) ** options.lr_pow
     if options.schedule == "cosine":

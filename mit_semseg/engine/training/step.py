@@ -131,6 +131,11 @@ class TrainStep:
         """The weights that checkpoints hold: the moving average when there is one."""
         return self.module if self.average is None else self.average.module
 
+    def set_progress(self, share: float) -> None:
+        """Tell the network how much of the training is done, from 0 to 1."""
+        self.module.decoder.set_progress(share)
+        self.evaluated.decoder.set_progress(share)
+
     def training_mode(self) -> None:
         """Put the network in training mode."""
         self.parallel.train()

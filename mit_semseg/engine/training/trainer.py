@@ -22,7 +22,7 @@ from mit_semseg.engine.scoring import Evaluation, merged
 from mit_semseg.engine.threads import pixels
 from mit_semseg.engine.training.build import Parts
 from mit_semseg.engine.training.optim import set_learning_rates
-from mit_semseg.engine.training.schedule import learning_rate_factor
+from mit_semseg.engine.training.schedule import encoder_factor, learning_rate_factor
 from mit_semseg.engine.training.state import Progress, differences, is_finite
 from mit_semseg.engine.training.step import StepResult
 from mit_semseg.errors import one_line
@@ -218,8 +218,12 @@ class Trainer:
     def _set_rates(self) -> tuple[float, float]:
         """The learning rates of the next step."""
         options, progress = self.options, self.progress
-        factor = learning_rate_factor(options, progress.step, progress.max_iters)
-        rates = options.lr_encoder * factor, options.lr_decoder * factor
+        now = options, progress.step, progress.max_iters
+        rates = (
+            options.lr_encoder * encoder_factor(*now),
+            options.lr_decoder * learning_rate_factor(*now),
+        )
+        self.parts.step.set_progress(progress.step / progress.max_iters)
         set_learning_rates(self.parts.step.optimizer, *rates)
         return rates
 

@@ -129,6 +129,13 @@ class Decoder(nn.Module):
         """A new decoder of this kind for another number of classes."""
         return type(self)(self.channels, num_class=num_class, strides=self.strides)
 
+    def encoder_layers(self) -> list[nn.Module]:
+        """Layers pretrained with the encoder, which learn at its rate, in order of depth."""
+        return []
+
+    def set_progress(self, share: float) -> None:
+        """Learn how much of the training is done, from 0 to 1, before each step."""
+
     def pools(self, x: Tensor, tile: Tile | None) -> list[Tensor]:
         """Adaptive average pools at `pool_scales`, (B, C, s, s) each, of the whole image's map of
         which x, (B, C, h, w), is a tile, or all of it."""

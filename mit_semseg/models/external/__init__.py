@@ -1,4 +1,4 @@
-"""Whole models of other libraries (`MODEL.arch`), as an encoder and a decoder."""
+"""Whole models (`MODEL.arch`), of or on other libraries, as an encoder and a decoder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 log = logging.getLogger("mit_semseg")
 
 # Prefix of MODEL.arch -> module of this package.
-LIBRARIES = ("hf", "smp")
+LIBRARIES = ("hf", "smp", "eomt")
 
 
 def library_of(arch: str) -> tuple[Library, str]:

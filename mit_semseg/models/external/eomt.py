@@ -209,13 +209,25 @@ class EoMT(nn.Module):
         )
         steps = max(1, int(math.log2(self.patch)) - 2)
         self.upscale = nn.Sequential(*(Upscale(width) for _ in range(steps)))
+        # In the state dict; an integer, which a moving average of weights copies. The host has its
+        # own, which it need not wait for.
         self.register_buffer("progress", torch.zeros((), dtype=torch.int64))
+        self.share = 0.0
+
+    def set_progress(self, share: float) -> None:
+        """Say how much of the training is done, from 0 to 1."""
+        self.share = share
+        self.get_buffer("progress").fill_(round(share * _UNITS))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *args)
+        self.share = int(state.get(f"{prefix}progress", 0)) / _UNITS
 
     def probabilities(self) -> list[float]:
         """Of each block, that queries attend to the patches inside their masks only."""
-        share, parts = int(self.get_buffer("progress")) / _UNITS, len(self.blocks) + 2
+        parts = len(self.blocks) + 2
         # Block i is annealed in part i + 1 of equally long parts of the training.
-        done = [min(max(share * parts - 1 - i, 0.0), 1.0) for i in range(len(self.blocks))]
+        done = [min(max(self.share * parts - 1 - i, 0.0), 1.0) for i in range(len(self.blocks))]
         return [(1 - part) ** 0.9 for part in done]
 
     def forward(
@@ -296,14 +308,13 @@ class MaskDecoder(ExternalDecoder):
         """The loss of matched masks, of all layers."""
         return (Auxiliary(1.0, loss=self.matched, denominator=self.counts),)
 
-    @property
     def encoder_layers(self) -> list[nn.Module]:
-        """Layers that learn at the encoder's rate, which they have been pretrained with."""
+        """As `Decoder.encoder_layers`: the blocks, and what follows them."""
         return [*self.net.blocks, self.net.norm]
 
     def set_progress(self, share: float) -> None:
         """As `Decoder.set_progress`: mask annealing."""
-        self.net.progress.fill_(round(share * _UNITS))
+        self.net.set_progress(share)
 
     def logits(self, features: list[Tensor]) -> tuple[Any, ...]:
         """Scores, (B, num_class, h, w); in training also what the loss takes."""
