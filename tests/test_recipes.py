@@ -20,7 +20,8 @@ from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.weights import PUBLISHED, imagenet_weights, published_checkpoint
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
-ALL = sorted(CONFIG.glob("*.yaml"))
+EOMT = sorted(CONFIG.glob("*-eomt-*.yaml"))  # whole models, without encoder and decoder by name
+ALL = sorted(set(CONFIG.glob("*.yaml")) - set(EOMT))
 # Later models train on ADE20K as their papers say, and not by the published toolkit's schedule.
 OWN_SCHEDULE = ("encnet", "hamburger")
 ADE20K = [
@@ -113,6 +114,18 @@ def test_every_combination_has_its_recipe():
     # The published file of HRNetV2 leaves out the decoder.
     stems = {path.stem for path in ADE20K} - {"ade20k-hrnetv2"} | {"ade20k-hrnetv2-c1"}
     assert stems == folders
+
+
+@pytest.mark.parametrize("path", EOMT, ids=name)
+def test_recipes_of_eomt(path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    cfg = load_config(path)
+    vit = cfg.MODEL.arch.partition(":")[2]
+    assert timm.is_model(vit) and f"ckpt/{path.stem}" == cfg.DIR
+    with torch.device("meta"):
+        patch = timm.create_model(vit).patch_embed.patch_size[0]
+    for side in (cfg.DATASET.padding_constant, *cfg.DATASET.crop_size, *cfg.VAL.window):
+        assert side % patch == 0
 
 
 def test_every_decoder_has_its_recipes():
