@@ -51,7 +51,7 @@ def describe(name: str, weights: bool) -> Architecture:
             f"MODEL.arch eomt:{name}: timm {timm.__version__} has no {architecture}"
             f"{closest(architecture, timm.list_models('vit_*'))}"
         )
-    data = timm.models.get_pretrained_cfg(name)
+    data: Any = timm.models.get_pretrained_cfg(name)
     config = {"name": name, "queries": QUERIES}
     return Architecture(f"eomt:{name}", config, mean=tuple(data.mean), std=tuple(data.std))
 
@@ -123,6 +123,7 @@ def _transformer(name: str, **options: Any) -> Any:
     """
     import timm
 
+    vit: Any
     try:
         vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
         parts = (vit.patch_embed, vit.blocks, vit.norm, vit._pos_embed)
