@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The quick start. By default offline: renders street scenes, trains on them, evaluates, predicts
-# and shows the result in demo/index.html. With --ade20k: fetches the published ADE20K model and
-# a photograph, and runs it. With DOWNLOAD_ONLY=1, as published: only fetches these two.
+# The quick start. By default, without a network: renders street scenes, trains, evaluates, predicts
+# and writes the results to demo/index.html. With --ade20k: downloads the published ADE20K model and
+# a photograph, and predicts. With DOWNLOAD_ONLY=1, as published: only downloads these.
 #
 #   [DOWNLOAD_ONLY=1] PYTHON=path/to/python bash demo_test.sh [--ade20k]
 set -euo pipefail
@@ -9,7 +9,7 @@ cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python}
 record=/dev/null
 
-# Print a command, run it, and note what it took for the page.
+# Print a command, run it, and record its time for the page.
 run() {
     echo
     echo "\$ $*"
@@ -21,7 +21,7 @@ run() {
 ade20k() {
     local name=ade20k-resnet50dilated-ppm_deepsup image
     local folder=ckpt/$name
-    echo "Fetching the published $name (about 190 MB) and a photograph into $folder"
+    echo "Downloading the published $name (about 190 MB) and a photograph to $folder"
     if ! image=$("$PYTHON" - "$name" "$folder" <<'PYTHON'
 import sys
 
@@ -34,8 +34,8 @@ except (OSError, RuntimeError, ValueError) as error:
 print(image)
 PYTHON
     ); then
-        echo "The published files could not be fetched and verified. Without a network, run" >&2
-        echo "demo_test.sh without --ade20k, or put the three files into $folder yourself." >&2
+        echo "The published files could not be downloaded and verified. Without a network, run" >&2
+        echo "demo_test.sh without --ade20k, or copy the three files to $folder." >&2
         exit 1
     fi
     image=${image##*$'\n'}
@@ -43,7 +43,7 @@ PYTHON
     [ -z "${DOWNLOAD_ONLY:-}" ] || return 0
     run python test.py --imgs "$image" --cfg "config/$name.yaml" \
         DIR "$folder" TEST.result "$folder/result" TEST.save "['side','legend']"
-    echo "Open $folder/result"
+    echo "The results are in $folder/result"
 }
 
 streets() {
@@ -54,7 +54,7 @@ streets() {
     run python eval_multipro.py --gpus cpu --workers 2 --cfg config/demo.yaml --out demo/evaluation
     run python test.py --imgs demo/data/images/validation --gpu cpu --cfg config/demo.yaml
     run python -m mit_semseg.cli demo page --commands "$record"
-    echo "The whole took $SECONDS s."
+    echo "Total time: $SECONDS s"
 }
 
 case "${1:-}" in

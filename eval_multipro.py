@@ -1,4 +1,4 @@
-"""Evaluate with one worker process a device: python eval_multipro.py --gpus 0-3 --cfg FILE."""
+"""Evaluate a model, one process per device: python eval_multipro.py --gpus 0-3 --cfg FILE"""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Tests on every supported torch: `nox -l` lists the sessions, `make test-versions` runs them all.
+"""Tests with every supported torch and Python: `nox -l` lists them, `make test-versions` runs them.
 
-A session is one release of torch on one Python, in an environment of its own of 5 GB, which is
-removed when the session ends. Pythons that are not on the path are skipped.
+Each combination has its own environment of 5 GB, which is removed at the end. Pythons that are not
+on the path are skipped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import nox
 
 nox.options.error_on_missing_interpreters = False
 
-# Releases that go together. The oldest torch is tested with the NumPy of its time.
+# Matching releases. The oldest torch is tested with an older NumPy.
 TORCH = {
     "2.4": ("torch==2.4.1", "torchvision==0.19.1", "numpy<2", "opencv-python<4.12"),
     "2.8": ("torch==2.8.0", "torchvision==0.23.0"),
@@ -20,7 +20,7 @@ TORCH = {
     "2.14": ("torch==2.14.1", "torchvision==0.29.1"),
     "newest": ("torch", "torchvision"),
 }
-# Those that have wheels for a Python; "newest" takes whatever pip finds.
+# Releases with wheels for a Python; "newest" is whatever pip finds.
 PYTHON = {
     "3.10": ("2.4", "2.8", "2.11", "2.14"),
     "3.11": ("2.4", "newest"),
@@ -28,7 +28,7 @@ PYTHON = {
     "3.13": ("2.8", "newest"),
     "3.14": ("2.11", "2.14", "newest"),
 }
-# Without the runs of whole trainings, evaluations and faults, which take most of the time.
+# Without trainings, evaluations and fault injection, which take most of the time.
 QUICK = (
     "tests/lib",
     "tests/compat",
@@ -48,8 +48,8 @@ QUICK = (
     "python,torch", [(python, torch) for python, names in PYTHON.items() for torch in names]
 )
 def tests(session: nox.Session, torch: str) -> None:
-    """The quick part of the tests; `nox -s tests -- tests` runs them all."""
-    # One call for both: pip would replace torch by the one that a newer torchvision asks for.
+    """The quick tests; `nox -s tests -- tests` runs all."""
+    # In one call: otherwise pip would replace torch by the version for a newer torchvision.
     session.install(*TORCH[torch], "--editable", ".[dev]")
     session.run("python", "-c", "import torch, numpy; print(torch.__version__, numpy.__version__)")
     try:

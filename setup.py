@@ -1,4 +1,4 @@
-"""Stub for tools that still look for setup.py; everything is in pyproject.toml."""
+"""Stub for tools that need a setup.py; see pyproject.toml."""
 
 from setuptools import setup
 

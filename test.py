@@ -1,4 +1,4 @@
-"""Run a model on images: python test.py --imgs PATH --gpu 0 --cfg FILE."""
+"""Predict for images: python test.py --imgs PATH --gpu 0 --cfg FILE"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train a model: python train.py --gpus 0-3 --cfg FILE [KEY value ...]."""
+"""Train a model: python train.py --gpus 0-3 --cfg FILE [KEY value ...]"""
 
 import sys
 

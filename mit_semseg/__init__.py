@@ -1,8 +1,8 @@
-"""Scene parsing in PyTorch: any encoder with any decoder, trained, evaluated and run on images.
+"""Semantic segmentation in PyTorch: any encoder with any decoder; train, evaluate, predict.
 
 Example:
     >>> from mit_semseg import Segmenter  # doctest: +SKIP
-    >>> Segmenter.from_checkpoint("ckpt/mine")("photo.jpg").save("parsed.png")  # doctest: +SKIP
+    >>> Segmenter.from_checkpoint("ckpt/mine")("photo.jpg").save("overlay.png")  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _install()
 
 
 def __getattr__(name: str) -> Any:
-    # Resolved on first use, so that `import mit_semseg` and `mit-semseg --help` stay quick.
+    # Imported on first use, so that `import mit_semseg` and `mit-semseg --help` are fast.
     if name in ("Result", "Segmenter"):
         from mit_semseg import segmenter
 

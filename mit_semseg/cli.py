@@ -1,6 +1,7 @@
-"""The command line: arguments in, one library call, clear errors out.
+"""The command line.
 
-Each command imports what it runs, and torch with it; `--help` and argument errors do without.
+Each command imports its modules, and torch, when it runs, so that `--help` and argument errors are
+fast.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train, in one process, in one for each GPU, or as one rank of either launcher."""
+    """Train in one process, in one process per GPU, or as a rank of torchrun."""
     if args.resume.startswith(SECTIONS) and not os.path.exists(args.resume):
-        # `--resume TRAIN.num_epoch 30`: the first override, taken for a path.
+        # `--resume TRAIN.num_epoch 30`: argparse takes the first override for a path.
         args.opts.insert(0, args.resume)
         args.resume = "auto"
     options = _options(args)
@@ -51,12 +52,12 @@ def run_train(args: argparse.Namespace) -> int:
     use_device(devices[0])
     if rank == 0:
         make_writable(options.DIR, "DIR")
-    # The log of a command is the same, whether it drives GPUs by threads or by processes.
+    # Without ranks in the log if the command has started the processes itself.
     setup_logger(
         rank, named=world > 1 and not (processes.started_here() and rank == 0), folder=options.DIR
     )
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        args.resume = args.resume or "auto"  # torchrun began anew because a rank was lost
+        args.resume = args.resume or "auto"  # torchrun restarted the job after a failure
     atexit.register(ignore_stops)
     result = train(options, devices, rank=rank, world=world, resume=args.resume, job=job_name())
     leave_process_group()
@@ -69,7 +70,7 @@ def _print_end(folder: str, result: dict[str, Any]) -> None:
     if result["stopped"]:
         print(
             f"Stopped by {result['stopped']} after step {result['step']} of {result['steps']}; "
-            f"nothing is lost. Continue with:\n  {_resume_command()}"
+            f"the state is saved. Resume with:\n  {_resume_command()}"
         )
         return
     best = result["best_mean_iou"]
@@ -78,7 +79,7 @@ def _print_end(folder: str, result: dict[str, Any]) -> None:
 
 
 def _resume_command() -> str:
-    """This command, as it is to be typed to go on."""
+    """The command line that resumes this training."""
     words = list(sys.argv[1:])
     if "--resume" in words:
         at = words.index("--resume")
@@ -90,7 +91,7 @@ def _resume_command() -> str:
 
 
 def _called(command: str) -> str:
-    """How a command was begun, as it is to be typed."""
+    """The beginning of the command line with which a command was started."""
     script = os.path.basename(sys.argv[0])
     if not script.endswith(".py") or script == "__main__.py":
         return f"mit-semseg {command}"
@@ -103,7 +104,7 @@ def _called(command: str) -> str:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """Evaluate, one worker process a device or one rank of torchrun; 1 when some images failed."""
+    """Evaluate with worker processes or as a rank of torchrun; returns 1 if images failed."""
     options = _options(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
@@ -120,7 +121,7 @@ def run_eval(args: argparse.Namespace) -> int:
         make_writable(args.out or options.DIR, "--out" if args.out else "DIR")
     if args.single_process:
         devices, workers = devices[:1], 1
-    if len(devices) * workers == 1:  # otherwise the work is done by other processes
+    if len(devices) * workers == 1:  # otherwise worker processes compute
         use_device(devices[0])
     place = {"out_dir": args.out, "rank": rank, "world": world}
     result = evaluate(options, devices, workers=workers, keep=args.keep, **place)
@@ -129,7 +130,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def run_predict(args: argparse.Namespace) -> int:
-    """Predict, one process a device or one rank of torchrun; 1 when some images failed."""
+    """Predict with one process per device or as a rank of torchrun; returns 1 if images failed."""
     images, more = split_overrides(args.imgs)
     options = _options(args, more)
     from mit_semseg.engine.checkpoint import make_writable
@@ -147,8 +148,8 @@ def run_predict(args: argparse.Namespace) -> int:
     if rank == 0:
         make_writable(options.TEST.result, "TEST.result")
     if args.devices is None:
-        devices = devices[:1]  # as published; mostly there are few images
-    if len(devices) == 1:  # otherwise the work is done by other processes
+        devices = devices[:1]  # as published
+    if len(devices) == 1:  # otherwise worker processes compute
         use_device(devices[0])
     results = predict(options, images, devices, rank=rank, world=world)
     leave_process_group()
@@ -156,7 +157,7 @@ def run_predict(args: argparse.Namespace) -> int:
 
 
 def run_pack(args: argparse.Namespace) -> int:
-    """Pack one checkpoint."""
+    """Copy a checkpoint in half precision, or in the form of its library."""
     from mit_semseg.engine.checkpoint import pack, pack_for_library
 
     if args.library:
@@ -186,7 +187,7 @@ def run_config(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """Measure; 0 even where a target is missed, which the table says."""
+    """Run benchmarks; returns 0 even if a target is missed."""
     from mit_semseg.benchmarks.command import bench
 
     bench(args.device, args.out, quick=args.quick, only=args.only)
@@ -194,7 +195,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_overfit(args: argparse.Namespace) -> int:
-    """Overfit one image; 1 when the model does not."""
+    """Overfit one image; returns 1 if the model does not."""
     options = _options(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
@@ -213,7 +214,7 @@ def run_overfit(args: argparse.Namespace) -> int:
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    """What recipes cost; 1 when one of them could not be measured."""
+    """Profile recipes; returns 1 if one of them failed."""
     files, opts = split_overrides(args.recipes)
     read = {file: _read(file, opts) for file in files}
     from mit_semseg.engine.checkpoint import make_writable
@@ -232,7 +233,7 @@ def run_profile(args: argparse.Namespace) -> int:
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """Train and evaluate configurations; 1 when one failed."""
+    """Train and evaluate recipes; returns 1 if one of them failed."""
     files, opts = split_overrides(args.recipes)
     for file in files:
         _read(file, opts)
@@ -248,12 +249,12 @@ def run_compare(args: argparse.Namespace) -> int:
     from mit_semseg.tools.compare import compare, table
 
     make_writable(args.out, "--out")
-    print(f"{table(compare(args.evaluations, args.out))}\n\nTable and figures in {args.out}")
+    print(f"{table(compare(args.evaluations, args.out))}\n\nResults in {args.out}")
     return 0
 
 
 def run_data(args: argparse.Namespace) -> int:
-    """Make, check or download data; 1 when problems were found or met."""
+    """Download data, create or check lists; returns 1 if there are problems."""
     if args.action == "check" and args.cfg:
         args.options = _read(args.cfg)
     from mit_semseg.dataset.commands import run
@@ -262,7 +263,7 @@ def run_data(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Render the demo's data, or show what came of them."""
+    """Render the demo's data, or write its page of results."""
     if args.action == "page":
         args.options = _read(args.cfg)
     from mit_semseg.demo.command import run
@@ -288,7 +289,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part `--imgs a.jpg b.jpg TEST.result out` into images and configuration overrides."""
+    """Split `a.jpg b.jpg TEST.result out` into files and configuration overrides."""
     for i, word in enumerate(words):
         if word.startswith(SECTIONS) and not os.path.exists(word) and (len(words) - i) % 2 == 0:
             return list(words[:i]), list(words[i:])
@@ -296,39 +297,39 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; user errors print one line and return 2, an interrupt returns 130."""
+    """Run a command; returns its exit status: 2 for a user's mistake, 130 for an interrupt."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files may be of any bytes
+        if isinstance(stream, io.TextIOWrapper):  # file names may not be valid UTF-8
             stream.reconfigure(errors="backslashreplace")
     return guarded(lambda: _dispatch(arguments))
 
 
 def script(*command: str) -> int:
-    """The body of a top-level script that keeps a published name for `command`."""
+    """Main function of a top-level script with the published name of `command`."""
     return main([*command, *sys.argv[1:]])
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """Call `run`; what the user can mend is printed as one line instead of a traceback."""
+    """Call `run` and print errors that a user can fix as one line, without a traceback."""
     from mit_semseg.engine.processes import report, started_here
 
-    status, said, lost = 0, "", False
+    status, message, lost = 0, "", False
     try:
         status = run()
     except KeyboardInterrupt:
-        status, said = 130, "interrupted"
+        status, message = 130, "interrupted"
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        status, said, lost = 2, one_line(error), isinstance(error, ConnectionError)
+        status, message, lost = 2, one_line(error), isinstance(error, ConnectionError)
     if started_here():
-        report(status, said if status == 2 else "", lost)
-    elif said:
-        print(f"{_who()}{'error: ' if status == 2 else ''}{said}", file=sys.stderr)
+        report(status, message if status == 2 else "", lost)
+    elif message:
+        print(f"{_rank()}{'error: ' if status == 2 else ''}{message}", file=sys.stderr)
     return status
 
 
-def _who() -> str:
-    """Which rank of torchrun says something; nothing outside it."""
+def _rank() -> str:
+    """`rank N: ` under torchrun, for messages."""
     return f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
@@ -339,7 +340,7 @@ def _dispatch(arguments: list[str]) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(args, "recipes") and rest[0].startswith(SECTIONS)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # argparse takes the words before the first option for recipes: overrides came later
+    if rest:  # overrides after an option, where argparse does not expect further recipes
         args.recipes += rest
     if args.threads is not None:
         from mit_semseg.engine.cpu import fix_threads
@@ -354,15 +355,15 @@ def _refuse_early_flags(arguments: list[str]) -> None:
         return
     command, *words = arguments
     if words[:1] == ["--single-process"] and words[:1] != sys.argv[1:2]:
-        words = words[1:]  # put there by eval.py
+        words = words[1:]  # added by eval.py
     if advice := replacement(command, words, _called(command)):
         raise ValueError(advice)
 
 
 def _options(args: argparse.Namespace, more: Sequence[str] = ()) -> Options:
-    """The configuration file, with `KEY value` pairs and what options say after them.
+    """The options from the configuration file, `KEY value` pairs and `--precision`.
 
-    Mistakes in the devices' names are looked for here, too.
+    Also checks the names of the devices.
     """
     opts = [*more, *args.opts]
     if args.precision:
@@ -376,7 +377,7 @@ def _options(args: argparse.Namespace, more: Sequence[str] = ()) -> Options:
 
 
 def _read(config: str, opts: Sequence[str] = ()) -> Options:
-    """Refuse a mistaken configuration now: this takes no time, what comes next imports torch."""
+    """Read and check a configuration, before torch is imported, which takes seconds."""
     from mit_semseg.config import load_options
 
     return load_options(config, opts)

@@ -1,4 +1,4 @@
-"""Files from the net: several mirrors, resumed, verified, and put in place atomically."""
+"""Downloads from several mirrors: resumed, verified and moved into place atomically."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ logger = logging.getLogger("mit_semseg")
 
 OFFLINE = "MIT_SEMSEG_OFFLINE"
 _CHUNK = 1 << 18
-_LEAST = 1 << 10  # bytes that must come within the time limit: less is a connection that stalls
-_PAUSE = 0.2  # seconds before the second attempt; twice as long before each one more
+_LEAST = 1 << 10  # bytes within the time limit, below which a connection is stalled
+_PAUSE = 0.2  # seconds before the second attempt; doubled for each further attempt
 _HTML = {".html", ".htm", ""}
 
 
 class DownloadError(OSError):
-    """No mirror delivered the file; the message names every url with its reason and the cache.
+    """All mirrors failed; the message has each url with its error, and where to put the file.
 
     Attributes:
-        reason: the message without what to do.
+        reason: the message without the advice.
     """
 
     def __init__(self, reason: str, fix: str = "") -> None:
@@ -45,7 +45,7 @@ class DownloadError(OSError):
 
 
 class _Refused(Exception):
-    """One attempt failed; `again` says whether the same url is worth another try."""
+    """An attempt failed; `again` says whether to retry the same url."""
 
     def __init__(self, reason: str, again: bool) -> None:
         super().__init__(reason)
@@ -53,12 +53,12 @@ class _Refused(Exception):
 
 
 def offline() -> bool:
-    """Whether the environment variable MIT_SEMSEG_OFFLINE forbids using the net."""
+    """Whether the environment variable MIT_SEMSEG_OFFLINE disables downloads."""
     return os.environ.get(OFFLINE, "").lower() not in ("", "0", "false", "no")
 
 
 def sha256_of(path: str | Path) -> str:
-    """The sha256 of a file, 64 lower-case hexadecimal digits."""
+    """The sha256 of a file as 64 lower-case hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):
@@ -76,29 +76,29 @@ def fetch(
     timeout: float = 30.0,
     retries: int = 2,
 ) -> Path:
-    """Downloads one file to `dest` unless it is there already.
+    """Download a file to `dest` unless it exists.
 
-    The bytes go to `<dest>.part`, which an interrupted call leaves behind and the next one
-    continues (HTTP Range); only a complete and verified file is renamed to `dest`. Processes that
-    want the same file at the same time wait for the first one.
+    Data is written to `<dest>.part`. An interrupted download leaves this file, and the next call
+    continues it (HTTP Range). The complete and verified file is renamed to `dest`. Processes that
+    download the same file wait for the first one.
 
     Args:
-        urls: where the file is published, in order of preference (http, https or file).
-        dest: path of the file; its folder is made.
-        sha256: hexadecimal digest, or its first 8 or more digits (as in torchvision's file
-            names). None trusts the length alone.
-        resume: continue a part file of an earlier call. Without `sha256` only when it came from
-            the same url and the server still has the same version.
-        progress: show a bar when standard error is a terminal.
-        timeout: seconds without an answer, or with less than 1 kB, before an attempt is given up.
+        urls: http, https or file urls, in order of preference.
+        dest: path of the file; its folder is created.
+        sha256: hexadecimal digest, or at least its first 8 digits (as in torchvision's file names).
+            None checks only the length.
+        resume: continue a part file of an earlier call. Without `sha256` only if it is from the
+            same url and the server has the same version.
+        progress: show a progress bar if standard error is a terminal.
+        timeout: seconds without an answer, or with less than 1 kB, before an attempt fails.
         retries: further attempts per url after a broken connection or a server error.
 
     Returns:
         `dest`.
 
     Raises:
-        ValueError: no url, a url of another kind, or `sha256` is not a digest.
-        DownloadError: no url delivered the file, or MIT_SEMSEG_OFFLINE is set.
+        ValueError: no url, a url of another scheme, or an invalid `sha256`.
+        DownloadError: all urls failed, or MIT_SEMSEG_OFFLINE is set.
     """
     dest = Path(dest)
     urls = [urls] if isinstance(urls, str) else list(urls)
@@ -108,8 +108,8 @@ def fetch(
         return dest
     if offline():
         raise DownloadError(
-            f"{dest.name} is needed and {OFFLINE} is set",
-            f": fetch it from {' or '.join(urls)} and put it at {dest}",
+            f"{dest.name} is needed, but {OFFLINE} is set",
+            f": download it from {' or '.join(urls)} and put it at {dest}",
         )
     dest.parent.mkdir(parents=True, exist_ok=True)
     with _locked(dest) as (part, shared):
@@ -128,17 +128,17 @@ def fetch(
         return dest
     raise DownloadError(
         f"cannot download {dest.name} ({'; '.join(failures)})",
-        f"; fetch it by hand and put it at {dest}",
+        f"; download it by hand and put it at {dest}",
     )
 
 
 def _check_arguments(urls: list[str], sha256: str | None) -> None:
     if not urls:
-        raise ValueError("urls is empty: name at least one place to download from")
+        raise ValueError("urls is empty: give at least one url")
     for url in urls:
         try:
             scheme = urllib.parse.urlsplit(url).scheme
-        except ValueError as error:  # such as brackets that do not close
+        except ValueError as error:  # for example unbalanced brackets
             raise ValueError(f"cannot download {url!r}: {error}") from error
         if scheme not in ("http", "https", "file"):
             raise ValueError(f"cannot download {url!r}: use an http, https or file url")
@@ -155,16 +155,16 @@ def _is_complete(dest: Path, sha256: str | None) -> bool:
         return True
     found = sha256_of(dest)
     if not found.startswith(sha256):
-        logger.warning("%s has sha256 %s, expected %s: fetching it anew", dest, found, sha256)
+        logger.warning("%s has sha256 %s, expected %s: downloading it again", dest, found, sha256)
         return False
     return True
 
 
 @contextlib.contextmanager
 def _locked(dest: Path) -> Iterator[tuple[Path, bool]]:
-    """The part file of a download that no other process works at, and whether they share it.
+    """Lock a download; yields its part file and whether other processes use the same one.
 
-    Where the file system has no locks every call has a part file of its own.
+    On file systems without locks each call has its own part file.
     """
     part = dest.with_name(dest.name + ".part")
     lock = FileLock(f"{dest}.lock", thread_local=False, fallback_to_soft=False)
@@ -172,7 +172,7 @@ def _locked(dest: Path) -> Iterator[tuple[Path, bool]]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            logger.info("%s: another process is fetching it; waiting", dest)
+            logger.info("%s: waiting for the download by another process", dest)
             lock.acquire()
     except (OSError, NotImplementedError):
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -182,14 +182,14 @@ def _locked(dest: Path) -> Iterator[tuple[Path, bool]]:
         yield part, True
     finally:
         if not part.exists():
-            with contextlib.suppress(OSError):  # Windows removes no open file
+            with contextlib.suppress(OSError):  # Windows cannot remove an open file
                 Path(lock.lock_file).unlink()
         lock.release()
 
 
 @dataclass
 class _Download:
-    """A part file and what fills it, to be used in a `with` block; for the rest see `fetch`."""
+    """A context that fills a part file; for the arguments see `fetch`."""
 
     part: Path
     sha256: str | None
@@ -200,7 +200,7 @@ class _Download:
 
     @property
     def note(self) -> Path:
-        """Beside the part file: which url it came from, and which version of it."""
+        """File beside the part file with its url and version."""
         return self.part.with_name(self.part.name + ".json")
 
     def __enter__(self) -> _Download:
@@ -211,7 +211,7 @@ class _Download:
         self._file.close()
 
     def run(self, urls: Sequence[str]) -> list[str]:
-        """Complete the part file from one of the urls; what failed at each, [] on success."""
+        """Try the urls in order; returns their errors, [] on success."""
         failures = []
         for url in urls:
             failure = _in_one_line(self._try(url))
@@ -227,7 +227,7 @@ class _Download:
         return os.fstat(self._file.fileno()).st_size
 
     def _try(self, url: str) -> str:
-        """All attempts at one url; why the last one failed, "" on success."""
+        """Try a url repeatedly; returns the last error, "" on success."""
         failure = ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -241,7 +241,7 @@ class _Download:
                 continue
             except urllib.error.HTTPError as e:
                 failure = f"HTTP {e.code} {e.reason}"
-                if e.code == 416:  # nothing to add: the part file is complete, or of another file
+                if e.code == 416:  # Range not satisfiable: the part file is complete or wrong
                     if self.sha256 and sha256_of(self.part).startswith(self.sha256):
                         return ""
                     self._file.truncate(0)
@@ -256,7 +256,7 @@ class _Download:
                 continue
             if self.sha256 is None or (found := sha256_of(self.part)).startswith(self.sha256):
                 return ""
-            # Whatever is wrong with these bytes, continuing them would keep it.
+            # Restart: continuing would keep the wrong bytes.
             self._file.truncate(0)
             failure = f"its sha256 is {found}, expected {self.sha256}"
             if not kept:
@@ -264,7 +264,7 @@ class _Download:
         return failure
 
     def _transfer(self, url: str, resume: bool) -> int:
-        """Add to the part file what it lacks; returns how many bytes were kept of it."""
+        """Complete the part file; returns how many of its bytes were reused."""
         headers = {"User-Agent": "mit-semseg", "Accept-Encoding": "identity"}
         have, validator = self._size, self._noted_validator(url)
         if have and not (resume and (self.sha256 or validator)):
@@ -285,7 +285,7 @@ class _Download:
                     "the server answered with a web page instead of the file", again=False
                 )
             if have and getattr(response, "status", None) != 206:
-                self._file.truncate(0)  # no Range here: the whole file comes again
+                self._file.truncate(0)  # the server ignores Range and sends the whole file
                 have = 0
             if have and (wrong := _not_the_rest(response.headers, have, validator)):
                 self._file.truncate(0)
@@ -297,18 +297,18 @@ class _Download:
             free = shutil.disk_usage(self.part.parent).free
             if total is not None and total - have > free:
                 raise _Refused(
-                    f"it has {total} bytes, {self.part.parent} has {free} left", again=False
+                    f"it has {total} bytes, but {self.part.parent} only {free} free", again=False
                 )
             self._copy(response, have, total)
         size = self._size
         if total is not None and size != total:
             raise _Refused(f"the connection ended after {size} of {total} bytes", again=True)
         if size == 0:
-            raise _Refused("the file there is empty", again=False)
+            raise _Refused("the server sent an empty file", again=False)
         return have
 
     def _copy(self, response: Any, have: int, total: int | None) -> None:
-        """Append the body of an answer; a connection that stalls is given up."""
+        """Append the body of a response; raises if the connection stalls."""
         with tqdm(
             total=total,
             initial=have,
@@ -326,12 +326,12 @@ class _Download:
                 if came >= _LEAST:
                     since, came = now, 0
                 elif now - since > self.timeout:
-                    raise _Refused(f"only {came} bytes came in {self.timeout:g} s", again=True)
+                    raise _Refused(f"only {came} bytes in {self.timeout:g} s", again=True)
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def _noted_validator(self, url: str) -> str:
-        """What tells the version of the url that the part file is of, as noted; "" for none."""
+        """The stored validator (ETag or date) of the part file; "" for none."""
         try:
             note = json.loads(self.note.read_text())
         except (OSError, ValueError):
@@ -341,34 +341,34 @@ class _Download:
 
 
 def _in_one_line(reason: str) -> str:
-    """Servers may send anything, and errors quote it."""
+    """Text without control characters, which servers may send and errors quote."""
     return " ".join("".join(c if c.isprintable() else " " for c in reason).split())[:300]
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to the web alone: never to the files of this machine."""
+    """Follows redirects to http and https only, not to local files."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
-            raise _Refused(f"it is redirected to {newurl!r}, which is refused", again=False)
+            raise _Refused(f"redirect to {newurl!r} is not allowed", again=False)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _not_the_rest(headers: Any, have: int, validator: str) -> str:
-    """Why an answer to "from byte `have` on" does not continue the part file; "" when it does."""
+    """Why a response to a Range request does not continue the part file; "" if it does."""
     content = headers.get("Content-Range", "")
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content.strip())
     if not found or int(found[1]) != have or found[3] not in ("*", str(int(found[2]) + 1)):
-        return f"asked for the bytes from {have} on, it sent {content or 'others'!r}"
+        return f"the response to a request from byte {have} has range {content or 'none'!r}"
     if validator and _validator(headers) not in ("", validator):
-        return "it changed since the part that is here was fetched"
+        return "the file has changed since the first part was downloaded"
     return ""
 
 
 def _validator(headers: Any) -> str:
-    """What If-Range may carry: a strong ETag, else the date of the last change."""
+    """Value for If-Range: a strong ETag, else the date of the last change."""
     etag = headers.get("ETag", "")
     if etag and not etag.startswith("W/"):
         return str(etag)

@@ -1,16 +1,40 @@
-"""Exceptions as users read them."""
+"""Texts of messages, and which process prints them."""
 
 from __future__ import annotations
 
+import os
+
+# Environment variable of ranks that a command has started (see `engine.processes`).
+REPORTS = "MIT_SEMSEG_REPORTS"
+
+
+def warns_here() -> bool:
+    """Whether this process logs warnings that all ranks have in common.
+
+    Of several ranks this is rank 0, or the command that has started them.
+    """
+    return os.environ.get("RANK", "0") == "0" and REPORTS not in os.environ
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "image"), counted(2, "image"), counted(0, "class")
+        ('1 image', '2 images', '0 classes')
+    """
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun if number == 1 else plural}"
+
 
 def one_line(error: BaseException, limit: int | None = None, *, named: bool = False) -> str:
-    """What an exception says, in one line; the name of its class where it says nothing.
+    """The message of an exception in one line, or the name of its class if it has no message.
 
     Args:
-        error: the exception; of one that quotes a traceback, as those of loader processes do, the
-            line below it.
-        limit: characters at most.
-        named: begin with the name of the class.
+        error: the exception; if it quotes a traceback, as errors of data loader processes do, the
+            last line is used.
+        limit: maximum number of characters.
+        named: prepend the name of the class.
     """
     name, text = type(error).__name__, str(error)
     if "Traceback (most recent call last)" in text:

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new file beside `path` to write to, which takes its place at the end of the block.
+    """Yields a temporary file beside `path`, renamed to `path` at the end of the block.
 
-    Whoever reads `path` sees the file of before or the whole new one; several processes may write
-    it at a time. After an error `path` is as it was.
+    Readers of `path` see either the old or the complete new file. Several processes may write it at
+    the same time. After an error `path` is unchanged.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")

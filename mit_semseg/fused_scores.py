@@ -1,14 +1,14 @@
-"""Logits of all scales and flips -> class map in two launches on a GPU, with Triton.
+"""Triton kernels that compute a class map from the logits of several scales in two launches.
 
-The plain form in `mit_semseg.scores` writes a band of all classes to memory several times. Here
-every thread has a pixel and goes through its classes twice: once for the maximum and the sum of
-exponentials of every scale, once more for the sum of the probabilities and the best class.
-Nothing is written but these two numbers per pixel and scale, and the labels.
+The implementation in `mit_semseg.scores` writes a band of all classes to memory several times. Here
+each thread handles a pixel and reads its classes twice: first for the maximum and the sum of
+exponentials per scale, then for the sum of probabilities and the best class. Only these two numbers
+per pixel and scale, and the labels, are written.
 
-Importing this needs triton; `mit_semseg.scores.class_map` does so when it can use it. The kernels
-hold to what triton 3.0 knew, and to one-dimensional blocks: how two-dimensional ones are laid
-over the threads differs from release to release, and with it the speed. Annotations are objects,
-not strings: the interpreter of triton 3.0 does not know "tl.constexpr".
+This module needs triton; `mit_semseg.scores.class_map` imports it on demand. The kernels use only
+features of triton 3.0 and one-dimensional blocks, since the thread layout of two-dimensional
+blocks, and with it the speed, differs between releases. Annotations are not postponed: the
+interpreter of triton 3.0 does not accept them as strings.
 """
 
 import subprocess
@@ -22,9 +22,8 @@ from triton.errors import TritonError
 
 from mit_semseg.matrices import to_device
 
-# What triton raises when it cannot compile or launch: errors of its own; no driver, no C compiler
-# or a GPU it does not know; a compiler that fails; no place for its cache; and, from a release
-# that differs from those this was written for, whatever Python does about a changed interface.
+# Errors of triton: its own; a missing driver or C compiler, or an unsupported GPU; a failing
+# compiler; a cache that cannot be written; and errors from a changed interface in other releases.
 FAILURES: tuple[type[Exception], ...] = (
     TritonError,
     RuntimeError,
@@ -38,17 +37,16 @@ FAILURES: tuple[type[Exception], ...] = (
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Pixels of a program: one a thread.
+# Pixels per program, one per thread.
 _PIXELS = 128
 _LAUNCH = {"P": _PIXELS, "num_warps": 4, "enable_fp_fusion": True}
-# Maxima and sums of one band of rows, in elements each: 16 MiB together.
+# Elements of the maxima, and of the sums, of a band of rows: 16 MiB together.
 _STATISTICS = 1 << 21
-# Logits of all scales up to this size are copied, if that makes neighbours in a row neighbours
-# in memory: threads side by side then read side by side.
+# Logits up to this size in total are made contiguous, for coalesced reads.
 _COPY_BYTES = 1 << 25
 # Columns of the table of scales: address, four strides, h, w.
 _COLUMNS = tl.constexpr(7)
-# Classes the label kernel takes together.
+# Classes per iteration of the label kernel.
 _TOGETHER = tl.constexpr(8)
 
 
@@ -62,10 +60,10 @@ def _corners(
     y: tl.tensor,
     x: tl.tensor,
 ) -> tl.tensor:
-    """Where a pixel's four neighbours lie in class 0, the weights of lower and right, a stride.
+    """Addresses of a pixel's four neighbours in class 0, weights (down, right), and class stride.
 
-    The rule is that of `scores.interpolation_weights`. In 64 bits throughout: logits may have
-    more elements than 32 can count.
+    As `scores.interpolation_weights`. 64-bit arithmetic, since logits may have more than 2^32
+    elements.
     """
     row = table + scale * _COLUMNS
     plane = tl.load(row).to(like.dtype) + n * tl.load(row + 1)
@@ -99,7 +97,7 @@ def _logit(
     across: tl.tensor,
     offset: tl.tensor,
 ) -> tl.tensor:
-    """The resized logit of the class whose plane lies `offset` behind that of class 0."""
+    """The resized logit of the class whose plane is `offset` elements after that of class 0."""
     a = tl.load(upper_left + offset).to(tl.float32)
     b = tl.load(upper_right + offset).to(tl.float32)
     c = tl.load(lower_left + offset).to(tl.float32)
@@ -109,7 +107,7 @@ def _logit(
     return above + down * (below - above)
 
 
-# Whatever differs from image to image is not to be compiled in: sizes, and where memory lies.
+# Not specialised for values that differ between images: sizes and addresses.
 @triton.jit(do_not_specialize=["like", "peaks", "weights", "C", "W", "y0", "count"])
 def _statistics_kernel(
     table: tl.tensor,
@@ -130,16 +128,16 @@ def _statistics_kernel(
     pixel = tl.program_id(0) * P + tl.arange(0, P)
     scale = tl.program_id(1)
     n = tl.program_id(2)
-    # Threads without a pixel repeat the last one.
+    # Threads beyond the last pixel repeat it.
     at = tl.minimum(pixel, count - 1)
     ul, ur, ll, lr, down, across, stride_c = _corners(
         table, steps, like, scale, n, y0 + at // W, at % W
     )
     peak = _logit(ul, ur, ll, lr, down, across, 0 * stride_c)
     total = tl.zeros([P], tl.float32)
-    # Four classes at once: their loads do not wait for each other.
+    # Four classes per iteration, to overlap their loads.
     for first in range(0, C, 4):
-        # Beyond the last class the last one again, which then counts nothing.
+        # Classes beyond the last one repeat it and are masked below.
         x0 = _logit(ul, ur, ll, lr, down, across, first * stride_c)
         x1 = _logit(ul, ur, ll, lr, down, across, tl.minimum(first + 1, C - 1) * stride_c)
         x2 = _logit(ul, ur, ll, lr, down, across, tl.minimum(first + 2, C - 1) * stride_c)
@@ -168,7 +166,7 @@ def _score(
     weight: tl.tensor,
     SOFTMAX: tl.constexpr,
 ) -> tl.tensor:
-    """Probability of a class in one scale; its logit where there is but one scale."""
+    """Probability of a class in one scale; its logit if there is a single scale."""
     score = _logit(upper_left, upper_right, lower_left, lower_right, down, across, offset)
     if SOFTMAX:
         score = tl.exp(score - peak) * weight
@@ -192,7 +190,7 @@ def _labels_kernel(
     SOFTMAX: tl.constexpr,
     P: tl.constexpr,
 ) -> None:
-    """First of the classes with the largest sum of probabilities: labels (N, H, W) int64.
+    """First class with the largest sum of probabilities: labels (N, H, W) int64.
 
     Programs: blocks of the band's pixels x samples.
     """
@@ -203,10 +201,10 @@ def _labels_kernel(
     x = at % W
     best = tl.full([P], float("-inf"), tl.float32)
     label = tl.zeros([P], tl.int64)
-    # Eight classes at once, so that finding a pixel's place in a scale is done once for eight.
-    # Written out, since lists of blocks came late to triton.
+    # Eight classes per iteration share the addresses of a pixel. Unrolled by hand, since triton
+    # 3.0 has no lists of blocks.
     for first in range(0, C, _TOGETHER):
-        # Beyond the last class the last one again: it is not better than itself.
+        # Classes beyond the last one repeat it, which does not change the maximum.
         c1 = tl.minimum(first + 1, C - 1)
         c2 = tl.minimum(first + 2, C - 1)
         c3 = tl.minimum(first + 3, C - 1)
@@ -238,7 +236,7 @@ def _labels_kernel(
             s5 += _score(ul, ur, ll, lr, u, v, c5 * step, m, w, SOFTMAX)
             s6 += _score(ul, ur, ll, lr, u, v, c6 * step, m, w, SOFTMAX)
             s7 += _score(ul, ur, ll, lr, u, v, c7 * step, m, w, SOFTMAX)
-        # In order and only if larger: of equal ones the lowest class, as torch.max has it.
+        # In order, and only if larger: the lowest of equal classes, as torch.max.
         label = tl.where(s0 > best, first, label)
         best = tl.maximum(best, s0)
         label = tl.where(s1 > best, c1, label)
@@ -260,7 +258,7 @@ def _labels_kernel(
 
 
 def _prepared(logits: Sequence[Tensor]) -> list[Tensor]:
-    """The logits in one dtype, and row by row in memory where that is a small copy."""
+    """The logits in one dtype, and contiguous unless the copy would be large."""
     dtype = logits[0].dtype
     if dtype not in DTYPES or any(x.dtype != dtype for x in logits):
         logits = [x.float() for x in logits]
@@ -270,11 +268,11 @@ def _prepared(logits: Sequence[Tensor]) -> list[Tensor]:
 
 
 def class_map(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Most probable class of every pixel; see `mit_semseg.scores.class_map`, which checks.
+    """Most probable class of every pixel; see `mit_semseg.scores.class_map`, which checks them.
 
     Args:
-        logits: (N, C, h, w) each, on one CUDA device, of any strides. float32, bfloat16 and
-            float16 are read as they are, anything else is taken as float32.
+        logits: (N, C, h, w) each, on one CUDA device, of any strides. Other types than float32,
+            bfloat16 and float16, and mixed types, are converted to float32.
         size: (H, W).
 
     Returns:
@@ -283,11 +281,11 @@ def class_map(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     scales = _prepared(logits)
     (N, C, _, _), (H, W), S = scales[0].shape, size, len(scales)
     device = scales[0].device
-    # Addresses and strides in a table: one compiled kernel for any number of scales and any size.
+    # Addresses and strides are in a table: one compiled kernel for any number and size of scales.
     table = to_device(
         torch.tensor([[x.data_ptr(), *x.stride(), *x.shape[2:]] for x in scales]), device
     )
-    # Divided in float32, as torch does.
+    # Division in float32, as in torch.
     sides = torch.tensor([x.shape[2:] for x in scales], dtype=torch.float32)
     steps = to_device(sides / torch.tensor([H, W]), device)
     softmax = S > 1

@@ -1,4 +1,4 @@
-"""Matrices that follow from the size of an image alone, kept from one image to the next."""
+"""A cache of constant matrices that depend only on the size of an image."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a tensor holds numbers: not one of a compiler or a trace, whose sizes may be symbols
-    and whose results must not be kept."""
+    """Whether a tensor is an ordinary one, not one of torch.compile or a trace, whose sizes may be
+    symbolic."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not traced and type(x) in (Tensor, nn.Parameter)
 
 
 class MatrixCache:
-    """Constant tensors by key and device; the least recently used go when memory is full.
+    """A least-recently-used cache of constant tensors per device.
 
     Args:
-        limit: bytes on each device.
+        limit: bytes per device.
     """
 
     def __init__(self, limit: int = 64 << 20) -> None:
@@ -33,15 +33,15 @@ class MatrixCache:
         self._recorders: dict[int, list[Tensor]] = {}  # by thread
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-        """The matrix of a key, made on the CPU when it is not there yet.
+        """The matrix of a key.
 
         Args:
-            key: names the matrix, with its type.
-            device: where it is wanted.
-            make: computes it.
+            key: identifies the matrix, including its dtype.
+            device: of the matrix.
+            make: computes it on the CPU.
         """
         if device.type == "cuda":
-            # What one stream has copied another may read too early.
+            # Per stream: another stream could read it before the copy is done.
             key = key, torch.cuda.current_stream(device).cuda_stream
         with self._lock:
             held = self._held.setdefault(device, OrderedDict())
@@ -49,7 +49,7 @@ class MatrixCache:
             if matrix is not None:
                 held.move_to_end(key)
         if matrix is None:
-            # Whoever asks first may be in inference mode, and the next one in training.
+            # Not an inference tensor, since it may be used in training later.
             with torch.inference_mode(False):
                 matrix = to_device(make(), device)
             self._put(held, key, device, matrix)
@@ -71,8 +71,7 @@ class MatrixCache:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """The matrices that this thread takes meanwhile: a CUDA graph reads them as long as it
-        lives, and has to keep them."""
+        """Context that collects the matrices used by this thread, which a CUDA graph must keep."""
         used: list[Tensor] = []
         self._recorders[threading.get_ident()] = used
         try:
@@ -82,7 +81,7 @@ class MatrixCache:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; the host does not wait for the copy to a GPU."""
+    """Copy a tensor to a device; asynchronously from the CPU to a GPU."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What a precision means on a device: the type of weights and activations, and TensorFloat-32."""
+"""Numeric precision on a device: type of weights and activations, and TensorFloat-32."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Precision:
-    """How convolutions and matrix products are computed.
+    """Precision of convolutions and matrix products.
 
     Attributes:
-        device: where.
-        dtype: of weights and activations, or what autocast takes in training.
-        tf32: products of float32 are rounded to TensorFloat-32, ten bits of mantissa, on GPUs
-            that have it. Without it they are true float32, also those of the layers that stay in
-            float32 with a reduced type: torch's own default has TF32 convolutions.
+        device: where they are computed.
+        dtype: of weights and activations; in training of autocast.
+        tf32: whether a GPU rounds float32 products to TensorFloat-32 (10 bits of mantissa). If not,
+            products are in full float32; torch's default has TF32 convolutions.
     """
 
     device: torch.device
@@ -39,35 +38,36 @@ class Precision:
     tf32: bool
 
     @classmethod
-    def of(cls, name: str, device: torch.device) -> Precision:
-        """The precision of a name on a device.
+    def of(cls, name: str, device: torch.device, key: str = "precision") -> Precision:
+        """The precision with a given name.
 
         Args:
-            name: fp32, true float32; tf32, float32 with TF32 products (fp32 on the CPU); bf16;
-                fp16; auto, bf16 where it is fast, else tf32.
+            name: fp32, full float32; tf32, float32 with TF32 products; bf16; fp16; auto, bf16 if
+                the hardware is fast at it, else tf32 on a GPU and fp32 on the CPU.
             device: where to compute.
+            key: the setting, for errors.
 
         Raises:
-            ValueError: an unknown name, or fp16 on the CPU.
+            ValueError: an unknown name, or tf32 or fp16 on the CPU.
         """
         if name not in PRECISIONS:
-            raise ValueError(f"precision is {name!r}; it is fp32, tf32, bf16, fp16 or auto")
-        if name == "fp16" and device.type == "cpu":
-            raise ValueError("precision fp16 needs a GPU; on the CPU use bf16 or fp32")
+            raise ValueError(f"{key} is {name!r}; give one of {', '.join(PRECISIONS)}")
+        on_cpu = device.type == "cpu"
+        if on_cpu and name in ("fp16", "tf32"):
+            raise ValueError(f"{key} {name} needs a GPU; on the CPU use bf16 or fp32")
         if name == "auto":
-            name = "bf16" if has_fast_bf16(device) else "tf32"
+            name = "bf16" if has_fast_bf16(device) else "fp32" if on_cpu else "tf32"
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         return cls(device, dtypes.get(name, torch.float32), tf32=name == "tf32")
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Autocast to the type, for training; weights stay in float32."""
+        """Context of autocast for training; weights stay in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def products(self) -> AbstractContextManager[object]:
-        """What is computed in here follows `tf32`, which is a setting of the whole process: of
-        threads that compute at the same time the last one to enter decides."""
+        """Context that sets or clears TF32, for the whole process; the last to enter wins."""
         return contextlib.nullcontext() if self.device.type != "cuda" else _tf32(self.tf32)
 
 
@@ -94,7 +94,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def _set_tf32(allowed: bool) -> None:
-    if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9: whoever reads the old names may fail
+    if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9, where reading the old names may fail
         for part in _parts():
             part.fp32_precision = "tf32" if allowed else "ieee"
     else:
@@ -102,7 +102,7 @@ def _set_tf32(allowed: bool) -> None:
 
 
 def _remembered() -> Callable[[], None]:
-    """Puts the present setting back when it is called."""
+    """A function that restores the current setting."""
     if hasattr(torch.backends.cudnn, "conv"):
         before = [part.fp32_precision for part in _parts()]
 

@@ -1,27 +1,26 @@
-"""Names to builders: encoders, decoders, losses and data sets register here by decorator."""
+"""Registries of encoders, decoders, losses and data sets, filled with a decorator."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar, cast
 
 Entry = TypeVar("Entry", bound=Callable[..., Any])
 Given = TypeVar("Given", bound=Callable[..., Any])
 
-# What follows the name of an encoder at an output stride; older names first. Dilation does not
-# change the weights.
+# Suffixes of the names of an encoder by output stride. Dilation does not change the weights.
 DILATED_NAMES = {32: ("",), 16: ("_dilated16",), 8: ("dilated", "_dilated8")}
 
 
-def closest(name: str, known: Iterator[str] | list[str]) -> str:
-    """A hint `; did you mean 'x'?` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def closest(name: str, known: Iterable[str], most: int = 1) -> str:
+    """A hint `; did you mean 'x'?` with the nearest known names, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 class Registry(Generic[Entry]):
-    """A table of named factories of one kind.
+    """A table of factories by name.
 
     Example:
         >>> SHAPES = Registry("shape")
@@ -31,12 +30,22 @@ class Registry(Generic[Entry]):
         'square'
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, page: str = "") -> None:
+        """An empty registry.
+
+        Args:
+            kind: what the factories create, for errors.
+            page: page of the documentation with all names; without it errors list the names.
+        """
+        self.kind, self.page = kind, page
         self._entries: dict[str, Entry] = {}
 
     def register(self, *names: str) -> Callable[[Given], Given]:
-        """Decorator that enters a factory under one or more names; a taken name is an error."""
+        """Decorator that registers a factory under one or more names.
+
+        Raises:
+            ValueError: a name is already registered.
+        """
 
         def enter(factory: Given) -> Given:
             for name in names:
@@ -48,20 +57,23 @@ class Registry(Generic[Entry]):
         return enter
 
     def get(self, name: str) -> Entry:
-        """The factory called `name`; ValueError with the nearest name and the list otherwise."""
+        """The factory with a name.
+
+        Raises:
+            ValueError: an unknown name; the message has the nearest names.
+        """
         if name not in self._entries:
-            raise ValueError(
-                f"unknown {self.kind} {name!r}{closest(name, list(self._entries))} "
-                f"(known: {', '.join(self.names())})"
-            )
+            near = closest(name, self._entries, 3 if self.page else 1)
+            listed = f"all are in {self.page}" if self.page else f"known: {', '.join(self.names())}"
+            raise ValueError(f"unknown {self.kind} {name!r}{near} ({listed})")
         return self._entries[name]
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """All names in alphabetical order."""
         return sorted(self._entries)
 
     def first_names(self) -> list[str]:
-        """Of every factory the name that it was registered under first, sorted."""
+        """The first name of each factory, in alphabetical order."""
         first = {factory: name for name, factory in reversed(self._entries.items())}
         return sorted(first.values())
 

@@ -1,14 +1,14 @@
-"""Logits of all scales and flips -> class map, without classes x height x width at full size.
+"""Class maps and probabilities from the logits of several scales, in bounded memory.
 
 The published procedure resizes the logits of every scale to the image, takes the softmax over
-the classes, averages over the scales and takes the argmax. At 150 classes that is gigabytes for
-one photograph. Bilinear resizing is separable, and an image row mixes just two rows of the
-logits, so the same result can be had one band of image rows at a time: widen the logits' rows to
-the image's width as they are reached, mix two of them for each image row, and let the band go.
-Small bands also stay in the processor's cache, which makes this several times faster.
+the classes, averages over the scales and takes the argmax. With 150 classes this takes gigabytes
+for a photograph. Bilinear resizing is separable, and each image row depends on two rows of the
+logits; the result is therefore computed in bands of image rows: rows of logits are resized to the
+width of the image when they are needed, and two of them are interpolated for each image row. Small
+bands also fit the CPU's cache, which makes this several times faster.
 
-That is the plain form, which runs everywhere. On CUDA `class_map` uses the kernels of
-`mit_semseg.fused_scores` once they have proven themselves on the device against the plain form.
+This implementation works on any device. On CUDA `class_map` uses the kernels of
+`mit_semseg.fused_scores`, after a test on the device that compares the two.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mit_semseg.matrices import to_device
 
 log = logging.getLogger("mit_semseg")
 
-# Elements of one band (all samples and classes): small enough for a processor's cache, large
-# enough to keep an accelerator busy.
+# Elements of a band (all samples and classes): small enough for a CPU's cache, large enough to
+# occupy a GPU.
 _BAND_CPU = 1 << 20
 _BAND_DEVICE = 1 << 23
 
-# Where the fused kernels are tried, and what came of it: device and dtype -> why they cannot be
-# used there, None when they can.
+# Results of testing the fused kernels: (device, dtype) -> why they cannot be used, None if they
+# can.
 _FUSED_DEVICES = ("cuda",)
 _verdicts: dict[tuple[torch.device, torch.dtype], str | None] = {}
 _trial = threading.Lock()
@@ -43,14 +43,14 @@ _trial = threading.Lock()
 def interpolation_weights(
     n_in: int, n_out: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where bilinear resizing of one axis reads, with torch's `align_corners=False` rule.
+    """Indices and weights of bilinear resizing of one axis, as torch with `align_corners=False`.
 
     Output i is `(1 - weight[i]) * x[left[i]] + weight[i] * x[right[i]]`.
 
     Args:
-        n_in: length of the axis before.
-        n_out: length of the axis after.
-        dtype: floating type of the weights and of their arithmetic; torch uses the data's.
+        n_in: length before.
+        n_out: length after.
+        dtype: floating-point type of the weights and their computation; torch uses the data's.
 
     Returns:
         left and right, (n_out,) int64 in 0..n_in-1, and weight, (n_out,) in [0, 1].
@@ -67,7 +67,7 @@ def interpolation_weights(
 
 
 class _Scale:
-    """One scale's logits, resized band by band from top to bottom."""
+    """The logits of one scale, resized in bands from top to bottom."""
 
     def __init__(self, logits: Tensor, H: int, W: int, dtype: torch.dtype) -> None:
         self.logits, self.W, self.dtype = logits, W, dtype
@@ -77,7 +77,7 @@ class _Scale:
         self.wide: dict[int, Tensor] = {}
 
     def _widen(self, *rows: int) -> list[Tensor]:
-        """Rows of the logits at the image's width, (N, C, W) each."""
+        """Rows of the logits resized to the width of the image, (N, C, W) each."""
         self.wide = {
             r: self.wide[r]
             if r in self.wide
@@ -89,10 +89,10 @@ class _Scale:
         return [self.wide[r] for r in rows]
 
     def resize_into(self, out: Tensor, y0: int) -> None:
-        """Writes the resized logits of the image rows from y0 on into out, (rows, N, C, W)."""
+        """Write the resized logits of the image rows from y0 to out, (rows, N, C, W)."""
         start, end = y0, y0 + len(out)
         while start < end:
-            # All image rows that mix the same two rows of logits, at once.
+            # All image rows that depend on the same two rows of logits together.
             stop = start + 1
             while stop < end and self.above[stop] == self.above[start]:
                 stop += 1
@@ -102,7 +102,7 @@ class _Scale:
 
 
 def _check(logits: Sequence[Tensor], size: tuple[int, int]) -> tuple[list[Tensor], int, int]:
-    """The arguments in one form, or ValueError saying what is wrong with them."""
+    """Check the arguments; returns a list of logits on one device, H and W."""
     scales = [logits] if isinstance(logits, Tensor) else list(logits)
     if not scales:
         raise ValueError("logits is empty: give one (N, C, h, w) tensor per scale")
@@ -110,7 +110,7 @@ def _check(logits: Sequence[Tensor], size: tuple[int, int]) -> tuple[list[Tensor
         if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape:
             raise ValueError(
                 f"logits[{i}] is {x.dtype} of shape {tuple(x.shape)}; "
-                "give a floating-point (N, C, h, w) tensor that is not empty"
+                "give a non-empty floating-point (N, C, h, w) tensor"
             )
         if x.shape[:2] != scales[0].shape[:2]:
             raise ValueError(
@@ -130,9 +130,9 @@ def _check(logits: Sequence[Tensor], size: tuple[int, int]) -> tuple[list[Tensor
 def _bands(
     logits: list[Tensor], H: int, W: int, softmax: bool
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first row, mean over scales (rows, N, C, W), scratch of that shape) from top to bottom.
+    """Yields (first row, mean over scales (rows, N, C, W), scratch tensor of that shape).
 
-    Every band is written into the same memory: use it before asking for the next one.
+    All bands share the same memory: the next one overwrites it.
     """
     N, C, _, _ = logits[0].shape
     device = logits[0].device
@@ -140,7 +140,7 @@ def _bands(
     budget = _BAND_CPU if device.type == "cpu" else _BAND_DEVICE
     rows = max(1, min(H, budget // (N * C * W)))
     scales = [_Scale(x, H, W, dtype) for x in logits]
-    # One mean and one scratch, reused: fresh memory would cost more than the arithmetic.
+    # Reused for all bands: allocation would take longer than the computation.
     memory = torch.empty(3, rows, N, C, W, dtype=dtype, device=device)
     for y0 in range(0, H, rows):
         mean, resized, prob = memory[:, : min(rows, H - y0)]
@@ -156,28 +156,28 @@ def _bands(
 
 
 def _labels(logits: list[Tensor], H: int, W: int, dtype: torch.dtype) -> Tensor:
-    """`class_map` in the plain form."""
+    """`class_map` in bands."""
     N, C, _, _ = logits[0].shape
     labels = torch.empty(N, H, W, dtype=dtype, device=logits[0].device)
     rank: Tensor | None = None
-    # The softmax keeps the order of the classes: one scale does without it.
+    # The softmax does not change the argmax of a single scale.
     for y0, band, scratch in _bands(logits, H, W, softmax=len(logits) > 1):
         if rank is None:
             rank = torch.arange(C, 0, -1, dtype=band.dtype, device=band.device).view(C, 1)
-        # The first class that has the maximum. max(dim) and argmax say so too, but on CPUs these
-        # simple passes over a band in the cache are more than twice as fast.
+        # Index of the first maximum. On CPUs these passes over a band in the cache are more than
+        # twice as fast as max(dim) and argmax.
         torch.eq(band, band.amax(dim=2, keepdim=True), out=scratch)
         first = C - scratch.mul_(rank).amax(dim=2)
-        # NaN equals nothing, which leaves C; class 0 then, as from the kernels.
+        # NaN is not equal to anything, which gives C: class 0 then, as from the kernels.
         labels[:, y0 : y0 + len(band)] = first.remainder_(C).transpose(0, 1)
     return labels
 
 
 def _fused() -> Any:
-    """The module of the kernels. Imported when needed: it takes time, and triton is not all over.
+    """The module of the kernels, imported on first use.
 
     Raises:
-        ImportError: there is no triton, or one that is too old or broken.
+        ImportError: triton is missing, too old or broken.
     """
     try:
         from mit_semseg import fused_scores
@@ -187,12 +187,12 @@ def _fused() -> Any:
 
 
 def _why_not_fused(logits: list[Tensor]) -> str | None:
-    """Why the fused kernels cannot take these logits; None when they can."""
+    """Why the fused kernels cannot be used for these logits; None if they can."""
     device = logits[0].device
     if device.type not in _FUSED_DEVICES:
         return f"the logits are on {device}, not on CUDA"
     if any(x.dtype == torch.float64 for x in logits):
-        return "it computes in float32, and there are float64 logits"
+        return "it computes in float32, but there are float64 logits"
     same = len({x.dtype for x in logits}) == 1
     key = (device, logits[0].dtype if same else torch.float32)
     with _trial:
@@ -207,7 +207,7 @@ def _why_not_fused(logits: list[Tensor]) -> str | None:
 
 
 def _try_fused(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run the kernels on something small: what is wrong with them, None when they are right."""
+    """Test the kernels with a small input; returns an error, or None if they are correct."""
     try:
         fused = _fused()
     except ImportError as error:
@@ -220,16 +220,16 @@ def _try_fused(device: torch.device, dtype: torch.dtype) -> str | None:
         try:
             labels = fused.class_map(scales, (H, W)).cpu()
         except torch.cuda.OutOfMemoryError:
-            raise  # says nothing about the kernels
+            raise  # not an error of the kernels
         except fused.FAILURES as error:
             return one_line(error, 300, named=True)
         if labels.min() < 0 or labels.max() >= shapes[0][1]:
-            return f"it gives labels from {int(labels.min())} to {int(labels.max())}"
+            return f"it returns labels from {int(labels.min())} to {int(labels.max())}"
         expected = probabilities(scales, (H, W)).cpu()
-        # A pixel may only differ where two classes are tied.
+        # Labels may differ only between classes with equal probabilities.
         gap = expected.amax(dim=1) - expected.gather(1, labels[:, None])[:, 0]
         if not gap.max() <= 1e-5:
-            return f"its labels are less probable than the plain form's, by up to {gap.max():.1e}"
+            return f"its labels have probabilities below the maximum by up to {gap.max():.1e}"
     return None
 
 
@@ -240,23 +240,23 @@ def class_map(
     fused: bool | None = None,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
-    """Most probable class of every pixel: argmax of the mean of the scales' softmax.
+    """Most probable class of every pixel: argmax of the mean over scales of the softmax.
 
     Args:
-        logits: one (N, C, h, w) tensor per scale or flip, of any floating type, each with its own
-            h and w. Computed in float32, in float64 when one is.
+        logits: one (N, C, h, w) tensor per scale or flip, of any floating-point type; h and w may
+            differ. Computed in float32, or in float64 if one of them is float64.
         size: (H, W) of the class map, in pixels.
-        fused: None: with the Triton kernels on CUDA where they work, else in bands; False: in
-            bands; True: with the kernels, or not at all. Labels differ at most where classes tie.
+        fused: None uses the Triton kernels on CUDA if they work, else bands; False uses bands; True
+            the kernels. Labels differ only where classes have equal probabilities.
         dtype: of the class map; a smaller one (see `label_dtype`) takes an eighth of the memory.
 
     Returns:
-        (N, H, W) on the logits' device; of classes that are equal, the first. On the CPU if the
-        logits are on several devices.
+        (N, H, W) on the device of the logits, or on the CPU if they are on several devices. The
+        first of several classes with equal probabilities.
 
     Raises:
-        ValueError: no logits, differing N or C, a size that is not two positive integers, or
-            `fused` is True and the kernels cannot be used.
+        ValueError: no logits, different N or C, an invalid size, or `fused` is True and the kernels
+            cannot be used.
 
     Example:
         >>> class_map([torch.tensor([[[[0.0, 2.0]], [[1.0, 1.0]]]])], (1, 4))
@@ -268,13 +268,12 @@ def class_map(
         if reason is None:
             return _fused().class_map(scales, (H, W)).to(dtype)
         if fused:
-            fix = "leave fused at None for the plain form"
-            raise ValueError(f"fused=True, but {reason}; {fix}")
+            raise ValueError(f"fused=True, but {reason}; use fused=None")
     return _labels(scales, H, W, dtype)
 
 
 def label_dtype(num_class: int) -> torch.dtype:
-    """The smallest type of class ids 0..num_class-1: uint8 or int16."""
+    """The smallest dtype for class ids 0..num_class-1: uint8 or int16."""
     return torch.uint8 if num_class <= 256 else torch.int16
 
 
@@ -282,18 +281,18 @@ def label_dtype(num_class: int) -> torch.dtype:
 def probability_bands(
     logits: Sequence[Tensor], size: tuple[int, int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Class probabilities of an image, a band of rows at a time, so that memory stays bounded.
+    """Class probabilities of an image in bands of rows, with bounded memory.
 
     Args:
         logits: as for `class_map`.
         size: (H, W) of the image, in pixels.
 
     Yields:
-        (y0, probabilities): the band's first image row, and the mean over scales of the softmax,
-        (N, C, rows, W) float32 (float64 when a scale is), summing to 1 over C.
+        (y0, probabilities): the first image row of the band, and the mean over scales of the
+        softmax, (N, C, rows, W) float32 (float64 if a scale is).
 
     Raises:
-        ValueError: as for `class_map`, when the first band is asked for.
+        ValueError: as for `class_map`, before the first band.
     """
     for y0, band, _ in _bands(*_check(logits, size), softmax=True):
         yield y0, band.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format)
@@ -301,14 +300,14 @@ def probability_bands(
 
 @torch.no_grad()
 def probabilities(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Class probabilities of a whole image; where C x H x W is large, use `probability_bands`.
+    """Class probabilities of a whole image; see `probability_bands` for less memory.
 
     Args:
         logits: as for `class_map`.
         size: (H, W), in pixels.
 
     Returns:
-        (N, C, H, W) float32 (float64 when a scale is), summing to 1 over C.
+        (N, C, H, W) float32 (float64 if a scale is): the mean over scales of the softmax.
 
     Raises:
         ValueError: as for `class_map`.

@@ -1,4 +1,4 @@
-"""The one-line API: a checkpoint folder in, a class for every pixel of a photograph out."""
+"""`Segmenter`: segmentation of images with a checkpoint folder, in one line."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from mit_semseg.engine.predictor import Predictor
 from mit_semseg.engine.pretrained import load_pretrained
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.tiles import Sliding
+from mit_semseg.precision import Precision
 from mit_semseg.visualize import color_encode, overlay
 from mit_semseg.visualize.results import area_legend, areas, render
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
-# Picture formats that give back the numbers they were given: others lose some, or (GIF) renumber.
+# Lossless formats that keep palette indices; GIF renumbers them.
 EXACT = (".png", ".tif", ".tiff", ".bmp")
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """One parsed image.
+    """The segmentation of an image.
 
     Attributes:
-        image: (H, W, 3) uint8 RGB, what was parsed.
+        image: (H, W, 3) uint8 RGB.
         labels: (H, W) int64 class ids, indices into `names`.
         classes: names and colours.
-        source: the file it came from, None for an image from memory.
-        label_offset: what index files store beside class 0, `DATASET.label_offset`.
+        source: file of the image; None for an image in memory.
+        label_offset: value of class 0 in `index` files, `DATASET.label_offset`.
     """
 
     image: np.ndarray = field(repr=False)
@@ -51,54 +52,54 @@ class Result:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The model's class names, in class order."""
+        """The class names, in class order."""
         return self.classes.names
 
     @cached_property
     def areas(self) -> dict[str, float]:
-        """Class name -> share of the image in [0, 1]; those that occur, the largest first."""
+        """Class name -> share of the image in [0, 1], largest first, without absent classes."""
         return areas(self.labels, self.names)
 
     def color(self) -> Image.Image:
-        """The classes in their colours."""
+        """The labels in the colours of the classes."""
         return Image.fromarray(color_encode(self.labels, self.classes.colors))
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
-        """The image with the class colours laid over it; `alpha` in [0, 1] is their weight."""
+        """The image blended with the class colours; `alpha` in [0, 1] is their weight."""
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha is {alpha}; it is the weight of the colours, 0 to 1")
+            raise ValueError(f"alpha is {alpha}; give the weight of the colours, in [0, 1]")
         return Image.fromarray(overlay(self.image, self.labels, self.classes.colors, alpha))
 
     def legend(self) -> Image.Image:
-        """Colour, name and area of the classes that occur."""
+        """Colour, name and area of each class in the image."""
         return Image.fromarray(area_legend(self.labels, self.classes))
 
     def save(self, path: str | os.PathLike[str], kind: str | None = None) -> Path:
-        """Write the result to a file; folders are made as needed.
+        """Write the result to a file, and create its folder.
 
         Args:
-            path: a picture in the format of its suffix, or `.npy` for the class ids as an array.
-            kind: overlay (the default), color, index (a palette picture of class id +
+            path: an image file in the format of its suffix, or `.npy` for the array of class ids.
+            kind: overlay (the default), color, index (a palette image with the values class id +
                 `label_offset`), side or legend.
 
         Returns:
             The path.
 
         Raises:
-            ValueError: the path is the parsed image itself, an unknown kind or suffix, or an
-                index file in a format with losses.
+            ValueError: the path is the source image, the kind or suffix is unknown, or an index
+                file has a lossy format.
         """
         path = Path(path)
         if self.source is not None and path.exists() and path.samefile(self.source):
-            raise ValueError(f"{path} is the parsed image itself; choose another name")
+            raise ValueError(f"{path} is the source image; choose another name")
         suffix = path.suffix.lower()
         if suffix == ".npy":
             if kind not in (None, "index"):
-                raise ValueError(f"{path}: .npy holds the class ids; {kind} needs a picture suffix")
+                raise ValueError(f"{path}: .npy is for class ids; use an image suffix for {kind}")
         elif suffix not in Image.registered_extensions():
-            raise ValueError(f"{path}: no picture format has the suffix {suffix!r}; use .png")
+            raise ValueError(f"{path}: unknown image format {suffix!r}; use .png")
         if kind == "index" and suffix not in (*EXACT, ".npy"):
-            raise ValueError(f"{path}: {suffix} files alter the labels; save an index as .png")
+            raise ValueError(f"{path}: {suffix} files change label values; save an index as .png")
         path.parent.mkdir(parents=True, exist_ok=True)
         if suffix == ".npy":
             np.save(path, self.labels)
@@ -109,7 +110,7 @@ class Result:
 
 
 class Segmenter:
-    """Parses images with a trained model.
+    """Segments images with a trained model.
 
     Example:
         >>> s = Segmenter.from_checkpoint("ckpt/mine")  # doctest: +SKIP
@@ -131,22 +132,22 @@ class Segmenter:
         tile: str | int = "auto",
         window: Sliding | None = None,
     ) -> None:
-        """Take a copy of a model that is in memory; the model itself stays as it is.
+        """Copy a model, which is not modified.
 
         Args:
             module: the model.
             classes: names and colours of its classes.
-            opt: `cfg.DATASET`: the scales and how the encoder takes its input.
+            opt: `cfg.DATASET`: scales and normalisation of the input.
             device: where to compute.
             precision: fp32 | tf32 | bf16 | fp16 | auto.
-            flip: average over mirrored images too.
+            flip: also average over horizontally flipped images.
             compile: compile the network (see `engine.predictor.Predictor`).
             tile: "auto", "off", or a side in pixels: images larger than this at network scale are
                 computed in overlapping tiles; "auto" does so above 4 million pixels.
-            window: slide this over images of every size, instead of tiles.
+            window: sliding window for images of any size, instead of tiles.
 
         Raises:
-            ValueError: there is no such device.
+            ValueError: there is no such device, or it does not support the precision.
         """
         self.predictor = Predictor(
             module,
@@ -176,21 +177,22 @@ class Segmenter:
         """The model of a checkpoint folder, with its class names and colours.
 
         Args:
-            path: the folder, with `config.yaml` in it.
-            device: where to compute; by default the first GPU, else the CPU.
+            path: a folder with `config.yaml`.
+            device: where to compute; default: the first GPU, else the CPU.
             precision: fp32 | tf32 | bf16 | fp16 | auto.
-            checkpoint: `best.pth` or `epoch_N.pth`; by default the best, else the latest.
-            imgSizes: short sides in pixels that are averaged over, instead of the folder's
-                `TEST.imgSizes` or `DATASET.imgSizes`.
-            compile: compile the network: pays for many images of few sizes.
-            tile: instead of the folder's `TEST.tile` and `TEST.window`: "auto", "off", or a side in
-                pixels.
+            checkpoint: `best.pth` or `epoch_N.pth`; default: the best, else the latest.
+            imgSizes: short sides in pixels whose scores are averaged, instead of `TEST.imgSizes`
+                or `DATASET.imgSizes`.
+            compile: compile the network, which pays off for many images of few sizes.
+            tile: "auto", "off", or a side in pixels, instead of `TEST.tile` and `TEST.window`.
 
         Raises:
-            FileNotFoundError: the folder holds no configuration or no such checkpoint.
-            ValueError: weights and configuration do not fit together, or there is no such device.
+            FileNotFoundError: the configuration or the checkpoint does not exist.
+            ValueError: the weights do not fit the configuration, there is no such device, or it
+                does not support the precision.
         """
-        device = usable_device(device)  # before the weights are read
+        device = usable_device(device)
+        Precision.of(precision, device)  # an error before the weights are read
         folder = CheckpointFolder(Path(path))
         options = folder.options()
         module = load_model(options, checkpoint or folder.best_or_latest())
@@ -268,29 +270,29 @@ class Segmenter:
         x: Source | list[Source] | list[str] | tuple[Source, ...],
         depth: np.ndarray | None = None,
     ) -> Result | list[Result]:
-        """Parse one image, or several one after the other.
+        """Segment one image, or several.
 
         Args:
             x: a path; a Pillow image of any mode; an array (H, W), (H, W, 1), (H, W, 3) RGB or
                 (H, W, 4) RGBA, uint8 or float in [0, 1]; or a list of these. Files and Pillow
-                images are turned upright by their EXIF orientation; alpha is dropped.
-            depth: for a model of `DATASET.depth`, and one image: (H, W) metres, 0 where there is
-                none. By default that of the file which `dataset.records.find_depth` finds.
+                images are rotated by their EXIF orientation; an alpha channel is ignored.
+            depth: (H, W) metres, 0 for no depth, for a model with `DATASET.depth` and a single
+                image. Default: the file that `dataset.records.find_depth` finds.
 
         Returns:
-            A Result, or a list of them for a list.
+            A Result, or for a list a list of Results.
 
         Raises:
-            FileNotFoundError: no such file, or no depth image beside it.
-            ValueError: the file is no image, or an array of another shape, type or range.
+            FileNotFoundError: the file, or its depth image, does not exist.
+            ValueError: not an image file, or an array of another shape, type or range.
         """
         if isinstance(x, (list, tuple)):
             if depth is not None:
-                raise ValueError("depth is for one image; give the images one by one")
-            return [self._parse(one) for one in x]
-        return self._parse(x, depth)
+                raise ValueError("depth is for a single image: call once per image")
+            return [self._segment(one) for one in x]
+        return self._segment(x, depth)
 
-    def _parse(self, source: Source, depth: np.ndarray | None = None) -> Result:
+    def _segment(self, source: Source, depth: np.ndarray | None = None) -> Result:
         image = as_image(source)
         depth = self._depth(source, image, depth)
         logits = self.predictor.logits(self.predictor.scales(image, depth))
@@ -306,37 +308,35 @@ class Segmenter:
     def _depth(
         self, source: Source, image: np.ndarray, given: np.ndarray | None
     ) -> np.ndarray | None:
-        """(H, W) float32 metres, None for a model that takes none."""
+        """(H, W) float32 metres; None for a model without depth."""
         options = DataOptions.read(self.opt)
         if not options.depth:
             if given is not None:
-                raise ValueError("this model takes no depth (DATASET.depth is False)")
+                raise ValueError("this model has no depth input (DATASET.depth is False)")
             return None
         if given is not None:
             if given.shape != image.shape[:2]:
-                raise ValueError(
-                    f"depth is {given.shape}, the image {image.shape[:2]}; make them equal"
-                )
+                raise ValueError(f"depth has shape {given.shape}, but the image {image.shape[:2]}")
             return np.where(given > 0, given, 0).astype(np.float32)
         if isinstance(source, (str, os.PathLike)):
             return load_depth_beside(source, options, (image.shape[1], image.shape[0]))
-        raise ValueError("this model takes depth (DATASET.depth): give the argument depth, too")
+        raise ValueError("this model has a depth input (DATASET.depth): give the argument depth")
 
 
 def as_image(source: Source) -> np.ndarray:
     """A path, Pillow image or array as (H, W, 3) uint8 RGB; see `Segmenter.__call__`."""
     if isinstance(source, (str, os.PathLike)):
-        if not os.path.exists(source):  # what reads data sets would advise on theirs
+        if not os.path.exists(source):  # the error of load_image is about data sets
             raise FileNotFoundError(f"{os.fspath(source)}: no such file")
         return load_image(source)
     if isinstance(source, Image.Image):
-        deep = is_deep(source)  # what follows may read the pixels
+        deep = is_deep(source)  # first, since reading the pixels may change it
         turned = exif_orientation(source) != 1
         return to_rgb(ImageOps.exif_transpose(source) if turned else source, deep=deep)
     if isinstance(source, np.ndarray):
         return _from_array(source)
     raise ValueError(
-        f"cannot parse a {type(source).__name__}; give a path, a Pillow image or a NumPy array"
+        f"cannot segment a {type(source).__name__}; give a path, a Pillow image or a NumPy array"
     )
 
 
@@ -346,19 +346,18 @@ def _from_array(array: np.ndarray) -> np.ndarray:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
         raise ValueError(
-            f"an image array of shape {shape} cannot be parsed; give (H, W), (H, W, 1), "
-            "(H, W, 3) or (H, W, 4)"
+            f"image array of shape {shape}; give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
         )
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # NaN fails too
             raise ValueError(
-                f"a float image array has values {low:g}..{high:g}; scale it to [0, 1], or "
-                "convert it to uint8"
+                f"float image array with values {low:g}..{high:g}; scale it to [0, 1], or convert "
+                "it to uint8"
             )
         array = np.rint(array * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise ValueError(f"an image array of type {array.dtype}; give uint8, or float in [0, 1]")
+        raise ValueError(f"image array of type {array.dtype}; give uint8, or float in [0, 1]")
     if array.shape[2] == 1:
         return np.repeat(array, 3, axis=2)
     return np.ascontiguousarray(array[:, :, :3])

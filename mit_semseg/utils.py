@@ -1,4 +1,4 @@
-"""Names that code written for the published toolkit imports from here; quick to import."""
+"""Utilities under the names of the published toolkit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class _StdoutHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what `sys.stdout` is at the time, so that it may be redirected or captured."""
+    """Writes to the current `sys.stdout`, so that it may be redirected or captured."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -43,31 +43,30 @@ class _StdoutHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class _LogFile(logging.FileHandler):
-    """Opened at the first line; a disk that takes no more lines is told of once."""
+    """A log file, created with the first line; a write error is reported once."""
 
     def __init__(self, filename: str) -> None:
         super().__init__(filename, encoding="utf-8", delay=True, errors="backslashreplace")
-        self._told = False
+        self._reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not self._told:
-            self._told = True
+        if not self._reported:
+            self._reported = True
             print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 def setup_logger(
     distributed_rank: int = 0, filename: str = "log.txt", named: bool = False, folder: str = ""
 ) -> logging.Logger:
-    """The package's logger `mit_semseg`, writing to standard output and, if asked, to a file.
+    """Configure the logger `mit_semseg` to write to standard output and optionally to a file.
 
-    Calling it again replaces the earlier handlers, so no line is written twice.
+    Handlers of an earlier call are replaced.
 
     Args:
-        distributed_rank: ranks above 0 only pass on warnings and errors.
-        filename: name of the log file in `folder`.
-        named: begin every line with the rank.
-        folder: where the log file is appended to, made with it at the first line; "" = no file,
-            as published, whatever `filename` is.
+        distributed_rank: ranks above 0 log only warnings and errors.
+        filename: name of the log file in `folder`, which is appended to.
+        named: include the rank in every line.
+        folder: of the log file, created if needed; "" for no file, as published.
 
     Returns:
         The logger.
@@ -90,7 +89,7 @@ def setup_logger(
 
 
 def find_recursive(root_dir: str, ext: str | Sequence[str] = ".jpg") -> list[str]:
-    """Files below a folder whose name ends in one of `ext`, in any case, sorted.
+    """Sorted files below a folder whose names end with one of `ext`, in upper or lower case.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -124,20 +123,20 @@ class AverageMeter:
         self.count: Any = 0
 
     def initialize(self, val: Any, weight: Any) -> None:
-        """Start anew with a value that counts `weight` times."""
+        """Restart with a value of weight `weight`."""
         self.initialized = True
         self.sum = self.count = 0
         self.add(val, weight)
 
     def update(self, val: Any, weight: Any = 1) -> None:
-        """Take in a value that counts `weight` times, the first one or a further one."""
+        """Add a value of weight `weight`."""
         if self.initialized:
             self.add(val, weight)
         else:
             self.initialize(val, weight)
 
     def add(self, val: Any, weight: Any) -> None:
-        """Take in a further value that counts `weight` times."""
+        """`update` after the first value."""
         self.val = val
         self.sum = self.sum + val * weight
         self.count = self.count + weight
@@ -158,24 +157,24 @@ def unique(
     return_inverse: bool = False,
     return_counts: bool = False,
 ) -> Any:
-    """Sorted distinct values of an array, flattened; otherwise as `numpy.unique`."""
+    """`numpy.unique` of the flattened array."""
     flags: Any = (return_index, return_inverse, return_counts)
     return np.unique(np.asarray(ar).reshape(-1), *flags)
 
 
 def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> np.ndarray:
-    """A label map in colour; negative labels stay black. See `visualize.color_encode`.
+    """A label map in colour; negative labels are black. See `visualize.color_encode`.
 
     Args:
-        labelmap: (H, W) class ids; other numbers are cut to integers, as published.
+        labelmap: (H, W) class ids; floats are truncated, as published.
         colors: (K, 3) uint8, RGB.
-        mode: order of the result's channels, RGB or BGR.
+        mode: channel order of the result, RGB or BGR.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: an unknown mode, or a label that has no colour.
+        ValueError: an unknown mode, or a label without a colour.
     """
     from mit_semseg.visualize import color_encode
 
@@ -186,14 +185,14 @@ def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> 
 
 
 def accuracy(preds: np.ndarray, label: np.ndarray) -> tuple[float, int]:
-    """Share of labelled pixels that are predicted right, and how many are labelled.
+    """Pixel accuracy, and number of labelled pixels.
 
     Args:
         preds: class ids.
         label: class ids of the same shape; negative ones are ignored.
 
     Returns:
-        (accuracy in [0, 1], number of labelled pixels); (0.0, 0) when there is none.
+        (accuracy in [0, 1], number of labelled pixels); (0.0, 0) without labelled pixels.
     """
     valid = np.asarray(label) >= 0
     valid_sum = int(valid.sum())
@@ -204,9 +203,9 @@ def accuracy(preds: np.ndarray, label: np.ndarray) -> tuple[float, int]:
 def intersectionAndUnion(
     imPred: np.ndarray, imLab: np.ndarray, numClass: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels in the intersection and in the union of prediction and label, per class.
+    """Pixels in the intersection and union of prediction and label, per class.
 
-    Pixels whose label is no class (negative, or numClass and above) count in neither.
+    Pixels with a label outside 0..numClass-1 are ignored.
 
     Args:
         imPred: class ids.
@@ -226,11 +225,11 @@ def intersectionAndUnion(
 
 
 class NotSupportedCliException(ValueError):
-    """Devices on a command line that cannot be read."""
+    """An invalid list of devices."""
 
 
 def process_range(xpu: str, inp: Iterable[str]) -> Iterator[str]:
-    """Names of the devices between two numbers, both included, in rising order.
+    """Device names for an inclusive range of numbers, in ascending order.
 
     Example:
         >>> list(process_range("gpu", ("2", "0")))
@@ -240,7 +239,7 @@ def process_range(xpu: str, inp: Iterable[str]) -> Iterator[str]:
     return (f"{xpu}{i}" for i in range(first, last + 1))
 
 
-# What may stand between the commas of a list of devices, and the names that the groups stand for.
+# Patterns of the comma-separated parts of a device list, with functions from groups to names.
 REGEX: list[tuple[re.Pattern[str], Callable[[Sequence[str]], Iterable[str]]]] = [
     (re.compile(r"^cpu$"), lambda groups: ["cpu"]),
     (re.compile(r"^(?:gpu)?(\d{1,4})$"), lambda groups: [f"gpu{int(groups[0])}"]),
@@ -249,16 +248,16 @@ REGEX: list[tuple[re.Pattern[str], Callable[[Sequence[str]], Iterable[str]]]] = 
 
 
 def parse_devices(input_devices: str) -> list[str]:
-    """Device names from a command line, in the order given, each once.
+    """Device names of a command line option, in the given order, without duplicates.
 
     Args:
         input_devices: `0-3`, `0,2`, `gpu0-gpu2`, `0-1,5` or `cpu`.
 
     Returns:
-        Such as `["gpu0", "gpu1"]` or `["cpu"]`.
+        For example `["gpu0", "gpu1"]` or `["cpu"]`.
 
     Raises:
-        NotSupportedCliException: it cannot be read.
+        NotSupportedCliException: an invalid list.
 
     Example:
         >>> parse_devices("0-1,5")
@@ -272,6 +271,6 @@ def parse_devices(input_devices: str) -> list[str]:
                 break
         else:
             raise NotSupportedCliException(
-                f"cannot read the devices {input_devices!r}; write 0-3, 0,2, gpu0-gpu2 or cpu"
+                f"invalid devices {input_devices!r}; give 0-3, 0,2, gpu0-gpu2 or cpu"
             )
     return list(dict.fromkeys(devices))

@@ -180,7 +180,7 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-# What takes processes that are forked no time, but seconds if they are started anew.
+# Imported once, by the fork server; a new interpreter takes seconds to import each of them.
 PRELOADED = ["torch._dynamo", "mit_semseg.engine.train", "mit_semseg.benchmarks.rows"]
 
 

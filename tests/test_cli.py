@@ -53,33 +53,17 @@ def test_scripts_and_the_module_can_be_run():
 
 
 HEAVY = "torch", "torchvision", "numpy", "cv2", "scipy", "PIL", "matplotlib", "jinja2"
-MISTAKES = [
-    (["--help"], 0),
-    (["--version"], 0),
-    (["nonsense"], 2),
-    (["train", "--nonsense"], 2),
-    (["train", "--arch_encoder", "resnet50"], 2),
-    (["train", "--precision", "bf17"], 2),
-    (["predict"], 2),
-    (["train", "--cfg", "nowhere.yaml"], 2),
-    (["eval", "TRAIN.lr", "1"], 2),
-    (["predict", "--imgs", "a.jpg", "TEST.precision", "half"], 2),
-    (["pack"], 2),
-    (["bench", "--device", "tpu"], 2),
-    (["data"], 2),
-    (["data", "--help"], 0),
-    (["data", "nonsense"], 2),
-    (["data", "make-odgt", "--images", "a"], 2),
-    (["data", "check", "--help"], 0),
-    (["data", "check", "a.odgt", "--num-class", "x"], 2),
-    (["data", "check", "val", "--cfg", "nowhere.yaml"], 2),
-    (["data", "download"], 2),
-    (["demo", "--help"], 0),
-    (["demo", "render", "--help"], 0),
-    (["demo", "render", "--size", "x"], 2),
-    (["demo", "page", "--images", "x"], 2),
-    (["demo", "page", "--cfg", "nowhere.yaml"], 2),
-]
+STATUSES = {
+    0: ["--help", "--version", "data --help", "data check --help", "demo --help"],
+    2: [
+        *("nonsense", "train --nonsense", "train --arch_encoder resnet50"),
+        *("train --precision bf17", "train --cfg nowhere.yaml", "eval TRAIN.lr 1", "predict"),
+        *("predict --imgs a.jpg TEST.precision half", "pack", "bench --device tpu", "data"),
+        *("data nonsense", "data make-odgt --images a", "data check a.odgt --num-class x"),
+        *("data check val --cfg nowhere.yaml", "data download", "demo render --size x"),
+        *("demo page --images x", "demo page --cfg nowhere.yaml"),
+    ],
+}
 
 
 def test_help_and_mistakes_are_instant():
@@ -88,8 +72,8 @@ def test_help_and_mistakes_are_instant():
 import contextlib, sys, time, mit_semseg
 assert not (heavy := set({HEAVY}) & set(sys.modules)), ("the package", heavy)
 from mit_semseg.cli import main
-for arguments, expected in {MISTAKES}:
-    began = time.monotonic()
+for expected, line in {[(k, line) for k, lines in STATUSES.items() for line in lines]}:
+    arguments, began = line.split(), time.monotonic()
     try:
         code = main(arguments)
     except SystemExit as stop:
@@ -99,61 +83,81 @@ for arguments, expected in {MISTAKES}:
     assert not (heavy := set({HEAVY}) & set(sys.modules)), (arguments, heavy)
 assert main(["eval", "--gpus", "zero"]) == 2 and "torch" not in sys.modules
 import mit_semseg.engine.train, mit_semseg.segmenter, mit_semseg.tools.sweep
-slow = {{"torch._dynamo", "matplotlib", "jinja2"}} & set(sys.modules)
+slow = {{"torch._dynamo", "matplotlib", "jinja2", "timm"}} & set(sys.modules)
 assert not slow, f"{{slow}} are imported before they are used"
 """
     run("-c", code)
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """What train, evaluate and predict would have been called with: configurations and options."""
+    calls = []
+
+    def stub(result):
+        return lambda cfg, *args, **options: calls.append((cfg, options)) or result
+
+    trained = {"best_mean_iou": None, "checkpoint": "x", "stopped": ""}
+    for name, result in (("train", trained), ("evaluate", {"failed": []}), ("predict", [])):
+        monkeypatch.setattr(f"mit_semseg.engine.{name}.{name}", stub(result))
+    return calls
+
+
+DEMO = ["--cfg", str(ROOT / "config" / "demo.yaml")]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "engine", "section"),
+    ("words", "section"),
     [
-        (["train"], "mit_semseg.engine.train.train", "TRAIN"),
-        (["eval"], "mit_semseg.engine.evaluate.evaluate", "VAL"),
-        (["predict", "--imgs", "a.jpg"], "mit_semseg.engine.predict.predict", "TEST"),
+        ("train --gpus cpu", "TRAIN"),
+        ("eval --gpus cpu", "VAL"),
+        ("predict --imgs a.jpg --gpu cpu", "TEST"),
     ],
 )
-def test_precision_option_beats_the_configuration(
-    arguments, engine, section, monkeypatch, tmp_path
-):
-    got = []
-
-    def engine_call(cfg, *args, **options):
-        got.append(cfg)
-        if section == "TRAIN":
-            return {"best_mean_iou": None, "checkpoint": "x", "stopped": ""}
-        return {"failed": []} if section == "VAL" else []
-
-    monkeypatch.setattr(engine, engine_call)
-    device = "--gpu" if section == "TEST" else "--gpus"
-    configured = [f"{section}.precision", "fp32", "DIR", str(tmp_path)]
-    file = str(ROOT / "config" / "demo.yaml")
+def test_precision_option_beats_the_configuration(words, section, calls, tmp_path):
     for option in (["--precision", "bf16"], []):
-        assert main([*arguments, *option, device, "cpu", "--cfg", file, *configured]) == 0
-    assert [getattr(cfg, section).precision for cfg in got] == ["bf16", "fp32"]
-    others = [name for name in ("TRAIN", "VAL", "TEST") if name != section]
-    assert all(getattr(got[0], x).precision == getattr(got[1], x).precision for x in others)
+        configured = [f"{section}.precision", "fp32", "DIR", str(tmp_path)]
+        assert main([*words.split(), *option, *DEMO, *configured]) == 0
+    found = [cfg for cfg, _ in calls]
+    assert [cfg[section].precision for cfg in found] == ["bf16", "fp32"]
+    others = {"TRAIN", "VAL", "TEST"} - {section}
+    assert all(found[0][x].precision == found[1][x].precision for x in others)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["train", "--gpus", "cpu"], "TRAIN.precision"),
+        (["eval", "--gpus", "cpu"], "VAL.precision"),
+        (["predict", "--gpu", "cpu", "--imgs", "missing"], "TEST.precision"),
+    ],
+)
+def test_a_precision_for_gpus_is_refused_before_data_is_read(
+    words: list[str],
+    key: str,
+    precision: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ["--precision", precision, "DIR", str(tmp_path), "TEST.result", str(tmp_path)]
+    file = str(ROOT / "config" / "demo.yaml")
+    assert main([*words, "--cfg", file, *settings]) == 2
+    message = f"error: {key} {precision} needs a GPU; on the CPU use bf16 or fp32\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize(
     ("restarts", "asked", "resume"),
     [(None, "", ""), ("0", "", ""), ("1", "", "auto"), ("2", "", "auto"), ("1", "x.pth", "x.pth")],
 )
-def test_what_torchrun_starts_again_goes_on(restarts, asked, resume, monkeypatch, tmp_path):
-    got = []
-
-    def engine_call(cfg, *args, **options):
-        got.append(options["resume"])
-        return {"best_mean_iou": None, "checkpoint": "x", "stopped": ""}
-
-    monkeypatch.setattr("mit_semseg.engine.train.train", engine_call)
+def test_what_torchrun_restarts_resumes(restarts, asked, resume, calls, monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     if restarts is not None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     words = ["--resume", asked] if asked else []
-    file = str(ROOT / "config" / "demo.yaml")
-    assert main(["train", *words, "--gpus", "cpu", "--cfg", file, "DIR", str(tmp_path)]) == 0
-    assert got == [resume]
+    assert main(["train", *words, "--gpus", "cpu", *DEMO, "DIR", str(tmp_path)]) == 0
+    assert [options["resume"] for _, options in calls] == [resume]
 
 
 @pytest.mark.parametrize(
@@ -197,11 +201,9 @@ def test_a_data_set_of_ones_own_is_accepted(capsys, monkeypatch, tmp_path):
     assert "which asks for a registration or a consent" in capsys.readouterr().out
 
 
-def test_overrides_after_several_images(tmp_path):
-    assert split_overrides(["a.jpg", "b.jpg", "TEST.result", "out"]) == (
-        ["a.jpg", "b.jpg"],
-        ["TEST.result", "out"],
-    )
+def test_overrides_after_several_images():
+    images, pairs = ["a.jpg", "b.jpg"], ["TEST.result", "out"]
+    assert split_overrides([*images, *pairs]) == (images, pairs)
     assert split_overrides(["a.jpg", "DIR"]) == (["a.jpg", "DIR"], [])
 
 
@@ -214,6 +216,6 @@ def test_overrides_after_several_images(tmp_path):
         ("bin/mit-semseg train --gpus cpu", "mit-semseg train --resume auto --gpus cpu"),
     ],
 )
-def test_the_command_to_go_on_is_the_one_typed(typed, printed, monkeypatch):
+def test_the_command_to_resume_is_the_one_typed(typed, printed, monkeypatch):
     monkeypatch.setattr(sys, "argv", shlex.split(typed))
     assert cli._resume_command() == printed

@@ -18,6 +18,7 @@ from mit_semseg.config import (
 from mit_semseg.config.node import tree_of
 from mit_semseg.config.options import SETTINGS
 from mit_semseg.engine.launch import read_config
+from mit_semseg.errors import REPORTS
 
 PUBLISHED = """
 DATASET:
@@ -83,22 +84,22 @@ def test_round_trip(tmp_path):
     [
         (["TRAIN.lr_encodr", "1"], "unknown key TRAIN.lr_encodr; did you mean 'TRAIN.lr_encoder'"),
         (["TRAIN.optim", "adam"], "TRAIN.optim is 'adam'; did you mean 'Adam'"),
-        (["TRAIN.num_epoch", "many"], "TRAIN.num_epoch is 'many'; it takes a whole number"),
+        (["TRAIN.num_epoch", "many"], "TRAIN.num_epoch is 'many'; give an integer"),
         (["TRAIN.num_epoch", "0"], "must be at least 1"),
         (["TRAIN.epoch_iters", "automatic"], "give a number of steps or auto"),
         (["DATASET.random_flip", "3"], "True or False"),
         (["DATASET.imgSizes", "(0,)"], "short sides in pixels"),
         (["DATASET.crop_size", "(1, 2, 3)"], "height, width"),
-        (["DATASET.mean", "(1, 2)"], "three in all"),
+        (["DATASET.mean", "(1, 2)"], "give three numbers"),
         (["DATASET.ignore_label", "void"], "DATASET.ignore_label"),
         (["DATASET.mean", "(a, b, c)"], "DATASET.mean"),
-        (["TEST.save", "[colour]"], "it takes any of color"),
+        (["TEST.save", "[colour]"], "give any of color"),
         (["TRAIN", "1"], "is a section"),
-        (["DIR"], "stands alone"),
+        (["DIR"], "has no value"),
         (["TRAIN.workers", "-1"], "must not be negative"),
-        (["TRAIN.ema", "1.0"], "below 1"),
-        (["TRAIN.activation_checkpointing", "3"], "checkpointing is 3; it takes True or False"),
-        (["TRAIN.compile", "max"], "TRAIN.compile is 'max'; it takes True or False"),
+        (["TRAIN.ema", "1.0"], "a decay in [0, 1)"),
+        (["TRAIN.activation_checkpointing", "3"], "checkpointing is 3; give True or False"),
+        (["TRAIN.compile", "max"], "TRAIN.compile is 'max'; give True or False"),
         (["VAL.compile", "1"], "True or False"),
         (["TEST.compile", "none"], "True or False"),
         (["TRAIN.num_epoch", "2", "--gpus", "cpu"], "put options before them"),
@@ -127,7 +128,7 @@ def test_file_mistakes_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"mine\.yaml: unknown key TRAIN\.lr_encodr"):
         load_config(tmp_path / "mine.yaml")
     (tmp_path / "broken.yaml").write_text("TRAIN: [")
-    with pytest.raises(ValueError, match="broken.yaml is no valid yaml"):
+    with pytest.raises(ValueError, match="broken.yaml is not valid YAML"):
         load_config(tmp_path / "broken.yaml")
     with pytest.raises(FileNotFoundError, match="did you mean .*/mine.yaml"):
         load_config(tmp_path / "mime.yaml")
@@ -146,7 +147,7 @@ def test_a_missing_configuration_file_is_refused_with_those_there_are(tmp_path, 
     for name in ("sbu-unet", *(f"camvid-{k}" for k in range(8))):
         Path(f"config/{name}.yaml").write_text("")
     assert said("config/nonexist.yaml") == (
-        "configuration file config/nonexist.yaml does not exist; config holds 9 configuration "
+        "configuration file config/nonexist.yaml does not exist; config has 9 configuration "
         "files, such as camvid-0.yaml"
     )
     for near in ("sbu-unet.yaml", "config/sbu-unnet.yaml", "config/sbu-unet"):
@@ -159,7 +160,7 @@ def test_a_missing_configuration_file_is_refused_with_those_there_are(tmp_path, 
 
 def test_a_mapping_in_place_of_a_list_is_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("DATASET:\n  label_map: {0: 0, 255: 1}\n")
-    with pytest.raises(ValueError, match=r"DATASET.label_map is \{0: 0, 255: 1\}; it takes a list"):
+    with pytest.raises(ValueError, match=r"DATASET.label_map is \{0: 0, 255: 1\}; give a list"):
         load_config(tmp_path / "mine.yaml")
 
 
@@ -177,12 +178,12 @@ def test_each_auxiliary_head_has_a_weight(caplog):
     assert cfg.TRAIN.aux_weights == [0.4, 0.2]
     assert not caplog.text
     read_config(None, [*icnet, "TRAIN.aux_weights", "(0.4, 0.2)", "TRAIN.deep_sup_scale", "0.9"])
-    assert "TRAIN.deep_sup_scale has no effect: it is for TRAIN.aux_weights ()" in caplog.text
+    assert "TRAIN.deep_sup_scale has no effect with TRAIN.aux_weights" in caplog.text
     for decoder, count in (("ppm_deepsup", 1), ("ppm", 0)):
         with pytest.raises(ValueError, match=rf"auxiliary heads of decoder {decoder}: {count};"):
             read_config(None, ["MODEL.arch_decoder", decoder, "TRAIN.aux_weights", "(0.4, 0.2)"])
     for wrong in ("(0.4, -1)", "(1e999, 0.1)", "('a', 0.1)"):
-        with pytest.raises(ValueError, match="give a weight of 0 or more for each"):
+        with pytest.raises(ValueError, match="give a weight of 0 or more per"):
             read_config(None, [*icnet, "TRAIN.aux_weights", wrong])
 
 
@@ -197,13 +198,32 @@ def test_earlier_names_of_keys_are_understood(tmp_path, caplog):
     assert cfg.TRAIN.activation_checkpointing and cfg.DATASET.scale_jitter == [1.0, 2.0]
     assert (cfg.VAL.overlap, cfg.TEST.overlap) == (0.333, 0.25)
     in_file, in_line = (record.getMessage() for record in caplog.records)
-    assert in_file.startswith(f"{file}: earlier names of keys: TRAIN.timeout is now TRAIN.stall_")
+    assert in_file.startswith(f"{file}: renamed keys: TRAIN.timeout is now TRAIN.stall_")
     assert "TRAIN.recompute is now TRAIN.activation_checkpointing" in in_file
     assert "VAL.stride 0.667 is now VAL.overlap 0.333" in in_file
     assert in_line.endswith("TEST.stride 0.75 is now TEST.overlap 0.25")
-    for wrong, advice in (("0", "a share of"), ("1.5", "a share of"), ("wide", "a number")):
+    for wrong, advice in (("0", "a fraction of"), ("1.5", "a fraction of"), ("wide", "a number")):
         with pytest.raises(ValueError, match=rf"VAL\.stride .*now VAL\.overlap.* {advice}"):
             load_config(None, ["VAL.stride", wrong])
+
+
+@pytest.mark.parametrize(
+    ("environment", "warns"),
+    [
+        ({}, True),  # one process, or the command that starts ranks
+        ({"RANK": "0"}, True),  # torchrun
+        ({"RANK": "1"}, False),
+        ({"RANK": "0", REPORTS: "folder"}, False),  # a rank started by a command
+        ({"RANK": "1", REPORTS: "folder"}, False),
+    ],
+)
+def test_renamed_keys_are_reported_by_one_process(monkeypatch, caplog, environment, warns):
+    for name in ("RANK", REPORTS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    load_config(None, ["TEST.stride", "0.75"])
+    assert len(caplog.records) == warns
 
 
 def test_an_earlier_name_that_is_set_in_a_tree_counts():
@@ -228,10 +248,10 @@ def test_options_are_typed_and_checked():
         (["MODEL.in_channels", "4"], "set MODEL.in_channels 3, or DATASET.depth True"),
         (
             ["TRAIN.class_weights", "(1, 2)"],
-            "class_weights has 2 numbers; DATASET.num_class is 150",
+            "class_weights has 2 numbers, but DATASET.num_class is 150",
         ),
         (["TRAIN.class_weights", "(0, 0)", "DATASET.num_class", "2"], "are all 0"),
-        (["TRAIN.start_epoch", "21"], "lies behind TRAIN.num_epoch 20"),
+        (["TRAIN.start_epoch", "21"], "is greater than TRAIN.num_epoch 20"),
         (["DATASET.batching", "crop"], "set DATASET.crop_size"),
     ],
 )

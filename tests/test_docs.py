@@ -60,7 +60,7 @@ SNIPPETS = {
 
 
 @pytest.mark.parametrize("page", SNIPPETS)
-def test_python_runs(page, tmp_path, monkeypatch):
+def test_python_examples_run(page, tmp_path, monkeypatch):
     """The blocks of a page one after the other, where checkpoints and photographs are."""
     for checkpoint in ("weights/camvid-mobilenetv2dilated-c1_deepsup", "ckpt/mine"):
         shutil.copytree(CAMVID, tmp_path / checkpoint)
@@ -142,7 +142,7 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("message", re.findall(r"^\| `(.+?)` \|", PAGE, re.MULTILINE))
-def test_a_message_on_the_page_is_one_of_the_code(message, texts):
+def test_messages_in_troubleshooting_exist(message, texts):
     """But for values; up to three strings of the code may be put together."""
     for _ in range(3):
         message = min((beyond(message, parts) for parts in texts), key=len)
@@ -213,7 +213,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def test_what_is_added_passes_its_tests(tree):
+def test_recipes_for_contributors_pass_their_tests(tree):
     tests = [path for _, path, _ in recipe_files() if path.startswith("tests/")]
     assert len(tests) == 3  # loss, data set, setting
     tests += [f"tests/models/test_{name}.py" for name in ("encoders", "decoders", "pairs")]
@@ -226,7 +226,7 @@ def test_what_is_added_passes_its_tests(tree):
     assert passed and int(passed[1]) > 20, told[-3000:]
 
 
-def test_what_is_added_trains_and_predicts(tree):
+def test_recipes_for_contributors_train_and_predict(tree):
     rng = np.random.default_rng(0)
     kinds = {"photos": ("jpg", 256, (32, 48, 3)), "masks": ("png", 3, (32, 48))}
     for folder, (suffix, top, shape) in kinds.items():
@@ -256,11 +256,11 @@ def test_what_is_added_trains_and_predicts(tree):
         *(*overrides, "TEST.checkpoint", "epoch_1.pth", "TEST.result", "out"),
         cwd=tree,
     )
-    assert "2 images parsed" in told
+    assert "2 images segmented" in told
 
 
 # ----------------------------------------------------------------------------------------- site
-def test_the_picture_of_the_packages_is_that_of_the_contract():
+def test_the_package_diagram_matches_the_import_contract():
     rooms = runpy.run_path(str(ROOT / "docs" / "rooms.py"))
     assert rooms["PICTURE"].read_text("utf-8") == rooms["picture"](), "run python docs/rooms.py"
     assert not {name for row in rooms["layers"]() for name in row} - rooms["CONTENT"].keys()

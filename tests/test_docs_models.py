@@ -18,6 +18,8 @@ from mit_semseg.models import DECODERS, ENCODERS
 from mit_semseg.models.decoders import Decoder
 from mit_semseg.models.encoders import Encoder
 from mit_semseg.models.encoders.base import Variant
+from mit_semseg.models.encoders.timm_backbone import TimmEncoder
+from mit_semseg.models.encoders.vit_pyramid import SimplePyramid
 from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.tools.overfit import TARGET
 from mit_semseg.weights import TORCHVISION, TorchvisionSource, imagenet_weights
@@ -243,6 +245,9 @@ def every_deviation():
             names = named(registry, kind)
             heading = registry.kind.capitalize() + ("s" if len(names) > 1 else "")
             found[f"{heading} {code(names)}"] = deviations(kind)
+        if registry is ENCODERS:
+            found["Encoders `timm:NAME`"] = deviations(TimmEncoder)
+            found["`MODEL.vit_pyramid`"] = deviations(SimplePyramid)
     return found
 
 

@@ -188,5 +188,5 @@ def test_the_installed_command_runs(place, tmp_path):
     Image.new("RGB", (64, 48), "gray").save(tmp_path / "gray.png")
     options = ("--imgs", "gray.png", "--gpu", "cpu", "--cfg", CAMVID / "config.yaml")
     told = run(command, "predict", *options, "DIR", CAMVID, "TEST.result", "out", cwd=tmp_path)
-    assert "1 image parsed" in told
+    assert "1 image segmented" in told
     assert list((tmp_path / "out").glob("gray*.png"))

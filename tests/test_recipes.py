@@ -15,7 +15,6 @@ from mit_semseg.losses import build_loss
 from mit_semseg.models import ModelBuilder
 from mit_semseg.models.builder import check_pair
 from mit_semseg.models.decoders import DECODERS
-from mit_semseg.models.encoders import ENCODERS
 from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.weights import PUBLISHED, imagenet_weights, published_checkpoint
 
@@ -94,10 +93,12 @@ def data_set(cfg):
 
 
 @lru_cache
-def encoded(arch, in_channels, side):
+def encoded(arch, in_channels, output_stride, side):
     """An encoder and what it makes of a square image, shapes only: many recipes have the same."""
     with torch.device("meta"):
-        encoder = ModelBuilder.build_encoder(arch, weights="none", in_channels=in_channels).eval()
+        encoder = ModelBuilder.build_encoder(
+            arch, weights="none", in_channels=in_channels, output_stride=output_stride
+        ).eval()
         features = encoder(torch.empty(1, in_channels, side, side), return_feature_maps=True)
     return encoder, tuple(features)
 
@@ -208,9 +209,11 @@ def test_every_data_set_has_its_recipe():
 def test_a_recipe_builds_and_fits(path):
     cfg = recipe(path)
     encoder_name, decoder_name = cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder
-    check_pair(encoder_name, decoder_name, cfg.MODEL.fc_dim)
+    stride = cfg.MODEL.output_stride
+    check_pair(encoder_name, decoder_name, cfg.MODEL.fc_dim, output_stride=stride)
     side = 4 * cfg.DATASET.padding_constant
-    encoder, features = encoded(encoder_name, cfg.MODEL.in_channels, side)
+    encoder, features = encoded(encoder_name, cfg.MODEL.in_channels, stride, side)
+    assert cfg.DATASET.padding_constant % max(encoder.strides) == 0
     with torch.device("meta"):
         decoder = ModelBuilder.build_decoder(
             decoder_name,
@@ -234,7 +237,6 @@ def test_a_recipe_is_sound(path):
     cfg = recipe(path)
     data, model = cfg.DATASET, cfg.MODEL
     assert data.padding_constant % data.segm_downsampling_rate == 0
-    assert data.padding_constant % max(ENCODERS.get(model.arch_encoder).strides) == 0
     # Sides of crops that are padded would be a little waste in every step.
     assert not any(side % data.padding_constant for side in data.crop_size)
     assert max(*data.imgSizes, *cfg.VAL.imgSizes) <= data.imgMaxSize
@@ -244,7 +246,7 @@ def test_a_recipe_is_sound(path):
     assert path.read_text().startswith("# ")
     if path not in NAMED:
         return
-    pair = "-".join(dict.fromkeys((model.arch_encoder, model.arch_decoder)))
+    pair = "-".join(dict.fromkeys((model.arch_encoder, model.arch_decoder))).replace(":", "-")
     assert path.stem == f"{data_set(cfg)}-{pair}{'-depth' if data.depth else ''}"
     assert f"ckpt/{path.stem}" == cfg.DIR
     kind = FORMATS.get(data_set(cfg))()
@@ -261,6 +263,10 @@ def test_a_recipe_asks_for_weights_that_there_are(path, monkeypatch):
 
     monkeypatch.setattr(weights.sources, "fetch", refuse)
     model = recipe(path).MODEL
+    if model.arch_encoder.startswith("timm:"):
+        timm = pytest.importorskip("timm")
+        assert timm.models.get_pretrained_cfg(model.arch_encoder.removeprefix("timm:")).has_weights
+        return
     module = torch.nn.Module()  # nothing is loaded into it: the download comes first
     if model.arch_encoder in INNER:
         module.add_module(INNER[model.arch_encoder], torch.nn.Module())

@@ -44,6 +44,16 @@ def test_an_unknown_name_gets_the_nearest_and_the_list(colors):
     assert Registry("color").names() == []
 
 
+def test_a_long_list_of_names_is_on_a_page():
+    registry = Registry("color", "docs/colors.md")
+    for name in ("red1", "red2", "red3", "red4", "blue"):
+        registry.register(name)(dict)
+    with pytest.raises(ValueError) as error:
+        registry.get("red")
+    hint = "; did you mean 'red4' or 'red3' or 'red2'? (all are in docs/colors.md)"
+    assert str(error.value) == f"unknown color 'red'{hint}"
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [

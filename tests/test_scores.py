@@ -178,7 +178,7 @@ def test_bands_cover_the_image_once_and_are_kept():
         ([torch.zeros(1, 3, 2, 2), torch.zeros(2, 3, 2, 2)], (4, 4), r"logits\[1\].*\(2, 3\)"),
         ([torch.zeros(3, 2, 2)], (4, 4), r"logits\[0\].*\(3, 2, 2\)"),
         ([torch.zeros(1, 3, 2, 2, dtype=torch.int64)], (4, 4), "int64"),
-        ([torch.zeros(1, 0, 2, 2)], (4, 4), "not empty"),
+        ([torch.zeros(1, 0, 2, 2)], (4, 4), "non-empty"),
         ([torch.zeros(1, 3, 2, 2)], (4.5, 4), r"size is \(4.5, 4\)"),
         ([torch.zeros(1, 3, 2, 2)], (0, 4), r"size is \(0, 4\)"),
         ([torch.zeros(1, 3, 2, 2)], 7, "size is 7"),

@@ -43,6 +43,18 @@ def path(tmp_path, array):
     return tmp_path / "photo.png"
 
 
+def test_loading_prints_nothing(cfg, capsys):
+    Segmenter.from_checkpoint(cfg.DIR, device="cpu")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_a_precision_for_gpus_is_refused_before_weights_are_read(cfg, monkeypatch, precision):
+    monkeypatch.setattr("mit_semseg.segmenter.load_model", None)
+    with pytest.raises(ValueError, match=f"{precision} needs a GPU; on the CPU use bf16"):
+        Segmenter.from_checkpoint(cfg.DIR, device="cpu", precision=precision)
+
+
 def test_labels_are_the_published_procedure(cfg, segmenter, array):
     module = load_model(cfg, "best.pth")
     total = torch.zeros(1, 4, 48, 64)
@@ -113,8 +125,8 @@ def test_pillow_images_are_turned_upright_as_files_are(segmenter, array, tmp_pat
         (np.full((4, 4, 3), 200.0), r"200\.\.200; scale it to \[0, 1\]"),
         (np.full((4, 4, 3), np.nan), r"nan\.\.nan"),
         (np.zeros((4, 4, 3), np.int64), "type int64; give uint8"),
-        (torch.zeros(3, 4, 4), "cannot parse a Tensor"),
-        (None, "cannot parse a NoneType"),
+        (torch.zeros(3, 4, 4), "cannot segment a Tensor"),
+        (None, "cannot segment a NoneType"),
     ],
 )
 def test_other_inputs_are_refused(segmenter, source, message):
@@ -162,10 +174,10 @@ def test_pictures_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("i.jpg", "index", "alter the labels"),
-        ("i.gif", "index", "alter the labels"),
-        ("i.npy", "overlay", "holds the class ids"),
-        ("i.xyz", None, "no picture format"),
+        ("i.jpg", "index", "change label values"),
+        ("i.gif", "index", "change label values"),
+        ("i.npy", "overlay", "is for class ids"),
+        ("i.xyz", None, "unknown image format"),
         ("i.png", "outline", "'outline' is no kind"),
     ],
 )
@@ -178,7 +190,7 @@ def test_the_input_is_never_overwritten(segmenter, path, tmp_path):
     before = path.read_bytes()
     (tmp_path / "link.png").symlink_to(path)
     for name in ("photo.png", "link.png"):
-        with pytest.raises(ValueError, match="is the parsed image itself"):
+        with pytest.raises(ValueError, match="is the source image"):
             segmenter(path).save(tmp_path / name)
     assert path.read_bytes() == before
 
@@ -197,7 +209,7 @@ def test_folder_carries_all_that_is_needed(cfg, segmenter, array, tmp_path):
             Segmenter.from_checkpoint(Path(cfg.DIR), device="cpu", imgSizes=wrong)
     in_memory = Segmenter(load_model(cfg, "best.pth"), ClassTable.of(NAMES), cfg.DATASET)
     np.testing.assert_array_equal(in_memory(array).labels, segmenter(array).labels)
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+    with pytest.raises(FileNotFoundError, match="not a checkpoint folder"):
         Segmenter.from_checkpoint(tmp_path)
 
 

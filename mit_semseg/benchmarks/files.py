@@ -21,13 +21,13 @@ from mit_semseg.benchmarks import published
 from mit_semseg.benchmarks.clock import Runnable, clock_of
 from mit_semseg.benchmarks.rows import CAMVID_WEIGHTS, HEIGHT, SCALES, WIDTH, Row
 from mit_semseg.benchmarks.sides import Timing
-from mit_semseg.config.node import Config
+from mit_semseg.config import Options
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.demo import streets
 from mit_semseg.engine.cpu import cpu_count
 from mit_semseg.engine.evaluate import evaluate
-from mit_semseg.engine.launch import read_config
+from mit_semseg.engine.launch import read_options
 from mit_semseg.engine.predict import predict
 
 
@@ -151,13 +151,13 @@ class Throughput(Row):
     def process(self, folder: Path, files: list[tuple[str, str]]) -> None:
         """Work on some images, given with their masks, and write into a folder."""
 
-    def config(self, settings: Mapping[str, Any]) -> Config:
-        """That of the weights, with other settings."""
+    def options(self, settings: Mapping[str, Any]) -> Options:
+        """The options of the checkpoint, with other settings."""
         settings = {"DIR": self.weights, **settings}
         if self.scale:
             settings |= {"TEST.imgSizes": [self.scale], "VAL.imgSizes": [self.scale]}
         file = Path(self.weights) / "config.yaml"
-        return read_config(file, [str(x) for pair in settings.items() for x in pair])
+        return read_options(file, [str(x) for pair in settings.items() for x in pair])
 
     def ours(self) -> Runnable:
         folder = tempfile.TemporaryDirectory(prefix="bench-")
@@ -218,9 +218,9 @@ class FolderPrediction(Throughput):
 
     def process(self, folder: Path, files: list[tuple[str, str]]) -> None:
         save = ["color", "overlay", "legend"]
-        cfg = self.config({"TEST.save": save, "TEST.precision": self.precision})
+        options = self.options({"TEST.save": save, "TEST.precision": self.precision})
         images = [image for image, _ in files]
-        results = predict(cfg, images, self.place, result=folder, progress=False)
+        results = predict(options, images, self.place, result=folder, progress=False)
         failed = [one["error"] for one in results if "error" in one]
         if failed:
             raise RuntimeError(failed[0])
@@ -243,7 +243,7 @@ class Evaluating(Throughput):
         ]
         listed = folder / "list.odgt"
         listed.write_text("".join(json.dumps(record) + "\n" for record in records))
-        cfg = self.config(
+        options = self.options(
             {
                 "DATASET.format": "odgt",
                 "DATASET.root_dataset": folder,
@@ -253,7 +253,7 @@ class Evaluating(Throughput):
                 "VAL.precision": self.precision,
             }
         )
-        evaluate(cfg, [self.place], progress=False, out_dir=folder)
+        evaluate(options, [self.place], progress=False, out_dir=folder)
 
 
 def _copied(pair: tuple[str, str], folder: Path) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from mit_semseg.benchmarks.rows import CAMVID_WEIGHTS, REPOSITORY, Row, equal_la
 from mit_semseg.benchmarks.sides import Timing
 from mit_semseg.dataset import load_image
 from mit_semseg.demo import streets
-from mit_semseg.engine.launch import read_config
+from mit_semseg.engine.launch import read_options
 from mit_semseg.engine.train import train
 from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.segmenter import Segmenter
@@ -134,11 +134,11 @@ class Curves(Row):
             "TRAIN.precision": precision,
             "TRAIN.seed": seed,
         }
-        cfg = read_config(RECIPE, [str(x) for pair in settings.items() for x in pair])
+        options = read_options(RECIPE, [str(x) for pair in settings.items() for x in pair])
 
         def run() -> list[float]:
             # A folder that holds an earlier run is set aside by the training itself.
-            train(cfg, [torch.device(self.device)], progress=False)
+            train(options, [torch.device(self.device)], progress=False)
             return [x["loss"] for x in read_metrics(out / METRICS) if x["kind"] == "train"]
 
         return run

@@ -1,4 +1,4 @@
-"""The settings: typed sections, read from yaml files and command lines, and written back."""
+"""Settings: typed sections, read from YAML files and the command line."""
 
 from mit_semseg.config.data import DataOptions
 from mit_semseg.config.inference import EvalOptions, InferenceOptions, PredictOptions

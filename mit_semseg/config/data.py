@@ -1,4 +1,4 @@
-"""Settings of data: which samples there are, and how they become tensors (`DATASET`)."""
+"""Settings of data sets and preprocessing (`DATASET`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mit_semseg.config.schema import Section, key, settings
 
 @dataclass(frozen=True)
 class DataOptions(Section):
-    """Data sets and samples; the defaults are the published ones.
+    """Data sets and preprocessing.
 
     Example:
         >>> DataOptions(imgSizes=450).imgSizes
@@ -21,46 +21,48 @@ class DataOptions(Section):
     SECTION: ClassVar[str] = "DATASET"
 
     format: str = key(
-        "odgt", "how the lists are read: `odgt`, `folder`, or a public [data set](data.md#the-sets)"
+        "odgt", "format of the data: `odgt`, `folder`, or a public [data set](data.md#the-sets)"
     )
     root_dataset: str = key(
         "./data/",
-        "folder of the data; relative paths in lists, and paths of lists, are searched there",
+        "folder of the data, to which paths in lists and paths of lists are relative",
     )
     list_train: str | tuple[str, ...] = key(
         "./data/training.odgt",
         "training data, one entry or a list of them: list files (`odgt`), `images_dir:labels_dir` "
         "(`folder`), `images_dir:FILE.json` (`coco`), or names of splits of a public data set",
     )
-    list_val: str | tuple[str, ...] = key("./data/validation.odgt", "validation data, likewise")
+    list_val: str | tuple[str, ...] = key(
+        "./data/validation.odgt", "validation data, in the same form"
+    )
     num_class: int = key(150, "number of classes", least=1)
     classes: str = key(
         "",
-        "class table, a CSV with columns `Idx,Name[,R,G,B]`; empty: the data set's own, else "
-        "ADE20K's for 150 classes, else `class 0`, `class 1`, ...",
+        "class table, a CSV file with columns `Idx,Name[,R,G,B]`; empty: that of the data set, or "
+        "of ADE20K for 150 classes, or `class 0`, `class 1`, ...",
     )
     label_offset: int = key(
         1,
-        "the class is the stored mask value minus this; smaller values are ignored (formats `odgt` "
-        "and `folder`). In every format, `index` images store the class plus this",
+        "the class is the mask value minus this; smaller values are ignored (formats `odgt` and "
+        "`folder`). `index` images store the class plus this, in every format",
     )
     ignore_label: tuple[int, ...] = key(
         (),
-        "stored mask value, or list of them, that is ignored",
-        advice="give one stored mask value, or several as (0, 255)",
+        "mask values that are ignored, one or a list",
+        advice="give a mask value, or several as (0, 255)",
     )
     label_map: tuple[tuple[int, ...], ...] = key(
         (),
-        "pairs `[stored value, class]`, class -1 for ignored, instead of `label_offset` (formats "
+        "pairs `[mask value, class]`, class -1 for ignored, instead of `label_offset` (formats "
         "`odgt` and `folder`)",
         fits=lambda pairs: all(len(pair) == 2 and pair[0] >= 0 for pair in pairs),
-        advice="give pairs [stored value, class] of whole numbers, class -1 for ignored, as "
+        advice="give pairs [mask value, class] of integers, class -1 for ignored, as "
         "[[0, 0], [255, 1]]",
     )
     imgSizes: tuple[int, ...] = key(
         (300, 375, 450, 525, 600),
         "short sides in pixels, one or several: training samples one per batch (with `crop_size` "
-        "one per image), evaluation and prediction average the scores of all",
+        "one per image); evaluation and prediction average the scores of all",
         fits=lambda sides: len(sides) > 0 and min(sides) >= 1,
         advice="give short sides in pixels, such as 450 or (300, 450)",
     )
@@ -73,14 +75,13 @@ class DataOptions(Section):
     )
     segm_downsampling_rate: int = key(
         8,
-        "in training, labels are this many times smaller than the image; divides "
-        "`padding_constant`",
+        "labels are downsampled by this factor in training; a divisor of `padding_constant`",
         least=1,
     )
     batching: str = key(
         "aspect",
-        "training batches. `aspect`: whole images of one orientation with their aspect ratio, "
-        "padded to the largest; `crop`: random crops of one size (`crop_size`)",
+        "training batches. `aspect`: whole images of the same orientation, resized with their "
+        "aspect ratio and padded to the largest; `crop`: random crops of one size (`crop_size`)",
         words=("aspect", "crop"),
     )
     random_flip: bool = key(True, "random horizontal flips in training")
@@ -101,11 +102,11 @@ class DataOptions(Section):
     )
     scale_jitter: tuple[float, ...] = key(
         (0.5, 2.0),
-        "minimum and maximum of the random factor on the size given by `imgSizes` and `imgMaxSize` "
-        "(`batching crop`)",
+        "minimum and maximum of a random scale relative to the size given by `imgSizes` and "
+        "`imgMaxSize` (`batching crop`)",
         lengths=(2,),
         fits=lambda ends: 0 < ends[0] <= ends[1],
-        advice="give the least and the greatest factor, as (0.5, 2.0)",
+        advice="give minimum and maximum, as (0.5, 2.0)",
         old={"random_scale": None},
     )
     random_rotation: float = key(
@@ -113,14 +114,14 @@ class DataOptions(Section):
         "maximum angle of a random rotation in either direction, in degrees (`batching crop`)",
         least=0,
         most=180,
-        advice="degrees within [0, 180]",
+        advice="give degrees in [0, 180]",
     )
     random_blur: float = key(
         0.5,
         "probability of a Gaussian blur, sigma 0.1 to 2 pixels (`batching crop`)",
         least=0,
         most=1,
-        advice="a probability within [0, 1]",
+        advice="give a probability in [0, 1]",
     )
     cutmix: float = key(
         0.0,
@@ -128,7 +129,7 @@ class DataOptions(Section):
         "batch",
         least=0,
         most=1,
-        advice="a probability within [0, 1]",
+        advice="give a probability in [0, 1]",
     )
     classmix: float = key(
         0.0,
@@ -136,7 +137,7 @@ class DataOptions(Section):
         "batch",
         least=0,
         most=1,
-        advice="a probability within [0, 1]",
+        advice="give a probability in [0, 1]",
     )
     transform: str = key(
         "",
@@ -145,28 +146,28 @@ class DataOptions(Section):
     )
     mean: tuple[float, ...] = key(
         (0.485, 0.456, 0.406),
-        "per channel in `color_order`, in units of `value_range`: the network's input is (pixel / "
-        "255 · `value_range` - `mean`) / `std`",
+        "mean per channel in `color_order`: the network's input is (pixel / 255 · `value_range` - "
+        "`mean`) / `std`",
         lengths=(3,),
-        advice="give one number per colour channel, three in all",
+        advice="give three numbers, one per colour channel",
     )
     std: tuple[float, ...] = key(
         (0.229, 0.224, 0.225),
-        "likewise, above 0",
+        "standard deviation per channel, above 0",
         lengths=(3,),
         fits=lambda values: min(values) > 0,
-        advice="give one number above 0 per colour channel, three in all",
+        advice="give three numbers above 0, one per colour channel",
     )
     color_order: str = key(
         "RGB", "order of the channels that the encoder expects", words=("RGB", "BGR")
     )
     value_range: float = key(
         1.0,
-        "value of white at the input of the encoder, 1 or 255. The oldest published "
-        "checkpoints (`*_dilated8`, `*_bilinear`) need `BGR`, 255, mean "
-        "`[102.9801, 115.9465, 122.7717]`, std `[1, 1, 1]`",
+        "value of a white pixel before normalisation, 1 or 255. The oldest published checkpoints "
+        "(`*_dilated8`, `*_bilinear`) need `BGR`, 255, mean `[102.9801, 115.9465, 122.7717]`, std "
+        "`[1, 1, 1]`",
         fits=lambda value: value in (1, 255),
-        advice="use 1 or 255",
+        advice="give 1 or 255",
     )
     depth: bool = key(
         False,
@@ -174,37 +175,37 @@ class DataOptions(Section):
     )
     depth_scale: float | str = key(
         "auto",
-        "stored depth units per metre (1000: millimetres), or `sunrgbd`: millimetres with bits "
-        "rotated by three; `auto`: that of the data set, 1000 for lists. A stored 0 means no depth",
+        "stored units per metre (1000: millimetres), or `sunrgbd`: millimetres with bits rotated "
+        "by three; `auto`: that of the data set, 1000 for lists. A stored 0 means no depth",
         words=("auto", "sunrgbd"),
         fits=lambda units: units > 0,
-        advice="give stored units in a metre (1000), sunrgbd or auto",
+        advice="give stored units per metre (1000), sunrgbd or auto",
     )
     depth_mean: float = key(
         2.378,
-        "in metres: the channel is (depth - `depth_mean`) / `depth_std`, and 0 where there is no "
-        "depth; SUN RGB-D's by default",
+        "mean depth in metres: the fourth channel is (depth - `depth_mean`) / `depth_std`, and 0 "
+        "for no depth. Default: that of SUN RGB-D",
     )
     depth_std: float = key(
         1.235,
-        "likewise, above 0",
+        "standard deviation of the depth in metres, above 0",
         fits=lambda metres: metres > 0,
-        advice="metres above 0, such as 1.235",
+        advice="give metres above 0, such as 1.235",
     )
     on_error: str = key(
         "stop",
-        "reaction of training to a sample that cannot be read: `stop`, or `skip`, which uses "
-        "another sample and reports the file. Evaluation and prediction always skip and report bad "
-        "files",
+        "what training does with a sample that cannot be read: `stop`, or `skip`, which uses "
+        "another sample and reports the file. Evaluation and prediction always skip and report "
+        "such files",
         words=("stop", "skip"),
     )
 
     def _check(self) -> None:
-        """Refuses classes that do not exist, and crops that do not fit the network."""
+        """Check combinations of values, and the classes of `label_map`."""
         if self.transform and self.depth:
             raise ValueError(
-                f"DATASET.transform is {self.transform} and DATASET.depth True: a transform takes "
-                "image and mask only; leave one of them out"
+                f"DATASET.transform is {self.transform} and DATASET.depth True: transforms do not "
+                "support depth; remove one of them"
             )
         stored = [value for value, _ in self.label_map]
         for value, number in self.label_map:
@@ -214,15 +215,14 @@ class DataOptions(Section):
                     f"{self.num_class}: classes are 0..{self.num_class - 1}, -1 for ignored"
                 )
             if stored.count(value) > 1:
-                raise ValueError(f"DATASET.label_map has the stored value {value} twice")
+                raise ValueError(f"DATASET.label_map has the mask value {value} twice")
         if self.batching != "crop":
             return
         if not self.crop_size:
             raise ValueError(
-                "DATASET.batching crop needs the size of the crops: set DATASET.crop_size "
-                "[height, width]"
+                "DATASET.batching crop needs a crop size: set DATASET.crop_size [height, width]"
             )
-        multiple = self.padding_constant  # and so of segm_downsampling_rate
+        multiple = self.padding_constant  # itself a multiple of segm_downsampling_rate
         if any(side % multiple for side in self.crop_size):
             raise ValueError(
                 f"DATASET.crop_size is {list(self.crop_size)}; DATASET.batching crop needs "
@@ -231,7 +231,7 @@ class DataOptions(Section):
             )
 
     def at_scales(self, sizes: int | Sequence[int]) -> DataOptions:
-        """The same with other `imgSizes`, one or several; unchanged where `sizes` is empty."""
+        """These options with other `imgSizes`, one or several; unchanged if `sizes` is empty."""
         if isinstance(sizes, Sequence) and not sizes:
             return self
         return replace(self, imgSizes=settings(DataOptions)["imgSizes"].read(sizes))

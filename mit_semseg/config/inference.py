@@ -12,66 +12,60 @@ SAVE_KINDS = ("color", "index", "overlay", "prob", "side", "legend")
 LEAST_SIDE = 64  # of tiles and windows, in pixels
 
 
-def _overlap_of(stride: float) -> float:
-    """The overlap of windows that begin a share of their size apart."""
-    return round(1 - stride, 12)
-
-
 @dataclass(frozen=True)
 class InferenceOptions(Section):
-    """What evaluation and prediction have in common."""
+    """Settings of both evaluation and prediction."""
 
     checkpoint: str = key(
         "epoch_20.pth",
-        "`epoch_N.pth` or `best.pth` in `DIR`; with a folder as prefix, in that folder; "
-        "`pretrained`: the weights that `MODEL.arch` names",
+        "`epoch_N.pth` or `best.pth` in `DIR`, or a path in another folder; `pretrained`: the "
+        "weights that `MODEL.arch` names",
     )
     batch_size: int = key(
-        1, "neighbours in the list that share a forward pass if their sizes are equal", least=1
+        1, "images per forward pass: neighbours in the list that have the same size", least=1
     )
     imgSizes: tuple[int, ...] = key(
         (),
-        "short sides in pixels whose scores are averaged; empty takes `DATASET.imgSizes`, as "
-        "published",
+        "short sides in pixels whose scores are averaged; empty: `DATASET.imgSizes`, as published",
         least=1,
         advice="give short sides in pixels, such as (300, 450)",
     )
-    flip: bool = key(False, "add horizontally flipped copies to every scale")
+    flip: bool = key(False, "also average over horizontally flipped images")
     precision: str = key("fp32", "as in `TRAIN`", words=PRECISIONS)
     compile: bool = key(
         False, "compile the network (torch.compile), which pays off for many images of few sizes"
     )
     tile: int | str = key(
         "auto",
-        "side in pixels: images larger than this at network scale are computed in overlapping "
-        "tiles, whose scores are blended; `auto` does so above 4 million pixels; `off`: never",
+        "side in pixels: larger images, at network scale, are computed in overlapping tiles whose "
+        "scores are blended; `auto`: for images above 4 million pixels; `off`: never",
         words=("auto", "off"),
         least=LEAST_SIDE,
-        advice=f"give auto, off or a side of {LEAST_SIDE} or more",
+        advice=f"give auto, off or a side of {LEAST_SIDE} pixels or more",
     )
     window: tuple[int, ...] = key(
         (),
-        f"(height, width) in pixels, each {LEAST_SIDE} or more and a multiple of the encoder's "
-        "strides, of a sliding window, for networks trained on crops of that size; empty: whole "
-        "images, or tiles",
+        "(height, width) in pixels of a sliding window, for networks trained on crops of that "
+        f"size; at least {LEAST_SIDE} and multiples of the encoder's strides. Empty: whole images, "
+        "or tiles",
         lengths=(0, 2),
         least=LEAST_SIDE,
         advice=f"give (height, width) of {LEAST_SIDE} pixels or more, or () for none",
     )
     overlap: float = key(
         0.333,
-        "overlap of neighbouring windows as a share of their size, in [0, 1); the stride is "
+        "overlap of neighbouring windows as a fraction of their size, in [0, 1); the stride is "
         "rounded down to multiples of 32 pixels",
         least=0,
         fits=lambda share: share < 1,
-        advice="a share of the window below 1, such as 0.333",
-        old={"stride": _overlap_of},
+        advice="give a fraction of the window in [0, 1), such as 0.333",
+        old={"stride": lambda fraction: round(1 - fraction, 12)},
     )
 
 
 @dataclass(frozen=True)
 class EvalOptions(InferenceOptions):
-    """Evaluation, also the validation of a training."""
+    """Evaluation, and validation during training."""
 
     SECTION: ClassVar[str] = "VAL"
 
@@ -80,13 +74,13 @@ class EvalOptions(InferenceOptions):
     )
     boundary: bool = key(
         False,
-        "compute the boundary F-score, too, with a tolerance of 0.75 % of the image diagonal; this "
-        "takes time",
+        "also compute the boundary F-score, with a tolerance of 0.75 % of the image diagonal, "
+        "which takes time",
     )
     timeout: int = key(
         600,
-        "seconds without a result from any worker process before the evaluation stops with an "
-        "error that names the images; by a single process: seconds for reading a file",
+        "seconds without a result from any worker process before the evaluation is aborted with "
+        "an error that names the images; with a single process: seconds for reading a file",
         least=1,
     )
 
@@ -100,13 +94,13 @@ class PredictOptions(InferenceOptions):
     result: str = key("./", "folder of the results")
     save: tuple[str, ...] = key(
         ("side", "legend"),
-        "any of `color`, `index`, `overlay`, `prob`, `side` (image beside prediction, as "
-        "published), `legend`",
+        "output files, any of `color`, `index`, `overlay`, `prob`, `side` (image beside "
+        "prediction, as published), `legend`",
         fits=lambda kinds: kinds and set(kinds) <= set(SAVE_KINDS),
-        advice=f"it takes any of {', '.join(SAVE_KINDS)}",
+        advice=f"give any of {', '.join(SAVE_KINDS)}",
     )
     timeout: int = key(
         600,
-        "seconds for reading a file before the prediction stops with an error that names it",
+        "seconds for reading a file before the prediction is aborted with an error that names it",
         least=1,
     )

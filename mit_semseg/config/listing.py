@@ -1,4 +1,4 @@
-"""All settings as text: for `mit-semseg config`, and as the tables of docs/settings.md."""
+"""Settings as text, for `mit-semseg config` and the tables of docs/settings.md."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _WIDTH = 96
 
 
 def listing(tree: Config, only: str = "") -> str:
-    """Every key with value, where that comes from, default, meaning and what it takes.
+    """Every key with its value, the origin of the value, default, meaning and possible values.
 
     Args:
-        tree: from `load_config`, which knows where its values come from.
-        only: those with this in their name, in any case.
+        tree: from `load_config`.
+        only: only keys whose name contains this text, ignoring case.
 
     Raises:
-        ValueError: no key has that in its name, or values cannot work together.
+        ValueError: there is no such key, or an invalid combination of values.
     """
     options = Options.read(tree)
     found = [setting for name, setting in SETTINGS.items() if only.lower() in name.lower()]
     if not found:
-        raise ValueError(f"--only {only}: no key has it in its name; see docs/settings.md")
+        raise ValueError(f"--only {only}: no key contains this text; see docs/settings.md")
     return "\n".join(_entry(s, options[s.name], tree.origins.get(s.name, "")) for s in found)
 
 
@@ -39,7 +39,7 @@ def _entry(setting: Setting, value: Any, origin: str) -> str:
 
 
 def table(section: str) -> str:
-    """The keys of a section as a Markdown table; those of `""` are beside the sections."""
+    """The keys of a section as a Markdown table; `""` for the keys outside of sections."""
     rows = [("key", "default", "values", "meaning"), ("---",) * 4]
     for name, setting in SETTINGS.items():
         if name.rpartition(".")[0] == section:
@@ -50,7 +50,7 @@ def table(section: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it is typed in a file."""
+    """A value as written in a file."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(shown, value))}]"
     return str(value) if value != "" else '""'

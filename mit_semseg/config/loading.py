@@ -1,4 +1,4 @@
-"""Configurations from files and command lines, and back into files."""
+"""Loading and saving of configurations."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from pathlib import Path
 from mit_semseg.config.node import Config, tree_of
 from mit_semseg.config.options import Options
 
-# The published module-level configuration; scripts that merge into it keep working.
+# The module-level configuration of the published toolkit, for its scripts.
 cfg: Config = tree_of(Options())
 
 
 def get_defaults() -> Config:
-    """A fresh tree of default values."""
+    """A new tree of default values."""
     return tree_of(Options())
 
 
 def load_config(path: str | Path | None = None, opts: Sequence[str] | None = None) -> Config:
-    """The defaults, overlaid by a yaml file, overlaid by `KEY value` pairs.
+    """The defaults, overridden by a YAML file, overridden by `KEY value` pairs.
 
     Args:
-        path: a yaml file, or None for the defaults alone.
-        opts: `[KEY, value, KEY, value, ...]` with dotted keys, as typed on a command line.
+        path: a YAML file, or None for the defaults.
+        opts: `[KEY, value, KEY, value, ...]` with dotted keys, as on the command line.
 
     Returns:
-        A new tree; the module-level `cfg` is left alone.
+        A new tree.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: an unknown key (the nearest known one is named), or a wrong value.
+        ValueError: an unknown key or a wrong value.
 
     Example:
         >>> load_config(None, ["TRAIN.lr_encoder", "0.01"]).TRAIN.lr_encoder
@@ -44,16 +44,16 @@ def load_config(path: str | Path | None = None, opts: Sequence[str] | None = Non
 
 
 def load_options(path: str | Path | None = None, opts: Sequence[str] | None = None) -> Options:
-    """`load_config` as typed options, whose sections agree.
+    """`load_config` as typed options.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a wrong key or value, or values that cannot work together, with the reason.
+        ValueError: a wrong key or value, or an invalid combination of values.
     """
     return Options.read(load_config(path, opts))
 
 
 def dump_config(tree: Config | Options, path: str | Path) -> None:
-    """Write a configuration as yaml that `load_config` reads back to the same values."""
+    """Write a configuration as a YAML file for `load_config`."""
     tree = tree_of(tree) if isinstance(tree, Options) else tree
     Path(path).write_text(tree.dump(), encoding="utf-8")

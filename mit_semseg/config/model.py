@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mit_semseg.config.schema import Section, key
 
@@ -20,13 +21,17 @@ class ModelOptions(Section):
         "`hf:FOLDER` (transformers), `smp:NAME:ENCODER` or `smp:FOLDER` "
         "(segmentation_models.pytorch); empty: `arch_encoder` and `arch_decoder`",
     )
-    arch_encoder: str = key("resnet50dilated", "name of the [encoder](models.md#encoders)")
+    arch_encoder: str = key(
+        "resnet50dilated",
+        "name of the [encoder](models.md#encoders), or `timm:NAME` for a model of "
+        "[timm](models.md#timm-encoders)",
+    )
     arch_decoder: str = key("ppm_deepsup", "name of the [decoder](models.md#decoders)")
     weights_encoder: str = key(
         "",
         "empty: ImageNet weights by name; `none`: random; else a path, a url, `torchvision:NAME` "
         "or `tfslim:FILE` (see [weights](models.md#weights)). With `arch`, empty: those of the "
-        "source",
+        "source; of a timm encoder, empty: timm's weights from the Hugging Face Hub",
     )
     weights_decoder: str = key(
         "",
@@ -36,13 +41,52 @@ class ModelOptions(Section):
     in_channels: int = key(
         3,
         "channels of the images: 3, or 4 with `DATASET.depth`. Filters of the fourth channel are "
-        "initialised with the mean of the three colours'",
+        "initialised with the mean of the three colour filters",
         fits=lambda count: count in (3, 4),
-        advice="it is 3, or 4 with DATASET.depth",
+        advice="give 3, or 4 with DATASET.depth",
     )
-    fc_dim: int = key(2048, "channels of the encoder's last feature map", least=1)
+    fc_dim: int = key(
+        2048,
+        "channels of the encoder's last feature map; of a timm encoder it may be left out",
+        least=1,
+    )
+    output_stride: int = key(
+        0,
+        "stride of the deepest feature map of a timm encoder, by dilation: 8, 16 or 32; 0: the "
+        "encoder's own. Other encoders have it in their name",
+        fits=lambda stride: stride in (0, 8, 16, 32),
+        advice="use 8, 16, 32, or 0 for the encoder's own",
+    )
+    vit_blocks: tuple[int, ...] = key(
+        (),
+        "blocks of a plain vision transformer of timm whose outputs are the feature maps, counted "
+        "from 0; empty: four, evenly spaced, ending with the last",
+        least=0,
+        advice="give numbers of blocks, such as (2, 5, 8, 11)",
+    )
+    vit_pyramid: bool = key(
+        False,
+        "feature maps of strides below and above its patch size from one block of a plain vision "
+        "transformer of timm ([ViTDet](https://arxiv.org/abs/2203.16527))",
+    )
 
     @property
     def name(self) -> str:
         """Of the network, in messages and figures."""
         return self.arch or f"{self.arch_encoder} + {self.arch_decoder}"
+
+    def trained_with(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and std, RGB in [0, 1], of the images that a timm encoder was trained with.
+
+        None for other encoders, and where timm is missing or does not know the name, which is an
+        error when the encoder is built.
+        """
+        kind, _, name = self.arch_encoder.partition(":")
+        if kind != "timm" or importlib.util.find_spec("timm") is None:
+            return None
+        models: Any = importlib.import_module("timm.models")
+        try:
+            trained = models.get_pretrained_cfg(name)
+        except RuntimeError:
+            return None
+        return None if trained is None else (tuple(trained.mean), tuple(trained.std))

@@ -1,4 +1,4 @@
-"""The configuration as a yacs tree, generated from the sections' fields."""
+"""The configuration as a yacs tree, generated from the fields of the sections."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mit_semseg.config.schema import Setting, warn_renamed
 from mit_semseg.errors import one_line
 from mit_semseg.registry import closest
 
-RECIPES = Path("config")  # below the working folder, in a checkout
+RECIPES = Path("config")  # in a clone
 
-# Written into the tree by the published training script at run time; old dumps may carry them.
+# Written to the tree at run time by the published training script; old files may contain them.
 OBSOLETE = {
     "TRAIN.max_iters",
     "TRAIN.running_lr_encoder",
     "TRAIN.running_lr_decoder",
     "TRAIN.log_fmt",
 }
-# Earlier names of keys, with the setting that they are of.
+# Earlier names of keys -> setting.
 _RENAMED = {
     f"{dotted.rpartition('.')[0]}.{old}": setting
     for dotted, setting in SETTINGS.items()
@@ -33,40 +33,45 @@ _RENAMED = {
 
 
 class Config(CN):
-    """A yacs tree with the published calls (`merge_from_file`, `merge_from_list`, `clone`).
+    """A yacs tree (`merge_from_file`, `merge_from_list`, `clone`).
 
-    Values are checked and coerced when they are merged: an unknown key, a wrong type or a value
-    out of range raises a ValueError that names file, key, value and fix.
+    Values are checked and converted when they are merged: an unknown key, a wrong type or a value
+    out of range raises a ValueError with file, key, value and fix.
     """
 
     @property
     def origins(self) -> dict[str, str]:
-        """Where the values of the keys that were merged come from: a file, or `command line`."""
+        """Origin of the merged values by key: a file, or `command line`."""
         origins: dict[str, str] = self.__dict__.setdefault("__origins__", {})
         return origins
 
     def merge_from_file(self, cfg_filename: str | Path) -> None:
-        """Merge a yaml file; ValueError or FileNotFoundError with one clear line otherwise."""
+        """Merge a YAML file.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: not valid YAML, or a wrong key or value.
+        """
         path = Path(cfg_filename)
         if not path.is_file():
             raise FileNotFoundError(_no_file(path))
         try:
             tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a safe one
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no valid yaml: {one_line(error)}") from error
+            raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from error
         if tree is None:
             return
         if not isinstance(tree, Mapping):
-            raise ValueError(f"{path} must hold `KEY: value` lines, not {type(tree).__name__}")
+            raise ValueError(f"{path} must contain `KEY: value` lines, not {type(tree).__name__}")
         self._merge(_leaves(tree), str(path))
 
     def merge_from_list(self, cfg_list: list[str]) -> None:
-        """Merge `[KEY, value, KEY, value, ...]`, keys with dots, as on the command line."""
+        """Merge `[KEY, value, KEY, value, ...]` with dotted keys, as on the command line."""
         for word in cfg_list[::2]:
             if str(word).startswith("--"):
-                raise ValueError(f"{word} comes after KEY value pairs; put options before them")
+                raise ValueError(f"{word} is after KEY value pairs; put options before them")
         if len(cfg_list) % 2:
-            raise ValueError(f"overrides come as KEY value pairs; {cfg_list[-1]!r} stands alone")
+            raise ValueError(f"overrides are KEY value pairs; {cfg_list[-1]!r} has no value")
         pairs = ((str(key), value) for key, value in zip(cfg_list[::2], cfg_list[1::2]))
         self._merge(pairs, "command line")
 
@@ -98,7 +103,7 @@ class Config(CN):
 
 
 def tree_of(options: Options) -> Config:
-    """The yacs tree of options; lists are lists there."""
+    """The yacs tree of options, with lists for tuples."""
     tree = Config()
     for dotted in SETTINGS:
         section, _, name = dotted.rpartition(".")
@@ -123,12 +128,12 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _plain(value: Any) -> Any:
-    """A value as yaml has it."""
+    """A value with lists for tuples."""
     return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def _no_file(path: Path) -> str:
-    """What to say of a configuration file that is none."""
+    """The error for a configuration file that does not exist."""
     if path.is_dir():
         inside = path / "config.yaml"  # as in a checkpoint folder
         if inside.is_file():
@@ -145,17 +150,17 @@ def _no_file(path: Path) -> str:
 
 
 def _yaml_files(folder: Path) -> str:
-    """What configuration files are in a folder, and else where there are some."""
+    """The configuration files of a folder, for the error."""
     names = sorted(file.name for file in folder.glob("*.yaml"))
     if 0 < len(names) <= 8:
-        return f"; {folder} holds {', '.join(names)}"
+        return f"; {folder} has {', '.join(names)}"
     if names:
-        return f"; {folder} holds {len(names)} configuration files, such as {names[0]}"
+        return f"; {folder} has {len(names)} configuration files, such as {names[0]}"
     return f"; recipes are in the folder {RECIPES} of the repository"
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which the last would win in silence."""
+    """Raises for a duplicate key, of which PyYAML silently uses the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""All settings of a run: the sections, and what they must agree on."""
+"""All settings, and checks that involve several sections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OF_PARTS = (
 
 @dataclass(frozen=True)
 class Options(Section):
-    """Every setting; a field of a section is what `SECTION.key` is in a file.
+    """All settings; `options.SECTION.key` is `SECTION.key` in a file.
 
     Example:
         >>> Options(TRAIN=TrainOptions(num_epoch=3)).TRAIN.num_epoch
@@ -30,7 +30,7 @@ class Options(Section):
 
     DIR: str = key(
         "ckpt/ade20k-resnet50dilated-ppm_deepsup",
-        "folder of checkpoints, configuration, logs and pictures of one model",
+        "folder of a model: checkpoints, configuration, logs and figures",
     )
     DATASET: DataOptions = DataOptions()
     MODEL: ModelOptions = ModelOptions()
@@ -38,12 +38,28 @@ class Options(Section):
     VAL: EvalOptions = EvalOptions()
     TEST: PredictOptions = PredictOptions()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        trained = self.MODEL.trained_with()
+        data = self.DATASET
+        if trained is None or (data.color_order, data.value_range) != ("RGB", 1):
+            return
+        mean, std = trained
+        if (data.mean, data.std) == (DataOptions.mean, DataOptions.std):
+            object.__setattr__(self, "DATASET", replace(data, mean=mean, std=std))
+        elif (data.mean, data.std) != (mean, std) and not self.MODEL.weights_encoder:
+            raise ValueError(
+                f"DATASET.mean is {list(data.mean)} and DATASET.std {list(data.std)}; the weights "
+                f"of {self.MODEL.arch_encoder} were trained with {list(mean)} and {list(std)}: "
+                "leave both out, or set MODEL.weights_encoder none or a file"
+            )
+
     @classmethod
     def read(cls, given: Any) -> Options:
-        """Options from a yacs tree, or anything else with some of these attributes or keys.
+        """Options from a yacs tree, or any object or dict with some of the sections.
 
         Raises:
-            ValueError: a value cannot be used, or not together with others.
+            ValueError: a wrong value, or an invalid combination of values.
         """
         if isinstance(given, cls):
             return given
@@ -56,7 +72,7 @@ class Options(Section):
         return cls(**values)
 
     def _check(self) -> None:
-        """Refuses sections that contradict each other."""
+        """Check values of different sections against each other."""
         depth, weights = self.DATASET.depth, self.TRAIN.class_weights
         if self.MODEL.arch and depth:
             raise ValueError(
@@ -70,41 +86,41 @@ class Options(Section):
             )
         if isinstance(weights, tuple) and len(weights) != self.DATASET.num_class:
             raise ValueError(
-                f"TRAIN.class_weights has {len(weights)} numbers; DATASET.num_class is "
-                f"{self.DATASET.num_class}"
+                f"TRAIN.class_weights has {len(weights)} numbers, but DATASET.num_class is "
+                f"{self.DATASET.num_class}: give one weight per class"
             )
         if isinstance(weights, tuple) and not any(weights):
-            raise ValueError("TRAIN.class_weights are all 0: nothing would be learned")
+            raise ValueError("TRAIN.class_weights are all 0: give a positive weight to some class")
 
     def without_weights(self) -> Options:
-        """The same for a network whose weights come from elsewhere: none are fetched."""
+        """These options with random initial weights, for a network that loads a checkpoint."""
         model = replace(self.MODEL, weights_encoder="none", weights_decoder="none")
         return replace(self, MODEL=model)
 
     def without_effect(self) -> list[str]:
-        """One line for each setting that others leave without effect."""
+        """One line for each setting that has no effect because of other settings."""
         crops = self.DATASET.batching == "crop"
         needs = {
-            "TRAIN.label_smoothing": ("smooth" in self.TRAIN.loss, "the loss smooth"),
-            "TRAIN.deep_sup_scale": (not self.TRAIN.aux_weights, "TRAIN.aux_weights ()"),
-            "VAL.overlap": (self.VAL.window, "VAL.window"),
-            "TEST.overlap": (self.TEST.window, "TEST.window"),
-            "DATASET.scale_jitter": (crops, "DATASET.batching crop"),
-            "DATASET.random_rotation": (crops, "DATASET.batching crop"),
-            "DATASET.random_blur": (crops, "DATASET.batching crop"),
-            "DATASET.depth_scale": (self.DATASET.depth, "DATASET.depth True"),
-            "DATASET.depth_mean": (self.DATASET.depth, "DATASET.depth True"),
-            "DATASET.depth_std": (self.DATASET.depth, "DATASET.depth True"),
-            **dict.fromkeys(_OF_PARTS, (not self.MODEL.arch, "MODEL.arch ''")),
+            "TRAIN.label_smoothing": ("smooth" in self.TRAIN.loss, "without the loss smooth"),
+            "TRAIN.deep_sup_scale": (not self.TRAIN.aux_weights, "with TRAIN.aux_weights"),
+            "VAL.overlap": (self.VAL.window, "without VAL.window"),
+            "TEST.overlap": (self.TEST.window, "without TEST.window"),
+            "DATASET.scale_jitter": (crops, "without DATASET.batching crop"),
+            "DATASET.random_rotation": (crops, "without DATASET.batching crop"),
+            "DATASET.random_blur": (crops, "without DATASET.batching crop"),
+            "DATASET.depth_scale": (self.DATASET.depth, "without DATASET.depth True"),
+            "DATASET.depth_mean": (self.DATASET.depth, "without DATASET.depth True"),
+            "DATASET.depth_std": (self.DATASET.depth, "without DATASET.depth True"),
+            **dict.fromkeys(_OF_PARTS, (not self.MODEL.arch, "with MODEL.arch")),
         }
         return [
-            f"{name} has no effect: it is for {what}"
-            for name, (has, what) in needs.items()
-            if not has and self[name] != SETTINGS[name].default
+            f"{name} has no effect {when}"
+            for name, (used, when) in needs.items()
+            if not used and self[name] != SETTINGS[name].default
         ]
 
     def __getitem__(self, dotted: str) -> Any:
-        """The value of a key, such as `options["TRAIN.optim"]`."""
+        """The value of a dotted key, `options["TRAIN.optim"]`."""
         value: Any = self
         for part in dotted.split("."):
             value = getattr(value, part)

@@ -1,8 +1,8 @@
-"""What a class of settings is made of: keys with type, default, meaning and range.
+"""Declaration of settings: keys with type, default, meaning and range.
 
-A section is a frozen dataclass whose fields are made by `key`. It reads and checks every value when
-it is made, whether that comes from a yaml file, a command line or Python. The yacs tree, the tables
-of docs/settings.md and `mit-semseg config` are generated from the same fields.
+A section is a frozen dataclass whose fields are created with `key`. Its values, from a YAML file,
+the command line or Python, are converted and checked on construction. The yacs tree, the tables of
+docs/settings.md and `mit-semseg config` are generated from these fields.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import logging
 import math
-import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -18,29 +17,30 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
+from mit_semseg.errors import warns_here
 from mit_semseg.registry import closest
 
 log = logging.getLogger("mit_semseg")
 
 _NAMES = {bool: "`True`, `False`", int: "integer", float: "number", str: "string"}
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+_KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A key: what it means, and which values it takes.
+    """A key of the configuration.
 
     Attributes:
         name: with its section, `TRAIN.optim`.
-        default: as a section holds it; lists are tuples.
+        default: value; lists are tuples.
         doc: meaning and unit, in Markdown.
-        kinds: types of the values, in the order in which they are tried.
-        words: texts that are taken: the only ones of a text, others beside numbers and lists.
+        kinds: possible types, in the order in which they are tried.
+        words: allowed strings; with other types than str in addition to their values.
         least, most: inclusive bounds of a number, or of each number of a list.
-        lengths: numbers of entries that a list may have; empty for any.
-        fits: what else a value must hold.
-        advice: the end of an error: what to give instead.
-        old: earlier names in the section, with what turns an earlier value into one of today.
+        lengths: allowed lengths of a list; empty for any.
+        fits: a further condition.
+        advice: the end of error messages, what to give instead.
+        old: earlier names in the section, each with a conversion of its values or None.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Setting:
     old: Mapping[str, Callable[[Any], Any] | None] = field(default_factory=dict)
 
     def read(self, value: Any, source: str = "") -> Any:
-        """A value as a section holds it.
+        """Convert and check a value.
 
         Args:
-            value: of one of the key's types.
-            source: file or command line that it comes from, where texts stand for values, too:
-                "0.02", "(300, 450)", "color,index". Empty for values of Python.
+            value: of one of the types.
+            source: file or command line of the value, in which strings are parsed: "0.02",
+                "(300, 450)", "color,index". Empty for values from Python.
 
         Raises:
-            ValueError: the key does not take it; source, key, value and what to give are named.
+            ValueError: a wrong value; the message has source, key, value and fix.
         """
         given = _literal(value) if source else value
         found = self._parsed(given, value, bool(source))
@@ -77,7 +77,7 @@ class Setting:
         raise ValueError(f"{where}{self.name} is {shown!r:.200}{advice}")
 
     def read_old(self, name: str, value: Any, source: str = "") -> Any:
-        """A value that was given under an earlier name of the key; errors show that name."""
+        """Convert and check a value given with an earlier name, which is used in errors."""
         convert, given = self.old[name], _literal(value) if source else value
         if convert is None:
             return self.read(value, source)
@@ -86,7 +86,7 @@ class Setting:
         return replace(self, name=shown).read(new, source)
 
     def takes(self) -> str:
-        """What values the key takes, in a few words of Markdown."""
+        """The possible values in Markdown."""
         forms = [f"`{word}`" for word in self.words]
         for kind in self.kinds:
             if kind is str and self.words:
@@ -101,9 +101,9 @@ class Setting:
         return f"{', '.join(forms)}{bounds}"
 
     def _parsed(self, value: Any, text: Any, typed: bool) -> Any:
-        """The value in one of the key's types; None where it has none of them."""
+        """The value in one of the key's types; None if it has none of them."""
         if value is False and "off" in self.words:
-            value = "off"  # as yaml reads a bare off
+            value = "off"  # YAML reads an unquoted off as False
         if isinstance(value, str) and value in self.words:
             return value
         for kind in self.kinds:
@@ -113,24 +113,24 @@ class Setting:
             elif self.words or (len(self.kinds) > 1 and isinstance(value, (list, tuple))):
                 continue
             else:
-                # A text that reads as something else stays one: "None", a folder called 2024_10.
+                # The original string, not its literal: "None", a folder called 2024_10.
                 found = _as_type(str, value if isinstance(value, str) else text)
             if found is not None:
                 return found
         return None
 
     def _takes(self, value: Any) -> str:
-        """The end of the error about a value of another type."""
+        """The end of the error for a value of a wrong type."""
         if self.kinds == (str,) and self.words:
-            return f"{closest(str(value), list(self.words))}; it is one of {', '.join(self.words)}"
+            return f"{closest(str(value), list(self.words))}; give one of {', '.join(self.words)}"
         if self.kinds[0] not in _KINDS and isinstance(value, Mapping):
-            return "; it takes a list"
+            return "; give a list"
         if self.advice and (self.words or self.kinds[0] not in _KINDS):
             return f"; {self.advice}"
-        return f"; it takes {_KINDS.get(self.kinds[0], 'a list')}"
+        return f"; give {_KINDS.get(self.kinds[0], 'a list')}"
 
     def _wrong(self, value: Any) -> str:
-        """The end of the error about a value of the right type; empty where it fits."""
+        """The end of the error for a value of the right type; empty if it is valid."""
         if isinstance(value, str) and value in self.words:
             return ""
         entries = value if isinstance(value, tuple) else (value,)
@@ -145,7 +145,7 @@ class Setting:
         if self.advice:
             return f"; {self.advice}"
         if high is not None:
-            return f"; it must be within [{low:g}, {high:g}]"
+            return f"; it must be in [{low:g}, {high:g}]"
         return "; it must not be negative" if low == 0 else f"; it must be at least {low:g}"
 
 
@@ -159,7 +159,7 @@ S = TypeVar("S", bound="Section")
 
 @dataclass(frozen=True)
 class Section:
-    """Base of the sections: values are read and checked when one is made."""
+    """Base class of sections, which converts and checks values on construction."""
 
     SECTION: ClassVar[str] = ""
 
@@ -169,22 +169,20 @@ class Section:
         self._check()
 
     def _check(self) -> None:
-        """Refuses values that cannot work together, with a ValueError."""
+        """Raise ValueError for an invalid combination of values."""
 
     @classmethod
     def read(cls: type[S], given: Any) -> S:
-        """A section from any object with some of its attributes, or a dict with some of its keys.
-
-        Those it lacks keep their default.
+        """A section from an object or dict with some of its keys; others have their defaults.
 
         Raises:
-            ValueError: a value cannot be used; the message names the key and the fix.
+            ValueError: a wrong value, with key and fix.
         """
         if isinstance(given, cls):
             return given
         values: dict[str, Any] = {}
         for name, setting in settings(cls).items():
-            for known in (name, *setting.old):  # in a yacs tree an old name is what was set
+            for known in (name, *setting.old):  # the earlier name last: it was set by the user
                 has = known in given if isinstance(given, Mapping) else hasattr(given, known)
                 if not has:
                     continue
@@ -197,15 +195,15 @@ class Section:
 
 
 def warn_renamed(names: Mapping[str, str], source: str = "") -> None:
-    """One line about keys that were given by earlier names, unless another process says it."""
-    if names and os.environ.get("RANK", "0") == "0":
+    """Warn of keys given with earlier names, old -> new."""
+    if names and warns_here():
         where = f"{source}: " if source else ""
-        told = ", ".join(f"{old} is now {new}" for old, new in names.items())
-        log.warning("%searlier names of keys: %s", where, told)
+        renamed = ", ".join(f"{old} is now {new}" for old, new in names.items())
+        log.warning("%srenamed keys: %s", where, renamed)
 
 
 def settings(section: type[Section]) -> dict[str, Setting]:
-    """The keys of a section by the names of their fields."""
+    """The settings of a section by field name."""
     if section not in _made:
         _made[section] = _settings(section)
     return _made[section]
@@ -233,7 +231,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 
 def _literal(value: Any) -> Any:
-    """Reads "(300, 375)", "0.02" or "True" as Python writes them; anything else stays a text."""
+    """The value of a Python literal such as "(300, 375)" or "True"; other strings unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -247,12 +245,12 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an integer outside the range of float
         return False
 
 
 def _as_type(kind: Any, value: Any) -> Any:
-    """The value as a `kind`, None where it is no such thing."""
+    """The value converted to `kind`; None if that is not possible."""
     if kind is bool:
         return value if isinstance(value, bool) else None
     if kind in (int, float):
@@ -270,12 +268,12 @@ def _as_type(kind: Any, value: Any) -> Any:
 
 
 def _words(text: str) -> list[str]:
-    """A list as typed in a shell: [color, index], (color) or color,index."""
+    """The words of a list: [color, index], (color) or color,index."""
     return [word.strip() for word in text.strip("[]() ").split(",") if word.strip()]
 
 
 def _entries(value: Any) -> Iterable[Any]:
-    """The entries of a list, [None] where it is none; a single entry stands for itself."""
+    """The entries of a list or a single value; [None] for other types."""
     if isinstance(value, (Mapping, bool)):
         return [None]
     if isinstance(value, Iterable) and not isinstance(value, str):

@@ -11,14 +11,14 @@ from mit_semseg.config.schema import Section, key
 
 @dataclass(frozen=True)
 class TrainOptions(Section):
-    """Steps, optimizer, loss, and how a run computes, saves and resumes."""
+    """Schedule, optimizer, loss, computation, checkpoints and resuming."""
 
     SECTION: ClassVar[str] = "TRAIN"
 
     batch_size_per_gpu: int = key(2, "images per device and step", least=1)
-    num_epoch: int = key(20, "epochs", least=1)
+    num_epoch: int = key(20, "number of epochs", least=1)
     start_epoch: int = key(
-        0, "epoch whose checkpoint training continues from; 0: from the start", least=0
+        0, "continue from the checkpoint of this epoch; 0: start from the beginning", least=0
     )
     epoch_iters: int | str = key(
         5000,
@@ -28,13 +28,13 @@ class TrainOptions(Section):
         advice="give a number of steps or auto",
     )
     optim: str = key("SGD", "optimizer", words=("SGD", "Adam", "AdamW"))
-    lr_encoder: float = key(0.02, "learning rate of the encoder before the schedule", least=0)
-    lr_decoder: float = key(0.02, "learning rate of the decoder before the schedule", least=0)
+    lr_encoder: float = key(0.02, "initial learning rate of the encoder", least=0)
+    lr_decoder: float = key(0.02, "initial learning rate of the decoder", least=0)
     schedule: str = key(
         "poly",
-        "learning rates over the run: `poly`: times (1 - step / steps) ** `lr_pow`; `cosine`: "
-        "along half a cosine to 0; `one_cycle`: from 1/25 up within the first 30 % (or "
-        "`warmup_iters`), then down to 0; `multi_step`: times `gamma` at each of `milestones`",
+        "learning rate schedule. `poly`: (1 - step / steps) ** `lr_pow`; `cosine`: half a cosine "
+        "to 0; `one_cycle`: rises from 1/25 during the first 30 % (or `warmup_iters`), then falls "
+        "to 0; `multi_step`: multiplied by `gamma` after each of `milestones`",
         words=("poly", "cosine", "one_cycle", "multi_step"),
     )
     lr_pow: float = key(0.9, "exponent of the schedule `poly`; 0: constant", least=0)
@@ -46,7 +46,7 @@ class TrainOptions(Section):
     )
     gamma: float = key(0.1, "factor of the schedule `multi_step`", least=0)
     warmup_iters: int = key(
-        0, "steps over which the learning rate rises linearly from 0; 0 as published", least=0
+        0, "steps of a linear warm-up of the learning rate; 0 as published", least=0
     )
     encoder_delay: int = key(
         0, "steps for which the encoder's learning rate is 0, before its warm-up", least=0
@@ -60,7 +60,7 @@ class TrainOptions(Section):
         "(layer-wise decay), in (0, 1]; 1: off",
         most=1,
         fits=lambda decay: decay > 0,
-        advice="it is a factor within (0, 1], such as 0.75",
+        advice="give a factor in (0, 1], such as 0.75",
     )
     freeze: tuple[str, ...] = key(
         (),
@@ -68,21 +68,20 @@ class TrainOptions(Section):
         "`encoder`, or names inside encoder and decoder, such as `encoder.layer1`",
     )
     beta1: float = key(0.9, "momentum of SGD, first beta of Adam and AdamW")
-    weight_decay: float = key(1e-4, "of convolution and linear weights only", least=0)
+    weight_decay: float = key(1e-4, "weight decay of convolution and linear weights", least=0)
     deep_sup_scale: float = key(
-        0.4, "weight of an auxiliary head's loss where the decoder fixes none", least=0
+        0.4, "weight of the loss of an auxiliary head, unless the decoder defines one", least=0
     )
     aux_weights: tuple[float, ...] = key(
         (),
-        "weights of the losses of all auxiliary heads, in the decoder's "
-        "[order](models.md#decoders), in place of `deep_sup_scale` and of those that the decoder "
-        "fixes; empty keeps these",
+        "weights of the losses of all auxiliary heads, in the [order](models.md#decoders) of the "
+        "decoder, which replace `deep_sup_scale` and the weights of the decoder; empty: these",
         least=0,
-        advice="give a weight of 0 or more for each auxiliary head, or () for those of the decoder",
+        advice="give a weight of 0 or more per auxiliary head, or () for those of the decoder",
     )
     fix_bn: bool = key(
         False,
-        "keep every BatchNorm in evaluation mode: its running statistics are used and not updated",
+        "keep BatchNorm in evaluation mode: its running statistics are used and not updated",
     )
     loss: str = key(
         "nll",
@@ -94,15 +93,14 @@ class TrainOptions(Section):
         "label smoothing of the loss `smooth`, in [0, 1]",
         least=0,
         most=1,
-        advice="it is a share within [0, 1]",
     )
     class_weights: str | tuple[float, ...] = key(
         "none",
-        "`none`; from a sample of the training labels, whose counts are kept in `DIR`: `median` "
-        "(median-frequency balancing), `sqrt` (its square root) or `enet` (1 / ln(1.02 + share of "
-        "the class)); or a list with one weight for each class",
+        "`none`; computed from a sample of the training labels, whose counts are cached in `DIR`: "
+        "`median` (median-frequency balancing), `sqrt` (its square root) or `enet` (1 / ln(1.02 + "
+        "share of the class)); or a list with one weight per class",
         words=("none", "sqrt", "median", "enet"),
-        advice="it takes none, sqrt, median, enet or a list",
+        advice="give none, sqrt, median, enet or a list",
     )
     ema: float = key(
         0.0,
@@ -110,59 +108,58 @@ class TrainOptions(Section):
         "and saved; 0: off",
         least=0,
         fits=lambda decay: decay < 1,
-        advice="it must not be negative, and a decay lies below 1, such as 0.999",
+        advice="give a decay in [0, 1), such as 0.999",
     )
-    accumulate: int = key(
-        1, "batches whose gradients are accumulated for one step of the optimizer", least=1
-    )
+    accumulate: int = key(1, "batches per optimizer step (gradient accumulation)", least=1)
     clip_grad: float = key(0.0, "upper limit of the gradient norm; 0: off", least=0)
     precision: str = key(
         "fp32",
-        "`fp32`: float32, also in a GPU's convolutions; `tf32`: float32 whose products a GPU "
-        "rounds to TensorFloat-32, as torch does with convolutions by default; `bf16`; `fp16` (GPU "
-        "only); `auto`: `bf16` where the hardware is fast at it, else `tf32`",
+        "`fp32`: float32, without TF32 also in convolutions; `tf32`: float32 with products in "
+        "TensorFloat-32, torch's default for convolutions (GPU only); `bf16`; `fp16` (GPU only); "
+        "`auto`: `bf16` if the hardware is fast at it, else `tf32` on a GPU and `fp32` on the CPU",
         words=PRECISIONS,
     )
     channels_last: bool | str = key(
         "auto",
-        "memory format channels last: `True`, `False`, or `auto`: on a CPU always, on a GPU in "
-        "bf16 and fp16 for networks without depthwise convolutions",
+        "channels-last memory format: `True`, `False`, or `auto`: on the CPU, and on a GPU in bf16 "
+        "and fp16 for networks without depthwise convolutions",
         words=("auto",),
         advice="give True, False or auto",
     )
     shape_bucket: int | str = key(
         "auto",
-        "round sides of batches up to multiples of this many pixels, so that a GPU selects kernels "
-        "for few shapes; `off`; `auto`: 64 on a GPU, `off` on a CPU and with `DATASET.crop_size`",
+        "pad the sides of batches to multiples of this many pixels, so that a GPU has to select "
+        "kernels for few shapes; `off`; `auto`: 64 on a GPU, `off` on the CPU and with "
+        "`DATASET.crop_size`",
         words=("auto", "off"),
         least=1,
-        advice="give auto, off or pixels, such as 32",
+        advice="give auto, off or a number of pixels, such as 32",
     )
     activation_checkpointing: bool = key(
         False,
-        "keep only the inputs of the encoder's blocks, and compute their activations again in the "
-        "backward pass: less memory for more time",
+        "store only the inputs of the encoder's blocks and recompute their activations in the "
+        "backward pass: less memory, more time",
         old={"recompute": None},
     )
     compile: bool = key(
         False,
         "compile encoder and decoder (torch.compile) for images of any size, which takes minutes. "
-        "One device and process; needs a C++ compiler, on a GPU Triton",
+        "For a single device; needs a C++ compiler, on a GPU Triton",
     )
     parallel: str = key(
         "auto",
-        "how one command uses several GPUs: `processes`: one per GPU, as torchrun would start "
-        "them; `replicas`: one process with a thread for each; `auto`: processes where torch has "
-        "NCCL. No effect on one device and under torchrun (see [scaling](scaling.md))",
+        "how a command uses several GPUs. `processes`: one process per GPU, as with torchrun; "
+        "`replicas`: one process with a thread per GPU; `auto`: processes if torch has NCCL. No "
+        "effect with one device or torchrun (see [scaling](scaling.md))",
         words=("auto", "processes", "replicas"),
     )
     workers: int = key(
         16,
-        "loader processes per device, at most the number of cores (half of it when training on the "
-        "CPU); 0 loads in the training process",
+        "data loader processes per device, limited by the number of cores (half of it when "
+        "training on the CPU); 0: load in the training process",
         least=0,
     )
-    disp_iter: int = key(20, "steps between figures in `metrics.jsonl`", least=1)
+    disp_iter: int = key(20, "steps between lines of `metrics.jsonl`", least=1)
     eval_epochs: int = key(
         1, "epochs between validations; the last epoch is always validated; 0: never", least=0
     )
@@ -173,38 +170,37 @@ class TrainOptions(Section):
     )
     keep: int = key(
         0,
-        "number of newest epochs whose weights are kept besides the best; 0: all, as published",
+        "number of latest epochs whose weights are kept, besides the best; 0: all, as published",
         least=0,
         old={"keep_checkpoints": None},
     )
     checkpoint_minutes: float = key(
         30.0,
-        "minutes between states of the run for exact resuming, of which the newest two are kept; "
-        "0: only at the end of epochs",
+        "minutes between saved states of the run, of which the newest two are kept; 0: only at the "
+        "end of epochs",
         least=0,
     )
     stall_seconds: int = key(
         300,
-        "seconds without progress (no batch, no answer of a replica or another rank) before the "
+        "seconds without progress (no batch, no answer from a replica or another rank) before the "
         "run is aborted with an error that says what it waited for",
         least=1,
         old={"timeout": None},
     )
     on_nan: str = key(
         "stop",
-        "what to do at a non-finite loss: `stop`, or `skip` the step; the batch is saved for "
+        "what to do after a non-finite loss: `stop`, or `skip` the step; the batch is saved for "
         "replay",
         words=("stop", "skip"),
     )
-    seed: int = key(304, "seed of all random numbers", least=0)
+    seed: int = key(304, "random seed", least=0)
 
     def _check(self) -> None:
-        """Refuses a start after the end, and settings without those that they work with."""
         if (self.schedule == "multi_step") != bool(self.milestones):
             raise ValueError(
-                f"TRAIN.schedule is {self.schedule} and TRAIN.milestones are "
-                f"{list(self.milestones)}: the schedule multi_step takes milestones, such as "
-                "TRAIN.milestones (60,90), and others take none"
+                f"TRAIN.schedule is {self.schedule} and TRAIN.milestones "
+                f"{list(self.milestones)}: multi_step needs milestones, such as (60, 90), and the "
+                "other schedules have none"
             )
         if self.schedule == "one_cycle" and (self.encoder_delay or self.encoder_warmup_iters):
             raise ValueError(
@@ -213,11 +209,11 @@ class TrainOptions(Section):
             )
         if self.patience and not self.eval_epochs:
             raise ValueError(
-                f"TRAIN.patience is {self.patience} and TRAIN.eval_epochs 0: without validations "
-                "there is nothing to wait for; set TRAIN.eval_epochs 1 or TRAIN.patience 0"
+                f"TRAIN.patience is {self.patience} and TRAIN.eval_epochs 0: early stopping needs "
+                "validations; set TRAIN.eval_epochs 1 or TRAIN.patience 0"
             )
         if self.start_epoch > self.num_epoch:
             raise ValueError(
-                f"TRAIN.start_epoch {self.start_epoch} lies behind TRAIN.num_epoch "
-                f"{self.num_epoch}: raise TRAIN.num_epoch to train on"
+                f"TRAIN.start_epoch {self.start_epoch} is greater than TRAIN.num_epoch "
+                f"{self.num_epoch}: raise TRAIN.num_epoch"
             )

@@ -151,7 +151,7 @@ def check(
         "warnings": [
             *label_warnings(
                 *(stored, ignored, total, f"{len(usable)} masks"),
-                [table.names[k] for k in range(num_class) if images[k]],
+                {k: table.names[k] for k in range(num_class) if images[k]},
                 num_class,
             ),
             *_palette_warnings(usable),

@@ -177,6 +177,7 @@ class ImageFile:
     Attributes:
         path: the file.
         size: (width, height) in pixels after EXIF orientation, from the file's header.
+        is_label: whether format and mode can store class numbers: lossless, with one channel.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -189,6 +190,7 @@ class ImageFile:
             opened.enter_context(READINGS.of(path))
             self._image = _open(path)
             opened.callback(self._image.close)
+            self.is_label = self._image.format not in _LOSSY and self._image.mode[0] in "1LPI"
             self._deep = is_deep(self._image)  # what follows may read the pixels
             if self._image.format == "TIFF":
                 _one_page(self._image, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -184,16 +184,18 @@ def label_warnings(
     ignored: int,
     pixels: int,
     where: str,
-    names: Sequence[str],
+    present: Mapping[int, str],
     num_class: int,
 ) -> list[str]:
-    """What is suspicious about stored values, ignored pixels and the classes of the others.
+    """Warnings about ignored pixels, and about classes that do not occur.
 
     Args:
-        stored: values that occur.
-        ignored, pixels: how many of all pixels are ignored.
-        where: what was looked at.
-        names: of the classes that occur, out of `num_class`.
+        stored: mask values that occur.
+        ignored: number of ignored pixels.
+        pixels: number of all pixels.
+        where: the masks, for messages.
+        present: names of the classes that occur, by class id.
+        num_class: number of classes.
     """
     warnings = []
     if pixels and ignored / pixels > 0.5:
@@ -204,11 +206,18 @@ def label_warnings(
     white = max(stored, default=0)
     if white in _WHITE and set(stored) == {0, white} and ignored:
         warnings.append(
-            f"{where} hold only 0 and {white}, one of which is ignored: {_two_classes(white)}"
+            f"only 0 and {white} occur in {where}, and one is ignored: {_two_classes(white)}"
         )
-    elif len(names) == 1 and num_class > 1:
+    elif len(present) == 1 and num_class > 1:
+        (name,) = present.values()
         warnings.append(
-            f"all labelled pixels in {where} are of one class out of {num_class}, {names[0]}; "
+            f"all labelled pixels in {where} are of one class out of {num_class}, {name}; "
             "check DATASET.label_map, DATASET.label_offset and DATASET.ignore_label"
+        )
+    # Not if only the last quarter is missing: rare classes are often the last ones.
+    elif present and 4 * (max(present) + 1) <= 3 * num_class:
+        warnings.append(
+            f"the highest class in {where} is {max(present)}, but DATASET.num_class is "
+            f"{num_class}; check DATASET.num_class"
         )
     return warnings

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mit_semseg.config import DataOptions
-from mit_semseg.dataset.images import image_size, stored_values
+from mit_semseg.dataset.images import ImageFile, image_size, stored_values
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, list_images, match_by_stem, write_odgt
@@ -80,9 +80,13 @@ def make_odgt(
     unusable: list[str] = []
     for image, label in tqdm(pairs, desc="reading sizes", disable=None, leave=False):
         try:
-            size, mask_size = image_size(images / image), image_size(labels / label)
+            size = image_size(images / image)
+            with ImageFile(labels / label) as mask:
+                mask_size, is_label = mask.size, mask.is_label
             if mapping is not None:
                 mapping.check(stored_values(labels / label), labels / label)
+            elif not is_label:
+                stored_values(labels / label)  # raises, except for grey levels stored as RGB
         except (ValueError, FileNotFoundError) as error:
             unusable.append(str(error))
             continue

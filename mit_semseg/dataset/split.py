@@ -17,6 +17,7 @@ from mit_semseg.dataset.label_map import LabelMap, label_warnings
 from mit_semseg.dataset.loading import load_depth_of, load_raw, paths_of
 from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, locate, read_odgt
+from mit_semseg.errors import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +169,9 @@ def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "s
         seen.update(np.unique(ids).tolist())
         ignored += int(np.count_nonzero(ids < 0))
         pixels += ids.size
-    where = f"{count - len(warnings)} sampled masks"
-    names = [split.classes.names[k] for k in seen - {-1}]
-    warnings += label_warnings(stored, ignored, pixels, where, names, len(split.classes))
+    where = counted(count - len(warnings), "sampled mask")
+    present = {k: split.classes.names[k] for k in seen - {-1}}
+    warnings += label_warnings(stored, ignored, pixels, where, present, len(split.classes))
     for warning in warnings:
         logging.getLogger("mit_semseg").warning("%s", warning)
     return warnings

@@ -1,1 +1,1 @@
-"""What the commands do: train, evaluate, predict; each module one job."""
+"""Training, evaluation and prediction, as the commands use them."""

@@ -1,4 +1,4 @@
-"""Folders of models: written atomically under the published names, read back whole."""
+"""Checkpoint folders: atomic writing under the published file names, and loading."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ PRETRAINED = "pretrained"  # instead of a checkpoint: the weights that MODEL.arc
 
 
 def atomic_save(files: Mapping[Path, Any]) -> None:
-    """torch.save each value to its path.
+    """Save each value to its path with torch.save.
 
-    Everything is written to temporary neighbours first, reaches the disk, and is then renamed, so
-    that a killed run or a full disk leaves whole files: those that were there before, or the new
-    ones. (Between two renames a kill may leave one of each; a resumed run writes both again.) A
-    checksum of every tensor is
-    part of torch's format, see `weights.check_archive`.
+    The files are written under temporary names, flushed to disk, and renamed, so that a kill or a
+    full disk leaves either the old or the new file. (A kill between two renames leaves one new and
+    one old file; a resumed run rewrites both.) torch's format has a checksum of every tensor, see
+    `weights.check_archive`.
 
     Raises:
-        OSError: a file cannot be written, such as on a full disk; its folder is named.
+        OSError: a file cannot be written, for example on a full disk.
     """
     written: dict[str, Path] = {}
     try:
@@ -72,14 +71,14 @@ def _save(obj: Any, file: IO[bytes]) -> None:
     try:
         torch.save(obj, file)
     except RuntimeError as error:
-        # torch may report a failed write as a broken archive; the reason is what it replaced.
+        # torch may report a failed write as a broken archive; the cause is in its context.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def _sync_names(folder: Path) -> None:
-    """Let renamed files reach the disk; where folders cannot be opened nothing is done."""
+    """Flush renames in a folder to disk; not on systems where folders cannot be opened."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -89,14 +88,14 @@ def _sync_names(folder: Path) -> None:
 
 
 def make_writable(folder: str | Path, what: str) -> None:
-    """Make a folder and try to write in it, before the work whose results it is to hold.
+    """Create a folder and check that files can be written to it.
 
     Args:
         folder: its path.
-        what: the setting or option that names it.
+        what: the setting or option that names it, for the error.
 
     Raises:
-        OSError: one line with the setting, the folder and the reason.
+        OSError: it cannot be created or written to.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -104,49 +103,57 @@ def make_writable(folder: str | Path, what: str) -> None:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(f"{what} {folder} cannot be written to ({reason}): give another") from error
+        raise OSError(
+            f"{what} {folder} cannot be written to ({reason}): use another folder"
+        ) from error
 
 
 class CheckpointFolder:
-    """One model's folder: `config.yaml`, `classes.csv` and `{encoder,decoder}_NAME.pth` pairs.
+    """The folder of a model: `config.yaml`, `classes.csv` and pairs `{encoder,decoder}_NAME.pth`.
 
-    NAME is `epoch_N` or `best`. What a run keeps beside them is `training.checkpoints.RunFolder`'s.
+    NAME is `epoch_N` or `best`. `training.checkpoints.RunFolder` adds the files of a training.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def config(self) -> Config:
-        """The configuration the model was trained with, DIR set to this folder."""
+        """The configuration of the training, with `DIR` set to this folder."""
         file = self.path / CONFIG
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist: {self.path} is no checkpoint folder")
+            raise FileNotFoundError(
+                f"{file} does not exist: {self.path} is not a checkpoint folder"
+            )
         cfg = load_config(file)
         cfg.DIR = str(self.path)
         return cfg
 
     def options(self) -> Options:
-        """The same, typed."""
+        """`config` as typed options."""
         return Options.read(self.config())
 
     def classes(self) -> ClassTable:
-        """Class names and colours, from the folder, else from the configuration's data set."""
+        """Class names and colours, from the folder or else from the configured data set."""
         file = self.path / CLASSES
         return ClassTable.load(file) if file.is_file() else class_table(self.options().DATASET)
 
     def names(self) -> list[str]:
-        """Checkpoints for which both halves are there: epochs in order, `best.pth` last."""
+        """Checkpoints with encoder and decoder file: epochs in order, `best.pth` last."""
         encoders = {p.name.removeprefix("encoder_") for p in self.path.glob("encoder_*.pth")}
         decoders = {p.name.removeprefix("decoder_") for p in self.path.glob("decoder_*.pth")}
         return sorted(encoders & decoders, key=_order)
 
     def best_or_latest(self) -> str:
-        """`best.pth` when there is one, else the latest epoch; FileNotFoundError when empty."""
+        """`best.pth` if there is one, else the latest epoch.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+        """
         names = self.names()
         if not names:
             raise FileNotFoundError(
-                f"{self.path} holds no encoder_NAME.pth with a decoder_NAME.pth; "
-                f"it holds {_listing(self.path)}"
+                f"no pair of encoder_NAME.pth and decoder_NAME.pth in {self.path}; it contains "
+                f"{_listing(self.path)}"
             )
         return names[-1]
 
@@ -163,25 +170,25 @@ class CheckpointFolder:
         return files
 
     def _instead(self, checkpoint: str) -> str:
-        """What there is in place of a checkpoint that is missing, and what to do."""
+        """What exists instead of a missing checkpoint, for the error."""
         if have := ", ".join(self.names()):
             return f"{self.path} has {have}"
         if earlier := sorted(self.path.glob(f"earlier_*/encoder_{checkpoint}")):
-            return f"an earlier run has left its own in {earlier[-1].parent}"
+            return f"that of an earlier run is in {earlier[-1].parent}"
         return (
-            f"{self.path} holds {_listing(self.path)}: train first, or put encoder_{checkpoint} "
-            f"and decoder_{checkpoint} there"
+            f"{self.path} contains {_listing(self.path)}: train first, or copy "
+            f"encoder_{checkpoint} and decoder_{checkpoint} there"
         )
 
     def prepare(
         self, options: Options, classes: ClassTable, architecture: Architecture | None = None
     ) -> None:
-        """Create the folder with configuration, class names and palette.
+        """Create the folder with configuration and class table.
 
         Args:
             options: all settings.
             classes: names and colours.
-            architecture: what a model of another library is.
+            architecture: description of a model of another library.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         dump_config(options, self.path / CONFIG)
@@ -199,7 +206,7 @@ class CheckpointFolder:
         )
 
     def latest_epoch(self) -> int:
-        """The newest epoch whose weights are there, 0 when there is none."""
+        """The latest epoch with weights; 0 if there is none."""
         epochs = [
             int(m[1]) for name in self.names() if (m := re.fullmatch(r"epoch_(\d+)\.pth", name))
         ]
@@ -207,24 +214,24 @@ class CheckpointFolder:
 
 
 def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> Path:
-    """Copy one checkpoint of a folder, small enough to hand on, as `best.pth` of another.
+    """Copy one checkpoint, in half precision, to the `best.pth` of another folder.
 
-    Convolution and linear weights are stored in half precision, which every loader here casts
-    back; running statistics and biases, small and more sensitive, stay as they are. Class names,
-    palette, configuration, log and curves come along.
+    Convolution and linear weights are stored in float16, and converted back when they are loaded;
+    buffers and biases, which are small and more sensitive, keep their type. Configuration, class
+    table, log and curves are copied.
 
     Args:
         source: a checkpoint folder.
         out: the folder to write; created.
-        checkpoint: `epoch_N.pth` or `best.pth`; None takes the best, else the latest.
+        checkpoint: `epoch_N.pth` or `best.pth`; None for the best, else the latest.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: a weight does not fit half precision, or `out` is the source.
+        ValueError: a weight is outside the range of float16, or `out` is `source`.
     """
     folder, packed = CheckpointFolder(source), CheckpointFolder(out)
     if packed.path.resolve() == folder.path.resolve():
-        raise ValueError(f"{out} is the source itself; name another folder to pack into")
+        raise ValueError(f"{out} is the source folder: give another output folder")
     halves = []
     for file in folder.files(checkpoint or folder.best_or_latest()):
         weights = read_state_dict(file)
@@ -234,7 +241,8 @@ def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> 
         for name, tensor in small.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(
-                    f"{file}: {name} holds values that half precision cannot: do not pack"
+                    f"{file}: {name} has values outside the range of float16: use the original "
+                    "checkpoint"
                 )
         halves.append(small)
     options = folder.options()
@@ -267,7 +275,7 @@ def pack_for_library(source: str | Path, out: str | Path, checkpoint: str | None
 
 
 def resolve_checkpoint(directory: str | Path, checkpoint: str) -> tuple[CheckpointFolder, str]:
-    """Folder and name of a checkpoint: a bare name lies in `directory`, a path names its own."""
+    """Folder and name of a checkpoint, given as a name in `directory` or as a path."""
     path = Path(checkpoint)
     if path.name == checkpoint:
         return CheckpointFolder(directory), checkpoint
@@ -292,10 +300,10 @@ def find_checkpoint(options: Options, checkpoint: str) -> None:
 
 
 def model_classes(options: Options, checkpoint: str) -> ClassTable:
-    """Names and colours: those beside the checkpoint, else the configuration's data set's.
+    """Class names and colours from the checkpoint's folder, or else of the configured data set.
 
     Raises:
-        ValueError: the table has not `DATASET.num_class` rows.
+        ValueError: the table does not have `DATASET.num_class` rows.
     """
     own = class_table(options.DATASET) if checkpoint == PRETRAINED else None
     if own is not None:
@@ -310,15 +318,16 @@ def model_classes(options: Options, checkpoint: str) -> ClassTable:
 
 
 def load_model(cfg: Options | Config, checkpoint: str) -> SegmentationModule:
-    """The model of a configuration with a checkpoint's weights, in evaluation mode on the CPU.
+    """The configured model with the weights of a checkpoint, in evaluation mode on the CPU.
 
     Args:
-        checkpoint: `epoch_N.pth` or `best.pth` in `cfg.DIR`, or with a folder in front;
-            `pretrained` for the weights that `MODEL.arch` names.
+        cfg: the configuration.
+        checkpoint: `epoch_N.pth` or `best.pth` in `cfg.DIR`, or a path; `pretrained` for the
+            weights that `MODEL.arch` names.
 
     Raises:
-        FileNotFoundError: the checkpoint does not exist; those that do are listed.
-        ValueError: the weights do not fit the configured model.
+        FileNotFoundError: the checkpoint does not exist; the message lists those that do.
+        ValueError: the weights do not fit the model.
     """
     options = Options.read(cfg)
     if checkpoint == PRETRAINED:
@@ -349,10 +358,15 @@ def whole_model(options: Options, architecture: Architecture | None = None) -> S
 
 
 def load_whole(module: nn.Module, file: Path, what: str) -> None:
-    """Load a file that must fit entirely: a trained model with a random part predicts nonsense.
+    """Load weights into a module, all of which have to be in the file.
+
+    Args:
+        module: the encoder or decoder.
+        file: of the weights.
+        what: "encoder" or "decoder", for the error.
 
     Raises:
-        ValueError: weights of the module are missing in the file, or have another shape.
+        ValueError: weights of the module are missing in the file or have another shape.
     """
     report = load_into(module, file, what=what)
     lacking = [*report.missing, *report.mismatched]

@@ -1,4 +1,4 @@
-"""The CPU's cores, compute threads and allocator."""
+"""CPU cores, compute threads and memory allocator."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 
 def set_threads(count: int) -> None:
-    """Give this process `count` compute threads, at least one; OpenCV gets none of its own."""
+    """Set the number of compute threads of torch, at least 1, and turn off those of OpenCV."""
     import cv2
 
     torch.set_num_threads(max(1, count))
-    # Decoding already runs beside the network; OpenCV's pool on top would fight for the cores.
+    # Images are decoded in other threads already; OpenCV's own would compete for the cores.
     cv2.setNumThreads(0)
 
 
-# Compute threads that the user has asked for; 0: as many as there are cores.
+# Compute threads set by `fix_threads`; 0 for one per core.
 _fixed_threads = 0
 
 
 def fix_threads(count: int) -> None:
-    """Compute with `count` threads here and in processes that are started from here.
+    """Fix the number of compute threads, also of processes that are started later.
 
     Raises:
         ValueError: `count` is below 1.
@@ -36,16 +36,16 @@ def fix_threads(count: int) -> None:
 
 
 def fixed_threads() -> int:
-    """The number that `fix_threads` was given, 0 without it."""
+    """The number set with `fix_threads`; 0 without it."""
     return _fixed_threads
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep large freed blocks instead of returning them to the kernel.
+    """Make glibc reuse large freed blocks instead of returning them to the kernel.
 
-    Training on the CPU allocates the same large tensors every step; with glibc's defaults each
-    is mapped and zeroed page by page anew, which costs a third of the step. Elsewhere than on
-    glibc nothing is done.
+    Training on the CPU allocates the same large tensors in every step; with glibc's defaults each
+    of them is mapped and zeroed again, which takes a third of the step. No effect with other C
+    libraries.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -57,17 +57,17 @@ def keep_freed_memory() -> None:
 
 
 def cpu_count() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cores_each(processes: int = 1) -> int:
-    """Cores for each of so many processes of this rank, at least one."""
+    """Cores for each of `processes` processes of this rank, at least 1."""
     return max(1, cpu_count() // (local_ranks() * processes))
 
 
 def local_ranks() -> int:
-    """Ranks of torchrun on this machine, which share its cores; 1 outside torchrun."""
+    """Number of torchrun's ranks on this machine; 1 outside torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,25 +1,25 @@
-"""Devices that the user names, checked against those of this machine."""
+"""Parsing and checking of device names."""
 
 from __future__ import annotations
 
 import torch
 
-from mit_semseg.errors import one_line
+from mit_semseg.errors import counted, one_line
 from mit_semseg.utils import parse_devices
 
 
 def resolve_devices(gpus: str | None, option: str = "--gpus") -> list[torch.device]:
-    """Devices named on the command line.
+    """Devices of a command line option.
 
     Args:
-        option: the option they were given with, for messages.
-        gpus: `0-3`, `0,2`, `gpu0-gpu2`, `cpu`, or None for all GPUs there are, else the CPU.
+        gpus: `0-3`, `0,2`, `gpu0-gpu2`, `cpu`, or None for all GPUs, else the CPU.
+        option: its name, for messages.
 
     Raises:
-        ValueError: a GPU is named that this machine does not have.
+        ValueError: this machine does not have one of the GPUs.
     """
     names = [] if gpus is None else parse_devices(gpus)
-    if names == ["cpu"]:  # without a look at GPUs, which starts their driver
+    if names == ["cpu"]:  # without counting GPUs, which initialises their driver
         return [torch.device("cpu")]
     if "cpu" in names:
         raise ValueError(f"{option} {gpus}: name GPUs or cpu, not both")
@@ -34,7 +34,7 @@ def resolve_devices(gpus: str | None, option: str = "--gpus") -> list[torch.devi
 
 
 def use_device(device: torch.device) -> None:
-    """Make a GPU the current one, before anything opens a context on GPU 0; nothing on the CPU."""
+    """Make a GPU the current device, so that no context is created on GPU 0; no-op for the CPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -44,19 +44,18 @@ def _gpu_count() -> int:
 
 
 def _gpus(count: int) -> str:
-    """How many GPUs there are, in words."""
-    return f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU that torch can use"
+    return counted(count, "GPU") if count else "no GPU that torch can use"
 
 
 def usable_device(device: torch.device | str | int | None) -> torch.device:
-    """A device that torch can compute on.
+    """A device, checked to be usable.
 
     Args:
-        device: as `torch.device` takes it; a number is that of a GPU. None: the first GPU, else
-            the CPU.
+        device: as for `torch.device`, or the number of a GPU, or None for the first GPU, else the
+            CPU.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: this machine does not have the device.
     """
     if device is None:
         device = "cuda" if _gpu_count() else "cpu"
@@ -74,7 +73,6 @@ def usable_device(device: torch.device | str | int | None) -> torch.device:
         except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
             reason = one_line(error).partition(". ")[0]
             raise ValueError(
-                f"device is {name!r}, which torch cannot use here ({reason}); device 'cpu' "
-                "runs everywhere"
+                f"device is {name!r}, which torch cannot use here ({reason}); 'cpu' always works"
             ) from error
     return found

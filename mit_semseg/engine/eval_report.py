@@ -1,4 +1,4 @@
-"""What an evaluation reports: figures as plain numbers, a table, and files."""
+"""The report of an evaluation: metrics as plain numbers, a table, and files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from mit_semseg.config import Options
 from mit_semseg.dataset import ClassTable
 from mit_semseg.engine.scoring import Evaluation
+from mit_semseg.errors import counted
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
 from mit_semseg.visualize import class_bars, confusion_matrix
 
@@ -33,7 +34,16 @@ def result_of(
     classes: ClassTable,
     checkpoint: str,
 ) -> dict[str, Any]:
-    """What `eval.json` holds of an evaluation of `count` images that took `seconds`."""
+    """The content of `eval.json`.
+
+    Args:
+        evaluation: of all ranks.
+        count: number of images, including those that failed.
+        seconds: of the evaluation.
+        options: of the evaluation.
+        classes: names of the classes.
+        checkpoint: name of the checkpoint; "" for a model in memory.
+    """
     used, val = count - len(evaluation.bad), options.VAL
     return {
         "checkpoint": checkpoint,
@@ -53,13 +63,13 @@ def result_of(
 def summarize(
     matrix: ConfusionMatrix, classes: ClassTable, boundary: BoundaryScore | None = None
 ) -> dict[str, Any]:
-    """The figures of a confusion matrix as plain numbers, and one dict per class.
+    """The metrics of a confusion matrix as plain numbers, and one dict per class.
 
     Returns:
         `mean_iou`, `mean_iou_all_classes`, `pixel_accuracy`, `class_accuracy`, `fw_iou`,
-        `mean_dice`; `pixels`, the number of labelled ones; and `classes`, a list of `index`,
-        `name`, `iou`, `dice`, `accuracy` (NaN where the class does not occur), `pixel_share` and
-        `predicted_share`. With `boundary` also `mean_boundary_f`, and `boundary_f` of each class.
+        `mean_dice`; `pixels`, the number of labelled pixels; and `classes`, a list of dicts with
+        `index`, `name`, `iou`, `dice`, `accuracy` (NaN for a class without pixels), `pixel_share`
+        and `predicted_share`. With `boundary` also `mean_boundary_f`, and `boundary_f` per class.
     """
     figures = matrix.compute()
     labelled, predicted = matrix.matrix.sum(1), matrix.matrix.sum(0)
@@ -88,25 +98,25 @@ def summarize(
 
 
 def single_class(matrix: ConfusionMatrix, classes: ClassTable) -> str:
-    """What to say when one class is predicted everywhere; "" when it is not."""
+    """A warning if a single class is predicted for all pixels; else an empty string."""
     labelled, predicted = matrix.matrix.sum(1), matrix.matrix.sum(0)
     if matrix.num_class == 1 or int((predicted > 0).sum()) != 1:
         return ""
     name = classes.names[int(predicted.argmax())]
     if int((labelled > 0).sum()) == 1:
         return (
-            f"every labelled pixel is {classes.names[int(labelled.argmax())]}, and every one is "
+            f"all labelled pixels are {classes.names[int(labelled.argmax())]}, and all are "
             f"predicted as {name}: check DATASET.label_map, DATASET.label_offset and "
             "DATASET.ignore_label (mit-semseg data check)"
         )
     return (
-        f"every pixel of all images is predicted as {name}: look at the masks (mit-semseg data "
-        "check), train for longer or at a lower TRAIN.lr_encoder and TRAIN.lr_decoder, or set "
+        f"all pixels of all images are predicted as {name}: check the masks (mit-semseg data "
+        "check), train longer, lower TRAIN.lr_encoder and TRAIN.lr_decoder, or set "
         "TRAIN.class_weights"
     )
 
 
-# Of the table of classes: key -> title, as wide as its column, and how a figure is written.
+# Columns of the per-class table: key -> title, padded to the width of the column, and format.
 COLUMNS = {
     "iou": ("    IoU", ".4f"),
     "dice": ("   Dice", ".4f"),
@@ -117,7 +127,7 @@ COLUMNS = {
 
 
 def format_report(result: Mapping[str, Any]) -> str:
-    """The per-class table and the summary, as text; figures without meaning read `n/a`."""
+    """The per-class table and the summary as text; undefined metrics are `n/a`."""
     rows = result["classes"]
     width = max(len("class"), *(len(row["name"]) for row in rows))
     columns = [key for key in COLUMNS if key in rows[0]]
@@ -127,35 +137,36 @@ def format_report(result: Mapping[str, Any]) -> str:
         cells = "".join(f"  {_cell(row[key], *COLUMNS[key])}" for key in columns)
         lines.append(f"{row['index']:>4}  {row['name']:<{width}}{cells}")
     absent = sum(math.isnan(row["iou"]) for row in rows)
+    zeros = f" (as published: {counted(absent, 'absent class')} as 0)" if absent else ""
     window = ""
     if result.get("window"):
         window = ", in windows of {}x{}".format(*result["window"])
-    outlines = ""
+    boundary = ""
     if "mean_boundary_f" in result:
-        outlines = f", mean boundary F-score: {_figure(result['mean_boundary_f'], '.4f')}"
+        boundary = f", mean boundary F-score: {_figure(result['mean_boundary_f'], '.4f')}"
     lines += [
         "",
         "[Eval Summary]:",
         f"Mean IoU: {result['mean_iou']:.4f}, Accuracy: {100 * result['pixel_accuracy']:.2f}%, "
         f"Inference Time: {result['seconds_per_image']:.4f}s",
-        f"Mean IoU of all {len(rows)} classes: {result['mean_iou_all_classes']:.4f} "
-        f"(as published: the {absent} absent ones count as 0)",
+        f"Mean IoU of all {counted(len(rows), 'class')}: "
+        f"{result['mean_iou_all_classes']:.4f}{zeros}",
         f"Class accuracy: {100 * result['class_accuracy']:.2f}%, "
         f"frequency-weighted IoU: {result['fw_iou']:.4f}",
-        f"Mean Dice: {result['mean_dice']:.4f}{outlines}",
-        f"{result['images']} images, {result['pixels']} labelled pixels, scales "
-        f"{', '.join(map(str, result['imgSizes']))}{', flipped too' if result['flip'] else ''}"
-        f"{window}, "
-        f"{result['seconds']:.1f} s in {result['processes']} "
-        f"process{'es' if result['processes'] > 1 else ''}",
+        f"Mean Dice: {result['mean_dice']:.4f}{boundary}",
+        f"{counted(result['images'], 'image')}, {counted(result['pixels'], 'labelled pixel')}, "
+        f"short sides {', '.join(map(str, result['imgSizes']))}"
+        f"{', flipped copies' if result['flip'] else ''}{window}, {result['seconds']:.1f} s in "
+        f"{counted(result['processes'], 'process')}",
     ]
     if result["failed"]:
         failed = result["failed"]
-        lines.append(f"{len(failed)} of {result['images'] + len(failed)} images failed:")
+        total = counted(result["images"] + len(failed), "image")
+        lines.append(f"{len(failed)} of {total} failed:")
         lines += [f"  {one['image']}: {one['error']}" for one in failed]
     if not result["pixels"]:
         lines.append(
-            "No pixel is labelled: check DATASET.label_offset and DATASET.ignore_label, or run "
+            "No labelled pixels: check DATASET.label_offset and DATASET.ignore_label, or run "
             "`mit-semseg data check` on the list"
         )
     return "\n".join(lines)
@@ -169,20 +180,19 @@ def _figure(value: float, spec: str) -> str:
     return "n/a" if math.isnan(value) else format(value, spec)
 
 
-# Pictures: key -> what it is called.
+# Bar charts: key -> title.
 BARS = {"iou": "IoU", "dice": "Dice", "boundary_f": "Boundary F-score"}
 
 
 def write_report(
     result: Mapping[str, Any], matrix: ConfusionMatrix, classes: ClassTable, out: Path
 ) -> None:
-    """Write `eval.json`, `eval.csv`, a bar chart of each figure that classes have, and the
-    confusion matrix."""
+    """Write `eval.json`, `eval.csv`, a bar chart per metric, and the confusion matrix."""
     (out / "eval.json").write_text(json.dumps(_without_nan(result), indent=2) + "\n", "utf-8")
     with open(out / "eval.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(result["classes"][0]), lineterminator="\n")
         writer.writeheader()
-        # An empty cell is what spreadsheets and pandas read as "no value".
+        # Spreadsheets and pandas read an empty cell as a missing value.
         writer.writerows(_without_nan(row, none="") for row in result["classes"])
     for key, title in BARS.items():
         values = [row[key] for row in result["classes"] if key in row]
@@ -194,7 +204,7 @@ def write_report(
 
 
 def _without_nan(value: Any, none: Any = None) -> Any:
-    """NaN is no JSON."""
+    """Replace NaN, which JSON does not have, by `none`."""
     if isinstance(value, Mapping):
         return {key: _without_nan(item, none) for key, item in value.items()}
     if isinstance(value, list):

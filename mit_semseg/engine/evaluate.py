@@ -1,11 +1,11 @@
-"""Evaluation: one confusion matrix per process, merged by addition; bad files are left out.
+"""Evaluation: one confusion matrix per process, merged by addition.
 
-With `VAL.boundary` there is a sum of boundary F-scores beside it, merged in the same way.
+With `VAL.boundary` boundary F-scores are summed and merged in the same way.
 
-On a GPU images are read by threads and computed by one thread; the counts stay there to the end.
-On the CPU every image is computed by a single thread, several images side by side: convolutions
-round differently with every number of threads, and the figures must depend on neither the number
-of processes nor the cores they have.
+On a GPU, threads read images, one thread computes, and the counts stay on the device until the end.
+On the CPU each image is computed by a single thread, and several images concurrently: convolutions
+round differently with each number of threads, and the metrics must not depend on the number of
+processes or cores.
 """
 
 from __future__ import annotations
@@ -43,26 +43,27 @@ from mit_semseg.engine.scoring import (
 from mit_semseg.engine.transfer import Threads
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.models import SegmentationModule
+from mit_semseg.precision import Precision
 
 log = logging.getLogger("mit_semseg")
 
-# Most images a process works on at a time on the CPU, where each takes memory of its own.
+# Most images that a process computes concurrently on the CPU, which limits its memory.
 MAX_CONCURRENT = 8
 
 
 class Interrupted(Exception):
-    """The caller's `stop` asked for an end before the work was done."""
+    """The caller's `stop` returned true."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one evaluation process needs; small, since it is sent to every one of them."""
+    """Picklable arguments of an evaluation process."""
 
     options: Options
     checkpoint: str
     device: torch.device
-    concurrent: int  # images that are computed side by side on the CPU
-    processes: int  # among which the cores of this rank are divided
+    concurrent: int  # images computed concurrently on the CPU
+    processes: int  # of this rank, which share its cores
     pictures: Pictures | None
     saved: SavedPredictions | None
 
@@ -80,61 +81,60 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, Any]:
-    """Score a model on the validation list, print the tables and write them to files.
+    """Evaluate a model on the validation list, print the table and write the results.
 
-    Every image is one task, so the figures do not depend on the number of processes. Images of
-    equal size among `VAL.batch_size` neighbours of the list share a forward pass. An image or mask
-    that cannot be used is reported and left out, and the figures are those of the others.
+    The metrics do not depend on the number of processes. Neighbouring images in the list that have
+    the same size share a forward pass, up to `VAL.batch_size`. An image or mask that cannot be used
+    is reported and skipped.
+
+    If a single process takes longer than `VAL.timeout` to read a file, it is ended with exit
+    status 3 and a message that names the file.
 
     Args:
-        cfg: the configuration; `DATASET.list_val` is what is evaluated, `DATASET.imgSizes` the
-            scales that are averaged over.
+        cfg: the configuration.
         devices: where to compute; one process each.
-        workers: processes per device. On the CPU the cores are divided among them.
+        workers: processes per device. On the CPU they share the cores.
         checkpoint: instead of `VAL.checkpoint`.
-        model: evaluate this one, in this process on the first device, instead of a checkpoint.
-        progress: show a bar.
+        model: evaluated instead of a checkpoint, in this process on the first device.
+        progress: show a progress bar.
         out_dir: folder of `eval.json`, `eval.csv`, `confusion.png`, `class_iou.png`,
-            `class_dice.png`, `class_boundary_f.png` with `VAL.boundary`, and, with
-            `VAL.visualize`, `pictures/`; default `result_eval` in `cfg.DIR`.
-        keep: class ids of so many images, spread over the list, are saved in its folder `labels`
-            (see `SavedPredictions`).
-        rank, world: place in torchrun's process group (`join_process_group`). Each rank scores its
-            share of the images on its devices; rank 0 alone prints and writes.
+            `class_dice.png`, with `VAL.boundary` `class_boundary_f.png`, and with `VAL.visualize`
+            `pictures/`; default `result_eval` in `cfg.DIR`.
+        keep: number of images, evenly spread over the list, whose predicted class ids are saved in
+            the subfolder `labels` (see `SavedPredictions`).
+        rank: in torchrun's process group (`join_process_group`). Each rank evaluates a share of the
+            images on its devices; rank 0 prints and writes.
+        world: number of ranks.
 
     Returns:
-        What `eval.json` holds, on every rank: the figures of `ConfusionMatrix.compute` as plain
-        numbers (NaN where undefined); `classes`, one dict per class; `failed`, one dict with
-        `image` and `error` for every image that was left out.
+        The content of `eval.json`, on every rank: the metrics of `ConfusionMatrix.compute` as plain
+        numbers (NaN if undefined); `classes`, one dict per class; `failed`, one dict with `image`
+        and `error` for each skipped image.
 
     Raises:
-        ValueError: nothing to evaluate, no image that could be, or a configuration that does not
-            fit.
+        ValueError: no images, none that can be used, or a wrong configuration.
         FileNotFoundError: a list or the checkpoint is missing.
         ChildProcessError: a worker process died.
-        TimeoutError: no worker process answered for VAL.timeout.
+        TimeoutError: no result from any worker process for `VAL.timeout`.
         WorkerError: a worker process failed.
         ConnectionError: another rank was lost.
-
-    When a single process reads a file for VAL.timeout it is ended, with exit status 3 and a line
-    that names the file.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; give at least 1 process per device")
     if not devices:
         raise ValueError("devices is empty; give at least torch.device('cpu')")
     options = Options.read(cfg)
+    Precision.of(options.VAL.precision, devices[0], "VAL.precision")
     checkpoint = checkpoint or options.VAL.checkpoint
     split = build_split(options.DATASET, "val")
     count, classes = len(split.records), split.classes
     if model is None:
-        # Found missing here, it is one clear line instead of one traceback per process.
+        # A missing checkpoint is one line here, and not an error in each process.
         find_checkpoint(options, checkpoint)
         classes = model_classes(options, checkpoint)
         _compare_classes(classes, split.classes, quiet=rank > 0)
     out = Path(options.DIR) / "result_eval" if out_dir is None else Path(out_dir)
     if rank == 0:
-        # Before the work: an evaluation that cannot be written is not worth its hours.
         out.mkdir(parents=True, exist_ok=True)
 
     chunks = _chunks(count, options.VAL.batch_size)[rank::world]
@@ -153,11 +153,11 @@ def evaluate(
         reading_watchdog(
             options.VAL.timeout,
             f"rank {rank}" if world > 1 else "",
-            "look at these files, or raise VAL.timeout",
+            "check these files, or raise VAL.timeout",
         ),
     ):
         parts = _parts(jobs, model, chunks, split.records, on_result)
-    with results_of_ranks(rank, "scored its images", "VAL.timeout", options.VAL.timeout):
+    with results_of_ranks(rank, "evaluated its images", "VAL.timeout", options.VAL.timeout):
         whole = merged(sum(parts[1:], parts[0]), devices[0])
     if len(whole.bad) == count:
         image, reason = whole.failed[0]
@@ -170,12 +170,12 @@ def evaluate(
             log.warning("%s", line)
         print(format_report(result))
         write_report(result, whole.matrix, classes, out)
-        print(f"Figures in {out}")
+        print(f"Results in {out}")
     return result
 
 
 def val_dataset(cfg: Options | Config) -> ValDataset:
-    """The validation samples of a configuration, as bytes at the scales of `VAL.imgSizes`."""
+    """The validation data of a configuration: uint8 images at the scales of `VAL.imgSizes`."""
     options = Options.read(cfg)
     data = options.DATASET.at_scales(options.VAL.imgSizes)
     split = build_split(data, "val")
@@ -194,21 +194,20 @@ def evaluate_model(
     share: tuple[int, int] = (0, 1),
     stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
-    """Score a model that is in memory, in this process; the model stays as it is.
+    """Evaluate a model in this process; the model itself is not modified.
 
     Args:
         module: on any device, in any mode.
-        dataset: samples with labels, such as `val_dataset(cfg)`.
-        cfg: its `VAL` keys batch_size, precision, compile, flip, tile, window and
-            overlap apply.
+        dataset: samples with labels, for example `val_dataset(cfg)`.
+        cfg: its `VAL` keys batch_size, precision, compile, flip, tile, window and overlap are used.
         device: where to compute.
-        progress: show a bar.
-        share: (rank, ranks): the images that are this process's to score. The shares of all ranks
-            have no image in common and together hold every one; `merged` adds their results.
-        stop: asked before the first image and after every one.
+        progress: show a progress bar.
+        share: (rank, number of ranks): evaluate this rank's share of the images; `merged` adds the
+            results of all ranks.
+        stop: called before the first image and after each image.
 
     Returns:
-        What was counted; the caller reports what `failed`.
+        The counts; `failed` lists skipped images, which are not reported here.
 
     Raises:
         Interrupted: `stop` returned true.
@@ -223,26 +222,27 @@ def evaluate_model(
 
 
 def _compare_classes(model: ClassTable, data: ClassTable, quiet: bool = False) -> None:
-    """Warn, unless `quiet`, where the names of data's classes differ from those of a model.
+    """Warn, unless `quiet`, if the class names of data and model differ.
 
     Raises:
-        ValueError: the same classes have other numbers.
+        ValueError: they have the same classes in another order.
     """
     numbered = ClassTable.numbered(len(model)).names
     if model.names == data.names or numbered in (model.names, data.names):
         return
     k = next(k for k in range(len(model)) if model.names[k] != data.names[k])
-    said = (
-        f"class {k} of the checkpoint is {model.names[k]!r}, of DATASET.list_val {data.names[k]!r}"
+    difference = (
+        f"class {k} is {model.names[k]!r} in the checkpoint and {data.names[k]!r} in "
+        "DATASET.list_val"
     )
     if sorted(model.names) == sorted(data.names):
-        raise ValueError(f"{said}: number the classes of the data as the checkpoint does")
+        raise ValueError(f"{difference}: use the class order of the checkpoint")
     if not quiet:
-        log.warning("%s: the table has the checkpoint's names", said)
+        log.warning("%s: the results use the names of the checkpoint", difference)
 
 
 class _Progress:
-    """A bar, with `warn` also a line for each image that is left out; ends where `stop` says so."""
+    """A progress bar; with `warn` also a warning per skipped image. Raises if `stop` is true."""
 
     def __init__(
         self,
@@ -267,22 +267,22 @@ class _Progress:
         count, bad = scored
         self.bar.update(count)
         for image, error in bad.values() if self.warn else ():
-            log.warning("left out: %s: %s", image, error)
+            log.warning("skipped: %s: %s", image, error)
         self._check_stop()
 
     def _check_stop(self) -> None:
         if self.stop is not None and self.stop():
-            raise Interrupted("the evaluation was asked to stop")
+            raise Interrupted("the evaluation was stopped")
 
 
-# ------------------------------------------------------------------------------ the work
+# ------------------------------------------------------------------------------ processes
 def _chunks(count: int, size: int) -> list[Chunk]:
     return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def _concurrent(places: Sequence[torch.device]) -> int:
-    """Images that each process computes side by side on the CPU, whose cores they share."""
-    # torchrun gives every rank one thread, however many cores there are.
+    """Number of images that each process computes concurrently on the CPU."""
+    # torchrun sets one thread per rank, for any number of cores.
     ranks = local_ranks()
     cores = torch.get_num_threads() if ranks == 1 else fixed_threads() or cpu_count() // ranks
     return max(1, min(MAX_CONCURRENT, cores // len(places)))
@@ -295,7 +295,7 @@ def _parts(
     records: Sequence[Mapping[str, Any]],
     on_result: Callable[[Scored], None],
 ) -> list[Evaluation]:
-    """What each job has scored; a single one in this process."""
+    """Run the jobs, a single one in this process; returns their results."""
     first = jobs[0]
     if len(jobs) == 1:
         return [run_here(partial(_work, first, model=model), chunks, on_result)]
@@ -314,7 +314,7 @@ def _parts(
 def _work(
     job: Job, chunks: Iterator[Chunk], model: SegmentationModule | None = None
 ) -> Generator[Scored, None, Evaluation]:
-    """One process: model and data are built where they are used."""
+    """Run a job: load model and data, and score chunks."""
     options = job.options
     if model is None:
         use_device(job.device)

@@ -1,10 +1,10 @@
-"""Images that the user names, and where their results go.
+"""Finding the images of a prediction, and the names of its output files.
 
-Every result is named after its image: `street.jpg` gives `street.png`, below the result folder
-at the same relative path as the image below the given folder. With several kinds in `TEST.save`
-each file says which it is: `street_color.png`, `street_index.png`, `street_prob.npy`. Two images
-that differ in extension only, or an image that already has the name of the result, give
-`street_jpg.png`, so that results never collide and no input is ever overwritten.
+An output file has the name of its image, `street.png` for `street.jpg`, and the same relative path
+below the result folder. With several kinds in `TEST.save` the kind is appended: `street_color.png`,
+`street_index.png`, `street_prob.npy`. If two images differ only in their extension, or an image has
+the name of an output file, the extension is added, `street_jpg.png`, so that no file is
+overwritten.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mit_semseg.dataset.records import find_depth, image_extensions, is_depth
+from mit_semseg.errors import counted
 
-# Pillow identifies these by name but holds no decoder for them.
+# Pillow knows these formats but has no decoder for them.
 UNDECODABLE = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg"}
 PathLike = str | os.PathLike[str]
 
@@ -25,18 +26,19 @@ PathLike = str | os.PathLike[str]
 def find_images(
     imgs: PathLike | Iterable[PathLike], skip: PathLike = ""
 ) -> tuple[list[Path], Path]:
-    """Images that a file, a folder (searched recursively), a glob, or a list of these names.
+    """Find images.
 
     Args:
-        imgs: what to look for; a file that is named itself may have any extension.
-        skip: a result folder; what lies in it is left out when it lies inside a given folder.
+        imgs: a file (with any extension), a folder (searched recursively), a glob, or a list of
+            these.
+        skip: a result folder, which is not searched.
 
     Returns:
-        The files without duplicates, and the folder that their results keep their place below:
-        the given folder, a file's folder, or what all the entries have in common.
+        The files without duplicates, and the folder to which the paths of outputs are relative: the
+        given folder, the folder of a file, or the deepest common folder of several entries.
 
     Raises:
-        FileNotFoundError: an entry matches nothing, or no image; what is there is counted.
+        FileNotFoundError: there are no images; the message says what there is instead.
     """
     entries = [imgs] if isinstance(imgs, (str, os.PathLike)) else list(imgs)
     if not entries:
@@ -52,7 +54,7 @@ def find_images(
 
 
 def without_depths(files: Sequence[Path]) -> list[Path]:
-    """The colour images among some files, when depth images may lie beside them.
+    """The files that are not depth images.
 
     Raises:
         FileNotFoundError: none of them has a depth image.
@@ -60,14 +62,14 @@ def without_depths(files: Sequence[Path]) -> list[Path]:
     images = [file for file in files if not is_depth(file)]
     if not any(find_depth(file) for file in images):
         raise FileNotFoundError(
-            f"none of {len(images)} images has depth, which DATASET.depth asks for: put "
-            "x_depth.png beside x.jpg, or depth/x.png beside the folder of x.jpg"
+            f"no depth image found for {counted(len(images), 'image')}, as needed with "
+            "DATASET.depth: put x_depth.png beside x.jpg, or depth/x.png beside the folder of x.jpg"
         )
     return images
 
 
 def _expand(entry: str, skip: Path | None) -> tuple[Path, list[Path]]:
-    """The folder an entry stands for, and its images in order."""
+    """The base folder of an entry and its images."""
     path = Path(entry).expanduser()
     if path.is_file():
         return path.parent, [path]
@@ -90,7 +92,7 @@ def _expand(entry: str, skip: Path | None) -> tuple[Path, list[Path]]:
 
 
 def _walk(folder: Path, skip: Path | None) -> list[Path]:
-    """All files below a folder, but for hidden ones and a result folder inside it."""
+    """All files below a folder, without hidden files and the folder `skip`."""
     root = folder.resolve()
     files = []
     for directory, names, contents in os.walk(folder):
@@ -104,7 +106,7 @@ def _walk(folder: Path, skip: Path | None) -> list[Path]:
 
 
 def _plain_parts(path: Path) -> list[str]:
-    """The leading folders of a glob that hold no wildcard."""
+    """The leading folders of a glob without wildcards."""
     parts: list[str] = []
     for part in path.parts[:-1]:
         if glob.has_magic(part):
@@ -114,7 +116,7 @@ def _plain_parts(path: Path) -> list[str]:
 
 
 def common_base(folders: Iterable[PathLike]) -> Path:
-    """The deepest folder that all of these lie in."""
+    """The deepest folder that contains all of these."""
     absolute = [os.path.abspath(folder) for folder in folders]
     return Path(os.path.commonpath(absolute))
 
@@ -126,19 +128,19 @@ def output_stems(
     endings: Sequence[str],
     inputs: Iterable[PathLike] | None = None,
 ) -> list[Path]:
-    """Where each file's results go: a path to which `endings` are appended.
+    """Output paths of images, to which `endings` are appended.
 
     Args:
         files: the images.
-        base: folder they are named relative to.
+        base: folder to which the output paths are relative.
         out: folder of the results.
-        endings: such as `[".png"]` or `["_color.png", "_legend.png"]`.
-        inputs: files that must stay as they are; default `files`.
+        endings: for example `[".png"]` or `["_color.png", "_legend.png"]`.
+        inputs: files that must not be overwritten; default `files`.
 
     Returns:
-        One path per file: `out/relative/stem`, or `out/relative/stem_ext` (and `_2`, `_3`, ...)
-        where the stem is not unique or a result would fall on an input. Letter case counts as
-        equal, since many file systems hold it so.
+        One path per file: `out/relative/stem`, or `out/relative/stem_ext` (and `_2`, `_3`, ...) if
+        the stem is not unique or an output would overwrite an input. Names are compared without
+        regard to case, as on many file systems.
     """
 
     def key(path: str) -> str:
@@ -174,7 +176,7 @@ def _candidates(plain: str, marked: str, alone: bool) -> Iterator[str]:
 
 
 def result_endings(kinds: Sequence[str]) -> dict[str, str]:
-    """Kind -> end of its file's name; a single picture needs no mark, a legend always has one."""
+    """Kind -> ending of the file name; includes the kind for a legend or if there are several."""
     several = len([kind for kind in kinds if kind != "legend"]) > 1
     endings = {}
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""What the other ranks of torchrun do to this one."""
+"""Exchange of results between torchrun's ranks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def found_by_rank_0(find: Callable[[], T], rank: int, world: int) -> T:
-    """What rank 0 finds, on every rank; all of them have to call this.
+    """The result of `find` on rank 0, broadcast to all ranks, which all have to call this.
 
-    Ranks that look for themselves may see different files: another one may already write some.
+    Other ranks could find other files, since rank 0 may already be writing some.
 
     Raises:
-        OSError, ValueError: raised by `find`, on every rank.
+        OSError, ValueError: raised by `find`; on every rank.
     """
     if world == 1:
         return find()
@@ -38,22 +38,22 @@ def found_by_rank_0(find: Callable[[], T], rank: int, world: int) -> T:
 
 @contextmanager
 def results_of_ranks(rank: int, done: str, key: str, seconds: float) -> Iterator[None]:
-    """Names what to look at when the ranks' results cannot be brought together.
+    """Convert errors of collectives to a ConnectionError that says what to check.
 
     Args:
-        rank: this one.
-        done: what it has done itself.
-        key: the setting of the group's time-out.
+        rank: of this process.
+        done: what it has completed, for the message.
+        key: the setting of the process group's time-out.
         seconds: that time-out.
 
     Raises:
-        ConnectionError: another rank is lost.
+        ConnectionError: another rank was lost.
     """
     try:
         yield
     except RuntimeError as error:
         raise ConnectionError(
             f"rank {rank} has {done}, but lost another rank "
-            f"({one_line(error, 120)}); what that one printed says why. Ranks wait "
-            f"for each other for {key} {seconds:g} s"
+            f"({one_line(error, 120)}): see the output of that rank. Ranks wait for each other for "
+            f"{key} {seconds:g} s"
         ) from error

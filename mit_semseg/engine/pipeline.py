@@ -1,4 +1,4 @@
-"""Stages of a pipeline in threads: reading ahead, work handed on, bounded memory, order kept."""
+"""Stages of a pipeline in threads, with ordered results and bounded memory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def in_threads(
     ahead: int = 2,
     initializer: Callable[[], None] | None = None,
 ) -> Generator[tuple[T, Future[R]], None, None]:
-    """Tasks in order with what `function` makes of them, computed in threads meanwhile.
+    """Call a function with each task in threads; yields the tasks in order with their futures.
 
     Args:
-        function: called with each task in one of the threads.
-        tasks: taken one by one as there is room.
-        threads: calls that run side by side.
-        ahead: tasks taken beyond the one that is yielded.
+        function: called with a task.
+        tasks: consumed as needed.
+        threads: number of threads.
+        ahead: tasks submitted beyond the one that is yielded.
         initializer: called once in each thread.
     """
     with ThreadPoolExecutor(threads, initializer=initializer) as executor:
@@ -42,12 +42,12 @@ def in_threads(
                 future.cancel()
 
 
-class HandedOn(Generic[R]):
-    """Calls handed on to threads; results come back in the order of the calls.
+class OrderedCalls(Generic[R]):
+    """Calls in threads, with results in the order of the calls.
 
     Args:
-        threads: calls that run side by side.
-        most: calls that may be unfinished, or finished with their result not yet taken.
+        threads: number of threads.
+        most: calls whose result has not been returned yet, at most.
         initializer: called once in each thread.
     """
 
@@ -58,39 +58,40 @@ class HandedOn(Generic[R]):
         self._held: deque[Future[R]] = deque()
         self.most = most
 
-    def __enter__(self) -> HandedOn[R]:
+    def __enter__(self) -> OrderedCalls[R]:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def add(self, function: Callable[..., R], *args: object) -> Iterator[R]:
-        """Call `function` in a thread; yields the results that are due.
+        """Call `function` in a thread; yields results of earlier calls.
 
-        Those are the oldest ones as far as they are there, and as many as it takes to hold fewer
-        than `most`, which are waited for.
+        Yields the oldest results that are available, and waits for results while there are `most`
+        calls or more.
 
         Raises:
-            Exception: what a call raised, in place of its result.
+            Exception: raised by a call, in place of its result.
         """
         self._held.append(self._executor.submit(function, *args))
         while self._held and (len(self._held) >= self.most or self._held[0].done()):
             yield self._held.popleft().result()
 
     def rest(self) -> Iterator[R]:
-        """Wait for the results of all calls."""
+        """Wait for the remaining results."""
         while self._held:
             yield self._held.popleft().result()
 
 
 class Budget:
-    """Bounds what is in memory at a time; it is granted in the order of the requests' numbers.
+    """Limits memory in use; requests are granted in the order of their numbers.
 
-    Without that order a later task could hold what an earlier one waits for, while its own result
-    waits for the earlier one's.
+    Any other order could deadlock: a later task could hold the memory that an earlier one needs,
+    while its result has to wait for that of the earlier one.
 
     Args:
-        total: amount that is granted at a time, in any unit. A larger request is granted alone.
+        total: largest amount in use, in any unit. A larger request is granted when nothing else is
+            in use.
     """
 
     def __init__(self, total: int) -> None:
@@ -100,11 +101,15 @@ class Budget:
         self._closed = False
         self._changed = threading.Condition()
 
-    def take(self, number: int, amount: int) -> int:
-        """Wait until `amount` is free; requests are numbered from 0, without a gap.
+    def acquire(self, number: int, amount: int) -> int:
+        """Wait until `amount` is available.
+
+        Args:
+            number: of the request, counted from 0 without gaps.
+            amount: requested.
 
         Returns:
-            What has to be given back, at most `total`.
+            The amount to release, at most `total`.
         """
         amount = min(amount, self.total)
         with self._changed:
@@ -116,14 +121,14 @@ class Budget:
             self._changed.notify_all()
         return amount
 
-    def give(self, amount: int) -> None:
-        """Give back what `take` returned."""
+    def release(self, amount: int) -> None:
+        """Release an amount returned by `acquire`."""
         with self._changed:
             self.used -= amount
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Grant everything from now on: the work is being ended."""
+        """Grant all requests from now on, to end waiting threads."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

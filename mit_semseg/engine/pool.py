@@ -1,8 +1,7 @@
-"""Worker processes that take tasks one at a time; a death or an error in any ends the run.
+"""A pool of worker processes; an error or the death of one ends the run.
 
-Every worker has a pipe of its own to the parent, which hands it a new task for each result.
-There is no shared queue whose lock a dying worker could take with it, and the parent sleeps
-until a pipe or the end of a process wakes it.
+Each worker has its own pipe to the parent, which sends a new task for each result. There is no
+shared queue, whose lock could be held by a dying worker.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# What runs in a worker: (its setup, its tasks) -> one result per task, then one final value.
+# Function of a worker: (setup, tasks) -> yields one result per task, returns a final value.
 Work = Callable[[Any, Iterator[Any]], Generator[Any, None, Any]]
 
-# Mistakes in the user's files stay what they are, so that callers can treat them as such.
+# Errors for mistakes in the user's files keep their type.
 USER_ERRORS: dict[str, type[Exception]] = {
     "ValueError": ValueError,
     "FileNotFoundError": FileNotFoundError,
@@ -31,7 +30,7 @@ USER_ERRORS: dict[str, type[Exception]] = {
 
 
 class WorkerError(RuntimeError):
-    """A worker process failed in a way that is not the user's; the message holds its traceback."""
+    """An unexpected error in a worker process; the message includes its traceback."""
 
 
 def run_here(
@@ -52,29 +51,28 @@ def run_pool(
     ahead: int = 2,
     timeout: float | None = None,
 ) -> list[Any]:
-    """Share tasks among one new process per setup.
+    """Distribute tasks to new processes, one per setup.
 
     Args:
         work: a module-level generator function; called in each process with its setup and an
-            iterator of tasks, it yields one result per task and returns a final value.
+            iterator of tasks, yields one result per task and returns a final value.
         setups: one picklable setup per process.
-        tasks: small picklable values, handed out in order to whichever process is free.
+        tasks: small picklable values, sent in order to the next free process.
         on_result: called in this process with every result, in the order of completion.
-        describe: what a task is called in error messages.
-        ahead: tasks a process is given beyond the one it has yet to answer, at least as many as
-            `work` asks for before its first result.
-        timeout: seconds without an answer from any process until the run is given up; None
-            waits as long as they live.
+        describe: returns the name of a task for error messages.
+        ahead: tasks sent to a process before its first result, besides one; at least as many as
+            `work` consumes before it yields.
+        timeout: seconds without a result from any process before the run is aborted; None for no
+            limit.
 
     Returns:
         The final value of every process, in the order of `setups`.
 
     Raises:
-        ValueError: raised by a worker, with the worker's traceback as its cause.
-        FileNotFoundError: likewise.
+        ValueError, FileNotFoundError: raised by a worker, with its traceback as the cause.
         ChildProcessError: a worker died.
-        TimeoutError: all of them hang.
-        WorkerError: a worker raised anything else.
+        TimeoutError: no result for `timeout` seconds.
+        WorkerError: a worker raised any other error.
     """
     context = multiprocessing.get_context("spawn")
     pending = deque(tasks)
@@ -82,7 +80,7 @@ def run_pool(
     try:
         for index, setup in enumerate(setups):
             workers.append(_Worker(context, work, setup, index))
-        # In turns, so that few tasks are spread over all the workers.
+        # Round robin, so that a few tasks are spread over all workers.
         for _ in range(ahead + 1):
             for worker in workers:
                 worker.give(pending)
@@ -98,28 +96,28 @@ class _Worker:
         self, context: multiprocessing.context.SpawnContext, work: Work, setup: Any, index: int
     ) -> None:
         self.index = index
-        self.tasks: deque[Any] = deque()  # given and not yet answered
+        self.tasks: deque[Any] = deque()  # sent, without a result yet
         self.final: Any = None
-        self.told_to_end = False
+        self.end_sent = False
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, setup, theirs), daemon=True)
         self.process.start()
-        # Only the worker may hold its end: then its death closes the pipe.
+        # Only the worker keeps its end open, so that its death closes the pipe.
         theirs.close()
 
     def give(self, pending: deque[Any]) -> None:
-        """Send the next task, or once the word that there are no more."""
-        # A worker that has just died is noticed by its sentinel; writing to it must not raise.
+        """Send the next task, or None once if there are no more."""
+        # A dead worker is detected by its sentinel, not here.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if pending:
                 self.tasks.append(pending.popleft())
                 self.pipe.send(self.tasks[-1])
-            elif not self.told_to_end:
-                self.told_to_end = True
+            elif not self.end_sent:
+                self.end_sent = True
                 self.pipe.send(None)
 
     def receive(self) -> tuple[str, Any] | None:
-        """The next message, None when the process died without one."""
+        """The next message; None if the process died."""
         try:
             if self.pipe.poll():
                 message: tuple[str, Any] = pickle.loads(self.pipe.recv_bytes())
@@ -130,7 +128,7 @@ class _Worker:
 
 
 def _end(workers: list[_Worker]) -> None:
-    """End the processes, by force those that do not go by themselves; all within seconds."""
+    """End the processes within seconds."""
     for worker in workers:
         if worker.final is None:
             worker.process.terminate()
@@ -159,8 +157,8 @@ def _collect(
         if not awake:
             held = [describe(task) for worker in running.values() for task in worker.tasks]
             raise TimeoutError(
-                f"no answer from any worker for {timeout:g} s; they hold {', '.join(held)}: look "
-                "at these files, or raise VAL.timeout where an image may take that long"
+                f"no answer from any worker for {timeout:g} s; their images: {', '.join(held)}: "
+                "check these files, or raise VAL.timeout if an image may take that long"
             )
         for index in {wakers[ready] for ready in awake}:  # type: ignore[index]
             worker = running[index]
@@ -196,18 +194,18 @@ def _death(worker: _Worker, describe: Callable[[Any], str]) -> ChildProcessError
     if code is not None and code < 0:
         how = f"signal {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
-            how += " (the system kills so when memory runs out)"
+            how += " (usually out of memory)"
     at = "after its last task"
     if worker.tasks:
-        at = f"while it held {', '.join(describe(task) for task in worker.tasks)}"
+        at = f"while working on {', '.join(describe(task) for task in worker.tasks)}"
     return ChildProcessError(
-        f"worker {worker.index} (process {worker.process.pid}) died with {how} {at}; what it "
-        'printed is above. A script that starts workers needs `if __name__ == "__main__":`'
+        f"worker {worker.index} (process {worker.process.pid}) died with {how} {at}; see its "
+        'output above. A script that starts workers needs `if __name__ == "__main__":`'
     )
 
 
 def _drain(results: Generator[Any, None, Any], on_result: Callable[[Any], None]) -> Any:
-    # Closed also when `on_result` raises: its threads end now, not with the error's traceback.
+    # Closed also if `on_result` raises, so that its threads end now.
     with contextlib.closing(results):
         while True:
             try:
@@ -218,14 +216,14 @@ def _drain(results: Generator[Any, None, Any], on_result: Callable[[Any], None])
 
 
 def _serve(work: Work, setup: Any, pipe: Connection) -> None:
-    """What a worker process does."""
-    # Control-C reaches the whole group; the parent ends its workers, without their tracebacks.
+    """Main function of a worker process."""
+    # Control-C reaches the whole process group; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def send(kind: str, value: Any) -> None:
-        # Plainly pickled: multiprocessing would send tensors as handles of shared memory, which
-        # are gone when this process ends before they are opened.
+        # Pickled here: multiprocessing would send tensors as handles of shared memory, which
+        # become invalid if this process ends before they are opened.
         pipe.send_bytes(pickle.dumps((kind, value)))
 
     try:
@@ -238,7 +236,7 @@ def _serve(work: Work, setup: Any, pipe: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed takes its workers along, even those deep in an image."""
+    """End this process if its parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,10 +1,10 @@
-"""Prediction: a file, a folder, a glob or a list of images in, pictures and label files out.
+"""Prediction for a file, a folder, a glob or a list of images.
 
-On each device images are read by threads, computed by one thread, and drawn and written by threads
-again, so that the device waits for neither. What is between reading and writing is bounded.
+For each device, threads read images, one thread computes, and other threads render and write the
+results. The memory of images between reading and writing is limited.
 
-With `DATASET.depth` each image needs its depth: `street_depth.png` beside `street.jpg`, or
-`depth/street.png` beside its folder (see `dataset.records.find_depth`). Depth files are no images.
+With `DATASET.depth` each image needs a depth image: `street_depth.png` beside `street.jpg`, or
+`depth/street.png` beside its folder (see `dataset.records.find_depth`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mit_semseg.engine.inputs import (
     without_depths,
 )
 from mit_semseg.engine.peers import found_by_rank_0, results_of_ranks
-from mit_semseg.engine.pipeline import Budget, HandedOn, in_threads
+from mit_semseg.engine.pipeline import Budget, OrderedCalls, in_threads
 from mit_semseg.engine.pool import run_here, run_pool
 from mit_semseg.engine.predict_report import Report, Result, print_summary
 from mit_semseg.engine.predictor import Predictor, out_of_memory
@@ -53,18 +53,20 @@ from mit_semseg.engine.transfer import (
 )
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.errors import one_line
+from mit_semseg.precision import Precision
 from mit_semseg.visualize.results import areas, save_result
 
-# Pixels of images between reading and writing; a larger image than _LARGE is alone there.
+# Most pixels of images between reading and writing. An image with more than _LARGE is processed
+# alone.
 _IN_MEMORY, _LARGE = 1 << 26, 1 << 24
 
-# Number of a batch, and its images.
+# Number of a batch and its images.
 Batch = tuple[int, Sequence["Task"]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One image and where its results go, by their kinds."""
+    """An image and its output files by kind."""
 
     path: Path
     outputs: dict[str, Path]
@@ -72,14 +74,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """What the process of one device needs; small, since it is sent there."""
+    """Picklable arguments of the process of one device."""
 
     options: Options
     checkpoint: str
     device: torch.device
     classes: ClassTable
-    name: str = ""  # of the process, in messages
-    processes: int = 1  # among which the cores of this rank are divided
+    name: str = ""  # of the process, for messages
+    processes: int = 1  # of this rank, which share its cores
 
 
 def predict(
@@ -93,36 +95,38 @@ def predict(
     rank: int = 0,
     world: int = 1,
 ) -> list[Result]:
-    """Parse images, print the class areas and write what `TEST.save` asks for.
+    """Segment images, print the class areas and write the outputs of `TEST.save`.
 
-    A file that cannot be read or written is reported and does not stop the others.
+    A file that cannot be read or written is reported and skipped. Neighbouring images of the same
+    size share a forward pass, up to `TEST.batch_size`.
+
+    If reading a file takes longer than `TEST.timeout`, the process is ended with exit status 3 and
+    a message that names the file.
 
     Args:
-        cfg: the configuration; images of equal size among `TEST.batch_size` neighbours share a
-            forward pass.
-        imgs: a file, a folder, a glob, or a list of them.
-        device: where to compute; several share the images, one process each.
+        cfg: the configuration.
+        imgs: a file, a folder, a glob, or a list of these.
+        device: where to compute; with several devices each has a process and a share of the images.
         checkpoint: instead of `TEST.checkpoint`.
         result: folder of the results, instead of `TEST.result`.
-        progress: show a bar.
-        rank, world: place in torchrun's process group (`join_process_group`). Rank 0 looks for the
-            images, each rank parses its share of them, rank 0 prints the summary.
+        progress: show a progress bar.
+        rank: in torchrun's process group (`join_process_group`). Rank 0 finds the images and prints
+            the summary; each rank computes a share of the images.
+        world: number of ranks.
 
     Returns:
         One dict per image, in order, on every rank: `image` (its path), `outputs` (kind -> path),
-        `areas` (class name -> share), `size` (width, height), `seconds`, `scales` ((width, height,
-        seconds) each; on a GPU without the seconds of each, None); or `image` and `error`.
+        `areas` (class name -> share), `size` (width, height), `seconds`, `scales` (one tuple
+        (width, height, seconds) per scale; seconds is None on a GPU); or `image` and `error`.
 
     Raises:
         FileNotFoundError: no images, or no checkpoint.
-        ValueError: a setting that cannot work.
+        ValueError: a wrong configuration.
         ChildProcessError: the process of one of several devices died.
         ConnectionError: another rank was lost.
-
-    When a file is not read within TEST.timeout the process is ended, with exit status 3 and a
-    line that names the file.
     """
-    options = Options.read(cfg)
+    options, devices = Options.read(cfg), _devices(device)
+    Precision.of(options.TEST.precision, devices[0], "TEST.precision")
     checkpoint = checkpoint or options.TEST.checkpoint
     out = Path(options.TEST.result if result is None else result)
     tasks = found_by_rank_0(partial(_tasks, options, imgs, out), rank, world)
@@ -131,11 +135,11 @@ def predict(
     share = batches[rank::world]
     report = Report(share, progress and rank == 0)
     with report:
-        _run(_jobs(options, checkpoint, device, len(share), rank, world), share, report)
+        _run(_jobs(options, checkpoint, devices[: len(share)], rank, world), share, report)
     parts = [report.results]
     if world > 1:
         parts = [{} for _ in range(world)]
-        with results_of_ranks(rank, "parsed its images", "TEST.timeout", options.TEST.timeout):
+        with results_of_ranks(rank, "segmented its images", "TEST.timeout", options.TEST.timeout):
             dist.all_gather_object(parts, report.results)
     whole = {number: results for part in parts for number, results in part.items()}
     ordered = [one for number in sorted(whole) for one in whole[number]]
@@ -145,7 +149,7 @@ def predict(
 
 
 def _tasks(options: Options, imgs: PathLike | Iterable[PathLike], out: Path) -> list[Task]:
-    """The images, each with the names of its results."""
+    """The images with their output files."""
     files, base = find_images(imgs, skip=out)
     if options.DATASET.depth:
         files = without_depths(files)
@@ -157,25 +161,23 @@ def _tasks(options: Options, imgs: PathLike | Iterable[PathLike], out: Path) -> 
     ]
 
 
-def _jobs(
-    options: Options,
-    checkpoint: str,
-    device: torch.device | Sequence[torch.device],
-    batches: int,
-    rank: int,
-    world: int,
-) -> list[Job]:
-    """One for each device, as long as there are batches for them."""
-    devices = [device] if isinstance(device, torch.device) else list(device)
+def _devices(device: torch.device | Sequence[torch.device]) -> list[torch.device]:
     if isinstance(device, str):
         raise ValueError(f"device is {device!r}; give torch.device({device!r}), or a list of them")
+    devices = [device] if isinstance(device, torch.device) else list(device)
     if not devices:
         raise ValueError("device is empty; give at least torch.device('cpu')")
-    devices = devices[:batches]
+    return devices
+
+
+def _jobs(
+    options: Options, checkpoint: str, devices: Sequence[torch.device], rank: int, world: int
+) -> list[Job]:
+    """One job per device."""
     names = [f"rank {rank}"] * len(devices) if world > 1 else [str(place) for place in devices]
     if len(devices) == world == 1:
         names = [""]
-    # Found missing here, it is one clear line instead of one for each process.
+    # A missing checkpoint is one line here, and not an error in each process.
     find_checkpoint(options, checkpoint)
     classes = model_classes(options, checkpoint)
     return [
@@ -200,28 +202,28 @@ def _run(jobs: Sequence[Job], batches: Sequence[Batch], report: Report) -> None:
 
 # ------------------------------------------------------------------------------ one device
 def _work(job: Job, batches: Iterator[Batch]) -> Generator[tuple[int, list[Result]], None, None]:
-    """Everything of one device, in a process of its own where there are several."""
+    """Run the job of one device."""
     use_device(job.device)
-    advice = "look at these files, or raise TEST.timeout"
+    advice = "check these files, or raise TEST.timeout"
     with reading_watchdog(job.options.TEST.timeout, job.name, advice):
         yield from _Pipeline(job).run(batches)
 
 
 @dataclass
 class _Read:
-    """The images of one batch, or why they cannot be used."""
+    """The images of a batch, or the errors of those that cannot be read."""
 
     number: int
     tasks: Sequence[Task]
     images: list[np.ndarray | None] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     groups: list[_Group] = field(default_factory=list)
-    memory: int = 0  # to be given back to the budget
+    memory: int = 0  # acquired from the budget
 
 
 @dataclass
 class _Group:
-    """Images of a batch that are computed together: the scales of equal shape."""
+    """Images of a batch with inputs of equal shapes, which share a forward pass."""
 
     positions: list[int]
     size: tuple[int, int]
@@ -230,7 +232,7 @@ class _Group:
 
 @dataclass
 class _Computed:
-    """Class maps of a group, on their way from the device."""
+    """Class maps of a group, being copied to the host."""
 
     positions: list[int]
     labels: HostCopy  # (N, H, W)
@@ -239,7 +241,7 @@ class _Computed:
 
 
 class _Pipeline:
-    """Reading, computing and writing on one device."""
+    """Reading, computing and writing for one device."""
 
     def __init__(self, job: Job) -> None:
         options, test = job.options, job.options.TEST
@@ -252,8 +254,8 @@ class _Pipeline:
         self.tuner = ThreadTuner(enabled=job.device.type == "cpu" and not test.compile)
 
     def run(self, batches: Iterable[Batch]) -> Generator[tuple[int, list[Result]], None, None]:
-        """Numbers of the batches with their results, in order; computes in the calling thread."""
-        # OpenCV's own threads on top of the writers would fight for the cores.
+        """Yields the number of each batch with its results; computes in the calling thread."""
+        # OpenCV's own threads would compete with the writers for the cores.
         cv2.setNumThreads(0)
         threads, enter = self.threads, partial(use_device, self.device)
         reading = in_threads(
@@ -261,7 +263,7 @@ class _Pipeline:
         )
         with (
             on_device(self.device),
-            HandedOn[tuple[int, list[Result]]](
+            OrderedCalls[tuple[int, list[Result]]](
                 threads.writers, threads.unwritten, enter
             ) as writing,
             contextlib.closing(reading),
@@ -273,13 +275,13 @@ class _Pipeline:
                     yield from writing.add(self._write, read, computed)
                 yield from writing.rest()
             finally:
-                self.budget.close()  # readers that wait for memory end
+                self.budget.close()  # ends readers that wait for memory
 
     def _read(self, numbered: tuple[int, Batch]) -> _Read:
-        """Read a batch; in a reader."""
+        """Read a batch; called in a reader thread."""
         turn, (number, tasks) = numbered
         read = _Read(number, tasks, [None] * len(tasks), [""] * len(tasks))
-        read.memory = self.budget.take(turn, self._memory(read))
+        read.memory = self.budget.acquire(turn, self._memory(read))
         inputs: list[list[Tensor]] = [[]] * len(tasks)
         for i, task in enumerate(tasks):
             if read.errors[i]:
@@ -303,7 +305,7 @@ class _Pipeline:
         return read
 
     def _memory(self, read: _Read) -> int:
-        """Pixels of a batch, by the headers of its files; a large image is alone."""
+        """Pixels of a batch, from the headers of its files; the whole budget for a large image."""
         sizes = [0]
         for i, task in enumerate(read.tasks):
             try:
@@ -313,7 +315,7 @@ class _Pipeline:
         return self.budget.total if max(sizes) > _LARGE else sum(sizes)
 
     def _compute(self, read: _Read) -> list[_Computed]:
-        """Start what the device has to do for a batch."""
+        """Launch the computation of a batch."""
         computed = []
         for group in read.groups:
             try:
@@ -324,7 +326,7 @@ class _Pipeline:
                     raise
                 for i in group.positions:
                     read.errors[i] = _no_memory(error)
-        read.groups.clear()  # the scales are needed no more
+        read.groups.clear()  # frees the inputs
         return computed
 
     def _computed(self, group: _Group, read: _Read) -> _Computed:
@@ -334,7 +336,7 @@ class _Pipeline:
         copy = HostCopy(labels)
         watch.stop()
         if "prob" in self.save:
-            # Here, where the logits are: they are too large to wait for a writer.
+            # Not in a writer thread: the logits are too large to be kept.
             for n, i in enumerate(group.positions):
                 try:
                     path = read.tasks[i].outputs["prob"]
@@ -350,7 +352,7 @@ class _Pipeline:
         return _Computed(group.positions, copy, watch, scales)
 
     def _logits(self, scales: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[float | None]]:
-        """Of all scales, and the seconds of each where that can be told without waiting."""
+        """Logits and seconds per scale; on a GPU, where timing would wait, without seconds."""
         if self.device.type == "cuda":
             return self.predictor.logits(scales), [None] * len(scales)
         logits: list[Tensor] = []
@@ -362,7 +364,7 @@ class _Pipeline:
         return logits, [watch.seconds() for watch in watches]
 
     def _write(self, read: _Read, computed: list[_Computed]) -> tuple[int, list[Result]]:
-        """Draw and write the results of a batch; in a writer."""
+        """Render and write the results of a batch; called in a writer thread."""
         try:
             results: list[Result] = [
                 {"image": str(task.path), "error": error}
@@ -376,10 +378,10 @@ class _Pipeline:
                         results[i] = self._written(read.tasks[i], image, labels[n], group)
             return read.number, results
         finally:
-            # Others may still hold the batch, and the budget counts what it holds.
+            # There may be other references to the batch: free its memory before releasing it.
             read.images.clear()
             computed.clear()
-            self.budget.give(read.memory)
+            self.budget.release(read.memory)
 
     def _written(
         self, task: Task, image: np.ndarray, labels: np.ndarray, group: _Computed
@@ -405,13 +407,14 @@ class _Pipeline:
 
 
 def save_probabilities(path: PathLike, logits: Sequence[Tensor], size: tuple[int, int]) -> None:
-    """Write class probabilities as a (K, H, W) float16 `.npy`, band by band.
+    """Write class probabilities as a (K, H, W) float16 `.npy` file.
 
-    All classes at full size are never in memory; `numpy.load(path, mmap_mode="r")` reads them so.
+    Computed in bands of rows, so that the whole array is never in memory;
+    `numpy.load(path, mmap_mode="r")` reads it in the same way.
 
     Args:
         path: the file.
-        logits: one (1, K, h, w) per scale.
+        logits: one (1, K, h, w) tensor per scale.
         size: (H, W) of the image.
     """
     shape = (logits[0].shape[1], *size)

@@ -1,4 +1,4 @@
-"""What a prediction prints: a bar, the class areas of every image, and a summary."""
+"""Output of a prediction: progress bar, class areas of each image, and summary."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mit_semseg.errors import counted
+
 Result = dict[str, Any]
 
 
 class Report:
-    """A bar, and the images' areas and times in the order of the images.
+    """A progress bar, and class areas and times in the order of the images.
 
     Attributes:
-        results: number of a batch -> its results, as they come.
+        results: number of a batch -> its results.
     """
 
     def __init__(self, batches: Sequence[tuple[int, Sequence[object]]], shown: bool) -> None:
@@ -36,7 +38,7 @@ class Report:
         self._bar.close()
 
     def add(self, done: tuple[int, list[Result]]) -> None:
-        """A batch is done; batches of several devices come in any order."""
+        """Add the results of a batch; the order of batches is arbitrary."""
         number, self.results[number] = done
         self._bar.update(len(self.results[number]))
         while self._due and self._due[0] in self.results:
@@ -64,11 +66,9 @@ def print_summary(results: Sequence[Mapping[str, Any]], out: Path) -> None:
     done = len(results) - len(failed)
     if done:
         seconds = sum(one.get("seconds", 0.0) for one in results) / done
-        print(
-            f"{done} image{'s' if done > 1 else ''} parsed, {seconds:.3f} s each; results in {out}"
-        )
+        print(f"{counted(done, 'image')} segmented, {seconds:.3f} s each; results in {out}")
     if failed:
-        print(f"{len(failed)} of {len(results)} images failed:")
+        print(f"{len(failed)} of {counted(len(results), 'image')} failed:")
         for one in failed:
-            # Most messages name the file themselves.
+            # Most messages begin with the file.
             print(f"  {one['image']}: {one['error'].removeprefix(one['image'] + ': ')}")

@@ -1,4 +1,4 @@
-"""Images in, scores and class maps out: the one way in which a trained model is run."""
+"""Inference with a trained model, used by prediction, evaluation and `Segmenter`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ log = logging.getLogger("mit_semseg")
 class Predictor:
     """Runs a copy of a trained model on one device, in one precision.
 
-    On a GPU weights are cast once, and shapes that come again are replayed as CUDA graphs. When a
-    device runs out of memory, the image is computed again in smaller tiles, half as long each time,
-    down to 256 pixels; on a GPU then on the CPU. Each step is a warning.
+    On a GPU the weights are cast once, and repeated shapes are replayed as CUDA graphs. If a device
+    runs out of memory, the image is computed again in tiles of half the side, down to 256 pixels,
+    and finally on the CPU; each step is logged as a warning.
 
-    On a GPU `logits` and `labels` are to be called from one thread; `scales` may be from others.
-    Whether products are rounded to TF32 is a setting of the whole process: predictors of different
-    precisions are not for several threads at once.
+    On a GPU, `logits` and `labels` have to be called from one thread; `scales` may be called from
+    any thread. TF32 is a setting of the whole process: predictors of different precisions cannot
+    run concurrently in several threads.
 
     Example:
         >>> p = Predictor(module, cfg.DATASET, "cpu")  # doctest: +SKIP
@@ -55,18 +55,18 @@ class Predictor:
         window: Sliding | None = None,
         compile: bool = False,
     ) -> None:
-        """Take a copy of a module; the module itself stays as it is.
+        """Copy a module, which is not modified.
 
         Args:
             module: on any device, in any mode.
-            options: `cfg.DATASET`: the scales, and how the encoder takes its input.
+            options: `cfg.DATASET`: scales and normalisation of the input.
             device: where to compute.
             precision: fp32 | tf32 | bf16 | fp16 | auto (see `precision.Precision`).
-            flip: average over mirrored images too.
+            flip: also average over horizontally flipped images.
             tile: "auto", "off", or a side in pixels (see `models.tiles.TiledNetwork`).
-            window: slide this over images of every size, instead of tiles. By default a network
-                that takes images of one size only gets windows of that size.
-            compile: compile the network with torch.compile: the first images wait for it.
+            window: sliding window for images of any size, instead of tiles. Default: none, or for a
+                network with a fixed input size a window of that size.
+            compile: compile the network with torch.compile, during the first images.
 
         Raises:
             ValueError: a setting cannot be used, or there is no such device.
@@ -100,7 +100,7 @@ class Predictor:
         options: InferenceOptions,
         device: torch.device | str,
     ) -> Predictor:
-        """A predictor as `VAL` or `TEST` ask for it, at the scales of `options.imgSizes`."""
+        """A predictor with the settings of `VAL` or `TEST`."""
         return cls(
             *(module, data.at_scales(options.imgSizes), device),
             precision=options.precision,
@@ -111,29 +111,29 @@ class Predictor:
         )
 
     def scales(self, image: np.ndarray, depth: np.ndarray | None = None) -> list[Tensor]:
-        """What `logits` takes of one image, (1, 3, h, w) uint8 on the host, one for each scale.
+        """The input of `logits` for one image: a (1, 3, h, w) uint8 tensor per scale, on the CPU.
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            depth: (H, W) float32 metres for a model that takes depth; the scales are then
-                normalised floats.
+            depth: (H, W) float32 metres, for a model with depth; the tensors are then normalised
+                float32 with 4 channels.
         """
         return scaled_inputs(image, self.options, normalized=False, depth=depth)
 
     @torch.no_grad()
     def logits(self, scales: Sequence[Tensor]) -> list[Tensor]:
-        """Scores at the network's resolution of the same images at several scales.
+        """Logits, at the resolution of the network, of the same images at several scales.
 
         Args:
-            scales: (N, 3, h, w) uint8, or float as the encoder expects it, on any device.
+            scales: (N, 3, h, w) uint8, or normalised floats, on any device.
 
         Returns:
-            (N, C, h', w') for each scale, and for its mirror image with `flip`; on the device, or
-            on the CPU where the device has too little memory.
+            (N, C, h', w') for each scale, with `flip` followed by those of the flipped images; on
+            the device, or on the CPU if the device ran out of memory.
 
         Raises:
-            ValueError: there is no image.
-            MemoryError: the host has too little memory.
+            ValueError: `scales` is empty.
+            MemoryError: the CPU ran out of memory.
         """
         if not scales:
             raise ValueError("images is empty: give one (N, 3, h, w) tensor per scale")
@@ -162,12 +162,12 @@ class Predictor:
             dtype: of the class map (see `scores.label_dtype`).
 
         Returns:
-            (N, H, W), on the device; computed on the CPU where that has too little memory.
+            (N, H, W), on the device; computed on the CPU if the device runs out of memory.
         """
         try:
             return scores.class_map(logits, size, dtype=dtype).to(self.device)
         except torch.cuda.OutOfMemoryError:
-            pass  # the error holds on to what was computed, until here
+            pass  # the exception keeps tensors alive until here
         self._free_memory()
         H, W = size
         log.warning("out of memory for a class map of %dx%d: computing it on the CPU", W, H)
@@ -191,7 +191,7 @@ class Predictor:
         return self._on_cpu.compute(image.cpu(), sides[0])
 
     def _free_memory(self) -> None:
-        """Give up what is kept for later; after an error, which holds on to what it met."""
+        """Free CUDA graphs and torch's cache; not in an except block, which keeps tensors alive."""
         if isinstance(self.tiled.network, GraphedNetwork):
             self.tiled.network.release()
         if self.device.type == "cuda":
@@ -199,12 +199,12 @@ class Predictor:
 
     @cached_property
     def _on_cpu(self) -> TiledNetwork:
-        """The same on the CPU, in float32."""
+        """The network on the CPU, in float32."""
         module = inference_copy(self.module, "cpu", dtype=torch.float32)
         return TiledNetwork(module, self.tiled.tile, window=self.tiled.window)
 
     def _mirrored(self, logits: Tensor) -> Tensor:
-        """Scores of mirror images mirrored back, those of left and right classes exchanged."""
+        """Logits of flipped images, flipped back, with left and right classes exchanged."""
         logits = logits.flip(-1)
         pairs = self.module.mirror_pairs
         if not pairs:
@@ -232,7 +232,7 @@ def _compiled(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so; torch has no type of its own for the CPU."""
+    """Whether an error is out of memory; torch has no exception class for the CPU."""
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
         "allocate memory" in str(error)
     )

@@ -1,7 +1,7 @@
-"""One process for each device of a command: ranks of torch's elastic launcher on this machine.
+"""One process per device of a command, started with torch's elastic launcher.
 
-The command starts itself once for each device (`start`). A rank runs as under torchrun, but tells
-the command how it ended (`report`), which says it once to the user, for all of them.
+The command starts itself once per device (`start`). A rank runs as under torchrun, but reports its
+exit status and error to the command (`report`), which prints one error for all ranks.
 """
 
 from __future__ import annotations
@@ -19,29 +19,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mit_semseg.errors import REPORTS
 from mit_semseg.files import replacing
 
 if TYPE_CHECKING:
     import torch
 
-# Names, in ranks, the folder of their reports.
-_REPORTS = "MIT_SEMSEG_REPORTS"
-
 
 def started_here() -> bool:
-    """Whether this process is a rank that a command of this package has started, not torchrun."""
-    return _REPORTS in os.environ
+    """Whether this process is a rank started by a command of this package, not by torchrun."""
+    return REPORTS in os.environ
 
 
 def wanted(parallel: str, devices: Sequence[torch.device]) -> bool:
-    """Whether this command is to start a process for each of its devices.
+    """Whether this command has to start one process per device.
 
     Args:
         parallel: `TRAIN.parallel`.
-        devices: those named on the command line.
+        devices: of the command.
 
     Raises:
-        ValueError: it is to, and torch cannot connect processes on these devices.
+        ValueError: `parallel` is processes, and torch has no backend for these devices.
     """
     if "RANK" in os.environ or len(devices) == 1 or parallel == "replicas":
         return False
@@ -58,29 +56,28 @@ def wanted(parallel: str, devices: Sequence[torch.device]) -> bool:
 
 
 def start(words: Sequence[str], count: int, patience: int) -> int:
-    """Run this command in `count` ranks to their end.
+    """Run this command in `count` ranks and wait for them.
 
-    SIGINT and SIGTERM are passed on to the ranks, which finish their step and save.
+    SIGINT and SIGTERM are forwarded to the ranks, which finish their step and save.
 
     Args:
         words: arguments of this command.
-        count: ranks, one for each device named in them.
-        patience: seconds that ranks have to end after a signal; 30 on torch without
-            TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
+        count: number of ranks.
+        patience: seconds for the ranks to end after a signal; older versions of torch, without
+            TORCH_ELASTIC_SHUTDOWN_TIMEOUT, use 30.
 
     Returns:
         The exit status.
 
     Raises:
-        ChildProcessError: a rank failed; the message is that of the rank whose failure was the
-            cause.
+        ChildProcessError: a rank failed; the message is that of the rank that failed first.
         KeyboardInterrupt: a rank was interrupted.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # It tells of every signal and failure, with rows of equal signs around.
+    # The launcher logs every signal and failure in many lines.
     log = logging.getLogger("torch.distributed.elastic")
     log.addHandler(logging.NullHandler())
     log.propagate = False
@@ -112,7 +109,7 @@ def start(words: Sequence[str], count: int, patience: int) -> int:
 
 
 def _command(words: Sequence[str]) -> list[str]:
-    """The line that started this process; where a program has called the command, one like it."""
+    """The command line of this process, or an equivalent one if a program called the command."""
     if sys.argv[1:] in (list(words), list(words)[1:]):
         return [sys.executable, *sys.orig_argv[1:]]
     return [sys.executable, "-m", "mit_semseg.cli", *words]
@@ -120,11 +117,11 @@ def _command(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _environment(folder: str, count: int, patience: int) -> Iterator[None]:
-    """What ranks and launcher are to find in the environment."""
+    """Set environment variables for launcher and ranks."""
     from mit_semseg.engine.cpu import cpu_count
 
     before = dict(os.environ)
-    os.environ[_REPORTS] = folder
+    os.environ[REPORTS] = folder
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(patience)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // count)))
     try:
@@ -136,10 +133,9 @@ def _environment(folder: str, count: int, patience: int) -> Iterator[None]:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Puts back the signal handlers that the launcher replaces, once it is done.
+    """Restore the signal handlers that the launcher replaces, and keep ignored signals ignored.
 
-    It would replace those of nohup and of a shell's background, too, by which signals are ignored,
-    and end the run when the terminal is closed: these it cannot replace.
+    Otherwise a run started with nohup, or in a shell's background, would end with the terminal.
     """
     replace = signal.signal
     before: dict[Any, Any] = {}
@@ -162,13 +158,13 @@ def _handlers_kept() -> Iterator[None]:
 
 @dataclass
 class Report:
-    """How a rank ended.
+    """The end of a rank.
 
     Attributes:
-        status: its exit status.
-        error: what it has to say; "" without an error.
-        lost: it only lost another rank, whose report says more.
-        time: in seconds since the epoch.
+        status: exit status.
+        error: message; "" without an error.
+        lost: whether the error is only the loss of another rank.
+        time: in seconds since 1970.
     """
 
     status: int
@@ -178,13 +174,13 @@ class Report:
 
 
 def report(status: int, error: str = "", lost: bool = False) -> None:
-    """Tell the command that has started this rank how the rank ends."""
-    file = Path(os.environ[_REPORTS]) / f"{os.environ['RANK']}.json"
-    said = Report(status, error, lost, time.time())
+    """Report the end of this rank to the command that started it."""
+    file = Path(os.environ[REPORTS]) / f"{os.environ['RANK']}.json"
+    one = Report(status, error, lost, time.time())
     try:
         with replacing(file) as part:
-            part.write_text(json.dumps(asdict(said)), encoding="utf-8")
-    except OSError:  # the command has gone, and its folder with it
+            part.write_text(json.dumps(asdict(one)), encoding="utf-8")
+    except OSError:  # the command has ended and removed the folder
         print(f"rank {file.stem}: {error}", file=sys.stderr)
 
 
@@ -195,12 +191,12 @@ def _read(file: Path) -> Report:
 def _status(
     reports: Mapping[int, Report], codes: Mapping[int, int], count: int, caught: int
 ) -> int:
-    """The exit status of all ranks together.
+    """The exit status of the command.
 
     Args:
-        reports: by rank, of those that came to an orderly end.
-        codes: exit codes of ranks that the launcher found to have failed.
-        count: ranks that were started.
+        reports: by rank; missing for ranks that were killed.
+        codes: exit codes of failed ranks, from the launcher.
+        count: number of ranks.
         caught: the signal that ended the launcher, or 0.
     """
     causes = {rank: one for rank, one in reports.items() if one.error and not one.lost}
@@ -211,10 +207,10 @@ def _status(
     for rank, code in silent.items():
         if code < 0:
             raise ChildProcessError(
-                f"rank {rank} was ended by signal {signal.Signals(-code).name}; --resume auto goes "
-                "on from the newest checkpoint"
+                f"rank {rank} was ended by signal {signal.Signals(-code).name}; --resume auto "
+                "resumes from the newest checkpoint"
             )
-        return code  # the rank itself has said why
+        return code  # the rank itself has printed why
     for rank, one in reports.items():
         if one.error:
             raise ChildProcessError(f"rank {rank}: {one.error}")

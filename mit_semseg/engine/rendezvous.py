@@ -1,4 +1,4 @@
-"""torchrun's process group: rendezvous at the start, a barrier at the end."""
+"""Joining and leaving torchrun's process group."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 from mit_semseg.engine.devices import use_device
+from mit_semseg.errors import counted
 
-# Where the ranks of this process's group count each other at the end; None outside a group.
+# Store for the barrier at the end; None outside a process group.
 _exit_store: dist.Store | None = None
 
 
 def job_name() -> str:
-    """What torchrun calls this job (`--rdzv-id`), the same for all its restarts; "" outside it, and
-    where it gives every job the same name."""
+    """Name of the torchrun job (`--rdzv-id`); "" without torchrun or without a name."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return "" if name == "none" else name
 
@@ -28,18 +28,18 @@ def job_name() -> str:
 def join_process_group(
     devices: list[torch.device], timeout_seconds: float = 300
 ) -> tuple[int, int, list[torch.device]]:
-    """Join torchrun's process group when there is one, and take this rank's device.
+    """Join torchrun's process group, if there is one, and select this rank's device.
 
     Args:
-        devices: the devices named on the command line, those of one machine.
-        timeout_seconds: a rank that waits longer than this for the others gives up: with gloo by a
-            RuntimeError, with NCCL by the end of its process.
+        devices: of the command line, on this machine.
+        timeout_seconds: time limit of the start and of collectives, which then raise a RuntimeError
+            with gloo and end the process with NCCL.
 
     Returns:
-        (rank, world size, devices of this process); (0, 1, devices) outside torchrun.
+        (rank, world size, devices of this process); (0, 1, devices) without torchrun.
 
     Raises:
-        ValueError: more ranks run on this machine than GPUs are named.
+        ValueError: there are more ranks on this machine than devices.
         ConnectionError: the other ranks did not start in time.
     """
     global _exit_store
@@ -50,8 +50,8 @@ def join_process_group(
     if not on_cpu:
         if local >= len(devices):
             raise ValueError(
-                f"torchrun starts rank {local} on this machine, which has {len(devices)} GPUs "
-                f"named: use --nproc-per-node {len(devices)}"
+                f"torchrun starts local rank {local}, but --gpus has only "
+                f"{counted(len(devices), 'GPU')}: use --nproc-per-node {len(devices)}"
             )
         devices = [devices[local]]
         use_device(devices[0])
@@ -72,13 +72,13 @@ def join_process_group(
 
 
 def _unused_prefix(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
-    """A part of the store that no earlier start of these ranks has written to.
+    """A new prefix of the store, agreed on by all ranks.
 
-    torchrun restarts ranks with the store they had before, in which one may read the address of
-    another one's earlier process (github.com/pytorch/pytorch/issues/135712); and every host counts
-    the restarts for itself. So each process announces itself under a name of its own. Rank 0
-    publishes a new prefix with the names it is for, and goes on once all of them have joined; the
-    others take the prefix that is published for their present name.
+    torchrun restarts ranks with the old store, in which a rank may read the address of another
+    rank's earlier process (github.com/pytorch/pytorch/issues/135712), and each host has its own
+    count of restarts. Each process therefore announces a unique name. Rank 0 publishes a new prefix
+    together with the announced names, and continues when all ranks have joined it; the other ranks
+    join the prefix that was published with their current name.
     """
     name = uuid.uuid4().hex
     deadline = time.monotonic() + timeout
@@ -100,25 +100,24 @@ def _unused_prefix(store: dist.Store, rank: int, world: int, timeout: float) -> 
                 return prefixed
         time.sleep(0.05)
     raise ConnectionError(
-        f"rank {rank} of {world} waited {timeout:g} s for the others to start: look at what they "
-        "printed"
+        f"rank {rank} of {world} waited {timeout:g} s for the others to start: see their output"
     )
 
 
 def leave_process_group() -> None:
-    """Leave torchrun's process group, all together: a backend may abort those left behind.
+    """Leave torchrun's process group after a barrier, since a backend may abort remaining ranks.
 
-    The barrier is counted in the store, not by a collective, in which a dead rank would take the
-    living ones with it: without it these wait for the group's time-out at most, and go.
+    The barrier uses the store and not a collective, so that after the death of a rank the others
+    wait no longer than the time-out and end normally.
     """
     global _exit_store
     if not dist.is_initialized():
         return
     store, _exit_store = _exit_store, None
     if store is not None:
-        # The store may have gone with the machine it was on.
+        # The host of the store may have ended.
         with contextlib.suppress(RuntimeError):
             if store.add("ranks", 1) == dist.get_world_size():
-                store.set("all", "here")
+                store.set("all", "done")
             store.wait(["all"])
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Images to counts: what one process computes of an evaluation, and how counts are added up."""
+"""The part of an evaluation that one process computes, and merging of the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mit_semseg.config import Options
 from mit_semseg.dataset import ValDataset
 from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.inputs import common_base, output_stems
-from mit_semseg.engine.pipeline import HandedOn, in_threads
+from mit_semseg.engine.pipeline import OrderedCalls, in_threads
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.engine.transfer import (
     HostCopy,
@@ -36,23 +36,23 @@ from mit_semseg.scores import label_dtype
 from mit_semseg.visualize import color_encode, side_by_side
 from mit_semseg.visualize.results import write_png
 
-# Indices of the images that share one call of the network's; results do not depend on how images
-# are divided into chunks, nor on which process scores which.
+# Indices of images that share a forward pass. Results do not depend on the chunks, or on which
+# process scores a chunk.
 Chunk = Sequence[int]
-# What is reported of a chunk as soon as it is done: how many images, and which were left out.
+# Number of images of a chunk, and `bad` as in `Evaluation`.
 Scored = tuple[int, dict[int, tuple[str, str]]]
 
 
 @dataclass
 class Evaluation:
-    """What scoring some images gave; adding two gives that of all their images.
+    """Counts of some images; `+` merges two evaluations.
 
     Attributes:
-        matrix: the counts of the images that could be read.
-        bad: number in the list -> (image, error) of those that could not.
-        seconds: that the network took.
-        processes: that took part.
-        boundary: boundary F-scores of the same images, where they were asked for.
+        matrix: confusion matrix of the images that could be read.
+        bad: index in the list -> (image, error) of those that could not.
+        seconds: of the network.
+        processes: number of processes.
+        boundary: boundary F-scores; None if they are not computed.
     """
 
     matrix: ConfusionMatrix
@@ -63,16 +63,16 @@ class Evaluation:
 
     @property
     def failed(self) -> list[tuple[str, str]]:
-        """(image, error) of the images that were left out, in the order of the list."""
+        """(image, error) of the skipped images, in the order of the list."""
         return [self.bad[index] for index in sorted(self.bad)]
 
     def counts(self) -> list[Tensor]:
-        """All that is merged by addition, as int64 tensors; writing to them changes the counts."""
+        """All counts as int64 tensors (views)."""
         sums = [self.boundary.sums, self.boundary.images] if self.boundary else []
         return [self.matrix.matrix, *sums]
 
     def empty(self) -> Evaluation:
-        """One of no images, that counts what this one does."""
+        """An evaluation without images that counts the same quantities."""
         num_class = self.matrix.num_class
         boundary = BoundaryScore(num_class, self.boundary.tolerance) if self.boundary else None
         return Evaluation(ConfusionMatrix(num_class), processes=0, boundary=boundary)
@@ -88,11 +88,11 @@ class Evaluation:
 
 
 def merged(evaluation: Evaluation, device: torch.device) -> Evaluation:
-    """The sum of all ranks' evaluations, on every rank; outside a process group the argument.
+    """The sum of the evaluations of all ranks; without a process group the argument.
 
     Args:
-        evaluation: this rank's; every rank has to call this.
-        device: where the ranks exchange the counts: this rank's GPU with NCCL, else the CPU.
+        evaluation: of this rank; every rank has to call this.
+        device: of the exchanged counts: this rank's GPU with NCCL, else the CPU.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return evaluation
@@ -111,24 +111,24 @@ def merged(evaluation: Evaluation, device: torch.device) -> Evaluation:
 
 @dataclass(frozen=True)
 class SavedPredictions:
-    """Class ids of some images of the list, as files `NUMBER.npy`, (H, W) int16."""
+    """Predicted class ids of selected images, in files `NUMBER.npy`, (H, W) int16."""
 
     folder: Path
     numbers: tuple[int, ...]
 
     @classmethod
     def evenly(cls, folder: Path, count: int, images: int) -> SavedPredictions:
-        """Those of at most `count` images out of `images`, evenly spread."""
+        """Select at most `count` out of `images` images, evenly spread."""
         return cls(
             folder, tuple(sorted({(2 * k + 1) * images // (2 * count) for k in range(count)}))
         )
 
     def file(self, number: int) -> Path:
-        """Where the class ids of image `number` are."""
+        """The file of image `number`."""
         return self.folder / f"{number}.npy"
 
     def add(self, numbers: Sequence[int], predicted: Tensor) -> None:
-        """Write those of images `numbers`, (N, H, W), that are to be saved."""
+        """Write the class ids, (N, H, W), of the selected images among `numbers`."""
         for number, one in zip(numbers, predicted, strict=True):
             if number in self.numbers:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,26 +137,26 @@ class SavedPredictions:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Where pictures of the evaluated images go, and the colours of the classes, (K, 3) uint8."""
+    """Folder of figures, and class colours, (K, 3) uint8."""
 
     folder: Path
     colors: np.ndarray
 
 
 class Gallery:
-    """Pictures of image, truth and prediction side by side, named after their images."""
+    """Figures of image, ground truth and prediction, named after their images."""
 
     def __init__(self, dataset: ValDataset, pictures: Pictures) -> None:
         root, records = dataset.root_dataset, dataset.list_sample
         files = [os.path.join(root, record["fpath_img"]) for record in records]
         base = common_base(os.path.dirname(os.path.abspath(file)) for file in files)
-        # Worked out from the whole list, so that every process comes to the same names.
+        # From the whole list, so that all processes use the same names.
         stems = output_stems(files, base, pictures.folder, [".png"])
         self.paths = [Path(f"{stem}.png") for stem in stems]
         self.colors = pictures.colors
 
     def add(self, index: int, image: np.ndarray, truth: Tensor, predicted: Tensor) -> None:
-        """Write the picture of image number `index`."""
+        """Write the figure of image number `index`."""
         path = self.paths[index]
         path.parent.mkdir(parents=True, exist_ok=True)
         maps = (color_encode(labels.numpy(), self.colors) for labels in (truth, predicted))
@@ -165,7 +165,7 @@ class Gallery:
 
 @dataclass
 class _Group:
-    """Images of a chunk that are computed together: the scales of equal shape."""
+    """Images of a chunk with inputs of equal shapes, which share a forward pass."""
 
     numbers: list[int]
     scales: list[Tensor]  # (N, 3, h, w) each
@@ -174,7 +174,7 @@ class _Group:
 
 @dataclass
 class _Read:
-    """The images of a chunk; `bad` has (image, error) of those that cannot be used."""
+    """The images of a chunk; `bad` as in `Evaluation`."""
 
     groups: list[_Group] = field(default_factory=list)
     pictures: dict[int, np.ndarray] = field(default_factory=dict)
@@ -182,18 +182,18 @@ class _Read:
 
 
 class Scorer:
-    """From the number of an image to its share of the confusion matrix.
+    """Computes the confusion matrix of images.
 
     Args:
         module: the model, on any device, in any mode.
         dataset: samples with labels.
-        options: its `VAL` keys apply.
+        options: its `VAL` keys are used.
         device: where to compute.
-        concurrent: chunks that are computed side by side on the CPU.
-        processes: among which the cores of this rank are divided.
-        boundary: sum up boundary F-scores, too.
-        gallery: takes a picture of every image.
-        saved: takes class ids of some images.
+        concurrent: chunks computed concurrently on the CPU.
+        processes: of this rank, which share its cores.
+        boundary: also compute boundary F-scores.
+        gallery: writes a figure of every image.
+        saved: saves class ids of selected images.
     """
 
     def __init__(
@@ -220,12 +220,12 @@ class Scorer:
         self.nothing = Evaluation(ConfusionMatrix(self.num_class), processes=0, boundary=score)
 
     def run(self, chunks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
-        """Score chunks: yields what is to be reported of each, returns the sum."""
+        """Score chunks; yields an item per chunk and returns the sum."""
         on_cpu = self.device.type == "cpu"
         return (yield from (self.side_by_side(chunks) if on_cpu else self.in_order(chunks)))
 
     def side_by_side(self, chunks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
-        """Several chunks at a time, each by one thread, which reads, computes and counts."""
+        """On the CPU: chunks concurrently, each read, computed and counted by one thread."""
         total = replace(self.nothing.empty(), processes=1)
         threads = torch.get_num_threads()
         try:
@@ -236,18 +236,18 @@ class Scorer:
                 total += part
                 yield len(chunk), part.bad
         finally:
-            # torch keeps one number for all threads that have not computed yet.
+            # torch has one setting for all threads that have not computed yet.
             torch.set_num_threads(threads)
         return total
 
     def in_order(self, chunks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
-        """One chunk after the other, computed by the calling thread, which waits for no result."""
+        """On a GPU: chunks one after the other, launched by the calling thread without waiting."""
         total = replace(self.nothing.empty(), processes=1)
         counts = ConfusionMatrix(self.num_class, self.device)
         watches: list[Stopwatch] = []
         threads, enter = self.threads, partial(use_device, self.device)
         reading = in_threads(self._read, chunks, threads.readers, threads.read_ahead, enter)
-        finishing: HandedOn[Evaluation] = HandedOn(threads.writers, threads.unwritten, enter)
+        finishing = OrderedCalls[Evaluation](threads.writers, threads.unwritten, enter)
         with on_device(self.device), finishing, contextlib.closing(reading):
             for chunk, future in reading:
                 read = future.result()
@@ -258,10 +258,10 @@ class Scorer:
                     predicted = self._predicted(group)
                     watches.append(watch.stop())
                     if len(watches) > threads.unwritten:
-                        # Launching runs far ahead of computing, and all it reads stays in memory.
+                        # Limit how far launching is ahead of computing, which takes memory.
                         watches[-threads.unwritten].seconds()
                     truth = group.truth.to(self.device, non_blocking=True)
-                    # Masks are checked when they are read, and classes are predicted in range.
+                    # Masks are checked when they are read; a check here would synchronise.
                     counts.update(predicted, truth, check=False)
                     if self._on_host:
                         copies.append(HostCopy(predicted))
@@ -276,7 +276,7 @@ class Scorer:
         )
 
     def _scored(self, chunk: Chunk) -> Evaluation:
-        """The evaluation of a chunk, in one of the threads of `side_by_side`."""
+        """The evaluation of a chunk; called in a thread of `side_by_side`."""
         read = self._read(chunk)
         part = replace(self.nothing.empty(), bad=read.bad)
         copies = []
@@ -290,12 +290,12 @@ class Scorer:
 
     @property
     def _on_host(self) -> bool:
-        """Whether anybody needs the class maps themselves."""
+        """Whether the class maps are needed on the host."""
         parts = (self.nothing.boundary, self.gallery, self.saved)
         return any(part is not None for part in parts)
 
     def _finished(self, read: _Read, copies: Sequence[HostCopy]) -> Evaluation:
-        """What is made of the class maps on the host."""
+        """Save and draw class maps on the host, and compute their boundary F-scores."""
         part = self.nothing.empty()
         for group, copy in zip(read.groups, copies, strict=True):
             predicted = copy.wait()
@@ -309,7 +309,7 @@ class Scorer:
         return part
 
     def _read(self, chunk: Chunk) -> _Read:
-        """The images of a chunk, those of equal shape stacked."""
+        """Read the images of a chunk and stack those of equal shape."""
         read, samples = _Read(), {}
         for i in chunk:
             try:
@@ -330,10 +330,10 @@ class Scorer:
         return read
 
     def _predicted(self, group: _Group) -> Tensor:
-        """(N, H, W) class ids, on the device unless its memory was too small."""
+        """(N, H, W) class ids."""
         size = (group.truth.shape[1], group.truth.shape[2])
         predicted = self.predictor.labels(self.predictor.logits(group.scales), size, self.dtype)
-        group.scales.clear()  # needed no more
+        group.scales.clear()  # frees the inputs
         return predicted
 
 

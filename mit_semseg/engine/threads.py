@@ -1,4 +1,4 @@
-"""Fewer compute threads while other programs use this machine's cores."""
+"""Choosing the number of compute threads while other programs use the cores."""
 
 from __future__ import annotations
 
@@ -16,36 +16,35 @@ from mit_semseg.engine.cpu import fixed_threads
 
 log = logging.getLogger("mit_semseg")
 
-# A step is disturbed when its threads wait for a core for more than the share _WAITING of their
-# time; where the system does not report that, when it takes _SLOW times the median of the last
-# _WINDOW steps. So many disturbed steps among the last _RECENT start a comparison.
+# A step is disturbed if its threads wait for a core for more than a share _WAITING of their time,
+# or, on systems that do not report this, if it takes _SLOW times the median of the last _WINDOW
+# steps. _DISTURBED such steps among the last _RECENT start a comparison.
 _SLOW, _WAITING, _DISTURBED, _RECENT, _WINDOW = 2.0, 0.2, 3, 10, 50
-# Steps of each number of threads in a comparison, and what a change has to gain.
+# Steps per number of threads in a comparison, and the largest relative time that is worth a change.
 _ROUNDS, _GAIN = 5, 0.9
-# Seconds between looks at more threads, and after a comparison that changed nothing; doubled with
-# each of these, up to the second.
+# Seconds before more threads are tried again, and after a comparison without a change; doubled each
+# time, up to _LONGEST_PAUSE.
 _PAUSE, _LONGEST_PAUSE = 30.0, 960.0
 
 
 class ThreadTuner:
-    """Computes with fewer threads where that is faster, and with all of them again afterwards.
+    """Uses fewer compute threads while that is faster.
 
-    The threads of an operation wait for each other at its end. Where another program uses one of
-    the cores, all of them wait for the thread that shares it, and fewer threads are faster. Whether
-    they are is measured: when threads wait for cores, as Linux reports, or elsewhere when steps
-    take far longer than their median, a few steps are computed with each number of threads in turn,
-    and the fastest number is kept. From time to time a few steps with all threads show whether the
-    other program has ended.
+    The threads of an operation wait for each other at its end. If another program uses one of the
+    cores, all threads wait for the one on that core, and fewer threads are faster. When threads
+    wait for cores (as reported by Linux; on other systems when steps take much longer than their
+    median), a few steps are measured with different numbers of threads, and the fastest is used.
+    From time to time a few steps with all threads show whether the other program has ended.
 
-    Sums are rounded differently with every number of threads: a run with such a change equals
-    another one up to rounding only. `--threads N` fixes the number.
+    Sums are rounded differently with each number of threads, so results differ by rounding.
+    `--threads N` fixes the number.
 
     Args:
-        enabled: False where it would measure something else, such as on a GPU, or where a change
-            costs more than it saves: compiled code is compiled again for each number of threads.
-        clock: seconds, as `time.monotonic` gives them.
-        usage: seconds that the threads of this process have computed, and waited for a core; zeros
-            where the system does not report them.
+        enabled: False on a GPU, and with compiled code, which is recompiled for each number of
+            threads.
+        clock: returns seconds, as `time.monotonic`.
+        usage: returns the seconds for which threads of this process have computed and have waited
+            for a core; zeros if the system does not report them.
     """
 
     def __init__(
@@ -59,18 +58,18 @@ class ThreadTuner:
         self.clock, self.usage = clock, usage or thread_usage
         self._paces: deque[float] = deque(maxlen=_WINDOW)  # seconds per unit of work
         self._disturbed: deque[bool] = deque(maxlen=_RECENT)
-        self._plan: list[int] = []  # threads of the next steps, while numbers are compared
+        self._plan: list[int] = []  # numbers of threads of the next steps of a comparison
         self._compared: dict[int, list[float]] = {}
         self._pause = _PAUSE
         self._next_down = self._next_up = clock()
-        self._told = False
+        self._warned = False
 
     @contextlib.contextmanager
     def step(self, work: float) -> Iterator[None]:
-        """Compute what is inside with the number of threads that is best now.
+        """Use the best number of threads within this context, and measure it.
 
         Args:
-            work: how much it is, in units of any kind, such as pixels.
+            work: amount of work, in any unit, such as pixels.
         """
         if not self.enabled:
             yield
@@ -92,7 +91,7 @@ class ThreadTuner:
             del self._plan[0]
             self._compared[threads].append(pace)
             if waiting and threads > self.threads:
-                # The other program is still there; no need to look any longer.
+                # The other program is still running.
                 self._plan = []
                 del self._compared[threads]
             if not self._plan:
@@ -103,7 +102,7 @@ class ThreadTuner:
         self._disturbed.append(slow if waiting is None else waiting)
         now, disturbed = self.clock(), sum(self._disturbed) >= _DISTURBED
         if disturbed and self.threads > 1 and now >= self._next_down:
-            # In turn, so that all of them meet the same load.
+            # Alternating, so that all numbers are measured under the same load.
             self._plan = sorted({self.threads // 2, self.threads - 1, self.threads}) * _ROUNDS
             self._compared = {number: [] for number in self._plan}
         elif self.threads < self.most and now >= self._next_up:
@@ -111,7 +110,7 @@ class ThreadTuner:
             self._compared = {self.threads: list(self._paces), self.most: []}
 
     def _decide(self) -> None:
-        """Keep the number of threads that was fastest, if it is worth the change."""
+        """Use the fastest number of threads, if it is faster by enough."""
         mean = {number: statistics.fmean(paces) for number, paces in self._compared.items()}
         best = min(mean, key=mean.__getitem__)
         gain, fewer = mean[self.threads] / mean[best], best < self.threads
@@ -120,26 +119,26 @@ class ThreadTuner:
             self.threads = best
             self._paces.clear()
         self._disturbed.clear()
-        if changed and fewer and not self._told:
-            self._told = True
+        if changed and fewer and not self._warned:
+            self._warned = True
             log.warning(
-                "the cores of this machine are in use by other programs: steps are %.1f times as "
-                "fast with fewer threads; computing with %d instead of %d until that changes. "
-                "Results may differ by rounding; --threads N fixes the number",
+                "other programs use the cores of this machine: steps are %.1f times as fast with "
+                "fewer threads; using %d instead of %d threads until that changes. Results may "
+                "differ by rounding; --threads N fixes the number",
                 *(gain, self.threads, self.most),
             )
         if changed and not fewer:
             return  # no pause: it may have been too early
         self._next_up = self.clock() + self._pause
-        # Still fewer threads may be faster still.
+        # Even fewer threads may be faster.
         self._next_down = self.clock() if changed else self._next_up
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
 def thread_usage() -> tuple[float, float]:
-    """Seconds that the living threads of this process have computed and have waited for a core.
+    """Seconds for which the threads of this process have computed and have waited for a core.
 
-    Zeros where the system does not tell (elsewhere than on Linux).
+    Zeros on systems other than Linux.
     """
     computed = waited = 0
     for file in glob.glob("/proc/self/task/*/schedstat"):
@@ -151,5 +150,5 @@ def thread_usage() -> tuple[float, float]:
 
 
 def pixels(images: Iterable[torch.Tensor]) -> int:
-    """Pixels of (N, C, H, W) batches, the unit of work of a step."""
+    """Number of pixels of (N, C, H, W) tensors."""
     return sum(x.shape[0] * x.shape[-2] * x.shape[-1] for x in images)

@@ -1,4 +1,4 @@
-"""Training: seeded, resumed exactly from any step, validated as it goes, and never hanging."""
+"""Training with validation, checkpoints and exact resuming."""
 
 from __future__ import annotations
 
@@ -24,38 +24,39 @@ def train(
     job: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train the configured model and leave its checkpoint folder in `cfg.DIR`.
+    """Train the configured model and write its checkpoint folder `cfg.DIR`.
 
-    SIGTERM and SIGINT make it finish the step, save its state and return. Killed at any moment and
-    resumed it continues from its newest state; on the CPU its weights are then, bit by bit, those
-    of a run that was never killed.
+    SIGTERM and SIGINT finish the step, save the state and return. A run that is killed continues
+    from its newest state when resumed; on the CPU its weights are then bit-identical to those of an
+    uninterrupted run.
+
+    Without progress for `TRAIN.stall_seconds` the process is ended with exit status 3 and a message
+    that says what it waited for.
 
     Args:
-        cfg: `Options`, or a yacs tree such as `launch.read_config` gives.
-        devices: devices of this process; several are driven by UserScatteredDataParallel.
-        rank, world: place in torchrun's process group (`rendezvous.join_process_group`).
-        resume: "auto" or True continues from the newest state in `cfg.DIR` that is whole, and
-            starts anew where there is none; otherwise a state file, or a folder with one.
-        job: name of the job that this run is part of (`launch.job_name`): one that comes back
-            after it has lost a rank resumes its own states, whatever `resume` says.
+        cfg: `Options`, or a yacs tree, for example from `launch.read_config`.
+        devices: of this process; several are used through UserScatteredDataParallel.
+        rank: in torchrun's process group (`rendezvous.join_process_group`).
+        world: number of ranks.
+        resume: "auto" or True resumes from the newest undamaged state in `cfg.DIR`, or starts from
+            the beginning if there is none; otherwise a state file or a folder with one.
+        job: name of the torchrun job (`rendezvous.job_name`); if torchrun restarts the job after a
+            failure, it resumes its own state for any `resume`.
         progress: show tqdm bars.
 
     Returns:
-        `best_mean_iou` (None when nothing was validated), `checkpoint` (best.pth, or the last
-        epoch), `history`, `step`, `steps`, and `stopped`, the signal that ended the run before its
-        last step ("" when it was completed).
+        `best_mean_iou` (None without validation), `checkpoint` (best.pth or the last epoch),
+        `history`, `step`, `steps`, and `stopped`, the signal that ended the run before its last
+        step ("" if it is complete).
 
     Raises:
         ValueError: unusable data or configuration, before the first step.
-        FloatingPointError: the loss is not finite; the files of the batch are named.
-        ChildProcessError: a loading process died.
-        TimeoutError: no batch came for TRAIN.stall_seconds.
+        FloatingPointError: a non-finite loss, with the files of the batch, or a non-finite weight.
+        ChildProcessError: a data loader process died.
+        TimeoutError: no batch for `TRAIN.stall_seconds`.
         ConnectionError: another rank was lost.
         MemoryError: a GPU is out of memory.
         OSError: the checkpoint folder cannot be written to.
-
-    When nothing moves for TRAIN.stall_seconds and no exception reaches what hangs, the whole
-    process is ended, with exit status 3 and a line that says what it waited for.
     """
     try:
         parts = build(cfg, devices, rank, world, progress and rank == 0, resume, job)

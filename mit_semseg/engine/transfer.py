@@ -1,4 +1,4 @@
-"""Between host and device: copies that nobody waits for, times, threads for the host's part."""
+"""Asynchronous copies to the host, timing on the device, and numbers of helper threads."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mit_semseg.engine.cpu import cores_each
 
 @dataclass(frozen=True)
 class Threads:
-    """Threads beside the one that computes, and how far they are ahead of it and behind.
+    """Numbers of reader and writer threads of a pipeline, and the lengths of its queues.
 
     Attributes:
-        readers: read what is computed next.
-        writers: do what is left to do on the host.
+        readers: threads that read inputs.
+        writers: threads that process and write results.
     """
 
     readers: int
@@ -29,7 +29,7 @@ class Threads:
 
     @classmethod
     def of(cls, device: torch.device, processes: int) -> Threads:
-        """As the cores of each of so many processes allow; on the CPU the network needs them."""
+        """Numbers for one of `processes` processes of this rank."""
         cores = cores_each(processes)
         if device.type == "cpu":
             return cls(2, max(1, cores // 8))
@@ -37,24 +37,22 @@ class Threads:
 
     @property
     def read_ahead(self) -> int:
-        """Tasks that are read, or being read, beyond the one that is computed."""
+        """Most tasks that are read ahead of the computation."""
         return self.readers
 
     @property
     def unwritten(self) -> int:
-        """Tasks that may have been computed and not written."""
+        """Most tasks that are computed and not written yet."""
         return self.writers + 2
 
     @property
     def held(self) -> int:
-        """Tasks that may be taken before there is a first result."""
+        """Most tasks that are taken before the first result."""
         return self.read_ahead + 1 + self.unwritten
 
 
 class HostCopy:
-    """A tensor on its way to the host; whoever starts the copy does not wait for it.
-
-    Made in the thread that computed the tensor, on the current stream of its device.
+    """An asynchronous copy of a tensor to the host, on the current stream of its device.
 
     Args:
         tensor: on any device.
@@ -66,37 +64,37 @@ class HostCopy:
         if tensor.device.type == "cuda":
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._tensor.copy_(tensor, non_blocking=True)
-            # Whoever waits sleeps: a thread that polls would take a core from the others.
+            # A blocking event: the waiting thread sleeps and does not occupy a core.
             self._event = torch.cuda.Event(blocking=True)
             self._event.record(torch.cuda.current_stream(tensor.device))
 
     def wait(self) -> Tensor:
-        """The tensor on the host; may be called from any thread."""
+        """Wait for the copy and return it; may be called from any thread."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensor.cpu()
 
     def array(self) -> np.ndarray:
-        """As `wait`, for NumPy."""
+        """`wait` as a NumPy array."""
         array: np.ndarray = self.wait().numpy()
         return array
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host from which copies to `device` are not waited for."""
+    """The tensor in pinned memory if `device` is a GPU, for asynchronous copies to it."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes a GPU the current device of the calling thread; nothing for the CPU."""
+    """Context in which a GPU is the current device of this thread; no-op for the CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Stopwatch:
-    """Time from its making to `stop`, by the device's own clock; starting it waits for nothing.
+    """Measures the time from creation to `stop` on a device, without synchronising.
 
     Args:
-        device: where the work is done that is timed.
+        device: of the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -104,12 +102,12 @@ class Stopwatch:
         self._marks = [self._mark()]
 
     def stop(self) -> Stopwatch:
-        """The end of the work, as far as it has been started."""
+        """End the measurement with the work launched so far."""
         self._marks.append(self._mark())
         return self
 
     def seconds(self) -> float:
-        """What the work took; waits until it is done."""
+        """The time; waits until the work is done."""
         start, end = self._marks
         if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
             end.synchronize()
@@ -128,7 +126,7 @@ class Stopwatch:
 def stacked(
     inputs: Sequence[Sequence[Tensor]], sizes: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Samples of equal shapes joined into batches; none is dropped.
+    """Samples of equal shapes, concatenated to batches.
 
     Args:
         inputs: per sample, one (1, 3, h, w) tensor per scale.

@@ -1,4 +1,4 @@
-"""A watchdog: a run that makes no progress ends, and says what it was waiting for."""
+"""A watchdog that ends a process without progress, with a message that says what it waits for."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _PATIENCE = 10.0
 
 
 class ReadingBoard:
-    """Which file every loading process is reading, where the process that waits can see it.
+    """Shared memory in which worker processes note the file that they are reading.
 
-    Memory without locks, which a process that dies could take with it.
+    Without locks, since a process may die while it holds one.
 
     Args:
-        readers: number of processes.
+        readers: number of worker processes.
     """
 
     def __init__(self, readers: int) -> None:
         self.slots = [multiprocessing.RawArray("c", _PATH_BYTES) for _ in range(readers)]
 
     def writer(self, reader: int) -> Callable[[str], None]:
-        """A function that notes the file which process number `reader` opens now; "" for none."""
+        """A function that sets the file of process number `reader`; "" for none."""
         slot = self.slots[reader]
 
         def note(path: str) -> None:
@@ -39,27 +39,27 @@ class ReadingBoard:
         return note
 
     def files(self) -> list[str]:
-        """Files that are being read."""
+        """Files being read."""
         return [os.fsdecode(slot.value) for slot in self.slots if slot.value]
 
 
 class Watchdog:
-    """Ends the process when nothing moves for too long.
+    """Ends the process if there is no progress for too long.
 
-    What hangs may be a system call or a collective that no exception reaches, so the process is
-    ended from a thread, with exit status 3, after a line that names what was waited for and a
-    traceback of every thread.
+    A system call or collective that hangs cannot be interrupted by an exception. The process is
+    therefore ended from a thread, with exit status 3, after a message that says what it waits for
+    and a traceback of every thread.
 
     Args:
-        seconds: the limit.
-        name: of this process, in messages.
-        files: what is being read, asked for when the limit is reached.
-        advice: what to do, added to the message.
-        awaited: what is waited for; time counts while it gives the same, and not while it gives
-            None. Without it time counts from one `progress` to the next.
-        what: that is, in words.
-        at_the_end: called before the process ends, to take others along.
-        end: ends the process; for tests.
+        seconds: the time limit.
+        name: of this process, for messages.
+        files: returns the files being read, for messages.
+        advice: what to do, appended to the message.
+        awaited: returns a value for what the process waits for; the time limit restarts when the
+            value changes or is None. By default it restarts with every call of `progress`.
+        what: description of what the process waits for first.
+        before_exit: called before the process ends, to end child processes.
+        end: ends the process; replaced in tests.
     """
 
     def __init__(
@@ -70,15 +70,14 @@ class Watchdog:
         advice: str = "",
         awaited: Callable[[], object] | None = None,
         what: str = "the start",
-        at_the_end: Callable[[], None] = lambda: None,
+        before_exit: Callable[[], None] = lambda: None,
         end: Callable[[int], None] = os._exit,
     ) -> None:
         self.seconds, self.name, self.files, self.advice = seconds, name, files, advice
-        self._at_the_end, self._end = at_the_end, end
+        self._before_exit, self._end = before_exit, end
         self._awaited, self._what = awaited, what
         self._last: object = None
-        # What counts the time and what sets it back are two threads; and a signal may come, and
-        # call `shorten_limit`, in the middle of `progress`.
+        # Reentrant, since a signal handler may call `shorten_limit` within `progress`.
         self._lock = threading.RLock()
         self._limit = seconds
         self._waited = 0.0
@@ -95,20 +94,20 @@ class Watchdog:
         self._thread.join()
 
     def progress(self, what: str) -> None:
-        """Something was done; `what` is waited for next."""
+        """Restart the time limit; `what` describes what the process waits for next."""
         with self._lock:
             self._what = what
             self._waited = 0.0
 
     def shorten_limit(self, seconds: float) -> None:
-        """Wait this long at most from now on."""
+        """Lower the time limit."""
         with self._lock:
             self._limit = min(self._limit, seconds)
             self._waited = 0.0
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """Wait ten times as long for what may take its time, such as a large file."""
+        """Within this context the time limit is ten times as long."""
         with self._lock:
             self._patience = _PATIENCE
         try:
@@ -124,7 +123,7 @@ class Watchdog:
         while not self._closed.wait(tick):
             now = time.monotonic()
             with self._lock:
-                # A process that was stopped and continued has not waited meanwhile.
+                # The time for which the process was suspended does not count.
                 self._waited += min(now - before, 2 * tick)
                 if self._awaited is not None:
                     awaited = self._awaited()
@@ -132,38 +131,34 @@ class Watchdog:
                         self._waited = 0.0
                     self._last = awaited
                 stalled = self._waited > self._limit * self._patience
-                said = f"no progress for {self._waited:.0f} s, waiting for {self._what}"
+                message = f"no progress for {self._waited:.0f} s, waiting for {self._what}"
             before = now
             if stalled:
-                self._abort(said)
+                self._abort(message)
                 return
 
-    def _abort(self, said: str) -> None:
-        # Whoever reads standard error may hang as well: speak for some seconds at most.
-        speech = threading.Thread(target=self._speak, args=(said,), daemon=True)
-        speech.start()
-        speech.join(5)
+    def _abort(self, message: str) -> None:
+        # In a thread, since writing to standard error may hang, too.
+        printing = threading.Thread(target=self._print, args=(message,), daemon=True)
+        printing.start()
+        printing.join(5)
         try:
-            self._at_the_end()
+            self._before_exit()
         finally:
             self._end(3)
 
-    def _speak(self, said: str) -> None:
+    def _print(self, message: str) -> None:
         files = self.files()
         reading = f"; being read: {', '.join(files)}" if files else ""
         advice = f"; {self.advice}" if self.advice else ""
         name = f"{self.name}: " if self.name else ""
-        print(
-            f"{name}error: {said}{reading}{advice}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{name}error: {message}{reading}{advice}", file=sys.stderr, flush=True)
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
 
 
 def reading_watchdog(seconds: float, name: str, advice: str) -> Watchdog:
-    """A watchdog that minds nothing but a file which takes so many seconds to be read."""
+    """A watchdog for files that take longer than `seconds` to read."""
     return Watchdog(
         seconds,
         name=name,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mit_semseg.config import Options
+from mit_semseg.config import ModelOptions, Options
 from mit_semseg.config.options import SETTINGS
 from mit_semseg.dataset.base import FORMATS
 from mit_semseg.dataset.classes import ClassTable
@@ -21,33 +21,54 @@ from mit_semseg.models import external
 from mit_semseg.models.decoders import DECODERS, Decoder
 from mit_semseg.models.encoders import ENCODERS, Encoder
 from mit_semseg.models.encoders.base import Variant, widen_input
+from mit_semseg.models.encoders.timm_backbone import PREFIX, timm_variant
 from mit_semseg.models.module import SegmentationModule, check_head_weights
 from mit_semseg.weights import ClassRows, load_decoder, load_encoder
 
 log = logging.getLogger("mit_semseg")
 
 
-def _encoder(arch: str) -> type[Encoder] | Variant:
-    return ENCODERS.get(arch.lower())
+def _encoder(
+    arch: str, output_stride: int = 0, vit_blocks: Sequence[int] = (), vit_pyramid: bool = False
+) -> type[Encoder] | Variant:
+    if arch.startswith(PREFIX):
+        name = arch.removeprefix(PREFIX)
+        return timm_variant(name, output_stride, tuple(vit_blocks), vit_pyramid)
+    found = ENCODERS.get(arch.lower())
+    if output_stride not in (0, found.strides[-1]) or vit_blocks or vit_pyramid:
+        raise ValueError(
+            f"MODEL.output_stride, vit_blocks and vit_pyramid are for timm encoders, and "
+            f"MODEL.arch_encoder is {arch}: leave them out; a stride is part of its name"
+        )
+    return found
+
+
+def _encoder_options(model: ModelOptions) -> dict[str, Any]:
+    """What `_encoder` takes beside the name."""
+    return {key: getattr(model, key) for key in ("output_stride", "vit_blocks", "vit_pyramid")}
 
 
 def _decoder(arch: str) -> type[Decoder]:
     return DECODERS.get(arch.lower())
 
 
-def check_pair(arch_encoder: str, arch_decoder: str, fc_dim: int | None = None) -> None:
+def check_pair(
+    arch_encoder: str, arch_decoder: str, fc_dim: int | None = None, **encoder_options: Any
+) -> None:
     """Refuses what cannot work, from declarations alone: nothing is built.
 
     Args:
-        arch_encoder: name in `ENCODERS`.
+        arch_encoder: name in `ENCODERS`, or "timm:NAME".
         arch_decoder: name in `DECODERS`.
         fc_dim: MODEL.fc_dim, channels of the encoder's last feature map; None: not checked.
+        encoder_options: of a timm encoder, output_stride, vit_blocks and vit_pyramid (see
+            `ModelBuilder.build_encoder`).
 
     Raises:
         ValueError: an unknown name, or a pair or fc_dim that cannot work, with the reason.
     """
-    encoder = _encoder(arch_encoder)
-    _check_partners(arch_encoder, arch_decoder)
+    encoder = _encoder(arch_encoder, **encoder_options)
+    _check_partners(arch_encoder, encoder, arch_decoder)
     _check_maps(arch_decoder, arch_encoder, len(encoder.channels))
     if fc_dim is not None and fc_dim != encoder.channels[-1]:
         emitted = encoder.channels[-1]
@@ -79,9 +100,12 @@ def check_options(options: Options) -> None:
     if model.arch:
         external.check(options)
         return
-    check_pair(model.arch_encoder, model.arch_decoder, model.fc_dim)
+    encoder_options = _encoder_options(model)
+    of_timm = model.arch_encoder.startswith(PREFIX)
+    fc_dim = None if of_timm and model.fc_dim == ModelOptions.fc_dim else model.fc_dim
+    check_pair(model.arch_encoder, model.arch_decoder, fc_dim, **encoder_options)
     check_aux_weights(model.arch_decoder, options.TRAIN.aux_weights)
-    stride = math.lcm(*_encoder(model.arch_encoder).strides)
+    stride = math.lcm(*_encoder(model.arch_encoder, **encoder_options).strides)
     for section in (options.VAL, options.TEST):
         if any(side % stride for side in section.window):
             fitting = [-(-side // stride) * stride for side in section.window]
@@ -91,10 +115,10 @@ def check_options(options: Options) -> None:
             )
 
 
-def _check_partners(arch_encoder: str, arch_decoder: str) -> None:
+def _check_partners(arch_encoder: str, encoder: type[Encoder] | Variant, arch_decoder: str) -> None:
     """Checks `supported_encoders` of the decoder and `supported_decoders` of the encoder."""
     encoders = _decoder(arch_decoder).supported_encoders
-    decoders = _encoder(arch_encoder).supported_decoders
+    decoders = encoder.supported_decoders
     if encoders and arch_encoder.lower() not in encoders:
         raise ValueError(
             f"decoder {arch_decoder} does not work with encoder {arch_encoder}: set "
@@ -173,24 +197,32 @@ class ModelBuilder:
         fc_dim: int = 512,
         weights: str = "",
         in_channels: int = 3,
+        output_stride: int = 0,
+        vit_blocks: Sequence[int] = (),
+        vit_pyramid: bool = False,
         **options: Any,
     ) -> Encoder:
         """An encoder by name.
 
         Args:
-            arch: name in `ENCODERS`.
+            arch: name in `ENCODERS`, or "timm:NAME" for a model of timm.
             fc_dim: taken for the published signature; an encoder's width follows from its name.
             weights: "" = ImageNet weights by name; "none" = random; else a path, a url, or
                 "torchvision:NAME" or "tfslim:PATH" (see `weights.load_encoder`).
             in_channels: channels of the images: red, green and blue first, others, such as depth,
                 after them (see `encoders.base.widen_input`).
+            output_stride: of a timm encoder, 8, 16 or 32 if it supports that; 0: its own.
+            vit_blocks: of a plain vision transformer of timm, the blocks whose outputs are the
+                feature maps, counted from 0; empty: four, evenly spaced, ending with the last.
+            vit_pyramid: of a plain vision transformer of timm, a simple feature pyramid of one
+                block instead (see `encoders.vit_pyramid`).
             options: passed on to `weights.load_encoder`: mean and std of the input.
 
         Raises:
             ValueError: an unknown name, or weights that do not fit.
             FileNotFoundError: no such weights.
         """
-        encoder = _encoder(arch)()
+        encoder = _encoder(arch, output_stride, vit_blocks, vit_pyramid)()
         widen_input(encoder, in_channels)
         load_encoder(encoder, arch.lower(), weights, **options)
         return encoder
@@ -291,6 +323,7 @@ def _parts(options: Options, classes: Sequence[str]) -> tuple[Encoder, Decoder]:
         fc_dim=model.fc_dim,
         weights=model.weights_encoder,
         in_channels=model.in_channels,
+        **_encoder_options(model),
         mean=[m / data.value_range for m in data.mean],
         std=[s / data.value_range for s in data.std],
     )

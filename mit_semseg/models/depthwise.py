@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,11 @@ class Geometry(NamedTuple):
 class DepthwiseConv2d(nn.Conv2d):
     """`nn.Conv2d` with one filter a channel; the same parameters, state dict and results.
 
-    oneDNN has no fast backward kernels for dilated or strided depthwise convolutions: the
-    gradient of one dilated bfloat16 layer costs hundreds of its forward passes. Both gradients
-    are therefore put in terms of kernels that are fast. On a GPU dilated ones are computed in
-    contiguous memory. Elsewhere, and on the CPU when no gradient is wanted, this is `nn.Conv2d`.
+    oneDNN has no fast backward kernels for dilated or strided depthwise convolutions, nor for
+    filters larger than 3x3: the gradient of one dilated bfloat16 layer costs hundreds of its
+    forward passes. Both gradients are therefore put in terms of kernels that are fast. On a GPU
+    dilated ones are computed in contiguous memory. Elsewhere, and on the CPU when no gradient is
+    wanted, this is `nn.Conv2d`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,11 +39,12 @@ class DepthwiseConv2d(nn.Conv2d):
             return planar_conv2d(self, x)
         if not self._worth_it(x):
             return super().forward(x)
-        weight = self.weight
+        weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             x, weight = x.to(dtype), weight.to(dtype)
-        out: Tensor = _Depthwise.apply(x, weight, self._geometry())
+            bias = None if bias is None else bias.to(dtype)
+        out: Tensor = _Depthwise.apply(x, weight, bias, self._geometry())
         return out
 
     def _geometry(self) -> Geometry:
@@ -53,14 +56,30 @@ class DepthwiseConv2d(nn.Conv2d):
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        plain = x.ndim == 4 and self.bias is None and self.padding_mode == "zeros"
-        if not plain or isinstance(self.padding, str):
+        if x.ndim != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return False
         geometry = self._geometry()
         reach = geometry.reach(self.weight.shape[2:])
         return self.groups == self.in_channels == self.out_channels and all(
             p <= r for p, r in zip(geometry.padding, reach)
         )
+
+
+class DepthwiseConv2dSame(DepthwiseConv2d):
+    """With the padding "SAME" of TensorFlow: just enough for sides / stride, rounded up.
+
+    Where that is an odd number of pixels, there is one more at the right and bottom. `padding` of
+    the layer is 0.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        geometry = self._geometry()
+        reaches = geometry.reach(self.weight.shape[2:])
+        borders: list[int] = []
+        for side, stride, reach in zip(x.shape[2:], geometry.stride, reaches):
+            missing = max((-(-side // stride) - 1) * stride + reach + 1 - side, 0)
+            borders = [missing // 2, missing - missing // 2, *borders]
+        return super().forward(F.pad(x, borders) if any(borders) else x)
 
 
 def planar_conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -77,53 +96,55 @@ def planar_conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class _Depthwise(torch.autograd.Function):
-    """(N, C, H, W) with (C, 1, k, k) -> (N, C, H', W')."""
+    """(N, C, H, W) with (C, 1, k, k) and (C,) or None -> (N, C, H', W')."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
         with torch.autocast("cpu", enabled=False):
-            return F.conv2d(x, weight, None, *geometry, groups=x.shape[1])
+            return F.conv2d(x, weight, bias, *geometry, groups=x.shape[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        grad_x = grad_weight = None
+        grad_x = grad_weight = grad_bias = None
         with torch.autocast("cpu", enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = _input_gradient(grad, weight, x.shape, ctx.geometry)
+                grad_x = _input_gradient(grad, x, weight, ctx.geometry)
             if ctx.needs_input_grad[1]:
                 grad_weight = _weight_gradient(grad, x, weight, ctx.geometry)
-        return grad_x, grad_weight, None
+            if ctx.needs_input_grad[2]:
+                grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The transposed convolution, as a plain one with the flipped filter.
 
-    A strided gradient is first spread out with zeros between its entries; in float32 torch's own
-    kernel is the faster one there.
+    Where it is strided, torch's own kernel for float32 is the fast one, if it is told the layout.
     """
     stride, padding, dilation = geometry
-    if stride != (1, 1) and weight.dtype == torch.float32:
-        x = grad.new_empty(1).expand(shape)  # only its shape is read
-        return _convolution_backward(grad, x, weight, geometry, want="input")
-    reach = geometry.reach(weight.shape[2:])
     if stride != (1, 1):
-        size = (n + 2 * p - r for n, p, r in zip(shape[2:], padding, reach))
-        spread = grad.new_zeros(*shape[:2], *size).contiguous(memory_format=torch.channels_last)
-        spread[:, :, :: stride[0], :: stride[1]] = grad
-        grad = spread
-    border = [r - p for r, p in zip(reach, padding)]
-    return F.conv2d(grad, weight.flip(2, 3), None, 1, border, dilation, groups=shape[1])
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        like_x = torch.empty_like(x, dtype=dtype)  # its shape and layout are read
+        wide = _convolution_backward(grad.to(dtype), like_x, weight.to(dtype), geometry, "input")
+        return wide.to(weight.dtype)
+    border = [r - p for r, p in zip(geometry.reach(weight.shape[2:]), padding)]
+    return F.conv2d(grad, weight.flip(2, 3), None, 1, border, dilation, groups=x.shape[1])
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Correlation of input and output gradient.
 
     A convolution dilated by d is an ordinary one on each of the d x d grids of every d-th pixel:
-    those grids become images of a larger batch, for which the fast kernel exists.
+    those grids become images of a larger batch, for which the fast kernel exists. A filter larger
+    than 3x3 is put together from parts of 3x3.
     """
     stride, padding, dilation = geometry
     if dilation != (1, 1) and stride == (1, 1):
@@ -132,7 +153,25 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry
         grad = _grids(grad, (0, 0), (height, width), dilation)
         x = _grids(x, padding, (height + reach[0], width + reach[1]), dilation)
         geometry = Geometry(stride, padding=(0, 0), dilation=(1, 1))
-    return _convolution_backward(grad, x, weight, geometry, want="weight")
+    if max(weight.shape[2:]) <= 3 or geometry.dilation != (1, 1):
+        return _convolution_backward(grad, x, weight, geometry, "weight")
+    x = F.pad(x, (geometry.padding[1],) * 2 + (geometry.padding[0],) * 2)
+    parts = [
+        [slice(i, i + min(k, 3)) for i in (*range(0, k - 3, 3), max(k - 3, 0))]
+        for k in weight.shape[2:]
+    ]
+    result = torch.empty_like(weight)
+    geometry = Geometry(stride, padding=(0, 0), dilation=(1, 1))
+    for rows, columns in itertools.product(*parts):
+        seen = [
+            slice(part.start, part.stop + s * (n - 1))
+            for part, s, n in zip((rows, columns), stride, grad.shape[2:])
+        ]
+        part = weight[:, :, rows, columns]
+        result[:, :, rows, columns] = _convolution_backward(
+            grad, x[:, :, seen[0], seen[1]], part, geometry, "weight"
+        )
+    return result
 
 
 def _convolution_backward(

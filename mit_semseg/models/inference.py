@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from mit_semseg.errors import one_line
 from mit_semseg.lib.nn.transfer import map_tensors
-from mit_semseg.models.layers import replace_modules
+from mit_semseg.models.layers import BatchNormAct2d, replace_modules
 from mit_semseg.models.module import SegmentationModule
 from mit_semseg.models.winograd import use_winograd
 
@@ -181,7 +181,7 @@ def fold_batchnorm(module: nn.Module, run: Callable[[], Any]) -> int:
         run: runs it once.
 
     Returns:
-        How many BatchNorms became `nn.Identity`.
+        How many BatchNorms are gone.
 
     Raises:
         ValueError: the module is in training mode, where the statistics are the batch's.
@@ -191,8 +191,13 @@ def fold_batchnorm(module: nn.Module, run: Callable[[], Any]) -> int:
     pairs = _Wiring(module).pairs(run)
     for conv, norm in pairs.items():
         _fold(conv, norm)
-    replace_modules(module, {norm: nn.Identity() for norm in pairs.values()})
+    replace_modules(module, {norm: _without_norm(norm) for norm in pairs.values()})
     return len(pairs)
+
+
+def _without_norm(norm: _BatchNorm) -> nn.Module:
+    """What a BatchNorm does beside normalising."""
+    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
 
 
 def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:

@@ -31,6 +31,23 @@ class PooledBatchNorm2d(BatchNorm2d):
         return super().forward(input)
 
 
+class BatchNormAct2d(BatchNorm2d):
+    """BatchNorm, dropout and activation in one module, as in timm, under BatchNorm's names.
+
+    Attributes:
+        drop: dropout, or `nn.Identity`.
+        act: the activation, or `nn.Identity`.
+    """
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        x: Tensor = self.act(self.drop(super().forward(input)))
+        return x
+
+
 def conv_bn_relu(
     n_in: int,
     n_out: int,

@@ -1,1 +1,1 @@
-"""Commands about recipes: can it learn (overfit), what does it cost (profile), many (sweep)."""
+"""Commands for recipes: overfit, profile, sweep and compare."""

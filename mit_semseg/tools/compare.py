@@ -1,4 +1,4 @@
-"""`mit-semseg compare`: evaluations side by side, as a table, a chart and pictures."""
+"""`mit-semseg compare`: a table, a chart and example predictions of several evaluations."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mit_semseg.config import load_config
-from mit_semseg.config.node import Config
+from mit_semseg.config import Options, load_options
 from mit_semseg.dataset import build_split
 from mit_semseg.engine.evaluate import val_dataset
 from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
@@ -25,15 +24,16 @@ log = logging.getLogger("mit_semseg")
 
 @dataclass(frozen=True)
 class Compared:
-    """One evaluation.
+    """An evaluation.
 
     Attributes:
-        name: of the folder that the model was trained in, else of that of the figures.
-        folder: of the figures.
-        model: encoder + decoder; "" where there is no configuration in the folder or above it.
-        mean_iou, pixel_accuracy: in [0, 1]; None where no class occurs.
+        name: of the checkpoint folder, or else of the folder of the evaluation.
+        folder: of the evaluation.
+        model: encoder + decoder; "" without a configuration in the parent folder.
+        mean_iou, pixel_accuracy: in [0, 1]; None if undefined.
         images_per_second: of the evaluation.
-        steps: of the training, and its minutes without validation; 0 where they are not known.
+        steps: of the training; 0 if unknown.
+        train_minutes: time of the training without validation; 0 if unknown.
     """
 
     name: str
@@ -47,10 +47,11 @@ class Compared:
 
     @classmethod
     def read(cls, place: str | Path) -> Compared:
-        """An evaluation from its folder or `eval.json`.
+        """Read an evaluation from its folder or `eval.json`.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, or it is of another kind.
+            FileNotFoundError: there is no `eval.json`.
+            ValueError: it has other content.
         """
         folder = Path(place).parent if Path(place).suffix == ".json" else Path(place)
         file = folder / "eval.json"
@@ -62,15 +63,16 @@ class Compared:
             rate = result["images"] / result["seconds"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{file} holds no evaluation: {one_line(error, named=True)}"
+                f"{file} is not an evaluation: {one_line(error, named=True)}"
             ) from error
-        cfg, here = _config(folder), folder.resolve()
-        of_model = cfg is not None or here.name in ("result_eval", "evaluation")
+        options, here = _options(folder), folder.resolve()
+        of_model = options is not None or here.name in ("result_eval", "evaluation")
+        model = options.MODEL if options else None
         steps = _trained(folder.parent)
         return cls(
             name=here.parent.name if of_model else here.name,
             folder=str(folder),
-            model="" if cfg is None else f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}",
+            model=f"{model.arch_encoder} + {model.arch_decoder}" if model else "",
             mean_iou=figures[0],
             pixel_accuracy=figures[1],
             images_per_second=rate,
@@ -86,14 +88,14 @@ class Compared:
         )
 
 
-def _config(folder: Path) -> Config | None:
-    """The configuration of a model whose checkpoint folder holds this one."""
+def _options(folder: Path) -> Options | None:
+    """The configuration in the parent folder of an evaluation."""
     file = folder.parent / "config.yaml"
-    return load_config(file) if file.is_file() else None
+    return load_options(file) if file.is_file() else None
 
 
 def _trained(folder: Path) -> dict[str, Any]:
-    """The last figures of a training."""
+    """The last line of the metrics of a training."""
     file = folder / METRICS
     lines = read_metrics(file) if file.is_file() else []
     return next((x for x in reversed(lines) if x["kind"] == "train"), {})
@@ -112,20 +114,20 @@ def compare(
 ) -> list[Compared]:
     """Compare evaluations: write `NAME.md`, `NAME.json`, `NAME.png` and `NAME_pictures.png`.
 
-    The pictures are images whose class ids all evaluations have kept (`eval --keep`), as each
-    model sees them; evaluations of other data than the best one's are left out there.
+    `NAME_pictures.png` shows the predictions saved with `eval --keep`, of those evaluations that
+    have the same data and images as the best one.
 
     Args:
         places: folders of evaluations, or `eval.json` files.
         out: folder of the results.
         name: of the files.
-        failed: name -> reason, of what has no evaluation.
+        failed: name -> error, of failed runs.
 
     Returns:
-        The evaluations, the best first.
+        The evaluations, best first.
 
     Raises:
-        FileNotFoundError, ValueError: a place holds no evaluation.
+        FileNotFoundError, ValueError: not an evaluation.
     """
     found = [Compared.read(place) for place in places]
     found.sort(key=lambda x: -1.0 if x.mean_iou is None else x.mean_iou, reverse=True)
@@ -147,7 +149,7 @@ def compare(
 
 
 def table(found: Sequence[Compared], failed: Mapping[str, str] | None = None) -> str:
-    """Evaluations in Markdown."""
+    """A Markdown table of evaluations."""
     rows = ["| name | model | mean IoU | accuracy | steps | minutes | images/s |", f"|{7 * '---|'}"]
     for x in found:
         trained = f"{x.steps} | {x.train_minutes:.1f}" if x.steps else " | "
@@ -159,40 +161,39 @@ def table(found: Sequence[Compared], failed: Mapping[str, str] | None = None) ->
 
 
 def _pictures(found: Sequence[Compared], file: Path) -> None:
-    """Images, truth, and what the models make of them, a row each; nothing without kept ids."""
-    kept = {x: _kept(Path(x.folder)) for x in found}
-    kept = {x: numbers for x, numbers in kept.items() if numbers and _config(Path(x.folder))}
-    if not kept:
+    """Draw images, ground truth and saved predictions, one row each."""
+    saved: list[tuple[Compared, Options, list[int]]] = []
+    for x in found:
+        numbers, options = _saved(Path(x.folder)), _options(Path(x.folder))
+        if numbers and options:
+            saved.append((x, options, numbers))
+    if not saved:
         return
-    cfgs = {x: _config(Path(x.folder)) for x in kept}
-    first = next(iter(kept))
-    same = [x for x in kept if kept[x] == kept[first] and _data(cfgs[x]) == _data(cfgs[first])]
-    cfg = cfgs[first]
-    assert cfg is not None
+    _, options, numbers = saved[0]
     try:
-        data, classes = val_dataset(cfg), build_split(cfg.DATASET, "val").classes
-        samples = [data[number] for number in kept[first]]
-    except (OSError, ValueError) as error:  # the data have moved, or an image cannot be read
+        data, classes = val_dataset(options), build_split(options.DATASET, "val").classes
+        samples = [data[number] for number in numbers]
+    except (OSError, ValueError) as error:  # the data has been moved, or an image is unreadable
         log.warning("%s is not drawn: %s", file, one_line(error, named=True))
         return
     rows = [("image", [x["img_ori"] for x in samples])]
-    rows += [("truth", [x["seg_label"][0].numpy() for x in samples])]
-    for x in same:
-        labels = [np.load(Path(x.folder) / "labels" / f"{number}.npy") for number in kept[x]]
-        rows.append((f"{x.name}, mean IoU {_percent(x.mean_iou)}", labels))
-    # A name may be wider than a picture: it has the row to itself.
+    rows += [("ground truth", [x["seg_label"][0].numpy() for x in samples])]
+    for x, own, own_numbers in saved:
+        if own_numbers == numbers and _data(own) == _data(options):
+            labels = [np.load(Path(x.folder) / "labels" / f"{n}.npy") for n in numbers]
+            rows.append((f"{x.name}, mean IoU {_percent(x.mean_iou)}", labels))
+    # One title per row, since it may be wider than an image.
     tiles = [("" if n else title, x) for title, row in rows for n, x in enumerate(row)]
     image_grid(tiles, file, columns=len(samples), names=classes.names, colors=classes.colors)
 
 
-def _kept(folder: Path) -> list[int]:
-    """Numbers of the images whose class ids were kept, at most as many as a row can show."""
+def _saved(folder: Path) -> list[int]:
+    """Numbers of at most three images with saved predictions."""
     numbers = sorted(int(x.stem) for x in folder.glob("labels/*.npy") if x.stem.isdigit())
     return numbers[:: -(-len(numbers) // 3) or 1]
 
 
-def _data(cfg: Config | None) -> tuple[Any, ...]:
-    """What tells validation data apart."""
-    assert cfg is not None
-    data = cfg.DATASET
+def _data(options: Options) -> tuple[Any, ...]:
+    """What identifies the validation data."""
+    data = options.DATASET
     return data.format, Path(data.root_dataset).resolve(), data.list_val, data.num_class

@@ -1,4 +1,4 @@
-"""`mit-semseg overfit`: a model that cannot overfit one image will not learn many."""
+"""`mit-semseg overfit`: a sanity check that a model can overfit a single image."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ from mit_semseg.dataset import TrainDataset, build_split
 from mit_semseg.engine.training.optim import build_optimizer, set_learning_rates
 from mit_semseg.engine.training.schedule import learning_rate_factor
 from mit_semseg.engine.training.state import seed_everything
+from mit_semseg.errors import counted
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.precision import Precision
 from mit_semseg.visualize.sheets import Sample, contact_sheet
 
-# Accuracy that a model has to reach, and steps between two looks at it.
+# Pixel accuracy to reach, and steps between evaluations.
 TARGET, LOOK = 0.98, 10
-# Learning rates, tried until one succeeds: narrow networks want a high one, those without
-# BatchNorm a low one. The first steps rise to it.
+# Learning rates, tried until one succeeds (narrow networks need a high one, networks without
+# BatchNorm a low one), and steps of warm-up.
 RATES, WARMUP = (1e-3, 5e-3, 2e-4), 10
-# Scores along the short side, at least: coarse networks get a larger image.
+# Least number of logits along the short side; networks with a large stride get a larger image.
 LEAST_SCORES = 10
-# Least momentum of BatchNorm, torch's default: with MobileNetV3's 0.01 the running statistics would
-# still be partly those they began with, a variance of 1 where that of the image is a thousandth.
+# Least momentum of BatchNorm. With MobileNetV3's 0.01 the running statistics would be dominated by
+# their initial values for hundreds of steps.
 MOMENTUM = 0.1
 
 
 @dataclass
 class Overfit:
-    """How well a model has learned one image.
+    """Result of overfitting one image.
 
     Attributes:
         name: of the recipe, or encoder + decoder.
-        accuracy: share of the labelled pixels that are right, at the resolution of the labels.
-        steps: that it took, those of rates that failed left out.
-        rate: the learning rate.
+        accuracy: pixel accuracy, at the resolution of the labels.
+        steps: with the best learning rate.
+        rate: the best learning rate.
         loss: of the last step.
-        seconds: of everything.
-        sample: image, truth and prediction.
+        seconds: total time.
+        sample: image, ground truth and prediction.
     """
 
     name: str
@@ -62,12 +63,13 @@ class Overfit:
     def __str__(self) -> str:
         short = "" if self.accuracy >= TARGET else f", below {100 * TARGET:.0f} %"
         return (
-            f"{self.name}: {100 * self.accuracy:.2f} % after {self.steps} steps of rate "
-            f"{self.rate:g}{short}, loss {self.loss:.3f}, {self.seconds:.0f} s"
+            f"{self.name}: accuracy {100 * self.accuracy:.2f} %{short}, after "
+            f"{counted(self.steps, 'step')} with learning rate {self.rate:g}, loss "
+            f"{self.loss:.3f}, {self.seconds:.0f} s"
         )
 
     def figures(self) -> dict[str, Any]:
-        """All but the sample, as JSON takes it."""
+        """The attributes for JSON, without the sample."""
         return {key: value for key, value in vars(self).items() if key != "sample"}
 
 
@@ -80,24 +82,23 @@ def overfit(
     side: int = 96,
     progress: bool = True,
 ) -> Overfit:
-    """Train a configured model on its first training image, until it knows it.
+    """Train a model on its first training image until it has overfitted it.
 
-    The image is taken as training would take it, but for chance: no flips, no crops, no jitter, no
-    dropout. The statistics of BatchNorm follow with a momentum of 0.1 or more. Labels have the
-    resolution of the network's scores, as the published recipes have them.
+    Without augmentation and dropout, and with a BatchNorm momentum of at least 0.1. Labels have the
+    resolution of the logits, as in the published recipes.
 
     Args:
-        cfg: a checked configuration; its data set must be there.
+        cfg: a checked configuration.
         device: where to compute.
         name: in the result; default: encoder + decoder.
-        steps: at most, for each learning rate that is tried.
-        side: short side of the image in pixels; more for networks that would give less than 10
-            scores along it.
-        progress: show a bar.
+        steps: most steps per learning rate.
+        side: short side of the image in pixels; larger for networks with fewer than 10 logits along
+            it.
+        progress: show a progress bar.
 
     Raises:
         ValueError: the data or the model cannot be used.
-        FileNotFoundError: there is no such data.
+        FileNotFoundError: the data does not exist.
     """
     options = Options.read(cfg)
     if steps < 1:
@@ -121,13 +122,13 @@ def overfit(
 
 
 def one_image(options: Options, side: int, stride: int, depth: bool = True) -> dict[str, Any]:
-    """The batch of the first training image, without chance.
+    """A batch of the first training image, without augmentation.
 
     Args:
         options: the settings.
         side: short side in pixels.
         stride: image pixels per label pixel.
-        depth: False leaves depth out where the recipe has it: bytes instead of floats.
+        depth: whether to include depth, if the recipe has it; without depth images are uint8.
     """
     plain = replace(
         options.DATASET,
@@ -153,7 +154,7 @@ def one_image(options: Options, side: int, stride: int, depth: bool = True) -> d
 
 
 def prepared(module: SegmentationModule) -> SegmentationModule:
-    """The module without dropout, and with statistics that follow within some hundred steps."""
+    """The module without dropout and with a BatchNorm momentum of at least `MOMENTUM`."""
     for layer in module.modules():
         if isinstance(layer, (nn.Dropout, nn.Dropout2d)):
             layer.p = 0.0
@@ -164,7 +165,7 @@ def prepared(module: SegmentationModule) -> SegmentationModule:
 
 @torch.no_grad()
 def label_stride(module: SegmentationModule, options: Options, side: int) -> int:
-    """Image pixels per pixel of the network's scores, 1 for those that give more."""
+    """Stride of the logits in image pixels, at least 1."""
     side = -(-side // 32) * 32
     image = next(module.parameters()).new_zeros(1, options.MODEL.in_channels, side, side)
     return max(side // module.eval().logits(image).shape[-1], 1)
@@ -180,7 +181,7 @@ def _train(
     image: np.ndarray,
     progress: bool,
 ) -> Overfit:
-    """Steps of one learning rate, until the model knows the image."""
+    """Train with one learning rate until the target is reached."""
     optimizer = build_optimizer("AdamW", (module, rate), weight_decay=0.0)
     precision = Precision.of(options.TRAIN.precision, next(module.parameters()).device)
     schedule = TrainOptions(lr_pow=0.9, warmup_iters=WARMUP)
@@ -212,14 +213,14 @@ def _train(
 
 @torch.no_grad()
 def predicted(module: SegmentationModule, batch: dict[str, Tensor]) -> np.ndarray:
-    """The classes of the image, (h, w) as the labels, in evaluation mode."""
+    """Predicted class ids in evaluation mode, (h, w) as the labels."""
     size = (batch["seg_label"].shape[-2], batch["seg_label"].shape[-1])
     inputs = {k: v for k, v in batch.items() if k != "seg_label"}
     return module.eval()(inputs, segSize=size)[0].argmax(0).cpu().numpy()
 
 
 def table(found: list[Overfit]) -> str:
-    """Models in Markdown."""
+    """A Markdown table of results."""
     rows = ["| model | accuracy | steps | learning rate | seconds |", "|---|---|---|---|---|"]
     rows += [
         f"| {x.name} | {100 * x.accuracy:.2f} % | {x.steps} | {x.rate:g} | {x.seconds:.0f} |"
@@ -237,13 +238,12 @@ def run(
     steps: int = 400,
     side: int = 96,
 ) -> Overfit:
-    """The command: `overfit`, and `overfit.md`, `overfit.json` and `overfit.png` (image, truth,
-    prediction and errors) in a folder.
+    """Run `overfit` and write `overfit.md`, `overfit.json` and `overfit.png`.
 
     Args:
-        cfg: the recipe.
+        cfg: a checked configuration.
         device: where to compute.
-        out: the folder.
+        out: folder of the results.
         name, steps, side: see `overfit`.
     """
     folder = Path(out)
@@ -255,5 +255,5 @@ def run(
     (folder / "overfit.json").write_text(json.dumps([found.figures()], indent=2) + "\n", "utf-8")
     sheet = folder / "overfit.png"
     contact_sheet([found.sample], classes.names, classes.colors, sheet, title=found.name)
-    print(f"{found}\nTable and picture in {folder}")
+    print(f"{found}\nResults in {folder}")
     return found

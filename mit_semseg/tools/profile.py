@@ -1,4 +1,4 @@
-"""`mit-semseg profile`: what a recipe costs in parameters, operations, memory and time."""
+"""`mit-semseg profile`: parameters, operations, memory and speed of recipes."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ from mit_semseg.errors import one_line
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.visualize import ratio_bars
 
-# Seconds that a measurement of speed takes at least, after a first call that does not count.
+# Least time and number of calls of a speed measurement, after a warm-up call.
 LEAST_SECONDS, LEAST_CALLS = 2.0, 3
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a model costs; counts are those of one image.
+    """Cost of a model for one image.
 
     Attributes:
         name: of the recipe.
         encoder, decoder: names.
-        parameters: trained numbers of encoder and decoder, with auxiliary heads, which work in
-            training alone; in millions.
-        weights_mib: the size of all parameters and buffers in float32, with auxiliary heads.
-        gflops: floating-point operations of the forward pass in evaluation, in 1e9; a
-            multiplication and an addition are two.
-        activations_mib: what a training step holds for its backward pass, in float32 and without
-            TRAIN.activation_checkpointing.
-        images_per_second: forward passes of one image at a time, as in prediction.
+        parameters: of encoder and decoder, including auxiliary heads, in 1e6.
+        weights_mib: size of parameters and buffers in float32, including auxiliary heads, in MiB.
+        gflops: floating-point operations of the forward pass in evaluation mode, in 1e9;
+            multiplication and addition count as two.
+        activations_mib: activations stored for the backward pass, in float32 and without
+            `TRAIN.activation_checkpointing`, in MiB.
+        images_per_second: speed of prediction with batch size 1.
     """
 
     name: str
@@ -66,11 +65,11 @@ def profile(
     Args:
         cfg: a checked configuration; its data is not needed.
         device: where to compute.
-        size: height and width of the image.
-        name: in the result.
+        size: height and width of the image in pixels.
+        name: in the result; default: encoder + decoder.
 
     Raises:
-        ValueError: the model cannot be built, or works with no image of this size.
+        ValueError: the model cannot be built, or the image is too small for it.
     """
     _check_size(size)
     options = Options.read(cfg).without_weights()
@@ -102,7 +101,7 @@ def _check_size(size: tuple[int, int]) -> None:
 
 @contextmanager
 def _reach(name: str, size: tuple[int, int]) -> Iterator[None]:
-    """Of what a network says of an image that is too small for it, one line that names both."""
+    """Convert errors of a network for an image that is too small to a ValueError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -110,34 +109,34 @@ def _reach(name: str, size: tuple[int, int]) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         reason = one_line(error, 200)
         raise ValueError(
-            f"--size {size[0]} {size[1]}: {name} works with no such image ({reason}); give a "
-            "larger one, of sides that are multiples of 32"
+            f"--size {size[0]} {size[1]} does not work with {name} ({reason}); give a larger size, "
+            "in multiples of 32"
         ) from error
 
 
 @torch.no_grad()
 def operations(module: SegmentationModule, image: Tensor) -> int:
-    """Floating-point operations of convolutions, matrix products and attention."""
+    """Floating-point operations of convolutions, matrix products and attention in evaluation."""
     with FlopCounterMode(display=False) as counter:
         module.eval().logits(image)
     return counter.get_total_flops()
 
 
 def activations(module: SegmentationModule, image: Tensor, options: Options) -> int:
-    """Bytes that a training step keeps for the backward pass, weights left out."""
+    """Bytes stored for the backward pass of a training step, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), x)  # alive, so that it stays unique
+            kept[storage.data_ptr()] = (storage.nbytes(), x)  # kept alive: a unique address
         return x
 
     H, W = image.shape[-2:]
     rate = options.DATASET.segm_downsampling_rate
     label = torch.zeros(1, -(-H // rate), -(-W // rate), dtype=torch.long, device=image.device)
-    # A second image, of which half is counted: some layers cannot learn from one value.
+    # Two images, counted half: BatchNorm needs more than one value per channel.
     batch = {"img_data": image.repeat(2, 1, 1, 1), "seg_label": label.repeat(2, 1, 1)}
     module.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
@@ -148,7 +147,7 @@ def activations(module: SegmentationModule, image: Tensor, options: Options) -> 
 
 
 def speed(module: SegmentationModule, image: Tensor, options: Options) -> float:
-    """Images a second, one at a time, as `predict` computes them (`VAL.precision`)."""
+    """Images per second of prediction with batch size 1, in `VAL.precision`."""
     predictor = Predictor(module, options.DATASET, image.device, precision=options.VAL.precision)
     predictor.logits([image])
     seconds: list[float] = []
@@ -181,29 +180,29 @@ def run(
     size: tuple[int, int],
     out: str | Path = "",
 ) -> list[Profile]:
-    """The command: a table of recipes.
+    """Profile recipes and print a table.
 
-    One that cannot be measured is named and does not stop the others, unless it is the only one.
+    A recipe that fails is reported and skipped, unless it is the only one.
 
     Args:
         recipes: name -> configuration.
         device: where to compute.
-        size: height and width of the image.
-        out: folder for `profile.md`, `profile.json` and `profile.png`; "" writes nothing.
+        size: height and width of the image in pixels.
+        out: folder of `profile.md`, `profile.json` and `profile.png`; "" for no files.
 
     Raises:
-        ValueError: `size` is none, or the only recipe cannot be measured.
+        ValueError: an invalid `size`, or the only recipe fails.
     """
     _check_size(size)
     found = []
     for name, cfg in tqdm(recipes.items(), disable=len(recipes) == 1, leave=False):
         try:
             found.append(profile(cfg, device, size, name=name))
-        except (ValueError, RuntimeError) as error:  # one of those is torch.OutOfMemoryError
+        except (ValueError, RuntimeError) as error:  # includes torch.OutOfMemoryError
             if len(recipes) == 1:
                 raise
             reason = one_line(error, 200)
-            tqdm.write(f"error: {name} is left out: {reason}", file=sys.stderr)
+            tqdm.write(f"error: {name} is skipped: {reason}", file=sys.stderr)
             continue
         if out:
             _write(found, size, Path(out))
@@ -213,7 +212,7 @@ def run(
 
 
 def table(found: Sequence[Profile], size: tuple[int, int]) -> str:
-    """Rows in Markdown, padded so that they read as they are."""
+    """A Markdown table, with padded columns."""
     head = ["recipe", *COLUMNS.values()]
     rows = [[one.name, *(f"{getattr(one, key):.4g}" for key in COLUMNS)] for one in found]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
@@ -232,9 +231,9 @@ def _write(found: Sequence[Profile], size: tuple[int, int], folder: Path) -> Non
     slowest = min(one.images_per_second for one in found)
     ratio_bars(
         [
-            ("images a second", one.name, one.images_per_second / slowest)
+            ("images per second", one.name, one.images_per_second / slowest)
             for one in sorted(found, key=lambda one: -one.images_per_second)
         ],
         folder / "profile.png",
-        title="Speed beside the slowest",
+        title="Speed relative to the slowest",
     )

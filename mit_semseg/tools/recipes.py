@@ -1,4 +1,4 @@
-"""Recipes by the names of their files."""
+"""Names of recipes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from pathlib import Path
 
 
 def named(recipes: Iterable[str | Path]) -> dict[str, str]:
-    """Name -> file, in order; the name is that of the file without its ending.
+    """Name of the file without its extension -> file.
 
     Raises:
-        ValueError: two files have one name.
+        ValueError: two files have the same name.
     """
     found: dict[str, str] = {}
     for recipe in map(str, recipes):
         name = Path(recipe).stem
         if found.setdefault(name, recipe) != recipe:
             raise ValueError(
-                f"two recipes are called {name}: {found[name]} and {recipe}; their results would "
-                "be mixed up: rename one"
+                f"two recipes are called {name}: {found[name]} and {recipe}: rename one of them"
             )
     return found

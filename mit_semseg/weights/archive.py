@@ -1,4 +1,4 @@
-"""Weight files as `torch.save` writes them: verified, then read without running code."""
+"""Weight files of `torch.save` and safetensors: verified, then read without running code."""
 
 from __future__ import annotations
 
@@ -93,9 +93,10 @@ def _wrong_record(archive: zipfile.ZipFile) -> str:
 
 
 def load_checked(path: str | Path, map_location: Any = "cpu") -> Any:
-    """What `torch.save` wrote: the only way files of weights or states are read here.
+    """What `torch.save` or safetensors wrote: the only way files of weights are read here.
 
-    Checksums are compared (`check_archive`), and `weights_only=True` lets the file run no code.
+    Checksums are compared (`check_archive`), and `weights_only=True` lets the file run no code. A
+    file whose name ends in `.safetensors` has neither checksums nor code.
 
     Args:
         path: the file.
@@ -105,6 +106,8 @@ def load_checked(path: str | Path, map_location: Any = "cpu") -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, of another kind, or holds more than tensors and plain values.
     """
+    if Path(path).suffix == ".safetensors":
+        return _load_safetensors(path, map_location)
     check_archive(path)
     refused = f"{path} cannot be read as weights (damaged, or holding more than tensors): "
     if _head(path) != _ZIP and tarfile.is_tarfile(path):
@@ -116,6 +119,19 @@ def load_checked(path: str | Path, map_location: Any = "cpu") -> Any:
             return torch.load(path, map_location=map_location, weights_only=True)
     except _BROKEN_FILE as error:
         raise ValueError(f"{refused}{_why(error)}") from error
+
+
+def _load_safetensors(path: str | Path, device: Any) -> dict[str, Tensor]:
+    try:
+        import safetensors.torch as reader
+        from safetensors import SafetensorError
+    except ImportError as error:
+        raise ValueError(f"{path} needs safetensors: pip install 'mit_semseg[timm]'") from error
+    try:
+        found: dict[str, Tensor] = reader.load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({one_line(error, 120)})") from error
+    return found
 
 
 def _why(error: BaseException) -> str:
@@ -173,7 +189,9 @@ def not_found(path: Path) -> str:
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     files = sorted(
-        f.name for f in folder.iterdir() if f.name.endswith((".pth", ".pt", ".pth.tar", ".bin"))
+        f.name
+        for f in folder.iterdir()
+        if f.name.endswith((".pth", ".pt", ".pth.tar", ".bin", ".safetensors"))
     )
     shown = ", ".join(files[:20]) + (", ..." if len(files) > 20 else "") if files else "none"
     return f"weight file {path} {what}; weight files in {folder.resolve()}: {shown}"

@@ -76,16 +76,6 @@ class LoadReport:
         return f"{self.what} from {self.file}: {', '.join(parts)}"
 
 
-def _say(line: str, problem: bool) -> None:
-    """Logs; prints where nobody has set logging up, since the user is to see it either way."""
-    if not logger.hasHandlers():
-        print(line)
-    elif problem:
-        logger.warning(line)
-    else:
-        logger.info(line)
-
-
 def _weighty(own: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that a file has to have: counters of batches may be missing."""
     counters = (*_BOOKKEEPING, "num_batches_tracked")
@@ -248,7 +238,7 @@ def load_into(
     if strict and not report.ok:
         raise ValueError(f"{report}")
     module.load_state_dict(fitting, strict=False)
-    _say(str(report), problem=not report.ok)
+    logger.log(logging.INFO if report.ok else logging.WARNING, "%s", report)
     return report
 
 
@@ -298,6 +288,8 @@ def load_encoder(
     text = str(weights)
     if text.lower() == "none":
         return None
+    if arch.startswith("timm:"):
+        return _load_timm(encoder, arch, text)
     kind, _, rest = text.partition(":")
     if kind == "torchvision":
         path = fetch_torchvision(rest, encoder=arch)
@@ -316,6 +308,39 @@ def load_encoder(
     renamed = _of_torchvision(path, state, encoder)
     file = str(path) if renamed is None else f"{path} (torchvision)"
     return _initialise(encoder, arch, state if renamed is None else renamed, file)
+
+
+def _load_timm(encoder: Any, arch: str, weights: str) -> LoadReport:
+    """Initialises the network of timm in an encoder (`encoders.timm_backbone`)."""
+    if weights.startswith(("torchvision:", "tfslim:")):
+        raise ValueError(
+            f"MODEL.weights_encoder {weights!r} is not for {arch}: leave it out for timm's "
+            "weights, or set none or a file saved by timm"
+        )
+    net: nn.Module = encoder.net
+    if not weights:
+        place, state = encoder.published_state()
+        return _initialise(net, arch, state, place)
+    path = resolve(weights)
+    return _initialise(net, arch, timm_names(read_state_dict(path), net), str(path))
+
+
+def timm_names(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """A timm classifier's tensors under the names that they have in its network of features.
+
+    timm joins the names of the first two levels there ("stages.0" becomes "stages_0"), or has the
+    whole network inside another ("model.blocks"). Names of an encoder saved here begin with "net.".
+
+    Args:
+        state: of a classifier, of a network of features, or of an encoder.
+        net: the network of features.
+    """
+    own = net.state_dict().keys()
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        names = (key, key.replace(".", "_", 1), f"model.{key}", key.removeprefix("net."))
+        renamed[next((name for name in names if name in own), key)] = value
+    return renamed
 
 
 def _of_torchvision(
@@ -345,10 +370,11 @@ def _initialise(
     found = [key for key in wanted if key in state]
     if 0 < 2 * len(found) < len(wanted):
         path = file.removesuffix(" (torchvision)").removesuffix(" (TF-slim)")
+        names = f", or to 'torchvision:{path}' or 'tfslim:{path}' if it is under such names"
         raise ValueError(
             f"{file} does not fit encoder {arch}: it has {len(found)} of its {len(wanted)} tensors"
             f" (it has {len(state)}{few(list(state), 2)}): set MODEL.weights_encoder to weights "
-            f"of {arch}, or to 'torchvision:{path}' or 'tfslim:{path}' if it is under such names"
+            f"of {arch}{'' if arch.startswith('timm:') else names}"
         )
     fitting = {k: _widened(v, own[k].shape) if k in own else v for k, v in state.items()}
     return load_into(encoder, fitting, what="encoder", file=file)

@@ -303,7 +303,7 @@ def test_bad_checkpoints(
     files = corpus.weight_files(bad, tmp_path / "faults", marker, FAULTS[what])
     for fault, (path, message) in files.items():
         if what == "train --resume" and fault.startswith("another"):
-            message = "is no state of a run"  # weights alone are not
+            message = "is not a state of a run"  # weights alone are not
         shutil.copyfile(path, bad)
         with untouched(but=out):
             error = command(*words).error
@@ -328,7 +328,7 @@ def test_bad_states(tmp_path: Path, model: Config, command: Command, untouched: 
             {**good, **odd, "history": [1], "config": 3},
             "(config, encoder, epoch_iters, history, position, step: missing",
         ),
-        ({**good, "step": -1}, "is no state of a run (step: missing"),
+        ({**good, "step": -1}, "is not a state of a run (step: missing"),
         ({**good, "encoder": {"conv1.weight": 3}}, unfit),
         ({**good, "history": {"train": 3}}, unfit),
         ({**good, "history": {"train": {"loss": 3}}}, unfit),

@@ -172,7 +172,7 @@ def test_new_shapes_are_judged_against_known_ones():
     assert all(side % 8 == 0 and side <= 1000 for shape in drawn for side in shape)
 
 
-def test_files_are_judged_where_there_are_the_cores(monkeypatch):
+def test_folder_prediction_is_judged_with_enough_cores(monkeypatch):
     row = FolderPrediction(rate=90, cores=1)
     result = {"seconds": 1 / 91, "kernels": None}
     assert row.judge(row.measured({"ours": Timing([9.0], result=result)}))[1] is True
@@ -264,7 +264,7 @@ def test_a_gpu_is_measured():
     assert peak is not None and 64 <= peak < 64 * 4
 
 
-def test_the_published_side_has_torchs_own_settings():
+def test_the_published_procedure_runs_with_torchs_defaults():
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     try:
@@ -300,7 +300,7 @@ def light(row):
 
 @pytest.mark.timeout(900)  # dozens of short calls, each of which other programs may hold up
 @pytest.mark.slow
-def test_the_rows_of_a_gpu_run_on_a_cpu_on_little(tmp_path):
+def test_gpu_rows_run_on_the_cpu_at_a_small_size(tmp_path):
     # One of each kind; synchronised BatchNorm is a row of the CPU's too, and has one size only.
     rows_of_gpu = [row for row in gpu.gpu_rows(TINY) if not isinstance(row, rows.SyncBatchNorm)]
     small = list({type(row): light(row) for row in rows_of_gpu}.values())
@@ -334,7 +334,7 @@ def test_replicas_of_equal_batches_have_the_loss_of_one():
 
 
 @pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="Linux tells in /proc")
-def test_other_programs_are_what_is_left_of_the_cores(tmp_path, monkeypatch):
+def test_cores_used_by_other_programs(tmp_path, monkeypatch):
     stat = tmp_path / "stat"
     core = min(os.sched_getaffinity(0))
     absent = max(os.sched_getaffinity(0)) + 1
@@ -370,7 +370,7 @@ def test_results_are_written(tmp_path, capsys, monkeypatch):
         assert picture.width > 400
 
 
-def test_no_row_is_begun_that_does_not_fit_into_the_time(tmp_path, capsys, monkeypatch):
+def test_rows_beyond_the_time_limit_are_not_run(tmp_path, capsys, monkeypatch):
     """In processes as users have them, on a machine that nobody else uses."""
     monkeypatch.setattr(OtherPrograms, "cores", lambda self: 0.1)
     monkeypatch.setattr(command, "convolution_rate", lambda precision: 1e9)
@@ -384,7 +384,7 @@ def test_no_row_is_begun_that_does_not_fit_into_the_time(tmp_path, capsys, monke
     assert "warning" not in capsys.readouterr().out
 
 
-def test_what_cannot_be_run_is_said(tmp_path):
+def test_impossible_requests_are_refused(tmp_path):
     with pytest.raises(ValueError, match="--only unicorns: no row"):
         command.bench("cpu", tmp_path, only="unicorns")
     with pytest.raises(ValueError, match="no GPU"):

@@ -30,7 +30,7 @@ def build(encoder, decoder):
     ("encoder", "decoder"), [("resnet18dilated", "ppm"), ("mobilenetv2dilated", "c1")]
 )
 @torch.no_grad()
-def test_the_network_is_the_same_without_our_layers(encoder, decoder):
+def test_the_published_network_computes_the_same(encoder, decoder):
     module = build(encoder, decoder)
     plain = published.as_published(module)
     kinds = {type(layer) for layer in plain.modules()}

@@ -87,5 +87,5 @@ def test_too_many_bad_samples_stop_after_eight_more(samples: Samples) -> None:
     for count, tried in ((12, 8), (1, 0)):
         with pytest.raises(ValueError, match=rf"truncated.*any of {tried} others.*data check"):
             samples.train(records[:count], on_error="skip")[0]
-    with pytest.raises(ValueError, match=r"on_error is 'ignore'; it is one of stop, skip"):
+    with pytest.raises(ValueError, match=r"on_error is 'ignore'; give one of stop, skip"):
         samples.train(records, on_error="ignore")

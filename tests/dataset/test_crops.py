@@ -292,20 +292,20 @@ def test_every_batch_has_one_size_and_one_layout(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------ settings
-FACTORS = "give the least and the greatest factor"
+FACTORS = "give minimum and maximum"
 
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("batching", "crops", "is 'crops'; did you mean 'crop'|is one of aspect, crop"),
+        ("batching", "crops", "is 'crops'; did you mean 'crop'|give one of aspect, crop"),
         ("scale_jitter", [2.0, 0.5], rf"is \[2.0, 0.5\]; {FACTORS}"),
         ("scale_jitter", [0.5], rf"is \[0.5\]; {FACTORS}"),
         ("scale_jitter", [0, 2], rf"is \[0(.0)?, 2(.0)?\]; {FACTORS}"),
-        ("random_rotation", -10, r"is -10; degrees within \[0, 180\]"),
-        ("random_rotation", 181, r"is 181; degrees within \[0, 180\]"),
-        ("random_blur", 1.5, r"is 1.5; a probability within \[0, 1\]"),
-        ("random_blur", -1, "is -1; a probability"),
+        ("random_rotation", -10, r"is -10; give degrees in \[0, 180\]"),
+        ("random_rotation", 181, r"is 181; give degrees in \[0, 180\]"),
+        ("random_blur", 1.5, r"is 1.5; give a probability in \[0, 1\]"),
+        ("random_blur", -1, "is -1; give a probability"),
     ],
 )
 def test_settings_are_checked_one_by_one(key: str, value: Any, says: str) -> None:
@@ -318,7 +318,7 @@ def test_settings_are_checked_one_by_one(key: str, value: Any, says: str) -> Non
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"crop_size": []}, r"needs the size of the crops: set DATASET.crop_size \[height, width"),
+        ({"crop_size": []}, r"needs a crop size: set DATASET.crop_size \[height, width"),
         ({"crop_size": [40, 48]}, r"\[40, 48\].*multiples of .*padding_constant 16.*\[48, 48\]"),
         ({"segm_downsampling_rate": 12}, "padding_constant 16 is no multiple of .*rate 12"),
         ({"batch": 0}, "batch_size_per_gpu is 0"),

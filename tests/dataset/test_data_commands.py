@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dataset_files import Samples, put, put_image, row
+from PIL import Image
 
 from mit_semseg.arguments import build_parser
 from mit_semseg.dataset import read_odgt
@@ -89,6 +90,23 @@ def test_make_odgt_reports_what_it_leaves_out(
         make_odgt(root / "images", root / "none", root / "p")
     with pytest.raises(ValueError, match="split is 1.5"):
         make_odgt(root / "images", root / "masks", root / "q", split=1.5)
+
+
+def test_make_odgt_leaves_out_masks_that_cannot_store_labels(samples: Samples) -> None:
+    for name in ("good", "grey", "colour", "lossy"):
+        samples.write(name)
+    masks = samples.root / "masks"
+    Image.open(masks / "grey.png").convert("RGB").save(masks / "grey.png")
+    colour = np.array(Image.open(masks / "good.png").convert("RGB")) + np.uint8([0, 1, 2])
+    put(masks / "colour.png", colour)
+    Image.open(masks / "lossy.png").save(masks / "lossy.jpg")
+    (masks / "lossy.png").unlink()
+    report = make_odgt(samples.root / "images", masks, samples.root / "lists", split=1)
+    listed = [Path(x["fpath_img"]).stem for x in read_odgt(report["training"])]
+    assert listed == ["good", "grey"]
+    colour_error, lossy_error = report["unusable"]
+    assert "colour.png: a mask of mode RGB does not hold one class" in colour_error
+    assert "lossy.jpg: a JPEG mask has altered label values; save masks as PNG" in lossy_error
 
 
 # ------------------------------------------------------------------------------ check

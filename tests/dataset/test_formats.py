@@ -18,6 +18,7 @@ from dataset_files import ROOT, config, ids, named, put, put_image, put_pair, ro
 from mit_semseg.config import DataOptions
 from mit_semseg.dataset import (
     FORMATS,
+    ClassTable,
     Split,
     TrainDataset,
     build_split,
@@ -350,7 +351,7 @@ def test_vocs_palette_is_that_of_its_masks() -> None:
 
 
 # ------------------------------------------------------------------------------ check_sample
-ONE = "all labelled pixels in 1 sampled masks are of one class out of 2"
+ONE = "all labelled pixels in 1 sampled mask are of one class out of 2"
 
 
 def sample(root: Path, label_map: LabelMap, *stored: int) -> Split:
@@ -370,7 +371,7 @@ def sample(root: Path, label_map: LabelMap, *stored: int) -> Split:
         (
             [0, 255],
             LabelMap.shifted(2, 0, [255]),
-            [r"hold only 0 and 255, one of which is ignored: .*\[\[0, 0\], \[255, 1\]\]"],
+            [r"only 0 and 255 occur in 1 .*and one is ignored: .*\[\[0, 0\], \[255, 1\]\]"],
         ),
     ],
 )
@@ -381,6 +382,22 @@ def test_check_sample_warns_of_what_looks_wrong(
     assert len(found) == len(warnings) and caplog.messages == found
     for line, pattern in zip(found, warnings):
         assert re.search(pattern, line), line
+
+
+@pytest.mark.parametrize(
+    ("num_class", "labels", "warns"),
+    [(4, [0, 1, 2], True), (4, [0, 3], False), (5, [0, 1, 2, 3], False), (150, [0, 7, 111], True)],
+)
+def test_check_sample_warns_of_too_many_classes(
+    tmp_path: Path, num_class: int, labels: list[int], warns: bool
+) -> None:
+    split = sample(tmp_path, LabelMap.shifted(num_class, 0), *labels)
+    split = Split(split.records, ClassTable.numbered(num_class), split.label_map)
+    message = (
+        f"the highest class in 1 sampled mask is {max(labels)}, but DATASET.num_class is "
+        f"{num_class}; check DATASET.num_class"
+    )
+    assert check_sample(split) == ([message] if warns else [])
 
 
 def test_check_sample_stops_at_a_bad_sample_or_warns_of_it(tmp_path: Path) -> None:

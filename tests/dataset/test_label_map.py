@@ -89,7 +89,7 @@ def test_the_check_alone_agrees_with_the_list_of_values(kind: Any, values: dict[
     [
         ({"label_offset": -1}, "label_offset is -1"),
         ({"label_offset": 0, "ignore_label": [-1]}, r"ignore_label is \[-1\]"),
-        ({"label_map": [7, 8]}, r"label_map is \[7, 8\]; give pairs \[stored value, class\]"),
+        ({"label_map": [7, 8]}, r"label_map is \[7, 8\]; give pairs \[mask value, class\]"),
         ({"label_map": [[7, 0, 1]]}, "label_map .*give pairs"),
         ({"label_map": [[0, 0.5]]}, "label_map .*give pairs"),
         ({"label_map": [["7", 0]]}, "label_map .*give pairs"),
@@ -98,7 +98,7 @@ def test_the_check_alone_agrees_with_the_list_of_values(kind: Any, values: dict[
         ({"label_map": [{0: 0}]}, "label_map .*give pairs"),
         ({"label_map": [[7, 3]]}, r"class 3, but DATASET.num_class is 3: classes are 0\.\.2"),
         ({"label_map": [[7, -2]]}, "label_map .*class -2"),
-        ({"label_map": [[7, 0], [7, 1]]}, "label_map .*has the stored value 7 twice"),
+        ({"label_map": [[7, 0], [7, 1]]}, "label_map .*has the mask value 7 twice"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], says: str) -> None:

@@ -164,7 +164,7 @@ def test_color_jitter_moves_colors_within_its_strength() -> None:
         ({"color_jitter": 2.0}, "color_jitter is 2.0"),
         ({"color_order": "GRB"}, "color_order is 'GRB'"),
         ({"value_range": 100}, "value_range is 100"),
-        ({"std": [1.0, 1.0]}, "three in all"),
+        ({"std": [1.0, 1.0]}, "give three numbers"),
     ],
 )
 def test_options_that_cannot_work_are_refused(change: dict[str, object], says: str) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from mit_semseg.config.node import Config
 from mit_semseg.engine.training.build import build
 from mit_semseg.engine.training.checkpoints import RunFolder
+from mit_semseg.engine.training.step import TrainStep
 from mit_semseg.engine.training.trainer import Trainer
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models import ENCODERS, Encoder
@@ -41,7 +45,7 @@ DROPOUT = {"MODEL__arch_encoder": "small_dropout"}
 
 
 def register() -> None:
-    """For this process, which is none that looks at every encoder there is."""
+    """Register the encoders until this process ends: one without tests of every encoder."""
     ENCODERS._entries.update(SMALL)
 
 
@@ -74,3 +78,21 @@ def assert_same_weights(one: Config, other: Config, checkpoint: str) -> None:
     assert expected.keys() == got.keys()
     for key, value in expected.items():
         assert torch.equal(value, got[key]), key
+
+
+def signal_after(steps: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal in the middle of a step."""
+    take_step, add = Trainer._step, TrainStep.add
+    running: list[Trainer] = []
+
+    def remember(self: Trainer, *args: Any) -> Any:
+        running[:] = [self]
+        return take_step(self, *args)
+
+    def and_signal(self: TrainStep, batch: list[dict[str, Any]]) -> None:
+        if running[0].progress.step == steps and not running[0].parts.supervisor.stop_signal:
+            os.kill(os.getpid(), number)
+        add(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", remember)
+    monkeypatch.setattr(TrainStep, "add", and_signal)

@@ -106,9 +106,9 @@ def test_a_cache_that_cannot_be_used_is_no_error(cfg, tmp_path):
 
 
 def test_mistakes_are_named(cfg):
-    with pytest.raises(ValueError, match=r"'mean'; it takes none, sqrt, median, enet or a list"):
+    with pytest.raises(ValueError, match=r"'mean'; give none, sqrt, median, enet or a list"):
         weights(cfg, "mean")
-    with pytest.raises(ValueError, match=r"has 2 numbers; DATASET\.num_class is 4"):
+    with pytest.raises(ValueError, match=r"has 2 numbers, but DATASET\.num_class is 4"):
         weights(cfg, [1, 2])
     (Path(cfg.DATASET.root_dataset) / "ann" / "part0" / "2.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"2\.png"):
@@ -123,7 +123,7 @@ def frequencies(cfg, count):
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1999, 2975])
-def test_a_sample_reaches_from_end_to_end(cfg, monkeypatch, count):
+def test_sampled_masks_are_spread_over_the_whole_list(cfg, monkeypatch, count):
     """Lists are sorted, by city or by film: the first thousand are no fair sample."""
     seen = []
 
@@ -138,7 +138,7 @@ def test_a_sample_reaches_from_end_to_end(cfg, monkeypatch, count):
     assert max(np.diff(seen), default=1) <= 3
 
 
-def test_classes_that_the_sample_lacks_are_looked_for_in_more_masks(cfg, monkeypatch):
+def test_a_missing_class_enlarges_the_sample(cfg, monkeypatch):
     counted = []
 
     def count(records, *args):

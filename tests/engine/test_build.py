@@ -22,7 +22,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ("off", GPU, False, 1),
     ],
 )
-def test_shapes_are_few_on_a_gpu(wanted, device, fixed_size, expected):
+def test_shape_bucket(wanted, device, fixed_size, expected):
     assert shape_bucket(wanted, device, fixed_size) == expected
 
 
@@ -48,7 +48,7 @@ def test_memory_format(encoder, device, precision, expected):
     assert keeps_channels_last(False, found, module) is False
 
 
-def test_settings_of_both_are_read_from_files_and_commands():
+def test_channels_last_and_shape_bucket_are_settings():
     read = load_config(None, ["TRAIN.channels_last", "true", "TRAIN.shape_bucket", "32"]).TRAIN
     assert (read.channels_last, read.shape_bucket) == (True, 32)
     defaults = load_config(None).TRAIN

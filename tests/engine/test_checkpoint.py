@@ -101,14 +101,14 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     make_writable(tmp_path / "a" / "b", "DIR")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "c").write_text("a file")
-    with pytest.raises(OSError, match=r"DIR .*c/d cannot be written to \(.*\): give another"):
+    with pytest.raises(OSError, match=r"DIR .*c/d cannot be written to \(.*\): use another folder"):
         RunLock(tmp_path / "c" / "d").acquire()
     with pytest.raises(OSError, match=r"--out /proc/self/results cannot be written to"):
         make_writable("/proc/self/results", "--out")
 
 
 # ------------------------------------------------------------------------------ names
-def test_names_are_whole_pairs_in_order(tmp_path):
+def test_only_complete_checkpoints_are_listed_in_order(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.latest_epoch() == 0
     pairs(tmp_path, "best.pth")
@@ -141,11 +141,11 @@ def test_a_missing_checkpoint_is_answered_with_those_there_are(tmp_path):
     assert str(error.value) == f"{wanted} does not exist; {tmp_path} has epoch_2.pth, best.pth"
     (tmp_path / "new" / "earlier_1").mkdir(parents=True)
     pairs(tmp_path / "new" / "earlier_1", "best.pth")
-    with pytest.raises(FileNotFoundError, match=r"an earlier run has left its own in .*earlier_1"):
+    with pytest.raises(FileNotFoundError, match=r"that of an earlier run is in .*earlier_1"):
         CheckpointFolder(tmp_path / "new").files("best.pth")
     with pytest.raises(FileNotFoundError, match=r"decoder_epoch_3\.pth does not exist"):
         folder.files("epoch_3.pth")
-    with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist.*no checkpoint fol"):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist.*not a checkpoint"):
         folder.config()
 
 
@@ -155,7 +155,7 @@ def test_a_folder_without_checkpoints_is_answered_with_what_it_holds(tmp_path, a
         with pytest.raises(FileNotFoundError) as error:
             folder.files("best.pth") if ask == "files" else folder.best_or_latest()
         assert "\n" not in str(error.value)
-        fix = "train first, or put encoder_best.pth and"
+        fix = "train first, or copy encoder_best.pth and"
         assert (fix in str(error.value)) == (ask == "files")
         return str(error.value)
 
@@ -184,7 +184,7 @@ def test_resolve_checkpoint(checkpoint, folder, name):
 @pytest.mark.parametrize(
     ("keep", "left"), [(0, [1, 2, 10]), (1, [10]), (2, [2, 10]), (9, [1, 2, 10])]
 )
-def test_old_epochs_are_dropped_whole(tmp_path, keep, left):
+def test_old_epochs_are_removed_with_their_history(tmp_path, keep, left):
     folder = pairs(tmp_path, "epoch_1.pth", "epoch_2.pth", "epoch_10.pth", "best.pth")
     touch(tmp_path, "history_epoch_1.pth", "history_epoch_2.pth", "history_epoch_10.pth")
     folder.drop_epochs(keep)
@@ -311,7 +311,7 @@ def predictions(cfg, checkpoint="best.pth"):
         return load_model(cfg, checkpoint).logits(image)
 
 
-def test_the_folder_describes_its_model(trained, tmp_path):
+def test_a_checkpoint_folder_holds_configuration_and_classes(trained, tmp_path):
     cfg, _ = trained
     folder = CheckpointFolder(cfg.DIR)
     assert folder.config() == cfg

@@ -28,7 +28,7 @@ def test_threads(threads, count, expected):
     assert cv2.getNumThreads() <= 1  # whatever this build calls "in the caller's thread"
 
 
-def test_cores_are_those_this_process_may_use(monkeypatch):
+def test_cpu_count_respects_affinity(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert cpu_count() == 3
@@ -38,7 +38,7 @@ def test_cores_are_those_this_process_may_use(monkeypatch):
     assert cpu_count() == 1
 
 
-def test_ranks_of_a_machine_are_those_torchrun_names(monkeypatch):
+def test_local_ranks_follow_torchrun(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert cpu.local_ranks() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

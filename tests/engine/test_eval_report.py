@@ -36,7 +36,7 @@ def test_counts_of_ranks_add_up(monkeypatch):
     assert part.matrix.matrix.tolist() == [[1, 1], [0, 1]]
 
 
-def test_a_class_that_occurs_nowhere_is_not_available():
+def test_a_class_without_pixels_is_printed_as_not_available():
     figures = {"iou": 0.5, "dice": 2 / 3, "accuracy": 0.25}
     rows = [{"index": 0, "name": "road", "pixel_share": 1.0, **figures}]
     rows += [{"index": 1, "name": "tree", "pixel_share": 0.0, **dict.fromkeys(figures, math.nan)}]
@@ -50,10 +50,10 @@ def test_a_class_that_occurs_nowhere_is_not_available():
     assert "Mean IoU: 0.4126, Accuracy: 79.73%, Inference Time: 0.0421s" in lines
 
 
-def test_one_class_in_figures_by_hand():
+def test_single_class_warnings():
     classes, matrix = ClassTable.of(["floor", "crack"]), ConfusionMatrix(2)
-    labelled = "every labelled pixel is floor, and every one is predicted as floor: check DATA"
-    predicted = "every pixel of all images is predicted as flo"
+    labelled = "all labelled pixels are floor, and all are predicted as floor: check DATASET"
+    predicted = "all pixels of all images are predicted as flo"
     for pixels, start in (
         (([0], [-1]), ""),  # nothing was labelled
         (([0, 0, 0], [0, 0, -1]), labelled),

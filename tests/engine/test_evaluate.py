@@ -193,30 +193,30 @@ def test_batches_keep_every_image_and_pictures_never_collide(cfg, tmp_path):
     assert (truth[mask == 0] == 0).all()
 
 
-def test_one_class_everywhere_is_pointed_out(cfg, tmp_path, caplog):
+def test_predicting_a_single_class_warns(cfg, tmp_path, caplog):
     module = load_model(cfg, "best.pth")
     evaluate(cfg, [CPU], model=module, out_dir=tmp_path, progress=False)
     assert "predicted as" not in caplog.text
     module.decoder.conv_last.bias.data[2] += 1e4
     evaluate(cfg, [CPU], model=module, out_dir=tmp_path, progress=False)
     (said,) = [r.getMessage() for r in caplog.records if "predicted as" in r.getMessage()]
-    assert said.startswith("every pixel of all images is predicted as class 2: look at the masks")
+    assert said.startswith("all pixels of all images are predicted as class 2: check the masks")
 
 
 # ------------------------------------------------------------------------------ settings
 def test_data_with_the_classes_in_another_order_are_refused(cfg, tmp_path, caplog):
     cfg.DATASET.classes = str(tmp_path / "names.csv")
     ClassTable.of(["sky", "road", "car", "tree"]).save(tmp_path / "names.csv")
-    message = "class 0 of the checkpoint is 'road', of DATASET.list_val 'sky': number the"
+    message = "class 0 is 'road' in the checkpoint and 'sky' in DATASET.list_val: use the"
     with pytest.raises(ValueError, match=message):
         evaluate(cfg, [CPU], out_dir=tmp_path, progress=False)
     ClassTable.of(["road", "sky", "vehicle", "tree"]).save(tmp_path / "names.csv")
     result = evaluate(cfg, [CPU], out_dir=tmp_path, progress=False)
     assert [row["name"] for row in result["classes"]] == list(NAMES)
-    assert "class 2 of the checkpoint is 'car', of DATASET.list_val 'vehicle'" in caplog.text
+    assert "class 2 is 'car' in the checkpoint and 'vehicle' in" in caplog.text
 
 
-def test_scales_and_flip_of_the_evaluation_are_its_own(cfg, tmp_path):
+def test_evaluation_scales_and_flip_override_the_data_set(cfg, tmp_path):
     cfg.VAL.imgSizes, cfg.VAL.flip = [40], True
     other = cfg.clone()
     other.DATASET.imgSizes, other.VAL.imgSizes = 40, []  # one scale needs no list
@@ -316,9 +316,7 @@ def test_what_cannot_be_evaluated_is_refused(cfg, tmp_path, make_images):
 
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(("workers", "batch_size"), [(1, 1), (1, 3), (2, 2)])
-def test_bad_files_are_named_counted_and_left_out(
-    workers, batch_size, damaged, tmp_path, capsys, caplog
-):
+def test_bad_files_are_reported_and_skipped(workers, batch_size, damaged, tmp_path, capsys, caplog):
     cfg = damaged
     cfg.VAL.batch_size, cfg.VAL.visualize = batch_size, True
     result = evaluate(cfg, [CPU], workers, out_dir=tmp_path / "out", progress=False)
@@ -329,7 +327,7 @@ def test_bad_files_are_named_counted_and_left_out(
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["failed"] == result["failed"]
     printed = capsys.readouterr().out
     assert f"2 of 5 images failed:\n  {names[0]}: " in printed and "3 images, " in printed
-    told = [record.getMessage() for record in caplog.records if "left out" in record.message]
+    told = [record.getMessage() for record in caplog.records if "skipped" in record.message]
     assert sorted(line.split(": ")[1] for line in told) == names
     drawn = {path.name for path in (tmp_path / "out" / "pictures").rglob("*.png")}
     assert drawn == {"0.png", "2.png", "4.png"}
@@ -344,7 +342,7 @@ def test_bad_files_are_named_counted_and_left_out(
     assert abs(result["pixel_accuracy"] - clean["pixel_accuracy"]) <= rounding
 
 
-def test_other_errors_than_a_files_end_the_evaluation(cfg, tmp_path, monkeypatch):
+def test_programming_errors_end_the_evaluation(cfg, tmp_path, monkeypatch):
     def broken(self, index):
         raise ZeroDivisionError("a bug")
 
@@ -354,7 +352,7 @@ def test_other_errors_than_a_files_end_the_evaluation(cfg, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_shares_have_nothing_in_common_and_together_everything(batch_size, damaged):
+def test_shares_of_ranks_partition_the_images(batch_size, damaged):
     damaged.VAL.batch_size = batch_size
     module, data = loaded(damaged)
     whole = evaluate_model(module, data, damaged, CPU, progress=False)

@@ -14,8 +14,7 @@ import pytest
 import torch
 from other_libraries import NAMES, saved_hf, saved_smp
 from PIL import Image
-from small_runs import CPU, assert_same_weights
-from test_resume import signal_after
+from small_runs import CPU, assert_same_weights, signal_after
 
 from mit_semseg import Segmenter
 from mit_semseg.config import DataOptions, ModelOptions, Options

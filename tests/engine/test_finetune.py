@@ -147,9 +147,9 @@ def test_training_stops_early(settings, caplog) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "multi_step"}, "takes milestones"),
-        ({"milestones": (3,)}, "others take none"),
-        ({"layer_decay": 0}, r"TRAIN.layer_decay is 0.*within \(0, 1\]"),
+        ({"schedule": "multi_step"}, "multi_step needs milestones"),
+        ({"milestones": (3,)}, "the other schedules have none"),
+        ({"layer_decay": 0}, r"TRAIN.layer_decay is 0.*in \(0, 1\]"),
         ({"patience": 2, "eval_epochs": 0}, "set TRAIN.eval_epochs 1 or TRAIN.patience 0"),
     ],
 )

@@ -27,21 +27,21 @@ def photo(path):
         (["a"], [".png"], ["a"]),
     ],
 )
-def test_names(tmp_path, files, endings, expected):
+def test_output_names_never_collide(tmp_path, files, endings, expected):
     stems = output_stems([tmp_path / f for f in files], tmp_path, tmp_path / "out", endings)
     assert stems == [tmp_path / "out" / x for x in expected]
     results = {f"{stem}{end}".casefold() for stem in stems for end in endings}
     assert len(results) == len(stems) * len(endings)
 
 
-def test_result_through_a_link_to_an_input_is_refused_too(tmp_path):
+def test_outputs_through_a_symlink_do_not_overwrite_inputs(tmp_path):
     image = photo(tmp_path / "in" / "a.png")
     (tmp_path / "out").symlink_to(tmp_path / "in")
     (stem,) = output_stems([image], tmp_path / "in", tmp_path / "out", [".png"])
     assert stem.name == "a_png"
 
 
-def test_endings():
+def test_result_endings():
     assert result_endings(["side"]) == {"side": ".png"}
     assert result_endings(["prob"]) == {"prob": ".npy"}
     assert result_endings(["side", "legend"]) == {"side": ".png", "legend": "_legend.png"}

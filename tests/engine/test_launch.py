@@ -53,7 +53,7 @@ def test_settings_without_effect_are_pointed_out(key, value, needs, caplog, monk
     without = ["DATASET.format", "camvid"] if "DATASET.format" in needs else []
     read_config(None, [key, value, *without])
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"{key} has no effect: it is for ")
+    assert record.getMessage().startswith(f"{key} has no effect without ")
     monkeypatch.setenv("RANK", "1")
     read_config(None, [key, value, *without])
     assert len(caplog.records) == 1  # one rank says it

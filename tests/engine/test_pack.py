@@ -30,9 +30,9 @@ def test_packed_checkpoint_predicts_the_same(tmp_path, make_model, make_images):
     assert weights["features.0.1.running_var"].dtype == torch.float32
 
 
-def test_refusals(tmp_path, make_model):
+def test_packing_refuses_bad_sources_and_targets(tmp_path, make_model):
     make_model(tmp_path / "model", NAMES)
-    with pytest.raises(ValueError, match="is the source itself"):
+    with pytest.raises(ValueError, match="is the source folder"):
         pack(tmp_path / "model", tmp_path / "model")
     with pytest.raises(FileNotFoundError, match=r"has best\.pth"):
         pack(tmp_path / "model", tmp_path / "out", "epoch_9.pth")

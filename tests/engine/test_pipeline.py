@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mit_semseg.engine.pipeline import Budget, HandedOn
+from mit_semseg.engine.pipeline import Budget, OrderedCalls
 
 
 def test_results_come_in_the_order_of_the_calls():
@@ -23,7 +23,7 @@ def test_results_come_in_the_order_of_the_calls():
         return number
 
     found = []
-    with HandedOn[int](threads=3, most=4) as stage:
+    with OrderedCalls[int](threads=3, most=4) as stage:
         for number in range(20):
             found += stage.add(late, number)
             assert number + 1 - len(found) < 4, "so many are held"
@@ -34,7 +34,7 @@ def test_results_come_in_the_order_of_the_calls():
 def test_an_error_takes_the_place_of_its_result():
     threads = threading.active_count()
     found = []
-    with HandedOn[int](threads=2, most=9) as stage, pytest.raises(ValueError, match="'three'"):
+    with OrderedCalls[int](threads=2, most=9) as stage, pytest.raises(ValueError, match="'three'"):
         for number in ("1", "2", "three", "4"):
             found += stage.add(int, number)
         found += stage.rest()
@@ -47,7 +47,7 @@ def test_memory_is_granted_in_order_and_bounded():
     amounts = [4, 4, 4, 100, 1, 9, 0, 10, 3]
 
     def use(number):
-        amount = budget.take(number, amounts[number])
+        amount = budget.acquire(number, amounts[number])
         with lock:
             granted.append(number)
             held[0] += amount
@@ -56,7 +56,7 @@ def test_memory_is_granted_in_order_and_bounded():
         time.sleep(0.01)
         with lock:
             held[0] -= amount
-        budget.give(amount)
+        budget.release(amount)
 
     with ThreadPoolExecutor(len(amounts)) as threads:
         # The last ones ask first.
@@ -65,10 +65,10 @@ def test_memory_is_granted_in_order_and_bounded():
     assert granted == sorted(granted) and peak[0] == 10 and budget.used == 0
 
 
-def test_nobody_waits_for_memory_at_the_end():
+def test_closing_the_budget_releases_waiting_threads():
     budget = Budget(10)
-    budget.take(0, 10)
-    waiting = threading.Thread(target=budget.take, args=(1, 1))
+    budget.acquire(0, 10)
+    waiting = threading.Thread(target=budget.acquire, args=(1, 1))
     waiting.start()
     waiting.join(0.1)
     assert waiting.is_alive()

@@ -33,7 +33,7 @@ def test_tensors_come_back_from_processes_that_have_ended():
 @pytest.mark.parametrize(
     ("poison", "error", "message"),
     [
-        (-1, ChildProcessError, r"died with exit code 7 while it held .*image -1"),
+        (-1, ChildProcessError, r"died with exit code 7 while working on .*image -1"),
         (-2, WorkerError, r"(?s)poisoned.*Traceback"),
     ],
 )

@@ -125,7 +125,7 @@ def test_prediction_is_the_published_procedure(cfg, tmp_path, capsys):
     assert "48x32" in printed and "64x48" in printed, "the time of each scale is printed"
 
 
-def test_settings_of_the_prediction_are_its_own(cfg, tmp_path):
+def test_prediction_scales_and_flip_override_the_data_set(cfg, tmp_path):
     path, turned = photo(tmp_path / "a.png"), tmp_path / "turned.png"
     single = cfg.clone()
     single.DATASET.imgSizes = [40]
@@ -182,7 +182,7 @@ def test_a_bad_image_is_reported_and_does_not_stop_the_others(cfg, tmp_path, cap
     assert ["error" in one for one in results] == [False, True, True, False]
     assert "b.png" in results[1]["error"] and "c.jpg" in results[2]["error"]
     printed = capsys.readouterr().out
-    assert "2 images parsed" in printed and "2 of 4 images failed" in printed
+    assert "2 images segmented" in printed and "2 of 4 images failed" in printed
     assert (tmp_path / "out" / "d.png").is_file()
 
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_written_is_reported_with_its_image(cfg, tmp_path, capsys
     assert "No space left on device" in results[1]["error"]
     assert "01_legend.png" in results[1]["error"]
     printed = capsys.readouterr().out
-    assert "1 of 3 images failed" in printed and "2 images parsed" in printed
+    assert "1 of 3 images failed" in printed and "2 images segmented" in printed
 
 
 def test_bad_settings_are_refused(cfg, tmp_path):
@@ -298,7 +298,7 @@ def test_one_thread_computes_and_others_write_in_order(cfg, tmp_path, monkeypatc
     assert threading.get_ident() not in threads["write"] | threads["read"]
 
 
-def test_reading_does_not_run_away_from_writing(cfg, tmp_path, monkeypatch, several_writers):
+def test_reading_ahead_of_writing_is_bounded(cfg, tmp_path, monkeypatch, several_writers):
     photos(tmp_path / "in", 24)
     counts, most = {"read": 0, "written": 0}, [0]
 
@@ -308,7 +308,7 @@ def test_reading_does_not_run_away_from_writing(cfg, tmp_path, monkeypatch, seve
         return load_image(path)
 
     def writing(*args):
-        time.sleep(0.05)
+        time.sleep(0.1)
         counts["written"] += 1
 
     monkeypatch.setattr(engine, "load_image", reading)
@@ -379,7 +379,7 @@ def test_several_devices_share_the_images(cfg, tmp_path, capsys):
         assert (labels_of(a) == labels_of(b)).mean() > 0.99
     said = capsys.readouterr().out
     assert re.findall(r"Predictions in \[.*0(\d)\.png\]", said) == list("01234") * 2
-    assert said.count("5 images parsed") == said.count("1 of 6 images failed") == 2
+    assert said.count("5 images segmented") == said.count("1 of 6 images failed") == 2
 
 
 @pytest.mark.usefixtures("forked")
@@ -393,7 +393,7 @@ def test_a_device_that_dies_ends_the_run(cfg, tmp_path):
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    with pytest.raises(ChildProcessError, match=r"SIGKILL.* while it held .*\.png"):
+    with pytest.raises(ChildProcessError, match=r"SIGKILL.* while working on .*\.png"):
         run(cfg, tmp_path / "in", tmp_path / "out", device=[CPU, CPU])
     killer.join()
     assert not multiprocessing.active_children()
@@ -415,7 +415,7 @@ def test_ranks_share_the_images(cfg, tmp_path):
     codes = exit_codes(rank, 2, free_port(), tmp_path / "log.txt", words)
     assert codes == [1, 1], "an image failed"
     said = (tmp_path / "log.txt").read_text()
-    assert said.count("5 images parsed") == 1 and said.count("1 of 6 images failed") == 1
+    assert said.count("5 images segmented") == 1 and said.count("1 of 6 images failed") == 1
     assert sorted(re.findall(r"Predictions in \[.*/0(.)\.png\]", said)) == list("01234")
     written = sorted(path.name for path in (tmp_path / "in").glob("*_png.png"))
     assert written == [f"0{k}_png.png" for k in range(5)]

@@ -106,7 +106,7 @@ def test_windows_slide_over_scales_and_mirror_images():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_it_computes_the_same(precision):
+def test_a_compiled_predictor_computes_the_same(precision):
     module = local()
     plain, compiled = (
         Predictor(module, {}, CPU, precision=precision, compile=x) for x in (False, True)
@@ -171,7 +171,9 @@ def scarce(monkeypatch, room, patience=100, **options):
         (128, 0, 1, ["on the CPU"]),
     ],
 )
-def test_smaller_tiles_then_the_cpu(monkeypatch, caplog, tile, room, patience, steps):
+def test_out_of_memory_falls_back_to_smaller_tiles_then_the_cpu(
+    monkeypatch, caplog, tile, room, patience, steps
+):
     predictor, image = scarce(monkeypatch, room, patience, tile=tile), pixels(700, 1100)
     (given,) = predictor.logits([image])
     said = [f"out of memory for an image of 1100x700: computing it {x}" for x in steps]
@@ -182,7 +184,7 @@ def test_smaller_tiles_then_the_cpu(monkeypatch, caplog, tile, room, patience, s
     torch.testing.assert_close(given, whole, rtol=0, atol=float(1e-4 * whole.std()))
 
 
-def test_a_window_without_memory_is_computed_on_the_cpu(monkeypatch, caplog):
+def test_out_of_memory_with_windows_falls_back_to_the_cpu(monkeypatch, caplog):
     window = Sliding(96, 96, 0.5)
     predictor, image = scarce(monkeypatch, 0, 1, window=window), pixels(200, 200)
     (given,) = predictor.logits([image])
@@ -191,7 +193,7 @@ def test_a_window_without_memory_is_computed_on_the_cpu(monkeypatch, caplog):
     torch.testing.assert_close(given, predictor.logits([image])[0])
 
 
-def test_without_memory_on_the_cpu_tiles_come_before_the_error(monkeypatch, caplog):
+def test_out_of_memory_on_the_cpu_falls_back_to_tiles_then_fails(monkeypatch, caplog):
     predictor, image = scarce(monkeypatch, 300 * 300), pixels(700, 1100)
     predictor.device = CPU
     predictor.logits([image])
@@ -204,7 +206,7 @@ def test_without_memory_on_the_cpu_tiles_come_before_the_error(monkeypatch, capl
     assert all(torch.equal(before[key], value) for key, value in after.items())
 
 
-def test_without_memory_the_class_map_is_made_on_the_cpu(monkeypatch, caplog):
+def test_out_of_memory_in_the_class_map_falls_back_to_the_cpu(monkeypatch, caplog):
     predictor = Predictor(local(), {}, CPU)
     logits = predictor.logits([pixels(40, 48)])
     expected = predictor.labels(logits, (40, 48))
@@ -290,7 +292,7 @@ def test_a_gpu_gives_the_labels_of_the_cpu(trained, precision):
 
 
 @pytest.mark.gpu
-def test_an_image_is_synchronised_with_a_handful_of_times(trained):
+def test_prediction_on_a_gpu_never_synchronises(trained):
     predictor = Predictor(trained, {}, "cuda", precision="bf16", flip=True)
     scales = [pixels(64, 96), pixels(96, 144), pixels(128, 192)]
     for _ in range(4):
@@ -305,7 +307,7 @@ def test_an_image_is_synchronised_with_a_handful_of_times(trained):
 
 
 @pytest.mark.gpu
-def test_a_full_gpu_is_answered_with_tiles(trained):
+def test_a_full_gpu_falls_back_to_tiles(trained):
     image = pixels(2400, 3600)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory

@@ -42,7 +42,7 @@ def test_under_torchrun_a_rank_joins_the_group(monkeypatch):
         if dist.is_initialized():
             dist.destroy_process_group()
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match=r"rank 2 on this machine, which has 2 GPUs.*-node 2"):
+    with pytest.raises(ValueError, match=r"local rank 2, but --gpus has only 2 GPUs.*-node 2"):
         join_process_group(GPUS)
     assert not dist.is_initialized()
 

@@ -1,7 +1,6 @@
 """Resuming: bit by bit where nothing changed, and with a word about what did."""
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -10,37 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from processes import ROOT
-from small_runs import CPU, DROPOUT, assert_same_weights, state_of, trainer_of, weights
+from small_runs import (
+    CPU,
+    DROPOUT,
+    assert_same_weights,
+    signal_after,
+    state_of,
+    trainer_of,
+    weights,
+)
 
 from mit_semseg.cli import main
 from mit_semseg.config import dump_config
 from mit_semseg.engine.train import train
 from mit_semseg.engine.training.checkpoints import RunFolder
 from mit_semseg.engine.training.optim import parameter_groups
-from mit_semseg.engine.training.step import TrainStep
-from mit_semseg.engine.training.trainer import Trainer
 
 
 def figures_of(cfg):
     return [json.loads(x) for x in (Path(cfg.DIR) / "metrics.jsonl").read_text().splitlines()]
-
-
-def signal_after(steps, number, monkeypatch):
-    """Send this process a signal in the middle of a step."""
-    take_step, add = Trainer._step, TrainStep.add
-    running = []
-
-    def remember(self, *args):
-        running[:] = [self]
-        return take_step(self, *args)
-
-    def and_signal(self, batch):
-        if running[0].progress.step == steps and not running[0].parts.supervisor.asked:
-            os.kill(os.getpid(), number)
-        add(self, batch)
-
-    monkeypatch.setattr(Trainer, "_step", remember)
-    monkeypatch.setattr(TrainStep, "add", and_signal)
 
 
 # ------------------------------------------------------------------------------ bit by bit
@@ -157,7 +144,7 @@ def test_without_a_state_weights_start_momentum_and_average(settings, caplog):
     (Path(cfg.DIR) / "state_step_2.pth").unlink()
     trainer = trainer_of(settings(TRAIN__start_epoch=1, TRAIN__ema=0.9))
     trainer.resume()
-    assert "momentum starts afresh" in caplog.text and trainer.progress.step == 2
+    assert "the optimizer state is reset" in caplog.text and trainer.progress.step == 2
     step = trainer.parts.step
     for averaged, own in zip(step.evaluated.parameters(), step.module.parameters()):
         assert averaged is not own and torch.equal(averaged, own)
@@ -222,7 +209,7 @@ def test_an_earlier_run_is_set_aside(settings):
     assert (aside.path / "result_eval").is_dir() and not (Path(cfg.DIR) / "result_eval").exists()
 
 
-def test_a_run_that_goes_back_keeps_what_it_leaves(settings):
+def test_start_epoch_sets_newer_checkpoints_aside(settings):
     cfg = settings(TRAIN__num_epoch=4, TRAIN__eval_epochs=1)
     scores = train(cfg, [CPU], progress=False)["history"]["val"]["mean_iou"]
     folder, aside = RunFolder(cfg.DIR), RunFolder(f"{cfg.DIR}/earlier_1")
@@ -244,7 +231,7 @@ def test_a_run_that_goes_back_keeps_what_it_leaves(settings):
 
 
 # ------------------------------------------------------------------------------ other settings
-def test_other_devices_go_on_at_the_same_place_of_the_data(settings, caplog):
+def test_more_devices_resume_at_the_same_position_in_the_data(settings, caplog):
     train(settings(TRAIN__epoch_iters="auto", TRAIN__num_epoch=1), [CPU], progress=False)
     # 2 steps, each a batch of 2 of the 4 images
     more = settings(TRAIN__epoch_iters="auto", TRAIN__lr_encoder=0.01, TRAIN__workers=1)
@@ -252,11 +239,11 @@ def test_other_devices_go_on_at_the_same_place_of_the_data(settings, caplog):
     assert trainer.progress.epoch_iters == 1
     trainer.resume()
     assert (trainer.progress.step, trainer.progress.position) == (1, 2)
-    assert "TRAIN.lr_encoder was 0.02, and is 0.01 now" in caplog.text
+    assert "TRAIN.lr_encoder was 0.02 and is now 0.01" in caplog.text
     assert "TRAIN.workers" not in caplog.text
 
 
-def test_an_epoch_of_another_length_keeps_the_place(settings, monkeypatch):
+def test_another_epoch_length_resumes_at_the_same_position(settings, monkeypatch):
     long = settings(TRAIN__epoch_iters=8, TRAIN__checkpoint_minutes=1e-9)
     with monkeypatch.context() as patch:
         signal_after(6, signal.SIGTERM, patch)
@@ -270,7 +257,7 @@ def test_an_epoch_of_another_length_keeps_the_place(settings, monkeypatch):
         assert [file.name for file in RunFolder(long.DIR).states()] == ["state_step_1.pth"]
     result = train(short, [CPU], resume="auto", progress=False)
     assert result["history"]["train"]["epoch"] == [1, 2]
-    with pytest.raises(ValueError, match=r"in epoch 2, and TRAIN\.num_epoch is 1"):
+    with pytest.raises(ValueError, match=r"at epoch 2, but TRAIN\.num_epoch is 1"):
         train(settings(TRAIN__num_epoch=1), [CPU], resume="auto")
 
 
@@ -284,6 +271,6 @@ def test_resumed_optimizers_follow_the_configuration(settings, caplog):
     assert (decayed["weight_decay"], plain["weight_decay"], decayed["momentum"]) == (0.5, 0.0, 0.5)
     assert all("momentum_buffer" in state for state in optimizer.state.values())
     result = train(settings(TRAIN__num_epoch=3, TRAIN__optim="AdamW"), [CPU], resume="auto")
-    assert result["step"] == 6 and "momentum starts afresh" in caplog.text
+    assert result["step"] == 6 and "its momentum is not loaded" in caplog.text
     with pytest.raises(ValueError, match=r"state_step_6\.pth does not fit this run"):
         train(settings(MODEL__arch_decoder="ppm"), [CPU], resume="auto", progress=False)

@@ -16,10 +16,10 @@ from mit_semseg.engine.signals import StopRequest, ignore_stops, leave_to_parent
 def test_the_first_signal_asks_and_the_second_interrupts(number, capfd):
     before = signal.getsignal(number)
     called = []
-    with StopRequest(on_ask=lambda: called.append(1)) as stop:
-        assert not stop.asked
+    with StopRequest(on_stop=lambda: called.append(1)) as stop:
+        assert not stop.signal
         os.kill(os.getpid(), number)
-        assert stop.asked == number.name
+        assert stop.signal == number.name
         os.kill(os.getpid(), signal.SIGTERM)  # whoever repeats SIGTERM is not impatient
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -33,10 +33,10 @@ def test_repeated_signals_of_a_launcher_count_once():
     with StopRequest(repeated=True) as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
-    assert stop.asked == "SIGINT"
+    assert stop.signal == "SIGINT"
 
 
-def test_in_another_thread_nothing_is_touched():
+def test_outside_the_main_thread_handlers_stay():
     before = signal.getsignal(signal.SIGTERM)
     found = []
 
@@ -87,7 +87,7 @@ def end_slowly(rank, ending):
     time.sleep(0.5)
 
 
-def test_a_signal_to_a_process_that_is_done_changes_nothing(tmp_path):
+def test_a_finished_process_ignores_signals(tmp_path):
     process = forkserver().Process(target=end_slowly, args=(0, tmp_path / "ending"))
     process.start()
     while not (tmp_path / "ending").exists():

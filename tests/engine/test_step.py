@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from reads import gpu_waits, reads_of
+from reads import reads_of
 from small_runs import CPU, Small
-from torch import Tensor
 
 from mit_semseg.engine.training.optim import MovingAverage, build_optimizer
 from mit_semseg.engine.training.state import Progress
@@ -91,7 +90,7 @@ def test_the_host_waits_once_a_step_and_after_the_backward_pass(monkeypatch, nam
         assert reads.before_backward == []
 
 
-def test_reads_are_seen(monkeypatch):
+def test_reads_counts_every_kind_of_synchronisation(monkeypatch):
     """What the test before relies upon."""
     step = make_step()
     x = torch.arange(3.0)
@@ -165,7 +164,7 @@ def test_a_part_with_a_non_finite_loss_is_named_and_leaves_no_trace(fp16, caplog
     assert take(step, progress, (7, 8, 9)).updated, "the next one is as ever"
 
 
-def test_flags_are_those_of_this_rank():
+def test_stop_and_save_flags_are_returned():
     step, progress = make_step(), Progress(10, 100)
     for stop, save in ((False, False), (True, False), (False, True)):
         step.add(batch(1))
@@ -174,32 +173,6 @@ def test_flags_are_those_of_this_rank():
 
 
 # ------------------------------------------------------------------------------ on a GPU
-def pinned(number):
-    (item,) = batch(number)
-    pins = {key: value.pin_memory() for key, value in item.items() if isinstance(value, Tensor)}
-    return [{**item, **pins}]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_gpu_is_waited_for_once_a_step(name, precision):
-    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16", init_scale=16.0)
-    options = {"precision": Precision.of(precision, GPU), "scaler": scaler, **OPTIONS[name]}
-    step = make_step(GPU, **options)
-    progress = Progress(10, 100)
-    for _ in range(4):
-        parts = [pinned(number) for number in range(step.accumulate)]
-        with gpu_waits() as found:
-            for part in parts:
-                step.add(part)
-        assert not found, "forward and backward"
-        with gpu_waits() as found:
-            result = step.finish(progress)
-        assert len(found) == 1 and result.updated
-        progress.step += 1
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])
 def test_an_overflow_on_a_gpu_leaves_no_trace(clip_grad):

@@ -70,7 +70,7 @@ def spikes(step, threads):
 
 
 @pytest.mark.parametrize("reported", [True, False])
-def test_undisturbed_nothing_changes(reported):
+def test_an_idle_machine_keeps_all_threads(reported):
     """With noise, first steps that are slow, and a loader that takes a little of the cores."""
     slow = {0, 1, 2, 3, 4, *range(7, 1000, 20)} if reported else set(range(7, 1000, 20))
     machine = Machine(
@@ -80,7 +80,7 @@ def test_undisturbed_nothing_changes(reported):
     assert machine.run(1000) == {2}
 
 
-def test_large_steps_are_not_slow_ones():
+def test_large_batches_do_not_count_as_slow():
     machine = Machine(lambda step, threads: 1.0)
     assert all(machine.run(1, 5.0 if step % 3 == 0 else 1.0) == {2} for step in range(200))
 
@@ -91,7 +91,7 @@ def test_slow_steps_lead_to_fewer_threads_with_one_warning(caplog):
     assert 1 in machine.run(50)
     machine.run(3000)
     (message,) = caplog.messages
-    assert "computing with 1 instead of 2" in message and "--threads N" in message
+    assert "using 1 instead of 2" in message and "--threads N" in message
     # Where nothing tells of waiting, a step with all threads may look better than it is.
     assert machine.used[100:].count(2) < 0.25 * 3000
 
@@ -158,7 +158,7 @@ def test_an_error_in_a_step_leaves_all_threads():
 
 
 @pytest.mark.parametrize("how", ["fixed", "gpu", "one core"])
-def test_left_alone(how, monkeypatch):
+def test_tuning_is_disabled(how, monkeypatch):
     if how == "fixed":
         monkeypatch.setattr(os, "environ", os.environ.copy())
         cpu.fix_threads(2)
@@ -174,7 +174,7 @@ def test_no_threads_are_refused():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_waiting_is_read_from_the_system():
+def test_thread_usage_measures_waiting():
     """Two threads that compute on one core: each of them waits while the other computes."""
     cores = os.sched_getaffinity(0)
     x = torch.zeros(1 << 20)
@@ -201,7 +201,7 @@ def test_waiting_is_read_from_the_system():
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="waiting is reported by Linux")
-def test_beside_busy_programs_half_of_one_thread_is_left():
+def test_throughput_beside_busy_programs():
     """With a busy program on every core: measured, with convolutions as in training."""
     cores = len(os.sched_getaffinity(0))
     if cores < 2:

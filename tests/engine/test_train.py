@@ -61,7 +61,7 @@ def test_a_validation_that_predicts_one_class_warns(settings, tmp_path, caplog):
     plain.MODEL.weights_decoder = str(tmp_path / "decoder.pth")
     train(plain, [CPU], progress=False)
     (said,) = [x.getMessage() for x in caplog.records if "predicted" in x.getMessage()]
-    assert said.startswith("epoch 1: every pixel of all images is predicted as class 2: look at")
+    assert said.startswith("epoch 1: all pixels of all images are predicted as class 2: check")
 
 
 def test_memory_is_free_after_training(settings, monkeypatch):
@@ -130,7 +130,7 @@ def test_auto_epoch_is_one_pass(settings):
     assert [build(cfg, [CPU] * n).progress.epoch_iters for n in (1, 2)] == [2, 1]
 
 
-def test_ranks_and_devices_share_one_stream():
+def test_rank_sampler_partitions_the_stream():
     def taken(devices, rank, world):
         return list(RankSampler(world * devices, 2, devices, rank, world))
 
@@ -144,7 +144,7 @@ def test_ranks_and_devices_share_one_stream():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"TRAIN__start_epoch": 3}, r"start_epoch 3 lies behind TRAIN\.num_epoch 2"),
+        ({"TRAIN__start_epoch": 3}, r"start_epoch 3 is greater than TRAIN\.num_epoch 2"),
         ({"DATASET__num_class": 3}, r"\.png: label 3 is outside 0\.\.2"),
         ({"DATASET__list_val": "odd.odgt", "TRAIN__eval_epochs": 1}, r"odd_mask\.png: label 77"),
     ],

@@ -10,7 +10,7 @@ import torch
 from mit_semseg.engine.transfer import HostCopy, Stopwatch, Threads, pinned
 
 
-def test_every_process_has_threads(monkeypatch):
+def test_thread_counts_per_process(monkeypatch):
     gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
     monkeypatch.setattr("mit_semseg.engine.cpu.cpu_count", lambda: 16)
     assert (Threads.of(gpu, 1).readers, Threads.of(gpu, 1).writers) == (8, 16)
@@ -32,7 +32,7 @@ def test_on_the_cpu_nothing_is_copied_or_pinned():
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_not_waited_for():
+def test_host_copies_from_a_gpu_are_asynchronous():
     device = torch.device("cuda", torch.cuda.current_device())
     x = torch.rand(4096, 4096, device=device)
     torch.mm(x, x)

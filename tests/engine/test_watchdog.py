@@ -38,7 +38,7 @@ def test_a_stall_names_what_is_awaited_and_read(capfd):
     assert "most recent call first" in said, "where every thread stands"
 
 
-def test_progress_patience_and_the_end_keep_it_quiet():
+def test_progress_and_patience_prevent_a_stall():
     end = Ended()
     with Watchdog(0.4, end=end) as dog:
         for _ in range(6):

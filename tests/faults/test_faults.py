@@ -1,12 +1,15 @@
-"""A training that is killed, stopped, starved or damaged ends with the bits of an unbroken one."""
+"""A broken training ends with the bits of an unbroken one, and long jobs hold no more memory."""
 
+import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,8 +23,15 @@ from trainings import (
     LOADER_STOPPED,
     SIGINT,
     SIGTERM,
+    Training,
     train_through,
 )
+
+from mit_semseg.dataset.images import image_size
+from mit_semseg.dataset.records import read_odgt
+from mit_semseg.demo import streets
+from mit_semseg.engine import cpu
+from mit_semseg.engine.train import train
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's")
 
@@ -34,6 +44,33 @@ SMALL = {
     "TRAIN__epoch_iters": 4,
     "TRAIN__checkpoint_minutes": 0.001,
 }
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """`training(name, SECTION__key=value)`: one that has not begun, on 12 small scenes."""
+    root = tmp_path_factory.mktemp("faults")
+    scenes = streets.write(root / "scenes", 12, 4, size=(96, 128))
+    return lambda name, **settings: Training(root / name, scenes, **settings)
+
+
+@pytest.fixture(scope="module")
+def unbroken(training):
+    """`unbroken(SECTION__key=value)`: the training to compare with, made at the first call."""
+    known = {}
+
+    def unbroken(**settings):
+        key = repr(sorted(settings.items()))
+        if key not in known:
+            known[key] = training(f"unbroken_{len(known)}", **settings)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # as the commands have it that are compared with it
+            with mock.patch.object(cpu, "_fixed_threads", 1):
+                train(known[key].cfg, [torch.device("cpu")], progress=False)
+            torch.set_num_threads(threads)
+        return known[key]
+
+    return unbroken
 
 
 def after_steps(training, command, fault):
@@ -60,7 +97,7 @@ def in_validation(training, command, fault):
     command.until(lambda: not command.is_running() or training.folder.names() != names, 120)
 
 
-def test_a_killed_training_loses_nothing(training, unbroken):
+def test_a_killed_training_ends_bit_identical(training, unbroken):
     broken = training("broken", **SMALL)
     found = train_through(broken, iter((KILL,)), after_a_state, random.Random(0))
     assert found[KILL.name] == found["starts that resumed"] == 1
@@ -84,7 +121,7 @@ def test_a_difference_is_found(training, unbroken):
     lines = len(one.figures())
     assert other.differences(one) == [
         f"decoder_best.pth: {name}",
-        f"{lines - 1} lines of figures, not {lines}",
+        f"{lines - 1} lines of metrics, not {lines}",
     ]
 
 
@@ -152,3 +189,64 @@ def test_nothing_is_lost_by(training, unbroken, faults, pause):
     found = train_through(broken, iter(faults), pause, random.Random(305))
     assert all(found[fault.name] for fault in faults), found
     assert not broken.differences(unbroken(TRAIN__num_epoch=4))
+
+
+# ------------------------------------------------------------------------------ memory
+# Growth between the second and the last quarter of a job that may be noise.
+NOISE_MIB = 32.0
+
+
+def assert_flat(command, done):
+    """Follow the memory of a job to its end; `done` tells the share of it that is done."""
+    samples = []
+    try:
+        while command.is_running():
+            samples.append((done(), command.memory_mib()))
+            time.sleep(0.3)
+        ended = command.wait()
+    finally:
+        command.destroy()
+    assert ended.code == 0, ended.output[-2000:]
+
+    def median(start, end):
+        chosen = [mib for share, mib in samples if start <= share <= end]
+        return statistics.median(chosen) if chosen else math.nan
+
+    early, late, peak = median(0.25, 0.5), median(0.75, 0.98), max(mib for _, mib in samples)
+    print(f"{early:.1f} MiB in the second quarter, {late:.1f} in the last, at most {peak:.1f}")
+    assert late - early < NOISE_MIB
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_memory_of_a_training_stays_flat(training):
+    steps = 2000
+    job = training(
+        "growing",
+        TRAIN__epoch_iters=steps,
+        TRAIN__num_epoch=1,
+        TRAIN__eval_epochs=0,
+        TRAIN__disp_iter=10,
+        TRAIN__checkpoint_minutes=0.5,
+    )
+    assert_flat(job.start("train"), lambda: job.steps() / steps)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_memory_of_an_evaluation_stays_flat(training, unbroken, tmp_path):
+    images, reference = 2000, unbroken()
+    file = Path(reference.cfg.DATASET.list_val)
+    lines = file.read_text().splitlines()
+    many = tmp_path / "many.odgt"
+    many.write_text("\n".join((lines * images)[:images]) + "\n")
+    scenes = Path(reference.cfg.DATASET.root_dataset)
+    sizes = {image_size(scenes / str(x["fpath_img"])) for x in read_odgt(many)}
+    assert len(sizes) >= 2, "an allocator has it easy with images of one size"
+    command = reference.start(
+        "eval",
+        *("--single-process", "--out", str(tmp_path), "--keep", str(images)),
+        *("DATASET.list_val", str(many)),
+    )
+    # The class ids of every image that is done are kept.
+    assert_flat(command, lambda: len(list((tmp_path / "labels").glob("*.npy"))) / images)

@@ -1,4 +1,4 @@
-"""A small training through the command line, what may happen to it, and what has to come of it."""
+"""A small training on the command line, injected faults, and checks of the results."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from mit_semseg.config import dump_config, load_config
 from mit_semseg.engine.training.checkpoints import RunFolder, load_state
 from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 
-# What differs between two runs that are otherwise the same.
+# Metrics that differ between identical runs.
 TIMES = ("images_per_second", "data_wait", "seconds")
-# Seconds within which a command has to end that has met a fault.
+# Seconds within which a command has to end after a fault.
 SOON = 10.0
 
 
 class Training:
-    """A configuration in a file, and the command that trains it in the folder beside it.
+    """A small training: its configuration file, and its checkpoint folder beside it.
 
     Args:
-        folder: of the checkpoints; emptied.
-        scenes: the data, as `streets.write` makes them.
-        settings: `SECTION__key=value` beside what makes the training small.
+        folder: of the checkpoints; removed first.
+        scenes: data written by `streets.write`.
+        settings: further settings, `SECTION__key=value`.
     """
 
     def __init__(self, folder: Path, scenes: Path, **settings: Any) -> None:
@@ -49,7 +49,7 @@ class Training:
             "DATASET__imgSizes": [48, 64],
             "DATASET__segm_downsampling_rate": 2,
             "MODEL__arch_encoder": "mobilenetv2dilated",
-            # It has dropout, whose random numbers have to line up, too.
+            # With dropout, whose random numbers have to be the same after resuming.
             "MODEL__arch_decoder": "ppm_deepsup",
             "MODEL__fc_dim": 320,
             "MODEL__weights_encoder": "none",
@@ -71,7 +71,7 @@ class Training:
         )
         shutil.rmtree(folder, ignore_errors=True)
         self.folder = RunFolder(folder)
-        self.damaged: set[str] = set()  # what a resumed run has to have renamed
+        self.damaged: set[str] = set()  # files that a resumed run has to rename
         self.file = folder.with_suffix(".yaml")
         dump_config(self.cfg, self.file)
 
@@ -83,7 +83,7 @@ class Training:
             options: after the configuration.
         """
         words = [sys.executable, "-m", "mit_semseg.cli", command, "--gpus", "cpu"]
-        # One number of threads whatever else runs here: results are compared bit by bit.
+        # A fixed number of threads: results are compared bit by bit.
         words += ["--threads", "1", "--cfg", str(self.file), *options]
         return Command(words, self.file.with_suffix(".out"))
 
@@ -95,22 +95,24 @@ class Training:
             return []
 
     def steps(self) -> int:
-        """The last step in the figures."""
+        """The last step in `metrics.jsonl`."""
         return max((x["step"] for x in self.figures() if x["kind"] == "train"), default=0)
 
     def is_validated(self) -> bool:
-        """Whether the last epoch has figures of its validation, so that nothing is left to do."""
+        """Whether the last epoch has been validated, so that the training is complete."""
         last = self.cfg.TRAIN.num_epoch
         return any(x["kind"] == "val" and x["epoch"] == last for x in self.figures())
 
     def was_set_aside(self) -> bool:
-        """Whether any start took what was there for an earlier run, and nothing was damaged:
-        what is newer than a state that has to do in place of a damaged one is set aside."""
+        """Whether any start mistook the files for those of an earlier run.
+
+        After a damaged state, newer files than the state used instead are moved for good reason.
+        """
         damaged = any(self.folder.path.glob("*.damaged"))
         return any(self.folder.path.glob("earlier_*")) and not damaged
 
     def differences(self, other: Training) -> list[str]:
-        """Tensors and lines of figures that are not bit by bit those of another training."""
+        """Tensors and lines of metrics that are not bit-identical to those of another training."""
         mine, theirs = self._tensors(), other._tensors()
         found = [
             name
@@ -123,11 +125,11 @@ class Training:
         )
         found += [f"{a} != {b}" for a, b in zip(ours, others) if a != b]
         if len(ours) != len(others):
-            found.append(f"{len(ours)} lines of figures, not {len(others)}")
+            found.append(f"{len(ours)} lines of metrics, not {len(others)}")
         return found
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of what evaluation may load, and of the newest state."""
+        """All tensors of the checkpoints and of the newest state."""
         found = {
             f"{file.name}: {key}": tensor
             for name in self.folder.names()
@@ -138,7 +140,7 @@ class Training:
 
 
 def _flat(tree: Any, name: str) -> dict[str, torch.Tensor]:
-    """All tensors and numbers of a state but times and settings, by where they are."""
+    """All tensors and numbers of a state by their path, without times and settings."""
     if isinstance(tree, torch.Tensor):
         return {name: tree}
     if isinstance(tree, (int, float)):
@@ -156,20 +158,20 @@ def _flat(tree: Any, name: str) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------ faults
 @dataclass(frozen=True)
 class Fault:
-    """Something that happens to a training that runs.
+    """A fault injected into a running training.
 
     Attributes:
-        name: in words.
-        strike: does it; False where the training does not offer the occasion.
-        codes: exit statuses of the command afterwards.
-        says: what its only line with `error:` has to match; "" where there is none.
-        saves: whether the last step that was taken has to be saved.
+        name: for messages.
+        inject: injects the fault; returns False if that was not possible.
+        codes: allowed exit statuses of the command.
+        says: pattern of its only line with `error:`; "" for no such line.
+        saves: whether the last step has to be saved.
         soon: whether the command has to end within `SOON` seconds.
-        options: of the command line, for the start that meets it.
+        options: of the command line.
     """
 
     name: str
-    strike: Callable[[Training, Command, random.Random], bool]
+    inject: Callable[[Training, Command, random.Random], bool]
     codes: tuple[int, ...]
     says: str = ""
     saves: bool = False
@@ -183,25 +185,25 @@ def _kill(training: Training, command: Command, rng: random.Random) -> bool:
 
 
 def _signal(number: signal.Signals) -> Callable[[Training, Command, random.Random], bool]:
-    def strike(training: Training, command: Command, rng: random.Random) -> bool:
-        os.killpg(command.process.pid, number)  # as Slurm and a terminal send it
+    def inject(training: Training, command: Command, rng: random.Random) -> bool:
+        os.killpg(command.process.pid, number)  # to the process group, as Slurm or a terminal
         return True
 
-    return strike
+    return inject
 
 
 def _worker(number: signal.Signals) -> Callable[[Training, Command, random.Random], bool]:
-    def strike(training: Training, command: Command, rng: random.Random) -> bool:
+    def inject(training: Training, command: Command, rng: random.Random) -> bool:
         workers = command.workers()
         if workers:
             psutil.Process(rng.choice(workers)).send_signal(number)
         return bool(workers)
 
-    return strike
+    return inject
 
 
 def _full_disk(training: Training, command: Command, rng: random.Random) -> bool:
-    """No file can grow beyond a megabyte from now on."""
+    """Limit the size of files to a megabyte."""
     psutil.Process(command.process.pid).rlimit(psutil.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     return True
 
@@ -209,17 +211,17 @@ def _full_disk(training: Training, command: Command, rng: random.Random) -> bool
 def _damage(
     hurt: Callable[[Path, random.Random], None],
 ) -> Callable[[Training, Command, random.Random], bool]:
-    def strike(training: Training, command: Command, rng: random.Random) -> bool:
+    def inject(training: Training, command: Command, rng: random.Random) -> bool:
         command.process.kill()
         command.code()
         states = training.folder.states()
-        # Of two states one may be damaged: what nobody could repair is not what is tested.
+        # Only one of two states: without an undamaged one the run could not be resumed.
         if len(states) > 1:
             hurt(states[0], rng)
             training.damaged.add(f"{states[0].name}.damaged")
         return True
 
-    return strike
+    return inject
 
 
 def _cut_short(file: Path, rng: random.Random) -> None:
@@ -227,7 +229,7 @@ def _cut_short(file: Path, rng: random.Random) -> None:
 
 
 def _flip_bit(file: Path, rng: random.Random) -> None:
-    """Flip one bit in the middle half of a file, where the weights are."""
+    """Flip a random bit in the middle half of a file, where the weights are."""
     size = file.stat().st_size
     with file.open("r+b") as handle:
         at = size // 4 + rng.randrange(size // 2)
@@ -241,15 +243,15 @@ KILL = Fault("SIGKILL", _kill, (-signal.SIGKILL,))
 SIGTERM = Fault("SIGTERM", _signal(signal.SIGTERM), (0,), saves=True, soon=True)
 SIGINT = Fault("SIGINT", _signal(signal.SIGINT), (0,), saves=True, soon=True)
 LOADER_KILLED = Fault(
-    "a loading process killed",
+    "a loader process killed",
     _worker(signal.SIGKILL),
     (2,),
-    says="ended with signal SIGKILL",
+    says="died with signal SIGKILL",
     soon=True,
     options=("TRAIN.workers", "2"),
 )
 LOADER_STOPPED = Fault(
-    "a loading process stopped",
+    "a loader process stopped",
     _worker(signal.SIGSTOP),
     (2, 3),
     says=r"no (batch|progress) for .*\.png",
@@ -266,17 +268,17 @@ def train_through(
     pause: Callable[[Training, Command, Fault], None],
     rng: random.Random,
 ) -> Counter[str]:
-    """Start a training again and again until it has come to its end, a fault at each start.
+    """Start a training repeatedly until it is complete, with one fault per start.
 
     Args:
-        training: what is trained.
-        faults: what happens; after the last one the training is left alone.
-        pause: waits until the fault is to happen, or the command has ended.
-        rng: of what faults leave open.
+        training: the training.
+        faults: to inject; after the last one the training runs to its end.
+        pause: waits for the time of a fault, or the end of the command.
+        rng: for random choices of faults.
 
     Returns:
-        How often each fault has happened, and the numbers of starts, of those with a state to
-        resume from, and of states that were being written when the command ended.
+        The number of times of each fault, of starts, of starts with a state to resume from, and of
+        states that were being written when the command ended.
     """
     found: Counter[str] = Counter()
     while True:
@@ -289,7 +291,7 @@ def train_through(
         try:
             if fault is not None:
                 pause(training, command, fault)
-                happened = command.is_running() and fault.strike(training, command, rng)
+                happened = command.is_running() and fault.inject(training, command, rng)
             ended = command.wait()
         finally:
             command.destroy()

@@ -10,22 +10,31 @@ from mit_semseg.models.depthwise import DepthwiseConv2d, planar_conv2d
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("stride", "dilation", "padding", "size"),
+    ("kernel", "stride", "dilation", "padding", "size"),
     [
-        (1, 1, 1, (13, 17)),
-        (1, 2, 2, (13, 17)),
-        (1, 4, 4, (14, 9)),
-        (1, 3, 1, (13, 17)),
-        (1, 2, 0, (12, 11)),
-        (2, 1, 1, (13, 16)),
-        (2, 1, 1, (12, 15)),
+        (3, 1, 1, 1, (13, 17)),
+        (3, 1, 2, 2, (13, 17)),
+        (3, 1, 4, 4, (14, 9)),
+        (3, 1, 3, 1, (13, 17)),
+        (3, 1, 2, 0, (12, 11)),
+        (3, 2, 1, 1, (13, 16)),
+        (3, 2, 1, 1, (12, 15)),
+        (5, 1, 1, 2, (13, 17)),
+        (5, 2, 1, 2, (12, 15)),
+        (5, 2, 1, 0, (12, 15)),
+        (5, 1, 2, 4, (13, 17)),
+        (7, 1, 1, 3, (13, 17)),
+        (4, 2, 1, 1, (13, 16)),
+        ((1, 11), 1, 1, (0, 5), (13, 17)),
     ],
 )
-def test_equals_torch(dtype, stride, dilation, padding, size):
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_torch(dtype, kernel, stride, dilation, padding, size, bias):
     torch.manual_seed(0)
-    ours = DepthwiseConv2d(6, 6, 3, stride, padding, dilation, groups=6, bias=False).to(dtype)
+    options = {"groups": 6, "bias": bias}
+    ours = DepthwiseConv2d(6, 6, kernel, stride, padding, dilation, **options).to(dtype)
     # The oracle computes in float64 from the same (rounded) values.
-    oracle = nn.Conv2d(6, 6, 3, stride, padding, dilation, groups=6, bias=False).double()
+    oracle = nn.Conv2d(6, 6, kernel, stride, padding, dilation, **options).double()
     oracle.load_state_dict({k: v.double() for k, v in ours.state_dict().items()})
     x = torch.randn(2, 6, *size, dtype=dtype).requires_grad_()
     x64 = x.detach().double().requires_grad_()
@@ -36,6 +45,8 @@ def test_equals_torch(dtype, stride, dilation, padding, size):
     got.backward(grad)
     relative = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     pairs = [(got, expected), (x.grad, x64.grad), (ours.weight.grad, oracle.weight.grad)]
+    if bias:
+        pairs.append((ours.bias.grad, oracle.bias.grad))
     for have, want in pairs:
         assert have.dtype == dtype
         torch.testing.assert_close(

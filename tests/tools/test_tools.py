@@ -64,11 +64,11 @@ def test_overfitting_one_image_is_judged(tmp_path, recipe, monkeypatch, capsys):
     (found,) = json.loads((out / "overfit.json").read_text())
     assert found["name"] == "small" and found["accuracy"] >= 0.98 and found["steps"] <= 400
     said = capsys.readouterr().out
-    assert said.startswith("small: ") and f"Table and picture in {out}" in said
+    assert said.startswith("small: ") and f"Results in {out}" in said
     assert "below" not in said and "| small | " in (out / "overfit.md").read_text()
     assert (out / "overfit.png").stat().st_size > 1000
     assert main([*words, "--steps", "1"]) == 1
-    assert "of rate 0.001, below 98 %" in capsys.readouterr().out
+    assert "%, below 98 %, after 1 step with learning rate 0.001, loss " in capsys.readouterr().out
     found = overfit.overfit(load_config(file), CPU, steps=1, side=64, progress=False)
     truth, prediction = found.sample.truth, found.sample.prediction
     assert found.accuracy < 0.98 and found.steps == 1
@@ -103,7 +103,7 @@ def test_the_picture_of_a_recipe_with_depth_is_its_image(tmp_path, recipe, scene
     assert np.array_equal(shown[0].permute(1, 2, 0).numpy(), image)
 
 
-def test_every_registered_model_has_its_turn():
+def test_every_registered_model_is_overfitted():
     pairs = every_model()
     for registry, names in zip((ENCODERS, DECODERS), zip(*pairs)):
         assert set(map(registry.get, names)) == set(map(registry.get, registry.names()))
@@ -123,30 +123,14 @@ def test_settings_of_crops_are_left_out_without_a_warning(recipe, tmp_path, capl
 # ------------------------------------------------------------------------------ profile
 def test_operations_are_those_of_the_layers():
     """Against a count by hand of one convolution, and torchvision's of ResNet."""
-
-    class OneConvolution(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-
-        def logits(self, image):
-            return self.conv(image)
-
-    image = torch.zeros(1, 3, 16, 20)
-    assert profile.operations(OneConvolution(), image) == 2 * 3 * 8 * 9 * 16 * 20
-
-    class Backbone(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = ModelBuilder.build_encoder("torchvision_resnet50", weights="none")
-
-        def logits(self, image):
-            return self.encoder(image)
-
+    conv, image = nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.zeros(1, 3, 16, 20)
+    conv.logits = conv.forward
+    assert profile.operations(conv, image) == 2 * 3 * 8 * 9 * 16 * 20
     # Its figure is in multiplications with additions, and has the classifier of 1000 classes.
     theirs = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["_ops"] * 1e9 - 2048 * 1000
     with torch.device("meta"):
-        backbone, image = Backbone(), torch.zeros(1, 3, 224, 224)
+        backbone = ModelBuilder.build_encoder("torchvision_resnet50", weights="none")
+        backbone.logits, image = backbone.forward, torch.zeros(1, 3, 224, 224)
     assert profile.operations(backbone, image) == pytest.approx(2 * theirs, rel=1e-3)
 
 
@@ -177,8 +161,8 @@ def test_the_table_holds_every_recipe(recipe, tmp_path, capsys, monkeypatch):
     assert found[1]["gflops"] > found[0]["gflops"] and found[0]["images_per_second"] > 0
 
 
-def test_an_image_below_the_reach_of_a_network_is_one_line():
-    message = r"^--size 2 1: small works with no such image \(.+\); give a larger one"
+def test_an_image_too_small_for_the_network_is_one_line():
+    message = r"^--size 2 1 does not work with small \(.+\); give a larger one"
     with pytest.raises(ValueError, match=message) as caught, profile._reach("small", (2, 1)):
         nn.MaxPool2d(2)(torch.zeros(1, 3, 2, 1))
     assert "\n" not in str(caught.value)
@@ -198,13 +182,11 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
     words = ["--gpus", "cpu", "--size", "64", "64"]
     error = torch.OutOfMemoryError("no memory\nfor this")
     assert main(["profile", *files, *words]) == 1
-    assert "error: ppm is left out: no memory for this\n" in capsys.readouterr().err
+    assert "error: ppm is skipped: no memory for this\n" in capsys.readouterr().err
     error = ValueError("too small")
     assert main(["profile", *files, *words]) == 1
     said = capsys.readouterr()
-    assert (
-        "error: ppm is left out: --size 64 64: ppm works with no such image (too small)" in said.err
-    )
+    assert "error: ppm is skipped: --size 64 64 does not work with ppm (too small)" in said.err
     assert "| c1 " in said.out and "| ppm " not in said.out
     assert main(["profile", files[0], *words]) == 2  # alone
 
@@ -274,7 +256,7 @@ def commands(tmp_path, monkeypatch):
     return say
 
 
-def test_steps_follow_from_the_pace(recipe, tmp_path, commands):
+def test_minutes_determine_the_number_of_steps(recipe, tmp_path, commands):
     commands(SCORED)
     file, out = recipe(tmp_path / "timed.yaml"), tmp_path / "out"
     for _ in range(2):
@@ -326,13 +308,13 @@ def test_recipes_that_fail_are_told_and_the_others_run(recipe, tmp_path, command
     written = json.loads((out / "sweep.json").read_text())
     failed = written["failed"]
     assert list(failed) == ["broken", "odd", "silent"]
-    assert "odd/evaluation/eval.json holds no evaluation: KeyError: 'mean_iou'" in failed["odd"]
+    assert "odd/evaluation/eval.json is not an evaluation: KeyError: 'mean_iou'" in failed["odd"]
     assert failed["silent"].startswith("eval ended with 1: KeyError: 1 (")
     assert [x["name"] for x in written["evaluations"]] == ["partly", "good"]
     assert "| broken | failed: " in (out / "sweep.md").read_text()
 
 
-def test_an_edited_recipe_begins_anew(recipe, tmp_path, commands):
+def test_an_edited_recipe_is_trained_again(recipe, tmp_path, commands):
     file, out = recipe(tmp_path / "one.yaml"), tmp_path / "out"
 
     def trained():
@@ -350,7 +332,7 @@ def test_an_edited_recipe_begins_anew(recipe, tmp_path, commands):
     assert list(sweep.run([file], out)) == ["one"] and trained() == [False, True, False]
 
 
-def test_a_signal_is_handed_on_and_ends_the_queue(recipe, tmp_path, commands):
+def test_a_signal_is_passed_on_and_ends_the_queue(recipe, tmp_path, commands):
     files, out = [recipe(tmp_path / f"{x}.yaml") for x in "ab"], tmp_path / "out"
     commands("trap 'echo told; exit 0' TERM; echo ready; sleep 60 & wait")
 
@@ -399,7 +381,7 @@ def test_pictures_are_of_one_data_set(recipe, scenes, tmp_path, caplog, monkeypa
     assert [x.name for x in found] == ["best", "plain", "other", "absent"]
     table = (tmp_path / "out/compare.md").read_text().splitlines()
     assert table[2] == "| best | mobilenetv2dilated + c1 | 50.00 % | 50.00 % |  |  | 0.50 |"
-    shown = ["image", "truth", "best, mean IoU 50.00 %", "plain, mean IoU 40.00 %"]
+    shown = ["image", "ground truth", "best, mean IoU 50.00 %", "plain, mean IoU 40.00 %"]
     assert rows == [x for row in shown for x in (row, "")]
     (scenes / "validation.odgt").rename(scenes / "moved.odgt")
     try:
@@ -409,7 +391,7 @@ def test_pictures_are_of_one_data_set(recipe, scenes, tmp_path, caplog, monkeypa
     assert "compare_pictures.png is not drawn: FileNotFoundError: " in caplog.text
 
 
-def test_class_ids_that_are_kept_are_those_that_were_scored(recipe, tmp_path):
+def test_saved_predictions_reproduce_the_scores(recipe, tmp_path):
     """Two windows of 64 x 64 and both flips: their confusion matrix is that of `eval.json`."""
     settings = {"VAL__window": (64, 64), "VAL__flip": True, "DATASET__imgSizes": [64]}
     cfg = load_config(recipe(tmp_path / "one.yaml", **settings))

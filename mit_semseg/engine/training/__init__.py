@@ -1,7 +1,8 @@
-"""The parts of a training: each knows only its own.
+"""The parts of a training run.
 
-build.py reads the configuration, trainer.py runs epochs, step.py computes one step, state.py is
-what a run resumes from, checkpoints.py and run_lock.py keep its folder, earlier_runs.py finds what
-to resume, metrics_log.py records figures, supervisor.py handles signals, stalls and lost ranks,
-loader.py gives batches, optim.py and balance.py are the optimizer and the class weights.
+build.py reads the options and creates the other parts, trainer.py runs epochs, step.py computes one
+optimizer step, state.py holds the state for resuming, checkpoints.py and run_lock.py manage the
+checkpoint folder, earlier_runs.py finds the state to resume from, metrics_log.py records metrics,
+supervisor.py handles signals, stalls and lost ranks, loader.py loads batches, optim.py creates the
+optimizer and balance.py the class weights.
 """

@@ -23,11 +23,10 @@ from mit_semseg.files import replacing
 
 log = logging.getLogger("mit_semseg")
 
-# Frequencies settle long before this many masks; more would only delay the first step. Ten times
-# as many are read where some class is in none of them.
+# Masks to count. The frequencies converge well before 1000 masks, and more would delay the first
+# step; the larger number is used if a class occurs in none of the first 1000.
 SAMPLES = (1000, 10_000)
-# Where in DIR the counts are kept: a run that is resumed, or begun again, does not read the masks
-# once more.
+# File in DIR that caches the counts for later runs.
 CACHE = "class_frequencies.json"
 
 
@@ -40,10 +39,10 @@ def frequency_weights(pixels: np.ndarray, images: np.ndarray, power: float) -> T
     Args:
         pixels: (K,) pixels of each class.
         images: (K,) all valid pixels of the images in which the class occurs.
-        power: 1 = plain median-frequency balancing, 0.5 = its square root.
+        power: 1 for median-frequency balancing, 0.5 for its square root.
 
     Returns:
-        (K,) float32; 1 for classes that never occur.
+        (K,) float32; 1 for classes without pixels.
     """
     present = pixels > 0
     if not present.any():
@@ -56,25 +55,24 @@ def frequency_weights(pixels: np.ndarray, images: np.ndarray, power: float) -> T
 def enet_weights(pixels: np.ndarray, c: float = 1.02) -> Tensor:
     """ENet's weights, 1 / ln(c + share of the class among all valid pixels).
 
-    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 5.2, with the c that keeps the weights within
-    1.4 and 50.5.
+    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 5.2.
 
     Args:
         pixels: (K,) pixels of each class.
-        c: above 1.
+        c: above 1; the paper's 1.02 gives weights between 1.4 and 50.5.
 
     Returns:
-        (K,) float32; the largest weight, as the formula has it, for classes that never occur.
+        (K,) float32; 1 / ln(c), the largest weight, for classes without pixels.
     """
     share = pixels / max(pixels.sum(), 1)
     return torch.from_numpy((1 / np.log(c + share)).astype(np.float32))
 
 
 def class_weights(options: Options, split: Split, *, progress: bool = True) -> Tensor | None:
-    """The weights TRAIN.class_weights asks for, (num_class,) float32, or None.
+    """The weights for `TRAIN.class_weights`, (num_class,) float32, or None for `none`.
 
-    The counts that they follow from are kept in `DIR`, and counted again when the list, a mask
-    in it or what its values mean has changed.
+    The counts are cached in `DIR`. They are recomputed if the list, one of its masks or the label
+    map changes.
 
     Raises:
         FileNotFoundError, ValueError: a mask cannot be used, unless `DATASET.on_error` is skip.
@@ -94,9 +92,9 @@ def class_weights(options: Options, split: Split, *, progress: bool = True) -> T
 def _frequencies(
     file: Path, split: Split, num_class: int, skip: bool, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of each class, and of the images it occurs in: from the cache, or counted."""
+    """(K,) pixels of each class and (K,) pixels of the images it occurs in, cached in `file`."""
     records = split.records
-    # From end to end: lists are sorted by city, by film.
+    # Spread over the whole list, since lists are often sorted, for example by city.
     sizes = sorted({min(len(records), size) for size in SAMPLES})
     samples = [[records[k * len(records) // size] for k in range(size)] for size in sizes]
     keys = [_fingerprint(sample, split, num_class) for sample in samples]
@@ -122,7 +120,7 @@ def _count(
         except (OSError, ValueError) as error:
             if not skip:
                 raise
-            log.warning("not counted for TRAIN.class_weights: %s", error)
+            log.warning("mask skipped for TRAIN.class_weights: %s", error)
             continue
         counts = np.bincount(label[label >= 0].ravel(), minlength=num_class)
         pixels += counts
@@ -130,9 +128,9 @@ def _count(
     return pixels, images
 
 
-# ------------------------------------------------------------------------------ the cache
+# ------------------------------------------------------------------------------ cache
 def _fingerprint(records: Sequence[Record], split: Split, num_class: int) -> str:
-    """Changes with the list, with what a mask file holds, and with what its values mean."""
+    """Hash of the list, size and modification time of its masks, and the label map."""
     files: list[Any] = []
     for record in records:
         path = paths_of(record)[1]
@@ -147,21 +145,21 @@ def _fingerprint(records: Sequence[Record], split: Split, num_class: int) -> str
 
 
 def _read(file: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """The counts in a file, if they are those of `key`."""
+    """The counts stored in a file, if its key matches."""
     try:
         stored = json.loads(file.read_text("utf-8"))
         if stored["key"] != key:
             return None
         return np.array(stored["pixels"], np.int64), np.array(stored["images"], np.int64)
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # none, or not ours: it is written anew
+        return None  # missing or invalid: it will be rewritten
 
 
 def _write(file: Path, key: str, pixels: np.ndarray, images: np.ndarray) -> None:
     stored = {"key": key, "pixels": pixels.tolist(), "images": images.tolist()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as part:  # every rank counts, and writes the same
+        with replacing(file) as part:  # all ranks write the same content
             part.write_text(json.dumps(stored) + "\n", "utf-8")
-    except OSError as error:  # only costs time, the next time
-        log.debug("class frequencies are not kept: %s", error)
+    except OSError as error:  # the next run counts again
+        log.debug("class frequencies are not cached: %s", error)

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: the only place of a training that reads it."""
+"""Build the parts of a training run; no other training module reads the whole configuration."""
 
 from __future__ import annotations
 
@@ -41,27 +41,29 @@ from mit_semseg.engine.training.state import (
 from mit_semseg.engine.training.step import TrainStep
 from mit_semseg.engine.training.supervisor import STALLED, Supervisor, lost_peers
 from mit_semseg.engine.watchdog import reading_watchdog
+from mit_semseg.errors import counted
 from mit_semseg.lib.nn import UserScatteredDataParallel
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.activation_checkpointing import checkpoint_activations
 from mit_semseg.models.compilation import compile_for_training
 from mit_semseg.precision import Precision
 
-# Batches on a GPU are padded to multiples of this: for every shape cuDNN looks for plans anew, and
-# torch keeps 10,000 of them, those of about a hundred shapes. Batches of 2 images of sizes as in
-# ADE20K are of 423 shapes in 5000 steps, of 133 in multiples of 32 and of 72 in multiples of 64,
-# which have 12 % more pixels (32: 5 %).
+# Batches on a GPU are padded to multiples of this. cuDNN searches execution plans for every new
+# shape, and torch caches 10,000 plans, enough for about a hundred shapes. Batches of 2 images with
+# the sizes of ADE20K have 423 shapes in 5000 steps: 133 if padded to multiples of 32 (5 % more
+# pixels), and 72 with multiples of 64 (12 % more).
 SHAPE_BUCKET = 64
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands in a run.
+    """Devices and rank of a training process.
 
     Attributes:
-        devices: its own; several are driven by UserScatteredDataParallel.
-        rank, world: place among the processes.
-        progress: whether to show bars.
+        devices: of this process; several are used through UserScatteredDataParallel.
+        rank: of this process.
+        world: number of processes.
+        progress: whether to show progress bars.
     """
 
     devices: Sequence[torch.device]
@@ -71,29 +73,29 @@ class Place:
 
     @property
     def device(self) -> torch.device:
-        """The one that holds the weights."""
+        """The device that holds the weights."""
         return self.devices[0]
 
     @property
     def name(self) -> str:
-        """Of this process, in messages."""
+        """`rank N` for messages; empty for a single process."""
         return f"rank {self.rank}" if self.world > 1 else ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the settings, the data and the place of a run.
+    """Values derived from options, data and devices.
 
     Attributes:
         epoch_iters: steps per epoch.
-        batches_a_step: batches that all ranks together take for one step.
-        fixed_size: whether all batches are of one size.
-        summary: what is trained on what, for the log.
-        config: the configuration, as yaml.
+        batches_per_step: batches per step of all ranks together.
+        fixed_size: whether all batches have the same height and width.
+        summary: model, data and batch size in one line, for the log.
+        config: the configuration as YAML.
     """
 
     epoch_iters: int
-    batches_a_step: int
+    batches_per_step: int
     fixed_size: bool
     summary: str
     config: str
@@ -101,14 +103,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Parts:
-    """What `Trainer` puts together: each of them knows its own part of a run only."""
+    """The parts that `Trainer` combines; none of them knows the others."""
 
     place: Place
     options: TrainOptions
     plan: Plan
     loader: Callable[..., TrainLoader]  # (first=, micro_steps=)
     step: TrainStep
-    validate: Callable[..., Evaluation] | None  # (module, stop=)
+    validate: Callable[..., Evaluation] | None  # (module, stop=); None without validation
     classes: ClassTable
     progress: Progress
     history: History
@@ -116,7 +118,7 @@ class Parts:
     state: RunState
     folder: RunFolder
     lock: RunLock
-    describe: Callable[[], None]  # writes configuration and classes into the folder
+    describe: Callable[[], None]  # writes configuration and class table to the folder
     metrics: MetricsLog
     earlier: EarlierRuns
     supervisor: Supervisor
@@ -132,11 +134,11 @@ def build(
     resume: bool | str = False,
     job: str = "",
 ) -> Parts:
-    """Read the data, make the network and all else; the arguments are those of `train`."""
+    """Read the data and create all parts; the arguments are those of `train`."""
     options = Options.read(cfg)
     train = options.TRAIN
     place = Place(list(devices), rank, world, progress)
-    _check(train, place)
+    _check(options, place)
     if place.device.type == "cpu":
         set_threads(fixed_threads() or cpu_count() // local_ranks())
         keep_freed_memory()
@@ -154,13 +156,13 @@ def build(
         job=job,
         start_epoch=train.start_epoch,
         epoch_iters=plan.epoch_iters,
-        batches_a_step=plan.batches_a_step,
+        batches_per_step=plan.batches_per_step,
     )
     module = _initial(options, weights, split.classes.names, earlier.may_exist())
     step = _step(train, place, module, folder)
-    passed = Progress(plan.epoch_iters, plan.epoch_iters * train.num_epoch)
+    position = Progress(plan.epoch_iters, plan.epoch_iters * train.num_epoch)
     history = History()
-    random = RandomNumbers(train.seed, place.devices, rank, world, passed)
+    random = RandomNumbers(train.seed, place.devices, rank, world, position)
     return Parts(
         place=place,
         options=train,
@@ -177,10 +179,10 @@ def build(
         step=step,
         validate=validate,
         classes=split.classes,
-        progress=passed,
+        progress=position,
         history=history,
         random=random,
-        state=_state(train.optim, plan.config, step, passed, history, random),
+        state=_state(train.optim, plan.config, step, position, history, random),
         folder=folder,
         lock=lock,
         describe=partial(
@@ -195,19 +197,24 @@ def build(
             train.stall_seconds,
             place.name,
             ranks=world,
-            silent_loss=world > 1 and place.device.type == "cuda",
+            silent_failure=world > 1 and place.device.type == "cuda",
         ),
-        # Ranks wait for each other: what one of them measures is not its own time. And compiled
-        # code is compiled again for each number of threads.
+        # Not with several ranks: a step then includes the time of the slowest rank. Not with
+        # compiled code, which is recompiled for each number of threads.
         threads=ThreadTuner(place.device.type == "cpu" and world == 1 and not train.compile),
     )
 
 
-def _check(train: TrainOptions, place: Place) -> None:
+def _check(options: Options, place: Place) -> None:
+    """Checks that depend on the devices."""
+    train = options.TRAIN
+    Precision.of(train.precision, place.device, "TRAIN.precision")
+    if train.eval_epochs:
+        Precision.of(options.VAL.precision, place.device, "VAL.precision")
     if train.compile and (count := len(place.devices) * place.world) > 1:
         raise ValueError(
-            f"TRAIN.compile with {count} devices: BatchNorm over all of them cannot be "
-            "compiled; set TRAIN.compile False, or train on one device"
+            f"TRAIN.compile with {count} devices: synchronized BatchNorm cannot be compiled; set "
+            "TRAIN.compile False, or train on one device"
         )
 
 
@@ -222,19 +229,19 @@ def _training_data(options: Options, place: Place) -> tuple[Split, TrainDataset]
         batch_per_gpu=train.batch_size_per_gpu,
         seed=train.seed,
         label_map=split.label_map,
-        normalized=False,  # bytes travel; the module normalises them where it computes
+        normalized=False,  # uint8 is transferred; the module normalises on its device
         pad_to=shape_bucket(train.shape_bucket, place.device, bool(data.crop_size)),
     )
     return split, dataset
 
 
 def shape_bucket(wanted: int | str, device: torch.device, fixed_size: bool) -> int:
-    """What the sides of batches are padded to multiples of, 1 for no more than they need.
+    """Multiple that the sides of batches are padded to, in pixels; 1 for no extra padding.
 
     Args:
-        wanted: TRAIN.shape_bucket.
-        device: where the batches are computed.
-        fixed_size: whether they are crops of one size anyway.
+        wanted: `TRAIN.shape_bucket`.
+        device: of the network.
+        fixed_size: whether all batches have the same height and width.
     """
     if wanted == "auto":
         return SHAPE_BUCKET if device.type == "cuda" and not fixed_size else 1
@@ -242,18 +249,19 @@ def shape_bucket(wanted: int | str, device: torch.device, fixed_size: bool) -> i
 
 
 def _validation(options: Options, place: Place, training: Split) -> Callable[..., Evaluation]:
-    """What validates a module, which is given to it."""
+    """A function that scores a module on the validation data."""
     data = val_dataset(options)
     if place.rank == 0:
-        # A mask that cannot be used is to be found now, not after the first epoch.
+        # Find unusable masks now, not after the first epoch.
         split = build_split(options.DATASET, "val")
         if split.classes.names != training.classes.names:
             raise ValueError(
-                "DATASET.list_train and DATASET.list_val are of different classes, "
+                "DATASET.list_train and DATASET.list_val have different classes, "
                 f"{', '.join(training.classes.names[:8])} and "
-                f"{', '.join(split.classes.names[:8])}; give both the same, in one order"
+                f"{', '.join(split.classes.names[:8])}; both need the same classes in the same "
+                "order"
             )
-        check_sample(split, n=8, on_error=options.DATASET.on_error)
+        check_sample(split, n=16, on_error=options.DATASET.on_error)
     return partial(
         evaluate_model,
         dataset=data,
@@ -273,11 +281,12 @@ def _plan(options: Options, place: Place, split: Split, data: TrainDataset) -> P
         epoch_iters = train.epoch_iters
     return Plan(
         epoch_iters=epoch_iters,
-        batches_a_step=count * train.accumulate,
+        batches_per_step=count * train.accumulate,
         fixed_size=bool(options.DATASET.crop_size),
-        summary=f"{model.name} on {len(split.records)} images: "
-        f"epochs {train.num_epoch}, steps each {epoch_iters}, batch "
-        f"{train.batch_size_per_gpu * train.accumulate} x {count} devices, {train.precision}",
+        summary=f"{model.name} on {counted(len(split.records), 'image')}: "
+        f"{counted(train.num_epoch, 'epoch')} of {counted(epoch_iters, 'step')}, batch size "
+        f"{train.batch_size_per_gpu * train.accumulate} x {counted(count, 'device')}, "
+        f"{train.precision}",
         config=tree_of(options).dump(),
     )
 
@@ -285,9 +294,9 @@ def _plan(options: Options, place: Place, split: Split, data: TrainDataset) -> P
 def _initial(
     options: Options, class_weights: Tensor | None, classes: Sequence[str], resumes: bool
 ) -> SegmentationModule:
-    """The network as training begins."""
+    """The network with its initial weights."""
     if resumes:
-        # The weights that training began with may be gone, or on a host that cannot be reached.
+        # They are replaced by the state, and their file or url may no longer exist.
         options = options.without_weights()
     return ModelBuilder.from_config(
         options, inference=False, class_weights=class_weights, classes=classes
@@ -297,7 +306,7 @@ def _initial(
 def _step(
     train: TrainOptions, place: Place, module: SegmentationModule, folder: RunFolder
 ) -> TrainStep:
-    """The network on its devices, with all that a step needs."""
+    """Moves the network to its devices and creates optimizer, EMA and loss scaler."""
     device = place.device
     precision = Precision.of(train.precision, device)
     channels_last = keeps_channels_last(train.channels_last, precision, module)
@@ -329,7 +338,7 @@ def _step(
         optimizer,
         device=device,
         precision=precision,
-        # fp16 overflows without loss scaling; bf16 has the range of fp32.
+        # fp16 gradients underflow without loss scaling; bf16 has the range of fp32.
         scaler=torch.amp.GradScaler(device.type, enabled=precision.dtype is torch.float16),
         average=average,
         accumulate=train.accumulate,
@@ -344,21 +353,21 @@ def _step(
 
 
 def keeps_channels_last(wanted: bool | str, precision: Precision, module: nn.Module) -> bool:
-    """Whether a network is trained in the memory format channels last.
+    """Whether a network is trained in the channels-last memory format.
 
     Args:
-        wanted: TRAIN.channels_last.
-        precision: what it is trained in, and where.
+        wanted: `TRAIN.channels_last`.
+        precision: of the training, with its device.
         module: the network.
     """
     if wanted != "auto":
         return bool(wanted)
     if precision.device.type != "cuda":
         return True
-    # Tensor cores read reduced types channels last. But cuDNN's plans for depthwise convolutions
-    # are slow to find in that format: on an H200 the first step with a new shape of batch takes
-    # 3185 ms with mobilenetv2dilated, and 177 ms contiguous, where later ones take 21 and 23;
-    # with resnet50dilated + ppm_deepsup 289 and 316, and 51 and 47.
+    # Tensor cores prefer channels last in reduced precision. With depthwise convolutions, however,
+    # cuDNN's search for plans is slow in this format. On an H200 with mobilenetv2dilated, the first
+    # step with a new batch shape takes 3185 ms channels last and 177 ms contiguous, later ones 21
+    # and 23 ms; with resnet50dilated + ppm_deepsup 289 and 316 ms, later 51 and 47 ms.
     depthwise = any(
         isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
         for layer in module.modules()
@@ -367,7 +376,7 @@ def keeps_channels_last(wanted: bool | str, precision: Precision, module: nn.Mod
 
 
 def _parallel(module: SegmentationModule, place: Place, timeout: float) -> nn.Module:
-    """What a batch is given to: the module, or its wrapper for several ranks or devices."""
+    """The module, or its data-parallel wrapper for several ranks or devices."""
     if place.world > 1:
         ids = [place.device.index] if place.device.type == "cuda" else None
         with lost_peers(1):
@@ -390,13 +399,13 @@ def _state(
     history: History,
     random: RandomNumbers,
 ) -> RunState:
-    """What the run resumes from, part by part."""
+    """The state of the run, assembled from its parts."""
     state = RunState(config=config)
     state.register("encoder", step.module.encoder)
     state.register("decoder", step.module.decoder)
     restart = step.average.restart if step.average else None
-    state.register("average", step.average, otherwise=restart)
-    state.register("scaler", step.scaler, otherwise=_keep)
+    state.register("average", step.average, fallback=restart)
+    state.register("scaler", step.scaler, fallback=_keep)
     state.include(OptimizerState(optim, step.optimizer))
     state.include(progress)
     state.include(history)
@@ -405,4 +414,4 @@ def _state(
 
 
 def _keep() -> None:
-    """Leave a part as it was made."""
+    """Fallback for a missing state: the part stays as it was created."""

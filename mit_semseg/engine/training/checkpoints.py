@@ -1,4 +1,4 @@
-"""The folder of a run: states and histories beside the weights, and what earlier runs left."""
+"""The checkpoint folder of a run: states, histories, and files of earlier runs."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from mit_semseg.weights import load_checked
 
 log = logging.getLogger("mit_semseg")
 
-# What a training leaves beside configuration and class table.
-EVALUATION = "result_eval"  # folder of the figures of `evaluate`
+EVALUATION = "result_eval"  # subfolder with the output of `evaluate`
+# Files that a training writes, besides configuration and class table.
 RUN_FILES = (
     *("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", "state_step_*.pth"),
     *("nonfinite_*.pth", METRICS, CURVES),
 )
-# A newer one may be cut off by what nothing survives, a failing disk: then the one before counts.
+# The second one is used if the newest is damaged, for example by a failing disk.
 KEPT_STATES = 2
-# Batches saved for replay, at most: each holds the weights, too.
-MOST_SAVED = 3
+# Most batches saved for replay; each file includes the weights.
+MAX_SAVED_BATCHES = 3
 
 
 class RunFolder(CheckpointFolder):
-    """A model's folder while it is trained.
+    """The folder of a model during training.
 
-    `history_epoch_N.pth` holds the curves up to an epoch, `state_step_N.pth` the whole run as it
-    stood after N steps, `nonfinite_step_N.pth` a batch for replay.
+    Besides the weights it has `history_epoch_N.pth`, the metrics up to an epoch,
+    `state_step_N.pth`, the state of the run after N steps, and `nonfinite_step_N.pth`, a batch for
+    replay.
     """
 
     def remove_unfinished(self) -> None:
-        """Remove what an earlier run was writing when it was killed."""
+        """Remove temporary files of a run that was killed while writing."""
         for pattern in RUN_FILES:
             for unfinished in self.path.glob(f".{pattern}.*"):
                 unfinished.unlink()
 
     def save_history(self, epoch: int, history: Mapping[str, Any]) -> None:
-        """Write the curves up to an epoch."""
+        """Write the metrics up to an epoch."""
         atomic_save({self.path / f"history_epoch_{epoch}.pth": dict(history)})
 
     def load_history(self, epoch: int) -> dict[str, Any]:
-        """The curves up to an epoch; empty where there are none, or they are damaged."""
+        """The metrics up to an epoch; empty if the file is missing or damaged."""
         file = self.path / f"history_epoch_{epoch}.pth"
         try:
             return load_state(file) if file.is_file() else {}
@@ -55,7 +56,7 @@ class RunFolder(CheckpointFolder):
             return {}
 
     def save_state(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write the state of a run after `step` steps; the newest two stay."""
+        """Write the state after `step` steps and remove all but the newest two."""
         newest = self.path / f"state_step_{step}.pth"
         atomic_save({newest: dict(state)})
         for old in self.states()[KEPT_STATES:]:
@@ -63,33 +64,33 @@ class RunFolder(CheckpointFolder):
         return newest
 
     def states(self) -> list[Path]:
-        """Files of states, the newest first."""
+        """State files, newest first."""
         files = [p for p in self.path.glob("state_step_*.pth") if re.fullmatch(_STATE, p.name)]
         return sorted(files, key=_step, reverse=True)
 
-    def newest_state(self, mend: bool = True) -> tuple[Path, dict[str, Any]] | None:
-        """The newest state that is whole; None where there is no state at all.
+    def newest_state(self, rename_damaged: bool = True) -> tuple[Path, dict[str, Any]] | None:
+        """The newest undamaged state; None if there is no state.
 
-        A damaged one is named, skipped, and renamed to end in `.damaged`, unless `mend` is
-        False, for folders that are not one's own.
+        Args:
+            rename_damaged: append `.damaged` to the names of damaged states.
 
         Raises:
-            ValueError: there are states, and all of them are damaged.
+            ValueError: all states are damaged.
         """
         states = self.states()
         for file in states:
             try:
                 return file, load_state(file)
             except ValueError as error:
-                if _may_pass(error.__cause__):
+                if _may_be_temporary(error.__cause__):
                     raise
-                log.warning("%s; the one before is taken", error)
-                if mend:
+                log.warning("%s; trying the previous state", error)
+                if rename_damaged:
                     file.replace(f"{file}.damaged")
         if states:
             raise ValueError(
-                f"all {len(states)} states in {self.path} are damaged: continue from an epoch's "
-                "weights with TRAIN.start_epoch N, or start anew without --resume"
+                f"all {len(states)} states in {self.path} are damaged: continue from the weights "
+                "of an epoch with TRAIN.start_epoch N, or restart without --resume"
             )
         return None
 
@@ -101,33 +102,35 @@ class RunFolder(CheckpointFolder):
                 (self.path / f"{kind}_{name}").unlink(missing_ok=True)
 
     def save_batch(self, step: int, replay: Mapping[str, Any], mark: str = "") -> str:
-        """Write a batch for replay, unless there are enough; says in words where.
+        """Write a batch for replay, unless there are already `MAX_SAVED_BATCHES` of this rank.
 
         Args:
-            step: its number.
-            replay: the batch, and the weights it met.
-            mark: of the rank, in the name.
+            step: number of the step.
+            replay: the batch and the weights before the step.
+            mark: suffix of the file name for the rank.
+
+        Returns:
+            Where it was saved, as text for a message.
         """
         file = self.path / f"nonfinite_step_{step}{mark}.pth"
         mine = re.compile(rf"nonfinite_step_\d+{mark}\.pth")
-        if sum(bool(mine.fullmatch(x.name)) for x in self.path.iterdir()) >= MOST_SAVED:
-            return "not saved, there are enough"
+        if sum(bool(mine.fullmatch(x.name)) for x in self.path.iterdir()) >= MAX_SAVED_BATCHES:
+            return f"not saved: there are already {MAX_SAVED_BATCHES}"
         atomic_save({file: dict(replay)})
         return f"saved as {file}"
 
     def set_aside(self) -> None:
-        """Move an earlier run's files to `earlier_N` below, so that a new one neither mixes with
-        nor destroys them."""
+        """Move the files of an earlier run to the subfolder `earlier_N`."""
         found = [f for pattern in (*RUN_FILES, EVALUATION) for f in self.path.glob(pattern)]
         self._move_aside(found)
 
     def set_aside_after(self, step: int, epoch: int, best: bool) -> None:
-        """Move what is newer than a place in the run that it goes back to, and copy its figures.
+        """Move files newer than a step to `earlier_N`, with a copy of the metrics.
 
         Args:
-            step: the newest state that stays.
-            epoch: the newest epoch that stays.
-            best: whether the best weights are newer, too.
+            step: later states are moved.
+            epoch: checkpoints of later epochs are moved.
+            best: also move the best weights.
         """
         files = [file for file in self.states() if _step(file) > step]
         for file in self.path.glob("*_epoch_*.pth"):
@@ -141,7 +144,7 @@ class RunFolder(CheckpointFolder):
             shutil.copyfile(self.path / METRICS, aside / METRICS)
 
     def make_best(self, epoch: int) -> None:
-        """Take the weights of an epoch for the best; where they are gone nothing is done."""
+        """Copy the weights of an epoch, if they exist, to `best.pth`."""
         if f"epoch_{epoch}.pth" in self.names():
             for kind in ("encoder", "decoder"):
                 shutil.copyfile(
@@ -161,22 +164,22 @@ class RunFolder(CheckpointFolder):
         for name in (CONFIG, CLASSES):
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, aside / name)
-        log.warning("%s held an earlier run, which is now in %s", self.path, aside)
+        log.warning("%s had files of an earlier run: moved to %s", self.path, aside)
         return aside
 
 
 def load_state(file: Path) -> dict[str, Any]:
-    """What `atomic_save` wrote, on the CPU.
+    """A dict written by `atomic_save`, with its tensors on the CPU.
 
     Raises:
-        ValueError: the file is damaged, or something else.
+        ValueError: the file is damaged or has other content.
         FileNotFoundError: it does not exist.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     state = load_checked(file)
     if not isinstance(state, dict):
-        raise ValueError(f"{file} holds a {type(state).__name__}, which is no state of a run")
+        raise ValueError(f"{file} contains a {type(state).__name__}, not the state of a run")
     return state
 
 
@@ -188,8 +191,9 @@ def _step(file: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _may_pass(cause: BaseException | None) -> bool:
-    """Whether a file that cannot be read now may be whole."""
-    passing = (errno.ENOMEM, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT)
-    no_answer = isinstance(cause, OSError) and cause.errno in passing
-    return no_answer or isinstance(cause, MemoryError)
+def _may_be_temporary(cause: BaseException | None) -> bool:
+    """Whether a read failed for a reason other than a damaged file."""
+    temporary = (errno.ENOMEM, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT)
+    return isinstance(cause, MemoryError) or (
+        isinstance(cause, OSError) and cause.errno in temporary
+    )

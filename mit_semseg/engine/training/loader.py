@@ -1,4 +1,4 @@
-"""Batches of one rank, in order, from any place of the endless stream."""
+"""Loading of one rank's batches, from any position of the training data."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ log = logging.getLogger("mit_semseg")
 
 
 class RankSampler(Sampler[int]):
-    """Indices of one rank in the endless stream of batches.
+    """Batch indices of one rank.
 
-    Every micro-step consumes one batch per device and rank; a rank with D devices of R ranks
-    takes D consecutive ones out of each R x D.
+    Each micro-step consumes one batch per device and rank: with R ranks of D devices, a rank takes
+    D consecutive batches out of every R x D.
 
     Args:
-        first: number of the first batch that any rank takes.
-        micro_steps: how many micro-steps there are.
+        first: index of the first batch of all ranks.
+        micro_steps: number of micro-steps.
+        devices: number of devices of this rank.
+        rank: of this process.
+        world: number of ranks.
     """
 
     def __init__(self, first: int, micro_steps: int, devices: int, rank: int, world: int) -> None:
@@ -51,24 +54,24 @@ class RankSampler(Sampler[int]):
 
 
 class TrainLoader:
-    """One rank's batches for all the steps of a run; close it to end its processes.
+    """Loads the batches of one rank for all steps of a run; `close` ends its worker processes.
+
+    Iterating yields one batch dict per device for every micro-step. It raises ChildProcessError
+    if a worker process dies, and TimeoutError, with the files, if there is no batch for
+    `stall_seconds`. A file that is replaced by another sample is logged once.
 
     Args:
-        data: the stream.
+        data: the training data.
         devices: of this rank.
-        rank, world: place among the ranks.
-        workers: loading processes per device, at most what the cores allow.
-        stall_seconds: how long a batch may take.
-        first: number of the first batch that any rank takes.
-        micro_steps: how many there are, each of one batch per device.
+        rank: of this process.
+        world: number of ranks.
+        workers: worker processes per device, limited by the number of cores.
+        stall_seconds: longest time for a batch.
+        first: index of the first batch of all ranks.
+        micro_steps: number of micro-steps, each with one batch per device.
 
     Attributes:
         bad_files: files that could not be used, with the reason.
-
-    Iterating yields, for every micro-step, one batch dict per device; it raises
-    ChildProcessError when a loading process died and TimeoutError when no batch came for
-    `stall_seconds`, naming the files. Each file in whose place another sample was taken is logged
-    once.
     """
 
     def __init__(
@@ -86,8 +89,7 @@ class TrainLoader:
         self.data, self.stall_seconds = data, stall_seconds
         self.sampler = RankSampler(first, micro_steps, len(devices), rank, world)
         self.bad_files: dict[str, str] = {}
-        # On the CPU the loader shares the cores with the network: more processes only get in
-        # each other's way.
+        # On the CPU the loader shares the cores with the network.
         on_cpu = devices[0].type == "cpu"
         cores = cpu_count() // 2 if on_cpu else cpu_count()
         workers = min(workers * len(devices), max(1, cores // local_ranks()))
@@ -101,12 +103,12 @@ class TrainLoader:
             pin_memory=devices[0].type == "cuda",
             timeout=stall_seconds if workers else 0,
             worker_init_fn=partial(_start_worker, self.board),
-            # A generator of its own: otherwise starting the loader would draw from the one that
-            # dropout uses, and a resumed run would differ.
+            # A separate generator: otherwise starting the loader would change the random numbers
+            # of dropout, and a resumed run would differ.
             generator=torch.Generator().manual_seed(data.seed),
         )
-        # The collector writes to every object it looks at, and the page that it lies on, shared
-        # with the loading processes until then, is copied: 40 MiB for each of them.
+        # The garbage collector writes to every object, which would copy memory pages shared with
+        # the worker processes: 40 MiB for each of them.
         gc.freeze()
         self._batches: Iterator[Any] | None = iter(self.loader)
         self._processes: list[Any] = list(getattr(self._batches, "_workers", ()))
@@ -114,8 +116,8 @@ class TrainLoader:
         self._position = 0
         self._earlier_handler: Any = None
         if workers and threading.current_thread() is threading.main_thread():
-            # torch raises at the death of a worker wherever the main thread is at that moment,
-            # be it in the middle of writing a checkpoint.
+            # torch's handler raises at the death of a worker wherever the main thread is, even
+            # while it writes a checkpoint.
             self._earlier_handler = signal.signal(signal.SIGCHLD, self._on_child)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -128,8 +130,8 @@ class TrainLoader:
                 self._check_processes()
                 batch = next(self._batches)
             except (ConnectionError, EOFError):
-                # A process that dies may leave its batch half handed over before it is seen dead;
-                # its sentinel, too, is ready a little before it can be reaped.
+                # A dying process may break the transfer of its batch before it counts as dead,
+                # and its sentinel is ready a little before it can be joined.
                 ready = connection.wait([process.sentinel for process in self._processes], 5)
                 for process in self._processes:
                     if process.sentinel in ready:
@@ -143,11 +145,10 @@ class TrainLoader:
                 if "timed out" not in str(error):
                     raise
                 files = self.files()
-                self.kill()  # those that hang do not go by themselves
+                self.kill()  # a hanging process ignores the usual shutdown
                 raise TimeoutError(
-                    f"no batch for {self.stall_seconds} s; the loader stands at "
-                    f"{', '.join(files)}: raise TRAIN.stall_seconds, lower TRAIN.workers, or look "
-                    "at these files"
+                    f"no batch for {self.stall_seconds} s while loading {', '.join(files)}: check "
+                    "these files, raise TRAIN.stall_seconds, or lower TRAIN.workers"
                 ) from error
             finally:
                 self._waiting = False
@@ -158,7 +159,7 @@ class TrainLoader:
     def _report(self, skipped: Sequence[tuple[str, str]]) -> None:
         for file, reason in skipped:
             if file not in self.bad_files:
-                log.warning("left out, and another sample taken instead: %s", reason)
+                log.warning("replaced by another sample: %s", reason)
                 self.bad_files[file] = reason
 
     def _on_child(self, number: int, frame: FrameType | None) -> None:
@@ -168,42 +169,41 @@ class TrainLoader:
     def _check_processes(self) -> None:
         for process in self._processes:
             if not process.is_alive():
-                # What lies between two files, such as the making of a batch, is at none of them.
                 where = (
                     f"while reading {', '.join(files)}"
                     if (files := self.reading())
                     else f"before the batch of {', '.join(self._files(self._position))}"
                 )
                 raise ChildProcessError(
-                    f"a loading process (pid {process.pid}) ended with {_how(process.exitcode)}"
-                    f" {where}: when memory ran out lower TRAIN.workers; --resume auto resumes "
-                    "from the newest checkpoint"
+                    f"a data loader process (pid {process.pid}) died with "
+                    f"{_exit_cause(process.exitcode)} {where}: if memory ran out, lower "
+                    "TRAIN.workers; --resume auto resumes from the newest checkpoint"
                 )
 
     def reading(self) -> list[str]:
-        """What is being read, in this process and in the loading ones."""
+        """Files being read in this process and in the worker processes."""
         return [*READINGS.files(), *self.board.files()]
 
     def files(self) -> list[str]:
-        """What is being read; else, where a batch is waited for, its images."""
+        """Files being read; if there are none, the images of the batch being waited for."""
         return self.reading() or (self._files(self._position) if self._waiting else [])
 
     def kill(self) -> None:
-        """End the loading processes by force."""
+        """Kill the worker processes."""
         self._waiting = False
         for process in self._processes:
             process.kill()
             process.join(1)
 
     def _files(self, position: int) -> list[str]:
-        """Images of a batch list that has not come."""
+        """Images of a micro-step."""
         indices = itertools.islice(self.sampler, position * self.sampler.devices, None)
         first = itertools.islice(indices, self.sampler.devices)
         return [path for index in first for path in self.data.files(index)]
 
     def close(self) -> None:
-        """End the loading processes, by force where they do not go by themselves."""
-        # Left to the garbage collector they live as long as any traceback that knows them.
+        """End the worker processes."""
+        # Not left to the garbage collector: a traceback may hold references to them.
         shutdown = getattr(self._batches, "_shutdown_workers", None)
         self._batches = None
         if shutdown is not None:
@@ -215,7 +215,7 @@ class TrainLoader:
             self._earlier_handler = None
 
 
-def _how(code: int | None) -> str:
+def _exit_cause(code: int | None) -> str:
     if code is not None and code < 0:
         return f"signal {signal.Signals(-code).name}"
     return f"exit code {code}"

@@ -1,4 +1,4 @@
-"""The figures of a run: `metrics.jsonl`, the columns of its epochs, and the curves."""
+"""Metrics of a run: `metrics.jsonl`, the history by epoch, and `curves.png`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CURVES = "curves.png"
 
 
 def best_validation(scores: Iterable[tuple[float, float]]) -> tuple[int, float] | None:
-    """The epoch with the highest finite mean IoU, the last of equals, and that mean IoU.
+    """Epoch and value of the highest finite mean IoU; the latest epoch if several are equal.
 
     Args:
         scores: (epoch, mean IoU) of every validation.
@@ -34,9 +34,9 @@ def best_validation(scores: Iterable[tuple[float, float]]) -> tuple[int, float] 
 
 
 class History:
-    """What a run has come to, epoch by epoch, in the published layout.
+    """Metrics by epoch, in the published layout.
 
-    As part of the state of a run these are the entries `history` and `best`.
+    In the state of a run these are the entries `history` and `best`.
 
     Attributes:
         columns: "train" (epoch, loss, acc) and "val" (epoch, mean_iou, pixel_accuracy).
@@ -49,16 +49,16 @@ class History:
         }
 
     def add(self, part: str, *values: float) -> None:
-        """Add a line to "train" or "val"."""
+        """Append a value to each column of "train" or "val"."""
         for column, value in zip(self.columns[part].values(), values, strict=True):
             column.append(float(value))
 
     def is_validated(self, epoch: int) -> bool:
-        """Whether "val" has the epoch."""
+        """Whether an epoch has been validated."""
         return epoch in self.columns["val"]["epoch"]
 
-    def forget_validations(self) -> None:
-        """Empty "val"."""
+    def clear_validations(self) -> None:
+        """Remove all validations."""
         for column in self.columns["val"].values():
             column.clear()
 
@@ -83,11 +83,11 @@ class History:
         return self.best[1] if self.best else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The columns; and the best mean IoU, which follows from them."""
+        """The columns and the best mean IoU."""
         return {"history": self.columns, "best": self.best_mean_iou}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the columns of an earlier run."""
+        """Load the columns of an earlier run."""
         for part, columns in self.columns.items():
             for key, column in state["history"].get(part, {}).items():
                 if key in columns:
@@ -95,7 +95,7 @@ class History:
 
 
 class MetricsLog:
-    """`metrics.jsonl` and `curves.png` of a checkpoint folder; ranks above 0 write nothing."""
+    """`metrics.jsonl` and `curves.png` of a checkpoint folder, written by rank 0."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.file, self.picture = folder / METRICS, folder / CURVES
@@ -103,7 +103,7 @@ class MetricsLog:
         self._drawn_at = time.monotonic()
 
     def record(self, **figures: Any) -> None:
-        """Append one line."""
+        """Append a line to `metrics.jsonl`."""
         if self.writes:
             try:
                 with self.file.open("a", encoding="utf-8") as file:
@@ -114,7 +114,7 @@ class MetricsLog:
                 ) from error
 
     def best_epoch(self) -> int:
-        """The epoch of the best validation; 0 without any."""
+        """The epoch of the best validation; 0 without validations."""
         try:
             lines = read_metrics(self.file)
         except (FileNotFoundError, ValueError):
@@ -123,15 +123,14 @@ class MetricsLog:
         return best[0] if best else 0
 
     def forget(self, step: int, epoch: int) -> None:
-        """Drop figures of what a resumed run does again: steps after `step`, validations after
-        `epoch`, and what a kill left half written."""
+        """Remove steps after `step`, validations after `epoch`, and an incomplete last line."""
         if not self.writes or not self.file.is_file():
             return
         try:
             kept = [x for x in read_metrics(self.file) if _is_before(x, step, epoch)]
-        except ValueError as error:  # figures are no reason not to go on
+        except ValueError as error:  # not a reason to stop the training
             os.replace(self.file, f"{self.file}.damaged")
-            log.warning("%s; it is now %s.damaged", error, self.file.name)
+            log.warning("%s; renamed to %s.damaged", error, self.file.name)
             return
         with replacing(self.file) as part, part.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(x) + "\n" for x in kept)
@@ -139,7 +138,7 @@ class MetricsLog:
             os.fsync(file.fileno())
 
     def draw(self, every: float = 0.0) -> None:
-        """Write the curves, unless that was done less than `every` seconds ago."""
+        """Write `curves.png`, unless the last time was less than `every` seconds ago."""
         if self.writes and self.file.is_file() and time.monotonic() - self._drawn_at >= every:
             self._drawn_at = time.monotonic()
             curves(read_metrics(self.file), self.picture)
@@ -152,7 +151,11 @@ def _is_before(figures: dict[str, Any], step: int, epoch: int) -> bool:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last one that a killed run left half written is dropped."""
+    """The lines of `metrics.jsonl`, without an incomplete last line of a killed run.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     figures = []
     for number, line in enumerate(lines, 1):
@@ -160,5 +163,5 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             figures.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{file}:{number} is no JSON; mend or remove the file") from error
+                raise ValueError(f"{file}:{number} is not JSON: fix or remove the file") from error
     return figures

@@ -1,4 +1,4 @@
-"""Optimizers, and the moving average of weights."""
+"""Optimizers, and the EMA of the weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ M = TypeVar("M", bound=nn.Module)
 def parameter_groups(
     module: nn.Module, weight_decay: float, scales: Mapping[nn.Parameter, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Convolution and linear weights with weight decay, every other parameter without.
+    """Parameter groups: convolution and linear weights with weight decay, the rest without.
 
     Args:
-        module: whose parameters are grouped, but for those without gradients.
+        module: whose parameters are grouped, except for those without gradients.
         weight_decay: of the first of each two groups.
-        scales: factors on the learning rate, each of which makes two groups of its own (see
-            `finetune.layer_scales`); parameters that it does not name have the factor 1.
+        scales: factors on the learning rate, with two groups for each factor (see
+            `finetune.layer_scales`); 1 for other parameters.
     """
     scales = scales or {}
     groups: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
@@ -49,12 +49,12 @@ def build_optimizer(
     scales: Mapping[nn.Parameter, float] | None = None,
     of_first: Sequence[nn.Module] = (),
 ) -> torch.optim.Optimizer:
-    """One optimizer for all parts, which step together or not at all.
+    """One optimizer for several modules.
 
     Args:
         kind: SGD, Adam or AdamW.
-        parts: modules, already on their device, each with its learning rate before the schedule.
-        beta1: momentum of SGD, first beta of the others.
+        parts: modules on their device, each with its initial learning rate.
+        beta1: momentum of SGD, first beta of Adam and AdamW.
         weight_decay: of convolution and linear weights.
         scales: factors on the learning rate (see `parameter_groups`).
         of_first: modules inside other parts that learn at the rate of the first one.
@@ -77,9 +77,9 @@ def build_optimizer(
 
 
 class OptimizerState:
-    """An optimizer as part of the state of a run: the entries `optim`, its kind, and `optimizer`.
+    """An optimizer in the state of a run: the entries `optim` (its kind) and `optimizer`.
 
-    Of a state of another kind nothing is taken: momentum starts afresh.
+    The state of an optimizer of another kind is not loaded.
     """
 
     def __init__(self, kind: str, optimizer: torch.optim.Optimizer) -> None:
@@ -90,22 +90,21 @@ class OptimizerState:
         return {"optim": self.kind, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the momentum; the settings stay."""
+        """Load the momentum; learning rates and other settings stay."""
         if state.get("optim") == self.kind:
-            before = "optimizers" in state  # one for each half
-            saved = joined_states(state["optimizers"]) if before else state["optimizer"]
+            two = "optimizers" in state  # earlier releases had one each for encoder and decoder
+            saved = joined_states(state["optimizers"]) if two else state["optimizer"]
             load_optimizer(self.optimizer, saved)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer the momentum of a saved one; its own settings stay.
+    """Load the momentum of a saved optimizer; learning rates and other settings stay.
 
-    Momentum takes the memory layout of its parameter, which may be another than it was saved with
-    (TRAIN.channels_last): fused steps go through the memory of both side by side, whatever their
-    strides are.
+    Momentum is stored in the memory format of its parameter, which may differ from the saved one
+    (`TRAIN.channels_last`): fused optimizers ignore strides.
 
     Raises:
-        ValueError, KeyError: the state is that of other parameters.
+        ValueError, KeyError: the state does not fit the parameters.
     """
     settings = [
         {key: value for key, value in group.items() if key != "params"}
@@ -121,9 +120,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of one optimizer per part as the state of one over all: numbers go on.
+    """Join the states of one optimizer per module into the state of a single optimizer.
 
-    What states of runs held before there was one optimizer: `"optimizers": [encoder, decoder]`.
+    States of earlier releases have `"optimizers": [encoder, decoder]`.
     """
     state: dict[int, Any] = {}
     groups: list[dict[str, Any]] = []
@@ -138,26 +137,26 @@ def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
-    """Give the groups of each part of an optimizer its learning rate times their own factor."""
+    """Set the learning rates of the modules of `build_optimizer`, times the factors of groups."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["part"]] * group["lr_scale"]
 
 
 class MovingAverage(Generic[M]):
-    """An exponential moving average of all weights and running statistics of a module.
+    """Exponential moving average (EMA) of the parameters and buffers of a module.
 
-    The first update copies. The decay then grows with the number of updates, (1 + n) / (10 + n),
-    up to `decay`, so that the random start does not linger. Updates are counted on the host, so
-    that none of them waits for the device; `torch.optim.swa_utils.AveragedModel`, whose state
-    dict this has, reads its counter there.
+    The first update copies. The decay then grows with the number n of updates, (1 + n) / (10 + n),
+    up to `decay`, so that the initial weights are forgotten quickly. The state dict is that of
+    `torch.optim.swa_utils.AveragedModel`, which, however, waits for the device at every update to
+    read its counter.
 
     Args:
-        module: on its device, in its layout; what it becomes is averaged.
-        decay: within [0, 1).
+        module: on its device and in its memory format.
+        decay: in [0, 1).
 
     Attributes:
         module: a copy with the averages.
-        updates: how many there were.
+        updates: number of updates.
     """
 
     def __init__(self, module: M, decay: float) -> None:
@@ -166,9 +165,9 @@ class MovingAverage(Generic[M]):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the module by one step."""
+        """Update the averages with the module's current values."""
         weight = 1.0 - min(self.decay, (1.0 + self.updates) / (10.0 + self.updates))
-        # Tensors of one type at a time.
+        # The foreach operations need tensors of one dtype.
         pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for old, new in zip(_tensors(self.module), _tensors(self._live), strict=True):
             averages, current = pairs.setdefault(old.dtype, ([], []))
@@ -187,10 +186,10 @@ class MovingAverage(Generic[M]):
         return {"n_averaged": torch.tensor(self.updates), **tensors}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from an earlier average.
+        """Load an earlier average.
 
         Raises:
-            KeyError, RuntimeError: the state is that of another module.
+            KeyError, RuntimeError: the state does not fit the module.
         """
         self.updates = int(state["n_averaged"])
         tensors = {name: value for name, value in state.items() if name != "n_averaged"}
@@ -199,7 +198,7 @@ class MovingAverage(Generic[M]):
         )
 
     def restart(self) -> None:
-        """Take the module's present weights for the average."""
+        """Set the averages to the module's current values."""
         self.module.load_state_dict(self._live.state_dict())
 
 

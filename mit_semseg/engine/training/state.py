@@ -1,4 +1,4 @@
-"""What a run resumes from: its parts by name, how far it is, random numbers, settings."""
+"""The state of a run for resuming: its parts by name, progress, random states, settings."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
-# Settings that change no weight, or its rounding only.
-_HARMLESS = {
+# Settings that do not affect the weights, except by rounding.
+_NO_EFFECT = {
     *("DIR", "TRAIN.workers", "TRAIN.start_epoch", "TRAIN.keep", "TRAIN.checkpoint_minutes"),
     *(
         "TRAIN.stall_seconds",
@@ -27,20 +27,20 @@ _HARMLESS = {
 
 
 class Stateful(Protocol):
-    """Anything with a state, such as modules, optimizers and gradient scalers of torch."""
+    """Anything with a state dict, such as torch's modules, optimizers and gradient scalers."""
 
     def state_dict(self) -> Any:
-        """What it resumes from."""
+        """The state."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Become what `state_dict` returned in an earlier process."""
+        """Restore the state."""
 
 
 class RunState:
-    """The state of a run: one dict, put together from the states of its parts.
+    """The state of a run: one dict, assembled from the states of its parts.
 
     Args:
-        fixed: entries that are written as they are.
+        fixed: constant entries.
     """
 
     def __init__(self, **fixed: str) -> None:
@@ -49,24 +49,24 @@ class RunState:
         self._parts: dict[str, tuple[Stateful | None, Callable[[], None] | None]] = {}
 
     def include(self, part: Stateful) -> None:
-        """Add a part whose state is a dict of several entries, and which reads its own of all."""
+        """Add a part whose state dict is merged into the state of the run."""
         self._included.append(part)
 
     def register(
-        self, name: str, part: Stateful | None, otherwise: Callable[[], None] | None = None
+        self, name: str, part: Stateful | None, fallback: Callable[[], None] | None = None
     ) -> None:
         """Add a part whose state is the entry `name`.
 
         Args:
             name: of the entry.
-            part: None for what this run does not have: its entry is None, and is not read.
-            otherwise: called in place of loading where a state has no such entry, or an empty one;
-                without it that is an error.
+            part: None if this run does not have it: the entry is written as None and not read.
+            fallback: called if a state has no such entry or an empty one; without a fallback this
+                is an error.
         """
-        self._parts[name] = part, otherwise
+        self._parts[name] = part, fallback
 
     def state_dict(self) -> dict[str, Any]:
-        """All entries."""
+        """The entries of all parts."""
         state: dict[str, Any] = dict(self._fixed)
         for name, (part, _) in self._parts.items():
             state[name] = None if part is None else part.state_dict()
@@ -75,34 +75,34 @@ class RunState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Give every part its own.
+        """Restore all parts.
 
         Raises:
             KeyError: an entry is missing.
-            Exception: whatever a part raises that its entry does not fit.
+            Exception: raised by a part that its entry does not fit.
         """
-        for name, (part, otherwise) in self._parts.items():
-            if part is not None and (state.get(name) or otherwise is None):
+        for name, (part, fallback) in self._parts.items():
+            if part is not None and (state.get(name) or fallback is None):
                 part.load_state_dict(state[name])
-            elif part is not None and otherwise is not None:
-                otherwise()
+            elif part is not None and fallback is not None:
+                fallback()
         for included in self._included:
             included.load_state_dict(state)
 
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        epoch_iters: steps of an epoch.
-        max_iters: steps of the run; with `step` all that the schedule depends on.
-        step: steps done.
-        position: batches that all ranks have taken for them.
-        losses, accuracies: of the steps of this epoch that were not skipped.
-        skipped: skipped steps of the whole run.
-        skipped_in_a_row: those since the last one that was not.
-        seconds: that training has taken.
+        epoch_iters: steps per epoch.
+        max_iters: steps of the run.
+        step: completed steps.
+        position: batches that all ranks have consumed.
+        losses, accuracies: of the steps of the current epoch, without skipped steps.
+        skipped: skipped steps of the run.
+        skipped_in_a_row: skipped steps since the last update.
+        seconds: training time.
     """
 
     epoch_iters: int
@@ -117,21 +117,21 @@ class Progress:
 
     @property
     def epoch(self) -> int:
-        """Epochs done."""
+        """Completed epochs."""
         return self.step // self.epoch_iters
 
     @property
     def inside(self) -> int:
-        """Steps done of the epoch that is not."""
+        """Completed steps of the current epoch."""
         return self.step % self.epoch_iters
 
     @property
     def done(self) -> bool:
-        """Whether there is no step left."""
+        """Whether all steps are completed."""
         return self.step >= self.max_iters
 
     def advance(self, loss: float, accuracy: float, updated: bool, batches: int) -> None:
-        """Count a step, which took so many batches of all ranks."""
+        """Count a step that consumed `batches` batches of all ranks."""
         if updated:
             self.losses.append(loss)
             self.accuracies.append(accuracy)
@@ -143,12 +143,11 @@ class Progress:
         self.position += batches
 
     def state_dict(self) -> dict[str, Any]:
-        """One entry for each attribute."""
+        """The attributes."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to the place of an earlier run, whose epochs may be of another length."""
-        # How far the run is counts in epochs.
+        """Continue an earlier run; with another `epoch_iters`, at the same fraction of an epoch."""
         self.step = state["step"] * self.epoch_iters // state["epoch_iters"]
         self.position = state["position"]
         self.losses = [float(value) for value in state.get("losses", ())]
@@ -167,13 +166,14 @@ def seed_everything(seed: int) -> None:
 
 
 class RandomNumbers:
-    """The generators that the ranks of a run draw from; its state is the entry `random`.
+    """The random number generators of all ranks; its state is the entry `random`.
 
     Args:
         seed: of the run.
-        devices: those of this process; GPUs have generators of their own.
-        rank, world: place among the ranks.
-        progress: of the run; loaded before this is.
+        devices: of this process; each GPU has its own generator.
+        rank: of this process.
+        world: number of ranks.
+        progress: of the run; has to be loaded first.
     """
 
     def __init__(
@@ -188,11 +188,11 @@ class RandomNumbers:
         self.progress = progress
 
     def begin_epoch(self, offset: int = 0) -> None:
-        """Draw other numbers in every epoch and rank, whatever was drawn before."""
+        """Seed the generators for the current epoch and rank."""
         seed_everything(self.seed + 1009 * (self.progress.epoch + 1) + self.rank + offset)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all ranks, each of which has to call this."""
+        """The states of all ranks (a collective: every rank has to call this)."""
         everyone: list[Any] = [random_state(self.devices)]
         if self.world > 1:
             own, everyone = everyone[0], [None] * self.world
@@ -200,7 +200,7 @@ class RandomNumbers:
         return {"random": everyone}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Draw what the earlier run would have drawn; of other ranks, something else."""
+        """Restore the generators; with another number of ranks they are seeded anew."""
         states = state.get("random", [])
         if len(states) == self.world:
             restore_random_state(states[self.rank], self.devices)
@@ -209,10 +209,10 @@ class RandomNumbers:
 
 
 def random_state(devices: Sequence[torch.device]) -> dict[str, Any]:
-    """The state of every generator a process draws from, in types that load without pickled code.
+    """The states of all generators of a process, in types that `weights_only` loading accepts.
 
     Args:
-        devices: those of the process; GPUs have generators of their own.
+        devices: of the process; each GPU has its own generator.
     """
     name, keys, *rest = np.random.get_state()
     return {
@@ -224,7 +224,7 @@ def random_state(devices: Sequence[torch.device]) -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any], devices: Sequence[torch.device]) -> None:
-    """Put back what `random_state` returned in an earlier process."""
+    """Restore the states returned by `random_state`."""
     torch.set_rng_state(state["torch"])
     for device, one in zip((d for d in devices if d.type == "cuda"), state["cuda"]):
         torch.cuda.set_rng_state(one, device)
@@ -234,9 +234,9 @@ def restore_random_state(state: Mapping[str, Any], devices: Sequence[torch.devic
     random.setstate((version, tuple(internal), gauss))
 
 
-# ------------------------------------------------------------------------------ a step that fails
+# ------------------------------------------------------------------------------ skipped steps
 class Snapshot:
-    """A module's running statistics before a step, to be put back should the step be skipped."""
+    """A copy of the buffers of a module (BatchNorm statistics), restored if a step is skipped."""
 
     def __init__(self, module: nn.Module) -> None:
         by_type: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -245,30 +245,30 @@ class Snapshot:
         self._pairs = [([b.clone() for b in group], group) for group in by_type.values()]
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Copy them, on their device."""
+    def save(self) -> None:
+        """Copy the buffers, on their device."""
         for kept, live in self._pairs:
             torch._foreach_copy_(kept, live)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Make them what they were."""
+    def restore(self) -> None:
+        """Reset the buffers to the copy."""
         for kept, live in self._pairs:
             torch._foreach_copy_(live, kept)
 
 
 @torch.no_grad()
 def is_finite(module: nn.Module) -> bool:
-    """Whether all weights are; read once from their device."""
+    """Whether all parameters are finite, with one read from their device."""
     return bool(torch.stack([weight.isfinite().all() for weight in module.parameters()]).all())
 
 
 # ------------------------------------------------------------------------------ settings
 def differences(before: str, now: str) -> list[str]:
-    """Settings of a state that are others now, but for those that change no weight.
+    """One line for each setting that differs and affects the weights.
 
     Args:
-        before, now: configurations as yaml.
+        before, now: configurations as YAML.
     """
     try:
         old = yaml.safe_load(before) or {}
@@ -277,25 +277,24 @@ def differences(before: str, now: str) -> list[str]:
     if not isinstance(old, dict) or not old:
         return []
     lines = []
-    for key, value in _leaves(yaml.safe_load(now)):
-        if key.startswith(("VAL.", "TEST.")) or key in _HARMLESS:
+    for key, value in _flatten(yaml.safe_load(now)):
+        if key.startswith(("VAL.", "TEST.")) or key in _NO_EFFECT:
             continue
-        was = _at(old, key)
-        if was not in (value, None):  # None: there was no such setting
-            lines.append(f"{key} was {was}, and is {value} now")
+        was = _value_at(old, key)
+        if was not in (value, None):  # None: the key did not exist
+            lines.append(f"{key} was {was} and is now {value}")
     return lines
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values."""
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def _at(tree: Any, dotted: str) -> Any:
+def _value_at(tree: Any, dotted: str) -> Any:
     for part in dotted.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree

@@ -1,4 +1,4 @@
-"""One step of the optimizer: forward, backward, clipping, update; one read from the device."""
+"""One optimizer step: forward, backward, gradient clipping, update."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from mit_semseg.precision import Precision
 
 log = logging.getLogger("mit_semseg")
 
-# Steps in a row without a finite loss after which TRAIN.on_nan skip gives up, too; and steps in a
-# row whose gradients fp16 cannot hold: the loss scale, which begins at 65536, is 1/16 by then.
-MOST_SKIPPED = 20
+# Most skipped steps in a row, for non-finite losses (TRAIN.on_nan skip) and fp16 overflows. After
+# 20 overflows the loss scale has fallen from 65536 to 1/16.
+MAX_SKIPPED = 20
 LOWER_RATES = "lower TRAIN.lr_encoder and TRAIN.lr_decoder, or train with TRAIN.precision"
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the host knows of a step.
+    """Result of a step.
 
     Attributes:
-        loss: mean over the parts, replicas and ranks.
+        loss: mean over micro-batches, replicas and ranks.
         accuracy: likewise, in [0, 1].
-        updated: False where the step was skipped: weights and statistics are those of before.
-        stop: whether any rank was asked to stop.
-        save: whether rank 0 finds it time to save the run.
+        updated: False if the step was skipped; weights and buffers are then unchanged.
+        stop: whether any rank received a stop signal.
+        save: whether the state is to be saved.
     """
 
     loss: float
@@ -48,8 +48,8 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A batch whose backward pass has been launched."""
+class _MicroBatch:
+    """A micro-batch whose backward pass has been launched."""
 
     loss: Tensor  # scalar, on the device
     accuracy: Tensor  # scalar, on the device
@@ -59,42 +59,42 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Figures:
-    """What is read of a step, in one transfer."""
+    """Values of a step that are read from the device in one transfer."""
 
-    losses: list[float]  # of the parts, means over the ranks
+    losses: list[float]  # of the micro-batches, means over the ranks
     accuracies: list[float]
     stop: bool
     save: bool
     own: list[float]  # losses of this rank
-    norm: float  # of the gradients; 0 where they are not clipped
-    overflow: bool  # whether fp16 could not hold the gradients
+    norm: float  # of the gradients; 0 without clipping
+    overflow: bool  # of the gradients in fp16
 
 
 class TrainStep:
-    """Computes steps: `add` each part of the batch, then `finish`.
+    """Computes steps: call `add` for each micro-batch, then `finish`.
 
-    Everything up to and with the backward pass of the last part is launched before the host reads
-    anything of it: on a GPU it waits once a step, in `finish`, for loss, accuracy, gradient norm
-    and overflow together. A non-finite loss goes through the backward pass like any other; the
-    gradients are dropped and the running statistics put back when it is read.
+    All forward and backward passes of a step are launched before the host reads a result: on a GPU
+    it waits once per step, in `finish`, for loss, accuracy, gradient norm and overflow together. A
+    non-finite loss is found there, after the backward pass; the gradients are then dropped and the
+    buffers restored.
 
     Args:
         module: the network with its loss, on its device.
-        parallel: what is called with a batch: the module, or its wrapper for several devices or
-            ranks.
+        parallel: the module, or its data-parallel wrapper; called with a batch.
         optimizer: of the module's parameters.
-        device: where `parallel` takes its batch.
-        precision: what it computes in.
-        scaler: of the loss; disabled where the precision is not fp16.
-        average: moving average of the weights, updated with them.
-        accumulate: parts of a step.
-        clip_grad: largest norm of the gradients; 0: any.
-        channels_last: whether images stay in the layout they are loaded in.
+        device: where `parallel` expects its batch.
+        precision: of the computation.
+        scaler: of the loss; disabled unless the precision is fp16.
+        average: EMA of the weights, updated in each step.
+        accumulate: micro-batches per step.
+        clip_grad: largest norm of the gradients; 0 for no limit.
+        channels_last: whether images keep the channels-last format in which they are loaded.
         fixed: modules whose BatchNorm stays in evaluation mode.
-        on_nan: "stop" or "skip", for steps that are non-finite.
-        rank, world: place among the ranks.
-        save_batch: called with the number of a step and what is needed to replay a batch with a
-            non-finite loss; says in words where it was saved.
+        on_nan: "stop" or "skip", for a non-finite loss or gradient.
+        rank: of this process.
+        world: number of ranks.
+        save_batch: called with the number of a step and the data for replaying a batch with a
+            non-finite loss; returns where it was saved, as text for a message.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class TrainStep:
         self.fixed = [x for x in norms if isinstance(x, nn.modules.batchnorm._BatchNorm)]
         self.rank, self.world, self.save_batch = rank, world, save_batch
         self.statistics = Snapshot(module)
-        self._parts: list[_Part] = []
+        self._micro_batches: list[_MicroBatch] = []
 
     @property
     def evaluated(self) -> SegmentationModule:
-        """The weights that checkpoints hold: the moving average when there is one."""
+        """The module that is validated and saved: the EMA if there is one."""
         return self.module if self.average is None else self.average.module
 
     def set_progress(self, share: float) -> None:
@@ -137,62 +137,64 @@ class TrainStep:
         self.evaluated.decoder.set_progress(share)
 
     def training_mode(self) -> None:
-        """Put the network in training mode."""
+        """Set training mode, except for the BatchNorm of `fixed` modules."""
         self.parallel.train()
         for norm in self.fixed:
             norm.eval()
 
     def add(self, batch: list[dict[str, Any]]) -> None:
-        """Launch forward and backward pass of the next part of the step.
+        """Launch the forward and backward pass of a micro-batch.
 
         Args:
-            batch: one dict per device, of which `info`, the files, is taken out.
+            batch: one dict per device; `info`, the files, is removed from it.
         """
-        if not self._parts:
-            self.statistics.take()
+        if not self._micro_batches:
+            self.statistics.save()
         files = [file for item in batch for file in item.pop("info")]
         with self._gradients_of_ranks(), compiler_errors(), self.precision.products():
             with self.precision.autocast():
                 loss, accuracy = self.parallel(self._moved(batch))
             loss = loss.mean()
             self.scaler.scale(loss / self.accumulate).backward()
-        self._parts.append(_Part(loss.detach(), accuracy.detach().mean(), batch, files))
+        self._micro_batches.append(
+            _MicroBatch(loss.detach(), accuracy.detach().mean(), batch, files)
+        )
 
     def _gradients_of_ranks(self) -> AbstractContextManager[None]:
-        """Gradients are added up within each rank, until those of the last part are in."""
+        """Synchronise gradients between ranks for the last micro-batch only."""
         ddp = nn.parallel.DistributedDataParallel
-        if isinstance(self.parallel, ddp) and len(self._parts) + 1 < self.accumulate:
+        if isinstance(self.parallel, ddp) and len(self._micro_batches) + 1 < self.accumulate:
             return self.parallel.no_sync()
         return nullcontext()
 
     def _moved(self, batch: list[dict[str, Any]]) -> Any:
-        """The batch as `parallel` takes it."""
-        if isinstance(self.parallel, UserScatteredDataParallel):  # which copies to its devices
+        """The batch in the form, and on the device, that `parallel` expects."""
+        if isinstance(self.parallel, UserScatteredDataParallel):  # copies to its devices itself
             return batch if self.channels_last else [_contiguous(item) for item in batch]
-        # The layout changes on the device: on the host the copy would not be in pinned memory.
+        # Change the format on the device: on the host the result would not be in pinned memory.
         item = async_copy_to(batch[0], self.device)
         return item if self.channels_last else _contiguous(item)
 
     def finish(self, progress: Progress, stop: bool = False, save: bool = False) -> StepResult:
-        """Read what the parts came to, and update the weights unless it is non-finite.
+        """Read the results of the micro-batches, and update the weights if they are finite.
 
         Args:
             progress: of the run before this step, for messages.
-            stop: whether this rank was asked to stop.
-            save: whether this rank finds it time to save the run.
+            stop: whether this rank received a stop signal.
+            save: whether the state is to be saved; only the value of rank 0 counts.
 
         Raises:
-            FloatingPointError: the loss or the gradients are non-finite, and `on_nan` is stop, or
-                they have been so for many steps.
+            FloatingPointError: the loss or the gradients are non-finite, and `on_nan` is stop or
+                `MAX_SKIPPED` steps in a row were skipped.
         """
         self.scaler.unscale_(self.optimizer)
         figures = self._read(stop, save)
-        parts, self._parts = self._parts, []
+        parts, self._micro_batches = self._micro_batches, []
         updated = self._is_usable(figures, parts, progress)
         if updated:
             self.optimizer.step()
         else:
-            self.statistics.put_back()
+            self.statistics.restore()
         self.optimizer.zero_grad(set_to_none=True)
         if updated and self.average is not None:
             self.average.update()
@@ -205,10 +207,10 @@ class TrainStep:
         )
 
     def _read(self, stop: bool, save: bool) -> _Figures:
-        """The one moment of a step when the host waits for the device."""
-        own = torch.stack([part.loss.float() for part in self._parts])
-        accuracies = torch.stack([part.accuracy.float() for part in self._parts])
-        # Filled on the device: a tensor made of Python numbers would be a copy that waits.
+        """Reduce over the ranks and read from the device; the only synchronisation of a step."""
+        own = torch.stack([part.loss.float() for part in self._micro_batches])
+        accuracies = torch.stack([part.accuracy.float() for part in self._micro_batches])
+        # Filled on the device: creating a tensor from Python numbers is a synchronous copy.
         flags = [own.new_full((1,), float(flag)) for flag in (stop, save and self.rank == 0)]
         shared = torch.cat([own, accuracies, *flags])
         if self.world > 1:
@@ -221,7 +223,7 @@ class TrainStep:
             found = self.scaler._found_inf_per_device(self.optimizer).values()
             overflow = torch.stack([one.reshape(()) for one in found]).sum().float().reshape(1)
         values = torch.cat([shared, own, norm, overflow]).tolist()
-        n, world = len(self._parts), self.world
+        n, world = len(self._micro_batches), self.world
         return _Figures(
             losses=[value / world for value in values[:n]],
             accuracies=[value / world for value in values[n : 2 * n]],
@@ -232,13 +234,15 @@ class TrainStep:
             overflow=values[-1] > 0,
         )
 
-    # ------------------------------------------------------------------ what is non-finite
+    # ------------------------------------------------------------------ non-finite values
 
-    def _is_usable(self, figures: _Figures, parts: Sequence[_Part], progress: Progress) -> bool:
-        """Whether the gradients may be taken; the loss scale follows from what was found."""
+    def _is_usable(
+        self, figures: _Figures, parts: Sequence[_MicroBatch], progress: Progress
+    ) -> bool:
+        """Whether loss and gradients are finite; updates the loss scale."""
         for part, loss, own in zip(parts, figures.losses, figures.own, strict=True):
             if not math.isfinite(loss):
-                if self.scaler.is_enabled():  # as if the step had not been
+                if self.scaler.is_enabled():  # keep the scale
                     self.scaler.update(self.scaler.get_scale())
                 self._nonfinite_loss(part, own, progress)
                 return False
@@ -248,17 +252,17 @@ class TrainStep:
         if self.scaler.is_enabled():
             self.scaler.update()
         if not math.isfinite(figures.norm):
-            text = f"the gradients of step {progress.step + 1} are not finite"
+            text = f"the gradients of step {progress.step + 1} are non-finite"
             self._skip(text, f"{text}; {LOWER_RATES} fp32", progress)
             return False
         return True
 
-    def _nonfinite_loss(self, part: _Part, own: float, progress: Progress) -> None:
-        """Save a batch for replay with the weights it met; raise unless `on_nan` is skip."""
-        self.statistics.put_back()
+    def _nonfinite_loss(self, part: _MicroBatch, own: float, progress: Progress) -> None:
+        """Save the batch with the weights for replay; raise unless `on_nan` is skip."""
+        self.statistics.restore()
         step = progress.step + 1
         if math.isfinite(own):
-            text = f"the loss of step {step} is not finite on another rank, which names the files"
+            text = f"the loss of step {step} is non-finite on another rank, which names the files"
         else:
             replay = {
                 "step": step,
@@ -272,36 +276,34 @@ class TrainStep:
             text = f"the loss of step {step} is {own} on {', '.join(part.files)} (batch {where})"
         count = progress.skipped_in_a_row
         again = f", after {count} skipped steps" if count else ""
-        self._skip(text, f"{text}{again}; look at these files, or {LOWER_RATES} fp32", progress)
+        self._skip(text, f"{text}{again}; check these files, or {LOWER_RATES} fp32", progress)
 
     def _skip(self, text: str, error: str, progress: Progress) -> None:
-        """Warn that the step is skipped, or raise where it must not be."""
-        if self.on_nan == "stop" or progress.skipped_in_a_row >= MOST_SKIPPED:
+        """Warn that the step is skipped, or raise."""
+        if self.on_nan == "stop" or progress.skipped_in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(error)
         log.warning("%s; the step is skipped", text)
 
     def _overflow(self, progress: Progress) -> None:
-        """Lower the loss scale of fp16, which was too high for the gradients.
+        """Lower the loss scale after an fp16 overflow.
 
-        The step is left out here, rather than by `GradScaler.step`: that lets fused optimizers run
-        and write nothing, and the momentum of a first step of SGD, which nothing was written to,
-        would be whatever was in memory.
+        The step is skipped here and not by `GradScaler.step`, which runs fused optimizers without
+        writing: the momentum of the first SGD step would then be uninitialised memory.
         """
         scale = self.scaler.get_scale()
         self.scaler.update()
         text = (
-            f"fp16 cannot hold the gradients of step {progress.step + 1} at a loss scale of "
-            f"{scale:g}"
+            f"the fp16 gradients of step {progress.step + 1} overflow at a loss scale of {scale:g}"
         )
-        if progress.skipped_in_a_row >= MOST_SKIPPED:
+        if progress.skipped_in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(
                 f"{text}, after {progress.skipped_in_a_row} skipped steps; {LOWER_RATES} bf16 or "
                 "fp32"
             )
         if self.rank == 0:  # all ranks have the same gradients
             log.warning(
-                "%s: the step is skipped (%d so far), and the scale is %g now; a few such steps "
-                "are normal, at the beginning most of all",
+                "%s: the step is skipped (%d so far), the scale is now %g; a few such steps are "
+                "normal, most of all at the beginning",
                 text,
                 progress.skipped + 1,
                 self.scaler.get_scale(),

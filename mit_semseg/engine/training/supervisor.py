@@ -1,4 +1,4 @@
-"""What may end a run from outside: signals, stalls, and other ranks that are lost."""
+"""Handling of signals, stalls and lost ranks during a training."""
 
 from __future__ import annotations
 
@@ -9,54 +9,53 @@ from mit_semseg.engine.signals import StopRequest
 from mit_semseg.engine.watchdog import Watchdog
 from mit_semseg.errors import one_line
 
-# What to do when nothing moves.
-STALLED = "look at these files, or raise TRAIN.stall_seconds"
-# Seconds that a step may at least take on GPUs of several ranks after a request to stop.
+STALLED = "check these files, or raise TRAIN.stall_seconds"
+# Least seconds for a step on GPUs of several ranks after a stop signal.
 STOP_GRACE = 8.0
 
 
 class Supervisor:
-    """While it is `watching`, SIGTERM and SIGINT ask the run to stop, and a stall ends the process.
+    """Within `watching`, SIGTERM and SIGINT request a stop, and a stall ends the process.
 
-    For one run only.
+    For a single run.
 
     Args:
-        seconds: TRAIN.stall_seconds.
-        name: of this process, in messages.
-        ranks: how many processes train together.
-        silent_loss: whether a rank may wait in vain for one that has died, as NCCL does: after a
-            request to stop the watchdog then waits for a few steps' time only.
+        seconds: `TRAIN.stall_seconds`.
+        name: of this process, for messages.
+        ranks: number of ranks.
+        silent_failure: whether a collective may wait forever for a dead rank, as with NCCL; after a
+            stop signal the watchdog then waits only a few times as long as a step.
 
     Attributes:
-        step: number of the step that is computed, for messages.
-        slowest_step: in seconds; 0 while there was none.
+        step: number of the current step, for messages.
+        slowest_step: in seconds; 0 before the first step.
     """
 
-    def __init__(self, seconds: float, name: str, ranks: int, silent_loss: bool) -> None:
+    def __init__(self, seconds: float, name: str, ranks: int, silent_failure: bool) -> None:
         self.seconds, self.name, self.ranks = seconds, name, ranks
-        self.silent_loss = silent_loss
+        self.silent_failure = silent_failure
         self.step, self.slowest_step = 1, 0.0
-        self._stop = StopRequest(repeated=ranks > 1, on_ask=self._shorten_limit)
+        self._stop = StopRequest(repeated=ranks > 1, on_stop=self._shorten_limit)
         self._watchdog: Watchdog | None = None
         self._awaited = "the start"
 
     @contextmanager
     def watching(
-        self, files: Callable[[], list[str]], at_the_end: Callable[[], None]
+        self, files: Callable[[], list[str]], before_exit: Callable[[], None]
     ) -> Iterator[None]:
-        """Mind signals and stalls.
+        """Handle signals and detect stalls.
 
         Args:
-            files: what is being read, for messages.
-            at_the_end: called before a stall ends the process, to take others along.
+            files: returns the files being read, for messages.
+            before_exit: called before a stall ends the process, to end child processes.
         """
         watchdog = Watchdog(
-            # After the loader's own limit, whose message says more.
+            # Later than the time-out of the loader, whose message has more detail.
             self.seconds + 2,
             name=self.name,
             files=files,
             advice=f"{STALLED}; --resume auto resumes from the newest checkpoint",
-            at_the_end=at_the_end,
+            before_exit=before_exit,
         )
         self._watchdog = watchdog
         try:
@@ -66,22 +65,22 @@ class Supervisor:
             self._watchdog = None
 
     @property
-    def asked(self) -> str:
-        """Name of the signal that asks the run to stop, "" where none does."""
-        return self._stop.asked
+    def stop_signal(self) -> str:
+        """Name of the stop signal received; "" for none."""
+        return self._stop.signal
 
-    def asked_elsewhere(self) -> None:
-        """Another rank was asked to stop: so is this one."""
-        self._stop.asked = self._stop.asked or "a signal to another rank"
+    def note_remote_stop(self) -> None:
+        """Stop, because another rank received a signal."""
+        self._stop.signal = self._stop.signal or "a signal to another rank"
 
     @contextmanager
     def waiting(self, what: str, *, patient: bool = False, others: bool = False) -> Iterator[None]:
-        """Name what is waited for, should it take too long.
+        """Describe what the run waits for, for the message of a stall.
 
         Args:
-            what: in words.
-            patient: wait ten times as long.
-            others: whether it takes all ranks.
+            what: the description.
+            patient: allow ten times as long.
+            others: whether other ranks are involved.
 
         Raises:
             ConnectionError: another rank was lost.
@@ -96,27 +95,27 @@ class Supervisor:
             self.progress()
 
     def progress(self) -> None:
-        """Something was done: the time that may pass without progress begins again."""
+        """Restart the time limit."""
         if self._watchdog is not None:
             self._watchdog.progress(self._awaited)
 
     def _patience(self, wanted: bool) -> AbstractContextManager[None]:
         return self._watchdog.patient() if wanted and self._watchdog else nullcontext()
 
-    def _peers(self, minded: bool) -> AbstractContextManager[None]:
-        return lost_peers(self.step) if minded and self.ranks > 1 else nullcontext()
+    def _peers(self, others: bool) -> AbstractContextManager[None]:
+        return lost_peers(self.step) if others and self.ranks > 1 else nullcontext()
 
     def _shorten_limit(self) -> None:
-        if self.silent_loss and self.slowest_step and self._watchdog is not None:
+        if self.silent_failure and self.slowest_step and self._watchdog is not None:
             self._watchdog.shorten_limit(max(STOP_GRACE, 3 * self.slowest_step))
 
 
 @contextmanager
 def lost_peers(step: int) -> Iterator[None]:
-    """Turns what collectives raise when a rank is gone into a ConnectionError of one line.
+    """Convert errors of collectives, such as after the loss of a rank, to a ConnectionError.
 
     Args:
-        step: of the run, named in the error.
+        step: of the run, for the message.
     """
     try:
         yield
@@ -124,9 +123,9 @@ def lost_peers(step: int) -> Iterator[None]:
         if not _is_lost_peer(error):
             raise
         raise ConnectionError(
-            f"lost the connection to another rank in step {step}, or the collective "
-            f"failed ({one_line(error, 120)}); the first cause is in the output "
-            "of the rank or host that failed; --resume auto resumes from the newest checkpoint"
+            f"lost the connection to another rank in step {step}, or a collective failed "
+            f"({one_line(error, 120)}); the cause is in the output of the rank or host that failed "
+            "first; --resume auto resumes from the newest checkpoint"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The loop of a training: epochs of steps, their checkpoints and validations."""
+"""The training loop: epochs, steps, checkpoints, validations."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from mit_semseg.models import SegmentationModule
 
 log = logging.getLogger("mit_semseg")
 
-# Compiling, in the first steps, takes minutes.
+# torch.compile takes minutes in these first steps: a longer time limit applies.
 COMPILING_STEPS = 10
 
 Batches = Iterator[list[dict[str, Any]]]
 
 
 class Trainer:
-    """One run; `fit` is the whole of it, the other methods its parts in order."""
+    """Runs a training: call `fit`."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.options, self.plan, self.place = parts.options, parts.plan, parts.place
         self.progress, self.history = parts.progress, parts.history
         self.saved_at = time.monotonic()
-        self.steps_here = 0  # in this process
+        self.steps_here = 0  # steps of this process, not counting those before resuming
 
     def fit(self) -> dict[str, Any]:
-        """All epochs; returns what `train` does."""
+        """Train to the last epoch or a stop signal; returns the result of `train`."""
         parts, progress = self.parts, self.progress
         if self.place.rank == 0:
             parts.lock.acquire()
             parts.folder.remove_unfinished()
         try:
             self.resume()
-            at = f", from step {progress.step} on" if progress.step else ""
+            at = f", from step {progress.step}" if progress.step else ""
             log.info("training %s%s", self.plan.summary, at)
             loader = parts.loader(
                 first=progress.position,
@@ -64,34 +64,34 @@ class Trainer:
                 try:
                     self._epochs(iter(loader), loader.bad_files)
                 finally:
-                    with parts.supervisor.waiting("the loading processes to end"):
+                    with parts.supervisor.waiting("the data loader processes to end"):
                         loader.close()
             return self._result()
         finally:
             parts.lock.release()
 
-    # ------------------------------------------------------------------ the beginning
+    # ------------------------------------------------------------------ resuming
 
     def resume(self) -> None:
-        """Take up an earlier run, or start a new one; rank 0 reads, and tells the others."""
+        """Resume an earlier run or start a new one; rank 0 reads the state and broadcasts it."""
         parts = self.parts
         found = parts.earlier.find(parts.step.module) if self.place.rank == 0 else None
         file, state = found or (None, None)
         here = file is not None and file.parent.resolve() == parts.folder.path.resolve()
         if self.place.world > 1:
-            told: list[Any] = [state, here]
-            with parts.supervisor.waiting("the first rank to find a state", others=True):
-                dist.broadcast_object_list(told, src=0)
-            state, here = told
+            shared: list[Any] = [state, here]
+            with parts.supervisor.waiting("rank 0 to find a state", others=True):
+                dist.broadcast_object_list(shared, src=0)
+            state, here = shared
         if state is not None:
             self._restore(state, file)
         if self.place.rank == 0:
             self._clear_folder(state["step"] if state is not None and here else None)
         if state is None or (here and state["step"] == self.progress.step):
             return
-        # The place has another number or folder now: from here on it is found by that.
+        # The step number or the folder has changed: save the state under the new name.
         if not here:
-            self.history.forget_validations()  # best.pth is elsewhere
+            self.history.clear_validations()  # best.pth is in the other folder
         elif self.place.rank == 0:
             for other in parts.folder.states():
                 if other != file:
@@ -101,32 +101,32 @@ class Trainer:
             parts.folder.set_aside_after(self.progress.step, self.progress.epoch, best=False)
 
     def _restore(self, state: dict[str, Any], file: Path | None) -> None:
-        """Become the run that wrote a state; `file` is for messages."""
+        """Load a state; `file` is for messages."""
         progress, options = self.progress, self.options
         try:
             self.parts.state.load_state_dict(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{file} does not fit this run ({one_line(error, 200)}): resume "
-                "with the configuration it was written with"
+                f"{file} does not fit this run ({one_line(error, 200)}): resume with the "
+                "configuration of that run"
             ) from error
         if progress.step > progress.max_iters:
             raise ValueError(
-                f"{file} is in epoch {progress.step / progress.epoch_iters:.3g}, and "
-                f"TRAIN.num_epoch is {options.num_epoch}: raise TRAIN.num_epoch to train on"
+                f"{file} is at epoch {progress.step / progress.epoch_iters:.3g}, but "
+                f"TRAIN.num_epoch is {options.num_epoch}: raise TRAIN.num_epoch to continue"
             )
         if self.place.rank == 0 and file is not None:
             log.info("resuming from %s: step %d of %d", file, progress.step, progress.max_iters)
             if state.get("optim", options.optim) != options.optim:
-                log.warning("the state is of another optimizer: momentum starts afresh")
+                log.warning("the state is of another optimizer: its momentum is not loaded")
             for line in differences(state.get("config", ""), self.plan.config):
-                log.warning("since %s was written: %s", file.name, line)
+                log.warning("changed since %s: %s", file.name, line)
 
     def _clear_folder(self, resumed_step: int | None) -> None:
-        """Set aside what is of another run, or newer than the place where this one resumes.
+        """Move files of another run, or newer than the state resumed from, to `earlier_N`.
 
         Args:
-            resumed_step: of the state, if it lies in this folder.
+            resumed_step: step of the state, if it is in this folder.
         """
         parts, epoch = self.parts, self.progress.epoch
         if resumed_step is None:
@@ -140,16 +140,16 @@ class Trainer:
                 self.progress.step, epoch - 1 if self._is_to_validate(epoch) else epoch
             )
         parts.describe()
-        parts.lock.note_job(parts.earlier.job)
+        parts.lock.write_job(parts.earlier.job)
 
     # ------------------------------------------------------------------ epochs and steps
 
     def _epochs(self, batches: Batches, bad_files: dict[str, str]) -> None:
         progress = self.progress
         if progress.step and not progress.inside:
-            # The run was stopped after the last step of an epoch, before all was written.
+            # The run was stopped between the last step of an epoch and its files.
             self._finish_epoch(progress.epoch)
-        while not (progress.done or self._is_out_of_patience() or self._is_asked_to_stop()):
+        while not (progress.done or self._is_out_of_patience() or self._should_stop()):
             epoch = progress.epoch + 1
             if not progress.inside:
                 self.parts.random.begin_epoch()
@@ -161,7 +161,7 @@ class Trainer:
                 break
             self.history.add("train", epoch, _mean(progress.losses), _mean(progress.accuracies))
             if bad_files and self.place.rank == 0:
-                log.warning("%d files could not be used so far", len(bad_files))
+                log.warning("unusable files so far: %d", len(bad_files))
             self._save_state()
             self._finish_epoch(epoch)
         if self._is_out_of_patience():
@@ -173,7 +173,7 @@ class Trainer:
         self.parts.metrics.draw()
 
     def _epoch(self, epoch: int, batches: Batches) -> None:
-        """Steps up to the end of an epoch, or to a request to stop, which is answered."""
+        """Steps to the end of an epoch or a stop signal."""
         progress, options, place = self.progress, self.options, self.place
         last, seconds = epoch * progress.epoch_iters, progress.seconds
         title = f"epoch {epoch}/{options.num_epoch}"
@@ -194,11 +194,10 @@ class Trainer:
                 result = self._step(batches, pace)
                 pace.elapsed = time.monotonic() - pace.began
                 progress.seconds = seconds + pace.elapsed
-                said = pace.text(progress, rates)
-                bar.set_postfix_str(said, refresh=False)
+                status = pace.text(progress, rates)
+                bar.set_postfix_str(status, refresh=False)
                 bar.update()
                 if progress.step % options.disp_iter == 0 or progress.step == last:
-                    # An epoch shorter than disp_iter leaves a line, too.
                     self.parts.metrics.record(
                         kind="train",
                         epoch=epoch,
@@ -207,16 +206,16 @@ class Trainer:
                     if not place.progress and place.rank == 0:
                         log.info(
                             "%s, step %d of %d: %s",
-                            *(title, progress.step, progress.max_iters, said),
+                            *(title, progress.step, progress.max_iters, status),
                         )
                 if progress.step < last and (result.stop or result.save):
                     self._save_state()
                 if result.stop:
-                    self.parts.supervisor.asked_elsewhere()
+                    self.parts.supervisor.note_remote_stop()
                     return
 
     def _set_rates(self) -> tuple[float, float]:
-        """The learning rates of the next step."""
+        """Set and return the learning rates of the next step, (encoder, decoder)."""
         options, progress = self.options, self.progress
         now = options, progress.step, progress.max_iters
         rates = (
@@ -228,7 +227,7 @@ class Trainer:
         return rates
 
     def _step(self, batches: Batches, pace: _Pace) -> StepResult:
-        """One step of the optimizer."""
+        """One optimizer step."""
         parts, progress, place = self.parts, self.progress, self.place
         supervisor, options = parts.supervisor, self.options
         began = time.monotonic()
@@ -249,38 +248,38 @@ class Trainer:
         with supervisor.waiting(computed, others=True):
             minutes = options.checkpoint_minutes
             due = bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
-            result = parts.step.finish(progress, stop=bool(supervisor.asked), save=due)
-        progress.advance(result.loss, result.accuracy, result.updated, self.plan.batches_a_step)
+            result = parts.step.finish(progress, stop=bool(supervisor.stop_signal), save=due)
+        progress.advance(result.loss, result.accuracy, result.updated, self.plan.batches_per_step)
         if self.steps_here:
             supervisor.slowest_step = max(supervisor.slowest_step, time.monotonic() - began)
         self.steps_here += 1
         return result
 
-    def _is_asked_to_stop(self) -> bool:
-        """Whether any rank is."""
+    def _should_stop(self) -> bool:
+        """Whether any rank received a stop signal."""
         supervisor = self.parts.supervisor
         if self.place.world > 1:
             with supervisor.waiting("the other ranks", others=True):
-                asked = torch.tensor(float(bool(supervisor.asked)), device=self.place.device)
-                dist.all_reduce(asked)
-            if asked.item():
-                supervisor.asked_elsewhere()
-        return bool(supervisor.asked)
+                stops = torch.tensor(float(bool(supervisor.stop_signal)), device=self.place.device)
+                dist.all_reduce(stops)
+            if stops.item():
+                supervisor.note_remote_stop()
+        return bool(supervisor.stop_signal)
 
     # ------------------------------------------------------------------ between epochs
 
     def _save_state(self) -> None:
-        """Everything that a resumed run needs, as it is after this step.
+        """Save the state of the run.
 
         Raises:
-            FloatingPointError: there is no use in it: what was saved before is kept instead.
+            FloatingPointError: a weight is non-finite; the previous state is kept.
         """
         parts, step = self.parts, self.progress.step
         if not is_finite(parts.step.module):
             raise FloatingPointError(
-                f"after step {step} the weights are not finite; nothing was saved "
-                "since they were: lower TRAIN.lr_encoder and TRAIN.lr_decoder, set "
-                "TRAIN.clip_grad, or train with TRAIN.precision fp32"
+                f"non-finite weights after step {step}; the previous state is kept: lower "
+                "TRAIN.lr_encoder and TRAIN.lr_decoder, set TRAIN.clip_grad, or train with "
+                "TRAIN.precision fp32"
             )
         with parts.supervisor.waiting("the run to be saved", patient=True, others=True):
             state = parts.state.state_dict()
@@ -289,11 +288,11 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def _finish_epoch(self, epoch: int) -> None:
-        """Write the published files of an epoch, and validate it if that has not been done."""
+        """Write the weights and history of an epoch, and validate it if due."""
         parts = self.parts
         if self.place.rank == 0:
             with parts.supervisor.waiting("the weights to be saved", patient=True):
-                parts.folder.save(f"epoch_{epoch}.pth", *_halves(parts.step.evaluated))
+                parts.folder.save(f"epoch_{epoch}.pth", *_state_dicts(parts.step.evaluated))
                 parts.folder.save_history(epoch, self.history.columns)
                 parts.folder.drop_epochs(self.options.keep)
         if self._is_to_validate(epoch):
@@ -306,28 +305,30 @@ class Trainer:
         return bool(patience) and self.history.validations_since_best >= patience
 
     def _is_to_validate(self, epoch: int) -> bool:
-        """Whether an epoch is to be validated, and has not been."""
+        """Whether the validation of an epoch is due and has not been done."""
         if self.parts.validate is None or self.history.is_validated(epoch):
             return False
         return epoch % self.options.eval_epochs == 0 or epoch == self.options.num_epoch
 
     def _validate(self, epoch: int) -> None:
-        """Score an epoch, every rank a share of the images; a request to stop aborts it, and the
-        resumed run validates again."""
+        """Validate an epoch, each rank a share of the images.
+
+        A stop signal aborts it; the resumed run then repeats it.
+        """
         parts, place, supervisor = self.parts, self.place, self.parts.supervisor
         assert parts.validate is not None
 
         def stop() -> bool:
             supervisor.progress()
-            # Several ranks score their shares to the end: whoever left would wait for the others.
-            return bool(supervisor.asked) and place.world == 1
+            # Not with several ranks: one that left would wait for the others.
+            return bool(supervisor.stop_signal) and place.world == 1
 
         net = parts.step.evaluated
         try:
             with supervisor.waiting("an image to be validated"):
                 evaluation: Evaluation = parts.validate(net, stop=stop)
         except Interrupted:
-            log.info("validation of epoch %d is given up", epoch)
+            log.info("validation of epoch %d is aborted", epoch)
             return
         with supervisor.waiting("the other ranks' validation", others=True):
             evaluation = merged(evaluation, place.device)
@@ -341,9 +342,9 @@ class Trainer:
             log.warning("epoch %d: %s", epoch, line)
         for file, reason in evaluation.failed:
             log.warning("not validated: %s: %s", file, reason.removeprefix(f"{file}: "))
-        # The best weights first: a run killed in between validates again, and writes them again.
+        # The best weights first: a run killed after this validates and writes them again.
         if self.history.best == (epoch, mean_iou) or "best.pth" not in parts.folder.names():
-            parts.folder.save("best.pth", *_halves(net))
+            parts.folder.save("best.pth", *_state_dicts(net))
         parts.metrics.record(kind="val", epoch=epoch, mean_iou=mean_iou, pixel_accuracy=accuracy)
         parts.folder.save_history(epoch, self.history.columns)
 
@@ -354,41 +355,41 @@ class Trainer:
         validated = progress.done and not self._is_to_validate(self.options.num_epoch)
         complete = validated or self._is_out_of_patience()
         if complete and self.place.rank == 0:
-            parts.lock.note_job("")
+            parts.lock.write_job("")
         return {
             "best_mean_iou": self.history.best_mean_iou,
             "checkpoint": name if complete or progress.done else f"state_step_{progress.step}.pth",
             "history": self.history.columns,
             "step": progress.step,
             "steps": progress.max_iters,
-            "stopped": "" if complete else parts.supervisor.asked,
+            "stopped": "" if complete else parts.supervisor.stop_signal,
         }
 
 
 @dataclass
 class _Pace:
-    """How fast an epoch goes, and what its bar, its log and metrics.jsonl say of it."""
+    """Speed of an epoch, for progress bar, log and metrics.jsonl."""
 
-    first: int  # step that it began with
+    first: int  # step at the start
     began: float = field(default_factory=time.monotonic)
     elapsed: float = 0.0  # seconds
     waited: float = 0.0  # seconds, for data
     images: int = 0
 
     def text(self, progress: Progress, rates: tuple[float, float]) -> str:
-        """Figures of the last steps, in words."""
+        """Status of the last steps, for progress bar and log."""
         pace = self.elapsed / (progress.step - self.first)
         return (
             f"loss {_mean(progress.losses[-20:]):.3f}, "
             f"accuracy {100 * _mean(progress.accuracies[-20:]):.1f}%, "
             f"lr {rates[0]:.2g}/{rates[1]:.2g}, {self.images / self.elapsed:.1f} images/s, "
-            f"waiting for data {100 * self.waited / self.elapsed:.0f}%, run done in "
+            f"waiting for data {100 * self.waited / self.elapsed:.0f}%, remaining "
             f"{tqdm.format_interval((progress.max_iters - progress.step) * pace)}"
             + (f", skipped steps: {progress.skipped}" if progress.skipped else "")
         )
 
     def figures(self, progress: Progress, rates: tuple[float, float], n: int) -> dict[str, Any]:
-        """A line of metrics.jsonl, of the last n steps."""
+        """A line of metrics.jsonl, with means over the last n steps."""
         return {
             "step": progress.step,
             "loss": _mean(progress.losses[-n:]),
@@ -402,8 +403,8 @@ class _Pace:
         }
 
 
-def _halves(net: SegmentationModule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state dicts of encoder and decoder."""
+def _state_dicts(net: SegmentationModule) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State dicts of encoder and decoder."""
     return net.encoder.state_dict(), net.decoder.state_dict()
 
 
@@ -413,7 +414,7 @@ def _mean(values: Sequence[float]) -> float:
 
 @contextmanager
 def _cudnn_benchmark(wanted: bool) -> Iterator[None]:
-    """Let cuDNN try its algorithms out, which pays where every batch is of the same size."""
+    """Enable cuDNN's benchmark mode, useful if all batches have the same size."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = wanted or before
     try:

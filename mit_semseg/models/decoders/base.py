@@ -16,7 +16,7 @@ from mit_semseg.models.layers import resize
 from mit_semseg.models.pyramid import Tile, pooled
 from mit_semseg.registry import Registry
 
-DECODERS: Registry[type[Decoder]] = Registry("decoder")
+DECODERS: Registry[type[Decoder]] = Registry("decoder", "docs/models.md")
 
 
 def reduce(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

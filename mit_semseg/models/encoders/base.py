@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.registry import DILATED_NAMES, Registry
 
-ENCODERS: Registry[type[Encoder] | Variant] = Registry("encoder")
+ENCODERS: Registry[type[Encoder] | Variant] = Registry("encoder", "docs/models.md")
 
 
 class Encoder(nn.Module):
