@@ -17,7 +17,7 @@ from mit_semseg.models.layers import resize
 class Linear(Decoder):
     """BatchNorm and a 1x1 convolution on all feature maps, joined at the finest.
 
-    For features that are not trained: `TRAIN.lr_encoder 0`.
+    For features that are not trained: `TRAIN.freeze encoder`.
 
     Paper: Oquab et al. 2023, arXiv:2304.07193, sec. 7.4 (linear evaluation of DINOv2 on semantic
     segmentation; with the last four layers of a ViT its form "+ms", without several scales).
