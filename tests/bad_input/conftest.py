@@ -1,27 +1,23 @@
 """A small trained model, commands run as a user would, and an eye on what else they touch."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from mit_semseg.cli import main
-from mit_semseg.config.node import Config
 
 SECONDS = 240  # none of these tests takes a tenth of it, unless something hangs
 
 
 @pytest.fixture(autouse=True)
-def no_hang() -> Iterator[None]:
+def no_hang():
     """A test that hangs fails, with the line it hangs at."""
 
-    def ring(*_: object) -> None:
+    def ring(*_):
         pytest.fail(f"no end after {SECONDS} s")  # no Exception: no code under test catches it
 
     before = signal.signal(signal.SIGALRM, ring)
@@ -32,7 +28,7 @@ def no_hang() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Config]) -> Config:
+def model(tmp_path_factory, make_model):
     """A model of three classes in a checkpoint folder, whose `config.yaml` runs it."""
     folder = tmp_path_factory.mktemp("model") / "ckpt"
     return make_model(folder, ("sky", "road", "tree"), TRAIN__workers=0)
@@ -47,7 +43,7 @@ class Outcome:
     err: str
 
     @property
-    def error(self) -> str:
+    def error(self):
         """The one line it ended with."""
         assert self.code == 2, self
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
@@ -56,14 +52,11 @@ class Outcome:
         return lines[0]
 
 
-Command = Callable[..., Outcome]
-
-
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Command:
+def command(capfd):
     """`command("predict", "--imgs", ...)` in this process; no traceback ever."""
 
-    def run(*words: object) -> Outcome:
+    def run(*words):
         capfd.readouterr()
         try:
             code = main([str(word) for word in words])
@@ -77,7 +70,7 @@ def command(capfd: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
-def listing(folder: Path, but: Path | None = None) -> dict[str, tuple[int, int]]:
+def listing(folder, but=None):
     """Everything below a folder, with sizes and times; nothing of the folder `but`."""
     found = {}
     for place, folders, files in os.walk(folder):
@@ -91,11 +84,11 @@ def listing(folder: Path, but: Path | None = None) -> dict[str, tuple[int, int]]
 
 
 @pytest.fixture
-def untouched(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[None]]:
+def untouched(tmp_path):
     """`with untouched(but=folder):` nothing else below the test's folder may change."""
 
     @contextlib.contextmanager
-    def watch(but: Path | None = None) -> Iterator[None]:
+    def watch(but=None):
         before = listing(tmp_path, but)
         yield
         assert listing(tmp_path, but) == before

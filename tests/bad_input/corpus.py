@@ -4,8 +4,6 @@
 line about it must say besides the name of the file.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os
@@ -14,7 +12,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,12 @@ from PIL import Image
 
 HEIGHT, WIDTH = 24, 40
 _Y, _X = np.mgrid[:HEIGHT, :WIDTH]
-COLOR: np.ndarray = np.stack([6 * _X, 10 * _Y, 3 * (_X + _Y)], axis=2).astype(np.uint8)
-GREY: np.ndarray = COLOR[:, :, 0].copy()
-LABELS: np.ndarray = ((_X // 8 + _Y // 8) % 4).astype(np.uint8)  # 0 is ignored, 1..3 are classes
+COLOR = np.stack([6 * _X, 10 * _Y, 3 * (_X + _Y)], axis=2).astype(np.uint8)
+GREY = COLOR[:, :, 0].copy()
+LABELS = ((_X // 8 + _Y // 8) % 4).astype(np.uint8)  # 0 is ignored, 1..3 are classes
 
 # Where a picture that is stored by EXIF orientation k has each of its pixels.
-STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -53,27 +51,27 @@ class Case:
     message: str = ""
     tolerance: float = 0.0  # mean absolute difference of pixels, where the format is lossy
 
-    def write(self, path: Path) -> None:
+    def write(self, path):
         path.write_bytes(self.content) if isinstance(self.content, bytes) else self.content(path)
 
-    def __str__(self) -> str:
+    def __str__(self):
         return self.name
 
 
-def ok(name: str, content: bytes | Callable[[Path], Any], good: Any, tolerance: float = 0) -> Case:
+def ok(name, content, good, tolerance=0):
     return Case(name, content, good=good, tolerance=tolerance)
 
 
-def bad(name: str, content: bytes | Callable[[Path], Any], message: str) -> Case:
+def bad(name, content, message):
     return Case(name, content, message=message)
 
 
-def nothing(path: Path) -> None:
+def nothing(path):
     """The file is not there."""
 
 
 # ------------------------------------------------------------------------------ images
-def encoded(pixels: np.ndarray | Image.Image, kind: str, **options: Any) -> bytes:
+def encoded(pixels, kind, **options):
     """An image file's bytes."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     buffer = io.BytesIO()
@@ -81,43 +79,43 @@ def encoded(pixels: np.ndarray | Image.Image, kind: str, **options: Any) -> byte
     return buffer.getvalue()
 
 
-def png(pixels: np.ndarray | Image.Image, **options: Any) -> bytes:
+def png(pixels, **options):
     return encoded(pixels, "PNG", **options)
 
 
-def jpeg(pixels: np.ndarray | Image.Image, **options: Any) -> bytes:
+def jpeg(pixels, **options):
     return encoded(pixels, "JPEG", **{"quality": 95, **options})
 
 
-def tiff(pixels: np.ndarray | Image.Image, **options: Any) -> bytes:
+def tiff(pixels, **options):
     return encoded(pixels, "TIFF", **options)
 
 
-def _chunk(kind: bytes, content: bytes) -> bytes:
+def _chunk(kind, content):
     checksum = zlib.crc32(kind + content)
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
 
-def _png(width: int, height: int, *more: bytes, pixels: bytes = b"\0", bits: int = 8) -> bytes:
+def _png(width, height, *more, pixels=b"\0", bits=8):
     """A grey PNG that claims a size, whatever its pixels are."""
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0))
     data = _chunk(b"IDAT", zlib.compress(pixels))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + data + _chunk(b"IEND", b"")
 
 
-def _exif(orientation: int) -> Image.Exif:
+def _exif(orientation):
     exif = Image.Exif()
     exif[274] = orientation
     return exif
 
 
-def _sixteen(pixels: np.ndarray, factor: int = 257) -> Callable[[Path], Any]:
+def _sixteen(pixels, factor=257):
     """16 bits in each of several channels, which Pillow cannot write; cv2 stores blue first."""
     values = (pixels.astype(int) * factor).astype(np.uint16)
     return lambda path: cv2.imwrite(str(path), values)
 
 
-def _pages(*pages: tuple[np.ndarray, int]) -> bytes:
+def _pages(*pages):
     """A TIFF of RGB pages, each with its value of the tag that says whether it is a copy."""
     out = bytearray(b"II*\0\0\0\0\0")
     link = 4  # where the place of the next page's directory is to be written
@@ -138,17 +136,17 @@ def _pages(*pages: tuple[np.ndarray, int]) -> bytes:
     return bytes(out)
 
 
-def _cut(content: bytes) -> bytes:
+def _cut(content):
     return content[: len(content) * 2 // 3]
 
 
-def _flipped(content: bytes, position: int) -> bytes:
+def _flipped(content, position):
     changed = bytearray(content)
     changed[position] ^= 0x10
     return bytes(changed)
 
 
-def _linked(path: Path) -> None:
+def _linked(path):
     target = path.with_name(f".target_of_{path.name}")
     target.write_bytes(png(COLOR))
     path.symlink_to(target.name)
@@ -247,7 +245,7 @@ IMAGES = READABLE + UNREADABLE
 # ------------------------------------------------------------------------------ names
 
 
-NAMES: dict[str, str] = {
+NAMES = {
     "not UTF-8": os.fsdecode(b"caf\xe9.png"),
     "255 bytes": "n" * 251 + ".png",
     "blank": " .png",
@@ -356,7 +354,7 @@ LISTS = [
 """`good`: how many times the record `RECORD` is in the list."""
 
 
-def _sample(name: str, change: str, to: str, message: str) -> Case:
+def _sample(name, change, to, message):
     return bad(f"{name}.odgt", RECORD.replace(change, to).encode(), message)
 
 
@@ -379,16 +377,14 @@ SAMPLES = [
 class Runs:
     """Unpickling one creates a file: code in data."""
 
-    def __init__(self, marker: Path) -> None:
+    def __init__(self, marker):
         self.marker = marker
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return os.mkdir, (str(self.marker),)
 
 
-def weight_files(
-    good: Path, folder: Path, marker: Path, only: Collection[str] = ()
-) -> dict[str, tuple[Path, str]]:
+def weight_files(good, folder, marker, only=()):
     """What is wrong -> (a damaged or foreign form of the weight file `good`, what to say of it).
 
     Args:
@@ -400,16 +396,16 @@ def weight_files(
     content, state = good.read_bytes(), torch.load(good, weights_only=True)
     half = len(content) // 2
 
-    def saved(thing: Any, **options: Any) -> Callable[[Path], Any]:
+    def saved(thing, **options):
         return lambda path: torch.save(thing, path, **options)
 
-    def each(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], Any]:
+    def each(change):
         return saved({key: change(value) for key, value in state.items()})
 
     layer, code = torch.nn.Conv2d(1, 1, 1), {"w": Runs(marker)}
     old = {"_use_new_zipfile_serialization": False}
     unread = "cannot be read"
-    files: dict[str, tuple[Any, str]] = {
+    files = {
         "empty": (b"", unread),
         "one byte": (content[:1], unread),
         "magic only": (content[:4], "damaged"),
@@ -447,12 +443,12 @@ def weight_files(
     return written
 
 
-def _zip_of_texts(path: Path) -> None:
+def _zip_of_texts(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
 
 
-def _tar_of_texts(path: Path) -> None:
+def _tar_of_texts(path):
     with tarfile.open(path, "w") as archive:
         archive.addfile(tarfile.TarInfo("readme.txt"))
 

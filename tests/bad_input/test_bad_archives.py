@@ -1,14 +1,10 @@
 """Archives of data sets that are damaged, or made to write where they should not."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,26 +14,25 @@ import pytest
 from mit_semseg.dataset import downloads
 from mit_semseg.dataset.downloads import unpack
 
-Untouched = Callable[..., AbstractContextManager[None]]
 CONTENT = bytes(range(256)) * 40
 
 
-def write_zip(path: Path, *names: str, method: int = zipfile.ZIP_DEFLATED) -> Path:
+def write_zip(path, *names, method=zipfile.ZIP_DEFLATED):
     with zipfile.ZipFile(path, "w", method) as archive:
         for name in names:
             archive.writestr(name, CONTENT)
     return path
 
 
-def tar_entry(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+def tar_entry(name, kind=tarfile.REGTYPE, link=""):
     entry = tarfile.TarInfo(name)
     entry.type, entry.linkname = kind, link
     entry.size = len(CONTENT) if kind == tarfile.REGTYPE else 0
     return entry
 
 
-def write_tar(path: Path, *entries: tarfile.TarInfo, mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+def write_tar(path, *entries, mode="w"):
+    with tarfile.open(path, mode) as archive:
         for entry in entries:
             archive.addfile(entry, io.BytesIO(CONTENT) if entry.size else None)
     return path
@@ -48,9 +43,7 @@ OUTSIDE = ["../evil", "a/../../evil", "/evil", "//evil", "..", "a/..", "..\\evil
 
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_nothing_is_written_outside(
-    tmp_path: Path, untouched: Untouched, kind: str, name: str
-) -> None:
+def test_nothing_is_written_outside(tmp_path, untouched, kind, name):
     path = tmp_path / f"x.{kind}"
     if kind == "zip":
         write_zip(path, "good", name)
@@ -65,7 +58,7 @@ def test_nothing_is_written_outside(
     assert {file.name for file in out.rglob("*")} <= {"good"}
 
 
-def test_links_and_devices_are_left_out(tmp_path: Path, untouched: Untouched) -> None:
+def test_links_and_devices_are_left_out(tmp_path, untouched):
     """Not even by way of a link that comes first does a file get outside."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -97,7 +90,7 @@ def test_links_and_devices_are_left_out(tmp_path: Path, untouched: Untouched) ->
     assert (out / "door" / "evil2").is_file() and os.listdir(outside) == ["mine"]
 
 
-def test_more_than_the_disk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_the_disk_holds(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "x.zip", "a.bin")
     free = SimpleNamespace(free=100)
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda folder: free)
@@ -106,7 +99,7 @@ def test_more_than_the_disk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_size_that_is_a_lie(tmp_path: Path) -> None:
+def test_a_size_that_is_a_lie(tmp_path):
     """1 TB in the header, 10 kB in the file."""
     entry = tar_entry("huge")
     entry.size = 1 << 40
@@ -125,7 +118,7 @@ def test_a_size_that_is_a_lie(tmp_path: Path) -> None:
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 
-def test_a_secret_archive(tmp_path: Path) -> None:
+def test_a_secret_archive(tmp_path):
     path = write_zip(tmp_path / "x.zip", "a.bin")
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
@@ -137,7 +130,7 @@ def test_a_secret_archive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.xz", "tar.bz2"])
-def test_damage_anywhere(tmp_path: Path, kind: str) -> None:
+def test_damage_anywhere(tmp_path, kind):
     """Cut or flipped: one line that names the archive, or the very same files."""
     path = tmp_path / f"x.{kind}"
     if kind == "zip":

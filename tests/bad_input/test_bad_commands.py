@@ -1,18 +1,12 @@
 """The corpus by the command line, as a user would: one line each, and the others go on."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import corpus
 import pytest
@@ -21,23 +15,17 @@ from corpus import COLOR, LABELS
 from PIL import Image
 
 from mit_semseg.cli import main
-from mit_semseg.config.node import Config
-
-Untouched = Callable[..., AbstractContextManager[None]]
-Command = Callable[..., Any]
 
 
-def config_of(model: Config) -> str:
+def config_of(model):
     return os.path.join(model.DIR, "config.yaml")
 
 
-def write_samples(root: Path, *faulty: corpus.Case, good: int = 4) -> Path:
+def write_samples(root, *faulty, good=4):
     """A list of good samples, and of one for each faulty image or mask."""
     lines = []
 
-    def sample(
-        name: str, image: corpus.Case | None = None, mask: corpus.Case | None = None
-    ) -> None:
+    def sample(name, image=None, mask=None):
         files = {}
         for key, case, pixels in (("img", image, COLOR), ("segm", mask, LABELS)):
             case = case or corpus.ok(f"{name}.png", corpus.png(pixels), pixels)
@@ -56,7 +44,7 @@ def write_samples(root: Path, *faulty: corpus.Case, good: int = 4) -> Path:
     return path
 
 
-def by_name(cases: list[corpus.Case], *names: str) -> list[corpus.Case]:
+def by_name(cases, *names):
     return [next(case for case in cases if case.name == name) for name in names]
 
 
@@ -68,14 +56,12 @@ ALL_BAD = [*BAD_IMAGES, *BAD_MASKS]
 
 
 # ------------------------------------------------------------------------------ predict
-def predicting(model: Config, images: Path, out: Path, *more: Any) -> list[Any]:
+def predicting(model, images, out, *more):
     where = ["--gpu", "cpu", "--imgs", images, "TEST.result", out]
     return ["predict", "--cfg", config_of(model), *where, *more]
 
 
-def test_predict_goes_on_past_bad_images(
-    tmp_path: Path, model: Config, command: Command, untouched: Untouched
-) -> None:
+def test_predict_goes_on_past_bad_images(tmp_path, model, command, untouched):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     cases = [case for case in corpus.IMAGES if case.name not in ("gone.jpg", "folder.jpg")]
@@ -99,9 +85,7 @@ def test_predict_goes_on_past_bad_images(
             assert image.size == case.good.shape[1::-1], case.name
 
 
-def test_predict_peculiar_names(
-    tmp_path: Path, model: Config, command: Command, untouched: Untouched
-) -> None:
+def test_predict_peculiar_names(tmp_path, model, command, untouched):
     """One of them is too long with an ending, which the others do not suffer from."""
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -118,9 +102,7 @@ def test_predict_peculiar_names(
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_names_of_any_bytes_where_output_takes_text_alone(
-    tmp_path: Path, model: Config, monkeypatch: pytest.MonkeyPatch, encoding: str
-) -> None:
+def test_names_of_any_bytes_where_output_takes_text_alone(tmp_path, model, monkeypatch, encoding):
     """A terminal of UTF-8, or of ASCII alone: a name is no reason to stop, nor for a traceback."""
     folder = tmp_path / "in"
     folder.mkdir()
@@ -139,9 +121,7 @@ def test_names_of_any_bytes_where_output_takes_text_alone(
 
 
 @pytest.mark.parametrize("name", ["truncated.jpg", "pipe.jpg", "dangling.png", "gone.jpg"])
-def test_predict_one_bad_image(
-    tmp_path: Path, model: Config, command: Command, untouched: Untouched, name: str
-) -> None:
+def test_predict_one_bad_image(tmp_path, model, command, untouched, name):
     (case,) = by_name(corpus.IMAGES, name)
     path, out = tmp_path / name, tmp_path / "out"
     case.write(path)
@@ -153,9 +133,7 @@ def test_predict_one_bad_image(
 
 
 # ------------------------------------------------------------------------------ data
-def test_data_check_names_every_bad_sample(
-    tmp_path: Path, command: Command, untouched: Untouched
-) -> None:
+def test_data_check_names_every_bad_sample(tmp_path, command, untouched):
     path = write_samples(tmp_path / "data", *ALL_BAD)
     with untouched():
         outcome = command("data", "check", path, "--num-class", 3)
@@ -165,9 +143,7 @@ def test_data_check_names_every_bad_sample(
         assert re.search(case.message, line), line
 
 
-def test_make_odgt_leaves_out_what_cannot_be_read(
-    tmp_path: Path, command: Command, untouched: Untouched
-) -> None:
+def test_make_odgt_leaves_out_what_cannot_be_read(tmp_path, command, untouched):
     write_samples(tmp_path / "data")
     for case in by_name(
         corpus.MASKS, "turned.png", "text.png", "empty.png", "folder.png", "pipe.png"
@@ -190,7 +166,7 @@ def test_make_odgt_leaves_out_what_cannot_be_read(
 
 
 # ------------------------------------------------------------------------------ train
-def training(model: Config, listing: Path, folder: Path, *more: Any) -> list[Any]:
+def training(model, listing, folder, *more):
     return [
         "train", "--cfg", config_of(model), "--gpus", "cpu", "DIR", folder,
         "DATASET.list_train", listing, "DATASET.root_dataset", listing.parent,
@@ -200,7 +176,7 @@ def training(model: Config, listing: Path, folder: Path, *more: Any) -> list[Any
     ]  # fmt: skip
 
 
-def resumed(words: list[Any], state: Path) -> list[Any]:
+def resumed(words, state):
     return [*words[:1], "--resume", state, *words[1:]]
 
 
@@ -209,17 +185,13 @@ def resumed(words: list[Any], state: Path) -> list[Any]:
     [(BAD_IMAGES[0], 0), (BAD_IMAGES[0], 2), (BAD_IMAGES[3], 2), (BAD_MASKS[2], 0)],
     ids=str,
 )
-def test_training_stops_at_a_bad_sample(
-    tmp_path: Path, model: Config, command: Command, case: corpus.Case, workers: int
-) -> None:
+def test_training_stops_at_a_bad_sample(tmp_path, model, command, case, workers):
     listing = write_samples(tmp_path / "data", case)
     error = command(*training(model, listing, tmp_path / "run", "TRAIN.workers", workers)).error
     assert case.name in error and re.search(case.message, error)
 
 
-def test_training_skips_bad_samples(
-    tmp_path: Path, model: Config, command: Command, untouched: Untouched
-) -> None:
+def test_training_skips_bad_samples(tmp_path, model, command, untouched):
     (case,) = by_name(corpus.IMAGES, "page.jpg")
     odd = replace(case, name=os.fsdecode(b"bad\xff.jpg"))  # the log takes names of any bytes
     listing = write_samples(tmp_path / "data", *ALL_BAD, odd, good=2)
@@ -234,16 +206,14 @@ def test_training_skips_bad_samples(
 
 
 # ------------------------------------------------------------------------------ eval
-def evaluating(model: Config, listing: Path, out: Path, *more: Any) -> list[Any]:
+def evaluating(model, listing, out, *more):
     return [
         "eval", "--cfg", config_of(model), "--gpus", "cpu", "--out", out,
         "DATASET.list_val", listing, "DATASET.root_dataset", listing.parent, *more,
     ]  # fmt: skip
 
 
-def test_eval_goes_on_past_bad_samples(
-    tmp_path: Path, model: Config, command: Command, untouched: Untouched
-) -> None:
+def test_eval_goes_on_past_bad_samples(tmp_path, model, command, untouched):
     listing, out = write_samples(tmp_path / "data", *ALL_BAD), tmp_path / "out"
     with untouched(but=out):
         outcome = command(*evaluating(model, listing, out))
@@ -255,8 +225,8 @@ def test_eval_goes_on_past_bad_samples(
 
 
 def test_pictures_of_images_from_anywhere_stay_in_the_result_folder(
-    tmp_path: Path, model: Config, command: Command, untouched: Untouched
-) -> None:
+    tmp_path, model, command, untouched
+):
     root, out = tmp_path / "data/root", tmp_path / "out"
     listing = write_samples(root, good=1)
     lines = []
@@ -277,7 +247,7 @@ def test_pictures_of_images_from_anywhere_stay_in_the_result_folder(
 
 
 # ------------------------------------------------------------------------------ checkpoints
-FAULTS: dict[str, tuple[str, ...]] = {
+FAULTS = {
     "predict": ("empty", "a bit flipped", "code among weights", "another architecture"),
     "eval": ("cut in the middle", "old, with code", "another width"),
     "pack": ("a web page", "code among weights", "a bit flipped"),
@@ -287,13 +257,11 @@ FAULTS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_bad_checkpoints(
-    tmp_path: Path, model: Config, command: Command, untouched: Untouched, what: str
-) -> None:
+def test_bad_checkpoints(tmp_path, model, command, untouched, what):
     marker, folder, out = (tmp_path / name for name in ("marker", "ckpt", "out"))
     shutil.copytree(model.DIR, folder)
     bad, listing = folder / "encoder_best.pth", write_samples(tmp_path / "data")
-    words: list[Any] = {
+    words = {
         "predict": [*predicting(model, tmp_path / "data/images/good0.png", out), "DIR", folder],
         "eval": evaluating(model, listing, out, "DIR", folder),
         "pack": ["pack", folder, out],
@@ -311,7 +279,7 @@ def test_bad_checkpoints(
         assert not marker.exists()
 
 
-def test_bad_states(tmp_path: Path, model: Config, command: Command, untouched: Untouched) -> None:
+def test_bad_states(tmp_path, model, command, untouched):
     """Whole files of torch.save that no training, or one of another kind, has written."""
     listing = write_samples(tmp_path / "data")
     done = tmp_path / "done"
@@ -320,7 +288,7 @@ def test_bad_states(tmp_path: Path, model: Config, command: Command, untouched: 
     unfit = "does not fit this run"
     odd = {"step": torch.ones(2, 2), "epoch_iters": 0, "position": None, "encoder": 3}
     every = "(decoder, encoder, epoch_iters, history, position, step: missing"
-    cases: list[tuple[Any, str]] = [
+    cases = [
         ([1, 2], "holds a list"),
         ({}, every),
         ({"epoch": 3, "step": "x", "state_dict": good["encoder"], "optimizer": {}}, every),

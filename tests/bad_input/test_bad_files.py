@@ -1,19 +1,14 @@
 """Every image, mask, list and configuration of the corpus: read right, or refused in one line."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import corpus
 import numpy as np
 import pytest
-from corpus import COLOR, Case
+from corpus import COLOR
 from PIL import Image
 
 from mit_semseg.config import load_config
@@ -21,10 +16,8 @@ from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.images import ImageFile, image_size, load_image
 from mit_semseg.dataset.records import list_images, read_odgt
 
-Untouched = Callable[..., AbstractContextManager[None]]
 
-
-def refused(read: Callable[[], Any], file: object, message: str) -> None:
+def refused(read, file, message):
     """One line that names the file and says what is wrong."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         read()
@@ -34,13 +27,13 @@ def refused(read: Callable[[], Any], file: object, message: str) -> None:
     assert re.search(message, text), text
 
 
-def at_size(path: Path) -> np.ndarray:
+def at_size(path):
     with ImageFile(path) as file:
         return file.pixels((3, 2))
 
 
 @pytest.mark.parametrize("case", corpus.IMAGES, ids=str)
-def test_images(tmp_path: Path, case: Case, untouched: Untouched) -> None:
+def test_images(tmp_path, case, untouched):
     path = tmp_path / case.name
     case.write(path)
     with untouched():
@@ -56,14 +49,14 @@ def test_images(tmp_path: Path, case: Case, untouched: Untouched) -> None:
 
 
 @pytest.mark.parametrize("peculiar", corpus.NAMES)
-def test_peculiar_names(tmp_path: Path, peculiar: str) -> None:
+def test_peculiar_names(tmp_path, peculiar):
     name = corpus.NAMES[peculiar]
     Image.fromarray(COLOR).save(tmp_path / name, "PNG")
     assert np.array_equal(load_image(tmp_path / name), COLOR)
     assert list_images(tmp_path) == [name]
 
 
-def test_folders_with_loops_pipes_and_folders_named_like_images(tmp_path: Path) -> None:
+def test_folders_with_loops_pipes_and_folders_named_like_images(tmp_path):
     (tmp_path / "sub.png").mkdir()
     for place in (tmp_path, tmp_path / "sub.png"):
         Image.fromarray(COLOR).save(place / "a.png")
@@ -74,7 +67,7 @@ def test_folders_with_loops_pipes_and_folders_named_like_images(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("case", corpus.MASKS, ids=str)
-def test_masks(tmp_path: Path, case: Case, untouched: Untouched) -> None:
+def test_masks(tmp_path, case, untouched):
     path = tmp_path / "masks" / case.name
     path.parent.mkdir()
     case.write(path)
@@ -86,9 +79,9 @@ def test_masks(tmp_path: Path, case: Case, untouched: Untouched) -> None:
     }  # fmt: skip
     for kind in (TrainDataset, ValDataset):
         with untouched():
-            data: Any = kind(tmp_path, [record], options)
+            data = kind(tmp_path, [record], options)
             if case.good is None:
-                refused(lambda data=data: data[0], f"{path}: ", case.message)  # type: ignore[misc]
+                refused(lambda data=data: data[0], f"{path}: ", case.message)
             else:
                 labels = data[0]["seg_label"][0].numpy()
                 assert np.array_equal(labels, case.good.astype(int) - 1)
@@ -96,7 +89,7 @@ def test_masks(tmp_path: Path, case: Case, untouched: Untouched) -> None:
 
 # ------------------------------------------------------------------------------ lists
 @pytest.mark.parametrize("case", corpus.LISTS, ids=str)
-def test_lists(tmp_path: Path, command: Any, case: Case) -> None:
+def test_lists(tmp_path, command, case):
     path = tmp_path / case.name
     case.write(path)
     if case.good is None:
@@ -113,7 +106,7 @@ def test_lists(tmp_path: Path, command: Any, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", corpus.SAMPLES, ids=str)
-def test_samples_that_cannot_be_used(tmp_path: Path, case: Case) -> None:
+def test_samples_that_cannot_be_used(tmp_path, case):
     for folder, pixels in (("images", COLOR), ("masks", corpus.LABELS)):
         (tmp_path / folder).mkdir()
         Image.fromarray(pixels).save(tmp_path / folder / "a.png")
@@ -127,9 +120,7 @@ def test_samples_that_cannot_be_used(tmp_path: Path, case: Case) -> None:
 
 # ------------------------------------------------------------------------------ configurations
 @pytest.mark.parametrize("case", corpus.CONFIGS, ids=str)
-def test_configurations(
-    tmp_path: Path, command: Any, untouched: Untouched, monkeypatch: Any, case: Case
-) -> None:
+def test_configurations(tmp_path, command, untouched, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / case.name
     case.write(path)
@@ -142,9 +133,7 @@ def test_configurations(
 
 
 @pytest.mark.parametrize("words", [["eval"], ["predict", "--imgs", "x.jpg"]])
-def test_every_command_refuses_a_bad_configuration(
-    tmp_path: Path, command: Any, words: list[str]
-) -> None:
+def test_every_command_refuses_a_bad_configuration(tmp_path, command, words):
     path = tmp_path / "unknown.yaml"
     path.write_text("TRAIN:\n  sead: 3\n")
     error = command(words[0], "--cfg", path, *words[1:]).error

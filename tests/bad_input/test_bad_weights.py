@@ -1,11 +1,8 @@
 """Weight files of the corpus: refused in one line, and none of them runs code."""
 
-from __future__ import annotations
-
 import re
 import struct
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,7 @@ from mit_semseg.weights import check_archive, load_into, read_state_dict
 class Net(nn.Module):
     """Two layers, their names as anywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.conv = nn.Conv2d(3, 16, 3)
@@ -27,14 +24,14 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Path:
+def whole(tmp_path):
     path = tmp_path / "good" / "encoder_best.pth"
     path.parent.mkdir()
     torch.save(Net().state_dict(), path)
     return path
 
 
-def test_foreign_and_damaged_files(tmp_path: Path, whole: Path) -> None:
+def test_foreign_and_damaged_files(tmp_path, whole):
     marker = tmp_path / "marker"
     for fault, (path, message) in weight_files(whole, tmp_path, marker).items():
         module = Net()
@@ -48,7 +45,7 @@ def test_foreign_and_damaged_files(tmp_path: Path, whole: Path) -> None:
         assert all(torch.equal(v, expected[k]) for k, v in module.state_dict().items()), fault
 
 
-def test_whole_files_pass(tmp_path: Path, whole: Path) -> None:
+def test_whole_files_pass(tmp_path, whole):
     check_archive(whole)
     old = tmp_path / "old.pth"
     torch.save(Net().state_dict(), old, _use_new_zipfile_serialization=False)
@@ -65,11 +62,11 @@ def test_whole_files_pass(tmp_path: Path, whole: Path) -> None:
         check_archive(tmp_path / "gone.pth")
 
 
-def regions(path: Path) -> dict[str, tuple[int, int]]:
+def regions(path):
     """Where the kinds of bytes of an archive of `torch.save` are: kind -> (start, end)."""
     content = path.read_bytes()
 
-    def data(record: zipfile.ZipInfo) -> tuple[int, int]:
+    def data(record):
         name, extra = struct.unpack_from("<HH", content, record.header_offset + 26)
         start = record.header_offset + 30 + name + extra
         return start, start + record.file_size
@@ -93,7 +90,7 @@ def regions(path: Path) -> dict[str, tuple[int, int]]:
         }
 
 
-def test_every_kind_of_byte_may_be_flipped(tmp_path: Path, whole: Path) -> None:
+def test_every_kind_of_byte_may_be_flipped(tmp_path, whole):
     """Either the file is refused, or the very same tensors come out of it."""
     content = whole.read_bytes()
     expected = read_state_dict(whole)
@@ -120,7 +117,7 @@ def test_every_kind_of_byte_may_be_flipped(tmp_path: Path, whole: Path) -> None:
     assert all(refused.values()), refused
 
 
-def test_cut_anywhere(tmp_path: Path, whole: Path) -> None:
+def test_cut_anywhere(tmp_path, whole):
     content = whole.read_bytes()
     path = tmp_path / "cut.pth"
     for length in np.random.default_rng(6).integers(0, len(content), 60).tolist():

@@ -1,10 +1,6 @@
 """Any size, mode, class count and scales: a result of the right size, or one line with the file."""
 
-from __future__ import annotations
-
 import itertools
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mit_semseg.config.node import Config
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.images import image_size, load_image, load_mask
 from mit_semseg.dataset.transforms import scaled_inputs
@@ -28,11 +23,11 @@ numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("files")
 
 
-def picture(width: int, height: int, mode: str, seed: int = 0) -> Image.Image:
+def picture(width, height, mode, seed=0):
     grey = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     if mode.startswith("I"):  # values of 16 bits, the first of them bright
         kind = np.uint16 if mode == "I;16" else np.int32
@@ -45,9 +40,7 @@ def picture(width: int, height: int, mode: str, seed: int = 0) -> Image.Image:
 
 @given(sides, sides, st.sampled_from(MODES), st.sampled_from(KINDS))
 @settings(max_examples=120)
-def test_every_mode_in_every_format(
-    folder: Path, width: int, height: int, mode: str, kind: str
-) -> None:
+def test_every_mode_in_every_format(folder, width, height, mode, kind):
     path = folder / f"{next(numbers)}.img"
     try:
         path.write_bytes(encoded(picture(width, height, mode), kind))
@@ -71,9 +64,7 @@ def test_every_mode_in_every_format(
     st.floats(0, 2),
 )
 @settings(max_examples=200)
-def test_damaged_files(
-    folder: Path, kind: str, mode: str, changes: list[tuple[float, int]], length: float
-) -> None:
+def test_damaged_files(folder, kind, mode, changes, length):
     """Bytes changed and ends cut off: what cannot be read is said of the file."""
     try:
         content = bytearray(encoded(picture(23, 17, mode), kind))
@@ -86,7 +77,7 @@ def test_damaged_files(
     path.write_bytes(content)
     for read in (load_image, load_mask, image_size):
         try:
-            found: Any = read(path)
+            found = read(path)
         except ValueError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
         else:
@@ -96,9 +87,7 @@ def test_damaged_files(
 
 @given(sides, sides, scales, st.integers(1, 200), st.sampled_from([1, 8, 32]))
 @settings(max_examples=60)
-def test_scaled_inputs(
-    width: int, height: int, shorts: list[int], longest: int, multiple: int
-) -> None:
+def test_scaled_inputs(width, height, shorts, longest, multiple):
     image = np.zeros((height, width, 3), np.uint8)
     options = {"imgSizes": shorts, "imgMaxSize": longest, "padding_constant": multiple}
     inputs = scaled_inputs(image, options)
@@ -122,9 +111,15 @@ def test_scaled_inputs(
 )
 @settings(max_examples=40)
 def test_training_batches(
-    folder: Path, sizes: list[tuple[int, int]], shorts: list[int], classes: int,
-    strides: tuple[int, int], crop: tuple[int, ...], batch_size: int, highest: int,
-) -> None:  # fmt: skip
+    folder,
+    sizes,
+    shorts,
+    classes,
+    strides,
+    crop,
+    batch_size,
+    highest,
+):
     """Batches of the right shapes and labels below the class count, or the mask named."""
     records = []
     for width, height in sizes:
@@ -160,15 +155,13 @@ def test_training_batches(
 
 
 @pytest.fixture(scope="module")
-def segmenter(model: Config) -> Segmenter:
+def segmenter(model):
     return Segmenter.from_checkpoint(model.DIR, device="cpu")
 
 
 @given(sides, sides, st.sampled_from(["L", "RGB", "RGBA", "P", "1", "I;16"]))
 @settings(max_examples=10)
-def test_any_image_through_the_network(
-    segmenter: Segmenter, folder: Path, width: int, height: int, mode: str
-) -> None:
+def test_any_image_through_the_network(segmenter, folder, width, height, mode):
     path = folder / f"{next(numbers)}.png"
     picture(width, height, mode).save(path)
     result = segmenter(path)

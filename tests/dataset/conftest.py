@@ -1,7 +1,5 @@
 """Small generated images and masks, and where real data lie."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -10,13 +8,13 @@ from dataset_files import ROOT, Samples
 
 
 @pytest.fixture
-def samples(tmp_path: Path) -> Samples:
+def samples(tmp_path):
     """Writes images and masks into the folder of the test."""
     return Samples(tmp_path)
 
 
 @pytest.fixture
-def real_data() -> Path:
+def real_data():
     """The folder of real samples; tests that need it are skipped where it is absent."""
     folder = Path(os.environ.get("SEMSEG_DATA", ROOT / ".." / "shared" / "data"))
     if not folder.is_dir():

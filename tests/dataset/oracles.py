@@ -1,18 +1,15 @@
 """What the code under test is compared with, written as plainly as can be."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from mit_semseg.config import DataOptions
 
 NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
 
 
-def normalize(image: np.ndarray, options: DataOptions | None = None) -> Tensor:
+def normalize(image, options=None):
     """(H, W, 3) uint8 RGB -> (3, H, W) float32 as the encoder expects it."""
     options = options or DataOptions()
     if options.color_order == "BGR":
@@ -25,16 +22,16 @@ def normalize(image: np.ndarray, options: DataOptions | None = None) -> Tensor:
     return values.sub_(mean).div_(std)
 
 
-def levels(normalized: Tensor, image: np.ndarray) -> float:
+def levels(normalized, image):
     """The largest difference, in grey levels, between a normalised image and these pixels."""
     difference = (normalized - normalize(image)).abs()
     return float((difference * torch.tensor(DataOptions.std)[:, None, None] * 255).max())
 
 
-def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def apart(a, b):
     """Grey levels between two images."""
     return np.abs(a.astype(int) - b.astype(int))
 
 
-def pillow_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def pillow_resize(image, size):
     return np.asarray(Image.fromarray(image).resize(size, BILINEAR))

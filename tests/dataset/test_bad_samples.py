@@ -1,17 +1,13 @@
 """Training samples that cannot be used: an error, or replaced by others."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from dataset_files import Samples, put
+from dataset_files import put
 from PIL import Image
 
 
-def test_a_bad_sample_stops_or_is_replaced(samples: Samples) -> None:
+def test_a_bad_sample_stops_or_is_replaced(samples):
     records = samples.mixed()
     bad = samples.cut(records[6])  # one of three upright ones
     stopping = samples.train(records, 2)
@@ -34,7 +30,7 @@ def test_a_bad_sample_stops_or_is_replaced(samples: Samples) -> None:
         assert len(batch["info"]) == len(data.files(k)) == len(batch["img_data"])
 
 
-def turn(samples: Samples, record: dict[str, Any]) -> None:
+def turn(samples, record):
     """Turns an image by its EXIF, its mask as it was."""
     exif = Image.Exif()
     exif[274] = 8
@@ -42,7 +38,7 @@ def turn(samples: Samples, record: dict[str, Any]) -> None:
     del record["width"], record["height"]
 
 
-FAULTS: dict[str, tuple[Any, str]] = {
+FAULTS = {
     "list": (lambda s, record: record.update(width=41), r"bad\.png: 40x30 .* list says 41x30"),
     "no mask": (lambda s, record: (s.root / record["fpath_segm"]).unlink(), "no such file"),
     "mask size": (
@@ -59,7 +55,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("batching", ["aspect", "crop"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_makes_a_sample_bad(samples: Samples, fault: str, batching: str) -> None:
+def test_what_makes_a_sample_bad(samples, fault, batching):
     spoil, says = FAULTS[fault]
     good, bad = samples.write("good"), samples.write("bad")
     spoil(samples, bad)
@@ -73,14 +69,14 @@ def test_what_makes_a_sample_bad(samples: Samples, fault: str, batching: str) ->
     assert file == bad["fpath_img"] and "bad.png" in reason
 
 
-def test_the_only_one_of_its_orientation_is_replaced_by_another(samples: Samples) -> None:
+def test_the_only_one_of_its_orientation_is_replaced_by_another(samples):
     records = [samples.write("wide"), samples.write("tall", (30, 40))]
     samples.cut(records[1])
     data = samples.train(records, on_error="skip")
     assert [data[k]["info"] for k in range(4)] == [[records[0]["fpath_img"]]] * 4
 
 
-def test_too_many_bad_samples_stop_after_eight_more(samples: Samples) -> None:
+def test_too_many_bad_samples_stop_after_eight_more(samples):
     records = [samples.write(f"bad{k}") for k in range(12)]
     for record in records:
         samples.cut(record)

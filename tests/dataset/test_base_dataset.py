@@ -1,11 +1,6 @@
 """What the data sets share: a part of a list, and the published names."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +18,13 @@ COUNT = 5
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, make_images: Callable[..., None]) -> Path:
+def root(tmp_path_factory, make_images):
     folder = tmp_path_factory.mktemp("samples")
     make_images(folder, [(24, 32)] * COUNT)
     return folder
 
 
-def make(kind: str, root: Path, **part: int) -> Any:
+def make(kind, root, **part):
     odgt = str(root / "val.odgt")
     if kind == "test":
         return TestDataset(odgt, OPTIONS, **part)
@@ -52,7 +47,7 @@ def make(kind: str, root: Path, **part: int) -> Any:
         ({"max_sample": 4, "start_idx": 2, "end_idx": 5}, range(2, 4)),
     ],
 )
-def test_a_part_of_the_list(kind: str, root: Path, part: dict[str, int], kept: range) -> None:
+def test_a_part_of_the_list(kind, root, part, kept):
     data = make(kind, root, **part)
     names = [f"img/part{k % 2}/{k}.png" for k in kept]
     assert [record["fpath_img"] for record in data.list_sample] == names
@@ -68,7 +63,7 @@ def test_a_part_of_the_list(kind: str, root: Path, part: dict[str, int], kept: r
         assert data.root_dataset == str(root)
 
 
-def test_nothing_left_is_an_error(root: Path) -> None:
+def test_nothing_left_is_an_error(root):
     with pytest.raises(ValueError, match=r"start_idx 5 and end_idx 5 leave none of the 5 records"):
         make("val", root, start_idx=5, end_idx=5)
     with pytest.raises(TypeError, match="first"):
@@ -78,7 +73,7 @@ def test_nothing_left_is_an_error(root: Path) -> None:
 @pytest.mark.parametrize(
     "changes", [{}, {"color_order": "BGR", "value_range": 255, "mean": (1, 2, 3), "std": (1, 1, 2)}]
 )
-def test_published_transforms(root: Path, changes: dict[str, Any]) -> None:
+def test_published_transforms(root, changes):
     options = DataOptions.read({**vars(OPTIONS), "imgSizes": 24, **changes})
     sample = ValDataset(root, str(root / "val.odgt"), options)[0]
     data, pixels = BaseDataset(ONE, options), sample["img_ori"]
@@ -95,22 +90,22 @@ def test_published_transforms(root: Path, changes: dict[str, Any]) -> None:
         data.segm_transform(np.array([[9]]))
 
 
-def test_methods_of_subclasses() -> None:
+def test_methods_of_subclasses():
     with pytest.raises(TypeError, match=r"Mine.segm_transform would never be called.*label_offset"):
 
         class Mine(ValDataset):
-            def segm_transform(self, segm: Any) -> torch.Tensor:
+            def segm_transform(self, segm):
                 return torch.zeros(1)
 
     class Own(BaseDataset):
-        def parse_input_list(self, odgt: Any, count: int = 1) -> None:  # type: ignore[override]
+        def parse_input_list(self, odgt, count=1):
             self.list_sample = [{"fpath_img": f"{odgt}{k}.png"} for k in range(count)]
             self.num_sample = count
 
-        def __getitem__(self, index: int) -> dict[str, Any]:
+        def __getitem__(self, index):
             return {"seg_label": self.segm_transform(index)}
 
-        def segm_transform(self, segm: Any) -> torch.Tensor:
+        def segm_transform(self, segm):
             return torch.full((1,), segm)
 
     data = Own("a", OPTIONS, count=3)
@@ -118,7 +113,7 @@ def test_methods_of_subclasses() -> None:
 
 
 @pytest.mark.parametrize("interp", ["nearest", "bilinear", "bicubic"])
-def test_imresize_is_pillows(interp: str) -> None:
+def test_imresize_is_pillows(interp):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
     expected = image.resize((4, 5), Image.Resampling[interp.upper()])
     assert imresize(image, (4, 5), interp).tobytes() == expected.tobytes()

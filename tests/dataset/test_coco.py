@@ -1,7 +1,5 @@
 """COCO's objects, and annotation files of the same kind."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -10,8 +8,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +19,7 @@ from mit_semseg.dataset.cocostuff import UNUSED
 from mit_semseg.dataset.drawn import Drawing, drawn_once
 
 
-def pixels(expected: str) -> np.ndarray:
+def pixels(expected):
     """Rows of letters, as the names of classes begin: `.` is background, `-` ignored."""
     stored = {".": 0, "-": 255, "t": 61, "b": 74, "p": 1, "s": 2}
     return np.array([[stored[letter] for letter in row] for row in expected.split()])
@@ -34,13 +30,13 @@ INSTANCES = "annotations/instances_train2017.json"
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> dict[str, Any]:
+def tree(tmp_path):
     """An image of 6 x 8 pixels with a table, a book on it, a crowd, and a person in the crowd."""
 
-    def box(x0: int, y0: int, x1: int, y1: int) -> list[list[int]]:
+    def box(x0, y0, x1, y1):
         return [[x0, y0, x1, y0, x1, y1, x0, y1]]
 
-    def one(category: int, shape: Any, crowd: int = 0) -> dict[str, Any]:
+    def one(category, shape, crowd=0):
         names = ("image_id", "category_id", "segmentation", "iscrowd")
         return dict(zip(names, (7, category, shape, crowd)))
 
@@ -68,23 +64,23 @@ def tree(tmp_path: Path) -> dict[str, Any]:
     return content
 
 
-def save(file: Path, content: dict[str, Any]) -> None:
+def save(file, content):
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content))
 
 
 @pytest.fixture
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> Any:
+def no_drawing(monkeypatch):
     """Call it where masks are there, and must not be drawn again."""
     return lambda: monkeypatch.setattr(coco, "draw", lambda *_: pytest.fail("the masks are good"))
 
 
-def first_mask(root: Path, num_class: int = 81) -> np.ndarray:
+def first_mask(root, num_class=81):
     return load_mask(build_split(config("coco", root, num_class), "train").records[0]["fpath_segm"])
 
 
 @pytest.mark.usefixtures("tree")
-def test_coco_draws_every_class_or_those_of_voc_once(tmp_path: Path, no_drawing: Any) -> None:
+def test_coco_draws_every_class_or_those_of_voc_once(tmp_path, no_drawing):
     split = build_split(config("coco", tmp_path, 81), "train")
     assert stems(split) == ["000007", "000008"]
     assert [split.records[0][key] for key in ("width", "height")] == [8, 6]
@@ -113,7 +109,7 @@ def test_coco_draws_every_class_or_those_of_voc_once(tmp_path: Path, no_drawing:
     assert build_split(config("coco", tmp_path, 81), "train").records == moved.records
 
 
-def test_coco_draws_again_what_has_changed(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_coco_draws_again_what_has_changed(tmp_path, tree):
     record = build_split(config("coco", tmp_path, 81), "train").records[0]
     assert 74 in load_mask(record["fpath_segm"])
     earlier = (tmp_path / INSTANCES).stat().st_mtime_ns - 10**12
@@ -127,13 +123,11 @@ def test_coco_draws_again_what_has_changed(tmp_path: Path, tree: dict[str, Any])
 
 
 @pytest.mark.usefixtures("tree")
-def test_coco_goes_on_where_it_was_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[str] = []
+def test_coco_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    drawn = []
     real = coco.draw
 
-    def draw(image: dict[str, Any], *args: Any) -> np.ndarray:
+    def draw(image, *args):
         drawn.append(image["file_name"])
         if len(drawn) == 2:
             raise KeyboardInterrupt
@@ -148,13 +142,11 @@ def test_coco_goes_on_where_it_was_interrupted(
     assert sorted(drawn[:2]) == ["000007.jpg", "000008.jpg"] and drawn[2:] == drawn[1:2]
 
 
-def test_processes_that_start_together_share_the_masks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_start_together_share_the_masks(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    drawn: list[int] = []
+    drawn = []
 
-    def draw(number: int) -> np.ndarray:
+    def draw(number):
         time.sleep(0.004)
         drawn.append(number)
         return np.full((1, 1), number, np.uint8)
@@ -174,7 +166,7 @@ def test_processes_that_start_together_share_the_masks(
     assert len(drawn) < 150  # one after the other, all of them would draw most of the 100
 
 
-def categories(*names: str, second: int = 2) -> list[dict[str, Any]]:
+def categories(*names, second=2):
     return [{"id": number, "name": name} for number, name in zip((1, second), names)]
 
 
@@ -215,9 +207,7 @@ SCALED = [{"image_id": 7, "category_id": 1, "segmentation": [[0.1, 0, 0.9, 0, 0.
         ({"segmentation": {"size": None, "counts": [48]}}, "000007.jpg: .* of size None"),
     ],
 )
-def test_damaged_coco_is_told_in_one_line(
-    tmp_path: Path, tree: dict[str, Any], change: dict[str, Any], says: str
-) -> None:
+def test_damaged_coco_is_told_in_one_line(tmp_path, tree, change, says):
     ((key, value),) = change.items()
     owners = (tree, tree["images"][0], tree["annotations"][0])
     next(one for one in owners if key in one)[key] = value
@@ -227,7 +217,7 @@ def test_damaged_coco_is_told_in_one_line(
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_coco_says_what_is_missing(tmp_path: Path) -> None:
+def test_coco_says_what_is_missing(tmp_path):
     cfg = config("coco", tmp_path, 81)
     with pytest.raises(FileNotFoundError, match="expected the folder images/train2017"):
         build_split(cfg, "train")
@@ -245,10 +235,10 @@ def test_coco_says_what_is_missing(tmp_path: Path) -> None:
 POLE_SIGN = [{"id": 1, "name": "pole"}, {"id": 5, "name": "sign"}]
 
 
-def own_tree(root: Path, name: str = "train.json", **changes: Any) -> dict[str, Any]:
+def own_tree(root, name="train.json", **changes):
     """One image of 6 x 8 pixels: a pole as polygon, a sign as runs, and a crowd of signs."""
 
-    def one(category: int, shape: Any, crowd: int = 0) -> dict[str, Any]:
+    def one(category, shape, crowd=0):
         return {"image_id": 3, "category_id": category, "segmentation": shape, "iscrowd": crowd}
 
     content = {
@@ -266,11 +256,11 @@ def own_tree(root: Path, name: str = "train.json", **changes: Any) -> dict[str, 
     return content
 
 
-def own_config(root: Path, num_class: int = 3, entry: Any = "photos:train.json") -> SimpleNamespace:
+def own_config(root, num_class=3, entry="photos:train.json"):
     return config("coco", root, num_class, list_train=entry, list_val=entry)
 
 
-def test_categories_of_ones_own_keep_their_names(tmp_path: Path) -> None:
+def test_categories_of_ones_own_keep_their_names(tmp_path):
     # A category called background is class 0.
     own_tree(tmp_path, categories=[{"id": 0, "name": "Background"}, *POLE_SIGN])
     split = build_split(own_config(tmp_path), "train")
@@ -292,7 +282,7 @@ def test_categories_of_ones_own_keep_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_class", [2, 21, 81, 150])
-def test_the_number_of_ones_own_categories_is_checked(tmp_path: Path, num_class: int) -> None:
+def test_the_number_of_ones_own_categories_is_checked(tmp_path, num_class):
     own_tree(tmp_path)
     says = r"has 2 categories \(pole, sign\), 3 classes with background; set DATASET.num_class 3$"
     with pytest.raises(ValueError, match=rf"num_class is {num_class}, but .*train\.json {says}"):
@@ -300,9 +290,7 @@ def test_the_number_of_ones_own_categories_is_checked(tmp_path: Path, num_class:
     assert not (tmp_path / "semantic_masks").exists()
 
 
-def test_files_with_cocos_names_and_other_categories_are_not_taken_for_coco(
-    tmp_path: Path, tree: dict[str, Any]
-) -> None:
+def test_files_with_cocos_names_and_other_categories_are_not_taken_for_coco(tmp_path, tree):
     for one in tree["annotations"]:
         one["category_id"] = 1 if one["category_id"] == 84 else 5
     save(tmp_path / INSTANCES, {**tree, "categories": POLE_SIGN})
@@ -311,7 +299,7 @@ def test_files_with_cocos_names_and_other_categories_are_not_taken_for_coco(
     assert build_split(config("coco", tmp_path, 3), "train").classes.names[1:] == ("pole", "sign")
 
 
-def test_categories_are_compared_with_cocos_by_name(tmp_path: Path) -> None:
+def test_categories_are_compared_with_cocos_by_name(tmp_path):
     """A part of COCO with ids of its own: its names decide, and `num_class` which classes."""
     own_tree(tmp_path, categories=[{"id": 5, "name": "person"}, {"id": 1, "name": "bus"}])
     whole = build_split(own_config(tmp_path, 81), "train")
@@ -324,7 +312,7 @@ def test_categories_are_compared_with_cocos_by_name(tmp_path: Path) -> None:
         build_split(own_config(tmp_path, 21), "train")
 
 
-def test_images_in_folders_of_their_own_do_not_share_masks(tmp_path: Path) -> None:
+def test_images_in_folders_of_their_own_do_not_share_masks(tmp_path):
     content = own_tree(tmp_path)
     for number, name in ((4, "other/a.jpg"), (5, "../a.jpg")):
         image = {"id": number, "file_name": name, "width": 8, "height": 6}
@@ -337,7 +325,7 @@ def test_images_in_folders_of_their_own_do_not_share_masks(tmp_path: Path) -> No
     assert Path(records[2]["fpath_img"]) == tmp_path / "a.jpg"
 
 
-def test_files_of_one_list_have_the_same_categories(tmp_path: Path) -> None:
+def test_files_of_one_list_have_the_same_categories(tmp_path):
     own_tree(tmp_path)
     renamed = [{"id": 1, "name": "sign"}, {"id": 5, "name": "pole"}]
     own_tree(tmp_path, "more.json", categories=renamed)
@@ -360,15 +348,13 @@ def test_files_of_one_list_have_the_same_categories(tmp_path: Path) -> None:
         ("folder", "photos:train.json", "format coco"),
     ],
 )
-def test_list_entries_of_annotation_files_are_named(
-    tmp_path: Path, name: str, entry: str, says: str
-) -> None:
+def test_list_entries_of_annotation_files_are_named(tmp_path, name, entry, says):
     own_tree(tmp_path, images=[{"id": "3", "file_name": "sub/a.jpg", "width": 8, "height": 6}])
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         build_split(config(name, tmp_path, 3, list_train=entry), "train")
 
 
-def test_cocos_classes_in_vocs_order() -> None:
+def test_cocos_classes_in_vocs_order():
     """The two data sets name some of them in other words."""
     of_coco = class_table(config("coco", Path(), 81)).names
     of_voc = class_table(config("voc2012", Path(), 21)).names
@@ -380,7 +366,7 @@ def test_cocos_classes_in_vocs_order() -> None:
     assert tuple(words.get(name, name) for name in as_voc) == of_voc[1:]
 
 
-def test_tables_of_coco_agree_with_each_other() -> None:
+def test_tables_of_coco_agree_with_each_other():
     """Categories of objects are the same in all three, each by way of its ids."""
     objects = class_table(config("coco", Path(), 81))
     panoptic = class_table(config("coco_panoptic", Path(), 133))

@@ -1,12 +1,9 @@
 """COCO panoptic: segments of coloured PNGs, drawn once."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +13,7 @@ from mit_semseg.dataset import build_split, class_table
 from mit_semseg.dataset.coco_panoptic import CLASSES
 
 
-def panoptic_tree(root: Path, zipped: bool = False) -> None:
+def panoptic_tree(root, zipped=False):
     number = 3 + 256 * 2 + 65536 * 1
     place = root / "annotations"
     picture = [[[3, 2, 1], [3, 2, 1], [5, 0, 0], [0, 0, 0]]]
@@ -36,14 +33,14 @@ def panoptic_tree(root: Path, zipped: bool = False) -> None:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_coco_panoptic(tmp_path: Path, zipped: bool) -> None:
+def test_coco_panoptic(tmp_path, zipped):
     panoptic_tree(tmp_path, zipped)
     split = build_split(config("coco_panoptic", tmp_path, 133), "val")
     assert named(split) == ["rug-merged", "rug-merged", "person", "-"]
     assert len(CLASSES) == 133 and list(CLASSES) == sorted(CLASSES)
 
 
-def test_coco_panoptic_says_what_is_wrong(tmp_path: Path) -> None:
+def test_coco_panoptic_says_what_is_wrong(tmp_path):
     cfg = config("coco_panoptic", tmp_path, 133)
     with pytest.raises(FileNotFoundError, match="expected the folder images/val2017"):
         build_split(cfg, "val")
@@ -81,9 +78,7 @@ def test_coco_panoptic_says_what_is_wrong(tmp_path: Path) -> None:
         ({"segments_info": [None]}, "000009.png: a segment without id or category_id"),
     ],
 )
-def test_damaged_coco_panoptic_is_told_in_one_line(
-    tmp_path: Path, change: dict[str, Any], says: str
-) -> None:
+def test_damaged_coco_panoptic_is_told_in_one_line(tmp_path, change, says):
     panoptic_tree(tmp_path)
     file = tmp_path / "annotations/panoptic_val2017.json"
     content = json.loads(file.read_text())
@@ -94,10 +89,10 @@ def test_damaged_coco_panoptic_is_told_in_one_line(
         build_split(config("coco_panoptic", tmp_path, 133), "val")
 
 
-def test_masks_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_that_cannot_be_kept(tmp_path, monkeypatch):
     panoptic_tree(tmp_path)
 
-    def refuse(*args: Any, **options: Any) -> None:
+    def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)

@@ -1,9 +1,6 @@
 """Shapes of COCO, by hand and, where it is installed, against COCO's own API."""
 
-from __future__ import annotations
-
 import tracemalloc
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +8,11 @@ import pytest
 from mit_semseg.dataset.coco_shapes import decode
 
 
-def pixels(mask: np.ndarray) -> list[str]:
+def pixels(mask):
     return ["".join("#" if value else "." for value in row) for row in mask]
 
 
-def test_polygons_by_hand() -> None:
+def test_polygons_by_hand():
     box = [0, 0, 4, 0, 4, 4, 0, 4]
     assert pixels(decode([box], 6, 5)) == ["####."] * 4 + ["....."] * 2
     stairs = [1, 1, 5, 1, 5, 4]
@@ -29,7 +26,7 @@ def test_polygons_by_hand() -> None:
         assert mask.shape == (4, 4) and mask.dtype == bool and not mask.any()
 
 
-def test_polygons_of_many_sides_have_the_area_of_a_circle() -> None:
+def test_polygons_of_many_sides_have_the_area_of_a_circle():
     turn = np.linspace(0, 2 * np.pi, 200, endpoint=False)
     circle = np.stack([50 + 30 * np.cos(turn), 45 + 30 * np.sin(turn)], axis=1)
     mask = decode([circle.ravel().tolist()], 90, 100)
@@ -39,7 +36,7 @@ def test_polygons_of_many_sides_have_the_area_of_a_circle() -> None:
     assert mask[distance < 29].all() and not mask[distance > 31].any()
 
 
-def test_run_lengths_by_hand() -> None:
+def test_run_lengths_by_hand():
     expected = ["........", "..###...", "..###...", "..###...", "........", ".......#"]
     plain = {"size": [6, 8], "counts": [13, 3, 3, 3, 3, 3, 19, 1]}
     assert pixels(decode(plain, 6, 8)) == expected
@@ -66,12 +63,12 @@ def test_run_lengths_by_hand() -> None:
         ([[1, 1, 2, 2, 3]], "an x and a y for each corner, not 5 numbers"),
     ],
 )
-def test_what_is_no_shape(segmentation: Any, message: str) -> None:
+def test_what_is_no_shape(segmentation, message):
     with pytest.raises(ValueError, match=message):
         decode(segmentation, 3, 4)
 
 
-def test_corners_far_away_take_no_memory() -> None:
+def test_corners_far_away_take_no_memory():
     """A triangle whose tip is 1e9 pixels to the right is, in the image, a band."""
     tracemalloc.start()
     mask = decode([[0, 10, 1e9, 10, 1e9, 20, 0, 20]], 40, 50)
@@ -82,7 +79,7 @@ def test_corners_far_away_take_no_memory() -> None:
     assert not decode([[1e300, 0, 1e300, 9, 2e300, 9]], 40, 50).any()
 
 
-def test_equal_to_cocos_own() -> None:
+def test_equal_to_cocos_own():
     """Polygons that cross themselves and leave the image, whole and broken numbers, runs."""
     reference = pytest.importorskip("pycocotools.mask", reason="pip install pycocotools")
     rng = np.random.default_rng(0)

@@ -1,16 +1,12 @@
 """Random crops: image, labels and depth stay together, and their chances are as set."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from dataset_files import Samples, options, put
+from dataset_files import options, put
 from PIL import Image
 from scipy.ndimage import binary_erosion
 from torchvision import tv_tensors
@@ -28,22 +24,20 @@ MEAN = [0.4, 0.8, 0.2]  # 102, 204, 51: none of them
 PLAIN = {"scale_jitter": [1.0, 1.0], "random_rotation": 0.0, "random_blur": 0.0}
 
 
-def crops(**changes: Any) -> SimpleNamespace:
+def crops(**changes):
     """`cfg.DATASET` for crops of 32 x 48, with overrides."""
-    base: dict[str, Any] = {
+    base = {
         "imgSizes": [48], "imgMaxSize": 200, "padding_constant": 16, "segm_downsampling_rate": 1,
         "batching": "crop", "crop_size": [32, 48], "mean": MEAN,
     }  # fmt: skip
     return options(**{**base, **changes})
 
 
-def cropped(
-    root: Path, *records: dict[str, Any], batch: int = 1, normalized: bool = False, **changes: Any
-) -> TrainDataset:
+def cropped(root, *records, batch=1, normalized=False, **changes):
     return TrainDataset(root, list(records), crops(**changes), batch, normalized=normalized)
 
 
-def write(root: Path, name: str, size: tuple[int, int]) -> dict[str, Any]:
+def write(root, name, size):
     """An image of blocks whose colour and depth (in metres) are their class; none is ignored."""
     width, height = size
     rng = np.random.default_rng(sum(map(ord, name)))
@@ -57,21 +51,19 @@ def write(root: Path, name: str, size: tuple[int, int]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> list[dict[str, Any]]:
+def records(tmp_path):
     sizes = [(96, 64), (64, 96), (80, 48), (48, 48), (64, 100)]
     return [write(tmp_path, f"i{k}", size) for k, size in enumerate(sizes)]
 
 
-def interior(labels: np.ndarray, value: int, away: int) -> np.ndarray:
+def interior(labels, value, away):
     """Pixels of this label at least `away` from any other one and from the border."""
     return binary_erosion(labels == value, np.ones((2 * away + 1, 2 * away + 1)))
 
 
 # ------------------------------------------------------------------------------ alignment
 @pytest.mark.parametrize("degrees", [0.0, 10.0, 90.0])
-def test_color_labels_and_depth_stay_together(
-    tmp_path: Path, records: list[dict[str, Any]], degrees: float
-) -> None:
+def test_color_labels_and_depth_stay_together(tmp_path, records, degrees):
     change = {"random_rotation": degrees, "imgSizes": [80], "crop_size": [64, 96]}
     deep = cropped(tmp_path, *records, batch=3, depth=True, depth_mean=0.0, depth_std=1.0, **change)
     flat = cropped(tmp_path, *records, batch=3, **change)
@@ -104,9 +96,7 @@ def test_color_labels_and_depth_stay_together(
 
 @pytest.mark.parametrize("angle", [0.0, 7.0, -33.0, 90.0, 141.5, 180.0])
 @pytest.mark.parametrize("window", [(slice(10, 40), slice(8, 54)), (slice(0, 51), slice(30, 71))])
-def test_turned_as_pillow_turns_the_whole_picture(
-    window: tuple[slice, slice], angle: float
-) -> None:
+def test_turned_as_pillow_turns_the_whole_picture(window, angle):
     rng = np.random.default_rng(0)
     mask = rng.integers(0, 9, (9, 12)).repeat(6, 0).repeat(6, 1)[:51, :71].astype(np.int32)
     down, right = window
@@ -124,7 +114,7 @@ def test_turned_as_pillow_turns_the_whole_picture(
 
 
 @pytest.mark.parametrize("angle", [-90.0, -71.2, -45.0, -10.3, 0.0, 4.7, 33.0, 60.1, 88.8])
-def test_what_lies_around_a_window_comes_into_it(angle: float) -> None:
+def test_what_lies_around_a_window_comes_into_it(angle):
     """As if the whole image were turned: no edge is seen where the image goes on."""
     noise = np.random.default_rng(0).integers(0, 99, (3, 90, 100), dtype=np.uint8)
     image = tv_tensors.Image(torch.from_numpy(noise))
@@ -138,7 +128,7 @@ def test_what_lies_around_a_window_comes_into_it(angle: float) -> None:
     assert (got - expected).abs().max() <= 1
 
 
-def test_labels_are_as_small_as_the_scores(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+def test_labels_are_as_small_as_the_scores(tmp_path, records):
     """At 1/r the middle of each r x r block, as in the aspect-preserving style."""
     whole = cropped(tmp_path, *records, batch=3)
     for rate in (2, 4, 8, 16):
@@ -150,7 +140,7 @@ def test_labels_are_as_small_as_the_scores(tmp_path: Path, records: list[dict[st
 
 
 # ------------------------------------------------------------------------------ values and sizes
-def test_without_chance_a_crop_is_cut_out_by_hand(samples: Samples) -> None:
+def test_without_chance_a_crop_is_cut_out_by_hand(samples):
     record = samples.write("x", (80, 60))
     image = np.asarray(samples.read(record)).astype(int)
     mask = np.asarray(samples.read(record, "fpath_segm")).astype(int)
@@ -171,7 +161,7 @@ def test_without_chance_a_crop_is_cut_out_by_hand(samples: Samples) -> None:
     assert min(tops) < 5 and max(tops) > 23 and min(lefts) < 5 and max(lefts) > 27
 
 
-def test_flip_and_blur_have_their_probabilities(samples: Samples) -> None:
+def test_flip_and_blur_have_their_probabilities(samples):
     record = samples.write("x", (48, 32))
     image = torch.from_numpy(np.array(samples.read(record))).permute(2, 0, 1)
     settings = {"imgSizes": [32], **PLAIN}
@@ -188,7 +178,7 @@ def test_flip_and_blur_have_their_probabilities(samples: Samples) -> None:
     assert counts[0] == 0 and 8 <= counts[1] <= 30 < counts[2]
 
 
-def test_colour_jitter_changes_pixels_and_nothing_else(tmp_path: Path) -> None:
+def test_colour_jitter_changes_pixels_and_nothing_else(tmp_path):
     record = write(tmp_path, "x", (48, 32))
     settings = {"imgSizes": [32], "random_flip": False, **PLAIN}
     plain, jittered = (
@@ -203,7 +193,7 @@ def test_colour_jitter_changes_pixels_and_nothing_else(tmp_path: Path) -> None:
         assert here.any() and len(jittered["img_data"][0][:, here].unique(dim=1)[0]) == 1
 
 
-def test_scales_fill_their_range(tmp_path: Path) -> None:
+def test_scales_fill_their_range(tmp_path):
     """Seen in crops larger than the images: they hold all of them."""
     record = write(tmp_path, "x", (60, 40))
     settings = {"imgSizes": [40], "crop_size": [112, 128], "random_rotation": 0.0}
@@ -218,7 +208,7 @@ def test_scales_fill_their_range(tmp_path: Path) -> None:
     assert 14 <= min(sides) <= 18 and 54 <= max(sides) <= 60
 
 
-def test_angles_fill_their_range(tmp_path: Path) -> None:
+def test_angles_fill_their_range(tmp_path):
     """Seen in a picture that gets redder to the right."""
     x, y = np.meshgrid(np.arange(120), np.arange(100))
     put(tmp_path / "i.png", np.dstack([2 * x, 2 * y, 0 * x]).astype(np.uint8))
@@ -238,9 +228,7 @@ def test_angles_fill_their_range(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("order", "value_range"), [("RGB", 1), ("BGR", 255)])
-def test_padding_is_the_mean_color_and_ignored(
-    tmp_path: Path, order: str, value_range: int
-) -> None:
+def test_padding_is_the_mean_color_and_ignored(tmp_path, order, value_range):
     record = write(tmp_path, "x", (40, 30))
     changes = {
         "imgSizes": [24], "random_rotation": 90.0, "color_jitter": 0.3, "color_order": order,
@@ -260,7 +248,7 @@ def test_padding_is_the_mean_color_and_ignored(
     assert corners > 100
 
 
-def test_every_batch_has_one_size_and_one_layout(tmp_path: Path) -> None:
+def test_every_batch_has_one_size_and_one_layout(tmp_path):
     sizes = [(1, 1), (1, 90), (90, 1), (2, 3), (7, 200), (64, 96), (96, 64), (48, 48), (33, 31)]
     records = [write(tmp_path, f"s{k}", size) for k, size in enumerate(sizes)]
     upright = {r["fpath_img"]: r["height"] > r["width"] for r in records}
@@ -308,7 +296,7 @@ FACTORS = "give minimum and maximum"
         ("random_blur", -1, "is -1; give a probability"),
     ],
 )
-def test_settings_are_checked_one_by_one(key: str, value: Any, says: str) -> None:
+def test_settings_are_checked_one_by_one(key, value, says):
     with pytest.raises(ValueError, match=f"command line: DATASET.{key} {says}"):
         load_config(None, [f"DATASET.{key}", str(value)])
     with pytest.raises(ValueError, match=f"^DATASET.{key} {says}"):
@@ -324,12 +312,12 @@ def test_settings_are_checked_one_by_one(key: str, value: Any, says: str) -> Non
         ({"batch": 0}, "batch_size_per_gpu is 0"),
     ],
 )
-def test_settings_must_fit_each_other(change: dict[str, Any], says: str) -> None:
+def test_settings_must_fit_each_other(change, says):
     with pytest.raises(ValueError, match=says):
         cropped(Path(), {"fpath_img": "a", "width": 4, "height": 3}, **change)
 
 
-def test_a_crop_size_that_cannot_be_is_refused_with_the_configuration() -> None:
+def test_a_crop_size_that_cannot_be_is_refused_with_the_configuration():
     opts = ["DATASET.batching", "crop", "DATASET.crop_size", "(321, 320)"]
     with pytest.raises(ValueError, match=r"crop_size is \[321, 320\].*such as \[328, 320\]"):
         read_config(None, opts)
@@ -340,9 +328,7 @@ def test_a_crop_size_that_cannot_be_is_refused_with_the_configuration() -> None:
 # ------------------------------------------------------------------------------ odd samples
 @pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1), (900, 1), (2, 999)])
 @pytest.mark.parametrize("changes", [{}, {"batching": "aspect"}, {"random_rotation": 180.0}])
-def test_images_of_one_row_or_column(
-    tmp_path: Path, size: tuple[int, int], changes: dict[str, Any]
-) -> None:
+def test_images_of_one_row_or_column(tmp_path, size, changes):
     settings = {"imgSizes": [48, 300], "color_jitter": 0.5, "segm_downsampling_rate": 8, **changes}
     data = cropped(tmp_path, write(tmp_path, "thin", size), normalized=True, **settings)
     for index in range(4):
@@ -352,7 +338,7 @@ def test_images_of_one_row_or_column(
 
 
 @pytest.mark.parametrize("batching", ["aspect", "crop"])
-def test_samples_without_a_label_have_no_loss(samples: Samples, batching: str) -> None:
+def test_samples_without_a_label_have_no_loss(samples, batching):
     record = samples.write("void", (60, 60))
     put(samples.root / record["fpath_segm"], np.zeros((60, 60), np.uint8))
     label = cropped(samples.root, record, batching=batching)[0]["seg_label"]

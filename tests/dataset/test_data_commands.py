@@ -1,13 +1,11 @@
 """`mit-semseg data make-odgt` and `check`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_files import Samples, put, put_image, row
+from dataset_files import put, put_image, row
 from PIL import Image
 
 from mit_semseg.arguments import build_parser
@@ -17,12 +15,12 @@ from mit_semseg.dataset.commands import run
 from mit_semseg.dataset.listing import make_odgt
 
 
-def call(*words: object) -> int:
+def call(*words):
     return run(build_parser().parse_args(["data", *map(str, words)]))
 
 
 # ------------------------------------------------------------------------------ make-odgt
-def test_make_odgt_then_train(samples: Samples) -> None:
+def test_make_odgt_then_train(samples):
     root, out = samples.root, samples.root / "lists"
     sizes = {f"images/s{k}.png": (40 + k, 30) for k in range(10)}
     for k in range(10):
@@ -44,9 +42,7 @@ def test_make_odgt_then_train(samples: Samples) -> None:
     ("split", "count", "expected"),
     [(0.9, 2, (1, 1)), (0.01, 3, (1, 2)), (0.9, 1, (1, 0)), (1, 3, (3, 0))],
 )
-def test_no_list_is_empty_by_rounding(
-    samples: Samples, split: float, count: int, expected: tuple[int, int]
-) -> None:
+def test_no_list_is_empty_by_rounding(samples, split, count, expected):
     for k in range(count):
         samples.write(f"s{k}")
     root = samples.root
@@ -60,9 +56,7 @@ def test_no_list_is_empty_by_rounding(
     assert check(report["training"], progress=False)["ok"]
 
 
-def test_make_odgt_reports_what_it_leaves_out(
-    samples: Samples, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_make_odgt_reports_what_it_leaves_out(samples, capsys):
     root = samples.root
     for name in ("good", "lonely", "turned", "broken"):
         samples.write(name)
@@ -92,7 +86,7 @@ def test_make_odgt_reports_what_it_leaves_out(
         make_odgt(root / "images", root / "masks", root / "q", split=1.5)
 
 
-def test_make_odgt_leaves_out_masks_that_cannot_store_labels(samples: Samples) -> None:
+def test_make_odgt_leaves_out_masks_that_cannot_store_labels(samples):
     for name in ("good", "grey", "colour", "lossy"):
         samples.write(name)
     masks = samples.root / "masks"
@@ -110,7 +104,7 @@ def test_make_odgt_leaves_out_masks_that_cannot_store_labels(samples: Samples) -
 
 
 # ------------------------------------------------------------------------------ check
-def test_check_counts_by_hand(tmp_path: Path) -> None:
+def test_check_counts_by_hand(tmp_path):
     put_image(tmp_path / "i/a.jpg", 4)
     put(tmp_path / "i/b.png", row(0, 0))
     put(tmp_path / "m/a.png", row(0, 1, 1, 3))
@@ -127,9 +121,7 @@ def test_check_counts_by_hand(tmp_path: Path) -> None:
     assert report["stored_values"]["1"] == {"pixels": 3, "images": 2}
 
 
-def test_check_finds_the_images_and_the_faults(
-    samples: Samples, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_finds_the_images_and_the_faults(samples, capsys):
     root = samples.root
     records = [samples.write(name) for name in ("fine", "high", "cut", "color", "gone")]
     put(root / "masks/high.png", np.full((30, 40), 255, np.uint8))
@@ -157,7 +149,7 @@ def test_check_finds_the_images_and_the_faults(
         check(str(listing))
 
 
-def write_binary(root: Path) -> str:
+def write_binary(root):
     """Images, and masks that store 0 and 255."""
     for k in range(2):
         put_image(root / f"i/{k}.png", 4)
@@ -165,7 +157,7 @@ def write_binary(root: Path) -> str:
     return f"{root}/i:{root}/m"
 
 
-def test_label_maps_of_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_label_maps_of_the_commands(tmp_path, capsys):
     where = write_binary(tmp_path)
     for words in ([], ["--num-class", "2"], ["--num-class", "2", "--label-offset", "0"]):
         assert call("check", where, *words) == 1
@@ -189,7 +181,7 @@ def test_label_maps_of_the_commands(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "1 training and 0 validation" in said and "m/1.png: label 1 is outside 0, 255" in said
 
 
-def test_palettes_that_number_their_colours_anew(tmp_path: Path) -> None:
+def test_palettes_that_number_their_colours_anew(tmp_path):
     where = write_binary(tmp_path)
     options = {"num_class": 2, "label_offset": 0, "progress": False, "data_format": "folder"}
     for k, color in enumerate(([255, 0, 0], [0, 255, 0])):

@@ -1,15 +1,11 @@
 """`mit-semseg data download`, from archives made here and served by file urls."""
 
-from __future__ import annotations
-
 import io
 import json
 import re
 import tarfile
 import zipfile
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -18,10 +14,8 @@ from mit_semseg.dataset import camvid, cityscapes, read_odgt
 from mit_semseg.dataset.base import FORMATS, Archive, Source
 from mit_semseg.dataset.downloads import download, sources, unpack
 
-Say = pytest.CaptureFixture[str]
 
-
-def archive(path: Path, **files: bytes) -> Path:
+def archive(path, **files):
     """A zip, or else a compressed tar, of these files."""
     path.parent.mkdir(exist_ok=True)
     if path.suffix == ".zip":
@@ -37,14 +31,14 @@ def archive(path: Path, **files: bytes) -> Path:
     return path
 
 
-def tree(folder: Path) -> dict[str, bytes]:
+def tree(folder):
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
     }
 
 
 @pytest.fixture(autouse=True)
-def online(monkeypatch: pytest.MonkeyPatch) -> None:
+def online(monkeypatch):
     monkeypatch.delenv("MIT_SEMSEG_OFFLINE", raising=False)
 
 
@@ -52,7 +46,7 @@ FILES = {"top/a.txt": b"a", "top/sub/b.txt": b"bb", "other/c.txt": b"c", "topmos
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.bin"])
-def test_unpack_one_folder(tmp_path: Path, name: str) -> None:
+def test_unpack_one_folder(tmp_path, name):
     packed, out = archive(tmp_path / name, **FILES), tmp_path / "out"
     assert unpack(packed, out, "top", progress=False) == 2
     assert tree(out) == {"a.txt": b"a", "sub/b.txt": b"bb"}
@@ -70,9 +64,7 @@ def test_unpack_one_folder(tmp_path: Path, name: str) -> None:
         unpack(tmp_path / "page.zip", tmp_path, progress=False)
 
 
-def test_download_prints_the_licence_and_unpacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say
-) -> None:
+def test_download_prints_the_licence_and_unpacks(tmp_path, monkeypatch, capsys):
     files = {"s/CamVid/train.txt": b"", "s/README": b"x"}
     url = archive(tmp_path / "server/m.zip", **files).as_uri()
     source = Source("CamVid", "for research", "http://home", "a/", "CamVid")
@@ -91,9 +83,7 @@ def test_download_prints_the_licence_and_unpacks(
         Archive(())
 
 
-def test_offline_says_what_to_fetch_and_where_to_put_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say
-) -> None:
+def test_offline_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
     ade, name = tmp_path / "ade", "ADEChallengeData2016"
     assert not download("ade20k", ade, progress=False)
@@ -119,7 +109,7 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(
     assert (tmp_path / "training.odgt").read_text() == "mine"
 
 
-def test_archives_fetched_by_hand_are_unpacked(tmp_path: Path, capsys: Say) -> None:
+def test_archives_fetched_by_hand_are_unpacked(tmp_path, capsys):
     assert not download("cityscapes", tmp_path, progress=False)
     text = capsys.readouterr().out
     assert "see https://www.cityscapes-dataset.com/downloads/, which asks for a regis" in text
@@ -139,9 +129,7 @@ def test_archives_fetched_by_hand_are_unpacked(tmp_path: Path, capsys: Say) -> N
 
 
 @pytest.mark.parametrize("nested", ["", "TrainVal_parsing_annotations/"])
-def test_a_layout_that_is_not_the_published_one_is_told(
-    tmp_path: Path, capsys: Say, nested: str
-) -> None:
+def test_a_layout_that_is_not_the_published_one_is_told(tmp_path, capsys, nested):
     archive(tmp_path / "TrainVal_images.zip", **{"train_images/1.jpg": b"x"})
     masks = tmp_path / "TrainVal_parsing_annotations.zip"
     archive(masks, **{"other/1.png": b"y"})
@@ -153,13 +141,13 @@ def test_a_layout_that_is_not_the_published_one_is_told(
 
 
 # ------------------------------------------------------------------------------ published archives
-def picture(mode: str, size: tuple[int, int]) -> bytes:
+def picture(mode, size):
     stream = io.BytesIO()
     Image.new(mode, size).save(stream, "PNG")
     return stream.getvalue()
 
 
-def annotations(**annotation: Any) -> bytes:
+def annotations(**annotation):
     content = {
         "images": [{"id": 1, "file_name": "1.jpg", "width": 4, "height": 3}],
         "annotations": [{"image_id": 1, **annotation}],
@@ -176,7 +164,7 @@ COCO = {"train2017.zip": {"train2017/1.jpg": b"x"}, "val2017.zip": {"val2017/2.j
 SPLITS = "VOCdevkit/VOC2012/ImageSets/Segmentation/{}.txt"
 SBD = ("train.txt", "val.txt", "img/x", "cls/x")
 # What the published archives hold, as far as the readers look; and the first image and its mask.
-PUBLISHED: dict[str, tuple[dict[str, dict[str, bytes]], str, str]] = {
+PUBLISHED = {
     "sunrgbd": (
         {
             "SUNRGBD.zip": {FRAME: b"x"},
@@ -229,9 +217,7 @@ PUBLISHED: dict[str, tuple[dict[str, dict[str, bytes]], str, str]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_archives_arrive_where_they_are_looked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_published_archives_arrive_where_they_are_looked_for(tmp_path, monkeypatch, name):
     files, image, mask = PUBLISHED[name]
     format_class = FORMATS.get(name)
     source = format_class.source
@@ -254,7 +240,7 @@ def test_published_archives_arrive_where_they_are_looked_for(
     assert not image or ((root / image).is_file() and (root / mask).is_file())
 
 
-def test_every_source_is_complete() -> None:
+def test_every_source_is_complete():
     expected = ["ade20k", "camvid", "cityscapes", "coco", "coco_panoptic", "cocostuff", "lip"]
     assert sorted(sources()) == [*expected, "sbu", "sunrgbd", "voc2012", "vocaug"]
     for source in sources().values():

@@ -1,7 +1,5 @@
 """docs/data.md says what the data sets themselves say."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -19,12 +17,12 @@ ROWS = {
 }
 
 
-def test_every_data_set_has_a_row_and_every_row_a_data_set() -> None:
+def test_every_data_set_has_a_row_and_every_row_a_data_set():
     assert sorted(ROWS) == sorted(FORMATS.names())
 
 
 @pytest.mark.parametrize("name", sorted(sources()))
-def test_rows_say_what_the_files_say(name: str) -> None:
+def test_rows_say_what_the_files_say(name):
     source = sources()[name]
     _, _, num_class, _, size, layout, licence = ROWS[name]
     assert num_class.split(",")[0] == str(FORMATS.get(name)().num_class)
@@ -35,7 +33,7 @@ def test_rows_say_what_the_files_say(name: str) -> None:
     assert size.endswith("by hand") == (not any(archive.urls for archive in source.archives))
 
 
-def test_files_and_keys_on_the_page_exist() -> None:
+def test_files_and_keys_on_the_page_exist():
     cfg = load_config(None, [])
     keys = set(re.findall(r"\b((?:DATASET|MODEL|TRAIN)\.\w+)", PAGE))
     assert len(keys) > 15

@@ -1,11 +1,8 @@
 """Depth as a fourth channel: how it is read, and that it stays with the pixels it belongs to."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +19,7 @@ from mit_semseg.dataset.split import check_depth
 from mit_semseg.dataset.transforms import normalize_depth, resize_depth
 
 MEAN, STD = 2.0, 0.5
-DEEP: dict[str, Any] = {"imgSizes": [32], "depth": True, "depth_mean": MEAN, "depth_std": STD}
+DEEP = {"imgSizes": [32], "depth": True, "depth_mean": MEAN, "depth_std": STD}
 MILLIMETRES = [0, 1, 1430, 7999, 8191, 8192, 65535]
 # Rotated left by three bits of sixteen, one by one, as SUN RGB-D stores them.
 ROTATED = [int(f"{mm:016b}"[3:] + f"{mm:016b}"[:3], 2) for mm in MILLIMETRES]
@@ -39,9 +36,7 @@ ROTATED = [int(f"{mm:016b}"[3:] + f"{mm:016b}"[:3], 2) for mm in MILLIMETRES]
         ("d.png", np.array(ROTATED, np.uint16), "sunrgbd", [min(m / 1000, 8) for m in MILLIMETRES]),
     ],
 )
-def test_stored_units(
-    tmp_path: Path, name: str, stored: np.ndarray, scale: Any, metres: list[float]
-) -> None:
+def test_stored_units(tmp_path, name, stored, scale, metres):
     assert ROTATED[:3] == [0, 8, 11440]  # the least of a real frame is stored as 11440
     put(tmp_path / name, stored[None])
     depth = load_depth(tmp_path / name, scale)
@@ -56,7 +51,7 @@ def test_stored_units(
         ("d.png", "L", "sunrgbd", "depth_scale sunrgbd is for images of 16 bits"),
     ],
 )
-def test_what_is_no_depth(tmp_path: Path, name: str, mode: str, scale: Any, message: str) -> None:
+def test_what_is_no_depth(tmp_path, name, mode, scale, message):
     Image.new(mode, (4, 4)).save(tmp_path / name)
     with pytest.raises(ValueError, match=rf"d\.\w+: .*{message}"):
         load_depth(tmp_path / name, scale)
@@ -65,7 +60,7 @@ def test_what_is_no_depth(tmp_path: Path, name: str, mode: str, scale: Any, mess
 
 
 @pytest.mark.parametrize("size", [(17, 11), (80, 64), (40, 30), (9, 60)])
-def test_resized_as_pillow_does_it_and_holes_stay_holes(size: tuple[int, int]) -> None:
+def test_resized_as_pillow_does_it_and_holes_stay_holes(size):
     depth = np.random.default_rng(0).uniform(0.5, 8, (30, 40)).astype(np.float32)
     expected = np.asarray(Image.fromarray(depth).resize(size, Image.Resampling.BILINEAR))
     assert np.abs(resize_depth(depth, size) - expected).max() < 1e-4
@@ -85,10 +80,10 @@ SIZES = [(40, 32), (32, 40), (48, 32)]  # (width, height)
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path):
     """Images whose green channel says what their depth is: green decimetres, 0 for none."""
     rng = np.random.default_rng(0)
-    records: list[Any] = []
+    records = []
     for k, (width, height) in enumerate(SIZES):
         pixels = rng.integers(0, 81, (height, width, 3), dtype=np.uint8)
         pixels[rng.random((height, width)) < 0.2] = 0
@@ -105,7 +100,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def check_batch(images: torch.Tensor, sizes: torch.Tensor | None = None) -> None:
+def check_batch(images, sizes=None):
     """Depth lies where the green channel says, and is 0 beyond the images."""
     assert images.dtype == torch.float32 and images.shape[1] == 4
     metres = torch.round((images[:, 1] * 0.224 + 0.456) * 255) / 10
@@ -119,9 +114,7 @@ def check_batch(images: torch.Tensor, sizes: torch.Tensor | None = None) -> None
 
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("crop", [(), (24, 24)])
-def test_training_keeps_depth_with_its_pixels(
-    root: Path, normalized: bool, crop: tuple[int, ...]
-) -> None:
+def test_training_keeps_depth_with_its_pixels(root, normalized, crop):
     deep = options(**DEEP, crop_size=crop)
     data = TrainDataset(root, "list.odgt", deep, 2, normalized=normalized)
     plain = TrainDataset(root, "list.odgt", options(imgSizes=[32], crop_size=crop), 2)
@@ -138,20 +131,20 @@ def test_training_keeps_depth_with_its_pixels(
     assert padded or crop
 
 
-def test_validation_and_prediction_keep_depth_with_its_pixels(root: Path) -> None:
+def test_validation_and_prediction_keep_depth_with_its_pixels(root):
     records = read_odgt(root / "list.odgt")
     for k in range(len(SIZES)):
         sample = ValDataset(root, records, options(**DEEP), normalized=False)[k]
         check_batch(sample["img_data"][0])
         assert sample["img_ori"].shape[2] == 3
-    record = {key: str(root / records[0][key]) for key in ("fpath_img", "fpath_depth")}  # type: ignore[literal-required]
+    record = {key: str(root / records[0][key]) for key in ("fpath_img", "fpath_depth")}
     check_batch(TestDataset([record], options(**DEEP))[0]["img_data"][0])
     two = options(**{**DEEP, "imgSizes": [24, 48]})
     several = TestDataset([record], two)[0]["img_data"]
     assert [tuple(x.shape) for x in several] == [(1, 4, 24, 32), (1, 4, 48, 64)]
 
 
-def test_depth_that_does_not_fit(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_depth_that_does_not_fit(root, capsys):
     records = read_odgt(root / "list.odgt")
     opt = options(**DEEP, root_dataset=str(root), list_train="list.odgt")
     split = build_split(opt, "train")
@@ -205,7 +198,7 @@ def test_depth_that_does_not_fit(root: Path, capsys: pytest.CaptureFixture[str])
         ("DATASET.depth yes", "DATASET.depth"),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_fit_are_refused(opts: str, says: str) -> None:
+def test_settings_that_do_not_fit_are_refused(opts, says):
     if not says:
         return check_depth(load_options(None, opts.split()).DATASET)
     with pytest.raises(ValueError, match=says):
@@ -214,8 +207,8 @@ def test_settings_that_do_not_fit_are_refused(opts: str, says: str) -> None:
 
 
 # ------------------------------------------------------------------------------ names
-def test_where_depth_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def touch(name: str) -> Path:
+def test_where_depth_is_looked_for(tmp_path, monkeypatch):
+    def touch(name):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -237,7 +230,7 @@ def test_where_depth_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     images = [touch(f"many/image/{k}.jpg") for k in range(50)]
     for k in range(50):
         touch(f"many/depth/of_{k}.png")
-    seen: list[str] = []
+    seen = []
     real = os.path.splitext
     monkeypatch.setattr("os.path.splitext", lambda name: seen.append(name) or real(name))
     monkeypatch.setattr("os.listdir", lambda folder: pytest.fail("reads a whole folder"))

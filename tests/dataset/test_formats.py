@@ -1,13 +1,10 @@
 """Every format on a tree made here in its native layout, class tables, and `check_sample`."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +73,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}-{layout[4]}")
-def test_native_layouts(tmp_path: Path, layout: Any) -> None:
+def test_native_layouts(tmp_path, layout):
     name, stored, classes, bases, image, mask, missing = layout
     cfg = config(name, tmp_path, 182 if classes is WHOLE else COUNTS[name])
     this, other = ("val", "train") if name in ("cityscapes", "sbu") else ("train", "val")
@@ -95,7 +92,7 @@ def test_native_layouts(tmp_path: Path, layout: Any) -> None:
         shutil.rmtree(tmp_path)
 
 
-def test_cityscapes_without_a_mask(tmp_path: Path) -> None:
+def test_cityscapes_without_a_mask(tmp_path):
     image = "leftImg8bit/val/ulm/x_leftImg8bit.png"
     put_pair(tmp_path, image, "gtFine/val/ulm/x_gtFine_instanceIds.png", 0)
     with pytest.raises(ValueError, match=r"the first without is ulm/x_leftImg8bit\.png"):
@@ -103,7 +100,7 @@ def test_cityscapes_without_a_mask(tmp_path: Path) -> None:
     assert sorted(set(LABEL_IDS)) == list(LABEL_IDS) and len(LABEL_IDS) == 19
 
 
-def test_camvid_understands_the_authors_paths(tmp_path: Path) -> None:
+def test_camvid_understands_the_authors_paths(tmp_path):
     put_pair(tmp_path, "train/a.png", "trainannot/a.png", 0, 8, 11)
     put_pair(tmp_path, "val/b.png", "valannot/b.png", 10, 11, 9)
     (tmp_path / "train.txt").write_text("/CamVid/train/a.png /CamVid/trainannot/a.png\n\n")
@@ -124,7 +121,7 @@ def test_camvid_understands_the_authors_paths(tmp_path: Path) -> None:
         build_split(config("camvid", tmp_path, 11, list_val="test"), "val")
 
 
-def test_lists_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_and_folders(tmp_path, monkeypatch):
     for name, stored in (("a", [0, 1, 4]), ("b", [4, 1, 0])):
         put_pair(tmp_path, f"i/x/{name}.png", f"m/x/{name}.png", *stored)
         line = json.dumps({"fpath_img": f"i/x/{name}.png", "fpath_segm": f"m/x/{name}.png"})
@@ -151,7 +148,7 @@ def test_lists_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 # ------------------------------------------------------------------------------ VOC with SBD
 @pytest.fixture
-def voc(tmp_path: Path) -> Path:
+def voc(tmp_path):
     """VOC train a, b and val c, d; SBD train b, c, e and val d, f."""
     lists, sbd = tmp_path / "VOC2012/ImageSets/Segmentation", tmp_path / "benchmark_RELEASE/dataset"
     for folder, train, val in ((lists, "ab", "cd"), (sbd, "bce", "df")):
@@ -169,7 +166,7 @@ def voc(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_voc_with_sbd(voc: Path) -> None:
+def test_voc_with_sbd(voc):
     cfg = config("vocaug", voc, 21)
     train, val = build_split(cfg, "train"), build_split(cfg, "val")
     assert stems(train) == ["a", "b", "e", "f"]  # nothing of VOC's val
@@ -203,7 +200,7 @@ def test_voc_with_sbd(voc: Path) -> None:
         (None, "no such file"),
     ],
 )
-def test_bad_matlab_files_are_one_line(tmp_path: Path, content: Any, says: str) -> None:
+def test_bad_matlab_files_are_one_line(tmp_path, content, says):
     file = tmp_path / "X.MAT"
     with open(file, "wb") as stream:
         scipy.io.savemat(stream, {"GTcls": {"Segmentation": row(0, 15)}})
@@ -221,7 +218,7 @@ def test_bad_matlab_files_are_one_line(tmp_path: Path, content: Any, says: str) 
 
 
 # ------------------------------------------------------------------------------ LIP, SUN RGB-D
-def test_lips_pairs_are_the_left_and_the_right_of_its_table() -> None:
+def test_lips_pairs_are_the_left_and_the_right_of_its_table():
     names = class_table(config("lip", Path(), 20)).names
     expected = {
         (names.index(name), names.index(name.replace("left", "right")))
@@ -237,7 +234,7 @@ def test_lips_pairs_are_the_left_and_the_right_of_its_table() -> None:
 
 
 @pytest.mark.parametrize("batching", ["aspect", "crop"])
-def test_left_is_right_in_mirrored_samples_of_lip(tmp_path: Path, batching: str) -> None:
+def test_left_is_right_in_mirrored_samples_of_lip(tmp_path, batching):
     """The left arm is bright, the right one dark, and what is void lies in between."""
     stored = np.repeat([14, 14, 255, 255, 15, 15, 0, 18], 2)[None].repeat(16, 0).astype(np.uint8)
     put(tmp_path / "train_segmentations/a.png", stored)
@@ -263,7 +260,7 @@ def test_left_is_right_in_mirrored_samples_of_lip(tmp_path: Path, batching: str)
     assert ways == {True, False}
 
 
-def test_sunrgbd(tmp_path: Path) -> None:
+def test_sunrgbd(tmp_path):
     """Two frames to train on, the second of them at first without depth, and one to test."""
     cfg, labels = config("sunrgbd", tmp_path, 37), tmp_path / "sunrgbd_train_test_labels"
     with pytest.raises(FileNotFoundError, match=r"expected sunrgbd_training_images\.txt"):
@@ -298,13 +295,13 @@ def test_sunrgbd(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------ class tables
 @pytest.mark.parametrize("name", COUNTS)
-def test_tables(name: str) -> None:
+def test_tables(name):
     table, data = class_table(config(name, Path(), COUNTS[name])), FORMATS.get(name)()
     assert len(table) == len(set(table.names)) == data.num_class == COUNTS[name]
     assert table.colors.dtype == np.uint8
     if name != "ade20k":  # some of its published colours are equal
         assert len(np.unique(table.colors, axis=0)) == len(table)
-    mapping: LabelMap = data.label_map([], DataOptions(num_class=len(table)))
+    mapping = data.label_map([], DataOptions(num_class=len(table)))
     assert {*mapping.values.values()} - {-1} == {*range(len(table))}
     if name in OUTSIDE:
         with pytest.raises(ValueError, match=OUTSIDE[name]):
@@ -313,7 +310,7 @@ def test_tables(name: str) -> None:
         class_table(config(name, Path(), 7))
 
 
-def test_own_class_table(tmp_path: Path) -> None:
+def test_own_class_table(tmp_path):
     (tmp_path / "c.csv").write_text("Idx,Name,R,G,B\n1,cat,1,2,3\n2,dog,4,5,6\n")
     table = class_table(config("odgt", tmp_path, 2, classes="c.csv"))
     assert table.names == ("cat", "dog") and table.colors[1].tolist() == [4, 5, 6]
@@ -323,7 +320,7 @@ def test_own_class_table(tmp_path: Path) -> None:
         class_table(config("odgt", tmp_path, 3, classes="names.csv"))
 
 
-def test_ade20k_table_agrees_with_the_published_files() -> None:
+def test_ade20k_table_agrees_with_the_published_files():
     """Names: the first of each row, or the words of it that the published file broke up."""
     table = class_table(config("odgt", Path(), 150))
     with open(ROOT / "data/object150_info.csv", newline="") as file:
@@ -339,7 +336,7 @@ def test_ade20k_table_agrees_with_the_published_files() -> None:
     assert colors[:3].tolist() == [[120, 120, 120], [180, 120, 120], [6, 230, 230]]
 
 
-def test_vocs_palette_is_that_of_its_masks() -> None:
+def test_vocs_palette_is_that_of_its_masks():
     """The bits of a class in threes, from the highest bit of red, green and blue down."""
     colors = class_table(config("voc2012", Path(), 21)).colors
     for k, color in enumerate(colors.tolist()):
@@ -354,10 +351,10 @@ def test_vocs_palette_is_that_of_its_masks() -> None:
 ONE = "all labelled pixels in 1 sampled mask are of one class out of 2"
 
 
-def sample(root: Path, label_map: LabelMap, *stored: int) -> Split:
+def sample(root, label_map, *stored):
     put_pair(root, "a.jpg", "a.png", *stored)
     record = {"fpath_img": str(root / "a.jpg"), "fpath_segm": str(root / "a.png")}
-    return Split([record], class_table(config("odgt", Path(), 2)), label_map)  # type: ignore[list-item]
+    return Split([record], class_table(config("odgt", Path(), 2)), label_map)
 
 
 @pytest.mark.parametrize(
@@ -375,9 +372,7 @@ def sample(root: Path, label_map: LabelMap, *stored: int) -> Split:
         ),
     ],
 )
-def test_check_sample_warns_of_what_looks_wrong(
-    tmp_path: Path, caplog: Any, stored: list[int], label_map: LabelMap, warnings: list[str]
-) -> None:
+def test_check_sample_warns_of_what_looks_wrong(tmp_path, caplog, stored, label_map, warnings):
     found = check_sample(sample(tmp_path, label_map, *stored))
     assert len(found) == len(warnings) and caplog.messages == found
     for line, pattern in zip(found, warnings):
@@ -388,9 +383,7 @@ def test_check_sample_warns_of_what_looks_wrong(
     ("num_class", "labels", "warns"),
     [(4, [0, 1, 2], True), (4, [0, 3], False), (5, [0, 1, 2, 3], False), (150, [0, 7, 111], True)],
 )
-def test_check_sample_warns_of_too_many_classes(
-    tmp_path: Path, num_class: int, labels: list[int], warns: bool
-) -> None:
+def test_check_sample_warns_of_too_many_classes(tmp_path, num_class, labels, warns):
     split = sample(tmp_path, LabelMap.shifted(num_class, 0), *labels)
     split = Split(split.records, ClassTable.numbered(num_class), split.label_map)
     message = (
@@ -400,7 +393,7 @@ def test_check_sample_warns_of_too_many_classes(
     assert check_sample(split) == ([message] if warns else [])
 
 
-def test_check_sample_stops_at_a_bad_sample_or_warns_of_it(tmp_path: Path) -> None:
+def test_check_sample_stops_at_a_bad_sample_or_warns_of_it(tmp_path):
     with pytest.raises(ValueError, match=r"a\.png: label 9 is outside 0\.\.2; set DATASET"):
         check_sample(sample(tmp_path, LabelMap.shifted(2), 0, 1, 9))
     split = sample(tmp_path, LabelMap.shifted(2), 0, 1, 2)

@@ -1,10 +1,5 @@
 """Pixels of images and masks against Pillow and hand numbers; more files are in `bad_input`."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from dataset_files import put
@@ -14,7 +9,7 @@ from PIL import Image, ImageOps
 from mit_semseg.dataset.images import ImageFile, load_image, load_mask
 
 
-def scene(width: int, height: int) -> np.ndarray:
+def scene(width, height):
     """Smooth shades with hard edges, one third of a pixel wide at the smallest."""
     y, x = np.mgrid[:height, :width]
     waves = [127 + 100 * np.sin(x / (9 + 4 * k) + y / (17 - 3 * k)) for k in range(3)]
@@ -23,7 +18,7 @@ def scene(width: int, height: int) -> np.ndarray:
     return image
 
 
-def at_size(path: Path, size: tuple[int, int]) -> np.ndarray:
+def at_size(path, size):
     with ImageFile(path) as file:
         return file.pixels(size)
 
@@ -41,9 +36,7 @@ def at_size(path: Path, size: tuple[int, int]) -> np.ndarray:
         ([-3.0, 1e6], np.float32, r"mode F with values -3\.\.1e\+06 is no image"),
     ],
 )
-def test_grey_levels_of_other_ranges(
-    tmp_path: Path, stored: list[float], kind: Any, expected: Any
-) -> None:
+def test_grey_levels_of_other_ranges(tmp_path, stored, kind, expected):
     path = tmp_path / "x.tif"
     put(path, np.array([stored], kind))
     if isinstance(expected, str):
@@ -56,9 +49,7 @@ def test_grey_levels_of_other_ranges(
 # ------------------------------------------------------------------------------ sized images
 @pytest.mark.parametrize("size", [(1, 1), (17, 9), (101, 77), (64, 333)])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-def test_jpeg_pixels_are_those_of_pillow(
-    tmp_path: Path, size: tuple[int, int], subsampling: int
-) -> None:
+def test_jpeg_pixels_are_those_of_pillow(tmp_path, size, subsampling):
     path = tmp_path / "x.jpg"
     for progressive in (False, True):
         image = Image.fromarray(scene(*size))
@@ -69,7 +60,7 @@ def test_jpeg_pixels_are_those_of_pillow(
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_turned_jpegs_are_resized_upright(tmp_path: Path, mode: str, orientation: int) -> None:
+def test_turned_jpegs_are_resized_upright(tmp_path, mode, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     path = tmp_path / "x.jpg"
@@ -87,9 +78,7 @@ def test_turned_jpegs_are_resized_upright(tmp_path: Path, mode: str, orientation
 
 @pytest.mark.parametrize("factor", [5, 6.5, 11])
 @pytest.mark.parametrize("whole", [(803, 607), (640, 480)])
-def test_large_jpegs_at_reduced_scale_are_close(
-    tmp_path: Path, whole: tuple[int, int], factor: float
-) -> None:
+def test_large_jpegs_at_reduced_scale_are_close(tmp_path, whole, factor):
     """Also where sides are no multiple of 8: the picture must not move."""
     path = tmp_path / "x.jpg"
     Image.fromarray(scene(*whole)).save(path, quality=92)
@@ -102,7 +91,7 @@ def test_large_jpegs_at_reduced_scale_are_close(
     assert apart(at_size(path, size), pillow_resize(ramp, size)).max() <= 2
 
 
-def test_jpegs_less_than_five_times_as_large_are_decoded_in_full(tmp_path: Path) -> None:
+def test_jpegs_less_than_five_times_as_large_are_decoded_in_full(tmp_path):
     path = tmp_path / "x.jpg"
     Image.fromarray(scene(400, 300)).save(path, quality=92)
     for size in ((81, 61), (81, 20), (200, 150), (400, 300), (500, 400)):
@@ -110,7 +99,7 @@ def test_jpegs_less_than_five_times_as_large_are_decoded_in_full(tmp_path: Path)
         assert apart(at_size(path, size), expected).max() <= 1
 
 
-def test_real_photographs_at_reduced_scale(real_data: Path) -> None:
+def test_real_photographs_at_reduced_scale(real_data):
     for path in sorted((real_data / "ade20k_sample" / "images").rglob("*.jpg")):
         image = load_image(path)
         for factor in (5, 8, 12):
@@ -121,7 +110,7 @@ def test_real_photographs_at_reduced_scale(real_data: Path) -> None:
             assert apart(at_size(path, size), pillow_resize(image, size)).max() <= 1
 
 
-def test_damaged_jpegs_are_refused_as_pillow_refuses_them(tmp_path: Path) -> None:
+def test_damaged_jpegs_are_refused_as_pillow_refuses_them(tmp_path):
     """Some noise goes unnoticed by the format; what Pillow notices must not pass here."""
     path = tmp_path / "x.jpg"
     Image.fromarray(scene(160, 120)).save(path)
@@ -150,7 +139,7 @@ def test_damaged_jpegs_are_refused_as_pillow_refuses_them(tmp_path: Path) -> Non
 
 # ------------------------------------------------------------------------------ masks
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32])
-def test_stored_values_are_kept(tmp_path: Path, kind: Any) -> None:
+def test_stored_values_are_kept(tmp_path, kind):
     values = np.arange(54, dtype=kind).reshape(6, 9) * kind(4 if kind == np.uint8 else 1000)
     put(tmp_path / "x.tif", values)
     mask = load_mask(tmp_path / "x.tif")
@@ -158,7 +147,7 @@ def test_stored_values_are_kept(tmp_path: Path, kind: Any) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_palette_masks_keep_their_indices(tmp_path: Path, bits: int) -> None:
+def test_palette_masks_keep_their_indices(tmp_path, bits):
     index = (np.arange(54).reshape(6, 9) % 2**bits).astype(np.uint8)
     image = Image.fromarray(index)
     image.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())

@@ -1,10 +1,5 @@
 """Stored values become classes; class tables come from and go to csv."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -28,9 +23,7 @@ PAIRS = ((7, 0), (8, 1), (26, 2), (0, -1))
          [0, 7, 26, 8], [-1, 0, 2, 1], "0, 7..8, 26"),
     ],
 )  # fmt: skip
-def test_stored_values_become_classes(
-    label_map: LabelMap, stored: list[int], ids: list[int], known: str
-) -> None:
+def test_stored_values_become_classes(label_map, stored, ids, known):
     found = label_map(np.array([stored], np.uint16))
     assert found.dtype == np.int64 and found.tolist() == [ids]
     assert label_map.describe() == known
@@ -39,7 +32,7 @@ def test_stored_values_become_classes(
 
 
 @pytest.mark.parametrize("value", [-7, 4, 255, 256, 70000, 2**31 - 1])
-def test_an_unknown_value_is_named_with_file_and_fix(value: int) -> None:
+def test_an_unknown_value_is_named_with_file_and_fix(value):
     expected = f"x.png: label {value} is outside 0..3; set DATASET.ignore_label {value} or a label"
     with pytest.raises(ValueError) as caught:
         LabelMap.shifted(4, 0)(np.array([[0, 3], [1, value]], np.int32), "x.png")
@@ -48,7 +41,7 @@ def test_an_unknown_value_is_named_with_file_and_fix(value: int) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("white", [255, 65535])
-def test_a_mask_of_black_and_white_keeps_both_classes(offset: int, white: int) -> None:
+def test_a_mask_of_black_and_white_keeps_both_classes(offset, white):
     for stored in ([0, white, white], [white]):
         with pytest.raises(ValueError) as caught:
             LabelMap.shifted(2, offset)(np.array(stored, np.uint16), "x.png")
@@ -59,7 +52,7 @@ def test_a_mask_of_black_and_white_keeps_both_classes(offset: int, white: int) -
     assert LabelMap.of_options(told)(np.array([0, white])).tolist() == [0, 1]
 
 
-def test_void_in_a_mask_of_many_classes_may_be_meant() -> None:
+def test_void_in_a_mask_of_many_classes_may_be_meant():
     nine = LabelMap.shifted(9, 0)
     said = nine.complaint([0, 255], "x.png")
     assert '[255, 1]]", else DATASET.ignore_label 255' in said
@@ -70,7 +63,7 @@ def test_void_in_a_mask_of_many_classes_may_be_meant() -> None:
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32])
 @pytest.mark.parametrize("values", [{0: 0, 1: 1}, {0: 0, 3: 1, 255: -1}, {7: 0, 8: 1, 300: -1}])
-def test_the_check_alone_agrees_with_the_list_of_values(kind: Any, values: dict[int, int]) -> None:
+def test_the_check_alone_agrees_with_the_list_of_values(kind, values):
     label_map = LabelMap(values, 2)
     known = np.array([v for v in values if v <= np.iinfo(kind).max], dtype=kind)
     label_map.check(known)
@@ -101,7 +94,7 @@ def test_the_check_alone_agrees_with_the_list_of_values(kind: Any, values: dict[
         ({"label_map": [[7, 0], [7, 1]]}, "label_map .*has the mask value 7 twice"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], says: str) -> None:
+def test_bad_settings_are_refused(settings, says):
     with pytest.raises(ValueError, match=f"DATASET.*{says}"):
         LabelMap.of_options(DataOptions.read({"num_class": 3, **settings}))
     with pytest.raises(ValueError, match=r"maps to -1\.\.1"):
@@ -109,7 +102,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], says: str) -> None:
 
 
 # ------------------------------------------------------------------------------ class tables
-def test_class_table_round_trip(tmp_path: Path) -> None:
+def test_class_table_round_trip(tmp_path):
     table = ClassTable(("sky", "tree, big"), np.array([[1, 2, 3], [255, 0, 9]], np.uint8))
     file = tmp_path / "c.csv"
     table.save(file)
@@ -135,7 +128,7 @@ def test_class_table_round_trip(tmp_path: Path) -> None:
         ("Idx,Name,R,G,B\n1,a,0,0\n", "row 1 has colour"),
     ],
 )
-def test_bad_class_tables(tmp_path: Path, text: str, says: str) -> None:
+def test_bad_class_tables(tmp_path, text, says):
     (tmp_path / "c.csv").write_text(text)
     with pytest.raises(ValueError, match=says):
         ClassTable.load(tmp_path / "c.csv")

@@ -1,32 +1,29 @@
 """Which files are being read, as others see it."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
-from dataset_files import Samples, put
+from dataset_files import put
 
 from mit_semseg.dataset.images import ImageFile, load_depth, load_image, load_mask
 from mit_semseg.dataset.reading import READINGS, Readings
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def heard(monkeypatch):
     """What this process says it reads."""
-    files: list[str] = []
+    files = []
     monkeypatch.setattr(READINGS, "listener", files.append)
     return files
 
 
-def test_one_file_is_read_while_another_is_open() -> None:
+def test_one_file_is_read_while_another_is_open():
     readings = Readings()
-    heard: list[str] = []
+    heard = []
     readings.listener = heard.append
     with readings.of("image"):
         first = readings.oldest()
@@ -40,11 +37,11 @@ def test_one_file_is_read_while_another_is_open() -> None:
     assert heard == ["image", "mask", "image", ""] + ["image", ""]
 
 
-def test_every_thread_reads_its_own_file() -> None:
+def test_every_thread_reads_its_own_file():
     readings = Readings()
     inside, done = threading.Barrier(4), threading.Barrier(4)
 
-    def read(name: str) -> None:
+    def read(name):
         with readings.of(name):
             inside.wait(10)
             done.wait(10)
@@ -62,7 +59,7 @@ def test_every_thread_reads_its_own_file() -> None:
     assert not readings.files()
 
 
-def depth(path: Path) -> np.ndarray:
+def depth(path):
     return load_depth(path, 1000)
 
 
@@ -71,9 +68,7 @@ def depth(path: Path) -> np.ndarray:
     [("a.png", load_image), ("a.jpg", load_image), ("a.png", load_mask), ("a.png", depth),
      ("a.mat", load_mask)],
 )  # fmt: skip
-def test_every_kind_of_file_is_noted(
-    tmp_path: Path, heard: list[str], name: str, load: Any
-) -> None:
+def test_every_kind_of_file_is_noted(tmp_path, heard, name, load):
     file = tmp_path / name
     grey = np.zeros((4, 5), np.uint8)
     if name == "a.mat":
@@ -88,7 +83,7 @@ def test_every_kind_of_file_is_noted(
     assert heard == [str(file), ""] * 2 and not READINGS.files()
 
 
-def test_an_image_is_being_read_as_long_as_it_is_open(samples: Samples) -> None:
+def test_an_image_is_being_read_as_long_as_it_is_open(samples):
     file = samples.root / samples.write("a")["fpath_img"]
     with ImageFile(file) as image:
         assert READINGS.files() == [str(file)]
@@ -96,9 +91,7 @@ def test_an_image_is_being_read_as_long_as_it_is_open(samples: Samples) -> None:
     assert not READINGS.files()
 
 
-def test_every_file_of_a_batch_is_named_before_it_is_read(
-    samples: Samples, heard: list[str]
-) -> None:
+def test_every_file_of_a_batch_is_named_before_it_is_read(samples, heard):
     data = samples.train(samples.mixed(), 2)
     batch = data[0]
     expected = []
@@ -114,19 +107,19 @@ def test_every_file_of_a_batch_is_named_before_it_is_read(
     assert heard == [expected[0], ""]
 
 
-def write_down(worker: int) -> None:
+def write_down(worker):
     info = torch.utils.data.get_worker_info()
     assert info is not None
-    folder = Path(info.dataset.root_dataset)  # type: ignore[attr-defined]
+    folder = Path(info.dataset.root_dataset)
 
-    def reading(file: str) -> None:
+    def reading(file):
         with open(folder / f"worker{worker}", "a") as log:
             log.write(f"{file}\n")
 
     READINGS.listener = reading
 
 
-def test_a_worker_listens_to_its_own_reading(samples: Samples) -> None:
+def test_a_worker_listens_to_its_own_reading(samples):
     loader = torch.utils.data.DataLoader(
         samples.train(samples.mixed()), batch_size=None, sampler=range(4), num_workers=2,
         worker_init_fn=write_down,

@@ -1,12 +1,9 @@
 """Every format on real files in their native layout, where they are at hand."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,19 +26,19 @@ from mit_semseg.dataset.loading import load_pair
 from mit_semseg.dataset.records import find_depth, is_depth
 
 
-def areas(split: Any, index: int = 0) -> dict[str, int]:
+def areas(split, index=0):
     """Pixels of each class that occurs in a sample."""
     _, ids = load_pair(split.records[index], "", split.label_map)
     counts = np.bincount(ids[ids >= 0], minlength=len(split.classes))
     return {split.classes.names[k]: int(counts[k]) for k in np.flatnonzero(counts)}
 
 
-def most(split: Any) -> str:
+def most(split):
     found = areas(split)
     return max(found, key=lambda name: found[name])
 
 
-def test_camvid(real_data: Path) -> None:
+def test_camvid(real_data):
     cfg = config("camvid", real_data / "CamVid", 11)
     train, val = build_split(cfg, "train"), build_split(cfg, "val")
     assert (len(train.records), len(val.records)) == (367, 101)
@@ -58,7 +55,7 @@ def test_camvid(real_data: Path) -> None:
     assert sample["img_ori"].shape == (360, 480, 3) and sample["seg_label"].shape == (1, 360, 480)
 
 
-def test_ade20k(real_data: Path) -> None:
+def test_ade20k(real_data):
     split = build_split(config("ade20k", real_data / "ade20k_sample", 150), "train")
     assert len(split.records) == 3 and check_sample(split) == []
     assert most(split) == "road" and "traffic light" in areas(split)
@@ -67,7 +64,7 @@ def test_ade20k(real_data: Path) -> None:
     assert [8 * n for n in batch["seg_label"].shape[1:]] == list(batch["img_data"].shape[2:])
 
 
-def test_cityscapes_both_kinds_of_masks_agree(real_data: Path) -> None:
+def test_cityscapes_both_kinds_of_masks_agree(real_data):
     root = real_data / "cityscapes_sample"
     split = build_split(config("cityscapes", root, 19), "val")
     (record,) = split.records
@@ -82,21 +79,21 @@ def test_cityscapes_both_kinds_of_masks_agree(real_data: Path) -> None:
     assert load_mask(path).max() > 24000
 
 
-def test_cocostuff(real_data: Path) -> None:
+def test_cocostuff(real_data):
     split = build_split(config("cocostuff", real_data / "coco_stuff_sample", 171), "train")
     assert len(split.records) == 13 and check_sample(split, 2) == [] and most(split) == "cat"
     report = check(split.records, label_map=split.label_map, classes=split.classes)
     assert report["ok"] and report["records"] == 13 and report["num_class"] == 171
 
 
-def test_lip_with_a_grey_image(real_data: Path) -> None:
+def test_lip_with_a_grey_image(real_data):
     split = build_split(config("lip", real_data / "lip_sample", 20), "val")
     image, ids = load_pair(split.records[0], "", split.label_map)
     assert image.shape == (377, 130, 3) and (image[..., 0] == image[..., 2]).all()
     assert set(np.unique(ids).tolist()) == {0, 1, 5, 9, 13, 15}
 
 
-def test_coco_panoptic(real_data: Path, tmp_path: Path) -> None:
+def test_coco_panoptic(real_data, tmp_path):
     root = tmp_path / "sample"
     shutil.copytree(real_data / "coco_panoptic_sample", root, copy_function=shutil.copyfile)
     for folder in (root, *root.iterdir()):
@@ -109,7 +106,7 @@ def test_coco_panoptic(real_data: Path, tmp_path: Path) -> None:
     assert [listed[k]["name"] for k in CLASSES] == list(split.classes.names)
     assert [listed[k]["color"] for k in CLASSES] == split.classes.colors.tolist()
     for index, annotation in enumerate(content["annotations"]):
-        expected: Counter[str] = Counter()
+        expected = Counter()
         for one in annotation["segments_info"]:
             expected[listed[one["category_id"]]["name"]] += one["area"]
         assert areas(split, index) == expected
@@ -130,7 +127,7 @@ def test_coco_panoptic(real_data: Path, tmp_path: Path) -> None:
     assert np.array_equal(coco.draw(image, objects, categories, Path("x.json")), drawn)
 
 
-def test_sunrgbd_depth(real_data: Path) -> None:
+def test_sunrgbd_depth(real_data):
     """An office: all depth is between 1.4 and 2.6 m, and holes are filled with the like."""
     frame = real_data / "sunrgbd_sample" / "img_0063"
     depth = find_depth(frame / "image" / "img_0063.jpg")

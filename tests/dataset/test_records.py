@@ -1,9 +1,6 @@
 """Lists and folders become records; lists that are wrong are in `bad_input`."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +8,6 @@ from dataset_files import put, put_image
 from PIL import Image
 
 from mit_semseg.dataset.records import (
-    Record,
     list_images,
     match_by_stem,
     pair_folders,
@@ -22,9 +18,7 @@ from mit_semseg.dataset.records import (
 LINE = '{"fpath_img": "a.jpg", "fpath_segm": "a.png", "width": 4, "height": 3}\n'
 
 
-def test_list_is_looked_up_in_root_when_the_working_folder_lacks_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_list_is_looked_up_in_root_when_the_working_folder_lacks_it(tmp_path, monkeypatch):
     (tmp_path / "root").mkdir()
     (tmp_path / "root/x.odgt").write_text(LINE)
     (tmp_path / "y.odgt").write_text(LINE * 2)
@@ -37,22 +31,20 @@ def test_list_is_looked_up_in_root_when_the_working_folder_lacks_it(
         read_records("nowhere.odgt", tmp_path)
 
 
-def test_sizes_come_from_headers_upright(tmp_path: Path) -> None:
+def test_sizes_come_from_headers_upright(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (8, 5)).save(tmp_path / "turned.jpg", exif=exif)
     put_image(tmp_path / "plain.jpg", 8, 5)
-    names: list[Record] = [{"fpath_img": "turned.jpg"}, {"fpath_img": "plain.jpg"}]
-    records = with_sizes([*names, {"fpath_img": "x", "width": 1}], tmp_path)  # type: ignore[list-item]
+    names = [{"fpath_img": "turned.jpg"}, {"fpath_img": "plain.jpg"}]
+    records = with_sizes([*names, {"fpath_img": "x", "width": 1}], tmp_path)
     assert [(r["width"], r.get("height")) for r in records] == [(5, 8), (8, 5), (1, None)]
 
 
-def test_headers_that_cannot_be_read_stop_or_are_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_headers_that_cannot_be_read_stop_or_are_left_out(tmp_path, caplog):
     put_image(tmp_path / "good.png", 5, 3)
     (tmp_path / "bad.jpg").write_text("no image")
-    records: list[Record] = [{"fpath_img": name} for name in ("bad.jpg", "good.png", "gone.png")]  # type: ignore[misc]
+    records = [{"fpath_img": name} for name in ("bad.jpg", "good.png", "gone.png")]
     with pytest.raises(ValueError, match=r"bad\.jpg"):
         with_sizes(records, tmp_path)
     kept = with_sizes(records, tmp_path, "skip")
@@ -63,7 +55,7 @@ def test_headers_that_cannot_be_read_stop_or_are_left_out(
         with_sizes(records[:1], tmp_path, "skip")
 
 
-def test_images_of_every_extension_in_any_case(tmp_path: Path) -> None:
+def test_images_of_every_extension_in_any_case(tmp_path):
     expected = ["a.JPG", "b.png", "c.TIFF", "d.webp", "e.bmp", "sub/f.Jpeg"]
     for name in (*expected, ".hidden.png"):
         put_image(tmp_path / name, 3, 3)
@@ -71,7 +63,7 @@ def test_images_of_every_extension_in_any_case(tmp_path: Path) -> None:
     assert list_images(tmp_path) == expected
 
 
-def test_folders_are_matched_by_stem(tmp_path: Path) -> None:
+def test_folders_are_matched_by_stem(tmp_path):
     images, masks = ["u/a.jpg", "u/b.jpg", "v/a.jpg"], ["u/a_m.png", "v/a_m.png", "w_m.png"]
     pairs, lonely_images, lonely_masks = match_by_stem(images, masks, "", "_m")
     assert pairs == [("u/a.jpg", "u/a_m.png"), ("v/a.jpg", "v/a_m.png")]

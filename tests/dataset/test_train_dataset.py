@@ -1,17 +1,14 @@
 """Training batches: geometry by hand, padding, and one permutation a pass for everybody."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import random
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from dataset_files import Samples, options, put
+from dataset_files import options, put
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import BILINEAR, NEAREST, levels, normalize
@@ -19,11 +16,10 @@ from PIL import Image, ImageOps
 
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.images import load_mask
-from mit_semseg.dataset.sample import LoadedSample, Plan
 from mit_semseg.dataset.transforms import Normalize
 
 
-def equal(one: dict[str, Any], two: dict[str, Any]) -> bool:
+def equal(one, two):
     """Whether two batches hold the same, bit for bit."""
     return one.keys() == two.keys() and all(
         torch.equal(v, two[k]) if isinstance(v, torch.Tensor) else v == two[k]
@@ -32,7 +28,7 @@ def equal(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 # ------------------------------------------------------------------------------ geometry
-def test_geometry_and_values_by_hand(samples: Samples) -> None:
+def test_geometry_and_values_by_hand(samples):
     """Two images of one size class: resized by Pillow, top-left, padded, labels at 1/4."""
     records = [samples.write("wide", (50, 30)), samples.write("narrow", (36, 30))]
     batch = samples.train(records, 2, imgSizes=[24], random_flip=False)[0]
@@ -51,9 +47,7 @@ def test_geometry_and_values_by_hand(samples: Samples) -> None:
 
 
 @pytest.mark.parametrize("rate", [1, 2, 4, 8])
-def test_labels_of_odd_sizes_are_padded_before_the_downsampling(
-    samples: Samples, rate: int
-) -> None:
+def test_labels_of_odd_sizes_are_padded_before_the_downsampling(samples, rate):
     """The published way, spelt out: paste into a multiple of r, then Pillow nearest by 1/r."""
     record = samples.write("odd", (37, 29))
     opt = options(imgSizes=[29], segm_downsampling_rate=rate, random_flip=False)
@@ -64,7 +58,7 @@ def test_labels_of_odd_sizes_are_padded_before_the_downsampling(
     assert np.array_equal(label, np.asarray(expected))
 
 
-def test_padding_to_larger_multiples_changes_the_padding_only(samples: Samples) -> None:
+def test_padding_to_larger_multiples_changes_the_padding_only(samples):
     records = [samples.write(f"s{k}", (50 + 9 * k, 30)) for k in range(4)]
     tight, padded = (
         samples.train(records, 2, padding_constant=24, normalized=False, pad_to=pad_to)
@@ -81,7 +75,7 @@ def test_padding_to_larger_multiples_changes_the_padding_only(samples: Samples) 
             assert (batch[key][..., h:, :] == fill).all() and (batch[key][..., w:] == fill).all()
 
 
-def test_batches_are_of_one_orientation_and_one_short_side(samples: Samples) -> None:
+def test_batches_are_of_one_orientation_and_one_short_side(samples):
     records = samples.mixed()
     data = samples.train(records, 3, normalized=False)
     assert data.batches_per_pass == 2 + 1  # 6 not upright, 3 upright
@@ -96,7 +90,7 @@ def test_batches_are_of_one_orientation_and_one_short_side(samples: Samples) -> 
 
 
 @pytest.mark.parametrize("size", [(32, 24), (64, 48)])
-def test_flips_are_as_published(samples: Samples, size: tuple[int, int]) -> None:
+def test_flips_are_as_published(samples, size):
     """Mirrored by Pillow first, then resized: not the same as the other way round."""
     record = samples.write("f", size)
     small = 32, 24
@@ -108,7 +102,7 @@ def test_flips_are_as_published(samples: Samples, size: tuple[int, int]) -> None
         for image in (mask, ImageOps.mirror(mask))
     ]
     assert torch.equal(labels[0].flip(1), labels[1]) == (size == small)
-    changes: dict[str, Any] = {"imgSizes": [24], "segm_downsampling_rate": 1}
+    changes = {"imgSizes": [24], "segm_downsampling_rate": 1}
     flipped = 0
     for batch in map(samples.train([record], **changes).__getitem__, range(40)):
         (turned,) = (n for n in (0, 1) if torch.equal(batch["seg_label"][0], labels[n]))
@@ -121,7 +115,7 @@ def test_flips_are_as_published(samples: Samples, size: tuple[int, int]) -> None
     assert all(torch.equal(still[k]["seg_label"][0], labels[0]) for k in range(20))
 
 
-def test_crops_cut_image_and_label_alike_and_pad_what_is_small(samples: Samples) -> None:
+def test_crops_cut_image_and_label_alike_and_pad_what_is_small(samples):
     big, small = samples.write("big", (64, 48)), samples.write("small", (20, 16))
     for record in (big, small):  # the image shows its own labels
         mask = load_mask(samples.root / record["fpath_segm"]).astype(np.uint8)
@@ -152,9 +146,7 @@ def test_crops_cut_image_and_label_alike_and_pad_what_is_small(samples: Samples)
         {"color_order": "BGR", "value_range": 255, "mean": [99.0, 98.5, 97.0], "std": [1.0] * 3},
     ],
 )
-def test_pixels_normalised_later_are_the_same_batch(
-    samples: Samples, change: dict[str, Any]
-) -> None:
+def test_pixels_normalised_later_are_the_same_batch(samples, change):
     records, module = samples.mixed(), Normalize.of(options(**change))
     ready = samples.train(records, 3, **change)
     raw = samples.train(records, 3, normalized=False, **change)
@@ -170,7 +162,7 @@ def test_pixels_normalised_later_are_the_same_batch(
     assert padded
 
 
-def test_a_wrong_label_is_refused_where_the_resize_drops_it(samples: Samples) -> None:
+def test_a_wrong_label_is_refused_where_the_resize_drops_it(samples):
     record = samples.write("x", (64, 48))
     file = samples.root / record["fpath_segm"]
     mask = np.array(samples.read(record, "fpath_segm"))
@@ -187,7 +179,7 @@ def test_a_wrong_label_is_refused_where_the_resize_drops_it(samples: Samples) ->
                 data[0]
 
 
-def test_a_large_jpeg_with_a_mask_of_another_size(samples: Samples) -> None:
+def test_a_large_jpeg_with_a_mask_of_another_size(samples):
     """Sizes are compared as the files have them, however little of the JPEG is decoded."""
     record = samples.write("x", (400, 300), fpath_img="images/x.jpg")
     put(samples.root / "images/x.jpg", np.zeros((300, 400, 3), np.uint8))
@@ -198,7 +190,7 @@ def test_a_large_jpeg_with_a_mask_of_another_size(samples: Samples) -> None:
         data[0]
 
 
-def test_published_call(samples: Samples) -> None:
+def test_published_call(samples):
     """List path, positional arguments, only published keys; a length that never ends."""
     records = [samples.write("p", (64, 48)), samples.write("q", (48, 64))]
     del records[1]["width"], records[1]["height"]  # read from the file
@@ -217,9 +209,7 @@ def test_published_call(samples: Samples) -> None:
 # ------------------------------------------------------------------------------ chance
 @given(*(st.integers(*ends) for ends in ((1, 7), (0, 12), (1, 12), (0, 5), (1, 3))))
 @settings(max_examples=50)
-def test_each_pass_shows_each_image_once(
-    batch: int, wide: int, upright: int, seed: int, ranks: int
-) -> None:
+def test_each_pass_shows_each_image_once(batch, wide, upright, seed, ranks):
     records = [{"fpath_img": f"w{k}", "width": 4, "height": 3} for k in range(wide)]
     records += [{"fpath_img": f"u{k}", "width": 3, "height": 4} for k in range(upright)]
     data = TrainDataset("", records, options(), batch_per_gpu=batch, seed=seed)
@@ -240,7 +230,7 @@ STYLES = {
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_batch_depends_on_seed_and_index_only(samples: Samples, style: str) -> None:
+def test_a_batch_depends_on_seed_and_index_only(samples, style):
     """The same whoever makes it, in whatever order, with any number of threads."""
     records = samples.mixed()
     if style == "skip":
@@ -272,7 +262,7 @@ def test_a_batch_depends_on_seed_and_index_only(samples: Samples, style: str) ->
 
 
 # (width, height); first row and column; mirrored; colours; blur; angle.
-DRAWN: dict[str, Any] = {
+DRAWN = {
     "crop": [
         ((54, 41), (21, 19), True, [0.8932, 1.2452, 1.1023], None, -8.7152),
         ((23, 17), (0, 0), True, [1.2554, 0.9644, 1.0922], None, -1.0502),
@@ -289,9 +279,7 @@ DRAWN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("batching", DRAWN)
-def test_what_a_seed_draws_stays_as_it_is(
-    samples: Samples, batching: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_seed_draws_stays_as_it_is(samples, batching, monkeypatch):
     """A run of an earlier version is resumed exactly: the numbers are recorded, not computed."""
     records = [samples.write(f"s{k}", (60, 45)) for k in range(4)]
     (samples.root / records[2]["fpath_segm"]).unlink()  # the first of the batch
@@ -299,10 +287,10 @@ def test_what_a_seed_draws_stays_as_it_is(
         records, 4, imgSizes=[24, 32, 40], imgMaxSize=200, on_error="skip", batching=batching,
         crop_size=[16, 24], color_jitter=0.3,
     )  # fmt: skip
-    seen: list[Any] = []
+    seen = []
     apply = data._style.apply
 
-    def recorded(loaded: LoadedSample, plan: Plan) -> LoadedSample:
+    def recorded(loaded, plan):
         corner = tuple(side.start for side in plan.window)
         colors = plan.colors and [round(float(factor), 4) for factor in plan.colors]
         sigma = plan.sigma and round(plan.sigma, 4)

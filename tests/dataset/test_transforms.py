@@ -1,9 +1,6 @@
 """Geometry and values of pixels, against Pillow, torch and hand numbers."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,13 +25,13 @@ from mit_semseg.dataset.transforms import (
 
 RNG = np.random.default_rng(0)
 COLOR = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
-BGR: dict[str, Any] = {
+BGR = {
     "mean": (102.9801, 115.9465, 122.7717), "std": (1.0, 2.0, 3.0), "color_order": "BGR",
     "value_range": 255,
 }  # fmt: skip
 
 
-def test_fitted_size_by_hand() -> None:
+def test_fitted_size_by_hand():
     assert fitted_size(683, 512, 300, 1000) == (400, 300)  # 683 * 300 / 512 = 400.2
     assert fitted_size(512, 683, 300, 1000) == (300, 400)
     assert fitted_size(2000, 500, 600, 1000) == (1000, 250)  # the long side decides
@@ -47,9 +44,7 @@ sides = st.integers(1, 70)
 
 @given(sides, sides, sides, sides, st.integers(0, 9))
 @settings(max_examples=60)
-def test_labels_resize_exactly_as_pillow_nearest(
-    h: int, w: int, h2: int, w2: int, seed: int
-) -> None:
+def test_labels_resize_exactly_as_pillow_nearest(h, w, h2, w2, seed):
     labels = np.random.default_rng(seed).integers(-1, 2**20, (h, w)).astype(np.int64)
     pillow = Image.fromarray(labels.astype(np.int32)).resize((w2, h2), NEAREST)
     resized = labels[nearest_index(h, h2)][:, nearest_index(w, w2)]
@@ -58,9 +53,7 @@ def test_labels_resize_exactly_as_pillow_nearest(
 
 @given(*[st.integers(1, 250)] * 2, *[st.integers(1, 300)] * 2, st.booleans())
 @settings(max_examples=60)
-def test_images_resize_within_one_grey_level_of_pillow(
-    h: int, w: int, h2: int, w2: int, hard: bool
-) -> None:
+def test_images_resize_within_one_grey_level_of_pillow(h, w, h2, w2, hard):
     """In bytes, and, which is not rounded, in floats."""
     image = np.random.default_rng(h * 1000 + w).integers(0, 256, (h, w, 3), dtype=np.uint8)
     if hard:  # nothing but black and white
@@ -72,7 +65,7 @@ def test_images_resize_within_one_grey_level_of_pillow(
     assert np.abs(result[:, :, 0] - np.asarray(red)).max() <= 1.01
 
 
-def test_arrays_that_torch_does_not_take_are_resized_too() -> None:
+def test_arrays_that_torch_does_not_take_are_resized_too():
     frozen, mirrored = COLOR.copy(), COLOR[:, ::-1]
     frozen.setflags(write=False)
     for array in (frozen, mirrored):
@@ -80,7 +73,7 @@ def test_arrays_that_torch_does_not_take_are_resized_too() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"imgSizes": 40}])
-def test_scaled_inputs_are_resized_to_the_next_multiple(changes: dict[str, Any]) -> None:
+def test_scaled_inputs_are_resized_to_the_next_multiple(changes):
     image = RNG.integers(0, 256, (50, 75, 3), dtype=np.uint8)
     settings = {"imgSizes": [40, 100], "imgMaxSize": 90, "padding_constant": 16, **changes}
     # 40 x 60; 60 x 90, where the long side decides
@@ -96,7 +89,7 @@ def test_scaled_inputs_are_resized_to_the_next_multiple(changes: dict[str, Any])
 
 # ------------------------------------------------------------------------------ values
 @pytest.mark.parametrize("settings", [{}, BGR, {**BGR, "color_order": "RGB"}])
-def test_normalize_is_the_plain_formula_bit_for_bit(settings: dict[str, Any]) -> None:
+def test_normalize_is_the_plain_formula_bit_for_bit(settings):
     """Every value in every channel, in both memory formats."""
     image = np.stack([np.roll(np.arange(256, dtype=np.uint8), k) for k in (0, 7, 99)], axis=1)
     image = image.reshape(16, 16, 3)
@@ -110,7 +103,7 @@ def test_normalize_is_the_plain_formula_bit_for_bit(settings: dict[str, Any]) ->
     assert torch.equal(module(sliced), module(sliced.contiguous()))
 
 
-def test_normalize_by_hand() -> None:
+def test_normalize_by_hand():
     """The published constants, and those of the first checkpoints."""
     pixel = as_batch(np.array([[[10, 20, 30]]], np.uint8))
     expected = [(10 / 255 - 0.485) / 0.229, (20 / 255 - 0.456) / 0.224, (30 / 255 - 0.406) / 0.225]
@@ -121,9 +114,7 @@ def test_normalize_by_hand() -> None:
 
 @pytest.mark.parametrize("settings", [{}, BGR])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_normalize_pads_with_the_mean(
-    settings: dict[str, Any], format: torch.memory_format
-) -> None:
+def test_normalize_pads_with_the_mean(settings, format):
     images = torch.from_numpy(RNG.integers(0, 256, (3, 3, 6, 8), dtype=np.uint8))
     images = images.contiguous(memory_format=format)
     before, sizes, module = images.clone(), [(6, 8), (4, 8), (3, 5)], Normalize.of(settings)
@@ -137,7 +128,7 @@ def test_normalize_pads_with_the_mean(
     assert {name for name, _ in module.named_buffers()} >= {"mean", "std"}
 
 
-def test_normalize_refuses_what_is_no_picture() -> None:
+def test_normalize_refuses_what_is_no_picture():
     with pytest.raises(ValueError, match=r"uint8, got \(1, 3, 2, 2\) torch.float32"):
         Normalize()(torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match=r"got \(3, 2, 2\) torch.uint8"):
@@ -146,7 +137,7 @@ def test_normalize_refuses_what_is_no_picture() -> None:
         Normalize(value_range=7)
 
 
-def test_color_jitter_moves_colors_within_its_strength() -> None:
+def test_color_jitter_moves_colors_within_its_strength():
     image = np.full((4, 4, 3), 100, np.uint8)
     factors = [jitter_factors(0.3, np.random.default_rng(seed)) for seed in range(40)]
     seen = {int(color_jitter(image, *three)[0, 0, 0]) for three in factors}
@@ -167,7 +158,7 @@ def test_color_jitter_moves_colors_within_its_strength() -> None:
         ({"std": [1.0, 1.0]}, "give three numbers"),
     ],
 )
-def test_options_that_cannot_work_are_refused(change: dict[str, object], says: str) -> None:
+def test_options_that_cannot_work_are_refused(change, says):
     assert DataOptions.read(get_defaults().DATASET) == DataOptions()
     with pytest.raises(ValueError, match=says):
         DataOptions.read(SimpleNamespace(**change))

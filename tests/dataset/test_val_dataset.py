@@ -1,18 +1,16 @@
 """Validation and test samples."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
-from dataset_files import Samples, options
+from dataset_files import options
 
 from mit_semseg.dataset import LabelMap, TestDataset, ValDataset
 from mit_semseg.dataset.images import load_image, load_mask
 from mit_semseg.dataset.transforms import Normalize, scaled_inputs
 
 
-def test_val_sample(samples: Samples) -> None:
+def test_val_sample(samples):
     data = samples.val(samples.write("a", (50, 30)), samples.write("b", (30, 50)))
     assert len(data) == 2
     sample = data[1]
@@ -26,7 +24,7 @@ def test_val_sample(samples: Samples) -> None:
     assert np.array_equal(sample["seg_label"][0].numpy(), stored - 1)
 
 
-def test_what_masks_store_is_told_by_settings_or_a_label_map(samples: Samples) -> None:
+def test_what_masks_store_is_told_by_settings_or_a_label_map(samples):
     record = samples.write("a")
     stored = load_mask(samples.root / record["fpath_segm"])
     plain = samples.val(record, label_offset=0, num_class=4)[0]["seg_label"][0]
@@ -42,14 +40,14 @@ def test_what_masks_store_is_told_by_settings_or_a_label_map(samples: Samples) -
     assert [x.shape for x in sample["img_data"]] == [(1, 3, 16, 24)]
 
 
-def test_test_sample_needs_an_image_only(samples: Samples) -> None:
+def test_test_sample_needs_an_image_only(samples):
     path = str(samples.root / samples.write("a")["fpath_img"])
     sample = TestDataset([{"fpath_img": path}], options())[0]
     assert set(sample) == {"img_ori", "img_data", "info"}
     assert sample["info"] == path and len(sample["img_data"]) == 2
 
 
-def test_pixels_may_be_normalised_later(samples: Samples) -> None:
+def test_pixels_may_be_normalised_later(samples):
     record, opt = samples.write("a", (50, 30)), options()
     path = {"fpath_img": str(samples.root / record["fpath_img"])}
     for ready, raw in (
