@@ -289,7 +289,7 @@ def test_bad_states(tmp_path, model, command, untouched):
     odd = {"step": torch.ones(2, 2), "epoch_iters": 0, "position": None, "encoder": 3}
     every = "(decoder, encoder, epoch_iters, history, position, step: missing"
     cases = [
-        ([1, 2], "holds a list"),
+        ([1, 2], "contains a list"),
         ({}, every),
         ({"epoch": 3, "step": "x", "state_dict": good["encoder"], "optimizer": {}}, every),
         (
