@@ -218,8 +218,8 @@ class Segmenter:
 
         Args:
             source: `hf:OWNER/NAME` or `hf:FOLDER` (transformers), a folder that transformers or
-                segmentation_models.pytorch saved, a name in `weights.MODELS`, which is downloaded
-                once, or a checkpoint folder of this toolkit.
+                segmentation_models.pytorch saved, `mmseg:FILE`, a name in `weights.MODELS`,
+                which is downloaded once, or a checkpoint folder of this toolkit.
             device: where to compute; by default the first GPU, else the CPU.
             precision: fp32 | tf32 | bf16 | fp16 | auto.
             imgSizes: short sides in pixels that are averaged over, instead of the model's own.

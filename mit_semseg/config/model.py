@@ -19,7 +19,8 @@ class ModelOptions(Section):
         "",
         "a whole [model of another library](models.md#models-of-other-libraries): `hf:NAME` or "
         "`hf:FOLDER` (transformers), `smp:NAME:ENCODER` or `smp:FOLDER` "
-        "(segmentation_models.pytorch); empty: `arch_encoder` and `arch_decoder`",
+        "(segmentation_models.pytorch), `mmseg:FILE` (mmsegmentation); empty: "
+        "`arch_encoder` and `arch_decoder`",
     )
     arch_encoder: str = key(
         "resnet50dilated",

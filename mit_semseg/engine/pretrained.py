@@ -36,7 +36,8 @@ def load_pretrained(source: str | os.PathLike[str]) -> Pretrained:
 
     Args:
         source: a checkpoint folder; a folder that transformers or segmentation_models.pytorch
-            saved; "hf:NAME" for transformers; "smp:FOLDER"; or a name in `weights.MODELS`.
+            saved; "hf:NAME" for transformers; "smp:FOLDER"; "mmseg:FILE"; or a name in
+            `weights.MODELS`.
 
     Raises:
         FileNotFoundError: no such folder or name.

@@ -39,7 +39,7 @@ __all__ = [
 log = logging.getLogger("mit_semseg")
 
 # Prefix of MODEL.arch -> module of this package.
-LIBRARIES = ("hf", "smp", "eomt")
+LIBRARIES = ("hf", "smp", "mmseg", "eomt")
 
 
 def library_of(arch: str) -> tuple[Library, str]:
