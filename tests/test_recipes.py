@@ -15,6 +15,7 @@ from mit_semseg.losses import build_loss
 from mit_semseg.models import ModelBuilder
 from mit_semseg.models.builder import check_pair
 from mit_semseg.models.decoders import DECODERS
+from mit_semseg.models.encoders import ENCODERS
 from mit_semseg.models.papers import PAPER_MODELS
 from mit_semseg.weights import PUBLISHED, imagenet_weights, published_checkpoint
 
@@ -94,8 +95,12 @@ def data_set(cfg):
 
 @lru_cache
 def encoded(arch, in_channels, output_stride, side):
-    """An encoder and what it makes of a square image, shapes only: many recipes have the same."""
+    """An encoder and the maps of a square image, shapes only: mostly what it declares."""
+    kind = ENCODERS.get(arch) if arch in ENCODERS else None
     with torch.device("meta"):
+        if kind and in_channels == 3 and not (output_stride or kind.supported_decoders):
+            sides = (side // stride for stride in kind.strides)
+            return kind, tuple(torch.empty(1, c, n, n) for c, n in zip(kind.channels, sides))
         encoder = ModelBuilder.build_encoder(
             arch, weights="none", in_channels=in_channels, output_stride=output_stride
         ).eval()

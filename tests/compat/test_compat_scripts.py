@@ -4,7 +4,6 @@ The calls are theirs, in the same order; the CPU stands for their GPUs.
 """
 
 import math
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import forkserver
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -181,7 +181,7 @@ def test_training_on_two_devices_and_evaluation_by_two_processes(cfg):
 
     count = len(Path(cfg.DATASET.list_val).read_text().splitlines())
     share = math.ceil(count / 2)
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     queue = context.Queue(500)
     processes = [
         context.Process(target=work, args=(cfg, k * share, min((k + 1) * share, count), queue))

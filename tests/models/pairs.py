@@ -26,7 +26,7 @@ class Pair:
         folds: whether prediction folds BatchNorms into convolutions.
         rounding: how far scores may be off on average, in standard deviations, in bfloat16 and
             float16.
-        slow: larger than another pair of the same classes.
+        slow: large, or like another pair.
     """
 
     encoder: str
@@ -70,14 +70,15 @@ PAIRS = (
     Pair("mobilenetv2dilated", "c1_deepsup", 8),
     Pair("resnet18dilated", "ppm_deepsup", 8),
     Pair("resnet18dilated", "upernet", 4, slow=True),
-    Pair("resnext101", "c1", 32, slow=True),
+    # Its last layers see a single pixel here.
+    Pair("resnext101", "c1", 32, rounding=(0.4, 0.08), slow=True),
     Pair("hrnetv2", "c1", 4, slow=True),
     Pair("drn_c_26", "c1", 8),
-    Pair("xception65", "c1", 16),
+    Pair("xception65", "c1", 16, slow=True),
     Pair("vgg16", "fcn8s", 8, folds=False),  # there is no BatchNorm
     Pair("torchvision_resnet18dilated", "fcn_head_deepsup", 8),
     Pair("unet", "unet"),
-    Pair("unet_bilinear", "unet_bilinear"),
+    Pair("unet_bilinear", "unet_bilinear", slow=True),
     Pair("resnet18dilated", "unet", 4),
     # Of two maxima as good as equal it prefers the other: pooling indices jump.
     Pair("vgg16_bn_indices", "segnet", rounding=(0.6, 0.3)),
