@@ -72,7 +72,7 @@ class Compared:
         return cls(
             name=here.parent.name if of_model else here.name,
             folder=str(folder),
-            model=f"{model.arch_encoder} + {model.arch_decoder}" if model else "",
+            model=model.name if model else "",
             mean_iou=figures[0],
             pixel_accuracy=figures[1],
             images_per_second=rate,
