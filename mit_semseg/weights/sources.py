@@ -103,6 +103,9 @@ def _digest_in_name(name: str) -> str | None:
 
 
 _RESNET = "He et al. 2016, arXiv:1512.03385"
+_RESNEXT = "Xie et al. 2017, arXiv:1611.05431"
+_MOBILENETV2 = "Sandler et al. 2018, arXiv:1801.04381"
+_MOBILENETV3 = "Howard et al. 2019, arXiv:1905.02244"
 _VGG = "Simonyan & Zisserman 2015, arXiv:1409.1556"
 _DENSENET = "Huang et al. 2017, arXiv:1608.06993"
 _FCN = "Long et al. 2015, arXiv:1411.4038"
@@ -121,21 +124,33 @@ TORCHVISION: dict[str, TorchvisionSource] = {
     "resnet50": _torchvision("resnet50-0676ba61.pth", "torchvision_resnet50", _RESNET),
     "resnet101": _torchvision("resnet101-63fe2227.pth", "torchvision_resnet101", _RESNET),
     "resnet152": _torchvision("resnet152-394f9c45.pth", "resnet152", _RESNET),
-    "resnext50_32x4d": _torchvision(
-        "resnext50_32x4d-7cdf4587.pth", "resnext50", "Xie et al. 2017, arXiv:1611.05431"
-    ),
+    "resnext50_32x4d": _torchvision("resnext50_32x4d-7cdf4587.pth", "resnext50", _RESNEXT),
     "densenet121": _torchvision("densenet121-a639ec97.pth", "densenet121", _DENSENET),
     "densenet161": _torchvision("densenet161-8d451a50.pth", "densenet161", _DENSENET),
     "densenet169": _torchvision("densenet169-b2777c0a.pth", "densenet169", _DENSENET),
     "densenet201": _torchvision("densenet201-c1103571.pth", "densenet201", _DENSENET),
-    "mobilenet_v2": _torchvision(
-        "mobilenet_v2-b0353104.pth", "mobilenetv2", "Sandler et al. 2018, arXiv:1801.04381"
-    ),
+    "mobilenet_v2": _torchvision("mobilenet_v2-b0353104.pth", "mobilenetv2", _MOBILENETV2),
     "mobilenet_v3_large": _torchvision(
         "mobilenet_v3_large-8738ca79.pth",
         "mobilenetv3_large",
-        "Howard et al. 2019, arXiv:1905.02244",
+        _MOBILENETV3,
     ),
+    **{
+        f"{weights}.IMAGENET1K_V2": _torchvision(file, encoder, paper)
+        for weights, file, encoder, paper in (
+            ("ResNet50_Weights", "resnet50-11ad3fa6.pth", "torchvision_resnet50", _RESNET),
+            ("ResNet101_Weights", "resnet101-cd907fc2.pth", "torchvision_resnet101", _RESNET),
+            ("ResNet152_Weights", "resnet152-f82ba261.pth", "resnet152", _RESNET),
+            ("ResNeXt50_32X4D_Weights", "resnext50_32x4d-1a0047aa.pth", "resnext50", _RESNEXT),
+            ("MobileNet_V2_Weights", "mobilenet_v2-7ebf99e0.pth", "mobilenetv2", _MOBILENETV2),
+            (
+                "MobileNet_V3_Large_Weights",
+                "mobilenet_v3_large-5c1a4163.pth",
+                "mobilenetv3_large",
+                _MOBILENETV3,
+            ),
+        )
+    },
     "fcn_resnet50": _on_coco(
         "fcn_resnet50_coco-1167a1af.pth", "torchvision_resnet50", _FCN, _FCN_HEADS
     ),
@@ -155,7 +170,10 @@ TORCHVISION: dict[str, TorchvisionSource] = {
         ("deeplabv3_wide_deepsup",),
     ),
 }
-"""Torchvision's weights by its names, the first of each: `MODEL.weights_encoder torchvision:NAME`.
+"""Torchvision's weights by its names: `MODEL.weights_encoder torchvision:NAME`.
+
+The name of a model stands for its first weights, as published with torchvision's early releases;
+the second ones of ImageNet, from a longer training, have the name that torchvision gives them.
 
 Those of a segmentation model are for encoder and decoder both, and the encoder has output stride 8
 (`torchvision_resnet50dilated`) or, for MobileNetV3, 16 (`mobilenetv3_large_dilated16`). Its 21
@@ -317,6 +335,6 @@ def fetch_torchvision(name: str, *, encoder: str = "", decoder: str = "") -> Pat
 def _other_stem(name: str, encoder: str) -> str:
     """Why two ResNets that have nearly the same name are not the same."""
     deep = ("resnet18", "resnet50", "resnet101", "resnext101")
-    if not name.startswith("res") or backbone_of(encoder) not in deep:
+    if not name.lower().startswith("res") or backbone_of(encoder) not in deep:
         return ""
     return "torchvision's ResNets begin with one 7x7 convolution, this one with three 3x3; "

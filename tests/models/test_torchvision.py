@@ -190,11 +190,16 @@ def test_a_file_without_a_head_is_refused(tmp_path):
 IMAGENET = [name for name, source in TORCHVISION.items() if not source.segments]
 
 
+def model_of(name):
+    """The model that weights are for: "ResNet50_Weights.IMAGENET1K_V2" -> "resnet50"."""
+    return name.split("_Weights")[0].lower()
+
+
 @pytest.mark.parametrize("name", IMAGENET)
 def test_imagenet_weights_have_the_same_tensors(name):
     backbone = TORCHVISION[name].encoder
     with torch.device("meta"):
-        theirs = getattr(torchvision.models, name)(weights=None).state_dict()
+        theirs = torchvision.models.get_model(model_of(name), weights=None).state_dict()
         ours = ENCODERS.get(backbone)().state_dict()
     given = {k: v.shape for k, v in torchvision_encoder(theirs).items()}
     assert given == {k: v.shape for k, v in ours.items()}
@@ -202,8 +207,12 @@ def test_imagenet_weights_have_the_same_tensors(name):
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_urls_are_torchvisions(name):
-    enum = torchvision.models.get_model_weights(name)
-    assert TORCHVISION[name].urls == (next(iter(enum)).url,)
+    first = next(iter(torchvision.models.get_model_weights(model_of(name))))
+    weights = torchvision.models.get_weight(name) if "." in name else first
+    assert TORCHVISION[name].urls == (weights.url,)
+    source = TORCHVISION[name]
+    assert weights.transforms().mean == list(source.mean)
+    assert weights.transforms().std == list(source.std)
     assert TORCHVISION[name].sha256 == TORCHVISION[name].file.rsplit("-", 1)[1][:8]
 
 
