@@ -152,6 +152,7 @@ DATA_OF = {
     **{f"FC-DenseNet{layers}": {"camvid"} for layers in (56, 67, 103)},
     "ENet": {"cityscapes"},
     "DRN-C-26": {"cityscapes"},
+    "LR-ASPP": {"cityscapes"},
     "DeepLabv3": {"vocaug"},
     "DeepLabv3+": {"vocaug"},
     "PSPNet": {"ade20k"},

@@ -33,6 +33,7 @@ PAPER_MODELS: tuple[PaperModel, ...] = (
     PaperModel("FC-DenseNet103", "fcdensenet103", "fcdensenet103"),
     PaperModel("ENet", "enet", "enet"),
     PaperModel("DRN-C-26", "drn_c_26", "c1"),
+    PaperModel("LR-ASPP", "mobilenetv3_large_dilated16", "lraspp"),
     PaperModel("DeepLabv3", "resnet50dilated", "deeplabv3"),
     PaperModel("DeepLabv3", "resnet101dilated", "deeplabv3"),
     PaperModel("DeepLabv3+", "resnet50_dilated16", "deeplabv3plus"),

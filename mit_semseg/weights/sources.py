@@ -169,6 +169,12 @@ TORCHVISION: dict[str, TorchvisionSource] = {
         _DEEPLAB,
         ("deeplabv3_wide_deepsup",),
     ),
+    "lraspp_mobilenet_v3_large": _on_coco(
+        "lraspp_mobilenet_v3_large-d234d4ea.pth",
+        "mobilenetv3_large",
+        _MOBILENETV3,
+        ("lraspp",),
+    ),
 }
 """Torchvision's weights by its names: `MODEL.weights_encoder torchvision:NAME`.
 

@@ -36,8 +36,8 @@ def torchvision_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") -> dict[str, Tensor]:
     """The head of a torchvision model, under the names of the decoders here.
 
-    FCN's and DeepLabv3's for `fcn_head*` and `deeplabv3*`; the first two layers of VGG16's
-    classifier, as convolutions, for `fcn32s`, `fcn16s` and `fcn8s`.
+    FCN's, DeepLabv3's and LR-ASPP's for `fcn_head*`, `deeplabv3*` and `lraspp`; the first two
+    layers of VGG16's classifier, as convolutions, for `fcn32s`, `fcn16s` and `fcn8s`.
 
     Args:
         state: of the whole model.
@@ -57,6 +57,13 @@ def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") ->
     names = {"classifier.0": "cbr.0", "classifier.1": "cbr.1"}
     if "classifier.0.project.0.weight" in state:
         names = {"classifier.0": "aspp", "classifier.1": "cbr.0", "classifier.2": "cbr.1"}
+    elif "classifier.low_classifier.weight" in state:
+        names = {
+            "classifier.cbr": "cbr",
+            "classifier.scale.1": "scale.0",
+            "classifier.low_classifier": "conv_last_low",
+            "classifier.high_classifier": "conv_last",
+        }
     names |= {
         "classifier.4": "conv_last",
         "aux_classifier.0": "cbr_deepsup.0",
@@ -65,11 +72,11 @@ def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") ->
     }
     renamed = {}
     for key, value in state.items():
-        layer = ".".join(key.split(".")[:2])
-        if layer in names:
-            renamed[names[layer] + key.removeprefix(layer)] = value
+        for layer, ours in names.items():
+            if key.startswith(f"{layer}."):
+                renamed[ours + key.removeprefix(layer)] = value
     if "conv_last.weight" not in renamed:
-        raise ValueError(f"{file} holds no head of torchvision's FCN, DeepLabv3 or VGG16")
+        raise ValueError(f"{file} holds no head of torchvision's FCN, DeepLabv3, LR-ASPP or VGG16")
     return renamed
 
 

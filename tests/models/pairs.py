@@ -107,6 +107,7 @@ PAIRS = (
     Pair("resnet18dilated", "ocnet_pyramid", 8, slow=True),
     Pair("resnet18dilated", "ocnet_asp", 8, slow=True),
     Pair("resnet18", "dunet"),
+    Pair("mobilenetv3_large_dilated16", "lraspp", 8),
     Pair("timm:mobilenetv3_small_050", "deeplabv3plus", 4),
     Pair("timm:pvt_v2_b0", "upernet_lite", 4),
 )

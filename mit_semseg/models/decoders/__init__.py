@@ -20,6 +20,7 @@ from mit_semseg.models.decoders import (  # noqa: F401
     icnet,
     linear,
     linknet,
+    lraspp,
     ocnet,
     pidnet,
     ppliteseg,
