@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Environment variable of ranks that a command has started (see `engine.processes`).
 REPORTS = "MIT_SEMSEG_REPORTS"
@@ -25,6 +26,11 @@ def counted(number: int, noun: str) -> str:
     """
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{number} {noun if number == 1 else plural}"
+
+
+def exit_cause(code: int | None) -> str:
+    """The exit code of a process as text: `signal SIGKILL` or `exit code 1`."""
+    return f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
 
 
 def one_line(error: BaseException, limit: int | None = None, *, named: bool = False) -> str:

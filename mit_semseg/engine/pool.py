@@ -19,6 +19,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from mit_semseg.errors import exit_cause
+
 # Function of a worker: (setup, tasks) -> yields one result per task, returns a final value.
 Work = Callable[[Any, Iterator[Any]], Generator[Any, None, Any]]
 
@@ -189,12 +191,9 @@ def _error(worker: _Worker, kind: str, message: str, trace: str) -> Exception:
 
 def _death(worker: _Worker, describe: Callable[[Any], str]) -> ChildProcessError:
     worker.process.join(5)
-    code = worker.process.exitcode
-    how = f"exit code {code}"
-    if code is not None and code < 0:
-        how = f"signal {signal.Signals(-code).name}"
-        if -code == signal.SIGKILL:
-            how += " (usually out of memory)"
+    how = exit_cause(worker.process.exitcode)
+    if "SIGKILL" in how:
+        how += " (usually out of memory)"
     at = "after its last task"
     if worker.tasks:
         at = f"while working on {', '.join(describe(task) for task in worker.tasks)}"

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mit_semseg.errors import REPORTS
+from mit_semseg.errors import REPORTS, exit_cause
 from mit_semseg.files import replacing
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _status(
     for rank, code in silent.items():
         if code < 0:
             raise ChildProcessError(
-                f"rank {rank} was ended by signal {signal.Signals(-code).name}; --resume auto "
+                f"rank {rank} was ended by {exit_cause(code)}; --resume auto "
                 "resumes from the newest checkpoint"
             )
         return code  # the rank itself has printed why

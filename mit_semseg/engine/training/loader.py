@@ -21,6 +21,7 @@ from mit_semseg.dataset.reading import READINGS
 from mit_semseg.engine.cpu import cpu_count, local_ranks, set_threads
 from mit_semseg.engine.signals import leave_to_parent
 from mit_semseg.engine.watchdog import ReadingBoard
+from mit_semseg.errors import exit_cause
 from mit_semseg.lib.nn import user_scattered_collate
 
 log = logging.getLogger("mit_semseg")
@@ -176,7 +177,7 @@ class TrainLoader:
                 )
                 raise ChildProcessError(
                     f"a data loader process (pid {process.pid}) died with "
-                    f"{_exit_cause(process.exitcode)} {where}: if memory ran out, lower "
+                    f"{exit_cause(process.exitcode)} {where}: if memory ran out, lower "
                     "TRAIN.workers; --resume auto resumes from the newest checkpoint"
                 )
 
@@ -213,12 +214,6 @@ class TrainLoader:
         if self._earlier_handler is not None:
             signal.signal(signal.SIGCHLD, self._earlier_handler)
             self._earlier_handler = None
-
-
-def _exit_cause(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"signal {signal.Signals(-code).name}"
-    return f"exit code {code}"
 
 
 def _start_worker(board: ReadingBoard, worker: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import nn
+
+from mit_semseg.config.options import SETTINGS
 
 # Settings that do not affect the weights, except by rounding.
 _NO_EFFECT = {
@@ -276,22 +278,14 @@ def differences(before: str, now: str) -> list[str]:
         return []
     if not isinstance(old, dict) or not old:
         return []
-    lines = []
-    for key, value in _flatten(yaml.safe_load(now)):
+    lines, new = [], yaml.safe_load(now)
+    for key in SETTINGS:
         if key.startswith(("VAL.", "TEST.")) or key in _NO_EFFECT:
             continue
-        was = _value_at(old, key)
+        was, value = _value_at(old, key), _value_at(new, key)
         if was not in (value, None):  # None: the key did not exist
             lines.append(f"{key} was {was} and is now {value}")
     return lines
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _value_at(tree: Any, dotted: str) -> Any:
