@@ -110,16 +110,7 @@ def test_scaled_inputs(width, height, shorts, longest, multiple):
     st.integers(0, 300),
 )
 @settings(max_examples=40)
-def test_training_batches(
-    folder,
-    sizes,
-    shorts,
-    classes,
-    strides,
-    crop,
-    batch_size,
-    highest,
-):
+def test_training_batches(folder, sizes, shorts, classes, strides, crop, batch_size, highest):
     """Batches of the right shapes and labels below the class count, or the mask named."""
     records = []
     for width, height in sizes:

@@ -66,10 +66,7 @@ def test_coco_panoptic_says_what_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (
-            {"categories": [{"id": 1, "name": "pole"}]},
-            "its category 1 is 'pole', in COCO 'pe",
-        ),
+        ({"categories": [{"id": 1, "name": "pole"}]}, "its category 1 is 'pole', in COCO 'pe"),
         ({"categories": [{"id": 12, "name": "street sign"}]}, "its category 12 .* 'unused'"),
         ({"image_id": None}, "000009.png: 'image_id' is None"),
         ({"file_name": None}, "annotation 0: 'file_name' is None"),

@@ -154,11 +154,7 @@ def test_random_numbers_of_a_transform_follow_from_the_seed(samples, module):
         ("flip", ValueError, "is 'flip'; give module:function, such as my_transforms:train"),
         ("no_such_module:f", ValueError, "cannot be imported.*put no_such_module.py"),
         ("{}:f", ValueError, r"\.py has no function f$"),
-        (
-            "{}:wrong",
-            RuntimeError,
-            r"returned \(3, .* torch.float32, .*has to return \(image",
-        ),
+        ("{}:wrong", RuntimeError, r"returned \(3, .* torch.float32, .*has to return \(image"),
         ("{}:broken", RuntimeError, "failed with AttributeError: .*nothing"),
     ],
 )
