@@ -99,7 +99,7 @@ def test_more_than_the_disk_holds(tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_size_that_is_a_lie(tmp_path):
+def test_wrong_sizes_in_archives(tmp_path):
     """1 TB in the header, 10 kB in the file."""
     entry = tar_entry("huge")
     entry.size = 1 << 40
@@ -118,7 +118,7 @@ def test_a_size_that_is_a_lie(tmp_path):
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 
-def test_a_secret_archive(tmp_path):
+def test_an_encrypted_archive_is_refused(tmp_path):
     path = write_zip(tmp_path / "x.zip", "a.bin")
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:

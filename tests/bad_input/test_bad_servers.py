@@ -53,7 +53,7 @@ def test_stalled_servers_are_given_up_in_time(server, dest):
 
 
 # ------------------------------------------------------------------------------ lies
-def test_lengths_that_are_lies(server, dest):
+def test_wrong_content_lengths(server, dest):
     server.answers = [whole(length=len(BODY) + 1000)] * 3
     text = refused(dest, server.url, retries=2)
     assert f"{len(BODY)} of {len(BODY) + 1000} bytes" in text
@@ -67,7 +67,7 @@ def test_lengths_that_are_lies(server, dest):
 
 
 @pytest.mark.parametrize("length", ["-5", "many", "1e6", "", "0x10", "9" * 40])
-def test_a_length_that_is_none(server, dest, length):
+def test_invalid_content_lengths(server, dest, length):
     server.answers = [whole(length=length)]
     try:
         fetch(server.url, dest, sha256=SHA, progress=False, retries=0)
@@ -86,7 +86,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
      OK + b"X: y\r\n" * 500 + b"\r\n", OK + b"X: " + b"y" * 70000,
      OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nno chunk\r\n"],
 )  # fmt: skip
-def test_answers_that_are_no_http(server, dest, answer):
+def test_answers_other_than_http(server, dest, answer):
     server.answers = [lambda start, send: send(answer)]
     assert refused(dest, server.url, sha256=SHA).isprintable()
 
@@ -154,7 +154,7 @@ def test_redirects_to_this_machines_files_are_refused(server, dest, to):
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://host:port/x", "http://a b/x", "http:///x"])
-def test_urls_that_are_none(dest, url):
+def test_invalid_urls(dest, url):
     with pytest.raises((ValueError, DownloadError)) as caught:
         fetch(url, dest, retries=0, timeout=2)
     assert url in str(caught.value) and "\n" not in str(caught.value)
@@ -179,7 +179,7 @@ def test_processes_get_one_good_copy(server, dest, sha256):
     assert len(server.starts) == 1
 
 
-def test_who_waits_takes_over_from_a_process_that_is_killed(server, dest):
+def test_a_waiting_process_takes_over_from_a_killed_one(server, dest):
     started = threading.Event()
 
     def stalls(start, send):

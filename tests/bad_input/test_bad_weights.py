@@ -45,7 +45,7 @@ def test_foreign_and_damaged_files(tmp_path, whole):
         assert all(torch.equal(v, expected[k]) for k, v in module.state_dict().items()), fault
 
 
-def test_whole_files_pass(tmp_path, whole):
+def test_undamaged_files_pass(tmp_path, whole):
     check_archive(whole)
     old = tmp_path / "old.pth"
     torch.save(Net().state_dict(), old, _use_new_zipfile_serialization=False)

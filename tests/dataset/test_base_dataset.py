@@ -63,7 +63,7 @@ def test_a_part_of_the_list(kind, root, part, kept):
         assert data.root_dataset == str(root)
 
 
-def test_nothing_left_is_an_error(root):
+def test_an_empty_part_of_a_list_is_an_error(root):
     with pytest.raises(ValueError, match=r"start_idx 5 and end_idx 5 leave none of the 5 records"):
         make("val", root, start_idx=5, end_idx=5)
     with pytest.raises(TypeError, match="first"):

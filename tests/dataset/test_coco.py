@@ -142,7 +142,7 @@ def test_coco_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     assert sorted(drawn[:2]) == ["000007.jpg", "000008.jpg"] and drawn[2:] == drawn[1:2]
 
 
-def test_processes_that_start_together_share_the_masks(tmp_path, monkeypatch):
+def test_concurrent_processes_draw_each_mask_once(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     drawn = []
 

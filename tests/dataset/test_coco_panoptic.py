@@ -86,7 +86,7 @@ def test_damaged_coco_panoptic_is_told_in_one_line(tmp_path, change, says):
         build_split(config("coco_panoptic", tmp_path, 133), "val")
 
 
-def test_masks_that_cannot_be_kept(tmp_path, monkeypatch):
+def test_an_unwritable_folder_for_masks_is_named(tmp_path, monkeypatch):
     panoptic_tree(tmp_path)
 
     def refuse(*args, **options):

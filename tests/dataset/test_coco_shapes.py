@@ -63,12 +63,12 @@ def test_run_lengths_by_hand():
         ([[1, 1, 2, 2, 3]], "an x and a y for each corner, not 5 numbers"),
     ],
 )
-def test_what_is_no_shape(segmentation, message):
+def test_invalid_segmentations(segmentation, message):
     with pytest.raises(ValueError, match=message):
         decode(segmentation, 3, 4)
 
 
-def test_corners_far_away_take_no_memory():
+def test_distant_corners_take_no_memory():
     """A triangle whose tip is 1e9 pixels to the right is, in the image, a band."""
     tracemalloc.start()
     mask = decode([[0, 10, 1e9, 10, 1e9, 20, 0, 20]], 40, 50)

@@ -114,7 +114,7 @@ def test_turned_as_pillow_turns_the_whole_picture(window, angle):
 
 
 @pytest.mark.parametrize("angle", [-90.0, -71.2, -45.0, -10.3, 0.0, 4.7, 33.0, 60.1, 88.8])
-def test_what_lies_around_a_window_comes_into_it(angle):
+def test_rotated_crops_use_the_pixels_around_them(angle):
     """As if the whole image were turned: no edge is seen where the image goes on."""
     noise = np.random.default_rng(0).integers(0, 99, (3, 90, 100), dtype=np.uint8)
     image = tv_tensors.Image(torch.from_numpy(noise))
@@ -140,7 +140,7 @@ def test_labels_are_as_small_as_the_scores(tmp_path, records):
 
 
 # ------------------------------------------------------------------------------ values and sizes
-def test_without_chance_a_crop_is_cut_out_by_hand(samples):
+def test_a_crop_without_augmentation_is_a_window_of_the_image(samples):
     record = samples.write("x", (80, 60))
     image = np.asarray(samples.read(record)).astype(int)
     mask = np.asarray(samples.read(record, "fpath_segm")).astype(int)

@@ -181,7 +181,7 @@ def test_label_maps_of_the_commands(tmp_path, capsys):
     assert "1 training and 0 validation" in said and "m/1.png: label 1 is outside 0, 255" in said
 
 
-def test_palettes_that_number_their_colours_anew(tmp_path):
+def test_palettes_that_differ_between_files_are_warned_of(tmp_path):
     where = write_binary(tmp_path)
     options = {"num_class": 2, "label_offset": 0, "progress": False, "data_format": "folder"}
     for k, color in enumerate(([255, 0, 0], [0, 255, 0])):

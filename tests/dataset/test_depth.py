@@ -51,7 +51,7 @@ def test_stored_units(tmp_path, name, stored, scale, metres):
         ("d.png", "L", "sunrgbd", "depth_scale sunrgbd is for images of 16 bits"),
     ],
 )
-def test_what_is_no_depth(tmp_path, name, mode, scale, message):
+def test_invalid_depth_images(tmp_path, name, mode, scale, message):
     Image.new(mode, (4, 4)).save(tmp_path / name)
     with pytest.raises(ValueError, match=rf"d\.\w+: .*{message}"):
         load_depth(tmp_path / name, scale)

@@ -218,7 +218,7 @@ def test_bad_matlab_files_are_one_line(tmp_path, content, says):
 
 
 # ------------------------------------------------------------------------------ LIP, SUN RGB-D
-def test_lips_pairs_are_the_left_and_the_right_of_its_table():
+def test_mirror_pairs_of_lip():
     names = class_table(config("lip", Path(), 20)).names
     expected = {
         (names.index(name), names.index(name.replace("left", "right")))
@@ -234,7 +234,7 @@ def test_lips_pairs_are_the_left_and_the_right_of_its_table():
 
 
 @pytest.mark.parametrize("batching", ["aspect", "crop"])
-def test_left_is_right_in_mirrored_samples_of_lip(tmp_path, batching):
+def test_mirrored_samples_of_lip_swap_left_and_right(tmp_path, batching):
     """The left arm is bright, the right one dark, and what is void lies in between."""
     stored = np.repeat([14, 14, 255, 255, 15, 15, 0, 18], 2)[None].repeat(16, 0).astype(np.uint8)
     put(tmp_path / "train_segmentations/a.png", stored)

@@ -52,7 +52,7 @@ def test_a_mask_of_black_and_white_keeps_both_classes(offset, white):
     assert LabelMap.of_options(told)(np.array([0, white])).tolist() == [0, 1]
 
 
-def test_void_in_a_mask_of_many_classes_may_be_meant():
+def test_white_in_masks_of_many_classes_may_be_void():
     nine = LabelMap.shifted(9, 0)
     said = nine.complaint([0, 255], "x.png")
     assert '[255, 1]]", else DATASET.ignore_label 255' in said
@@ -63,7 +63,7 @@ def test_void_in_a_mask_of_many_classes_may_be_meant():
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32])
 @pytest.mark.parametrize("values", [{0: 0, 1: 1}, {0: 0, 3: 1, 255: -1}, {7: 0, 8: 1, 300: -1}])
-def test_the_check_alone_agrees_with_the_list_of_values(kind, values):
+def test_check_agrees_with_the_label_map(kind, values):
     label_map = LabelMap(values, 2)
     known = np.array([v for v in values if v <= np.iinfo(kind).max], dtype=kind)
     label_map.check(known)

@@ -21,7 +21,7 @@ def heard(monkeypatch):
     return files
 
 
-def test_one_file_is_read_while_another_is_open():
+def test_nested_readings():
     readings = Readings()
     heard = []
     readings.listener = heard.append

@@ -279,7 +279,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("batching", DRAWN)
-def test_what_a_seed_draws_stays_as_it_is(samples, batching, monkeypatch):
+def test_random_numbers_of_a_seed_are_the_recorded_ones(samples, batching, monkeypatch):
     """A run of an earlier version is resumed exactly: the numbers are recorded, not computed."""
     records = [samples.write(f"s{k}", (60, 45)) for k in range(4)]
     (samples.root / records[2]["fpath_segm"]).unlink()  # the first of the batch

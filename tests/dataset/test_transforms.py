@@ -65,7 +65,7 @@ def test_images_resize_within_one_grey_level_of_pillow(h, w, h2, w2, hard):
     assert np.abs(result[:, :, 0] - np.asarray(red)).max() <= 1.01
 
 
-def test_arrays_that_torch_does_not_take_are_resized_too():
+def test_read_only_and_mirrored_arrays_are_resized():
     frozen, mirrored = COLOR.copy(), COLOR[:, ::-1]
     frozen.setflags(write=False)
     for array in (frozen, mirrored):
@@ -128,7 +128,7 @@ def test_normalize_pads_with_the_mean(settings, format):
     assert {name for name, _ in module.named_buffers()} >= {"mean", "std"}
 
 
-def test_normalize_refuses_what_is_no_picture():
+def test_normalize_refuses_other_shapes_and_types():
     with pytest.raises(ValueError, match=r"uint8, got \(1, 3, 2, 2\) torch.float32"):
         Normalize()(torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match=r"got \(3, 2, 2\) torch.uint8"):

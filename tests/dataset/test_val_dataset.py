@@ -24,7 +24,7 @@ def test_val_sample(samples):
     assert np.array_equal(sample["seg_label"][0].numpy(), stored - 1)
 
 
-def test_what_masks_store_is_told_by_settings_or_a_label_map(samples):
+def test_stored_values_follow_settings_or_a_label_map(samples):
     record = samples.write("a")
     stored = load_mask(samples.root / record["fpath_segm"])
     plain = samples.val(record, label_offset=0, num_class=4)[0]["seg_label"][0]
