@@ -98,6 +98,11 @@ def test_works_with_any_widths_and_levels(arch):
             assert logits.shape[:2] == (2, 5)
 
 
+def test_segnet_refuses_maps_that_no_pooling_gives():
+    with pytest.raises(ValueError, match="segnet"):
+        ModelBuilder.build_decoder("segnet", channels=(4, 8, 12, 16, 16, 12), num_class=5)
+
+
 @every_decoder
 def test_training_gives_log_probabilities_and_trains_every_parameter(arch):
     """From one image, as the smallest batch has."""

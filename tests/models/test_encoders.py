@@ -13,6 +13,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from torchvision.ops import StochasticDepth
 
 from mit_semseg.models import ENCODERS, ModelBuilder
+from mit_semseg.models.activation_checkpointing import checkpoint_activations
 from mit_semseg.models.encoders.base import widen_input
 from mit_semseg.models.encoders.bisenetv2 import GatherExpansion
 from mit_semseg.models.encoders.enet import Bottleneck, Downsampling
@@ -66,6 +67,15 @@ def test_every_parameter_learns(arch):
     maps = encoder(torch.randn(2, 3, 32, 32), return_feature_maps=True)
     sum((x * torch.randn_like(x)).mean() for x in maps).backward()
     assert without_gradient(encoder) == []
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_blocks_to_checkpoint_have_most_parameters(arch):
+    with torch.device("meta"):
+        encoder = ENCODERS.get(arch)()
+    found = {p for block in checkpoint_activations(encoder) for p in block.parameters()}
+    every = sum(p.numel() for p in encoder.parameters())
+    assert sum(p.numel() for p in found) > 0.5 * every
 
 
 def test_published_state_dicts(published_shapes):
