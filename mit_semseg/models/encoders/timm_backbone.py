@@ -234,7 +234,7 @@ def use_own_layers(net: nn.Module) -> None:
     for module in net.modules():
         if type(module) in norms:
             module.__class__ = norms[type(module)]
-            module.process_group, module.eps_mode = None, "add"
+            module.__dict__.update(process_group=None, eps_mode="add")
         elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
             if type(module) is nn.Conv2d:
                 module.__class__ = DepthwiseConv2d
@@ -312,10 +312,10 @@ def _multiple(name: str, net: Any, channels: Sequence[int], strides: Sequence[in
         ValueError: no such size was found.
     """
     stride = max(strides)
-    windows = {getattr(module, "partition_size", None) for module in net.modules()} - {None}
-    sides = {max(size) if isinstance(size, (tuple, list)) else size for size in windows}
+    windows: list[Any] = [getattr(module, "partition_size", 1) for module in net.modules()]
+    sides = {max(size) if isinstance(size, (tuple, list)) else int(size) for size in windows}
     reason = ""
-    for multiple in (stride, *(stride * side for side in sorted(sides))):
+    for multiple in (stride * side for side in sorted(sides)):
         H, W = 2 * multiple, 3 * multiple
         try:
             maps = channels_first(net.eval(), torch.zeros(1, 3, H, W))
