@@ -270,7 +270,7 @@ def test_large_images_are_not_read_while_others_are_computed(cfg, tmp_path, monk
 def test_one_thread_computes_and_others_write_in_order(cfg, tmp_path, monkeypatch, capsys):
     images = photos(tmp_path / "in", 8)
     threads = {"read": set(), "logits": set(), "labels": set(), "write": set()}
-    written = []
+    written, another = [], threading.Event()
 
     def watched(name, function):
         def call(*args, **kwargs):
@@ -280,9 +280,11 @@ def test_one_thread_computes_and_others_write_in_order(cfg, tmp_path, monkeypatc
         return call
 
     def slow(path, *args):
-        time.sleep(0.3 if path.name == "00.png" else 0)
+        if path.name == "00.png":
+            assert another.wait(20), "no other thread writes"
         save_result(path, *args)
         written.append(path.name)
+        another.set()
 
     monkeypatch.setattr(engine, "load_image", watched("read", load_image))
     monkeypatch.setattr(engine, "save_result", watched("write", slow))
