@@ -162,7 +162,7 @@ def test_the_table_holds_every_recipe(recipe, tmp_path, capsys, monkeypatch):
 
 
 def test_an_image_too_small_for_the_network_is_one_line():
-    message = r"^--size 2 1 does not work with small \(.+\); give a larger one"
+    message = r"^--size 2 1 does not work with small \(.+\); give a larger size"
     with pytest.raises(ValueError, match=message) as caught, profile._reach("small", (2, 1)):
         nn.MaxPool2d(2)(torch.zeros(1, 3, 2, 1))
     assert "\n" not in str(caught.value)
