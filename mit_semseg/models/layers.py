@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mit_semseg.lib.nn import SynchronizedBatchNorm1d
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
+
+M = TypeVar("M", bound=nn.Module)
+Norm = SynchronizedBatchNorm1d | BatchNorm2d
 
 
 class PooledBatchNorm2d(BatchNorm2d):
@@ -68,6 +72,27 @@ def conv_bn(
 ) -> nn.Sequential:
     """`conv_bn_relu` without the ReLU."""
     return conv_bn_relu(n_in, n_out, kernel, stride, dilation)[:2]
+
+
+def synchronized(layer: Any) -> Norm:
+    """A BatchNorm over all devices of a training, with the tensors of one of torch or timm."""
+    kind: type[Norm] = BatchNorm2d
+    if isinstance(layer, nn.BatchNorm1d):
+        kind = SynchronizedBatchNorm1d
+    elif hasattr(layer, "act"):
+        kind = BatchNormAct2d
+    size = layer.num_features, layer.eps, layer.momentum
+    norm = kind(*size, layer.affine, layer.track_running_stats, device="meta")
+    if isinstance(norm, BatchNormAct2d):
+        norm.drop, norm.act = layer.drop, layer.act
+    return with_tensors_of(layer, norm)
+
+
+def with_tensors_of(source: nn.Module, module: M) -> M:
+    """A module that shares the parameters and buffers of another one, and is in its mode."""
+    module._parameters.update(source._parameters)
+    module._buffers.update(source._buffers)
+    return module.train(source.training)
 
 
 def replace_modules(module: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from mit_semseg.download import DownloadError
 from mit_semseg.errors import one_line
-from mit_semseg.lib.nn import SynchronizedBatchNorm1d, SynchronizedBatchNorm2d
 from mit_semseg.models.activation_checkpointing import find_blocks
 from mit_semseg.models.depthwise import DepthwiseConv2d, DepthwiseConv2dSame
 from mit_semseg.models.encoders.base import Encoder, Variant
 from mit_semseg.models.encoders.vit_pyramid import SimplePyramid
-from mit_semseg.models.layers import BatchNormAct2d
+from mit_semseg.models.layers import replace_modules, synchronized, with_tensors_of
 from mit_semseg.registry import closest
 
 PREFIX = "timm:"
@@ -220,26 +219,25 @@ def channels_first(net: Any, images: Tensor) -> list[Tensor]:
 
 
 def use_own_layers(net: nn.Module) -> None:
-    """Turn layers of timm and torch into those used here, which have the same state.
-
-    Modules change their class and stay where they are: their names, and what else holds them, such
-    as another block, stay as they were.
-    """
+    """Replace layers of timm and torch by those used here, with the same names and tensors."""
     layers: Any = importlib.import_module("timm.layers")
-    norms: dict[type, type] = {
-        nn.BatchNorm1d: SynchronizedBatchNorm1d,
-        nn.BatchNorm2d: SynchronizedBatchNorm2d,
-        layers.BatchNormAct2d: BatchNormAct2d,
-    }
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, layers.BatchNormAct2d)
+    new: dict[nn.Module, nn.Module] = {}
     for module in net.modules():
         if type(module) in norms:
-            module.__class__ = norms[type(module)]
-            module.__dict__.update(process_group=None, eps_mode="add")
+            new[module] = synchronized(module)
         elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
             if type(module) is nn.Conv2d:
-                module.__class__ = DepthwiseConv2d
+                new[module] = _depthwise(DepthwiseConv2d, module)
             elif type(module) is layers.Conv2dSame:
-                module.__class__ = DepthwiseConv2dSame
+                new[module] = _depthwise(DepthwiseConv2dSame, module)
+    replace_modules(net, new)
+
+
+def _depthwise(kind: type[DepthwiseConv2d], conv: nn.Conv2d) -> DepthwiseConv2d:
+    sizes: Any = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    channels, bias = (conv.in_channels, conv.out_channels), conv.bias is not None
+    return with_tensors_of(conv, kind(*channels, *sizes, conv.groups, bias, device="meta"))
 
 
 def _check_name(timm: Any, name: str) -> None:

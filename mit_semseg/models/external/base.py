@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import BatchNorm2d
 
 from mit_semseg.dataset.transforms import Normalize
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.decoders.base import Decoder
 from mit_semseg.models.encoders.base import Encoder
-from mit_semseg.models.layers import replace_modules
+from mit_semseg.models.layers import replace_modules, synchronized
 from mit_semseg.weights import IMAGENET_MEAN, IMAGENET_STD
 
 FILE = "architecture.json"
@@ -157,7 +156,7 @@ class ExternalEncoder(Encoder):
         fixed_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.net = synchronized(net)
+        self.net = over_devices(net)
         self.architecture, self.prefix = architecture, prefix
         self.channels, self.strides = (), (stride,)
         self.fixed_size = fixed_size
@@ -206,7 +205,7 @@ class ExternalDecoder(Decoder):
         self, net: nn.Module, num_class: int, make: Callable[[int], ExternalDecoder]
     ) -> None:
         super().__init__((), num_class=num_class)
-        self.net: Any = synchronized(net)  # of the library's own type
+        self.net: Any = over_devices(net)  # of the library's own type
         self.make = make
 
     def with_classes(self, num_class: int) -> ExternalDecoder:
@@ -240,27 +239,15 @@ def _inner(name: str) -> str:
     return name.removeprefix("net.")
 
 
-def synchronized(net: nn.Module) -> nn.Module:
+def over_devices(net: nn.Module) -> nn.Module:
     """The network with its BatchNorms over all devices of a training; names and values stay."""
-    own = {layer: _synchronized(layer) for layer in net.modules() if type(layer) is BatchNorm2d}
+    own: dict[nn.Module, nn.Module] = {
+        layer: synchronized(layer) for layer in net.modules() if type(layer) is BatchNorm2d
+    }
     if net in own:
         return own[net]
-    replace_modules(net, own)  # type: ignore[arg-type]
+    replace_modules(net, own)
     return net
-
-
-def _synchronized(layer: BatchNorm2d) -> SynchronizedBatchNorm2d:
-    new = SynchronizedBatchNorm2d(
-        layer.num_features,
-        layer.eps,
-        layer.momentum,
-        layer.affine,
-        layer.track_running_stats,
-        device="meta",
-    )
-    new._parameters.update(layer._parameters)
-    new._buffers.update(layer._buffers)
-    return new.train(layer.training)
 
 
 @contextmanager
