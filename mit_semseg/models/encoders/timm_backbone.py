@@ -235,9 +235,16 @@ def use_own_layers(net: nn.Module) -> None:
 
 
 def _depthwise(kind: type[DepthwiseConv2d], conv: nn.Conv2d) -> DepthwiseConv2d:
-    sizes: Any = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-    channels, bias = (conv.in_channels, conv.out_channels), conv.bias is not None
-    return with_tensors_of(conv, kind(*channels, *sizes, conv.groups, bias, device="meta"))
+    options: dict[str, Any] = {
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "bias": conv.bias is not None,
+        "device": "meta",
+    }
+    size: Any = conv.kernel_size
+    return with_tensors_of(conv, kind(conv.in_channels, conv.out_channels, size, **options))
 
 
 def _check_name(timm: Any, name: str) -> None:

@@ -242,7 +242,10 @@ def _inner(name: str) -> str:
 def over_devices(net: nn.Module) -> nn.Module:
     """The network with its BatchNorms over all devices of a training; names and values stay."""
     own: dict[nn.Module, nn.Module] = {
-        layer: synchronized(layer) for layer in net.modules() if type(layer) is BatchNorm2d
+        layer: synchronized(layer)
+        for layer in net.modules()
+        if type(layer) is BatchNorm2d
+        or (isinstance(layer, BatchNorm2d) and hasattr(layer, "act"))  # timm's
     }
     if net in own:
         return own[net]
