@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, Variant
@@ -90,6 +89,8 @@ class Block(nn.Module):
         self.attn = Attention(width)
         self.norm2 = BatchNorm2d(width)
         self.mlp = FeedForward(width, ratio * width)
+        from torchvision.ops import StochasticDepth  # slow to import
+
         self.drop_path = StochasticDepth(drop_path, "row")
         self.layer_scale_1 = nn.Parameter(torch.full((width,), 1e-2))
         self.layer_scale_2 = nn.Parameter(torch.full((width,), 1e-2))
