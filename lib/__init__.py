@@ -1,7 +1,6 @@
-"""The parallel room: synchronised batch normalisation and replicas. Needs torch and numpy only."""
+"""Synchronised batch normalisation and data parallelism. Imports torch and numpy only."""
 
 if __name__ == "lib":
     raise ImportError(
-        "import mit_semseg.lib in place of lib: a second copy of its classes "
-        "would not be recognised by the package"
+        "import mit_semseg.lib instead of lib, which would create a second copy of its classes"
     )

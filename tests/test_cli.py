@@ -198,7 +198,7 @@ def test_a_data_set_of_ones_own_is_accepted(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setitem(FORMATS._entries, "balls", Balls)
     assert main(["data", "download", "balls", "--to", str(tmp_path)]) == 1
-    assert "which asks for a registration or a consent" in capsys.readouterr().out
+    assert "which requires a registration or consent" in capsys.readouterr().out
 
 
 def test_overrides_after_several_images():

@@ -103,7 +103,7 @@ def test_lib_begins_with_nothing():
 
 
 def test_lib_is_not_imported_twice():
-    with pytest.raises(ImportError, match="import mit_semseg.lib in place of lib"):
+    with pytest.raises(ImportError, match="import mit_semseg.lib instead of lib"):
         importlib.import_module("lib")
 
 

@@ -112,7 +112,7 @@ def test_summary_charts_and_commands_are_on_the_page(tmp_path):
         assert b"<svg" in base64.b64decode(chart.partition(",")[2])
     # A single record draws no curve, and numbers that disagree are refused.
     assert "svg" not in page(tmp_path / "index.html", history=history[:1])[1]
-    with pytest.raises(ValueError, match="3 names, 3 colours, 2 IoUs"):
+    with pytest.raises(ValueError, match="3 names, 3 colours and 2 IoUs"):
         page(tmp_path / "index.html", ious=[0.1, 0.2])
 
 
@@ -198,7 +198,7 @@ def test_demo_page_from_the_files_of_a_run(tmp_path, capsys):
         Image.fromarray(np.maximum(np.asarray(stored), 1)).save(result / f"{index:04d}_index.png")
     assert main(page) == 0
     text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert text.count("100.0% of pixels right") == 2
+    assert text.count("pixel accuracy 100.0 %") == 2
     for expected in ("0.500", "75.0%", "31 s", "python train.py --cfg x", streets.CLASSES[0][0]):
         assert expected in text
     assert str(tmp_path) not in text, "the page names no folder of this machine"

@@ -178,7 +178,7 @@ def test_pictures_by_hand(tmp_path):
         ("i.gif", "index", "change label values"),
         ("i.npy", "overlay", "is for class ids"),
         ("i.xyz", None, "unknown image format"),
-        ("i.png", "outline", "'outline' is no kind"),
+        ("i.png", "outline", "unknown kind of image 'outline'"),
     ],
 )
 def test_what_cannot_be_saved_is_refused(tmp_path, name, kind, message):

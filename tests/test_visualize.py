@@ -232,7 +232,7 @@ def test_confusion_matrix_shows_shares_of_the_labelled_pixels(tmp_path):
     assert sorted(text.get_text() for text in axes.texts) == ["100", "25", "75"]
     with pytest.raises(ValueError, match="empty"):
         visualize.confusion_matrix(counts * 0, NAMES)
-    with pytest.raises(ValueError, match=r"shape \(3, 3\); 2 names"):
+    with pytest.raises(ValueError, match=r"shape \(3, 3\), but there are 2 names"):
         visualize.confusion_matrix(counts, NAMES[:2])
 
 
@@ -246,7 +246,7 @@ def test_prediction_sheet(tmp_path):
     without = visualize.prediction_sheet(img, pred, NAMES, COLORS, path=tmp_path / "a.png")
     assert titles(without) == ["image", "prediction", "prediction over image"]
     sheet = visualize.prediction_sheet(img, pred, NAMES, COLORS, truth, title="a.png")
-    captions = ["image", "prediction", "truth", "errors, 66.7 % of pixels right"]
+    captions = ["image", "prediction", "truth", "errors, accuracy 66.7 %"]
     assert titles(sheet) == captions
     _, prediction, labelled, errors = (axes.images[0].get_array() for axes in sheet.axes)
     assert count(prediction, COLORS[1]) == 600 and count(labelled, COLORS[1]) == 300

@@ -35,7 +35,7 @@ def test_pictures_in_bands_are_the_same(kind, dtype, monkeypatch):
 def test_areas_by_hand():
     labels = np.array([[0, 0, 2, 2], [2, 2, 2, 2], [1, 3, -1, 2]])
     found = areas(labels, ["wall", "lamp", "floor", "lamp"])
-    with pytest.raises(ValueError, match="'outline' is no kind"):
+    with pytest.raises(ValueError, match="unknown kind of image 'outline'"):
         render("outline", np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), int), ClassTable.of("ab"))
     assert list(found.items()) == [
         *(("floor", pytest.approx(7 / 12)), ("wall", pytest.approx(2 / 12))),

@@ -1,4 +1,4 @@
-"""Replicas of a module on several devices, and batch normalisation across them."""
+"""Data parallelism, and batch normalisation synchronised across replicas and processes."""
 
 import importlib
 from types import ModuleType
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    # The published package imported these modules with itself; they stand in `mit_semseg.compat`.
+    # Importing the published package also imported these modules (now in `mit_semseg.compat`).
     if name in ("comm", "modules", "parallel"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics span all replicas and processes."""
+"""Batch normalisation with statistics over all replicas and processes."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from .sync_function import LocalMoments, MergeMoments, Normalize, Statistics, me
 
 
 class _SynchronizedBatchNorm(_BatchNorm):
-    """Batch normalisation over the union of all replicas' batches.
+    """Batch normalisation over the batches of all replicas and processes.
 
-    In training, the replicas of `UserScatteredDataParallel` (or `DataParallelWithCallback`), the
-    processes of a `torch.distributed` group, or both, normalise as one: outputs, gradients and
-    running statistics are those of the torch layer on the concatenated batch, whatever the
-    sizes. Otherwise it is the torch layer. State dicts are the torch layer's too; the bookkeeping
-    in published checkpoints (`_tmp_running_mean`, `_tmp_running_var`, `_running_iter`) is dropped.
+    In training, statistics are synchronised across the replicas of `UserScatteredDataParallel` (or
+    `DataParallelWithCallback`), the processes of a `torch.distributed` group, or both: outputs,
+    gradients and running statistics are those of the torch layer on the concatenated batch, for
+    any sizes. Otherwise it is the torch layer. State dicts are those of the torch layer; internal
+    buffers in published checkpoints (`_tmp_running_mean`, `_tmp_running_var`, `_running_iter`) are
+    dropped.
 
-    Paper: Peng et al. 2018, "MegDet", arXiv:1711.07240, sec. 3.3; moments merged as in Chan,
+    Paper: Peng et al. 2018, "MegDet", arXiv:1711.07240, sec. 3.3; moments are merged as in Chan,
     Golub & LeVeque 1979.
 
     Args:
         num_features: number of channels C.
-        eps: keeps the variance away from zero.
+        eps: see `eps_mode`.
         momentum: weight of a new batch in the running statistics; None: cumulative average.
         affine: learn a weight and a bias per channel.
         track_running_stats: keep running statistics for evaluation.
-        device: where parameters and buffers are made.
-        dtype: of parameters and buffers.
-        process_group: the processes to synchronise with; None: all, if a group is up.
-        eps_mode: "add": sqrt(var + eps), as torch; "clamp": sqrt(max(var, eps)) in synchronised
-            training only, as the published layer.
+        device: device of parameters and buffers.
+        dtype: dtype of parameters and buffers.
+        process_group: processes to synchronise with; None: all, if the default group is
+            initialised.
+        eps_mode: "add": sqrt(var + eps), as in torch; "clamp": sqrt(max(var, eps)), in synchronised
+            training only, as in the published layer.
 
     Raises:
-        ValueError: `eps_mode` is neither; in the forward pass, the input has the wrong number
-            of dimensions, or the union holds one value per channel only.
+        ValueError: `eps_mode` has another value; in the forward pass, the input has the wrong
+            shape, or all batches together have only one value per channel.
     """
 
     # Set on replicas, through __data_parallel_replicate__.
     _replica: tuple[CallbackContext, int] | None = None
-    # For a pass that is done again in backward (activation checkpointing), when the others have
-    # moved on: the first pass appends what was agreed upon, the second takes it from there.
+    # For activation checkpointing: when a pass is recomputed in backward, the other replicas cannot
+    # take part. The first pass appends the statistics, the second reads them.
     noted: list[Statistics] | None = None
     given: Iterator[Statistics] | None = None
 
@@ -72,8 +74,8 @@ class _SynchronizedBatchNorm(_BatchNorm):
         self.eps_mode = eps_mode
 
     def __data_parallel_replicate__(self, ctx: CallbackContext, copy_id: int) -> None:
-        """Tells this replica where to meet its siblings."""
-        self.__dict__["_replica"] = (ctx, copy_id)  # nn.Module's own way is slow
+        """Stores the context shared with the other replicas."""
+        self.__dict__["_replica"] = (ctx, copy_id)  # faster than nn.Module.__setattr__
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `input`, (N, C) or (N, C, ...); same shape and dtype."""
@@ -115,7 +117,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
         return Normalize.apply(token, tie, self.weight, self.bias, statistics)
 
     def _live_group(self) -> dist.ProcessGroup | None:
-        """The process group to synchronise with, if it is up and has several processes."""
+        """The process group to synchronise with, if it has several processes."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = self.process_group if self.process_group is not None else dist.group.WORLD
@@ -129,17 +131,17 @@ class _SynchronizedBatchNorm(_BatchNorm):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
-                # Computed where the count is: the host would have to wait for it.
+                # On the device of the count, so that the host need not synchronise.
                 factor = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
         self.running_mean.lerp_(statistics.mean.to(self.running_mean.dtype), factor)
         self.running_var.lerp_(statistics.unbiased_var.to(self.running_var.dtype), factor)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # The published layer kept its own moving averages in the state dict.
+        # The published layer stored moving averages of its own in the state dict.
         for name in ("_tmp_running_mean", "_tmp_running_var", "_running_iter"):
             state_dict.pop(prefix + name, None)
         if self.num_batches_tracked is not None:
-            # Old checkpoints lack the count, whatever version they claim to be; ours stays.
+            # Published checkpoints lack the count at any version; keep the current one.
             state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

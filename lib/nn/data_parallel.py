@@ -1,4 +1,4 @@
-"""Data parallelism over a list of inputs, one per device, each of its own size."""
+"""Data parallelism over a list of inputs of different sizes, one per device."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ Device = int | str | torch.device
 class UserScatteredDataParallel(nn.Module):
     """Runs a module on a list of inputs, element i on device i, and gathers the outputs.
 
-    Unlike `torch.nn.DataParallel`, which cuts one batch into equal parts, the elements may have
-    any sizes, and the devices may be the CPU and may repeat. Synchronised layers in the module
-    see all replicas. One input runs on the module itself, without threads. The others have a thread
-    for each replica, which lasts as long as this object.
+    Unlike `torch.nn.DataParallel`, which splits one batch into equal parts, elements can have
+    different sizes, and devices can be the CPU and can repeat. Synchronised layers synchronise
+    across the replicas. A single input is computed by the module itself; otherwise each replica has
+    a thread, which exists as long as this object.
 
-    Before the inputs are copied, `module.prepare_scatter(inputs) -> inputs` is called if the
-    module has it: the only moment when one place sees the whole list.
+    Before the inputs are copied, `module.prepare_scatter(inputs) -> inputs` is called, if it
+    exists; it has access to the whole list.
 
-    Of what replicas change in themselves, the buffers of replica 0 survive, nothing else.
+    Changes that replicas make to themselves are lost, except for the buffers of replica 0.
 
     Args:
-        module: has its parameters and buffers on the first device.
-        device_ids: CUDA indices, `"cuda:N"`, `"cpu"` or `torch.device`; a device may repeat.
-            None: all GPUs there are, else the CPU.
-        output_device: where outputs are gathered; None: the first device.
+        module: its parameters and buffers must be on the first device.
+        device_ids: CUDA indices, `"cuda:N"`, `"cpu"` or `torch.device`; a device can repeat.
+            None: all GPUs, or the CPU if there are none.
+        output_device: device of the gathered outputs; None: the first device.
         dim: dimension along which output tensors are concatenated.
-        timeout: seconds a replica waits for the others at one synchronised layer; after them a
-            forward pass in which one has failed waits for none that hangs.
+        timeout: seconds that a replica waits for the others at a synchronised layer, and that a
+            failed forward pass waits for hanging replicas.
 
     Raises:
-        ValueError: no device is given, or one does not exist.
+        ValueError: `device_ids` is empty, or a device does not exist.
 
     Example:
         >>> model = UserScatteredDataParallel(nn.BatchNorm1d(2), device_ids=["cpu", "cpu"])
@@ -81,18 +81,18 @@ class UserScatteredDataParallel(nn.Module):
         """Runs the replicas.
 
         Args:
-            inputs: at least one element, at most one per device; tensors inside nested dicts,
-                lists and tuples are copied to the element's device.
-            **kwargs: given to every replica, tensors copied likewise.
+            inputs: one to `len(device_ids)` elements; tensors in nested dicts, lists and tuples
+                are copied to the element's device.
+            **kwargs: passed to every replica, with tensors copied to its device.
 
         Returns:
-            The outputs gathered: tensors concatenated, scalars as a vector (N,), dicts, lists
+            The gathered outputs: tensors concatenated, scalars as a vector (N,), dicts, lists
             and tuples entry by entry.
 
         Raises:
-            ValueError: `inputs` is no list, is empty or longer than `device_ids`, or the
-                outputs cannot be joined.
-            BaseException: whatever a replica raised, with its traceback, when all replicas have
+            ValueError: `inputs` is not a list, is empty or longer than `device_ids`, or the
+                outputs cannot be gathered.
+            BaseException: the exception of a replica, with its traceback, when all replicas have
                 ended.
         """
         if not isinstance(inputs, (list, tuple)) or not 0 < len(inputs) <= len(self.device_ids):
@@ -124,7 +124,7 @@ def _replicate(
 ) -> list[nn.Module]:
     replicas = replicate(module, [parse_device(device) for device in device_ids])
     run = execute_replication_callbacks(replicas)
-    # The run has to reach parallel_apply, which torch calls with the replicas alone.
+    # For parallel_apply, which torch calls with the replicas only.
     replicas[0].__dict__["_replica_run"] = run
     return replicas
 
@@ -135,16 +135,16 @@ def _parallel_apply(
     run: ReplicaRun = replicas[0].__dict__["_replica_run"]
     devices = [parse_device(device) for device in self.device_ids[: len(replicas)]]
     all_kwargs: Sequence[Mapping[str, Any]] = kwargs or [{}] * len(replicas)
-    # Kept with the torch module, which knows of no threads when it is made.
+    # Stored in the torch module when it is first used, as its constructor is torch's.
     threads: ReplicaThreads = self.__dict__.setdefault("_replica_threads", ReplicaThreads())
     return parallel_apply(threads, run, replicas, inputs, all_kwargs, devices)
 
 
 class DataParallelWithCallback(nn.DataParallel):
-    """`torch.nn.DataParallel` whose replicas' submodules learn about each other.
+    """`torch.nn.DataParallel` with replication callbacks.
 
-    Every submodule that defines `__data_parallel_replicate__(ctx, copy_id)` is called with it on
-    each replica: the copies of one submodule share `ctx`, and copy 0 is called first.
+    The method `__data_parallel_replicate__(ctx, copy_id)` of every submodule that defines it is
+    called in each replica: the copies of one submodule share `ctx`, and copy 0 is called first.
     """
 
     replicate = _replicate  # type: ignore[assignment]
@@ -152,12 +152,12 @@ class DataParallelWithCallback(nn.DataParallel):
 
 
 def patch_replication_callback(data_parallel: nn.Module) -> None:
-    """Gives an existing `torch.nn.DataParallel` what `DataParallelWithCallback` has.
+    """Adds replication callbacks to an existing `torch.nn.DataParallel`.
 
-    A `UserScatteredDataParallel` has it already and is left as it is.
+    A `UserScatteredDataParallel` has them already.
 
     Raises:
-        ValueError: the argument is neither of the two.
+        ValueError: the argument is neither.
     """
     if isinstance(data_parallel, UserScatteredDataParallel):
         return

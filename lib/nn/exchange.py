@@ -1,4 +1,4 @@
-"""Where the replicas of one forward pass meet, and how none of them waits for ever."""
+"""Exchange of values between the replicas of one forward pass, without deadlocks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 
 class ReplicaAborted(RuntimeError):
-    """A replica was released because another one failed; the caller sees the other's error."""
+    """Raised in a replica that waits when another one fails; the caller gets the other's error."""
 
 
 class ReplicaRun:
-    """One forward pass over `size` replicas: who waits, who is done, who failed.
+    """State of one forward pass over `size` replicas: which of them wait, have ended, or failed.
 
-    All state is guarded by `changed`, which is notified on every change, so a waiting replica
-    learns at once that it waits in vain.
+    All state is guarded by `changed`, which is notified on every change, so that a replica does
+    not wait for others that cannot come.
 
     Args:
         size: number of replicas.
-        timeout: seconds a replica waits for the others at one meeting.
+        timeout: seconds that a replica waits for the others at one call of a layer.
     """
 
     def __init__(self, size: int, timeout: float = 600.0) -> None:
@@ -32,7 +32,7 @@ class ReplicaRun:
         self.waiting: dict[int, str] = {}
 
     def end(self, copy_id: int, error: BaseException | None = None) -> None:
-        """Records that a replica has left, with the error that ended it, and wakes the others."""
+        """Records that a replica has ended, possibly with an error, and wakes the others."""
         with self.changed:
             self.ended.add(copy_id)
             self.waiting.pop(copy_id, None)
@@ -41,8 +41,8 @@ class ReplicaRun:
             self.changed.notify_all()
 
 
-class _Meeting:
-    """One call of one layer: what each replica brought, and what each takes away."""
+class _Exchange:
+    """One call of one layer: the value and the result of each replica."""
 
     def __init__(self) -> None:
         self.values: dict[int, Any] = {}
@@ -50,10 +50,10 @@ class _Meeting:
 
 
 class CallbackContext:
-    """What the copies of one submodule share; handed to `__data_parallel_replicate__`.
+    """Context shared by the copies of one submodule, for `__data_parallel_replicate__`.
 
     Args:
-        run: the forward pass the copies take part in; None: one of a single copy.
+        run: their forward pass; None: one with a single copy.
         name: qualified name of the submodule, for messages.
     """
 
@@ -62,16 +62,16 @@ class CallbackContext:
         self.run = run
         self.name = name or "the module"
         self._calls = [0] * run.size
-        self._meetings: dict[int, _Meeting] = {}
+        self._exchanges: dict[int, _Exchange] = {}
 
     def exchange(
         self, copy_id: int, value: Any, combine: Callable[[list[Any]], Sequence[Any]]
     ) -> Any:
-        """Waits until every copy has brought a value; the last one combines them for all.
+        """Waits until every copy has passed a value; the last one combines them for all.
 
         Args:
-            copy_id: which replica calls.
-            value: what it brings.
+            copy_id: index of the calling replica.
+            value: its value.
             combine: all values in replica order -> one result for each replica.
 
         Returns:
@@ -79,8 +79,8 @@ class CallbackContext:
 
         Raises:
             ReplicaAborted: another replica failed.
-            RuntimeError: a replica cannot come any more, as it has finished, or waits elsewhere.
-            TimeoutError: the others did not come within the run's timeout.
+            RuntimeError: another replica has ended, or waits at another layer.
+            TimeoutError: the others did not call within the timeout of the run.
         """
         run = self.run
         with run.changed:
@@ -92,34 +92,34 @@ class CallbackContext:
                 )
             turn = self._calls[copy_id]
             self._calls[copy_id] += 1
-            meeting = self._meetings.setdefault(turn, _Meeting())
-            meeting.values[copy_id] = value
-            complete = len(meeting.values) == run.size
+            exchange = self._exchanges.setdefault(turn, _Exchange())
+            exchange.values[copy_id] = value
+            complete = len(exchange.values) == run.size
             if complete:
-                del self._meetings[turn]
-                for other in meeting.values:
+                del self._exchanges[turn]
+                for other in exchange.values:
                     run.waiting.pop(other, None)
             else:
                 run.waiting[copy_id] = self.name
-                self._wait(copy_id, meeting)
+                self._wait(copy_id, exchange)
         if complete:
-            results = combine([meeting.values[i] for i in range(run.size)])
+            results = combine([exchange.values[i] for i in range(run.size)])
             with run.changed:
-                meeting.results = results
+                exchange.results = results
                 run.changed.notify_all()
-        assert meeting.results is not None
-        return meeting.results[copy_id]
+        assert exchange.results is not None
+        return exchange.results[copy_id]
 
-    def _wait(self, copy_id: int, meeting: _Meeting) -> None:
-        """Waits, holding `changed`, for the meeting's results or a reason to give up."""
+    def _wait(self, copy_id: int, exchange: _Exchange) -> None:
+        """Waits, holding `changed`, for the results or an error."""
         run = self.run
         deadline = time.monotonic() + run.timeout
-        while meeting.results is None:
+        while exchange.results is None:
             if run.failure is not None:
                 raise ReplicaAborted(
                     f"replica {copy_id} stopped at {self.name}: replica {run.failure[0]} failed"
                 )
-            absent = [i for i in range(run.size) if i not in meeting.values]
+            absent = [i for i in range(run.size) if i not in exchange.values]
             for i in absent:
                 if i in run.ended:
                     raise RuntimeError(
@@ -127,14 +127,14 @@ class CallbackContext:
                         f"{copy_id} waits: every replica must call the same synchronised layers"
                     )
             if absent and all(i in run.waiting for i in absent):
-                # The absent ones wait for this replica at other layers: nobody can ever move.
+                # The absent replicas wait for this one at other layers: a deadlock.
                 places = ", ".join(f"replica {i} at {run.waiting[i]}" for i in absent)
                 raise RuntimeError(
                     f"replica {copy_id} waits at {self.name}, but {places}: "
                     "every replica must call the same synchronised layers in the same order"
                 )
             if not run.changed.wait(max(0.0, deadline - time.monotonic())) and (
-                meeting.results is None and time.monotonic() >= deadline
+                exchange.results is None and time.monotonic() >= deadline
             ):
                 raise TimeoutError(
                     f"replica {copy_id} waited {run.timeout:g} s at {self.name} for replica "

@@ -1,4 +1,4 @@
-"""Replicas run side by side, and one exception for the caller."""
+"""Runs replicas in parallel threads, and raises the first of their exceptions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from .exchange import ReplicaRun
 from .replica_threads import ReplicaThread, ReplicaThreads
 
-# How long the other replicas may at least take to leave after one has failed, in seconds.
+# Seconds that the other replicas have at least to end after one has failed.
 _GRACE = 2.0
 
 
@@ -27,31 +27,29 @@ def parallel_apply(
     kwargs: Sequence[Mapping[str, Any]],
     devices: Sequence[torch.device],
 ) -> list[Any]:
-    """Calls each replica in its thread, under the caller's grad and autocast modes and streams.
+    """Calls each replica in its thread, with the caller's grad and autocast modes and streams.
 
-    Replica 0 has a thread of its own too. In the caller's it would save one, but when it hung so
-    would the caller, which now raises after the run's timeout; and Control-C would break off
-    replica 0 at any line instead of letting it come to an end.
+    Replica 0 also has a thread. In the caller's thread, a hanging replica 0 would block the caller,
+    which now raises after the timeout of the run, and Control-C would interrupt it at any line.
 
-    The threads have nothing left to free when this returns or raises. Only a replica that hangs,
-    and answers neither at a synchronised layer nor by its end within the run's timeout, is left
-    behind.
+    When this returns or raises, all threads are idle and hold no tensors, except those of replicas
+    that hang for longer than the timeout.
 
     Args:
-        threads: those of the module.
-        run: the run that `execute_replication_callbacks` returned for these replicas.
+        threads: threads of the module.
+        run: result of `execute_replication_callbacks` for these replicas.
         replicas: one module per input.
         inputs: positional arguments of each replica.
         kwargs: keyword arguments of each replica.
-        devices: where each replica lives.
+        devices: device of each replica.
 
     Returns:
-        The replicas' outputs, in order.
+        The outputs of the replicas, in order.
 
     Raises:
-        BaseException: the first error of a replica, with its own traceback and a note naming
-            the replica and its device, when the others have left, too. KeyboardInterrupt waits
-            for them likewise; a second one does not.
+        BaseException: the first error of a replica, with its traceback and a note that names the
+            replica and its device, raised when the others have ended, too. KeyboardInterrupt also
+            waits for them; a second one does not.
     """
     outputs: list[Any] = [None] * len(replicas)
     types = {device.type for device in devices} | {"cpu"}
@@ -61,14 +59,14 @@ def parallel_apply(
     ]
     cache = torch.is_autocast_cache_enabled()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    # Of all devices: where replicas meet, one works on those of the others.
+    # Of all devices: at synchronised layers, one replica works on the devices of the others.
     streams = [torch.cuda.current_stream(d) for d in dict.fromkeys(devices) if d.type == "cuda"]
 
     def call(i: int, cores: int) -> Any:
         if torch.get_num_threads() != cores:
             torch.set_num_threads(cores)
-        # Its own last, whose device becomes the current one. Nobody needs the thread's earlier
-        # ones: going back to them would open a context on a GPU that is not used.
+        # Its own device last, which becomes the current one. The thread's previous streams are not
+        # restored: that would create a context on an unused GPU.
         for stream in sorted(streams, key=lambda stream: stream.device == devices[i]):
             torch.cuda.set_stream(stream)
         with ExitStack() as stack:
@@ -110,7 +108,7 @@ def parallel_apply(
 def _run(
     threads: Sequence[ReplicaThread], jobs: Sequence[Callable[[], None]], run: ReplicaRun
 ) -> None:
-    """Has the jobs done; waits for all of them, but for those that hang after a failure."""
+    """Runs the jobs and waits for them; after a failure, not for those that hang."""
     deadline = time.monotonic() + run.timeout
     try:
         for thread, job in zip(threads, jobs, strict=True):
@@ -118,7 +116,7 @@ def _run(
         with run.changed:
             run.changed.wait_for(lambda: run.failure is not None or len(run.ended) == run.size)
     except BaseException as error:
-        # Control-C: the replicas that run are released too.
+        # Control-C: wake the waiting replicas.
         with run.changed:
             run.failure = run.failure or (0, error)
             run.changed.notify_all()
@@ -131,14 +129,14 @@ def _run(
 
 @contextmanager
 def _divided_cores(cpu_replicas: int) -> Iterator[int]:
-    """How many cores a replica is to use: those on the CPU share them."""
+    """Number of cores for each replica: those on the CPU share the cores."""
     total = torch.get_num_threads()
-    share = max(1, total // max(1, cpu_replicas))
+    cores = max(1, total // max(1, cpu_replicas))
     try:
-        yield share
+        yield cores
     finally:
-        # A replica's thread that sets its own number sets that of threads to come with it.
-        if share != total:
+        # torch.set_num_threads in a replica's thread also affects new threads.
+        if cores != total:
             torch.set_num_threads(total)
 
 

@@ -1,4 +1,4 @@
-"""Threads that outlast a forward pass: one for each replica of a module."""
+"""Threads for the replicas of a module that are reused in every forward pass."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-# Seconds that threads in the middle of a job may take to end when the interpreter exits.
+# Seconds that running jobs have to end when the interpreter exits.
 _GRACE = 2.0
 
 
 class ReplicaThread:
-    """A thread that runs one job after the other until it is stopped.
+    """A thread that runs one job after another until it is stopped.
 
     Attributes:
-        free: set while there is no job, and nothing is left of the last one.
+        free: set while there is no job, and the last one has been freed.
     """
 
     def __init__(self, name: str) -> None:
@@ -32,40 +32,39 @@ class ReplicaThread:
         _remember(self)
 
     def run(self, job: Callable[[], None]) -> None:
-        """Hands over a job, which must not raise."""
+        """Starts a job, which must not raise."""
         self.free.clear()
         self._jobs.put(job)
 
     def stop(self) -> None:
-        """Lets the thread end after its job, without waiting: it may be called anywhere, by the
-        garbage collector too."""
+        """Ends the thread after its job, without waiting, as the garbage collector may call it."""
         self._jobs.put(None)
 
     def join(self, timeout: float) -> None:
-        """Waits for the end of a thread that was stopped."""
+        """Waits for the end of a stopped thread."""
         self._thread.join(timeout)
 
     def is_alive(self) -> bool:
-        """False too in a forked process, which has no threads but the one that forked."""
+        """Whether the thread is running; False in a forked process, which does not inherit it."""
         return self._thread.is_alive()
 
 
 class ReplicaThreads:
-    """Lends every replica of a module the same thread in each forward pass.
+    """Provides the same thread to each replica of a module in every forward pass.
 
-    What libraries keep for a thread is then kept for the replica: cuDNN's plans, which it would
-    otherwise make anew in each pass, and never free; the threads of OpenMP. Threads are started
-    when they are first needed. They are stopped with this object, and when the interpreter exits.
-    A copy, deep or pickled, has threads of its own.
+    Libraries keep state per thread, which is then reused: the plans of cuDNN, which it would
+    otherwise create in each pass and never free, and the threads of OpenMP. Threads are started
+    when first needed, and stopped with this object and when the interpreter exits. A deep or
+    pickled copy has its own threads.
     """
 
     def __init__(self) -> None:
         self._idle: dict[int, ReplicaThread] = {}
-        # The exit of the interpreter is dealt with below, where it is waited for the threads too.
+        # Not at exit: `_end_all` stops the threads then, and waits for them.
         weakref.finalize(self, _stop_all, self._idle).atexit = False
 
     def take(self, count: int) -> list[ReplicaThread]:
-        """The threads of replicas 0 to count - 1, for the caller alone until it gives them back.
+        """The threads of replicas 0 to count - 1, reserved for the caller until `give_back`.
 
         Raises:
             RuntimeError: a thread cannot be started.
@@ -73,7 +72,7 @@ class ReplicaThreads:
         taken: list[ReplicaThread] = []
         try:
             for i in range(count):
-                # None where this is the first pass, or another pass uses it at the same time.
+                # None in the first pass, or if another pass uses it at the same time.
                 thread = self._idle.pop(i, None)
                 alive = thread is not None and thread.is_alive()
                 taken.append(thread if thread and alive else ReplicaThread(f"replica-{i}"))
@@ -83,7 +82,7 @@ class ReplicaThreads:
         return taken
 
     def give_back(self, threads: list[ReplicaThread]) -> None:
-        """Ends the use of threads; those that hang in their job are left to themselves."""
+        """Returns threads; those whose job hangs are not used again."""
         for i, thread in enumerate(threads):
             if not thread.free.is_set() or self._idle.setdefault(i, thread) is not thread:
                 thread.stop()
@@ -98,7 +97,7 @@ class ReplicaThreads:
 def _serve(jobs: SimpleQueue[Callable[[], None] | None], free: threading.Event) -> None:
     while (job := jobs.get()) is not None:
         job()
-        job = None  # what it held is freed here, before anybody hears that it is done
+        job = None  # free what it holds before it counts as done
         free.set()
 
 
@@ -119,8 +118,8 @@ def _remember(thread: ReplicaThread) -> None:
 
 @atexit.register
 def _end_all() -> None:
-    """At exit Python ends threads where they stand; in the middle of torch's C++ that aborts the
-    process (status 134). So all are stopped, and waited for, before."""
+    """Stop all threads and wait for them: at exit Python would kill them, which aborts the process
+    (status 134) if they are in torch's C++ code."""
     for thread in list(_started):
         thread.stop()
     deadline = time.monotonic() + _GRACE

@@ -1,4 +1,4 @@
-"""Copies of a module that share its parameters, on any devices, repeated ones too."""
+"""Copies of a module that share its parameters, on any devices."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .exchange import CallbackContext, ReplicaRun
 def replicate(module: nn.Module, devices: Sequence[torch.device]) -> list[nn.Module]:
     """Makes one copy of a module per device; gradients of all copies reach the original.
 
-    A copy on the original's device uses the very same parameters; elsewhere it uses
-    differentiable copies. Copy 0 also uses the original's buffers, so that what it updates in
-    place survives; the others get buffers of their own. Tied parameters and modules stay tied.
+    A copy on the original's device uses the same parameters; on other devices it has
+    differentiable copies of them. Copy 0 also uses the original's buffers, so that its in-place
+    updates are kept; the others have copies. Tied parameters and modules stay tied.
 
     Args:
         module: all parameters and buffers on `devices[0]`.
-        devices: where the copies go; a device may repeat.
+        devices: device of each copy; a device can repeat.
 
     Raises:
         ValueError: a parameter or buffer is not on `devices[0]`.
@@ -47,7 +47,7 @@ def replicate(module: nn.Module, devices: Sequence[torch.device]) -> list[nn.Mod
 
 
 def _distinct(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
-    """The tensors of modules, each once."""
+    """The tensors of all groups, without duplicates."""
     tensors = (tensor for group in groups for tensor in group.values() if tensor is not None)
     return list(dict.fromkeys(tensors))
 
@@ -61,19 +61,19 @@ def _copies_of_buffers(buffers: list[Tensor], device: torch.device) -> list[Tens
         to.append(copy)
         source.append(buffer)
     for to, source in by_type.values():
-        torch._foreach_copy_(to, source)  # one kernel for hundreds of vectors on one device
+        torch._foreach_copy_(to, source)  # one kernel per device and dtype
     return copies
 
 
 def _copies_per_device(
     parameters: list[Tensor], devices: Sequence[torch.device]
 ) -> dict[torch.device, list[Tensor]]:
-    """The parameters on each distinct device; on the first one they are themselves."""
+    """The parameters on each distinct device; on the first one, the originals."""
     home, *others = dict.fromkeys(devices)
     copies = {home: parameters}
     cuda = [device for device in others if device.type == "cuda"]
     if parameters and cuda and home.type == "cuda":
-        # Coalesced: hundreds of small tensors travel in a few transfers, both ways.
+        # Coalesced: hundreds of small tensors are copied in a few transfers, also in backward.
         flat = Broadcast.apply([home.index, *(device.index for device in cuda)], *parameters)
         for i, device in enumerate(cuda, start=1):
             copies[device] = list(flat[i * len(parameters) : (i + 1) * len(parameters)])
@@ -84,26 +84,26 @@ def _copies_per_device(
 
 
 def _copy_tree(originals: list[nn.Module], tensors: dict[Tensor, Tensor]) -> nn.Module:
-    """Copies a module, the first of all its submodules, with every tensor replaced."""
+    """Copies a module, `originals[0]`, given all its submodules, and replaces every tensor."""
     copies = {original: _shallow_copy(original) for original in originals}
     for original, copy in copies.items():
         for key, child in original._modules.items():
             copy._modules[key] = None if child is None else copies[child]
         for key, value in original.__dict__.items():
-            # Some modules call their children by plain lists of them.
+            # Some modules have plain lists of their children.
             if type(value) is list and any(isinstance(x, nn.Module) for x in value):
                 copy.__dict__[key] = [
                     copies.get(x, x) if isinstance(x, nn.Module) else x for x in value
                 ]
-        # Modules that keep lists of their own parameters (RNNs) follow when they are set. That is
-        # slow, so it is left out where the class does not look.
-        notices = type(original).__setattr__ is not nn.Module.__setattr__
+        # RNNs update lists of their parameters in __setattr__. It is slow, so it is called only for
+        # classes that override it.
+        overrides = type(original).__setattr__ is not nn.Module.__setattr__
         for key, parameter in original._parameters.items():
             tensor = None if parameter is None else tensors[parameter]
-            if notices:
+            if overrides:
                 setattr(copy, key, tensor)
                 copy.__dict__.pop(key, None)
-            # A plain tensor belongs here too: parameters() of a copy works as for any module.
+            # Plain tensors, too, so that parameters() of a copy works.
             copy._parameters[key] = tensor  # type: ignore[assignment]
         for key, buffer in original._buffers.items():
             copy._buffers[key] = None if buffer is None else tensors[buffer]
@@ -111,8 +111,8 @@ def _copy_tree(originals: list[nn.Module], tensors: dict[Tensor, Tensor]) -> nn.
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    """What `nn.Module._replicate_for_data_parallel` returns, without its detours, which take as
-    long as a small network."""
+    """Same as `nn.Module._replicate_for_data_parallel`, whose overhead exceeds that of a small
+    network."""
     kind = type(module)
     if kind._replicate_for_data_parallel is not nn.Module._replicate_for_data_parallel:
         return module._replicate_for_data_parallel()
@@ -128,7 +128,7 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def keep_buffers(module: nn.Module, replica: nn.Module) -> None:
-    """Takes over buffers that replica 0 replaced instead of updating them in place."""
+    """Copies buffers that replica 0 replaced, instead of updating them in place, to the module."""
     for original, copy in zip(module.modules(), replica.modules(), strict=False):
         for key in original._buffers:
             if copy._buffers.get(key) is not original._buffers[key]:
@@ -144,10 +144,10 @@ def execute_replication_callbacks(
 
     Args:
         modules: copies of one module, in device order.
-        timeout: seconds a replica waits for the others at one layer.
+        timeout: seconds that a replica waits for the others at one layer.
 
     Returns:
-        The run the contexts belong to.
+        The run of these copies.
     """
     run = ReplicaRun(len(modules), timeout)
     contexts = {
@@ -163,7 +163,7 @@ def execute_replication_callbacks(
 
 
 def _callback(module: nn.Module) -> Any:
-    # Not by getattr alone: a module takes long to say that it lacks an attribute.
+    # Checked first, because nn.Module.__getattr__ is slow if an attribute does not exist.
     name = "__data_parallel_replicate__"
     known = hasattr(type(module), name) or name in module.__dict__
     return getattr(module, name) if known else None

@@ -1,23 +1,23 @@
-"""The autograd functions behind synchronised batch normalisation.
+"""Autograd functions of synchronised batch normalisation.
 
-Three nodes make one layer, so that what crosses replicas is a few vectors of C values, in both
-directions, and every node does its share in a single pass over the activations:
+A layer consists of three nodes, so that replicas exchange only a few vectors of C values in either
+direction, and every node makes a single pass over the activations:
 
     x --> LocalMoments --token--> Normalize --> y
                \\                  /
                 `--> MergeMoments-'            (one node for all replicas)
 
-Forward: each replica's mean and variance; their merge; the normalisation. Backward, the same way
-back: `Normalize` sends the sums of g and of g * (x - mean) of its replica, `MergeMoments` makes
-them means over all replicas and processes, `LocalMoments` forms the input gradient. The
-"gradients" between these nodes are those messages; only the three together are the derivative. As
-no node blocks in backward, one thread may run all replicas' backward, as it does on the CPU.
+Forward: mean and variance of each replica; their merge; normalisation. Backward: `Normalize`
+returns the sums of g and of g * (x - mean) of its replica, `MergeMoments` converts them to means
+over all replicas and processes, `LocalMoments` computes the input gradient. The "gradients" between
+these nodes are these sums and means; only the three nodes together are the derivative. No node
+blocks in backward, so one thread can run the backward pass of all replicas, as on the CPU.
 
-Moments are merged as in Chan, Golub & LeVeque 1979 (STAN-CS-79-773): sums around the mean,
-never E[x^2] - E[x]^2, which cancels.
+Moments are merged as in Chan, Golub & LeVeque 1979 (STAN-CS-79-773), with sums around the mean,
+because E[x^2] - E[x]^2 suffers from cancellation.
 
-Nothing here waits for the device. The sizes of replicas are known on the host; what the ranks of a
-process group count stays on the device.
+Nothing here synchronises with the device. The host knows the sizes of replicas; the counts of the
+ranks of a process group stay on the device.
 """
 
 from __future__ import annotations
@@ -35,23 +35,22 @@ from torch.autograd.function import once_differentiable
 
 
 class Statistics:
-    """What the replicas on one device know about the whole batch, for one call of one layer.
+    """Statistics of the whole batch for the replicas on one device, for one call of a layer.
 
     Args:
         moments: mean and biased variance of the whole batch, (2, C).
-        count: values per channel in the whole batch, 0-dim float64; on the device of the moments
-            or, where the host knows it, on the host, so that kernels take it as a plain number.
-        eps: added to `var` under the root; positive, as torch's batch norm demands.
+        count: values per channel in the whole batch, 0-dim float64; on the CPU if the host knows
+            it, so that kernels use it as a number, otherwise on the device of the moments.
+        eps: added to `var` under the square root; positive.
         clamp: the variance is max(var, eps), not var + eps.
 
     Attributes:
-        mean: of the whole batch, (C,).
-        biased_var: of the whole batch, (C,).
-        var: the same; clamped: its excess over eps, so that var + eps is the variance or eps,
-            whichever is larger.
-        free: where `var` was above the floor, (C,) bool; None: everywhere.
+        mean: mean of the whole batch, (C,).
+        biased_var: biased variance of the whole batch, (C,).
+        var: `biased_var`; with `clamp` its excess over eps, so that var + eps = max(var, eps).
+        free: where the variance was not clamped, (C,) bool; None: everywhere.
         invstd: 1 / sqrt(var + eps), (C,).
-        weight: of the layer, in the dtype of the mean; set by `Normalize` for the backward pass.
+        weight: weight of the layer, in the dtype of the mean; set by `Normalize` for backward.
     """
 
     def __init__(self, moments: Tensor, count: Tensor, eps: float, clamp: bool) -> None:
@@ -61,7 +60,7 @@ class Statistics:
         self.eps = eps
         self.free: Tensor | None = None
         if clamp:
-            # A variance at the floor is a constant: no gradient flows through it.
+            # A clamped variance is constant: it has no gradient.
             self.free = self.var >= eps
             self.var = (self.var - eps).clamp(min=0)
         self.invstd = torch.rsqrt(self.var + self.eps)
@@ -69,12 +68,12 @@ class Statistics:
 
     @property
     def scale(self) -> Tensor:
-        """What the layer multiplies centred values by, (C,)."""
+        """Factor of the centred values, (C,)."""
         return self.invstd if self.weight is None else self.invstd * self.weight
 
     @property
     def unbiased_var(self) -> Tensor:
-        """The variance that running statistics keep, (C,)."""
+        """The variance for the running statistics, (C,)."""
         return self.biased_var * (self.count / (self.count - 1))
 
 
@@ -84,49 +83,49 @@ def local_moments(x: Tensor) -> Tensor:
     half = x.dtype in (torch.float16, torch.bfloat16)
     if not x.numel():
         return x.new_zeros(2, channels, dtype=torch.float32 if half else x.dtype)
-    # Unused running statistics: the results take their dtype.
+    # The results have the dtype of the running statistics, which are otherwise unused.
     dummy = x.new_zeros(channels, dtype=torch.float32) if half else None
     return torch.stack(torch.batch_norm_update_stats(x, dummy, dummy, 0.0))
 
 
 def merge_replicas(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Mean and biased variance of the union of batches, each (2, C), whose sizes the host knows."""
+    """Mean and biased variance of concatenated batches, (2, C) each, of sizes that are known."""
     merged, total = parts[0], counts[0]
     for part, count in zip(parts[1:], counts[1:], strict=True):
         total += count
-        share = count / max(1, total)
-        apart = part[0] - merged[0]
-        # Means and variances are averaged by the same weights; a difference of the means adds to
-        # the variance. No matrix product: autocast would take it to half precision.
-        merged = torch.lerp(merged, part, share)
-        merged[1].addcmul_(apart, apart, value=share * (1 - share))
+        weight = count / max(1, total)
+        difference = part[0] - merged[0]
+        # Means and variances are averaged with the same weights; a difference of the means adds to
+        # the variance. Not a matrix product, which autocast would compute in half precision.
+        merged = torch.lerp(merged, part, weight)
+        merged[1].addcmul_(difference, difference, value=weight * (1 - weight))
     return merged
 
 
 def merge_ranks(gathered: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for batches whose sizes only the device knows.
+    """Mean and biased variance of concatenated batches whose sizes are on the device.
 
     Args:
-        gathered: (N, 2 C + 1) float64: means, variances and the number of values of each batch.
+        gathered: (N, 2 C + 1) float64: means, variances and number of values of each batch.
 
     Returns:
         (moments (2, C), 0-dim number of values), both float64.
     """
     count = gathered[:, -1].sum()
     means, variances = gathered[:, :-1].unflatten(1, (2, -1)).unbind(1)
-    shares = (gathered[:, -1] / count.clamp(min=1)).unsqueeze(1)
-    # Around the first mean, so that equal means stay exactly equal.
-    mean = means[0] + ((means - means[0]) * shares).sum(0)
-    variance = ((variances + (means - mean).square()) * shares).sum(0)
+    weights = (gathered[:, -1] / count.clamp(min=1)).unsqueeze(1)
+    # Relative to the first mean, so that the mean of equal means is exact.
+    mean = means[0] + ((means - means[0]) * weights).sum(0)
+    variance = ((variances + (means - mean).square()) * weights).sum(0)
     return torch.stack([mean, variance]), count
 
 
 class LocalMoments(Function):
-    """x -> (x, its moments); backward forms the gradient of x from the merged means."""
+    """x -> (x, its moments); backward computes the gradient of x from the merged means."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, found: list[Statistics]) -> tuple[Tensor, Tensor]:
-        """`found` holds the merged statistics by the time backward runs."""
+        """`found` is filled with the merged statistics before backward."""
         ctx.found = found
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
@@ -143,7 +142,7 @@ class LocalMoments(Function):
 
 
 class MergeMoments(Function):
-    """Moments of all replicas -> those of their union for each, and the way back for the sums."""
+    """Merges the moments of all replicas; backward merges the sums of their gradients."""
 
     @staticmethod
     def forward(
@@ -155,10 +154,10 @@ class MergeMoments(Function):
         found: list[Statistics],
         *moments: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Fills `found` with the statistics for each replica; shared where devices are.
+        """Fills `found` with the statistics for each replica, shared by those on one device.
 
         Raises:
-            ValueError: the union holds one value per channel, or none.
+            ValueError: all batches together have fewer than two values per channel.
         """
         home = moments[0].device
         merged = merge_replicas([part.to(home) for part in moments], counts)
@@ -166,8 +165,7 @@ class MergeMoments(Function):
         count = torch.full((), total, dtype=torch.float64, device="cpu")
         if group is not None:
             merged, count = _merge_processes(merged, total, group)
-            # The union can be too small only where this process's part is: then alone, when an
-            # error is about to be raised anyway, the host looks at what the device has counted.
+            # The total can be too small only if this process's part is: synchronise only then.
             if total <= 1:
                 total = int(count)
         if total <= 1:
@@ -199,11 +197,11 @@ class MergeMoments(Function):
 
 
 def _merge_processes(merged: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Merges one process's moments with those of the others; float64 keeps counts exact."""
+    """Merges the moments of all processes, in float64, which represents counts exactly."""
     packed = torch.cat(
         [merged.double().flatten(), merged.new_full((1,), count, dtype=torch.float64)]
     )
-    # Flat: gloo gives each rank a piece of what it gathers, which is to have the input's shape.
+    # Flat, because gloo requires the part of each rank to have the shape of the input.
     gathered = packed.new_empty(dist.get_world_size(group) * len(packed))
     _all_gather(gathered, packed, group)
     moments, total = merge_ranks(gathered.view(-1, len(packed)))
@@ -211,14 +209,16 @@ def _merge_processes(merged: Tensor, count: int, group: dist.ProcessGroup) -> tu
 
 
 def _all_gather(gathered: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-    """One collective into one tensor, which both gloo and NCCL have since torch 2.0."""
-    # torch 2.14 has renamed it.
+    # Renamed in torch 2.14.
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     getattr(dist, name)(gathered, own, group=group)
 
 
 class Normalize(Function):
-    """(x, tie to the others, weight, bias) -> y; backward sends sums of g and g * (x - mean)."""
+    """(x, tie, weight, bias) -> y; backward computes the sums of g and g * (x - mean).
+
+    `tie` connects the graph to `MergeMoments`.
+    """
 
     @staticmethod
     def forward(
@@ -230,10 +230,10 @@ class Normalize(Function):
         statistics: Statistics,
     ) -> Tensor:
         ctx.statistics = s = statistics
-        # The weight is saved for autograd to notice if it is changed before backward.
+        # The weight is saved so that autograd detects changes before backward.
         ctx.save_for_backward(x, weight)
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-        # Half-precision parameters would not go with float32 statistics in the CPU's kernel.
+        # The CPU kernel does not accept half-precision parameters with float32 statistics.
         weight, bias = (None if p is None else p.detach().to(s.mean.dtype) for p in (weight, bias))
         s.weight = weight
         if x.is_cuda and x.numel():
@@ -244,7 +244,7 @@ class Normalize(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, _ = ctx.saved_tensors
-        g = _laid_out_like(g, x)
+        g = g.contiguous(memory_format=memory_format(x))  # as the kernels require
         s: Statistics = ctx.statistics
         sum_g, sum_g_centred = _gradient_sums(g, x, s)
         needs_x, needs_sums, needs_weight, needs_bias, _ = ctx.needs_input_grad
@@ -259,7 +259,7 @@ class Normalize(Function):
 
 
 def _gradient_sums(g: Tensor, x: Tensor, s: Statistics) -> tuple[Tensor, Tensor]:
-    """Sums of g and of g * (x - mean) per channel over one replica, each (C,)."""
+    """Sums of g and of g * (x - mean) per channel of one replica, each (C,)."""
     if not x.numel():
         return torch.zeros_like(s.mean), torch.zeros_like(s.mean)
     if x.is_cuda:
@@ -267,7 +267,7 @@ def _gradient_sums(g: Tensor, x: Tensor, s: Statistics) -> tuple[Tensor, Tensor]
             g, x, s.mean, s.invstd, s.weight, True, False, False
         )
         return sum_g, sum_g_centred
-    # Evaluation-mode backward: its parameter gradients are the two sums, in one fused pass.
+    # The parameter gradients of batch norm in evaluation mode are the two sums, in one fused pass.
     _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
         g, x, s.weight, s.mean, s.var, None, None, False, s.eps, [False, True, True]
     )
@@ -278,9 +278,9 @@ def _input_gradient(g: Tensor, x: Tensor, means: Tensor, s: Statistics) -> Tenso
     """w / std * (g - mean(g) - xhat * mean(g * xhat)).
 
     Args:
-        g, x: of one replica.
-        means: of g and of g * (x - mean) over the whole batch, (2, C).
-        s: of the whole batch.
+        g, x: output gradient and input of one replica.
+        means: means of g and of g * (x - mean) over the whole batch, (2, C).
+        s: statistics of the whole batch.
     """
     if not x.numel():
         return torch.zeros_like(x)
@@ -288,25 +288,20 @@ def _input_gradient(g: Tensor, x: Tensor, means: Tensor, s: Statistics) -> Tenso
     if s.free is not None:
         mean_g_centred = mean_g_centred * s.free
     if x.is_cuda:
-        # The kernel divides by the sum of the counts it is given, as int32.
+        # The kernel divides by the sum of the given counts (int32); the means are already divided.
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(
             g, x, s.mean, s.invstd, s.weight, mean_g, mean_g_centred, one
         )
     scale = s.scale
-    # Two fused passes: an affine map of x, by the kernel that normalises, then the term in g.
+    # Two fused passes: an affine function of x, with the batch norm kernel, then the term in g.
     shift, slope = -scale * mean_g, -scale * s.invstd * mean_g_centred
     affine = F.batch_norm(x, s.mean, s.var, slope, shift, False, 0.0, s.eps)
     return affine.addcmul_(g, scale.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)))
 
 
-def _laid_out_like(g: Tensor, x: Tensor) -> Tensor:
-    """The gradient with the memory layout of x: the kernels need both alike."""
-    return g.contiguous(memory_format=memory_format(x))
-
-
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The dense layout closest to that of x."""
+    """The memory format of x: channels last if it is, otherwise contiguous."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):

@@ -1,4 +1,4 @@
-"""Moving nested inputs to devices, and nested outputs back together."""
+"""Scattering nested inputs to devices, and gathering nested outputs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def user_scattered_collate(batch: list[Any]) -> list[Any]:
-    """Returns the list of samples as it is: the user decides what goes to which device."""
+    """Returns the list of samples unchanged: element i is the input of device i."""
     return batch
 
 
 def parse_device(device: int | str | torch.device, what: str = "device") -> torch.device:
-    """A CUDA index, `"cuda:1"`, `"cpu"` or a `torch.device` as a device with an index.
+    """Converts a CUDA index, `"cuda:1"`, `"cpu"` or `torch.device` to a device with an index.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: the device does not exist.
     """
     usage = f"{what} = {device!r}: use a CUDA index from 0, 'cuda:N' or 'cpu'"
-    # torch.device takes True and -1.
+    # torch.device accepts True and -1.
     if isinstance(device, int) and (isinstance(device, bool) or device < 0):
         raise ValueError(usage)
     try:
@@ -34,7 +34,7 @@ def parse_device(device: int | str | torch.device, what: str = "device") -> torc
     except RuntimeError as error:
         raise ValueError(usage) from error
     if parsed.type == "cpu":
-        return torch.device("cpu")  # "cpu:0" is the same place but compares unequal
+        return torch.device("cpu")  # "cpu:0" is the same device but compares unequal
     if parsed.type == "cuda":
         count = torch.cuda.device_count()
         index = parsed.index
@@ -49,18 +49,18 @@ def parse_device(device: int | str | torch.device, what: str = "device") -> torc
 def async_copy_to(
     obj: Any, dev: int | str | torch.device, main_stream: torch.cuda.Stream | None = None
 ) -> Any:
-    """Copies the tensors inside nested dicts, lists and tuples to a device.
+    """Copies the tensors in nested dicts, lists and tuples to a device.
 
     Args:
-        obj: nested containers; what is not a tensor is passed through.
+        obj: nested containers; other objects are unchanged.
         dev: a CUDA index, `"cuda:N"`, `"cpu"` or `torch.device`.
-        main_stream: the stream that will use the copies when they are made on another one; it
-            is recorded on them, so that their memory is not reused too early.
+        main_stream: the stream that uses the copies, if they are made on another one; it is
+            recorded, so that their memory is not reused too early.
     """
     device = parse_device(dev, "dev")
 
     def copy(tensor: Tensor) -> Tensor:
-        # A copy to the host that does not block could be read before it has arrived.
+        # A non-blocking copy to the CPU could be read before it is complete.
         moved = tensor.to(device, non_blocking=device.type == "cuda")
         if main_stream is not None and moved.is_cuda:
             moved.record_stream(main_stream)
@@ -70,7 +70,7 @@ def async_copy_to(
 
 
 def map_tensors(function: Callable[[Tensor], Any], obj: Any) -> Any:
-    """Applies a function to every tensor inside nested dicts, lists and tuples."""
+    """Applies a function to every tensor in nested dicts, lists and tuples."""
     if isinstance(obj, Tensor):
         return function(obj)
     if isinstance(obj, (list, tuple, Mapping)):
@@ -79,7 +79,7 @@ def map_tensors(function: Callable[[Tensor], Any], obj: Any) -> Any:
 
 
 def scatter(inputs: Sequence[Any], devices: Sequence[torch.device]) -> list[Any]:
-    """Copies element i to device i; from the host to CUDA on a side stream of that device."""
+    """Copies element i to device i; to CUDA on a side stream of that device."""
     scattered = []
     for element, device in zip(inputs, devices, strict=True):
         if device.type != "cuda":
@@ -90,7 +90,7 @@ def scatter(inputs: Sequence[Any], devices: Sequence[torch.device]) -> list[Any]
             _side_streams[device] = torch.cuda.Stream(device)
         side = _side_streams[device]
         if _holds_cuda(element):
-            side.wait_stream(main)  # the source may still be computed there
+            side.wait_stream(main)  # the source may not be computed yet
         with torch.cuda.stream(side):
             scattered.append(async_copy_to(element, device, main))
         main.wait_stream(side)
@@ -104,14 +104,14 @@ def _holds_cuda(obj: Any) -> bool:
 
 
 def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
-    """Joins the replicas' outputs, structure by structure, on one device.
+    """Gathers the outputs of replicas on one device.
 
     Tensors are concatenated along `dim`; 0-dim tensors and Python numbers become a vector with
-    one entry per replica; dicts, lists and tuples are joined entry by entry; of anything else
-    the list is returned, or None when all are None.
+    one entry per replica; dicts, lists and tuples are gathered entry by entry; of other objects
+    the list is returned, or None if all are None.
 
     Raises:
-        ValueError: the replicas returned different structures, or tensors that do not fit.
+        ValueError: the outputs have different structures, or tensors of incompatible shapes.
     """
     first = outputs[0]
     if all(isinstance(output, Tensor) for output in outputs):
@@ -128,7 +128,7 @@ def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
         return {key: gather([output[key] for output in outputs], device, dim) for key in first}
     if all(isinstance(output, (list, tuple)) for output in outputs):
         if any(len(output) != len(first) for output in outputs):
-            raise ValueError(f"replicas returned {[len(o) for o in outputs]} items: no pairing")
+            raise ValueError(f"replicas returned lists of lengths {[len(o) for o in outputs]}")
         joined = [gather(items, device, dim) for items in zip(*outputs, strict=True)]
         if hasattr(first, "_fields"):
             return type(first)(*joined)
@@ -151,6 +151,6 @@ def _check_shapes(tensors: list[Tensor], dim: int) -> None:
         if len(rest) == 1:
             return
     raise ValueError(
-        f"replicas returned tensors of shapes {shapes}, which do not join along dimension {dim}: "
-        "return tensors that differ there only, or scalars"
+        f"replicas returned tensors of shapes {shapes}, which cannot be concatenated along "
+        f"dimension {dim}: return tensors that differ in that dimension only, or scalars"
     )

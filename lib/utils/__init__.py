@@ -1,4 +1,4 @@
-"""Small helpers around tensors."""
+"""Conversion of nested containers of tensors."""
 
 import importlib
 from types import ModuleType
@@ -9,7 +9,7 @@ __all__ = ["as_numpy", "as_variable", "mark_volatile"]
 
 
 def __getattr__(name: str) -> ModuleType:
-    # The published package imported this module with itself; it stands in `mit_semseg.compat`.
+    # Importing the published package also imported this module (now in `mit_semseg.compat`).
     if name == "th":
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

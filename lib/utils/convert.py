@@ -1,4 +1,4 @@
-"""Tensors inside nested containers, to and from numpy."""
+"""Tensors in nested containers, to and from NumPy."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 def as_numpy(obj: Any) -> Any:
-    """Turns every tensor inside nested dicts, lists and tuples into a numpy array.
+    """Converts every tensor in nested dicts, lists and tuples to a NumPy array.
 
     Args:
         obj: a tensor of any device and dtype, a (nested) mapping, list or tuple of them, or
-            anything `numpy.asarray` takes.
+            anything that `numpy.asarray` accepts.
 
     Returns:
-        The same nesting with arrays on the host; bfloat16, which numpy lacks, becomes float32.
-        Strings, bytes and None are returned as they are.
+        The same nesting with arrays; bfloat16, which NumPy does not have, becomes float32.
+        Strings, bytes and None are unchanged.
     """
     if isinstance(obj, Tensor):
         host = obj.detach().cpu()
@@ -34,18 +34,18 @@ def as_numpy(obj: Any) -> Any:
 
 
 def as_variable(obj: Any) -> Any:
-    """Turns every number and array inside nested dicts, lists and tuples into a tensor.
+    """Converts every number and array in nested dicts, lists and tuples to a tensor.
 
-    A `Variable` has been the same as a tensor since torch 0.4.
+    (Since torch 0.4 a `Variable` is a tensor.)
 
     Args:
-        obj: a tensor, which is returned as it is, an array, a number, or containers of them.
+        obj: a tensor, which is unchanged, an array, a number, or containers of them.
 
     Returns:
-        The same nesting with tensors on the host; strings, bytes and None are returned as they are.
+        The same nesting with tensors on the CPU; strings, bytes and None are unchanged.
 
     Raises:
-        RuntimeError, TypeError: something else is among them.
+        RuntimeError, TypeError: `torch.as_tensor` does not accept a value.
     """
     if isinstance(obj, Tensor):
         return obj
@@ -57,10 +57,10 @@ def as_variable(obj: Any) -> Any:
 
 
 def mark_volatile(obj: Any) -> Any:
-    """Sets the attribute `no_grad` of every tensor inside nested dicts, lists and tuples.
+    """Sets the attribute `no_grad` of every tensor in nested dicts, lists and tuples.
 
-    As published, that is all. torch has had no volatile variables since 0.4 and does not read the
-    attribute: what spares the graph is `torch.no_grad()`.
+    As published, it does nothing else. Torch ignores the attribute, as it has had no volatile
+    variables since 0.4; use `torch.no_grad()`.
 
     Returns:
         The same nesting with the same tensors.
@@ -74,7 +74,7 @@ def mark_volatile(obj: Any) -> Any:
 
 
 def rebuilt(function: Callable[[Any], Any], obj: Any) -> Any:
-    """A list, tuple, named tuple or mapping of what `function` makes of its entries."""
+    """Applies `function` to the entries of a list, tuple, named tuple or mapping."""
     if isinstance(obj, Mapping):
         return {key: function(value) for key, value in obj.items()}
     if isinstance(obj, tuple) and hasattr(obj, "_fields"):

@@ -1,1 +1,1 @@
-"""What `mit-semseg bench` measures: the published procedure and ours, taking turns."""
+"""`mit-semseg bench`: compares the published procedure with this package, in alternation."""

@@ -1,4 +1,4 @@
-"""How time and memory of a device are measured: a CPU's by the host, a GPU's by itself."""
+"""Measurement of time and memory: on a CPU with the host's clock, on a GPU with CUDA events."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ def clock_of(device: str) -> Clock:
 
 
 class Clock:
-    """Of the CPU: the host's time, and the memory of this process."""
+    """Clock for the CPU: host time, and memory of this process."""
 
     def timed(self, call: Runnable, calls: int = 1) -> tuple[float, Any]:
-        """Seconds of one of so many calls in a row, and what the last of them returned."""
+        """Mean seconds of consecutive calls, and the result of the last one."""
         result = None
         began = time.perf_counter()
         for _ in range(calls):
-            result = None  # not held while the next is computed
+            result = None  # freed before the next call
             result = call()
         return (time.perf_counter() - began) / calls, result
 
     def mark_memory(self) -> None:
-        """Begin to watch the memory that is taken from here on."""
+        """Start to measure peak memory."""
         self.held = _reset_high_water_mark()
 
     def peak_mib(self) -> float | None:
-        """Most memory since `mark_memory` beyond what was held then, in MiB; None: not known."""
+        """Increase of memory since `mark_memory`, at its peak, in MiB; None: unknown."""
         peak = _status("VmHWM")
         return None if self.held is None or peak is None else peak - self.held
 
     def kernel_seconds(self, call: Runnable, calls: int = 1) -> float | None:
-        """Seconds of a call in which the device computes; None where that cannot be told."""
+        """Seconds per call in which kernels run; None: unknown."""
         return None
 
     def release(self) -> None:
-        """Give back the memory of what is no longer used."""
+        """Free unused memory."""
         gc.collect()
 
 
 class GpuClock(Clock):
-    """Of the current GPU: its own events, and the memory that torch has allocated there."""
+    """Clock for the current GPU: CUDA events, and memory allocated by torch."""
 
     def timed(self, call: Runnable, calls: int = 1) -> tuple[float, Any]:
-        """As on the CPU, from the first call's start to the end of all work, on the GPU's clock.
+        """As on the CPU, measured with CUDA events.
 
-        The host waits before and after the calls, not between them.
+        There is a synchronisation before and after the calls, not between them.
         """
         result = None
         torch.cuda.synchronize()
@@ -83,8 +83,8 @@ class GpuClock(Clock):
         return (torch.cuda.max_memory_allocated() - (self.held or 0)) / MIB
 
     def kernel_seconds(self, call: Runnable, calls: int = 1) -> float | None:
-        """As on the CPU, from a profile. Profiling slows the host, and kernels hardly at all: to
-        be set against seconds that were measured without it."""
+        """As on the CPU, with the profiler. It slows the host but hardly the kernels, so compare
+        the result with seconds measured without it."""
         from torch.profiler import ProfilerActivity, profile
 
         torch.cuda.synchronize()
@@ -102,10 +102,10 @@ class GpuClock(Clock):
 
 
 class OtherPrograms:
-    """How many of the cores that this process may use are taken by programs that are not its own.
+    """Measures how many of the cores of this process are used by other programs.
 
     Args:
-        own: seconds that living children have computed; those of ended ones are known.
+        own: returns the CPU seconds of running child processes; those of ended ones are known.
     """
 
     def __init__(self, own: Callable[[], float] = lambda: 0.0) -> None:
@@ -113,7 +113,7 @@ class OtherPrograms:
         self._began, self._before = time.monotonic(), self._seconds()
 
     def cores(self) -> float | None:
-        """Their mean number since this was made; None where the system does not tell."""
+        """Mean number of cores since this object was created; None: unknown."""
         now = self._seconds()
         if now is None or self._before is None:
             return None
@@ -125,10 +125,7 @@ class OtherPrograms:
 
 
 def busy_seconds(file: Path = Path("/proc/stat")) -> float | None:
-    """Seconds that the cores which this process may use have computed since the machine started.
-
-    None where the system does not tell (elsewhere than on Linux).
-    """
+    """CPU seconds of the cores of this process since the machine was booted; None: not on Linux."""
     try:
         lines = [line.split() for line in file.read_text().splitlines()]
         mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
@@ -140,9 +137,9 @@ def busy_seconds(file: Path = Path("/proc/stat")) -> float | None:
 
 
 def kernel_spans(events: Iterable[Any]) -> list[tuple[float, float]]:
-    """Start and end of the kernels among a profile's events, in microseconds.
+    """Start and end of the kernels among profiler events, in microseconds.
 
-    Copies are no kernels, and neither are the ranges that `record_function` marks on a GPU.
+    Copies and ranges of `record_function` are not kernels.
     """
     return [
         (event.time_range.start, event.time_range.end)
@@ -154,7 +151,7 @@ def kernel_spans(events: Iterable[Any]) -> list[tuple[float, float]]:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals: kernels of several streams run side by side."""
+    """Length of the union of intervals, as kernels of several streams overlap."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -163,7 +160,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def _reset_high_water_mark() -> float | None:
-    # What preparing has freed goes back to the system, or a call could hide in it.
+    # Return freed memory to the system, as calls could reuse it without increasing the peak.
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -175,7 +172,7 @@ def _reset_high_water_mark() -> float | None:
 
 
 def _status(key: str) -> float | None:
-    """A line of /proc/self/status in MiB, None where there is no such file."""
+    """A line of /proc/self/status in MiB; None if there is no such file."""
     path = Path("/proc/self/status")
     if not path.exists():
         return None

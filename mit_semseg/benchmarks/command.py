@@ -1,4 +1,4 @@
-"""`mit-semseg bench`: run the rows, print them, and write them down."""
+"""`mit-semseg bench`: runs the rows, and prints and writes the results."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from mit_semseg.benchmarks.training import TrainStep
 from mit_semseg.precision import has_fast_bf16
 from mit_semseg.visualize import ratio_bars
 
-# Groups whose ratios are no speed against another procedure.
-NOT_DRAWN = ("Start", "Parallel", "Precision", "New shapes")
-# After which no further row is begun on a GPU.
+# Groups that are left out of the chart, as their ratios are not speed-ups.
+NOT_IN_CHART = ("Start", "Parallel", "Precision", "New shapes")
+# Time limit of a benchmark on a GPU, in seconds.
 GPU_SECONDS = 230.0
-# Cores that other programs may take before it is said: with more of them the ratios change.
+# Cores used by other programs above which there is a warning, as ratios change.
 OTHER_CORES = 0.2
 
 RESNET: dict[str, Any] = {"encoder": "resnet50dilated", "decoder": "ppm_deepsup"}
@@ -74,13 +74,13 @@ ON_CPU: tuple[r.Row, ...] = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished row, as it is written down.
+    """Results of one row.
 
-    Seconds are medians, memory is in MiB. The floor is the time that the floating-point operations
-    of our network would take at the measured rate of convolutions; `utilisation` (model FLOP
-    utilisation) is how much of that rate is reached with the operations of the published network.
-    Busy is the share of the time in which a GPU computes; `row_seconds` is all that the row took,
-    and `other_cores` how many cores other programs used meanwhile.
+    Seconds are medians, memory is in MiB. The floor is the time of the floating-point operations of
+    our network at the measured rate of convolutions; `utilisation` (model FLOP utilisation) is the
+    fraction of that rate reached with the operations of the published network. `busy` is the
+    fraction of time in which GPU kernels run, `row_seconds` the time of the whole row, and
+    `other_cores` the number of cores used by other programs in that time.
     """
 
     group: str
@@ -89,7 +89,7 @@ class Outcome:
     published_seconds: float | None
     seconds: float
     ratio: float | None
-    asked: str
+    target: str
     met: bool | None
     published_mib: float | None
     mib: float | None
@@ -105,20 +105,20 @@ class Outcome:
 
 
 def bench(device: str, out: str | Path, *, quick: bool = False, only: str = "") -> list[Outcome]:
-    """Run the rows of a device, print them, and write bench.json, bench.md and bench.png.
+    """Runs the rows of a device, prints them, and writes bench.json, bench.md and bench.png.
 
     Args:
-        device: cpu or cuda; on cuda no row is begun that does not fit into four minutes.
-        out: folder of the results.
+        device: cpu or cuda; on cuda rows that do not fit into four minutes are skipped.
+        out: folder for the results.
         quick: two calls of each side, and no other toolkits.
-        only: only rows with this in their group or name, in any case.
+        only: run only rows whose group or name contains this, ignoring case.
 
     Raises:
-        ValueError: there is no such device, or no such row.
+        ValueError: the device does not exist, or no row matches.
     """
     on_cpu = device == "cpu"
     if not on_cpu and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; use cpu")
+        raise ValueError("--device cuda: torch finds no GPU on this machine; use --device cpu")
     rows = list(ON_CPU) if on_cpu else gpu_rows()
     if not quick:
         rows += peers(("fp32", "bf16")) if on_cpu else gpu_peers()
@@ -126,7 +126,7 @@ def bench(device: str, out: str | Path, *, quick: bool = False, only: str = "") 
     rows = [replace(row, device=device) for row in rows]
     named = [row for row in rows if only.lower() in f"{row.group} {row.title}".lower()]
     if not named:
-        raise ValueError(f"--only {only}: no row is called so; see {', '.join(_names(rows))}")
+        raise ValueError(f"--only {only}: no row matches; groups are {', '.join(_names(rows))}")
     return run(named, out, device=device, quick=quick, limit=None if on_cpu else GPU_SECONDS)
 
 
@@ -138,16 +138,16 @@ def run(
     quick: bool = False,
     limit: float | None = None,
 ) -> list[Outcome]:
-    """Run some rows of a device, as `bench` does.
+    """Runs rows, see `bench`.
 
     Args:
-        rows: all of this device.
-        out: folder of the results.
+        rows: rows for `device`.
+        out: folder for the results.
         device: cpu or cuda.
         quick: two calls of each side.
-        limit: seconds of the whole: a row whose budget does not fit in any more is left out. With
-            it the sides keep their processes from row to row, which takes less time, and one that
-            hangs is ended.
+        limit: time limit in seconds: rows whose budget exceeds the remaining time are skipped. If
+            set, both sides keep their processes from row to row, to save time, and hanging
+            processes are killed.
     """
     began = time.monotonic()
     out = Path(out)
@@ -168,11 +168,11 @@ def run(
                     continue
                 left = math.inf if limit is None else limit - (time.monotonic() - began)
                 if row.budget > left:
-                    skipped.append(f"{row.title}: no time was left; name it with --only")
+                    skipped.append(f"{row.title}: no time was left; select it with --only")
                     continue
                 try:
                     outcomes.append(measure(row, rates, quick, processes))
-                except SideError as error:  # the other rows are worth having all the same
+                except SideError as error:  # continue with the other rows
                     reason = str(error).strip().splitlines()[-1]
                     tqdm.write(f"{row.title}: failed\n{error}")
                     skipped.append(f"{row.title}: failed: {reason}")
@@ -199,14 +199,14 @@ def run(
 
 
 def _others(seconds: float = 1.0) -> float | None:
-    """Cores that other programs use now; said when they are enough to change ratios."""
+    """Cores that other programs use now, with a warning if they are too many."""
     others = OtherPrograms()
     time.sleep(seconds)
     cores = others.cores()
     if cores is not None and cores > OTHER_CORES:
         print(
-            f"warning: other programs use {cores:.1f} of the cores: seconds and ratios are not "
-            "those of an idle machine"
+            f"warning: other programs use {cores:.1f} of the cores; seconds and speed-ups differ "
+            "from those of an idle machine"
         )
     return cores
 
@@ -216,7 +216,7 @@ def _names(rows: Sequence[r.Row]) -> list[str]:
 
 
 def _rates(device: str) -> dict[str, float]:
-    """FLOP/s of convolutions in the precisions that rows are in."""
+    """FLOP/s of convolutions in the precisions of the rows."""
     fast = has_fast_bf16(torch.device(device))
     if device == "cpu":
         return {name: convolution_rate(name) for name in ("fp32", *(["bf16"] if fast else []))}
@@ -225,7 +225,7 @@ def _rates(device: str) -> dict[str, float]:
 
 
 def _rate(precision: str, rates: Mapping[str, float]) -> float:
-    """The rate of a precision; "auto" is bfloat16 where that is fast."""
+    """The rate of a precision; "auto" is bfloat16 if that is fast."""
     return next(rates[name] for name in (precision, "bf16", "tf32", "fp32") if name in rates)
 
 
@@ -235,7 +235,7 @@ def measure(
     quick: bool = False,
     processes: Processes | None = None,
 ) -> Outcome:
-    """Run one row."""
+    """Runs one row."""
     began = time.monotonic()
     others = OtherPrograms(processes.computed) if processes else OtherPrograms()
     timed = take_turns(
@@ -246,17 +246,17 @@ def measure(
         flops=row.counted,
         limit=row.budget,
         burst=row.burst,
-        patience=None if processes is None else max(60.0, 3 * row.budget),
+        timeout=None if processes is None else max(60.0, 3 * row.budget),
         processes=processes,
     )
     timings = row.measured(timed)
     ours = timings["ours"]
     theirs = timings.get("published", Timing())
     compared = bool(theirs.seconds)
-    asked, met = row.judge(timings)
+    target, met = row.judge(timings)
     rate = _rate(row.precision, rates)
     floor = ours.flops / rate if ours.flops else None
-    # Work that we save on the same network is not counted as work that we do.
+    # Operations that are avoided on the same network do not count as done.
     work = ours.flops if isinstance(row, Peer) else theirs.flops or ours.flops
     return Outcome(
         group=row.group,
@@ -265,7 +265,7 @@ def measure(
         published_seconds=theirs.median if compared else None,
         seconds=ours.median,
         ratio=theirs.median / ours.median if compared else None,
-        asked=asked,
+        target=target,
         met=met,
         published_mib=theirs.extra_mib,
         mib=ours.extra_mib,
@@ -293,12 +293,12 @@ def _seconds(value: float | None) -> str:
 
 
 def line(one: Outcome) -> str:
-    """One row as it is printed while the benchmark runs."""
+    """One row as text, printed while the benchmark runs."""
     against = f"{one.baseline} {_seconds(one.published_seconds)}, " if one.baseline else ""
     ratio = f", {one.ratio:.2f} x" if one.ratio else ""
-    verdict = {None: "", True: " - met", False: " - MISSED"}[one.met]
-    asked = f" ({one.asked}{verdict})" if one.asked else ""
-    return f"{one.title}: {against}ours {_seconds(one.seconds)}{ratio}{asked}"
+    verdict = {None: "", True: ", met", False: ", MISSED"}[one.met]
+    target = f" (target: {one.target}{verdict})" if one.target else ""
+    return f"{one.title}: {against}ours {_seconds(one.seconds)}{ratio}{target}"
 
 
 COLUMNS: dict[str, Callable[[Outcome], str]] = {
@@ -306,13 +306,13 @@ COLUMNS: dict[str, Callable[[Outcome], str]] = {
     "against": lambda one: one.baseline,
     "theirs": lambda one: _seconds(one.published_seconds),
     "ours": lambda one: _seconds(one.seconds),
-    "ratio": lambda one: _figure(one.ratio, ".2f", " x"),
-    "asked": lambda one: one.asked,
+    "speed-up": lambda one: _figure(one.ratio, ".2f", " x"),
+    "target": lambda one: one.target,
     "met": lambda one: {None: "", True: "yes", False: "**no**"}[one.met],
     "memory theirs": lambda one: _figure(one.published_mib, ".0f", " MiB"),
     "memory ours": lambda one: _figure(one.mib, ".0f", " MiB"),
     "images/s": lambda one: _figure(one.images_per_second, ".3g"),
-    "over floor": lambda one: _figure(one.over_floor, ".2f", " x"),
+    "time / floor": lambda one: _figure(one.over_floor, ".2f", " x"),
     "utilisation": lambda one: _figure(one.utilisation, ".0%"),
     "labels equal": lambda one: _figure(one.equal_labels, ".4%"),
 }
@@ -349,8 +349,8 @@ def _write(
     bars = [
         (f"{one.group}, against {one.baseline}", one.title, one.ratio)
         for one in outcomes
-        if one.ratio and one.group not in NOT_DRAWN
+        if one.ratio and one.group not in NOT_IN_CHART
     ]
     if bars:
-        ratio_bars(bars, out / "bench.png", title=f"Times faster, on {about['machine']}")
+        ratio_bars(bars, out / "bench.png", title=f"Speed-up, on {about['machine']}")
     print(f"Results in {out}")

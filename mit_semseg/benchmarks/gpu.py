@@ -1,4 +1,4 @@
-"""What `mit-semseg bench --device cuda` measures, within a budget of four minutes."""
+"""Rows of `mit-semseg bench --device cuda`, with a time limit of four minutes."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ HRNET: dict[str, Any] = {"encoder": "hrnetv2", "decoder": "c1"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much the rows work on; tests make it little.
+    """Sizes of the workloads, which tests reduce.
 
     Attributes:
-        image: height and width of what is predicted.
+        image: height and width of predicted images.
         large: height and width of the largest class map.
         scales: short sides.
         batch: images, height and width of a training step.
-        shapes: new ones that are trained on.
-        folder: height and width of the images in files.
-        files: images of the shorter run over them, and of the longer one at most.
-        scale: short side of these for the network; 0: the configuration's.
-        peer: height and width of what other toolkits are given.
-        burst: seconds of calls that are timed as one.
-        haste: what seconds of budgets are divided by.
+        shapes: number of new shapes to train on.
+        folder: height and width of image files.
+        files: number of files of the shorter run, and maximum of the longer one.
+        scale: short side of these at the network's input; 0: as configured.
+        peer: height and width for the comparison with other toolkits.
+        burst: seconds of consecutive calls that are timed together.
+        shorten: divisor of time budgets.
     """
 
     image: tuple[int, int] = (HEIGHT, WIDTH)
@@ -57,14 +57,14 @@ class Sizes:
     scale: int = 0
     peer: tuple[int, int] = SIZE
     burst: float = 0.25
-    haste: float = 1.0
+    shorten: float = 1.0
 
 
 FULL = Sizes()
 
 
 def gpu_rows(sizes: Sizes = FULL) -> list[Row]:
-    """The rows in the order of their weight: the last are left out where time is short."""
+    """The rows in order of importance: the last are skipped if time is short."""
     count = sizes.batch[0]
     one = (min(sizes.image),)
     scores = partial(ClassMap, size=sizes.image, limit_mib=64, budget=5)
@@ -121,11 +121,11 @@ def gpu_rows(sizes: Sizes = FULL) -> list[Row]:
 
 
 def gpu_peers(sizes: Sizes = FULL) -> list[Row]:
-    """Other toolkits, in the precisions that they are used in on a GPU."""
+    """Comparisons with other toolkits, in the precisions used on a GPU."""
     rows = [replace(row, size=sizes.peer, budget=6) for row in peers(("bf16", "tf32"))]
     return [_on_gpu(row, sizes) for row in rows]
 
 
 def _on_gpu(row: Row, sizes: Sizes) -> Row:
     baseline = PUBLISHED if row.baseline == "published" else row.baseline
-    return replace(row, baseline=baseline, budget=row.budget / sizes.haste, burst=sizes.burst)
+    return replace(row, baseline=baseline, budget=row.budget / sizes.shorten, burst=sizes.burst)

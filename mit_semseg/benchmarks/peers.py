@@ -1,4 +1,4 @@
-"""Other toolkits on the same work: one image of the network's own size to its class map."""
+"""Comparison with other toolkits: one image at the network's input size to its class map."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mit_semseg.benchmarks.rows import CLASSES, Row, build
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.precision import Precision
 
-SIZE = (512, 672)  # sides that every one of the networks takes
+SIZE = (512, 672)  # sides that all networks accept
 
 
 def smp_upernet() -> nn.Module:
@@ -45,9 +45,9 @@ def torchvision_deeplabv3() -> nn.Module:
 
 @dataclass(frozen=True)
 class Peer(Row):
-    """A network of ours beside the one another toolkit has for the same purpose.
+    """A network of this package and a similar one of another toolkit.
 
-    Both in the same precision, each otherwise as its toolkit gives it.
+    Both run in the same precision, and otherwise with the defaults of their toolkits.
     """
 
     package: str = ""
@@ -118,9 +118,9 @@ def _torchvision(precision: str) -> Peer:
 
 
 def peers(precisions: Sequence[str]) -> list[Peer]:
-    """The rows of this module in each of some precisions."""
+    """The rows of this module, in each of the precisions."""
     return [
-        # A pyramid of 512 channels as published, and one of 256, which is the peer's width too.
+        # A pyramid of 512 channels, as published, and one of 256, as in the other toolkit.
         *(_smp(decoder, p) for decoder in ("upernet", "upernet_lite") for p in precisions),
         *(_torchvision(p) for p in precisions),
     ]

@@ -1,4 +1,4 @@
-"""What reduced precision changes: the labels of trained networks, and the curve of a training."""
+"""Effect of reduced precision on the labels of trained networks and on a training loss."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.segmenter import Segmenter
 from mit_semseg.visualize import loss_curves
 
-LEAST_EQUAL = 0.995
-MOST_IMAGES = 16
+MIN_EQUAL = 0.995
+MAX_IMAGES = 16
 SEED = 304
 RECIPE = REPOSITORY / "config" / "demo.yaml"
 
 
 @dataclass(frozen=True)
 class Labels(Row):
-    """A trained network in float32 and in less, on the same images.
+    """Labels of a trained network in float32 and in reduced precision.
 
     Attributes:
         weights: a checkpoint folder.
-        folder: of the images.
-        name: of the network and the images.
+        folder: folder of the images.
+        name: name of the network and the images.
     """
 
     baseline: str = "ours in fp32"
@@ -56,8 +56,8 @@ class Labels(Row):
             segmenter = Segmenter.from_checkpoint(
                 self.weights, device=self.device, precision=precision
             )
-        pictures = [load_image(path) for path in self._images()]
-        return lambda: np.concatenate([segmenter(x).labels.reshape(-1) for x in pictures])
+        images = [load_image(path) for path in self._images()]
+        return lambda: np.concatenate([segmenter(x).labels.reshape(-1) for x in images])
 
     def published(self) -> Runnable:
         return self._run("fp32")
@@ -76,16 +76,16 @@ class Labels(Row):
 
     def _images(self) -> list[Path]:
         files = sorted(Path(self.folder).glob("*.png"))
-        return files[:: max(1, len(files) // MOST_IMAGES)]
+        return files[:: max(1, len(files) // MAX_IMAGES)]
 
     def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
         equal = equal_labels(timings["published"].result, timings["ours"].result)
-        return f"at least {LEAST_EQUAL:.1%} of labels equal", equal >= LEAST_EQUAL
+        return f"at least {MIN_EQUAL:.1%} of labels equal", equal >= MIN_EQUAL
 
 
 @dataclass(frozen=True)
 class Curves(Row):
-    """The demo's training in float32 and in less; another seed shows what is noise."""
+    """Training loss of the demo in float32 and in reduced precision, and with another seed."""
 
     baseline: str = "ours in fp32"
     folder: str = "bench/demo"
@@ -100,7 +100,7 @@ class Curves(Row):
 
     @property
     def missing(self) -> str:
-        return "" if RECIPE.is_file() else f"{RECIPE.name} is not here: run it in a checkout"
+        return "" if RECIPE.is_file() else f"{RECIPE.name} does not exist; run it in a checkout"
 
     def published(self) -> Runnable:
         return self._training("fp32", SEED)
@@ -137,7 +137,7 @@ class Curves(Row):
         options = read_options(RECIPE, [str(x) for pair in settings.items() for x in pair])
 
         def run() -> list[float]:
-            # A folder that holds an earlier run is set aside by the training itself.
+            # The training moves the folder of an earlier run away.
             train(options, [torch.device(self.device)], progress=False)
             return [x["loss"] for x in read_metrics(out / METRICS) if x["kind"] == "train"]
 
@@ -147,7 +147,7 @@ class Curves(Row):
         fp32, other, reduced = (
             smoothed(timings[name].result) for name in ("published", "another seed", "ours")
         )
-        noise, apart = np.abs(fp32 - other).mean(), np.abs(fp32 - reduced).mean()
+        noise, difference = np.abs(fp32 - other).mean(), np.abs(fp32 - reduced).mean()
         loss_curves(
             {
                 f"{self.precision}": timings["ours"].result,
@@ -157,12 +157,12 @@ class Curves(Row):
             Path(self.folder).parent / "loss_curves.png",
             title=f"Training loss, {self.epochs} epochs of the demo",
         )
-        asked = f"no farther apart ({apart:.3f}) than two seeds are ({noise:.3f})"
-        return asked, bool(apart <= noise)
+        target = f"difference ({difference:.3f}) at most that of two seeds ({noise:.3f})"
+        return target, bool(difference <= noise)
 
 
 def smoothed(losses: Any, window: int = 4) -> np.ndarray:
-    """Running mean, by which one hard batch counts for less."""
+    """Running mean, to reduce the effect of single batches."""
     return np.convolve(np.asarray(losses), np.ones(window) / window, mode="valid")
 
 
@@ -170,11 +170,11 @@ def rows(out: Path, device: str) -> list[Row]:
     """The rows of this module.
 
     Args:
-        out: folder of the benchmark's results, where the demo is trained.
+        out: folder for the results, where the demo is trained.
         device: cpu or cuda.
     """
     data = Path(os.environ.get("SEMSEG_DATA", "$SEMSEG_DATA"))
-    # On a GPU the whole has some minutes, of which these take theirs.
+    # Budgets on a GPU are part of its time limit.
     trained, labelled = (60.0, 60.0) if device == "cpu" else (120.0, 10.0)
     curves = Curves(precision="bf16", folder=str(out / "demo"), budget=trained)
     held_out = out / "demo" / "data" / "images" / "validation"

@@ -1,9 +1,9 @@
-"""The published procedure, re-expressed over our own modules, to be compared with.
+"""The published procedure, implemented with the modules of this package, for comparison.
 
-float32, contiguous memory, one image at a time, scores of all classes at full size, NumPy for
-figures and colours, Pillow for images. On GPUs that have TensorFloat-32, convolutions take it and
-matrix products do not: torch's own setting, which its users have. Networks compute the same
-function with the same weights as ours; `as_published` takes our faster layers out of them.
+It uses float32, contiguous memory, one image at a time, scores of all classes at full size, NumPy
+for metrics and colours, and Pillow for images. On GPUs with TensorFloat-32, convolutions use it and
+matrix products do not, as is torch's default. Networks compute the same function with the same
+weights; `as_published` replaces our faster layers by torch's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mit_semseg.models.depthwise import DepthwiseConv2d
 
 @contextlib.contextmanager
 def torch_defaults() -> Iterator[None]:
-    """TensorFloat-32 where torch takes it unless it is told otherwise."""
+    """Context with torch's defaults for TensorFloat-32."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32, matmul.allow_tf32 = True, False
@@ -36,14 +36,14 @@ def torch_defaults() -> Iterator[None]:
 
 # ------------------------------------------------------------------------------ the network
 class _AdaptivePools(Decoder):
-    """A decoder that pools with torch's own kernels."""
+    """Mixin that pools with torch's kernels."""
 
     def pools(self, x: Tensor, tile: object) -> list[Tensor]:
         return [F.adaptive_avg_pool2d(x, scale) for scale in self.pool_scales]
 
 
 def as_published(module: SegmentationModule) -> SegmentationModule:
-    """A copy with the same weights whose every layer is torch's own, in contiguous memory."""
+    """A copy with the same weights and torch's layers only, in contiguous memory."""
     plain = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
     for parent in list(plain.modules()):
         for name, child in parent.named_children():
@@ -106,8 +106,8 @@ def predict(
     for short in sizes:
         scale = min(short / min(H, W), longest / max(H, W))
         height, width = (-(-int(side * scale) // 8) * 8 for side in (H, W))
-        picture = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-        data = _normalized(np.asarray(picture))[None].to(device)
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        data = _normalized(np.asarray(resized))[None].to(device)
         scores = scores + module({"img_data": data}, segSize=(H, W)) / len(sizes)
     _, labels = torch.max(scores, dim=1)
     return labels[0].cpu().numpy()
@@ -143,13 +143,13 @@ def _normalized(image: np.ndarray) -> Tensor:
 def training_batch(
     pairs: Sequence[tuple[str, str]], short: int, longest: int, flips: Sequence[bool]
 ) -> dict[str, Tensor]:
-    """A padded batch from image and mask files, one by one, labels at an eighth.
+    """A padded batch from image and mask files, with labels at an eighth of the size.
 
     Args:
         pairs: image and mask of each sample.
         short: short side of the batch.
         longest: limit of the long side.
-        flips: which are mirrored.
+        flips: which samples are flipped.
 
     Returns:
         `img_data` (B, 3, H, W) float32 and `seg_label` (B, H/8, W/8) int64, -1 ignored.
@@ -164,31 +164,31 @@ def training_batch(
     images = torch.zeros(len(pairs), 3, height, width)
     labels = torch.zeros(len(pairs), height // 8, width // 8, dtype=torch.int64)
     for k, ((path, mask_path), (h, w), flip) in enumerate(zip(pairs, sizes, flips)):
-        picture = Image.open(path).convert("RGB")
+        photo = Image.open(path).convert("RGB")
         mask: Image.Image = Image.open(mask_path)
         if flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             mask = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        picture = picture.resize((w, h), Image.Resampling.BILINEAR)
+        photo = photo.resize((w, h), Image.Resampling.BILINEAR)
         mask = mask.resize((w, h), Image.Resampling.NEAREST)
-        # To a multiple of 8, padded with 0, and by nearest neighbour down to an eighth.
+        # Padded with 0 to a multiple of 8, then resized to an eighth by nearest neighbour.
         rounded = Image.new("L", (-(-w // 8) * 8, -(-h // 8) * 8), 0)
         rounded.paste(mask, (0, 0))
         small = rounded.resize(
             (rounded.size[0] // 8, rounded.size[1] // 8), Image.Resampling.NEAREST
         )
-        data = _normalized(np.asarray(picture))
+        data = _normalized(np.asarray(photo))
         target = torch.from_numpy(np.array(small)).long() - 1
         images[k, :, : data.shape[1], : data.shape[2]] = data
         labels[k, : target.shape[0], : target.shape[1]] = target
     return {"img_data": images, "seg_label": labels}
 
 
-# ------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------ metrics
 def count(
     prediction: np.ndarray, label: np.ndarray, num_class: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Pixel accuracy, and intersection and union of every class, by three histograms.
+    """Pixel accuracy, and intersection and union of every class, from three histograms.
 
     Args:
         prediction: (H, W) class ids.
@@ -208,13 +208,13 @@ def count(
 
 
 def color_encode(labels: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Labels (H, W) in their colours (H, W, 3) uint8, class by class."""
+    """Labels (H, W) -> colours (H, W, 3) uint8, class by class."""
     labels = labels.astype("int")
-    picture = np.zeros((*labels.shape, 3), dtype=np.uint8)
+    image = np.zeros((*labels.shape, 3), dtype=np.uint8)
     for label in np.unique(labels):
         if label < 0:
             continue
-        picture += (labels == label)[:, :, np.newaxis] * np.tile(
+        image += (labels == label)[:, :, np.newaxis] * np.tile(
             colors[label], (*labels.shape, 1)
         ).astype(np.uint8)
-    return picture
+    return image

@@ -1,7 +1,7 @@
-"""The rows of the benchmark: what the published procedure and ours do, and what is asked of it.
+"""Rows of the benchmark, which compare the published procedure with this package.
 
-A row is a small dataclass. `published` and `ours` prepare their side in a process of its own and
-return what is timed; both sides compute the same thing from the same weights and data.
+A row is a small dataclass. `published` and `ours` prepare their side in a separate process and
+return the function to time; both compute the same from the same weights and data.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mit_semseg.visualize import color_encode, palette
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CAMVID_WEIGHTS = REPOSITORY / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
-# What the figures of the field are given for: an ADE20K photograph and its 150 classes.
+# Size of an ADE20K photograph, and number of classes.
 HEIGHT, WIDTH, CLASSES = 512, 683, 150
 SCALES = (300, 375, 450, 525, 600)
 WIDTHS = {"mobilenetv2dilated": 320, "hrnetv2": 720}  # of the last feature map; others: 2048
@@ -47,15 +47,15 @@ class Row(ABC):
 
     Attributes:
         device: cpu or cuda.
-        target: least ratio of the seconds, the other side's over ours; None: only reported.
-        baseline: what the other side is.
+        target: minimum speed-up; None: no target.
+        baseline: name of the other side; "": there is none.
         repeats: timed calls of each side.
-        threads: compute threads of each side, 0 for all cores.
-        counted: floating-point operations are counted, and the distance to the floor is told.
-        precision: of ours, and of the floor it is held against.
-        images: in one call, where images per second mean something.
-        budget: seconds after which no further round is begun.
-        burst: seconds of calls in a row that are timed as one; 0 times single calls.
+        threads: compute threads of each side; 0: all cores.
+        counted: count floating-point operations, for the time / floor column.
+        precision: precision of our side and of the floor.
+        images: images per call, for images per second; 0: not reported.
+        budget: seconds after which no further round is started.
+        burst: seconds of consecutive calls that are timed together; 0: single calls.
     """
 
     device: str = "cpu"
@@ -74,32 +74,32 @@ class Row(ABC):
 
     @property
     def missing(self) -> str:
-        """Why the row cannot be run here; "" when it can."""
+        """Why the row cannot be run; "" if it can."""
         return ""
 
     def published(self) -> Runnable:
-        """What the other side does; rows without one do not have it."""
-        raise NotImplementedError(f"{self.title}: nothing is done beside it")
+        """Prepares the other side, if there is one."""
+        raise NotImplementedError(f"{self.title} has no other side")
 
     @abstractmethod
     def ours(self) -> Runnable:
-        """What we do."""
+        """Prepares our side."""
 
     def sides(self) -> dict[str, Callable[[], Runnable]]:
-        """All that take turns: "published", unless there is no baseline, and "ours"."""
+        """The sides by name: "published", if there is a baseline, and "ours"."""
         theirs = {"published": self.published} if self.baseline else {}
         return {**theirs, "ours": self.ours}
 
     def measured(self, timings: dict[str, Timing]) -> dict[str, Timing]:
-        """What the sides took, from what was timed; another for rows that time themselves."""
+        """Timings of the sides; overridden by rows that measure time themselves."""
         return timings
 
     def agreement(self, theirs: Any, ours: Any) -> float | None:
-        """Share of equal labels, where both sides give labels."""
+        """Fraction of equal labels, if both sides return labels."""
         return None
 
     def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
-        """What was asked and whether it holds; None where nothing was asked."""
+        """The target as text and whether it is met; None if there is none."""
         if self.target is None:
             return "", None
         ratio = timings["published"].median / timings["ours"].median
@@ -128,13 +128,13 @@ class ClassMap(Row):
         return f"class map of {self.size[1]}x{self.size[0]}, {CLASSES} classes, {scales}"
 
     def logits(self) -> list[Tensor]:
-        """As a network with stride 8 gives them."""
+        """Logits as of a network with stride 8."""
         torch.manual_seed(0)
         short = min(self.size)
         made = []
         for scale in self.scales:
             h, w = (round(side * scale / short / 8) for side in self.size)
-            # Neighbours resemble each other, as those of real scores do.
+            # Neighbours are correlated, as in real scores.
             coarse = torch.randn(1, CLASSES, max(1, h // 4), max(1, w // 4)) * 3
             smooth = nn.functional.interpolate(coarse, (h, w), mode="bilinear")
             made.append((smooth + 0.3 * torch.randn(1, CLASSES, h, w)).to(self.device))
@@ -150,17 +150,17 @@ class ClassMap(Row):
         return equal_labels(theirs, ours)
 
     def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
-        asked, met = super().judge(timings)
+        target, met = super().judge(timings)
         used = timings["ours"].extra_mib
         if self.limit_mib is None or used is None:
-            return asked, met
-        both = f"{asked}, at most {self.limit_mib:g} MiB".removeprefix(", ")
+            return target, met
+        both = f"{target}, at most {self.limit_mib:g} MiB".removeprefix(", ")
         return both, met is not False and used <= self.limit_mib
 
 
 @dataclass(frozen=True)
 class LargeClassMap(ClassMap):
-    """Too large for the published procedure: memory is what counts."""
+    """Too large for the published procedure; the target is peak memory."""
 
     scales: tuple[int, ...] = (4000,)
     size: tuple[int, int] = (4000, 6000)
@@ -170,7 +170,7 @@ class LargeClassMap(ClassMap):
 
 # ------------------------------------------------------------------------------ networks
 def build(encoder: str, decoder: str, num_class: int = CLASSES) -> SegmentationModule:
-    """A model with random weights, always the same ones."""
+    """A model with reproducible random weights."""
     torch.manual_seed(0)
     fc_dim = WIDTHS.get(encoder, 2048)
     net_enc = ModelBuilder.build_encoder(encoder, fc_dim, weights="none")
@@ -230,13 +230,13 @@ class Prediction(Row):
         return lambda: segmenter(image).labels
 
     def agreement(self, theirs: Any, ours: Any) -> float | None:
-        # Random weights leave classes nearly tied; what less precision changes is another row.
+        # With random weights classes are nearly tied; labels in reduced precision have other rows.
         return equal_labels(theirs, ours) if self.precision == "fp32" else None
 
 
 @dataclass(frozen=True)
 class FasterPrecision(Prediction):
-    """One image in less precision and in float32, both ours."""
+    """Our prediction in reduced precision and in float32."""
 
     baseline: str = "ours in fp32"
 
@@ -251,11 +251,11 @@ class FasterPrecision(Prediction):
 # ------------------------------------------------------------------------------ around the network
 @dataclass(frozen=True)
 class Counting(Row):
-    """Prediction and label -> what is accumulated."""
+    """Prediction and label -> confusion matrix."""
 
     repeats: int = 15
 
-    group = "Figures"
+    group = "Metrics"
     title = f"confusion matrix of {WIDTH}x{HEIGHT}, {CLASSES} classes"
 
     def _maps(self) -> tuple[Tensor, Tensor]:
@@ -265,7 +265,7 @@ class Counting(Row):
         wrong = torch.rand(HEIGHT, WIDTH) < 0.2
         prediction = torch.where(wrong, torch.randint(0, CLASSES, label.shape), label)
         label[:20] = -1
-        # Predictions are where the network is, labels come from files.
+        # Predictions are on the device of the network, labels are read from files.
         return prediction.to(self.device), label
 
     def published(self) -> Runnable:
@@ -280,11 +280,11 @@ class Counting(Row):
 
 @dataclass(frozen=True)
 class Colours(Row):
-    """Labels -> picture."""
+    """Labels -> image."""
 
     repeats: int = 15
 
-    group = "Figures"
+    group = "Metrics"
     title = f"colours of {WIDTH}x{HEIGHT}, 20 of {CLASSES} classes"
 
     def _labels(self) -> np.ndarray:
@@ -304,7 +304,7 @@ class Colours(Row):
 
 @dataclass(frozen=True)
 class SyncBatchNorm(Row):
-    """Forward and backward of a convolution with BatchNorm, on replicas in one process."""
+    """Forward and backward of convolutions with BatchNorm, on replicas in one process."""
 
     target: float | None = 1 / 1.2
     baseline: str = "unsynchronised BatchNorm"
@@ -341,7 +341,7 @@ class SyncBatchNorm(Row):
 
 @dataclass(frozen=True)
 class Startup(Row):
-    """A command in a fresh interpreter."""
+    """A command in a new interpreter."""
 
     command: tuple[str, ...] = ()
     against: tuple[str, ...] = ()

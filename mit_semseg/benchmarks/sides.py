@@ -1,7 +1,7 @@
-"""Procedures in processes of their own, that take turns.
+"""Runs the sides of a comparison in separate processes, in alternation.
 
-A process of its own keeps what one side does to the memory allocator, to thread pools and to
-caches away from the other, and makes its peak memory its own.
+With separate processes, a side does not affect the memory allocator, thread pools and caches of the
+other, and its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from mit_semseg.engine.cpu import set_threads
 from mit_semseg.lib.utils import as_numpy
 from mit_semseg.precision import Precision
 
-# Calls of a burst and of a profile, at most.
-MOST_CALLS, PROFILED_CALLS = 200, 5
-# Calls after the first that are not counted: on a GPU the second may record a graph.
+# Maximum number of calls of a burst and of a profile.
+MAX_CALLS, PROFILED_CALLS = 200, 5
+# Warm-up calls after the first: on a GPU the second may record a graph.
 WARM_CALLS = 2
 
 
 class SideError(RuntimeError):
-    """One side failed; the message holds its traceback."""
+    """One side failed; the message contains its traceback."""
 
 
 @dataclass
 class Timing:
-    """What one side took.
+    """Measurements of one side.
 
     Attributes:
-        seconds: of a call, from every timed call or burst of calls.
-        calls: in a burst.
-        extra_mib: peak memory beyond what preparing has left, in MiB, of the first call or, with
-            bursts, of all calls; None where the system does not tell.
-        flops: floating-point operations of one call, 0 when there is nothing to count.
-        kernel_seconds: of a call, in which a GPU computes; None where that cannot be told.
-        result: what a call returned.
+        seconds: seconds per call, of every timed call or burst.
+        calls: number of calls in a burst.
+        extra_mib: peak memory in addition to that after preparation, in MiB, of the first call or,
+            with bursts, of all calls; None: unknown.
+        flops: floating-point operations of one call; 0: not counted.
+        kernel_seconds: seconds per call in which GPU kernels run; None: unknown.
+        result: result of a call.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Timing:
 
     @property
     def busy(self) -> float | None:
-        """Share of the time in which a GPU computes."""
+        """Fraction of time in which GPU kernels run."""
         return None if self.kernel_seconds is None else self.kernel_seconds / self.median
 
 
@@ -75,34 +75,34 @@ def take_turns(
     flops: bool = False,
     limit: float = 60.0,
     burst: float = 0.0,
-    patience: float | None = None,
+    timeout: float | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Timing]:
-    """Runs every side in turn, A B A B, after calls of each that are not counted.
+    """Times the sides in alternation, A B A B, after warm-up calls.
 
     Args:
-        sides: name -> picklable function that prepares a side and returns what is to be timed.
-        repeats: timed calls or bursts of every side after the first call; with 0 that counts.
-        device: cpu or cuda; of what is timed.
-        threads: compute threads of each side; 0 = the cores there are.
+        sides: name -> picklable function that prepares a side and returns the function to time.
+        repeats: timed calls or bursts of every side after the first call; 0: time the first call.
+        device: cpu or cuda.
+        threads: compute threads of each side; 0: all cores.
         flops: count the floating-point operations of a call.
-        limit: seconds after which no further round is begun, so that slow rows end. With bursts
-            they count from the beginning, else from the first round.
-        burst: seconds of calls in a row that are timed as one; 0 times single calls.
-        patience: seconds after which a side that does not answer is ended; None waits for ever.
-        processes: of the sides, kept for the next call; default: new ones, for this call only.
+        limit: seconds after which no further round is started; measured from the beginning with
+            bursts, otherwise from the first round.
+        burst: seconds of consecutive calls that are timed together; 0: single calls.
+        timeout: seconds after which a side that does not answer is killed; None: no timeout.
+        processes: processes of the sides, which are kept; None: new ones for this call.
 
     Raises:
-        SideError: a side raised, its process died, or it hangs.
+        SideError: a side raised an error, its process died, or it hangs.
     """
     held = processes or Processes()
     timings = {name: Timing() for name in sides}
     began = time.monotonic()
     try:
-        turns = {name: held.get(name, patience) for name in sides}
+        turns = {name: held.get(name, timeout) for name in sides}
         for name, prepare in sides.items():
             turns[name].ask("prepare", prepare, device, threads)
-            # Before a network is recorded as a graph, whose operations no counter sees.
+            # Before a CUDA graph is recorded, whose operations are not counted.
             if flops and burst:
                 timings[name].flops = turns[name].ask("flops")
             timings[name].extra_mib, first = turns[name].ask("first")
@@ -112,7 +112,7 @@ def take_turns(
             for name, side in turns.items():
                 side.ask("run", WARM_CALLS)
                 fitting = round(burst / max(side.ask("run", 1), 1e-6))
-                timings[name].calls = max(1, min(MOST_CALLS, fitting))
+                timings[name].calls = max(1, min(MAX_CALLS, fitting))
         if not burst:
             began = time.monotonic()
         for done in range(repeats):
@@ -135,25 +135,25 @@ def take_turns(
 
 
 class Processes:
-    """The processes of sides by name, each started when it is first asked for."""
+    """The processes of the sides by name, started when first needed."""
 
     def __init__(self) -> None:
         self.sides: dict[str, _Side] = {}
 
-    def get(self, name: str, patience: float | None) -> _Side:
-        """The process of a side; a new one where an earlier one has failed."""
+    def get(self, name: str, timeout: float | None) -> _Side:
+        """The process of a side; a new one if the earlier one has failed."""
         if name not in self.sides or not self.sides[name].process.is_alive():
             self.sides[name] = _Side()
-        self.sides[name].patience = patience
+        self.sides[name].timeout = timeout
         return self.sides[name]
 
     def computed(self) -> float:
-        """Seconds that those which are alive have computed."""
+        """CPU seconds of the running processes."""
         alive = [side for side in self.sides.values() if side.process.is_alive()]
         return float(sum(side.ask("computed") for side in alive))
 
     def stop(self) -> None:
-        """End all of them."""
+        """Stops all processes."""
         for side in self.sides.values():
             side.stop()
         self.sides.clear()
@@ -162,22 +162,22 @@ class Processes:
 class _Side:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.patience: float | None = None
+        self.timeout: float | None = None
         self.pipe, theirs = context.Pipe()
-        # Not a daemon, which may have no children, such as a loader's workers; when this process
-        # ends, the pipe closes, and so does the other.
+        # Not a daemon, which cannot have children, such as loader workers. When this process ends,
+        # the pipe is closed, and so it ends, too.
         self.process = context.Process(target=_serve, args=(theirs,))
         self.process.start()
         theirs.close()
 
     def ask(self, what: str, *arguments: Any) -> Any:
-        """Have the process do something; it is ended when it fails."""
+        """Calls a method of `_Work` in the process, which is stopped if it fails."""
         try:
             self.pipe.send((what, arguments))
-            if self.patience is not None and not self.pipe.poll(self.patience):
+            if self.timeout is not None and not self.pipe.poll(self.timeout):
                 self.process.kill()
                 self.stop()
-                raise SideError(f"no answer for {self.patience:g} s")
+                raise SideError(f"no answer for {self.timeout:g} s")
             kind, value = self.pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join(5)
@@ -190,7 +190,7 @@ class _Side:
         return value
 
     def stop(self) -> None:
-        """End the process."""
+        """Stops the process."""
         self.pipe.close()
         self.process.join(5)
         if self.process.is_alive():
@@ -207,14 +207,14 @@ def _serve(pipe: Connection) -> None:
             return
         try:
             answer = getattr(work, what)(*arguments)
-        except Exception:  # noqa: BLE001 - whatever it is belongs to the parent
+        except Exception:  # noqa: BLE001 - raised in the parent
             pipe.send(("error", traceback.format_exc()))
             return
         pipe.send(("ok", answer))
 
 
 class _Work:
-    """What the process of a side does, one method for each thing that it is asked."""
+    """Methods that run in the process of a side."""
 
     def __init__(self) -> None:
         self.cores = torch.get_num_threads()
@@ -223,7 +223,7 @@ class _Work:
         self.result: Any = None
 
     def prepare(self, prepare: Callable[[], Runnable], device: str, threads: int) -> None:
-        """Become a side, after what was there before is gone."""
+        """Frees the previous side and prepares the next one."""
         self.call, self.result = (lambda: None), None
         self.clock.release()
         self.clock = clock_of(device)
@@ -232,30 +232,30 @@ class _Work:
         self.clock.mark_memory()
 
     def first(self) -> tuple[float | None, float]:
-        """Memory, in MiB, and seconds of the first call."""
+        """Peak memory in MiB, and seconds of the first call."""
         seconds = self.run(1)
         return self.clock.peak_mib(), seconds
 
     def run(self, calls: int) -> float:
-        """Seconds of one of so many calls."""
+        """Mean seconds of consecutive calls."""
         self.result = None
         seconds, self.result = self.clock.timed(self.call, calls)
         return seconds
 
     def peak(self) -> float | None:
-        """Memory of all calls so far, in MiB."""
+        """Peak memory of all calls so far, in MiB."""
         return self.clock.peak_mib()
 
     def kernels(self, calls: int) -> float | None:
-        """Seconds of a call in which a GPU computes."""
+        """Seconds per call in which GPU kernels run."""
         return self.clock.kernel_seconds(self.call, calls)
 
     def computed(self) -> float:
-        """Seconds that this process and its ended children have computed."""
+        """CPU seconds of this process and its ended children."""
         return sum(os.times()[:4])
 
     def last(self) -> Any:
-        """What the last call returned."""
+        """Result of the last call."""
         return as_numpy(self.result)
 
     def flops(self) -> int:
@@ -264,7 +264,7 @@ class _Work:
 
 
 def count_flops(call: Runnable) -> int:
-    """Floating-point operations of one call, by torch's counter (two per multiply-add)."""
+    """Floating-point operations of one call, with torch's counter (two per multiply-add)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
@@ -276,23 +276,23 @@ def count_flops(call: Runnable) -> int:
 def _convolution_backward_flops(
     grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *options: Any, out_shape: Any
 ) -> int:
-    """Each wanted gradient takes what the forward pass does; arguments come as shapes.
+    """Each gradient takes as many operations as the forward pass; arguments are shapes.
 
-    Torch's own formula takes a grouped convolution for a full one.
+    Torch's formula counts a grouped convolution as a full one.
     """
     wants_x, wants_weight, _ = options[-1]
     return 2 * math.prod(grad) * math.prod(weight[1:]) * (wants_x + wants_weight)
 
 
 def convolution_rate(precision: str, device: str = "cpu", seconds: float = 1.5) -> float:
-    """FLOP/s that a device reaches on a 3x3 convolution of 256 channels, channels last.
+    """FLOP/s of a 3x3 convolution of 256 channels, channels last, on a device.
 
-    What networks of convolutions cannot pass, and so the floor of their time.
+    It gives a lower bound, the floor, of the time of convolutional networks.
 
     Args:
         precision: fp32, tf32, bf16 or fp16 (see `precision.Precision`).
         device: cpu or cuda.
-        seconds: to measure for.
+        seconds: duration of the measurement.
     """
     products = Precision.of(precision, torch.device(device))
     clock, on_cpu = clock_of(device), device == "cpu"
@@ -312,7 +312,7 @@ def convolution_rate(precision: str, device: str = "cpu", seconds: float = 1.5) 
 
 
 def machine(device: str) -> str:
-    """The machine in words."""
+    """Description of the machine."""
     import platform
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

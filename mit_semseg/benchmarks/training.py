@@ -1,4 +1,4 @@
-"""Rows of training: steps of one shape, of new shapes, and on replicas."""
+"""Rows about training: steps on one shape, on new shapes, and on replicas."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mit_semseg.precision import Precision
 
 @dataclass(frozen=True)
 class TrainStep(Row):
-    """One step on a batch that is in memory."""
+    """One training step on a batch in memory."""
 
     encoder: str = "mobilenetv2dilated"
     decoder: str = "c1_deepsup"
@@ -47,9 +47,9 @@ class TrainStep(Row):
 
     def _batch(self) -> dict[str, Tensor]:
         count, height, width = self.batch
-        drawn = [streets.render(k, (height, width)) for k in range(count)]
-        images = torch.stack([torch.from_numpy(image) for image, _ in drawn])
-        labels = torch.stack([torch.from_numpy(label.astype(np.int64)) for _, label in drawn])
+        scenes = [streets.render(k, (height, width)) for k in range(count)]
+        images = torch.stack([torch.from_numpy(image) for image, _ in scenes])
+        labels = torch.stack([torch.from_numpy(label.astype(np.int64)) for _, label in scenes])
         return as_batch(images, labels[:, 4::8, 4::8].contiguous() - 1)
 
     def published(self) -> Runnable:
@@ -70,7 +70,7 @@ class TrainStep(Row):
 
 
 def as_batch(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """A batch as the loader makes it.
+    """A batch in the format of the loader.
 
     Args:
         images: (N, H, W, 3) uint8.
@@ -84,20 +84,20 @@ def as_batch(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def pinned(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    """A batch as a loader hands it over to a device."""
+    """A batch in pinned memory, unless the device is a CPU."""
     if device == "cpu":
         return batch
     return {key: value.pin_memory() for key, value in batch.items()}
 
 
 class Training:
-    """A model in training, which is called with a batch for a step: that of the trainer.
+    """A model whose call runs a training step of the trainer.
 
     Args:
-        encoder, decoder: of the model.
+        encoder, decoder: architecture of the model.
         device: cpu or cuda.
-        precision: of the step.
-        replicas: on the device, each of which takes a batch.
+        precision: precision of the step.
+        replicas: number of replicas on the device, with one batch each.
     """
 
     def __init__(
@@ -142,11 +142,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Replicas(TrainStep):
-    """Two batches of equal size: on replicas of one device at once, and one after the other."""
+    """Two batches of equal size: in parallel on two replicas on one device, and sequentially."""
 
     baseline: str = "two single steps"
-    counted: bool = False  # the counter sees nothing of other threads
-    most: float = 1.2
+    counted: bool = False  # operations in other threads are not counted
+    max_ratio: float = 1.2
 
     @property
     def title(self) -> str:  # type: ignore[override]
@@ -164,13 +164,13 @@ class Replicas(TrainStep):
 
     def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
         times = timings["ours"].median / timings["published"].median
-        return f"at most {self.most:g} x the time ({times:.2f} x)", times <= self.most
+        return f"at most {self.max_ratio:g} x the time ({times:.2f} x)", times <= self.max_ratio
 
 
 @dataclass(frozen=True)
 class NewShapes(Row):
-    """Training steps on batches of ADE20K's kind, no two of the same size, padded as the loader
-    pads them on this device; then on the same batches again."""
+    """Training steps on batches of different sizes, as in ADE20K, padded as by the loader, and then
+    on the same batches again."""
 
     baseline: str = "the same shapes again"
     repeats: int = 0
@@ -179,23 +179,23 @@ class NewShapes(Row):
     count: int = 8  # images of a batch
     shapes: int = 60
     scales: tuple[int, ...] = SCALES
-    most: float = 1.5  # times the seconds of a known shape
-    rate: float | None = None  # images per second of known shapes
+    max_ratio: float = 1.5  # maximum time relative to known shapes
+    rate: float | None = None  # minimum images per second of known shapes
 
     group = "New shapes"
 
     @property
     def title(self) -> str:  # type: ignore[override]
         model = f"{self.encoder} + {self.decoder}"
-        return f"{model}, {self.count} images a step, {self.precision}, new shapes"
+        return f"{model}, {self.count} images per step, {self.precision}, new shapes"
 
-    def drawn(self) -> list[tuple[int, int]]:
-        """Heights and widths, all different."""
+    def random_shapes(self) -> list[tuple[int, int]]:
+        """Different heights and widths."""
         rng = np.random.default_rng(0)
         found: dict[tuple[int, int], None] = {}
         while len(found) < self.shapes:
             short = rng.choice(self.scales)
-            # The widest image of a batch decides; ADE20K's are rarely narrower than 5:4.
+            # The widest image determines the shape; few of ADE20K are narrower than 5:4.
             long = min(1000, short * rng.uniform(1.25, 1.8))
             height, width = (int(-(-side // 8) * 8) for side in (short, long))
             found[height, width] = None
@@ -221,12 +221,12 @@ class NewShapes(Row):
             batch["seg_label"] = F.pad(labels, (0, beside // 8, 0, below // 8), value=-1)
             return pinned(batch, self.device)
 
-        batches = [made(*shape) for shape in self.drawn()]
+        batches = [made(*shape) for shape in self.random_shapes()]
         known = made(64, 64)
         clock = clock_of(self.device)
 
         def run() -> dict[str, Any]:
-            for _ in range(3):  # what the first step of any shape needs is no shape's own
+            for _ in range(3):  # warm-up that does not depend on the shape
                 step(known)
             deadline = time.monotonic() + 0.7 * self.budget
             visited: list[dict[str, Tensor]] = []
@@ -264,9 +264,9 @@ class NewShapes(Row):
     def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
         new, known = timings["ours"].median, timings["published"].median
         count = int(timings["ours"].result["shapes"])
-        asked = f"{count} shapes: at most {self.most:g} x a known one ({new / known:.2f} x)"
-        met = new / known <= self.most
+        target = f"{count} shapes: at most {self.max_ratio:g} x a known one ({new / known:.2f} x)"
+        met = new / known <= self.max_ratio
         if self.rate is None:
-            return asked, met
+            return target, met
         rate = self.count / known
-        return f"{asked}; known, {self.rate:g} images/s ({rate:.0f})", met and rate >= self.rate
+        return f"{target}; known, {self.rate:g} images/s ({rate:.0f})", met and rate >= self.rate

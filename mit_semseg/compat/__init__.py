@@ -1,10 +1,10 @@
-"""Names, calls and flags of the published toolkit (mit-semseg 1.0.0) that have no other home.
+"""Names, signatures and flags of the published toolkit (mit-semseg 1.0.0) without another place.
 
-`PUBLISHED` maps each published module to the one that takes its place; `import mit_semseg` makes
-Python find it. Names that this package has elsewhere are re-exported, what torch provides today is
-torch's own, and the rest is implemented here.
+`PUBLISHED` maps each published module to its replacement; `import mit_semseg` installs an import
+hook for them. Names that this package has elsewhere are re-exported, those that torch provides
+today are torch's, and the rest is implemented here.
 
-This module imports the standard library alone: it is imported with the package.
+This module imports the standard library only, because it is imported with the package.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PUBLISHED = {
 
 
 class PublishedModules(MetaPathFinder, Loader):
-    """Gives the modules of `PUBLISHED` under their published names: the same object, not a copy."""
+    """Imports the modules of `PUBLISHED` under their published names, as the same module object."""
 
     def __init__(self) -> None:
         self._specs: dict[str, ModuleSpec | None] = {}
@@ -62,17 +62,17 @@ class PublishedModules(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__spec__.name if module.__spec__ else ""
-        module.__spec__ = self._specs[module.__name__]  # importlib has put that of `name` here
+        module.__spec__ = self._specs[module.__name__]  # importlib has set that of `name`
         for inner in _inside(name):
             importlib.import_module(inner)  # as the published packages do
 
 
 def _inside(package: str) -> list[str]:
-    """The published modules directly or indirectly in one of them."""
+    """The published modules inside a published package."""
     return [name for name in PUBLISHED if name.startswith(f"{package}.")]
 
 
 def install() -> None:
-    """Make Python find the published modules, after all others."""
+    """Add the import hook of the published modules, after all others."""
     if not any(isinstance(finder, PublishedModules) for finder in sys.meta_path):
         sys.meta_path.append(PublishedModules())

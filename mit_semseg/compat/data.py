@@ -1,4 +1,4 @@
-"""`lib.utils.data` as published, a copy of torch's loader of 2018: torch's own of today."""
+"""Published `lib.utils.data`, once a copy of torch's loader of 2018: today's torch.utils.data."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ __all__ = [
 
 
 class TensorDataset(data.TensorDataset):
-    """Pairs of entries of two tensors of the same length.
+    """A data set of two tensors, indexed along the first dimension.
 
     Args:
-        data_tensor: samples, one an entry along the first dimension.
+        data_tensor: samples.
         target_tensor: their targets.
     """
 
@@ -61,17 +61,17 @@ class TensorDataset(data.TensorDataset):
 
 
 class Sampler(data.Sampler[Any]):
-    """The base of samplers; torch's takes no argument any more."""
+    """Base class of samplers, with the argument that torch's no longer has."""
 
     def __init__(self, data_source: Sized | None = None) -> None:
         pass
 
 
 def DataLoaderIter(loader: DataLoader[Any]) -> Iterator[Any]:
-    """One pass over a loader; torch keeps the class of it to itself."""
+    """One pass over a loader."""
     return iter(loader)
 
 
 def pin_memory_batch(batch: Any) -> Any:
-    """The tensors inside nested dicts, lists and tuples in pinned memory; others are passed on."""
+    """Copies tensors in nested dicts, lists and tuples to pinned memory."""
     return map_tensors(torch.Tensor.pin_memory, batch)

@@ -1,6 +1,6 @@
-"""The flags of 2017 to 2019, before there were configuration files, and what each has become.
+"""Flags of the versions of 2017 to 2019, before configuration files, and their replacements.
 
-This module imports the standard library alone, so that mistakes in arguments are told at once.
+This module imports the standard library only, so that errors in arguments are printed at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from mit_semseg.arguments import SECTIONS
 
-# Flag -> configuration key; {} is the section of the command. `_converted` has their values.
+# Flag -> configuration key; {} is the section of the command. `_converted` converts the values.
 _KEYS = {
     "arch_encoder": "MODEL.arch_encoder",
     "arch_decoder": "MODEL.arch_decoder",
@@ -63,12 +63,12 @@ _OPTIONS = {
     "test_imgs": "--imgs",
     "result": "--out",
 }
-# Flag -> why nothing takes its place.
+# Flag without a replacement -> reason.
 _GONE = {
     "segSize": "results have the size of the image",
-    "lr_step": "the learning rate falls in every step, by TRAIN.lr_pow",
+    "lr_step": "the learning rate decays in every step, see TRAIN.lr_pow",
     "num_val": "all of DATASET.list_val is evaluated",
-    "vis": "curves are in DIR",
+    "vis": "curves are written to DIR",
     "ckpt_epoch": "weights are kept after every epoch, see TRAIN.keep",
 }
 _SWITCHES = ("fix_bn", "visualize", "flip", "random_flip")
@@ -77,23 +77,23 @@ _COMMANDS = {"train": "TRAIN", "eval": "VAL", "predict": "TEST"}
 
 
 def replacement(command: str, words: Sequence[str], program: str) -> str:
-    """What to type instead of a command line that has flags of the early versions.
+    """Translates a command line with flags of the early versions.
 
     Args:
-        command: "train", "eval" or "predict"; others never had any.
-        words: what was typed behind it.
-        program: how it was called, such as "python train.py".
+        command: "train", "eval" or "predict"; others had no such flags.
+        words: arguments of the command.
+        program: the program, such as "python train.py".
 
     Returns:
-        What each of these flags has become, and the whole new command line; "" without any.
+        The replacement of each flag, and the new command line; "" if there are no such flags.
 
     Example:
         >>> replacement("train", ["--num_gpus", "2"], "python train.py")
-        'flags have been replaced: --num_gpus by --gpus; type: python train.py --gpus 0-1'
+        'flags have been replaced: --num_gpus by --gpus; run: python train.py --gpus 0-1'
     """
     if command not in _COMMANDS:
         return ""
-    given, rest = _parted(command, list(words))
+    given, rest = _split(command, list(words))
     if not given:
         return ""
     for name, values in given.items():
@@ -102,19 +102,19 @@ def replacement(command: str, words: Sequence[str], program: str) -> str:
         if wrong and name not in (*_SWITCHES, *_GONE):
             to = _OPTIONS.get(name) or _KEYS[name].format(_COMMANDS[command])
             value = "a number" if takes_number else "a value"
-            return f"--{name} needs {value}, and has been replaced: use {to} with {value}"
+            return f"--{name} needs {value}, and was replaced: use {to} with {value}"
     at = next((i for i, word in enumerate(rest) if word.startswith(SECTIONS)), len(rest))
     new = _Translation(command, given)
     now = shlex.join([*rest[:at], *new.options, *rest[at:], *new.pairs])
     replaced = ", ".join(new.notes)
-    return f"flags have been replaced: {replaced}; type: {new.before}{program} {now}"
+    return f"flags have been replaced: {replaced}; run: {new.before}{program} {now}"
 
 
-def _parted(command: str, words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Early flags with their values, and all other words."""
+def _split(command: str, words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Splits arguments into early flags with their values, and all others."""
     known = {*_KEYS, *_OPTIONS, *_GONE}
     if command == "eval":
-        known.remove("workers")  # a current option, for something else
+        known.remove("workers")  # a current option with another meaning
     given: dict[str, list[str]] = {}
     rest: list[str] = []
     while words:
@@ -133,12 +133,12 @@ def _parted(command: str, words: list[str]) -> tuple[dict[str, list[str]], list[
 
 
 class _Translation:
-    """Early flags as current options and `KEY value` pairs.
+    """Current options and `KEY value` pairs for early flags.
 
     Attributes:
-        notes: what each flag has become.
-        options, pairs: words of the new command line.
-        before: a command that is to be run first, with "&&" behind it, or "".
+        notes: replacement of each flag.
+        options, pairs: arguments of the new command line.
+        before: a command to run first, followed by "&&", or "".
     """
 
     def __init__(self, command: str, given: dict[str, list[str]]) -> None:
@@ -147,7 +147,7 @@ class _Translation:
         self.pairs: list[str] = []
         self.before = ""
         section, predicting = _COMMANDS[command], command == "predict"
-        gone = {**_GONE, **({"visualize": "pictures are always written"} if predicting else {})}
+        gone = {**_GONE, **({"visualize": "overlays are always written"} if predicting else {})}
         for name, values in given.items():
             value = values[0] if values else ""
             if name in gone:
@@ -183,15 +183,15 @@ class _Translation:
         self.pairs = [word for key, value in pairs if key not in keys for word in (key, value)]
 
     def _roots(self, images: str, masks: str) -> None:
-        """Lists of 2017 named files in two folders, and said nothing else."""
+        """Sets data set keys for the folders of images and masks of the lists of 2017."""
         self._drop("DATASET.list_train", "DATASET.list_val", "DATASET.root_dataset")
         images, masks = os.path.normpath(images), os.path.normpath(masks)
         root, folder = os.path.split(images)
         if folder == "images" and masks == os.path.join(root, "annotations"):
             self.pairs += ["DATASET.format", "ade20k", "DATASET.root_dataset", root or "."]
             return
-        making = ["mit-semseg", "data", "make-odgt", "--images", images, "--labels", masks]
-        self.before = f"{shlex.join([*making, '--out', 'lists'])} && "
+        make_odgt = ["mit-semseg", "data", "make-odgt", "--images", images, "--labels", masks]
+        self.before = f"{shlex.join([*make_odgt, '--out', 'lists'])} && "
         self.pairs += ["DATASET.root_dataset", os.path.commonpath([images, masks]) or "."]
         for split in ("training", "validation"):
             key = "DATASET.list_train" if split == "training" else "DATASET.list_val"
@@ -199,7 +199,7 @@ class _Translation:
 
 
 def _converted(name: str, values: list[str]) -> str:
-    """The value of a flag as its key takes it."""
+    """The value of a flag, in the form of its key."""
     value = ",".join(values)
     if name in _SWITCHES:
         return "False" if value.lower() in ("0", "false") else "True"

@@ -1,4 +1,4 @@
-"""`models.hrnet` as published: HRNetV2-W48."""
+"""Published `models.hrnet`: HRNetV2-W48."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ __all__ = [
     "model_urls",
 ]
 
-BN_MOMENTUM = 0.1  # torch's default; the layers do not read it here
+BN_MOMENTUM = 0.1  # torch's default; not used by the layers here
 logger = logging.getLogger(__name__)
 blocks_dict = {"BASIC": BasicBlock, "BOTTLENECK": Bottleneck}
 model_urls = {"hrnetv2": imagenet_weights("hrnetv2").urls[0]}
 
 
 class HighResolutionModule(hrnet.Exchange):
-    """Residual blocks on every branch, then every branch receives the sum of all of them.
+    """Residual blocks on every branch, followed by fusion: each branch gets the sum of all.
 
     Args:
-        num_branches: how many, each of half the resolution of the one before.
+        num_branches: number of branches, each at half the resolution of the one before.
         blocks: `BasicBlock` or `Bottleneck`.
-        num_blocks: of each branch.
-        num_inchannels: of each branch; as published, the list is changed to what comes out.
-        num_channels: of each branch, times `blocks.expansion` in what comes out.
-        fuse_method: not read; sums are all there is, as published.
-        multi_scale_output: False gives the first branch only.
+        num_blocks: number of blocks of each branch.
+        num_inchannels: input channels of each branch; as published, the list is changed in place
+            to the output channels.
+        num_channels: channels of each branch; outputs have `blocks.expansion` times as many.
+        fuse_method: ignored, as published; branches are summed.
+        multi_scale_output: False: output the first branch only.
 
     Raises:
-        ValueError: a list has another length than `num_branches`.
+        ValueError: the length of a list is not `num_branches`.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class HighResolutionModule(hrnet.Exchange):
         self.fuse_method, self.multi_scale_output = fuse_method, multi_scale_output
 
     def get_num_inchannels(self) -> list[int]:
-        """Channels of each branch in what comes out."""
+        """Output channels of each branch."""
         return self.num_inchannels
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
@@ -94,8 +95,8 @@ class HRNetV2(hrnet.HRNetV2):
     """The encoder `hrnetv2`, which has no classifier.
 
     Args:
-        n_class: not read, as published.
-        kwargs: likewise.
+        n_class: ignored, as published.
+        kwargs: ignored.
     """
 
     def __init__(self, n_class: int, **kwargs: Any) -> None:
@@ -103,5 +104,5 @@ class HRNetV2(hrnet.HRNetV2):
 
 
 def hrnetv2(pretrained: bool = False, **kwargs: Any) -> HRNetV2:
-    """HRNetV2-W48; `pretrained` takes the published ImageNet weights, downloaded once."""
+    """HRNetV2-W48; `pretrained` loads the published ImageNet weights, downloaded once."""
     return started(HRNetV2(n_class=1000, **kwargs), "hrnetv2", pretrained)

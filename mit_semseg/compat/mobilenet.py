@@ -51,20 +51,20 @@ class InvertedResidual(mobilenet.InvertedResidual):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 that classifies images.
+    """MobileNetV2 for image classification.
 
-    For segmentation it is turned into an encoder by `models.models.MobileNetV2Dilated`;
-    `ModelBuilder.build_encoder` builds the same network.
+    `models.models.MobileNetV2Dilated` makes an encoder of it; `ModelBuilder.build_encoder` builds
+    the same network.
 
     Paper: Sandler et al. 2018, arXiv:1801.04381, table 2.
 
     Args:
-        n_class: of the classifier.
-        input_size: side of the images in pixels, only checked.
-        width_mult: factor on the channels.
+        n_class: number of classes.
+        input_size: side of the images in pixels; only checked.
+        width_mult: factor of the channels.
 
     Raises:
-        ValueError: `input_size` is no multiple of 32.
+        ValueError: `input_size` is not a multiple of 32.
     """
 
     def __init__(self, n_class: int = 1000, input_size: int = 224, width_mult: float = 1.0) -> None:
@@ -84,11 +84,11 @@ class MobileNetV2(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of the classes, (B, n_class), of (B, 3, H, W) images."""
+        """(B, 3, H, W) images -> (B, n_class) scores."""
         scores: Tensor = self.classifier(self.features(x).mean((2, 3)))
         return scores
 
 
 def mobilenetv2(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
-    """MobileNetV2; `pretrained` takes the published ImageNet weights, downloaded once."""
+    """MobileNetV2; `pretrained` loads the published ImageNet weights, downloaded once."""
     return started(MobileNetV2(n_class=1000, **kwargs), "mobilenetv2", pretrained)

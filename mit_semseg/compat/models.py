@@ -1,7 +1,7 @@
-"""`models.models` as published: encoders made of classifiers, decoders built from `fc_dim`.
+"""Published `models.models`: encoders made from classifiers, decoders built from `fc_dim`.
 
-What `ModelBuilder` builds are the classes of `models.encoders` and `models.decoders`, of the same
-layers under the same names; those below are subclasses with the published constructors.
+`ModelBuilder` builds the classes of `models.encoders` and `models.decoders`, which have the same
+layers and state dict names; the classes below are subclasses with the published constructors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
     "resnext",
 ]
 
-# dilate_scale -> dilations of the last two stages; any other leaves the strides.
+# dilate_scale -> dilations of the last two stages; for other values the strides are kept.
 _DILATIONS = {8: (2, 4), 16: (1, 2)}
 
 
@@ -54,14 +54,14 @@ def conv3x3_bn_relu(in_planes: int, out_planes: int, stride: int = 1) -> nn.Sequ
 
 # ------------------------------------------------------------------------------ encoders
 class Resnet(resnet_encoder.ResNet):
-    """The layers of a ResNet or ResNeXt but the classifier, as an encoder of output stride 32.
+    """A ResNet or ResNeXt without its classifier, as an encoder of output stride 32.
 
     Args:
-        orig_resnet: whose layers are taken, not copied.
+        orig_resnet: the network; its layers are used, not copied.
     """
 
     def __init__(self, orig_resnet: nn.Module) -> None:
-        nn.Module.__init__(self)  # not of ResNet, which makes layers
+        nn.Module.__init__(self)  # not that of ResNet, which creates layers
         for name in resnet.FEATURES:
             setattr(self, name, getattr(orig_resnet, name))
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
@@ -72,8 +72,8 @@ class ResnetDilated(Resnet):
     """As `Resnet`, with the last two stages dilated.
 
     Args:
-        orig_resnet: whose layers are taken, not copied, and changed.
-        dilate_scale: output stride, 8 or 16; as published, any other leaves it at 32.
+        orig_resnet: the network; its layers are used and changed, not copied.
+        dilate_scale: output stride, 8 or 16; as published, it is 32 for any other value.
     """
 
     def __init__(self, orig_resnet: nn.Module, dilate_scale: int = 8) -> None:
@@ -85,15 +85,15 @@ class ResnetDilated(Resnet):
 
 
 class MobileNetV2Dilated(mobilenet_encoder.MobileNetV2):
-    """The layers of a MobileNetV2 but the last convolution and the classifier, as an encoder.
+    """A MobileNetV2 without its last convolution and classifier, as an encoder.
 
     Args:
-        orig_net: whose layers are taken, not copied, and changed.
-        dilate_scale: output stride, 8 or 16; as published, any other leaves it at 32.
+        orig_net: the network; its layers are used and changed, not copied.
+        dilate_scale: output stride, 8 or 16; as published, it is 32 for any other value.
     """
 
     def __init__(self, orig_net: nn.Module, dilate_scale: int = 8) -> None:
-        nn.Module.__init__(self)  # not of MobileNetV2, which makes layers
+        nn.Module.__init__(self)  # not that of MobileNetV2, which creates layers
         self.features = cast(nn.Sequential, orig_net.features)[:-1]
         self.down_idx, self.total_idx = list(self.out_indices[:-1]), len(self.features)
         third, fourth = _DILATIONS.get(dilate_scale, (1, 1))
@@ -111,9 +111,9 @@ def _out_channels(stage: nn.Module) -> int:
 
 # ------------------------------------------------------------------------------ decoders
 class _OfWidth(Decoder):
-    """A decoder that is built from `fc_dim`, the channels of the encoder's last feature map.
+    """A decoder built from `fc_dim`, the channels of the encoder's last feature map.
 
-    The maps that it reads are each half as wide as the next.
+    Each of its feature maps has half the channels of the next.
     """
 
     def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False) -> None:
@@ -128,7 +128,7 @@ class _OfWidth(Decoder):
 
 
 class _OfPools(_OfWidth):
-    """The same with pools."""
+    """As `_OfWidth`, with `pool_scales`."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class _OfPools(_OfWidth):
 
 
 class _AuxiliaryInEvaluation(DeepSup):
-    """As published, `use_softmax` alone decides whether the auxiliary head is computed."""
+    """As published, the auxiliary head is also computed in evaluation without `use_softmax`."""
 
     def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
         heads = super().logits(features, tile)
@@ -155,19 +155,19 @@ class C1(_OfWidth, c1.C1):
 
 
 class C1DeepSup(_OfWidth, _AuxiliaryInEvaluation, c1.C1DeepSup):
-    """`C1`, and the same head on the map before the last, which has fc_dim // 2 channels."""
+    """`C1` with an auxiliary head on the map before the last, which has fc_dim // 2 channels."""
 
 
 class PPM(_OfPools, ppm.PPM):
-    """Average pools at several sizes, joined with the feature map."""
+    """Average pools of several sizes, concatenated with the feature map."""
 
 
 class PPMDeepsup(_OfPools, _AuxiliaryInEvaluation, ppm.PPMDeepSup):
-    """`PPM`, and a head on the map before the last, which has fc_dim // 2 channels."""
+    """`PPM` with an auxiliary head on the map before the last, which has fc_dim // 2 channels."""
 
 
 class UPerNet(_OfWidth, upernet.UPerNet):
-    """Pyramid pooling on top of a feature pyramid of `fpn_inplanes` channels."""
+    """UPerNet on feature maps of `fpn_inplanes` channels."""
 
     def __init__(
         self,

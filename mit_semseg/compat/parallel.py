@@ -1,4 +1,4 @@
-"""`lib.nn.modules` and `lib.nn.parallel` as published: synchronised layers, replicas, gathering."""
+"""Published `lib.nn.modules` and `lib.nn.parallel`: synchronised layers, replicas, gathering."""
 
 from __future__ import annotations
 
@@ -51,30 +51,30 @@ Device = int | str | torch.device
 
 # ------------------------------------------------------------------------------ data_parallel
 def dict_gather(outputs: Sequence[Any], target_device: Device, dim: int = 0) -> Any:
-    """Joins the outputs of replicas on one device, also inside dicts, lists and tuples.
+    """Gathers the outputs of replicas on one device, also in dicts, lists and tuples.
 
     Args:
-        outputs: one per replica, all of one structure.
+        outputs: one per replica, all of the same structure.
         target_device: a CUDA index, `"cuda:N"`, `"cpu"` or `torch.device`; -1 is the CPU.
         dim: dimension along which tensors are concatenated; scalars become a vector.
 
     Raises:
-        ValueError: the structures or shapes differ, or there is no such device.
+        ValueError: the structures or shapes differ, or the device does not exist.
     """
     device = "cpu" if target_device == -1 else target_device
     return gather(outputs, parse_device(device, "target_device"), dim)
 
 
 class DictGatherDataParallel(nn.DataParallel):
-    """`torch.nn.DataParallel` whose outputs may be dicts and scalars."""
+    """`torch.nn.DataParallel` whose outputs can be dicts and scalars."""
 
     def gather(self, outputs: Sequence[Any], output_device: Device) -> Any:
-        """Joins the outputs of the replicas, see `dict_gather`."""
+        """Gathers the outputs of the replicas, see `dict_gather`."""
         return dict_gather(outputs, output_device, dim=self.dim)
 
 
 def _async_copy_stream(inputs: Sequence[Any], device_ids: Sequence[Device]) -> list[Any]:
-    """Copies element i to device i, on a stream of its own where that is a GPU."""
+    """Copies element i to device i; to a GPU on a side stream."""
     return scatter(inputs, [parse_device(device) for device in device_ids])
 
 
@@ -85,16 +85,16 @@ def _async_copy(inputs: Sequence[Any], device_ids: Sequence[Device]) -> tuple[An
 
 # ------------------------------------------------------------------------------ comm
 class FutureResult:
-    """One result at a time that one thread leaves for another."""
+    """Passes one result at a time from one thread to another."""
 
     def __init__(self) -> None:
         self._slot: Queue[Any] = Queue(maxsize=1)
 
     def put(self, result: Any) -> None:
-        """Leaves a result.
+        """Stores a result.
 
         Raises:
-            RuntimeError: the one before has not been taken.
+            RuntimeError: the previous one has not been fetched.
         """
         try:
             self._slot.put_nowait(result)
@@ -102,17 +102,17 @@ class FutureResult:
             raise RuntimeError("the previous result has not been fetched") from None
 
     def get(self) -> Any:
-        """Waits for a result and takes it."""
+        """Waits for a result and removes it."""
         return self._slot.get()
 
 
 class SlavePipe(NamedTuple):
-    """What a replica other than the first has to talk to the first one with.
+    """Connection of another replica to the first one.
 
     Attributes:
-        identifier: of the replica.
-        queue: where the first one gets its messages from.
-        result: where the first one leaves the answer.
+        identifier: identifier of the replica.
+        queue: messages to the first replica.
+        result: answer of the first replica.
     """
 
     identifier: Any
@@ -126,14 +126,14 @@ class SlavePipe(NamedTuple):
 
 
 class SyncMaster:
-    """Where the first replica meets the others: collects messages, and answers all of them.
+    """Collects messages of all replicas in the first one, and distributes answers.
 
-    `SynchronizedBatchNorm` of this package does not use it; it is for layers of one's own that
-    were written for it. It is put into `ctx` by `__data_parallel_replicate__` of the first copy.
+    `SynchronizedBatchNorm` of this package does not use it; it is for custom layers that were
+    written for it. `__data_parallel_replicate__` of the first copy stores it in `ctx`.
 
     Args:
-        master_callback: the messages, [(identifier, message), ...] with the first replica's own,
-            of identifier 0, in front -> the answers in the same form and with that one in front.
+        master_callback: messages [(identifier, message), ...] -> answers in the same form. The
+            first in both is that of the first replica, whose identifier is 0.
     """
 
     def __init__(self, master_callback: Callable[[list[Any]], Sequence[Any]]) -> None:
@@ -143,10 +143,10 @@ class SyncMaster:
         self._used = False
 
     def register_slave(self, identifier: Any) -> SlavePipe:
-        """A pipe for a replica; the first one after `run_master` begins a new set of replicas.
+        """A pipe for a replica; the first call after `run_master` starts a new set of replicas.
 
         Raises:
-            RuntimeError: messages are left from the replicas before.
+            RuntimeError: there are messages of earlier replicas.
         """
         if self._used:
             if not self._queue.empty():
@@ -157,7 +157,7 @@ class SyncMaster:
         return SlavePipe(identifier, self._queue, self._answers[identifier])
 
     def run_master(self, master_msg: Any) -> Any:
-        """Waits for a message of every other replica, and hands out the answers.
+        """Waits for a message of every other replica, and distributes the answers.
 
         Returns:
             The answer for the first replica.
@@ -176,7 +176,7 @@ class SyncMaster:
 
     @property
     def nr_slaves(self) -> int:
-        """How many replicas have a pipe."""
+        """Number of replicas with a pipe."""
         return len(self._answers)
 
 

@@ -1,4 +1,4 @@
-"""`models.resnet` as published: ResNets with the classifier of ImageNet."""
+"""Published `models.resnet`: ResNets for image classification."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 
 
 class _Block(nn.Module):
-    """The published constructor, in front of a block's class."""
+    """Mixin with the published constructor."""
 
     def __init__(
         self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None
@@ -53,7 +53,7 @@ class _Block(nn.Module):
 
 
 class BasicBlock(_Block, resnet.BasicBlock):
-    """Two 3x3 convolutions; `downsample` takes the input to their shape where it differs."""
+    """Two 3x3 convolutions; `downsample` projects the input if its shape differs."""
 
 
 class Bottleneck(_Block, resnet.Bottleneck):
@@ -61,18 +61,18 @@ class Bottleneck(_Block, resnet.Bottleneck):
 
 
 class ResNet(nn.Module):
-    """A ResNet with a stem of three 3x3 convolutions that classifies images.
+    """A ResNet for image classification, with a stem of three 3x3 convolutions.
 
-    For segmentation it is turned into an encoder by `models.models.Resnet` or `ResnetDilated`;
-    `ModelBuilder.build_encoder` builds the same network.
+    `models.models.Resnet` or `ResnetDilated` makes an encoder of it; `ModelBuilder.build_encoder`
+    builds the same network.
 
-    Paper: He et al. 2016, arXiv:1512.03385, table 1; the pooling takes images of any size.
+    Paper: He et al. 2016, arXiv:1512.03385, table 1; with adaptive pooling for any image size.
 
     Args:
         block: `block(inplanes, planes, stride, downsample=...)` with an attribute `expansion`.
-        layers: blocks of each of the four stages.
-        num_classes: of the classifier.
-        options: further keyword arguments of `block`.
+        layers: number of blocks of each of the four stages.
+        num_classes: number of classes.
+        options: other keyword arguments of `block`.
     """
 
     planes: ClassVar[tuple[int, ...]] = (64, 128, 256, 512)
@@ -105,7 +105,7 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *(block(n_out, planes, **options) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of the classes, (B, num_classes), of (B, 3, H, W) images."""
+        """(B, 3, H, W) images -> (B, num_classes) scores."""
         for name in FEATURES:
             x = getattr(self, name)(x)
         scores: Tensor = self.fc(self.avgpool(x).flatten(1))
@@ -113,7 +113,7 @@ class ResNet(nn.Module):
 
 
 def resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet18; `pretrained` takes the published ImageNet weights, downloaded once."""
+    """ResNet18; `pretrained` loads the published ImageNet weights, downloaded once."""
     return started(ResNet(BasicBlock, [2, 2, 2, 2], **kwargs), "resnet18", pretrained)
 
 

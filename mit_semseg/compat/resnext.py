@@ -1,4 +1,4 @@
-"""`models.resnext` as published: ResNeXt101 with the classifier of ImageNet."""
+"""Published `models.resnext`: ResNeXt101 for image classification."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ model_urls = {"resnext101": imagenet_weights("resnext101").urls[0]}
 
 
 class GroupBottleneck(resnet.Bottleneck):
-    """1x1, 3x3 in groups, and 1x1 to twice `planes`; `downsample` as in `resnet.BasicBlock`."""
+    """1x1, grouped 3x3, and 1x1 to twice `planes`; `downsample` as in `resnet.BasicBlock`."""
 
     expansion = 2
 
@@ -44,16 +44,16 @@ class GroupBottleneck(resnet.Bottleneck):
 
 
 class ResNeXt(ResNet):
-    """A ResNeXt with a stem of three 3x3 convolutions that classifies images.
+    """A ResNeXt for image classification, with a stem of three 3x3 convolutions.
 
     Paper: Xie et al. 2017, arXiv:1611.05431, table 1.
 
     Args:
         block: `block(inplanes, planes, stride, groups=..., downsample=...)` with an attribute
             `expansion`.
-        layers: blocks of each of the four stages.
-        groups: of the 3x3 convolutions.
-        num_classes: of the classifier.
+        layers: number of blocks of each of the four stages.
+        groups: groups of the 3x3 convolutions.
+        num_classes: number of classes.
     """
 
     planes = (128, 256, 512, 1024)
@@ -65,5 +65,5 @@ class ResNeXt(ResNet):
 
 
 def resnext101(pretrained: bool = False, **kwargs: Any) -> ResNeXt:
-    """ResNeXt101 32x4d; `pretrained` takes the published ImageNet weights, downloaded once."""
+    """ResNeXt101 32x4d; `pretrained` loads the published ImageNet weights, downloaded once."""
     return started(ResNeXt(GroupBottleneck, [3, 4, 23, 3], **kwargs), "resnext101", pretrained)

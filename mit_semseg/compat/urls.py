@@ -1,4 +1,4 @@
-"""`models.utils` as published: weights from a url."""
+"""Published `models.utils`: weights from a URL."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def load_url(url: str, model_dir: str = "./pretrained", map_location: Any = None) -> Any:
-    """What a file of `torch.save` at a url holds; it is downloaded once.
+    """Downloads a file of `torch.save` once, and loads it.
 
-    `ModelBuilder` and `pretrained=True` do not use this: see `weights.resolve`.
+    `ModelBuilder` and `pretrained=True` use `weights.resolve` instead.
 
     Args:
-        url: of the file.
-        model_dir: folder that it is kept in, under the last part of the url.
-        map_location: as of `torch.load`; None: the CPU.
+        url: URL of the file.
+        model_dir: folder for the file, whose name is the last part of the URL.
+        map_location: as in `torch.load`; None: the CPU.
 
     Raises:
         DownloadError: the file could not be downloaded.
-        ValueError: it is damaged, or holds more than tensors and plain values.
+        ValueError: it is damaged, or contains more than tensors and plain values.
     """
     path = fetch(url, Path(model_dir) / url.rsplit("/", 1)[-1])
     return load_checked(path, "cpu" if map_location is None else map_location)
 
 
 def started(model: M, name: str, pretrained: bool) -> M:
-    """A model, with the published ImageNet weights of a name if they are asked for."""
+    """The model, with the published ImageNet weights of `name` if `pretrained`."""
     if pretrained:
         load_encoder(model, name, "")
     return model

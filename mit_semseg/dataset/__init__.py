@@ -1,4 +1,4 @@
-"""Data: from files to batches. Importing this package registers every format by its name."""
+"""Data sets: from files to batches. Importing this package registers all data formats."""
 
 from mit_semseg.dataset import (
     ade20k,

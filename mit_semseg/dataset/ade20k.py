@@ -33,7 +33,7 @@ class Ade20k(PairedFolders):
                 member="ADEChallengeData2016",
             ),
         ),
-        # Where the published recipes look for them, with paths from the folder above.
+        # Where the published recipes expect them, with paths relative to the folder above.
         lists={"train": "training.odgt", "val": "validation.odgt"},
     )
     num_class = 150

@@ -1,4 +1,4 @@
-"""Aspect-preserving batches: the published style, with crops and colours on request."""
+"""Aspect-preserving batches as published, with optional crops and colour jitter."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mit_semseg.dataset.transforms import color_jitter, fitted_size, jitter_fact
 
 
 class AspectPreserving:
-    """The published samples: resized, flipped at random, and, with `crop_size`, cropped.
+    """Samples as published: resized, flipped at random, and, with `crop_size`, cropped.
 
     Args:
-        options: the settings of samples.
+        options: `DATASET` options.
     """
 
     by_orientation = True  # batches are padded to their largest width and height
@@ -27,7 +27,7 @@ class AspectPreserving:
         """Size, flip, window and colours; see `BatchStyle`."""
         options = self.options
         flip = options.random_flip and rng.random() < 0.5
-        if options.crop_size:  # sizes of crops are equal anyway, so no padding is saved by sharing
+        if options.crop_size:  # crops need no padding, so the batch need not share a size
             short = int(rng.choice(options.imgSizes))
         state = rng.bit_generator.state
         width, height = fitted_size(*size, short, options.imgMaxSize)

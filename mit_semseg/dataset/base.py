@@ -1,4 +1,4 @@
-"""The base of data set formats: where records, classes and label map of a data set come from."""
+"""Base classes of data formats, which provide the records, classes and label map of a data set."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Archive:
     """One archive of a public data set.
 
     Attributes:
-        urls: places of the same file, in order of preference; none where the owner asks for a
-            registration or a consent first, so that people fetch it themselves.
-        sha256: of the file, or None where it is not known.
-        member: the folder in the archive whose content is unpacked; "" unpacks all.
-        into: folder below the data set's that it is unpacked to.
-        name: of its file, where no url says it.
+        urls: URLs of the same file, in order of preference; empty if the owner requires a
+            registration or consent, so that users must download it themselves.
+        sha256: digest of the file, or None if it is not known.
+        member: folder in the archive whose content is unpacked; "": everything.
+        into: subfolder of the data set's folder that it is unpacked to.
+        name: its file name, if there is no URL.
     """
 
     urls: tuple[str, ...]
@@ -37,7 +37,7 @@ class Archive:
 
     def __post_init__(self) -> None:
         if not self.urls and not self.name:
-            raise ValueError("an Archive needs a url, or a name")
+            raise ValueError("an Archive needs a URL or a name")
 
     @property
     def file_name(self) -> str:
@@ -47,15 +47,15 @@ class Archive:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a public data set comes from.
+    """Origin of a public data set.
 
     Attributes:
-        title: its name in full.
+        title: its full name.
         licence: terms in one line.
-        home: page of the data set.
-        layout: what the folder must hold, for people who fetch it by hand.
-        folder: usual name of the data set's folder, below `data/`.
-        archives: what to download, or to fetch by hand, and unpack.
+        home: its web page.
+        layout: required content of the folder, for manual downloads.
+        folder: usual name of its folder in `data/`.
+        archives: archives to download and unpack.
         lists: split -> list file to write beside the folder, for recipes that read lists.
     """
 
@@ -69,17 +69,17 @@ class Source:
 
 
 class DataFormat(ABC):
-    """One kind of data: a subclass in its own file, registered by name in `FORMATS`."""
+    """A data format: a subclass in its own file, registered by name in `FORMATS`."""
 
     source: Source | None = None
-    title: str = ""  # named in messages
+    title: str = ""  # for messages
     num_class: int | None = None  # of a public data set
-    table: str = ""  # its class table, a file of the folder `tables` without `.csv`
-    # How its depth images are stored, as DATASET.depth_scale; None: it has none.
+    table: str = ""  # its class table, a file in the folder `tables` without `.csv`
+    # DATASET.depth_scale of its depth images; None: there are none.
     depth_scale: float | str | None = None
-    # Classes that a mirror turns into each other: a mirrored left arm is a right arm.
+    # Pairs of classes that a horizontal flip exchanges, such as left and right arm.
     mirror_pairs: tuple[tuple[int, int], ...] = ()
-    # Entries of list_train / list_val are split names; the published default lists mean these.
+    # Published default lists -> splits. Other entries of list_train / list_val are splits.
     default_splits: Mapping[str, str] = {
         "./data/training.odgt": "train",
         "./data/validation.odgt": "val",
@@ -87,41 +87,41 @@ class DataFormat(ABC):
 
     @abstractmethod
     def records(self, root: Path, split: str) -> list[Record]:
-        """Records of one split, paths relative to `root` or absolute."""
+        """Records of one split, with paths relative to `root` or absolute."""
 
     def records_for(self, root: Path, split: str, options: DataOptions) -> list[Record]:
-        """As `records`, for data sets whose masks are made as the options ask for them."""
+        """As `records`, for data sets whose masks depend on the options."""
         return self.records(root, split)
 
     def classes(self, options: DataOptions) -> ClassTable:
-        """The class table; numbered classes where there is none.
+        """The class table; numbered classes if there is none.
 
         Raises:
-            ValueError: `options.num_class` does not fit it.
+            ValueError: it does not have `options.num_class` rows.
         """
         if not self.table:
             return ClassTable.numbered(options.num_class)
         return table_of(self.table, options.num_class, self.title)
 
     def classes_for(self, root: Path, splits: Sequence[str], options: DataOptions) -> ClassTable:
-        """As `classes`, for data sets whose own files name the classes of these splits."""
+        """As `classes`, for data sets whose files name the classes of these splits."""
         return self.classes(options)
 
     def count_for(self, root: Path, split: str) -> int | None:
-        """How many classes a split has, where its files or the data set say so."""
+        """Number of classes of a split, if its files or the data set define it."""
         return self.num_class
 
     @abstractmethod
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
-        """How these records' masks are to be read, `options.ignore_label` not yet applied."""
+        """The label map for these records, without `options.ignore_label`."""
 
 
 class PairedFolders(DataFormat):
-    """A data set of two folders a split: images, and masks of the same names."""
+    """A data set with two folders per split: images, and masks of the same names."""
 
     @abstractmethod
     def layouts(self, split: str) -> Sequence[tuple[str, str]]:
-        """The folders (images, masks) of a split, below the root; of several the first there is."""
+        """Possible folders (images, masks) of a split, below the root; the first pair is used."""
 
     def records(self, root: Path, split: str) -> list[Record]:
         layouts = self.layouts(split)
@@ -133,13 +133,13 @@ class PairedFolders(DataFormat):
 
 
 def not_here(root: Path, title: str, expected: str, name: str) -> FileNotFoundError:
-    """The error about a data set that is not below its root.
+    """The error for a data set that is not in its folder.
 
     Args:
         root: `DATASET.root_dataset`.
-        title: of the data set.
-        expected: a file or folder that is missing.
-        name: of the data format.
+        title: name of the data set.
+        expected: a missing file or folder.
+        name: name of the data format.
     """
     return FileNotFoundError(
         f"{root}: no {title} here, expected {expected}; check DATASET.root_dataset, or run "

@@ -1,4 +1,4 @@
-"""The published base class of the three data sets: the list of their records."""
+"""The published base class of the three data sets, which reads lists of records."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ _FILTERS = {
 
 
 def imresize(im: Image.Image, size: tuple[int, int], interp: str = "bilinear") -> Image.Image:
-    """A Pillow image resized to `size`, (width, height), by Pillow.
+    """Resizes a Pillow image to `size`, (width, height), with Pillow.
 
-    The data sets of this package resize by `transforms.resize_image`, within one grey level of it.
+    The data sets of this package use `transforms.resize_image`; differences are at most one grey
+    level.
 
     Raises:
-        ValueError: `interp` is neither nearest, bilinear nor bicubic.
+        ValueError: `interp` is not nearest, bilinear or bicubic.
     """
     if interp not in _FILTERS:
         raise ValueError(f"interp is {interp!r}; use {', '.join(map(repr, _FILTERS))}")
@@ -39,21 +40,21 @@ def imresize(im: Image.Image, size: tuple[int, int], interp: str = "bilinear") -
 
 
 class BaseDataset(Dataset[dict[str, Any]]):
-    """A list of records, and how one image and one mask become tensors.
+    """A list of records, and the conversion of images and masks to tensors.
 
-    `TrainDataset`, `ValDataset` and `TestDataset` take the list from here. They make their tensors
-    in faster ways with the same results, and do not call the methods below, which are there for
-    data sets of one's own.
+    `TrainDataset`, `ValDataset` and `TestDataset` only use the list. They create tensors with
+    faster code and the same results, and do not call the conversion methods below, which are for
+    custom data sets.
 
     Args:
         odgt: list file, list files, or records.
         opt: `cfg.DATASET`, or any object with some of its attributes.
-        label_map: stored value -> class; by default from `label_offset` and `ignore_label`.
-        part: which part of the list, see `parse_input_list`.
+        label_map: stored value -> class; None: from `label_offset` and `ignore_label`.
+        part: part of the list, see `parse_input_list`.
 
     Attributes:
         list_sample: the records.
-        num_sample: how many there are.
+        num_sample: their number.
 
     Raises:
         FileNotFoundError, ValueError: the list or an option cannot be used.
@@ -77,7 +78,7 @@ class BaseDataset(Dataset[dict[str, Any]]):
         if changed and cls.__getitem__.__module__.startswith("mit_semseg."):
             raise TypeError(
                 f"{cls.__name__}.{changed[0]} would never be called: use DATASET.mean, std, "
-                "label_offset, label_map or padding_constant, or write __getitem__, too"
+                "label_offset, label_map or padding_constant, or override __getitem__, too"
             )
 
     def __len__(self) -> int:
@@ -90,12 +91,11 @@ class BaseDataset(Dataset[dict[str, Any]]):
 
         Args:
             odgt: list file, list files, or records.
-            max_sample: the first records only, so many; 0 or less: all.
-            start_idx, end_idx: of those, the ones from `start_idx` on and before `end_idx`; a
-                negative number in either: all.
+            max_sample: maximum number of records; 0 or less: all.
+            start_idx, end_idx: the slice of those to use; all if either is negative.
 
         Raises:
-            FileNotFoundError, ValueError: a list cannot be read, or nothing is left of it.
+            FileNotFoundError, ValueError: a list cannot be read, or no records are left.
         """
         records = read_records(odgt, self.root_dataset)
         count = len(records)
@@ -117,7 +117,7 @@ class BaseDataset(Dataset[dict[str, Any]]):
 
     @property
     def imgMaxSize(self) -> int:
-        """The long side never passes this, in pixels."""
+        """Maximum of the long side in pixels."""
         return self.options.imgMaxSize
 
     @property
@@ -134,7 +134,7 @@ class BaseDataset(Dataset[dict[str, Any]]):
         return Normalize([m / unit for m in mean], [s / unit for s in std])
 
     def img_transform(self, img: Image.Image | np.ndarray) -> Tensor:
-        """An RGB image, (H, W, 3) in 0..255, as the encoder expects it: (3, H, W) float32."""
+        """An RGB image, (H, W, 3) in 0..255, as input of the encoder: (3, H, W) float32."""
         pixels = np.asarray(img, dtype=np.float32) / 255
         if self.options.color_order == "BGR":
             pixels = pixels[:, :, ::-1]
@@ -142,7 +142,7 @@ class BaseDataset(Dataset[dict[str, Any]]):
         return normalized
 
     def segm_transform(self, segm: Image.Image | np.ndarray) -> Tensor:
-        """A mask as stored, (H, W) integers, as class ids: (H, W) int64 with -1 ignored.
+        """Stored mask values, (H, W) integers, as class ids: (H, W) int64 with -1 ignored.
 
         Raises:
             ValueError: a stored value is neither a class nor ignored.

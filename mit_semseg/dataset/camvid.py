@@ -19,7 +19,7 @@ VOID = 11
 
 @FORMATS.register("camvid")
 class CamVid(DataFormat):
-    """`train.txt`, `val.txt`, `test.txt`: an image and a mask a line; stored 11 is void."""
+    """`train.txt`, `val.txt`, `test.txt`: an image and a mask per line; stored 11 is void."""
 
     title = "CamVid"
     table = "camvid"
@@ -60,7 +60,7 @@ class CamVid(DataFormat):
 
 
 def _below_root(path: str) -> str:
-    """`/SegNet/CamVid/train/x.png`, the author's absolute path, as `train/x.png`."""
+    """`/SegNet/CamVid/train/x.png`, an absolute path of the author, as `train/x.png`."""
     parts = path.replace("\\", "/").split("/")
     if path.startswith("/") and "CamVid" in parts:
         return "/".join(parts[parts.index("CamVid") + 1 :])

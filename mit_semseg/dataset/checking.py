@@ -1,4 +1,4 @@
-"""What is in a list of samples, and what is wrong with it: `mit-semseg data check`."""
+"""Statistics and errors of a list of samples: `mit-semseg data check`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, locate, read_odgt
 from mit_semseg.dataset.split import absolute
 
-# Stored values that by custom mean "no label" in 8 and 16 bits.
+# Stored values that usually mean "no label", in 8 and 16 bits.
 _CUSTOMARY_IGNORE = (255, 65535)
 
 
 @dataclass
 class _Finding:
-    """What one sample shows; only `error` when it cannot be used."""
+    """Properties of one sample; only `error` if it cannot be used."""
 
     record: Record
     error: str = ""
@@ -39,7 +39,7 @@ class _Finding:
     image_mode: str = ""
     mask_mode: str = ""
     counts: dict[int, int] = field(default_factory=dict)  # stored value -> pixels
-    colors: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of them in its palette
+    colors: dict[int, tuple[int, ...]] = field(default_factory=dict)  # their palette colours
 
 
 def check(
@@ -55,27 +55,26 @@ def check(
     depth: DataOptions | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Read every sample of a list and report what is in it and what is wrong.
+    """Read every sample of a list, and report statistics, errors and warnings.
 
     Args:
-        source: list file, or what `DATASET.list_train` holds for `data_format`, or records.
-        root: `DATASET.root_dataset`. None looks for the images from the working folder and from
-            the list's own folder upwards.
+        source: list file, or an entry of `DATASET.list_train` for `data_format`, or records.
+        root: `DATASET.root_dataset`; None: the working folder, or the list's folder or one of its
+            parents, wherever the images are.
         data_format: `DATASET.format`.
-        num_class: None takes a public data set's own, else as many as the stored values need.
+        num_class: None: that of a public data set, or else what the stored values need.
         label_offset, ignore_label: as in `DATASET`.
-        classes: names; by default those of the format.
-        label_map: by default that of the format; or pairs (stored value, class), for lists and
-            folders of the user's own.
-        depth: settings of a recipe whose depth images are to be read as well.
-        progress: show a bar.
+        classes: class table; None: that of the format.
+        label_map: None: that of the format; or pairs (stored value, class), for formats odgt and
+            folder.
+        depth: options of a recipe whose depth images are also read.
+        progress: show a progress bar.
 
     Returns:
-        A dict that `json.dump` takes: `ok`, `records`, `root`, `num_class`, `sizes`,
-        `image_modes`, `mask_modes` (value -> number of samples), `stored_values`, `classes` (per
-        class: `id`, `name`, `pixels`, `share` of labelled pixels, `images`), `absent`,
-        `ignored_share`, and lists `unreadable` and `out_of_range` of messages that name files,
-        `warnings`.
+        A dict for `json.dump`: `ok`, `records`, `root`, `num_class`, `sizes`, `image_modes`,
+        `mask_modes` (value -> number of samples), `stored_values`, `classes` (per class: `id`,
+        `name`, `pixels`, `share` of labelled pixels, `images`), `absent`, `ignored_share`, and
+        lists of messages: `unreadable`, `out_of_range`, `warnings`.
 
     Raises:
         FileNotFoundError, ValueError: the list itself cannot be read.
@@ -84,8 +83,8 @@ def check(
     if label_map is not None and not isinstance(label_map, LabelMap):
         if formats.num_class is not None:
             raise ValueError(
-                f"a label map is for formats odgt and folder; {data_format} knows what its values "
-                "mean"
+                f"a label map can be given for formats odgt and folder; {data_format} defines its "
+                "own"
             )
         options = options_of(label_map)
         if num_class is not None:
@@ -160,7 +159,7 @@ def check(
 
 
 def _by_class(findings: Iterable[_Finding], mapping: LabelMap) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of each class, and images in which it occurs, (num_class,) int64 each."""
+    """Number of pixels of each class, and of images with it, (num_class,) int64 each."""
     pixels, images = np.zeros((2, mapping.num_class), dtype=np.int64)
     for finding in findings:
         ids = {value: mapping.values.get(value, -1) for value in finding.counts}
@@ -181,7 +180,7 @@ def _resolve(
     formats: DataFormat,
     options: DataOptions,
 ) -> tuple[list[Record], str]:
-    """Records with absolute paths, and the folder they were found from."""
+    """Records with absolute paths, and the folder that their paths were relative to."""
     if not isinstance(source, str):
         base = os.fspath(root or "")
         return [absolute(record, base) for record in source], base
@@ -202,13 +201,13 @@ def _resolve(
     if root is None:
         raise FileNotFoundError(
             f"{first}, the first image of {path}, is neither in the working folder nor beside the "
-            "list; give the folder its paths are relative to with --root"
+            "list; set --root to the folder that the paths are relative to"
         )
     return [absolute(record, places[0]) for record in records], places[0]
 
 
 def _inspect(records: Sequence[Record], options: DataOptions, progress: bool) -> Iterator[_Finding]:
-    """Findings in the order of the records; files are read by a few threads."""
+    """Findings in the order of the records; files are read in threads."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         yield from tqdm(
             pool.map(partial(_look, options), records),
@@ -246,7 +245,7 @@ def _look(options: DataOptions, record: Record) -> _Finding:
 
 
 def _palette_warnings(findings: Iterable[_Finding]) -> list[str]:
-    """One line where a stored value has different colours: each file numbers its own anew."""
+    """A warning if palettes differ: each file may have numbered its colours independently."""
     seen: dict[int, tuple[tuple[int, ...], str]] = {}
     for finding in findings:
         for value, color in finding.colors.items():
@@ -254,8 +253,8 @@ def _palette_warnings(findings: Iterable[_Finding]) -> list[str]:
             if first != color:
                 return [
                     f"stored value {value} has the colour {first} in {file} and {color} in "
-                    f"{finding.record['fpath_segm']}: if colours mean classes, each of these files "
-                    "numbers them anew, and stored values mean nothing; save all with one palette"
+                    f"{finding.record['fpath_segm']}: if colours are classes, the files number "
+                    "them differently, so stored values are not classes; save all with one palette"
                 ]
     return []
 

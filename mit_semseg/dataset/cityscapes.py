@@ -13,7 +13,7 @@ from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, not_he
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.records import Record, list_images, match_by_stem
 
-# Stored value in *_labelIds.png of each class, in class order; every other one of 0..33 is void.
+# Stored values in *_labelIds.png, in class order; all others of 0..33 are void.
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _IMAGE, _LABEL, _TRAIN = "_leftImg8bit", "_gtFine_labelIds", "_gtFine_labelTrainIds"
 
@@ -22,7 +22,7 @@ _IMAGE, _LABEL, _TRAIN = "_leftImg8bit", "_gtFine_labelIds", "_gtFine_labelTrain
 class Cityscapes(DataFormat):
     """`leftImg8bit/<split>/<city>` beside `gtFine/<split>/<city>`.
 
-    `*_labelIds.png`, which the data set ships, are used where every image has one, else
+    The masks are `*_labelIds.png`, which the data set includes, if every image has one, otherwise
     `*_labelTrainIds.png`.
     """
 
@@ -46,27 +46,27 @@ class Cityscapes(DataFormat):
         for folder in (images, labels):
             if not (root / folder).is_dir():
                 raise not_here(root, self.title, f"the folder {folder}", "cityscapes")
-        pictures, masks = list_images(root / images), list_images(root / labels)
-        lonely: list[str] = []
+        photos, masks = list_images(root / images), list_images(root / labels)
+        unmatched: list[str] = []
         for end in (_LABEL, _TRAIN):
-            pairs, missing, _ = match_by_stem(pictures, masks, _IMAGE, end)
+            pairs, missing, _ = match_by_stem(photos, masks, _IMAGE, end)
             if pairs and not missing:
                 return [
-                    Record(fpath_img=f"{images}/{picture}", fpath_segm=f"{labels}/{mask}")
-                    for picture, mask in pairs
+                    Record(fpath_img=f"{images}/{photo}", fpath_segm=f"{labels}/{mask}")
+                    for photo, mask in pairs
                 ]
-            lonely = lonely or missing
+            unmatched = unmatched or missing
         raise ValueError(
             f"{root / labels}: not every image of {images} has a mask *{_LABEL}.png or "
-            f"*{_TRAIN}.png{f'; the first without is {lonely[0]}' if lonely else ''}"
+            f"*{_TRAIN}.png{f'; the first without is {unmatched[0]}' if unmatched else ''}"
         )
 
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
         by_train_id = {record["fpath_segm"].endswith(f"{_TRAIN}.png") for record in records}
         if len(by_train_id) > 1:
             raise ValueError(
-                f"the list mixes *{_LABEL}.png and *{_TRAIN}.png masks, whose values mean "
-                "different things; use one kind"
+                f"the list mixes *{_LABEL}.png and *{_TRAIN}.png masks, whose values have "
+                "different meanings; use one kind"
             )
         if by_train_id == {True}:
             return LabelMap.identity(options.num_class, 255, " (Cityscapes labelTrainIds)")

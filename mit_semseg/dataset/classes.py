@@ -17,7 +17,7 @@ TABLES = Path(__file__).parent / "tables"
 
 
 def distinct_colors(count: int) -> np.ndarray:
-    """`count` well separated colours, (count, 3) uint8: hues a golden angle apart."""
+    """`count` distinct colours, (count, 3) uint8, with hues at golden-angle steps."""
     colors = [
         colorsys.hsv_to_rgb((0.6180339887 * k) % 1, (0.55, 0.95, 0.75)[k % 3], (0.95, 0.75)[k % 2])
         for k in range(count)
@@ -30,7 +30,7 @@ class ClassTable:
     """Names and colours of the classes, in class order.
 
     Attributes:
-        names: K names.
+        names: names of the K classes.
         colors: (K, 3) uint8 RGB.
     """
 
@@ -55,17 +55,17 @@ class ClassTable:
 
     @classmethod
     def numbered(cls, count: int) -> ClassTable:
-        """`class 0`, `class 1`, ...: for data whose classes have no names."""
+        """A table with names `class 0`, `class 1`, ..."""
         return cls.of(f"class {k}" for k in range(count))
 
     @classmethod
     def load(cls, path: PathLike) -> ClassTable:
-        """A csv with columns Idx (from 1, in order), Name and optionally R, G, B.
+        """Loads a CSV file with columns Idx (from 1, in order), Name and optionally R, G, B.
 
-        Of several names joined by `;` the first is kept. Without R, G, B colours are generated.
+        Of several names separated by `;` the first is used. Without R, G, B, colours are generated.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: a column is missing, a row is out of order, or a colour is outside 0..255.
         """
         name = os.fspath(path)
@@ -95,11 +95,11 @@ class ClassTable:
 
         Args:
             num_class: `DATASET.num_class`.
-            name: of the table, in the error.
-            fix: what to do, in the error.
+            name: name of the table, for the error.
+            fix: advice, for the error.
 
         Raises:
-            ValueError: it has another number.
+            ValueError: the number of rows differs.
         """
         if len(self) != num_class:
             raise ValueError(
@@ -109,7 +109,7 @@ class ClassTable:
         return self
 
     def save(self, path: PathLike) -> None:
-        """Write the table as csv with columns Idx,Name,R,G,B."""
+        """Writes the table as CSV with columns Idx,Name,R,G,B."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["Idx", "Name", "R", "G", "B"])
@@ -118,6 +118,6 @@ class ClassTable:
 
 
 def table_of(name: str, num_class: int, title: str) -> ClassTable:
-    """A table of the package, checked against the configured class count."""
+    """A class table of the package; ValueError if it does not have `num_class` rows."""
     table = ClassTable.load(TABLES / f"{name}.csv")
     return table.checked(num_class, title, f"set DATASET.num_class {len(table)}")

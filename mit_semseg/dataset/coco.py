@@ -1,4 +1,4 @@
-"""COCO 2017: masks of its objects, drawn from `instances_*.json`.
+"""COCO 2017: masks of its objects, rasterised from `instances_*.json`.
 
 Paper: Lin et al. 2014, arXiv:1405.0312. Licence: annotations CC BY 4.0; images from flickr, subject
 to its terms of use.
@@ -21,8 +21,8 @@ from mit_semseg.config import DataOptions
 from mit_semseg.dataset import coco_shapes
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source, not_here
 from mit_semseg.dataset.classes import TABLES, ClassTable, distinct_colors
-from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once, facts_of
 from mit_semseg.dataset.label_map import LabelMap
+from mit_semseg.dataset.mask_cache import FOLDER, MaskJob, cached_facts, cached_masks
 from mit_semseg.dataset.records import Record, two_places
 from mit_semseg.errors import one_line
 
@@ -32,7 +32,7 @@ ALL = tuple(k for k in range(1, 91) if k not in _NEVER)
 VOC = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
 BACKGROUND = "background"
 IGNORED = 255
-# A mask is as large as its image, of which more pixels are refused when it is read.
+# Limit for masks; larger images are refused when they are read.
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 30)
 
 IMAGES = (
@@ -45,14 +45,14 @@ IMAGES = (
 class Coco(DataFormat):
     """`images/train2017` (or `train2017`) and `annotations/instances_train2017.json`.
 
-    A list entry is a split (`train`), or `images_dir:FILE.json` for an annotation file of one's
-    own. Its `categories` are compared with COCO's by name. `DATASET.num_class` 81 has all of
-    COCO's, 21 VOC's in VOC's order; other categories are classes in the order of their ids, with
-    their own names. 0 is background.
+    A list entry is a split (`train`), or `images_dir:FILE.json` for a custom annotation file, whose
+    `categories` are compared with COCO's by name. With `DATASET.num_class` 81 the classes are
+    those of COCO, with 21 those of VOC in VOC's order; other categories become classes in the order
+    of their ids, with their names. Class 0 is background.
 
-    Every image has a mask, also one without objects. Where objects overlap the smaller one is on
-    top (a book on a table is a book); regions marked as crowds are ignored, but for objects in
-    them. Masks are drawn once, to `semantic_masks/coco<num_class>` beside the data.
+    Every image has a mask, even without objects. Of overlapping objects the smaller one is on top
+    (a book on a table is a book). Crowd regions are ignored, except for objects in them. Masks are
+    rasterised once, to `semantic_masks/coco<num_class>` beside the data.
     """
 
     source = Source(
@@ -76,7 +76,7 @@ class Coco(DataFormat):
     def records_for(self, root: Path, split: str, options: DataOptions) -> list[Record]:
         place = _Place.of(root, split)
         source = place.source
-        if place.own and not (root / place.images[0]).is_dir():
+        if place.custom and not (root / place.images[0]).is_dir():
             raise FileNotFoundError(
                 f"{root / place.images[0]}: no such folder of images; check DATASET.root_dataset "
                 f"and the list entry {split!r}"
@@ -86,12 +86,12 @@ class Coco(DataFormat):
         categories = _categories(root, place, options.num_class)
         _, values = _classes(categories, options.num_class, root / source)
 
-        def drawings() -> list[Drawing]:
+        def jobs() -> list[MaskJob]:
             content = read_json(root, source, "COCO")
             records = coco_records(content, images, masks, root / source)
             objects = _objects(content, categories, values, root / source)
             return [
-                Drawing(
+                MaskJob(
                     record,
                     partial(draw, image, objects.get(image["id"], []), values, root / source),
                 )
@@ -99,7 +99,7 @@ class Coco(DataFormat):
             ]
 
         facts = {"categories": list(categories.items())}
-        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO {place.name}", source, facts)
+        return cached_masks(root, f"{masks}.odgt", jobs, f"COCO {place.name}", source, facts)
 
     def classes(self, options: DataOptions) -> ClassTable:
         coco = ClassTable.load(TABLES / "coco.csv").names[1:]
@@ -135,23 +135,23 @@ class Coco(DataFormat):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the files of a list entry are, below the root or absolute.
+    """The files of a list entry, below the root or absolute.
 
     Attributes:
-        images: folders that the images may be in.
+        images: possible folders of the images.
         source: the annotation file.
-        name: of the masks' folder.
-        own: whether the entry names the file, which then has to be there.
+        name: name of the masks' folder.
+        custom: whether the entry names the annotation file, which must then exist.
     """
 
     images: tuple[str, ...]
     source: str
     name: str
-    own: bool
+    custom: bool
 
     @classmethod
     def of(cls, root: Path, entry: str) -> _Place:
-        """The place of a split, or of `images_dir:FILE.json`."""
+        """The files of a split, or of `images_dir:FILE.json`."""
         pairs = [pair for pair in two_places(entry) if pair[1].lower().endswith(".json")]
         if not pairs:
             if entry.lower().endswith(".json") or ":" in entry:
@@ -162,27 +162,27 @@ class _Place:
             year = year_of(entry)
             return cls(image_places(year), f"annotations/instances_{year}.json", year, False)
         images, source = next((p for p in pairs if (root / p[1]).is_file()), pairs[0])
-        # Two entries never share masks, since they may be of other images, or drawn otherwise.
+        # Entries do not share masks, as their images or classes may differ.
         mark = hashlib.sha256(entry.encode("utf-8", "surrogateescape")).hexdigest()[:8]
         return cls((images,), source, f"{Path(source).stem}-{mark}", True)
 
     def is_there(self, root: Path, num_class: int) -> bool:
-        """Whether the categories can be read; without, a split has those of COCO."""
+        """Whether the categories can be read; if not, a split has those of COCO."""
         listing = f"{FOLDER}/coco{num_class}/{self.name}.odgt"
-        kept = facts_of(root, listing, self.source) is not None
-        return self.own or kept or (root / self.source).is_file()
+        kept = cached_facts(root, listing, self.source) is not None
+        return self.custom or kept or (root / self.source).is_file()
 
 
 def _categories(root: Path, place: _Place, num_class: int) -> dict[Any, str]:
-    """Category id -> name, of an annotation file or as kept with its masks."""
+    """Category id -> name, from the annotation file or from the cache of its masks."""
     listing = f"{FOLDER}/coco{num_class}/{place.name}.odgt"
-    kept = facts_of(root, listing, place.source)
+    kept = cached_facts(root, listing, place.source)
     if kept is not None:
         return dict(kept["categories"])
-    if not place.own and not (root / place.source).is_file() and (root / listing).is_file():
-        # Masks that an earlier version drew, which read COCO's categories alone.
+    if not place.custom and not (root / place.source).is_file() and (root / listing).is_file():
+        # Masks of an earlier version, which supported COCO's categories only.
         return dict(zip(ALL, ClassTable.load(TABLES / "coco.csv").names[1:], strict=True))
-    if place.own and not (root / place.source).is_file():
+    if place.custom and not (root / place.source).is_file():
         raise FileNotFoundError(
             f"{root / place.source}: no such annotation file; check DATASET.root_dataset and the "
             f"list entry '{place.images[0]}:{place.source}'"
@@ -196,30 +196,30 @@ def _categories_in(root: Path, source: str) -> dict[Any, str]:
     return _categories_since(root, source, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
-@lru_cache(maxsize=16)  # such files may have hundreds of MB
+@lru_cache(maxsize=16)  # the files can have hundreds of MB
 def _categories_since(root: Path, source: str, changed: int) -> dict[Any, str]:
     return category_names(read_json(root, source, "COCO"), root / source)
 
 
 def _own(categories: Mapping[Any, str]) -> list[str]:
-    """Class names of categories that are classes in the order of their ids, background first."""
+    """Class names of custom categories: background, then the categories in the order of ids."""
     ids = sorted(categories, key=lambda key: (isinstance(key, str), key))
     names = [categories[key] for key in ids]
     return [BACKGROUND, *(name for name in names if not _is_background(name))]
 
 
 def _is_background(name: str) -> bool:
-    """Whether a category is what class 0 is anyway."""
+    """Whether a category is the background, class 0."""
     return name.casefold() == BACKGROUND
 
 
 def _classes(
     categories: Mapping[Any, str], num_class: int, path: Path
 ) -> tuple[ClassTable, dict[Any, int]]:
-    """The classes that `num_class` makes of the categories of a file, and category id -> class.
+    """The class table for `num_class` and the categories of a file, and category id -> class.
 
     Raises:
-        ValueError: it makes none; the number that does is named.
+        ValueError: `num_class` does not match the categories.
     """
     coco = ClassTable.load(TABLES / "coco.csv")
     voc = {coco.names[1 + ALL.index(category)]: k for k, category in enumerate(VOC, 1)}
@@ -235,7 +235,7 @@ def _classes(
         numbers, table = {name: k for k, name in enumerate(own)}, ClassTable(tuple(own), colors)
         if len(own) > IGNORED:
             raise ValueError(
-                f"{path} has {len(own) - 1} categories, masks hold {IGNORED - 1}; merge some"
+                f"{path} has {len(own) - 1} categories, masks at most {IGNORED - 1}; merge some"
             )
     else:
         or_voc = ", or 21 for the classes of Pascal VOC" if of_coco and set(voc) <= names else ""
@@ -258,16 +258,16 @@ def _objects(
     """Image id -> its annotations of the categories in `values`.
 
     Raises:
-        ValueError: an annotation is of none of `categories` or has no shape, or none of them is of
-            an image that is there: objects would become background.
+        ValueError: an annotation has an unknown category or no shape, or all of them are of unknown
+            images; otherwise objects would become background.
     """
     images = {image["id"] for image in content["images"]}
     if not images or not content["annotations"]:
         what = "annotations" if images else "images"
-        raise ValueError(f"{path}: its list of {what} is empty; there is nothing to learn from it")
+        raise ValueError(f"{path}: its list of {what} is empty; it cannot be used for training")
     if all(map(_is_scaled, content["annotations"])):
         raise ValueError(
-            f"{path}: all its polygons lie within one pixel, as shares of the image's sides would; "
+            f"{path}: all its polygons lie within one pixel, as if relative to the image size; "
             "give their corners in pixels"
         )
     objects: dict[Any, list[dict[str, Any]]] = {}
@@ -276,13 +276,13 @@ def _objects(
         category, name = one.get("category_id"), one.get("id", number)
         if not is_key(category) or category not in categories:
             raise ValueError(
-                f"{path}: annotation {name!r:.60} has category_id {category!r:.60}, which is none "
-                f"of its categories {_listed([repr(key) for key in categories])}"
+                f"{path}: annotation {name!r:.60} has category_id {category!r:.60}, not one of "
+                f"its categories {_listed([repr(key) for key in categories])}"
             )
         if one.get("segmentation") == []:
             raise ValueError(
-                f"{path}: annotation {name!r:.60} has an empty segmentation, as boxes without "
-                "outlines have; draw its shape, or remove it"
+                f"{path}: annotation {name!r:.60} has an empty segmentation, as bounding boxes "
+                "without shapes have; add its shape, or remove it"
             )
         key = one.get("image_id")
         if not is_key(key) or key not in images:
@@ -291,14 +291,14 @@ def _objects(
             objects.setdefault(key, []).append(one)
     if len(others) == len(content["annotations"]):
         raise ValueError(
-            f"{path}: its annotations are of other images than it lists: the first has image_id "
+            f"{path}: none of its annotations belongs to its images: the first has image_id "
             f"{others[0]!r:.60}, the first image the id {content['images'][0]['id']!r:.60}"
         )
     return objects
 
 
 def _is_scaled(annotation: dict[str, Any]) -> bool:
-    """Whether an annotation is of polygons whose corners are all within [0, 1]."""
+    """Whether an annotation has polygons whose corners are all in [0, 1]."""
     polygons = annotation.get("segmentation")
     if not isinstance(polygons, list) or not polygons:
         return False
@@ -318,16 +318,16 @@ def draw(
     """The mask of one image.
 
     Args:
-        image: its entry in the json, with `height` and `width`.
-        objects: its annotations, each a crowd or an object, as polygons or run lengths.
+        image: its entry in the JSON file, with `height` and `width`.
+        objects: its annotations, as polygons or run-length encodings.
         categories: category id -> stored value.
-        source: the json, named in errors.
+        source: the JSON file, for errors.
 
     Returns:
-        (height, width) uint8: stored values, 0 where nothing is, 255 in crowds.
+        (height, width) uint8: stored values, 0 for background, 255 in crowds.
 
     Raises:
-        ValueError: an object's shape cannot be drawn; json and image are named.
+        ValueError: the shape of an object cannot be rasterised.
     """
     mask = np.zeros((image["height"], image["width"]), dtype=np.uint8)
     try:
@@ -336,7 +336,7 @@ def draw(
         ]
     except ValueError as error:
         raise ValueError(f"{source}: {image['file_name']}: damaged annotation: {error}") from error
-    # Crowds first, then the largest: what comes later is on top.
+    # Crowds first, then by decreasing size: later shapes are on top.
     shapes.sort(key=lambda pair: (not pair[0].get("iscrowd"), -int(pair[1].sum())))
     for one, shape in shapes:
         mask[shape] = IGNORED if one.get("iscrowd") else categories[one["category_id"]]
@@ -345,17 +345,17 @@ def draw(
 
 # ------------------------------------------------------------------------------ shared
 def year_of(split: str) -> str:
-    """`train` as `train2017`; other splits have their own names."""
+    """`train` -> `train2017`, `val` -> `val2017`; other splits are unchanged."""
     return f"{split}2017" if split in ("train", "val") else split
 
 
 def image_places(year: str) -> tuple[str, ...]:
-    """Folders below the root that the images may be in."""
+    """Possible folders of the images, below the root."""
     return f"images/{year}", year
 
 
 def first_folder(root: Path, places: Sequence[str], title: str) -> str:
-    """The first of some folders that exists below `root`; the error names the first."""
+    """The first of `places` that is a folder below `root`."""
     for place in places:
         if (root / place).is_dir():
             return place
@@ -363,11 +363,11 @@ def first_folder(root: Path, places: Sequence[str], title: str) -> str:
 
 
 def read_json(root: Path, name: str, title: str) -> dict[str, Any]:
-    """An annotation file below `root`, its images checked to have what is read of them.
+    """Reads an annotation file below `root`, and checks its images.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, lacks images or annotations, or one of them is none.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not JSON, has no images or annotations, or an entry is invalid.
     """
     path = root / name
     if not path.is_file():
@@ -379,7 +379,7 @@ def read_json(root: Path, name: str, title: str) -> dict[str, Any]:
     for key in ("images", "annotations"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            raise ValueError(f"{path}: has no {key!r}; it is no annotation file of {title}")
+            raise ValueError(f"{path}: has no {key!r}; it is not an annotation file of {title}")
         for number, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 raise ValueError(f"{path}: entry {number} of {key!r} is {entry!r:.60}; damaged")
@@ -391,21 +391,21 @@ def read_json(root: Path, name: str, title: str) -> dict[str, Any]:
 
 
 def is_key(value: Any) -> bool:
-    """Whether a value of a json may be an id."""
+    """Whether a JSON value can be an id."""
     return isinstance(value, (int, str))
 
 
 def category_names(content: Mapping[str, Any], path: Path) -> dict[Any, str]:
-    """Category id -> name, as `categories` of an annotation file has them.
+    """Category id -> name, from `categories` of an annotation file.
 
     Raises:
-        ValueError: there are none, one of them lacks id or name, or two have the same.
+        ValueError: there are none, an id or name is missing, or two are equal.
     """
     entries = content.get("categories")
     if not isinstance(entries, list) or not entries:
         raise ValueError(
-            f"{path}: has no 'categories', a list of id and name of each: nothing says what its "
-            "annotations are"
+            f"{path}: has no 'categories', a list with the id and name of each, so the classes of "
+            "its annotations are unknown"
         )
     found: dict[Any, str] = {}
     for number, entry in enumerate(entries):
@@ -421,7 +421,7 @@ def category_names(content: Mapping[str, Any], path: Path) -> dict[Any, str]:
 
 
 def _fault(image: dict[str, Any]) -> str:
-    """What is wrong with an entry in `images`; "" where nothing is."""
+    """The problem of an entry in `images`; "" if there is none."""
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
         return f"'file_name' is {name!r:.60}"
@@ -432,23 +432,23 @@ def _fault(image: dict[str, Any]) -> str:
         if type(value) is not int or value < 1:
             return f"{key!r} is {value!r:.60}, not a number of pixels"
     if image["width"] * image["height"] > MOST_PIXELS:
-        return f"{image['width']} x {image['height']} pixels are more than an image has"
+        return f"{image['width']} x {image['height']} pixels are more than images may have"
     return ""
 
 
 def coco_records(
     content: Mapping[str, Any], images: str, masks: str, path: Path
 ) -> list[tuple[dict[str, Any], Record]]:
-    """The entries in `images` of the json, each with its record.
+    """The entries in `images` of the JSON file, each with its record.
 
     Raises:
-        ValueError: two of them have one id or would have one mask.
+        ValueError: two of them have the same id, or would have the same mask file.
     """
     found: list[tuple[dict[str, Any], Record]] = []
     seen: dict[Any, str] = {}
     for image in content["images"]:
         name = image["file_name"]
-        # Masks stay in their folder, wherever the images are.
+        # Without "/" and "..", so that masks stay in their folder.
         parts = [part for part in PurePosixPath(name).parts if part not in ("/", "//", "..")]
         mask = str(PurePosixPath(masks, *parts).with_suffix(".png"))
         for key, what in (

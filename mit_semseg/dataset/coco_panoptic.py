@@ -1,4 +1,4 @@
-"""COCO 2017 panoptic: 80 things and 53 kinds of stuff, from its coloured PNGs and their json.
+"""COCO 2017 panoptic: 80 things and 53 stuff classes, from its coloured PNGs and JSON files.
 
 Paper: Kirillov et al. 2019, arXiv:1801.00868. Licence: annotations CC BY 4.0; images from flickr,
 subject to its terms of use.
@@ -20,12 +20,12 @@ from mit_semseg.config import DataOptions
 from mit_semseg.dataset import coco
 from mit_semseg.dataset.base import FORMATS, Archive, DataFormat, Source
 from mit_semseg.dataset.classes import TABLES, ClassTable
-from mit_semseg.dataset.drawn import FOLDER, Drawing, drawn_once
 from mit_semseg.dataset.label_map import LabelMap
+from mit_semseg.dataset.mask_cache import FOLDER, MaskJob, cached_masks
 from mit_semseg.dataset.records import Record
 from mit_semseg.errors import one_line
 
-# Category ids in class order: the things, then stuff; similar kinds of stuff have been merged.
+# Category ids in class order: things, then stuff, some of which COCO has merged.
 STUFF = (
     92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148,
     149, 151, 154, 155, 156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181, 184, 185, 186,
@@ -39,9 +39,9 @@ VOID = 255
 class CocoPanoptic(DataFormat):
     """`images/train2017`, `annotations/panoptic_train2017.json` and a folder or zip of that name.
 
-    The PNGs hold the number of a segment, red + 256 green + 65536 blue, and the json its category.
-    Crowds keep their class, which is known; 0 is void. Masks are drawn once, to
-    `semantic_masks/coco_panoptic` beside the data.
+    The PNGs store segment ids, red + 256 green + 65536 blue, and the JSON file their categories.
+    Crowds have their class; 0 is void. Masks are created once, in `semantic_masks/coco_panoptic`
+    beside the data.
     """
 
     title = "COCO panoptic"
@@ -73,9 +73,9 @@ class CocoPanoptic(DataFormat):
         beside = "" if (root / f"panoptic_{year}.json").is_file() else "annotations/"
         source = f"{beside}panoptic_{year}.json"
 
-        def drawings() -> list[Drawing]:
+        def jobs() -> list[MaskJob]:
             content = coco.read_json(root, source, "COCO panoptic")
-            pictures = _Pictures(root / f"{beside}panoptic_{year}")
+            pngs = _PngReader(root / f"{beside}panoptic_{year}")
             _check_categories(content, root / source)
             segments: dict[Any, dict[str, Any]] = {}
             for number, one in enumerate(content["annotations"]):
@@ -85,30 +85,30 @@ class CocoPanoptic(DataFormat):
                     raise ValueError(f"{root / source}: {name}: {fault}; damaged")
                 segments[one["image_id"]] = one
             return [
-                Drawing(record, partial(draw, pictures, segments[image["id"]]))
+                MaskJob(record, partial(draw, pngs, segments[image["id"]]))
                 for image, record in coco.coco_records(content, images, masks, root / source)
                 if image["id"] in segments
             ]
 
-        return drawn_once(root, f"{masks}.odgt", drawings, f"COCO panoptic {year}", source, {})
+        return cached_masks(root, f"{masks}.odgt", jobs, f"COCO panoptic {year}", source, {})
 
     def label_map(self, records: Sequence[Record], options: DataOptions) -> LabelMap:
         return LabelMap.identity(options.num_class, VOID, " (COCO panoptic: 255 is void)")
 
 
-class _Pictures:
-    """Coloured PNGs, from a folder or from the zip that is shipped in its place.
+class _PngReader:
+    """Reads coloured PNGs from a folder, or from the zip file of the same name.
 
     Args:
-        folder: the folder; the zip has its name.
+        folder: the folder.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: neither exists.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.archive: zipfile.ZipFile | None = None  # several threads may read of one
+        self.archive: zipfile.ZipFile | None = None  # shared by threads
         if folder.is_dir():
             return
         file = folder.with_name(f"{folder.name}.zip")
@@ -127,27 +127,27 @@ class _Pictures:
         try:
             if self.archive is not None:
                 where = io.BytesIO(self.archive.read(f"{self.folder.name}/{name}"))
-            with Image.open(where) as picture:
-                return np.asarray(picture.convert("RGB"))
+            with Image.open(where) as image:
+                return np.asarray(image.convert("RGB"))
         except (OSError, KeyError, zipfile.BadZipFile) as error:
             reason = one_line(error)
             raise ValueError(f"{self.folder / name}: cannot be read ({reason})") from error
 
 
 def _check_categories(content: dict[str, Any], path: Path) -> None:
-    """Refuse an annotation file whose category ids mean something else than in COCO."""
+    """ValueError if category ids have other names than in COCO."""
     names = ClassTable.load(TABLES / "coco_panoptic.csv").names
     for key, name in coco.category_names(content, path).items():
         known = names[CLASSES[key]] if key in CLASSES else "unused"
         if name != known:
             raise ValueError(
-                f"{path}: its category {key!r} is {name!r}, in COCO {known!r}; for categories of "
-                "your own save masks of one channel and set DATASET.format folder"
+                f"{path}: its category {key!r} is {name!r}, in COCO {known!r}; for custom "
+                "categories save masks with one channel and set DATASET.format folder"
             )
 
 
 def _fault(annotation: dict[str, Any]) -> str:
-    """What is wrong with an entry in `annotations`; "" where nothing is."""
+    """The problem of an entry in `annotations`; "" if there is none."""
     name, segments = annotation.get("file_name"), annotation.get("segments_info")
     if not isinstance(name, str) or not name:
         return f"'file_name' is {name!r:.60}"
@@ -163,30 +163,32 @@ def _fault(annotation: dict[str, Any]) -> str:
     return ""
 
 
-def draw(pictures: _Pictures, annotation: dict[str, Any]) -> np.ndarray:
-    """Class ids of one picture, (H, W) uint8, 255 where nothing is annotated.
+def draw(pngs: _PngReader, annotation: dict[str, Any]) -> np.ndarray:
+    """Class ids of one image, (H, W) uint8, 255 where nothing is annotated.
 
     Args:
-        pictures: where its colours are.
-        annotation: its entry in the json: `file_name`, and `segments_info` with `id` and
+        pngs: reader of its PNG.
+        annotation: its entry in the JSON file: `file_name`, and `segments_info` with `id` and
             `category_id` of each segment.
 
     Raises:
-        ValueError: it cannot be read, or holds a segment or category that is not known.
+        ValueError: the PNG cannot be read, or has an unknown segment or category.
     """
     name = annotation["file_name"]
-    parts = pictures.read(name).astype(np.int64)
-    numbers, places = np.unique(parts @ np.array([1, 256, 65536]), return_inverse=True)
+    parts = pngs.read(name).astype(np.int64)
+    ids, inverse = np.unique(parts @ np.array([1, 256, 65536]), return_inverse=True)
     known = {one["id"]: one["category_id"] for one in annotation["segments_info"]}
-    values = np.full(len(numbers), VOID, dtype=np.uint8)
-    for k, number in enumerate(numbers.tolist()):
+    values = np.full(len(ids), VOID, dtype=np.uint8)
+    for k, number in enumerate(ids.tolist()):
         if number == 0:
             continue
         if known.get(number) not in CLASSES:
+            problem = (
+                f"category {known[number]}" if number in known else "no entry in the JSON file"
+            )
             raise ValueError(
-                f"{pictures.folder / name}: segment {number} has "
-                f"{f'category {known[number]}' if number in known else 'no entry in the json'}; "
-                "picture and json do not belong together"
+                f"{pngs.folder / name}: segment {number} has {problem}; PNG and JSON file do "
+                "not belong together"
             )
         values[k] = CLASSES[known[number]]
-    return values[places.reshape(parts.shape[:2])]
+    return values[inverse.reshape(parts.shape[:2])]

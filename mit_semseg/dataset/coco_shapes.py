@@ -1,7 +1,7 @@
-"""Shapes of COCO's objects as masks: polygons, and run lengths, plain or compressed.
+"""Rasterisation of COCO's object shapes: polygons, and plain or compressed run-length encodings.
 
-Written after the description of the formats in COCO's own API (pycocotools), whose masks these
-equal bit for bit; the tests compare them where it is installed.
+The masks are bit-identical to those of COCO's API (pycocotools); tests compare them if it is
+installed.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import Any
 
 import numpy as np
 
-# Corners farther outside of the image than this many times its size are moved there: what is in it
-# hardly changes, and an outline is as long as the image is large, whatever a file says.
+# Corners are clamped to this many image sizes outside of the image, which limits the work for
+# damaged files and hardly changes the mask.
 _BEYOND = 3
-# Characters of one run length in COCO's text: 5 bits each, so more than any image has pixels.
-_LONGEST = 12
-# Outlines are drawn on a grid this much finer than pixels.
+# Maximum characters of a compressed run length, of 5 bits each.
+_MAX_CHARACTERS = 12
+# Outlines are rasterised on a grid that is finer than the pixels by this factor.
 _FINER = 5
 
 
 def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """The mask of `segmentation` in an annotation.
+    """Rasterises `segmentation` of an annotation.
 
     Args:
         segmentation: a list of polygons, each `[x0, y0, x1, y1, ...]` in pixels; or a dict with
-            `size` [height, width] and `counts`, run lengths as numbers or as COCO's text.
-        height, width: of the image.
+            `size` [height, width] and `counts`, run lengths as numbers or as COCO's string.
+        height, width: size of the image.
 
     Returns:
         (height, width) bool.
 
     Raises:
-        ValueError: it is none of them, of another size, or has a corner that is no number.
+        ValueError: it has another type or size, or a corner is not a number.
     """
     if isinstance(segmentation, list):
         mask = np.zeros((height, width), dtype=bool)
@@ -55,13 +55,14 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def _of_runs(runs: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
-    """(height, width) bool of run lengths: in turn outside and inside, down the columns."""
+    """(height, width) bool from run lengths, alternately outside and inside, in column order."""
     inside = np.arange(len(runs)) % 2 == 1
     return np.repeat(inside, runs).reshape(width, height).T
 
 
 def _numbers(text: str | bytes) -> list[int]:
-    """Run lengths from text: 5 bits a character; from the fourth on, added to the last but one."""
+    """Run lengths from COCO's string: 5 bits per character; from the fourth on, differences to the
+    last but one."""
     codes = text.encode("ascii", "replace") if isinstance(text, str) else text
     runs: list[int] = []
     value = shift = 0
@@ -69,9 +70,9 @@ def _numbers(text: str | bytes) -> list[int]:
         bits = code - 48
         value |= (bits & 31) << shift
         shift += 5
-        if shift > 5 * _LONGEST:
-            raise ValueError("a run length is longer than any image; the text is damaged")
-        if bits & 32:  # there is more of this number
+        if shift > 5 * _MAX_CHARACTERS:
+            raise ValueError("a run length is larger than any image; the string is damaged")
+        if bits & 32:  # the number continues
             continue
         if bits & 16:  # it is negative
             value -= 1 << shift
@@ -88,15 +89,15 @@ def _corners(polygon: Any) -> np.ndarray:
         raise ValueError(f"a polygon has an x and a y for each corner, not {len(polygon)} numbers")
     for number in polygon:
         if type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
-            raise ValueError(f"a corner of a polygon is at {number!r:.60}, which is no number")
+            raise ValueError(f"a corner of a polygon is at {number!r:.60}, which is not a number")
     return np.array(polygon, dtype=np.float64).reshape(-1, 2)
 
 
 def _polygon(corners: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(height, width) bool of one outline, filled.
+    """(height, width) bool of one filled polygon.
 
-    Where the outline, on the finer grid, steps over the middle of a column of pixels, it begins or
-    ends a run there: each crossing turns over all pixels after it, down the columns.
+    A run starts or ends where the outline, on the finer grid, crosses the middle of a column of
+    pixels.
     """
     if len(corners) < 3:  # no area
         return np.zeros((height, width), dtype=bool)
@@ -111,7 +112,7 @@ def _polygon(corners: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points of the closed outline on the finer grid, one step apart, in order: x and y."""
+    """x and y of the points of the closed outline on the finer grid, in order."""
     grid = np.trunc(_FINER * corners + 0.5).astype(np.int64)
     sides = zip(grid.tolist(), np.roll(grid, -1, axis=0).tolist(), strict=True)
     x, y = np.concatenate([_line(*start, *end) for start, end in sides], axis=1)
@@ -119,9 +120,9 @@ def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _line(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
-    """(2, n) points from start to end, both included, a step apart along the longer side."""
+    """(2, n) points from start to end inclusive, at unit steps along the longer side."""
     across = abs(x1 - x0) >= abs(y1 - y0)
-    # Computed from the lower end, whichever comes first, so that rounding is the same both ways.
+    # Always computed from the lower end, so that rounding does not depend on the direction.
     (a0, b0), (a1, b1) = ((x0, y0), (x1, y1)) if across else ((y0, x0), (y1, x1))
     back = a0 > a1
     if back:

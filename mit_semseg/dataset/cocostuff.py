@@ -13,7 +13,7 @@ from mit_semseg.dataset.classes import ClassTable, table_of
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.records import Record
 
-# Stored values 0..181 are COCO ids minus 1. These eleven things were never annotated.
+# Stored values 0..181 are COCO ids minus 1. These eleven are not annotated.
 UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 USED = tuple(value for value in range(182) if value not in UNUSED)
 UNLABELLED = 255
@@ -23,7 +23,7 @@ UNLABELLED = 255
 class CocoStuff(PairedFolders):
     """`images/train2017` beside `annotations/train2017` or `stuffthingmaps/train2017`.
 
-    171 classes without gaps, or with `DATASET.num_class 182` the stored values themselves.
+    171 classes without gaps, or, with `DATASET.num_class 182`, the stored values.
     """
 
     title = "COCO-Stuff"

@@ -17,7 +17,7 @@ from mit_semseg.registry import closest
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one of the subcommands; 0 when all is well, 1 when it found or met problems."""
+    """Runs one of the subcommands; returns 0, or 1 if there are problems in the data."""
     if args.action == "make-odgt":
         report = make_odgt(
             args.images,
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:
     if args.format is not None:
-        FORMATS.get(args.format)  # refuses an unknown name, even where --cfg makes it idle
+        FORMATS.get(args.format)  # an unknown name is an error, even if --cfg is used instead
     if args.cfg:
         data = args.options.DATASET
         split = build_split(data, args.list)
@@ -73,7 +73,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _label_map(text: str) -> list[Any]:
-    """Pairs as typed, to be checked where they are used."""
+    """The parsed, unchecked pairs."""
     return list(SETTINGS["DATASET.label_map"].read(text, "--label-map"))
 
 

@@ -1,4 +1,4 @@
-"""Random crops of one size: the batch style beside the aspect-preserving one."""
+"""Batches of random crops of one size."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ _IGNORED = -1
 
 
 class RandomCrops:
-    """Crops of one size out of images that are scaled, coloured, blurred, rotated and flipped.
+    """Random crops with scaling, colour jitter, blur, rotation and flips.
 
-    The augmentation of PSPNet (Zhao et al. 2017, arXiv:1612.01105, sec. 5.1: mirror images, scales
-    of 0.5 to 2, rotations of up to 10 degrees, blur), and random colours. In this order:
+    The augmentation of PSPNet (Zhao et al. 2017, arXiv:1612.01105, sec. 5.1: flips, scales of 0.5
+    to 2, rotations of up to 10 degrees, blur), and colour jitter. In this order:
 
-    1. The image is resized with its aspect kept: a short side out of `imgSizes`, as the
-       aspect-preserving style and the evaluation have it, times a factor from `scale_jitter`.
-    2. A window of `crop_size` is laid anywhere into it; a side that is smaller is taken whole.
+    1. The image is resized with its aspect ratio kept: to a short side from `imgSizes`, as in the
+       aspect-preserving style and in evaluation, times a factor from `scale_jitter`.
+    2. A random window of `crop_size` is chosen; a smaller side is used whole.
     3. Brightness, contrast and saturation change by `color_jitter`.
-    4. With a probability of `random_blur` the image is blurred.
-    5. Image and labels are rotated about the middle of the window, by up to `random_rotation`
-       degrees. What lies around the window comes into its corners; only what lies beyond the image
-       is filled: with the mean colour, rounded to bytes, and with ignored labels.
-    6. With `random_flip` every other crop is mirrored, in its classes too where a mirror turns
-       one into another (`DataFormat.mirror_pairs`).
-    7. A crop smaller than `crop_size` is padded at its right and bottom when it is put into a
-       batch, exactly with the mean colour, and with ignored labels.
+    4. With probability `random_blur` the image is blurred.
+    5. Image and labels are rotated around the centre of the window, by up to `random_rotation`
+       degrees. The corners are filled with what surrounds the window, and beyond the image with the
+       mean colour, rounded to integers, and with ignored labels.
+    6. With `random_flip`, half of the crops are flipped horizontally, and classes that a flip
+       exchanges (`DataFormat.mirror_pairs`) are exchanged.
+    7. A crop smaller than `crop_size` is padded on the right and bottom of the batch, with the
+       exact mean colour and with ignored labels.
 
-    The paper leaves open how factors and angles are distributed; here they are uniform.
+    Factors and angles are uniformly distributed; the paper does not specify it.
 
-    Image and labels go through the same calls of `torchvision.transforms.v2.functional`, the labels
-    as nearest neighbours. So does depth, whose nearest neighbours are true depths, which means of
-    them are not; it is neither coloured nor blurred.
+    Image and labels are transformed by the same functions (`torchvision.transforms.v2.functional`),
+    labels with nearest-neighbour interpolation. So is depth, because means of depths across an edge
+    are wrong; it is neither colour-jittered nor blurred.
 
-    Nothing is drawn from torchvision's transform classes, since they draw from torch's global
-    generator: every number is from the generator of the sample. Nor are two of its functions used:
-    its contrast is about a mean that torch adds up in another order with another number of
-    threads, so that a sample would depend on `TRAIN.workers`; its blur took 75 ms where OpenCV's
-    took 0.7 ms (416 x 528 pixels, one core).
+    torchvision's transform classes are not used, because they draw from torch's global generator;
+    here all random numbers are from the generator of the sample. Two of its functions are not used:
+    `adjust_contrast` computes a mean whose rounding depends on the number of threads, so that
+    samples would depend on `TRAIN.workers`; `gaussian_blur` takes 75 ms, that of OpenCV 0.7 ms
+    (416 x 528 pixels, one core).
 
     Args:
-        options: the settings of samples, `batching` "crop".
+        options: `DATASET` options with `batching` "crop".
     """
 
-    by_orientation = False  # all crops are of one size
+    by_orientation = False  # all crops have the same size
 
     def __init__(self, options: DataOptions) -> None:
         self.options = options
@@ -67,7 +67,7 @@ class RandomCrops:
     def plan(self, size: tuple[int, int], short: int, rng: np.random.Generator) -> Plan:
         """Size, angle, flip, window, colours and blur; see `BatchStyle`.
 
-        Every crop draws a short side of its own, in place of the batch's.
+        Each crop draws its own short side; that of the batch is not used.
         """
         options = self.options
         short = int(rng.choice(options.imgSizes))
@@ -92,26 +92,26 @@ class RandomCrops:
         if plan.sigma:
             image = cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), plan.sigma)
 
-        def turned(part: Tensor, fill: float | list[float]) -> np.ndarray:
-            return (frame.turned(part, plan.angle, fill) if plan.angle else part).numpy()
+        def rotated(part: Tensor, fill: float | list[float]) -> np.ndarray:
+            return (frame.rotated(part, plan.angle, fill) if plan.angle else part).numpy()
 
         pixels = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
         depth = loaded.depth
         loaded = replace(
-            loaded.relabelled(turned(_mask(loaded.labels()), _IGNORED)[0]),
-            image=turned(pixels, self._mean_color).transpose(1, 2, 0),
-            depth=None if depth is None else turned(_mask(depth), 0.0)[0],
+            loaded.relabelled(rotated(_mask(loaded.labels()), _IGNORED)[0]),
+            image=rotated(pixels, self._mean_color).transpose(1, 2, 0),
+            depth=None if depth is None else rotated(_mask(depth), 0.0)[0],
         )
         return loaded.flipped() if plan.flip else loaded
 
 
 class _Frame:
-    """A window with as much around it as comes into it when it is turned.
+    """A window and the surrounding pixels that a rotation moves into it.
 
     Attributes:
-        inside: the rows and columns of the image that lie in the frame.
-        beyond: how far the frame passes the image: left, top, right, bottom.
-        place: of the window in the frame: top, left, height, width.
+        inside: rows and columns of the image in the frame.
+        beyond: how far the frame exceeds the image: left, top, right, bottom.
+        place: the window in the frame: top, left, height, width.
     """
 
     def __init__(self, inside: Window, beyond: list[int], place: tuple[int, int, int, int]) -> None:
@@ -122,8 +122,8 @@ class _Frame:
         """The frame around a window (rows, columns) of an image (height, width)."""
         h, w = (window.stop - window.start for window in windows)
         sin, cos = (abs(f(math.radians(angle))) for f in (math.sin, math.cos))
-        needs = h * cos + w * sin, w * cos + h * sin  # the sides of what holds the turned window
-        margins = [max(0, math.ceil((n - s) / 2)) for n, s in zip(needs, (h, w))]
+        bounding = h * cos + w * sin, w * cos + h * sin  # box around the rotated window
+        margins = [max(0, math.ceil((b - s) / 2)) for b, s in zip(bounding, (h, w))]
         starts = [window.start - margin for window, margin in zip(windows, margins)]
         stops = [window.stop + margin for window, margin in zip(windows, margins)]
         down, right = (
@@ -134,16 +134,16 @@ class _Frame:
         beyond = [before[1], before[0], after[1], after[0]]
         return cls((down, right), beyond, (margins[0], margins[1], h, w))
 
-    def turned(self, part: Tensor, angle: float, fill: float | list[float]) -> Tensor:
-        """The window of what is in the frame, turned about its middle.
+    def rotated(self, part: Tensor, angle: float, fill: float | list[float]) -> Tensor:
+        """The window, with the content of the frame rotated around its centre.
 
         Args:
-            part: what lies at `inside`, a tv_tensor.
+            part: pixels at `inside`, a tv_tensor.
             angle: in degrees, counterclockwise.
-            fill: what lies beyond the image.
+            fill: value beyond the image.
         """
         framed = F.pad(part, self.beyond, fill=fill)
-        bilinear = InterpolationMode.BILINEAR  # masks take their nearest whatever is asked for
+        bilinear = InterpolationMode.BILINEAR  # of masks it is always nearest
         return F.crop(F.rotate(framed, angle, interpolation=bilinear, fill=fill), *self.place)
 
 

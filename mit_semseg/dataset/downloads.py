@@ -1,4 +1,4 @@
-"""Fetch and unpack the public data sets."""
+"""Download and unpacking of public data sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mit_semseg.download import DownloadError, fetch
 from mit_semseg.errors import one_line
 from mit_semseg.files import replacing
 
-# What Python raises on damaged archives; RuntimeError where a flag claims encryption.
+# Exceptions for damaged archives; RuntimeError if a damaged flag claims encryption.
 _DAMAGED = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -36,7 +36,7 @@ _DAMAGED = (
 
 
 def sources() -> dict[str, Source]:
-    """The data sets that say where they come from, by format name."""
+    """Sources of the public data sets, by format name."""
     found: dict[str, Source] = {}
     for name in FORMATS.names():
         data_format: DataFormat = FORMATS.get(name)()
@@ -46,22 +46,22 @@ def sources() -> dict[str, Source]:
 
 
 def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) -> bool:
-    """Download and unpack a public data set, printing its licence first.
+    """Downloads and unpacks a public data set, and prints its licence.
 
-    Interrupted downloads are continued by the next call; archives are kept beside the data and may
-    be deleted afterwards.
+    Interrupted downloads are resumed by the next call; archives are kept beside the data and can be
+    deleted afterwards.
 
     Args:
-        name: a key of `sources()`; archives that nobody may fetch unasked are unpacked when they
-            lie in `dest`.
-        dest: folder that will be `DATASET.root_dataset`, `data/<Source.folder>` by custom.
-        progress: show bars.
+        name: a key of `sources()`; archives that require a registration are unpacked if they are in
+            `dest`.
+        dest: folder for `DATASET.root_dataset`, usually `data/<Source.folder>`.
+        progress: show progress bars.
 
     Returns:
-        Whether the data are there; when not, what to fetch by hand has been printed.
+        Whether the data are complete; if not, instructions for a manual download were printed.
 
     Raises:
-        ValueError: there is no such data set, or an archive holds a path outside its folder.
+        ValueError: the data set is unknown, or an archive contains a path outside its folder.
     """
     known = sources()
     if name not in known:
@@ -82,7 +82,7 @@ def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) 
             return False
         unpack(file, dest / archive.into, archive.member, progress=progress)
     if not all(archive.urls for archive in source.archives):
-        try:  # nobody knows what these archives held
+        try:  # the content of manually downloaded archives may be wrong
             FORMATS.get(name)().records(dest, "train")
         except FileNotFoundError as error:
             print(f"{error}\n{by_hand(source, dest, source.archives)}")
@@ -91,7 +91,7 @@ def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) 
     for split, list_name in source.lists.items():
         path = dest.parent / list_name
         if path.exists():
-            print(f"{path} is there already and stays as it is")
+            print(f"{path} exists and is kept")
             continue
         records = with_sizes(FORMATS.get(name)().records(dest, split), dest)
         write_odgt(path, [_below(dest.name, record) for record in records])
@@ -101,7 +101,7 @@ def download(name: str, dest: str | os.PathLike[str], *, progress: bool = True) 
 
 
 def _below(folder: str, record: Record) -> Record:
-    """The record seen from the folder above."""
+    """The record with paths relative to the folder above."""
     moved = record.copy()
     moved["fpath_img"] = f"{folder}/{record['fpath_img']}"
     moved["fpath_segm"] = f"{folder}/{record['fpath_segm']}"
@@ -109,35 +109,36 @@ def _below(folder: str, record: Record) -> Record:
 
 
 def by_hand(source: Source, dest: Path, archives: Sequence[Archive]) -> str:
-    """Which archives to fetch and where to put them."""
+    """Instructions for a manual download."""
     lines = []
     if not all(archive.urls for archive in archives) or not archives:
-        lines.append(f"see {source.home}, which asks for a registration or a consent;")
+        lines.append(f"see {source.home}, which requires a registration or consent;")
     for archive in archives:
-        lines.append(f"fetch {' or '.join(archive.urls) or archive.file_name}")
+        lines.append(f"download {' or '.join(archive.urls) or archive.file_name}")
         lines.append(f"  and put it at {dest / archive.file_name}, then run this command again;")
     lines.append(f"or unpack it yourself so that {dest} holds: {source.layout}")
     return "\n".join(lines)
 
 
 def unpack(file: Path, dest: Path, member: str = "", *, progress: bool = True) -> int:
-    """Unpack regular files of a zip or tar archive below `dest`.
+    """Unpacks the regular files of a zip or tar archive to `dest`.
 
-    Files that are there already with the right size are kept; each file appears under its name
-    only when it is complete. Links and devices are left out.
+    Existing files of the right size are kept. Files are written atomically. Links and devices are
+    skipped.
 
     Args:
         file: the archive.
         dest: folder to unpack to.
-        member: only this folder of the archive, without its own name.
-        progress: show a bar.
+        member: unpack the content of this folder of the archive only.
+        progress: show a progress bar.
 
     Returns:
-        Number of files in `dest` that belong to the archive.
+        Number of files in `dest` that are from the archive.
 
     Raises:
-        ValueError: not an archive, damaged, `member` is not in it, or a path leads outside `dest`.
-        OSError: an entry is larger than the space left, or cannot be written.
+        ValueError: the file is not an archive or is damaged, `member` is not in it, or a path is
+            outside `dest`.
+        OSError: a file is larger than the free space, or cannot be written.
     """
     count = 0
     bar = tqdm(desc=f"unpacking {file.name}", unit="files", disable=None if progress else True)
@@ -159,23 +160,23 @@ def unpack(file: Path, dest: Path, member: str = "", *, progress: bool = True) -
             f"{file}: a damaged archive ({reason}); delete it and try again"
         ) from error
     if not count:
-        raise ValueError(f"{file}: holds no files{f' in {member}' if member else ''}")
+        raise ValueError(f"{file}: contains no files{f' in {member}' if member else ''}")
     return count
 
 
 def _write(file: Path, name: str, size: int, content: _Content, target: Path) -> None:
-    """One entry to `target`, which appears when it is complete."""
+    """Writes one entry to `target` atomically."""
     free = shutil.disk_usage(target.parent).free
     if size > free:
         raise OSError(
-            f"{file}: {name!r} is to be {size} bytes, but {target.parent} has {free} left; make "
-            "room, or unpack to another disk"
+            f"{file}: {name!r} has {size} bytes, but {target.parent} has {free} bytes free; free "
+            "some space, or unpack to another disk"
         )
     try:
         with replacing(target) as part, content() as reader, part.open("wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 20)
     except OSError as error:
-        if error.errno and not error.filename:  # of a write, which knows no name: a full disk
+        if error.errno and not error.filename:  # errors of write() have no file name
             raise OSError(error.errno, error.strerror, str(target)) from error
         raise
 
@@ -191,7 +192,7 @@ class _Content:
             assert isinstance(self.entry, zipfile.ZipInfo)
             try:
                 return self.archive.open(self.entry)
-            except OSError as error:  # the directory names a place before the file's begin
+            except OSError as error:  # the zip directory has a negative offset
                 raise zipfile.BadZipFile(str(error)) from error
         assert isinstance(self.entry, tarfile.TarInfo)
         reader = self.archive.extractfile(self.entry)
@@ -217,7 +218,7 @@ def _entries(file: Path) -> Iterator[tuple[str, int, _Content]]:
 
 
 def _check_tar(file: Path) -> None:
-    """Refuse a tar that is cut short, or whose compression finds damage once it is read whole."""
+    """ReadError if a tar archive is truncated, or its compressed data are damaged."""
     last = b""
     with tarfile.open(file) as tar:
         assert tar.fileobj is not None  # it was opened by name
@@ -225,18 +226,18 @@ def _check_tar(file: Path) -> None:
             tar.fileobj.seek(0)
             while chunk := tar.fileobj.read(1 << 20):
                 last = chunk
-        except OSError as error:  # so say gzip and bzip2
+        except OSError as error:  # of gzip and bzip2
             raise tarfile.ReadError(str(error)) from error
-    if not last or any(last[-tarfile.BLOCKSIZE :]):  # a whole one ends in blocks of zeros
-        raise tarfile.ReadError("cut short: its end is missing")
+    if not last or any(last[-tarfile.BLOCKSIZE :]):  # the end is a block of zeros
+        raise tarfile.ReadError("truncated")
 
 
 def _target(file: Path, dest: Path, name: str, member: str) -> Path | None:
-    """Where an entry goes; None when it is outside `member`."""
+    """Target path of an entry; None if it is outside `member`."""
     path = PurePosixPath(name)
     unsafe = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name
     if unsafe or not path.parts:
-        raise ValueError(f"{file}: refuses to unpack the path {name!r}, which leads elsewhere")
+        raise ValueError(f"{file}: contains the unsafe path {name!r}; get it from another source")
     if member:
         inside = PurePosixPath(member)
         if inside not in path.parents:

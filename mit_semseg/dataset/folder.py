@@ -1,4 +1,4 @@
-"""Data of the user's own: list files, or a folder of images beside a folder of masks."""
+"""Custom data: list files, or a folder of images and a folder of masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mit_semseg.dataset.records import Record, locate, pair_folders, read_odgt, 
 
 @FORMATS.register("odgt")
 class OdgtFormat(DataFormat):
-    """List files of one JSON record a line; stored values are shifted by `label_offset`."""
+    """List files with one JSON record per line; stored values are shifted by `label_offset`."""
 
     default_splits = {}
     depth_scale: float | str | None = 1000.0
@@ -22,7 +22,7 @@ class OdgtFormat(DataFormat):
     def records(self, root: Path, split: str) -> list[Record]:
         if two_places(split) and not (Path(split).exists() or (root / split).exists()):
             raise ValueError(
-                f"DATASET.list_train / list_val is {split!r}, which is no list file: set "
+                f"DATASET.list_train / list_val is {split!r}, which is not a list file: set "
                 "DATASET.format folder for images_dir:labels_dir, coco for images_dir:FILE.json"
             )
         return read_odgt(locate(split, root))
@@ -38,7 +38,7 @@ class OdgtFormat(DataFormat):
 
 @FORMATS.register("folder")
 class FolderFormat(OdgtFormat):
-    """`images_dir:labels_dir`, matched by name without extension."""
+    """`images_dir:labels_dir`, matched by file name without extension."""
 
     depth_scale = None
 

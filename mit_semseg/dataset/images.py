@@ -1,17 +1,17 @@
-"""Image, mask and depth files to arrays.
+"""Reads image, mask and depth files as arrays.
 
-- **Images** of any Pillow mode become (H, W, 3) uint8 RGB. Grey is repeated, palettes are
-  looked up, CMYK is converted, alpha is dropped (as Pillow's `convert("RGB")` does, and as the
-  published checkpoints were trained). Grey values of 16 bits are divided by 257, of colours the
-  upper 8 bits are taken; floats are multiplied by 255 where none is above 1, and else kept. Where
-  the largest value is below a quarter of its range (16384 of 65535, 64 of 255) the range is another
-  one, such as 12 bits, and the image would be nearly black: that is refused. EXIF orientation is
-  applied. Of an animation the first frame is read; a TIFF of several pages is refused.
+- **Images** of any Pillow mode become (H, W, 3) uint8 RGB. Grey is repeated, palettes and CMYK are
+  converted, alpha is dropped (as by Pillow's `convert("RGB")`, with which the published checkpoints
+  were trained). 16-bit grey values are divided by 257; of 16-bit colours the upper 8 bits are used;
+  floats are multiplied by 255 if none is above 1. If the largest value is below a quarter of the
+  range (16384 of 65535, 64 of 255), the image is refused: its values have another range, such as 12
+  bits, and it would be nearly black. EXIF orientation is applied. Of an animation the first frame
+  is read; a TIFF with several pages is refused.
 - **Masks** become (H, W) int32 stored values: grey levels, palette *indices*, 16- and 32-bit
-  integers, bits; or, of a MATLAB file of the Semantic Boundaries Dataset (`.mat`), the classes in
-  it. A colour mask is refused unless its three channels are equal, and so is a file of several
-  frames or pages. A mask is turned only by its own EXIF orientation, never by its image's: if an
-  image carries an orientation its mask was not drawn in, their sizes differ and the error says so.
+  integers, or bits; of a MATLAB file of the Semantic Boundaries Dataset (`.mat`), its classes. A
+  colour mask is refused unless its three channels are equal, and so is a file with several frames
+  or pages. A mask is rotated by its own EXIF orientation only, not by that of its image; if that
+  makes the sizes different, it is an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mit_semseg.dataset.reading import READINGS, PathLike
 from mit_semseg.dataset.transforms import resize_image
 from mit_semseg.errors import one_line
 
-# What Pillow raises on broken files, by format and by where they are broken.
+# Exceptions of Pillow for damaged files, which depend on the format.
 _UNREADABLE = (
     OSError,
     SyntaxError,
@@ -43,35 +43,35 @@ _UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# Pillow refuses images of more pixels than twice its limit, which stays an error, and warns of
-# more than once, which large photographs have.
+# Pillow warns of images above its limit of pixels, which large photographs exceed. Those above
+# twice the limit remain an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# Its other warnings are of metadata; what it cannot read of the pixels is an error.
+# Its other warnings are about metadata.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 _ORIENTATION = 274  # EXIF tag
 _BAND = 1 << 20  # pixels converted at a time
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
-_SUBFILE = 254  # TIFF tag: of a page, whether it is a smaller copy (1) or a mask (4) of another
-# The share of its range that the largest value of an image has to reach, if not 8 bits say it.
-_LEAST = 0.25
-# The least a JPEG is decoded to, as a multiple of the size it is then resized to. With 1 the result
-# is visibly sharper than a resize of the full image, by 2.5 grey levels on average.
+_SUBFILE = 254  # TIFF tag: the page is a smaller copy (bit 1) or a mask (bit 4) of another
+# Minimum of the largest value of an image that does not have 8 bits, as a fraction of its range.
+_MIN_LARGEST = 0.25
+# A JPEG is decoded to at least this multiple of the size that it is then resized to. With 1 the
+# result is visibly sharper than a resize of the full image, by 2.5 grey levels on average.
 _REDUCED_MARGIN = 2.5
 
 
 def _open(path: PathLike) -> Image.Image:
     name = os.fspath(path)
     if not os.path.exists(path):
-        missing = "a link to nothing" if os.path.islink(path) else "no such file"
+        missing = "a broken link" if os.path.islink(path) else "no such file"
         raise FileNotFoundError(f"{name}: {missing}; check DATASET.root_dataset")
-    if not os.path.isfile(path):  # opening a pipe would wait for ever
+    if not os.path.isfile(path):  # opening a pipe would block
         raise ValueError(f"{name}: a folder, a pipe or a device, not an image file")
     try:
         return Image.open(path)
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name}: claims more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, as files made "
-            "to fill the memory do; cut it into pieces, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            "to exhaust the memory do; cut it into pieces, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except _UNREADABLE as error:
         reason = "an empty file" if not os.path.getsize(path) else _reason(error, name)
@@ -79,7 +79,7 @@ def _open(path: PathLike) -> Image.Image:
 
 
 def _decode(image: Image.Image, path: PathLike) -> Image.Image:
-    """All pixels read and turned upright; a truncated file is an error that names it."""
+    """Reads all pixels and applies EXIF orientation; ValueError if the file is damaged."""
     try:
         image.load()
         if image.format == "PNG":
@@ -92,7 +92,7 @@ def _decode(image: Image.Image, path: PathLike) -> Image.Image:
 
 
 def _check_png(path: PathLike) -> None:
-    """Refuse a PNG whose pixels do not fit their checksums, which Pillow leaves to others."""
+    """ValueError if the checksums of a PNG's pixels are wrong, which Pillow does not check."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         file.seek(8)
@@ -101,13 +101,13 @@ def _check_png(path: PathLike) -> None:
             if kind != b"IDAT":
                 file.seek(length + 4, os.SEEK_CUR)
                 continue
-            content = file.read(min(length, size))  # a damaged length may be anything
+            content = file.read(min(length, size))  # the length may be damaged
             if zlib.crc32(content, zlib.crc32(kind)) != int.from_bytes(file.read(4), "big"):
                 raise ValueError("the checksum of its pixels is wrong")
 
 
 def _copies(image: Image.Image, count: int) -> list[bool]:
-    """Whether each page of a TIFF is a smaller copy, or the mask, of another."""
+    """For each page of a TIFF, whether it is a smaller copy or the mask of another."""
     found = []
     for number in range(count):
         if number:
@@ -120,7 +120,7 @@ def _copies(image: Image.Image, count: int) -> list[bool]:
 
 
 def _one_page(image: Image.Image, path: PathLike) -> None:
-    """Refuse a file of several frames or pages, of which one would be read silently."""
+    """ValueError if a file has several frames or pages."""
     name = os.fspath(path)
     try:
         count: int = getattr(image, "n_frames", 1)
@@ -130,20 +130,20 @@ def _one_page(image: Image.Image, path: PathLike) -> None:
     width, height = image.size
     if copies[0]:
         raise ValueError(
-            f"{name}: its first page, {width}x{height} pixels, is marked as a preview, as in raw "
-            "files of cameras; convert it to PNG or JPEG"
+            f"{name}: its first page, {width}x{height} pixels, is a preview, as in raw files of "
+            "cameras; convert it to PNG or JPEG"
         )
     if copies.count(False) > 1:
         raise ValueError(
             f"{name}: a {image.format} of {copies.count(False)} pages of {width}x{height} pixels; "
-            "save the one that is meant as a file of its own (an image has 1, 3 or 4 channels)"
+            "save the right one as a separate file (an image has 1, 3 or 4 channels)"
         )
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether a file has 16 bits in each of several channels; to be asked before it is read.
+    """Whether a file has several channels of 16 bits, of which Pillow reads the upper 8 bits.
 
-    Pillow keeps the upper 8 bits of these.
+    Must be called before the pixels are read.
     """
     tiles: Any = getattr(image, "tile", None)
     return image.mode in ("LA", "RGB", "RGBA") and bool(tiles) and ";16" in str(tiles[0][3])
@@ -155,13 +155,13 @@ def _damaged(path: PathLike, error: BaseException) -> ValueError:
 
 
 def _reason(error: BaseException, name: str) -> str:
-    """What Pillow says, in one line, without the name that stands before it anyway."""
+    """Pillow's message in one line, without the file name."""
     text = one_line(error)
     return "of no known format" if text.startswith("cannot identify") else text.replace(name, "it")
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1..8; 1 (upright) where there is none or it cannot be read."""
+    """The EXIF orientation, 1..8; 1 (upright) if there is none or it cannot be read."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except _UNREADABLE:
@@ -170,7 +170,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 class ImageFile:
-    """An opened image file: its size at once, its pixels when it is known how large they must be.
+    """An open image file, whose size is known before its pixels are read.
 
     Use it in a `with` statement, which closes the file.
 
@@ -180,8 +180,8 @@ class ImageFile:
         is_label: whether format and mode can store class numbers: lossless, with one channel.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no image.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not an image.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -191,7 +191,7 @@ class ImageFile:
             self._image = _open(path)
             opened.callback(self._image.close)
             self.is_label = self._image.format not in _LOSSY and self._image.mode[0] in "1LPI"
-            self._deep = is_deep(self._image)  # what follows may read the pixels
+            self._deep = is_deep(self._image)  # before the pixels are read
             if self._image.format == "TIFF":
                 _one_page(self._image, path)
             self._orientation = exif_orientation(self._image)
@@ -206,23 +206,23 @@ class ImageFile:
         self._opened.close()
 
     def pixels(self, size: tuple[int, int] | None = None) -> np.ndarray:
-        """The image as RGB, whatever the file's mode, upright; once for each opened file.
+        """Reads the image as upright RGB; can be called once.
 
-        With `size` it is what `resize_image` makes of the full image, but for one case: a JPEG
-        at least 5 times as large in both directions is decoded at 1/2, 1/4 or 1/8, to no less
-        than 2.5 times `size`, and resized from there. That takes half the time or less. Measured
-        on photographs of streets and rooms (ADE20K, CamVid), the mean difference from Pillow's
-        resize of the full image is 0.3 to 0.7 grey levels and below 1 for each of them; single
-        pixels at hard edges differ by up to 15.
+        With `size` the result is that of `resize_image`, with one exception: a JPEG at least 5
+        times as large in both directions is decoded at 1/2, 1/4 or 1/8 of its size, to at least 2.5
+        times `size`, and then resized, which takes at most half the time. On photographs of streets
+        and rooms (ADE20K, CamVid) the mean difference from Pillow's resize of the full image is 0.3
+        to 0.7 grey levels, and below 1 for each image; single pixels at hard edges differ by up to
+        15.
 
         Args:
-            size: (width, height) to resize the upright image to; by default it keeps its own.
+            size: (width, height) to resize the upright image to; None: not resized.
 
         Returns:
             (H, W, 3) uint8.
 
         Raises:
-            ValueError: the file is truncated, or holds numbers that are no grey levels.
+            ValueError: the file is damaged, or its values are not grey levels.
         """
         pixels = None
         if size is not None and self._image.format in ("JPEG", "MPO"):
@@ -234,7 +234,7 @@ class ImageFile:
         return pixels if size is None else resize_image(pixels, size)
 
     def _reduced(self, size: tuple[int, int]) -> np.ndarray | None:
-        """A JPEG at `size` by way of a decode at reduced scale; None if it is not large enough."""
+        """A JPEG at `size`, decoded at reduced scale; None if it is not large enough."""
         image = self._image
         whole = image.size
         stored = size[::-1] if self._orientation >= 5 else size
@@ -242,7 +242,7 @@ class ImageFile:
         drafted = image.draft(None, wanted)
         if drafted is None or image.size == whole:
             return None
-        _, box = drafted  # where in the decoded pixels the image is: their sides are rounded up
+        _, box = drafted  # the image in the decoded pixels, whose sides are rounded up
         try:
             small = image.convert("RGB").resize(stored, Image.Resampling.BILINEAR, box)
         except _UNREADABLE as error:
@@ -250,10 +250,9 @@ class ImageFile:
         return np.array(_decode(small, self.path))
 
     def _quick(self) -> np.ndarray | None:
-        """An upright JPEG by torchvision; None where that cannot, for Pillow to do it or say why.
+        """An upright JPEG decoded by torchvision; None if that fails, and Pillow is used.
 
-        The same library decodes the same pixels, and refuses what Pillow refuses; only Pillow's
-        way of them from its own memory to an array is saved, a seventh of the time.
+        The pixels are the same, but Pillow's copy to an array is avoided, a seventh of the time.
         """
         from torchvision.io import ImageReadMode, decode_jpeg  # slow to import; training only
 
@@ -274,26 +273,26 @@ def image_size(path: PathLike) -> tuple[int, int]:
 
 
 def load_image(path: PathLike) -> np.ndarray:
-    """An image file as RGB, whatever its mode, upright by its EXIF orientation.
+    """Reads an image file as RGB, with EXIF orientation applied.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no image, is truncated, or holds numbers that are no grey levels.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not an image, is damaged, or its values are not grey levels.
     """
     with ImageFile(path) as file:
         return file.pixels()
 
 
 def to_rgb(image: Image.Image, name: str = "image", deep: bool = False) -> np.ndarray:
-    """A Pillow image of any mode as (H, W, 3) uint8 RGB; see the rules at the top of the module.
+    """Converts a Pillow image of any mode to (H, W, 3) uint8 RGB, by the rules of this module.
 
     Args:
-        image: the image, upright.
-        name: named in errors.
-        deep: whether it was read from a file of 16 bits in each of several channels (`is_deep`).
+        image: the upright image.
+        name: file name for errors.
+        deep: whether its file has several channels of 16 bits (`is_deep`).
     """
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image)
@@ -306,47 +305,47 @@ def to_rgb(image: Image.Image, name: str = "image", deep: bool = False) -> np.nd
             scale, limit = 1.0, 255
         if not (low >= 0 and high <= limit):  # NaN fails too
             raise ValueError(
-                f"{name}: mode {image.mode} with values {low:g}..{high:g} is no image; "
-                "save it with 8 or 16 bits a channel"
+                f"{name}: mode {image.mode} with values {low:g}..{high:g} is not an image; "
+                "save it with 8 or 16 bits per channel"
             )
-        if limit > 1 and 0 < high < _LEAST * limit:
+        if limit > 1 and 0 < high < _MIN_LARGEST * limit:
             raise ValueError(_too_dark(name, f"{high:g}", limit))
         pixels = np.empty((*grey.shape, 3), dtype=np.uint8)
         rows = max(1, _BAND // grey.shape[1])
-        for y in range(0, len(grey), rows):  # a float64 copy of a large image would be huge
+        for y in range(0, len(grey), rows):  # in bands, to limit the memory for float64
             band = np.multiply(grey[y : y + rows], scale, dtype=np.float64)
             pixels[y : y + rows] = np.rint(band)[:, :, None]
         return pixels
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow asks for this step; the colours are the same
+        image = image.convert("RGBA")  # otherwise Pillow warns; the colours are the same
     pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    if deep and 0 < pixels.max() < _LEAST * 256:
+    if deep and 0 < pixels.max() < _MIN_LARGEST * 256:
         raise ValueError(_too_dark(name, f"below {(int(pixels.max()) + 1) * 256}", 65535))
     return pixels
 
 
 def _too_dark(name: str, largest: str, limit: int) -> str:
     return (
-        f"{name}: its largest value is {largest}, less than a quarter of {limit}, so that it would "
-        f"be nearly black; scale its values to 0..{limit}, or save it with 8 bits a channel"
+        f"{name}: its largest value is {largest}, less than a quarter of {limit}, so it would be "
+        f"nearly black; scale its values to 0..{limit}, or save it with 8 bits per channel"
     )
 
 
 def load_mask(path: PathLike) -> np.ndarray:
-    """A mask file as stored values: grey levels, palette indices, 16- or 32-bit integers, or bits.
+    """Reads stored mask values: grey levels, palette indices, 16- or 32-bit integers, or bits.
 
     Returns:
         (H, W) int32.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: unreadable, lossy, of floats, or in colour.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, has a lossy format, floats or colours.
     """
     return stored_values(path).astype(np.int32)
 
 
 def stored_values(path: PathLike) -> np.ndarray:
-    """As `load_mask`, in the integer type the file has; it may be read-only."""
+    """As `load_mask`, in the integer type of the file; may be read-only."""
     name = os.fspath(path)
     if name.lower().endswith(".mat"):
         return _boundaries_classes(path)
@@ -356,7 +355,7 @@ def stored_values(path: PathLike) -> np.ndarray:
                 f"{name}: a {opened.format} mask has altered label values; save masks as PNG"
             )
         _one_page(opened, path)
-        # PNG greys of 2 and 4 bits are stretched to 0..255 by Pillow; the stored value is wanted.
+        # Pillow scales PNG greys of 2 and 4 bits to 0..255; this restores the stored values.
         tile: Any = opened.tile[0] if opened.tile else None
         stretch = {"L;2": 85, "L;4": 17}.get(str(tile[3]) if tile else "", 1)
         image = _decode(opened, path)
@@ -372,13 +371,13 @@ def stored_values(path: PathLike) -> np.ndarray:
             if np.array_equal(red, green) and np.array_equal(red, blue):
                 return red
         raise ValueError(
-            f"{name}: a mask of mode {image.mode} does not hold one class number a pixel; "
-            "save it with one channel (mode L, P or 16-bit), translating its colours to classes"
+            f"{name}: a mask of mode {image.mode} does not have one class id per pixel; "
+            "save it with one channel (mode L, P or 16-bit), with colours converted to class ids"
         )
 
 
 def _is_lossy_webp(path: PathLike) -> bool:
-    """Whether any image in a WebP file is of the kind that alters values."""
+    """Whether any image in a WebP file is lossy."""
     with open(path, "rb") as file:
         file.seek(12)  # "RIFF", size, "WEBP"
         while len(head := file.read(8)) == 8:
@@ -390,8 +389,8 @@ def _is_lossy_webp(path: PathLike) -> bool:
 
 
 def _boundaries_classes(path: PathLike) -> np.ndarray:
-    """The classes in a file of the Semantic Boundaries Dataset, (H, W) uint8."""
-    from scipy.io import loadmat  # slow to import, and hardly ever needed
+    """The classes of a file of the Semantic Boundaries Dataset, (H, W) uint8."""
+    from scipy.io import loadmat  # slow to import, and rarely used
     from scipy.io.matlab import MatReadError
 
     name = os.fspath(path)
@@ -402,27 +401,27 @@ def _boundaries_classes(path: PathLike) -> np.ndarray:
             values = loadmat(name)["GTcls"]["Segmentation"][0, 0]
     except (*_UNREADABLE, MatReadError, LookupError, TypeError) as error:
         reason = _reason(error, name)
-        raise ValueError(f"{name}: no mask of GTcls.Segmentation ({reason})") from error
+        raise ValueError(f"{name}: has no mask GTcls.Segmentation ({reason})") from error
     if values.ndim != 2 or values.dtype != np.uint8:
         raise ValueError(f"{name}: GTcls.Segmentation is {values.dtype} {values.shape}, no mask")
     return np.ascontiguousarray(values)
 
 
 def load_depth(path: PathLike, scale: float | str) -> np.ndarray:
-    """A depth image in metres.
+    """Reads a depth image in metres.
 
     Args:
-        path: a file of one channel of integers or floats, 0 (or NaN) where there is no depth.
-        scale: stored units in a metre (1000: millimetres); or "sunrgbd": 16-bit millimetres whose
-            lowest three bits are put first, as `read3dPoints.m` in the toolbox of SUN RGB-D (Song
-            et al. 2015) reads them, and, as there, at most 8 metres.
+        path: a file with one channel of integers or floats; 0 or NaN means no depth.
+        scale: stored units per metre (1000: millimetres); or "sunrgbd": 16-bit millimetres rotated
+            by three bits, with a maximum of 8 metres, as read by `read3dPoints.m` of the toolbox
+            of SUN RGB-D (Song et al. 2015).
 
     Returns:
         (H, W) float32, 0 where there is no depth.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: unreadable, lossy, or of several channels.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, has a lossy format or several channels.
     """
     name = os.fspath(path)
     with READINGS.of(path), _open(path) as opened:
@@ -434,7 +433,7 @@ def load_depth(path: PathLike, scale: float | str) -> np.ndarray:
         image = _decode(opened, path)
         if image.mode not in ("L", "F") and not image.mode.startswith("I"):
             raise ValueError(
-                f"{name}: an image of mode {image.mode} is no depth; save depth as 16-bit PNG"
+                f"{name}: a depth image cannot have mode {image.mode}; save it as 16-bit PNG"
             )
         stored = np.asarray(image)
     if scale != "sunrgbd":
@@ -443,7 +442,7 @@ def load_depth(path: PathLike, scale: float | str) -> np.ndarray:
     if image.mode in ("L", "F") or stored.min() < 0 or stored.max() > 65535:
         raise ValueError(
             f"{name}: DATASET.depth_scale sunrgbd is for images of 16 bits; set it to the number "
-            "of stored units in a metre"
+            "of stored units per metre"
         )
     stored = stored.astype(np.uint16)
     millimetres = (stored >> 3) | (stored << 13)

@@ -1,4 +1,4 @@
-"""From the values that masks store to class ids."""
+"""Conversion of stored mask values to class ids."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mit_semseg.config import DataOptions
 from mit_semseg.dataset.reading import PathLike
 
 _UNKNOWN = -2  # in lookup tables: neither a class nor ignored
-# White in 8 and 16 bits: what masks of two classes store beside 0, and others for "no label".
+# White in 8 and 16 bits: in masks of two classes one of them, in others "no label".
 _WHITE = (255, 65535)
 
 
 def _two_classes(white: int) -> str:
-    """What to set for masks that store two classes as black and white."""
+    """Advice for black and white masks of two classes."""
     return (
         f"if 0 and {white} are two classes, set DATASET.num_class 2 DATASET.label_map "
         f'"[[0, 0], [{white}, 1]]"'
@@ -26,13 +26,13 @@ def _two_classes(white: int) -> str:
 
 
 class LabelMap:
-    """From stored mask values to class ids, -1 for ignored, by a lookup table.
+    """Maps stored mask values to class ids, or -1 for ignored, with a lookup table.
 
     Args:
         values: stored value -> class id in 0..num_class-1, or -1 for ignored.
         num_class: number of classes.
-        hint: added to the error about a stored value that is not in `values`.
-        mirror_pairs: classes that a mirror turns into each other, such as left and right arm.
+        hint: added to the error for a stored value that is not in `values`.
+        mirror_pairs: pairs of classes that a flip exchanges, such as left and right arm.
 
     Example:
         >>> LabelMap.shifted(3, label_offset=0, ignore_label=[255])(np.array([[0, 2, 255]]))
@@ -72,19 +72,19 @@ class LabelMap:
 
     @classmethod
     def identity(cls, num_class: int, ignored: int, hint: str = "") -> LabelMap:
-        """Stored values are the classes; one other, `ignored`, is none."""
+        """Stored values are class ids; one other value, `ignored`, is ignored."""
         return cls({k: k for k in range(num_class)} | {ignored: -1}, num_class, hint)
 
     @classmethod
     def of_options(cls, options: DataOptions) -> LabelMap:
-        """The map that `label_map`, or else `label_offset`, describes; `ignore_label` on top."""
+        """The map of `label_map`, or else of `label_offset`, with `ignore_label`."""
         if not options.label_map:
             return cls.shifted(options.num_class, options.label_offset, options.ignore_label)
         values = {int(stored): int(class_id) for stored, class_id in options.label_map}
         return cls(values, options.num_class, " (DATASET.label_map)").ignoring(options.ignore_label)
 
     def ignoring(self, stored: Iterable[int]) -> LabelMap:
-        """The same map with these stored values ignored as well."""
+        """The map with these stored values also ignored."""
         extra = {int(value): -1 for value in stored}
         if any(value < 0 for value in extra):
             raise ValueError(
@@ -95,12 +95,12 @@ class LabelMap:
         return LabelMap({**self.values, **extra}, self.num_class, self.hint, self.mirror_pairs)
 
     def pairing(self, mirror_pairs: Iterable[tuple[int, int]]) -> LabelMap:
-        """The same map with these classes for ones that a mirror turns into each other."""
+        """The map with these `mirror_pairs`."""
         return LabelMap(self.values, self.num_class, self.hint, mirror_pairs)
 
     @cached_property
     def mirrored(self) -> LabelMap:
-        """The map for masks of mirrored images: the classes of each of `mirror_pairs` swapped."""
+        """The map for flipped images: the classes of each of `mirror_pairs` are exchanged."""
         if not self.mirror_pairs:
             return self
         other = dict(self.mirror_pairs) | {b: a for a, b in self.mirror_pairs}
@@ -108,7 +108,7 @@ class LabelMap:
         return LabelMap(values, self.num_class, self.hint, self.mirror_pairs)
 
     def describe(self) -> str:
-        """The stored values that are classes or ignored, as `0..11, 255`."""
+        """The stored values that are classes or ignored, for example `0..11, 255`."""
         known = sorted(self.values)
         runs: list[list[int]] = []
         for value in known:
@@ -119,12 +119,12 @@ class LabelMap:
         return ", ".join(f"{a}..{b}" if a < b else f"{a}" for a, b in runs)
 
     def complaint(self, stored: Iterable[int], file: PathLike, others: Iterable[int] = ()) -> str:
-        """What to say about a file that holds these stored values; "" when all are known.
+        """The error message for a file with these stored values; "" if all are known.
 
         Args:
             stored: the values.
-            file: named in what is said.
-            others: values of further files of the same kind.
+            file: the file.
+            others: values of other files of the same data set.
         """
         bad = sorted(set(stored) - set(self.values))
         if not bad:
@@ -140,22 +140,22 @@ class LabelMap:
         return f"{message}; set {ignore} or a label map{self.hint}"
 
     def check(self, raw: np.ndarray, file: PathLike = "mask") -> None:
-        """Refuse stored values that are neither a class nor ignored, without mapping them.
+        """Checks that every stored value is a class or ignored.
 
         Args:
             raw: integers of any shape.
-            file: named in the error.
+            file: file name for the error.
 
         Raises:
-            ValueError: there is such a value.
+            ValueError: a value is neither.
         """
         if not raw.size:
             return
         low, high = 0 if raw.dtype.kind == "u" else int(raw.min()), int(raw.max())
-        if low >= 0 and high < self._run:  # nearly always; the extremes are found very quickly
+        if low >= 0 and high < self._run:  # the usual case, which is fast
             return
         if raw.dtype == np.uint8:
-            unknown = bool(raw.tobytes().translate(None, self._bytes))  # what is left of them
+            unknown = bool(raw.tobytes().translate(None, self._bytes))  # bytes that are not known
         else:
             in_table = low >= 0 and high < len(self._table)
             unknown = not in_table or bool((self._table[raw] == _UNKNOWN).any())
@@ -167,7 +167,7 @@ class LabelMap:
 
         Args:
             raw: integers of any shape.
-            file: named in the error.
+            file: file name for the error.
 
         Returns:
             int64 of the same shape, -1 = ignored.

@@ -1,7 +1,7 @@
 """LIP (Look into Person), single person: 19 parts of people and clothes, and background.
 
-Paper: Gong et al. 2017, arXiv:1703.05446. Licence: for non-commercial research and education; the
-data set's page asks to accept that before it shows the links, so the archives are fetched by hand.
+Paper: Gong et al. 2017, arXiv:1703.05446. Licence: for non-commercial research and education, which
+must be accepted on its page, so the archives are downloaded manually.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ UNLABELLED = 255
 class Lip(PairedFolders):
     """`train_images` beside `train_segmentations`; stored 0..19 are the classes.
 
-    Also inside the folders that the archives are named after, `TrainVal_images` and
+    They can also be in the folders of the archives, `TrainVal_images` and
     `TrainVal_parsing_annotations`.
     """
 

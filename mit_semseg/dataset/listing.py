@@ -1,4 +1,4 @@
-"""Lists of a user's own images and masks: `mit-semseg data make-odgt`."""
+"""Creates lists of images and masks: `mit-semseg data make-odgt`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, list_images, match_by_stem, write_odgt
 
-# What the lists are called, as published.
+# Names of the lists, as published.
 LISTS = ("training", "validation")
 
 
@@ -33,41 +33,40 @@ def make_odgt(
 ) -> dict[str, Any]:
     """Write `training.odgt` and `validation.odgt` from a folder of images and one of masks.
 
-    Images and masks are matched by their path without extension, folders included. Paths in the
-    lists are relative to the deepest folder that holds both, which is returned as `root`: that is
-    what `DATASET.root_dataset` is to be. When `out` lies elsewhere, nothing would tell where that
-    folder is, and the paths are absolute.
+    Images and masks are matched by their relative path without extension. Paths in the lists are
+    relative to the deepest common folder, which is returned as `root`, for `DATASET.root_dataset`.
+    If `out` is outside of that folder, paths are absolute.
 
     Args:
         images: folder of images, searched with its subfolders.
         labels: folder of masks.
-        out: folder the lists are written to; made when absent.
-        split: share of the samples that goes to training, in (0, 1]; 1 writes no validation list.
-        seed: of the random split.
-        image_suffix, label_suffix: what stems end with on one side only (`_mask`).
-        overwrite: replace lists that `out` holds already.
-        label_map: `DATASET.label_map`, pairs (stored value, class): every mask is read, and one
-            that holds another value is left out.
+        out: folder for the lists; created if it does not exist.
+        split: fraction of the samples for training, in (0, 1]; 1: no validation list.
+        seed: seed of the random split.
+        image_suffix, label_suffix: ends of the stems to ignore (`_mask`).
+        overwrite: replace existing lists.
+        label_map: `DATASET.label_map`, pairs (stored value, class): every mask is read, and those
+            with other values are left out.
 
     Returns:
         `root`, `training` and `validation` (list paths), `n_training`, `n_validation`,
-        `images_without_mask`, `masks_without_image`, and `unusable`: samples left out because a
-        file cannot be read, the two sizes differ or a value is not in `label_map`, with the
-        reason; and `label_map`.
+        `images_without_mask`, `masks_without_image`, and `unusable`: messages about samples left
+        out because a file cannot be read, the sizes differ or a value is not in `label_map`; and
+        `label_map`.
 
     Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: nothing matches, `split` is outside (0, 1], or `out` has such lists already.
+        FileNotFoundError: a folder does not exist.
+        ValueError: nothing matches, `split` is outside (0, 1], or lists exist in `out`.
     """
     if not 0 < split <= 1:
-        raise ValueError(f"split is {split}; it is the share for training, in (0, 1]")
+        raise ValueError(f"split is {split}; it is the fraction for training, in (0, 1]")
     mapping = LabelMap.of_options(options_of(label_map)) if label_map else None
     images, labels, out = (Path(os.path.abspath(p)) for p in (images, labels, out))
-    there = [file for name in LISTS if (file := out / f"{name}.odgt").exists()]
-    if there and not overwrite:
-        names = " and ".join(map(str, there))
+    existing = [file for name in LISTS if (file := out / f"{name}.odgt").exists()]
+    if existing and not overwrite:
+        names = " and ".join(map(str, existing))
         raise ValueError(f"{names} would be replaced: give another --out, or --overwrite")
-    pairs, lonely_images, lonely_masks = match_by_stem(
+    pairs, unmatched_images, unmatched_masks = match_by_stem(
         list_images(images), list_images(labels), image_suffix, label_suffix
     )
     root = Path(os.path.commonpath([images, labels]))
@@ -108,7 +107,7 @@ def make_odgt(
         first = f"; the first of {len(unusable)} unusable pairs: {unusable[0]}" if unusable else ""
         raise ValueError(
             f"no image in {images} has a usable mask of the same name in {labels} "
-            f"({len(lonely_images)} images and {len(lonely_masks)} masks are alone){first}"
+            f"({len(unmatched_images)} unmatched images, {len(unmatched_masks)} masks){first}"
         )
     order = np.random.default_rng(seed).permutation(len(records)).tolist()
     n_training = len(records)
@@ -123,15 +122,15 @@ def make_odgt(
         if chosen:
             write_odgt(path, [records[k] for k in sorted(chosen)])
         else:
-            path.unlink(missing_ok=True)  # one of other samples
-    report["images_without_mask"] = lonely_images
-    report["masks_without_image"] = lonely_masks
+            path.unlink(missing_ok=True)  # of an earlier call
+    report["images_without_mask"] = unmatched_images
+    report["masks_without_image"] = unmatched_masks
     report["unusable"] = unusable
     return report
 
 
 def describe_made(report: dict[str, Any]) -> str:
-    """What `make_odgt` did, and how to use it, in plain text."""
+    """The report of `make_odgt` as text, with the options to set."""
     lines = [f"{report['n_training']} training and {report['n_validation']} validation samples"]
     for key in ("images_without_mask", "masks_without_image", "unusable"):
         if report[key]:
@@ -148,12 +147,12 @@ def describe_made(report: dict[str, Any]) -> str:
 
 
 def options_of(label_map: Iterable[Sequence[int]]) -> DataOptions:
-    """Checked options with a label map, and as many classes as it has."""
+    """Checked options with a label map and its number of classes."""
     pairs = DataOptions.read({"num_class": 1 << 31, "label_map": tuple(label_map)}).label_map
     return DataOptions(num_class=max([0, *(int(k) for _, k in pairs)]) + 1, label_map=pairs)
 
 
 def shortened(items: Sequence[str], most: int = 10) -> list[str]:
-    """Lines of the first items, and how many more there are."""
+    """Lines with the first items, and the number of the others."""
     rest = [f"  ... and {len(items) - most} more"] if len(items) > most else []
     return [f"  {item}" for item in items[:most]] + rest

@@ -1,4 +1,4 @@
-"""The files of a record as arrays: image, mask and depth, checked against each other."""
+"""Loads image, mask and depth of a record, and checks their sizes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from mit_semseg.dataset.records import Record, find_depth
 
 
 def paths_of(record: Record, root: PathLike = "") -> tuple[str, str]:
-    """Image and mask file of a record.
+    """Paths of the image and the mask of a record.
 
     Raises:
-        ValueError: the list gives no mask.
+        ValueError: the record has no mask.
     """
     if "fpath_segm" not in record:
-        raise ValueError(f"{record['fpath_img']}: the list gives no mask; add 'fpath_segm'")
+        raise ValueError(f"{record['fpath_img']}: the list has no mask; add 'fpath_segm'")
     return os.path.join(root, record["fpath_img"]), os.path.join(root, record["fpath_segm"])
 
 
 def load_values(record: Record, root: PathLike, size: tuple[int, int]) -> np.ndarray:
-    """Stored mask values of a record, checked to be of the size they should be.
+    """Stored mask values of a record, with their size checked.
 
     Args:
         record: with a mask.
@@ -35,18 +35,18 @@ def load_values(record: Record, root: PathLike, size: tuple[int, int]) -> np.nda
         size: (width, height) of the image file, upright by EXIF.
 
     Returns:
-        (H, W) integers of the mask file's own type, maybe read-only.
+        (H, W) integers of the mask file's type; may be read-only.
 
     Raises:
-        FileNotFoundError: the mask is missing.
-        ValueError: it is unreadable, or sizes disagree; the file is named.
+        FileNotFoundError: the mask does not exist.
+        ValueError: it cannot be read, or sizes differ.
     """
     image_path, mask_path = paths_of(record, root)
     width, height = size
     raw = stored_values(mask_path)
     if "width" in record and (record["width"], record["height"]) != (width, height):
         raise ValueError(
-            f"{image_path}: {width}x{height} pixels (upright by EXIF), but its list says "
+            f"{image_path}: {width}x{height} pixels (upright by EXIF), but in its list "
             f"{record['width']}x{record['height']}; correct the list (mit-semseg data make-odgt)"
         )
     if raw.shape != (height, width):
@@ -58,14 +58,14 @@ def load_values(record: Record, root: PathLike, size: tuple[int, int]) -> np.nda
 
 
 def load_raw(record: Record, root: PathLike = "") -> tuple[np.ndarray, np.ndarray]:
-    """Image and stored mask values of a record, checked to be of the size they should be.
+    """Image and stored mask values of a record, with their sizes checked.
 
     Returns:
-        (H, W, 3) uint8 RGB and (H, W) integers of the mask file's own type, maybe read-only.
+        (H, W, 3) uint8 RGB and (H, W) integers of the mask file's type, which may be read-only.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is unreadable, or sizes disagree; the file is named.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file cannot be read, or sizes differ.
     """
     image_path, _ = paths_of(record, root)
     with ImageFile(image_path) as file:
@@ -87,7 +87,7 @@ def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.n
 
 
 def depth_scale(options: DataOptions) -> float | str:
-    """`options.depth_scale`, or where it is "auto" that of `options.format`."""
+    """`options.depth_scale`, or if it is "auto" that of `options.format`."""
     if options.depth_scale != "auto":
         return options.depth_scale
     own: float | str | None = FORMATS.get(options.format)().depth_scale
@@ -97,26 +97,26 @@ def depth_scale(options: DataOptions) -> float | str:
 def load_depth_of(
     record: Record, root: PathLike, options: DataOptions, size: tuple[int, int]
 ) -> np.ndarray | None:
-    """Depth of a record, checked to be of the size it should be.
+    """Depth of a record, with its size checked.
 
     Args:
         record: with `fpath_depth`.
         root: folder that relative paths are relative to.
-        options: whether there is to be depth, and how it is stored.
+        options: `depth` and `depth_scale` are used.
         size: (width, height) of the image file, upright by EXIF.
 
     Returns:
         (H, W) float32 in metres, 0 where there is none; None unless `options.depth`.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the record names none, it is unreadable, or sizes disagree.
+        FileNotFoundError: the file does not exist.
+        ValueError: the record has no depth, it cannot be read, or sizes differ.
     """
     if not options.depth:
         return None
     if "fpath_depth" not in record:
         raise ValueError(
-            f"{record['fpath_img']}: the list gives no depth; add 'fpath_depth', or set "
+            f"{record['fpath_img']}: the list has no depth; add 'fpath_depth', or set "
             "DATASET.depth False"
         )
     path = os.path.join(root, record["fpath_depth"])

@@ -1,4 +1,4 @@
-"""Which files are being read, so that somebody else can tell what a slow process waits for."""
+"""Tracks which files are being read, so that the watchdog can name the file of a stalled read."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Readings:
     """Files that the threads of this process are reading.
 
     Attributes:
-        listener: called in the thread that reads: with the path of each file just before it is
-            read, or read on after another one, and with "" when the thread reads none any more.
+        listener: called in the reading thread with the path of a file before it is read, or when
+            its reading continues after another file, and with "" when the thread reads no file.
     """
 
     def __init__(self) -> None:
         self.listener: Callable[[str], None] | None = None
-        self._files: dict[int, tuple[int, str]] = {}  # of each thread, numbered as they came
+        self._files: dict[int, tuple[int, str]] = {}  # thread -> number, path
         self._numbers = itertools.count()
 
     @contextmanager
     def of(self, path: PathLike) -> Iterator[None]:
-        """The calling thread reads `path`; one file may be read while another is open."""
+        """Context in which the calling thread reads `path`; contexts can be nested."""
         thread = threading.get_ident()
         before = self._files.get(thread)
         self._note(thread, (next(self._numbers), os.fspath(path)))
@@ -46,12 +46,12 @@ class Readings:
     def oldest(self) -> tuple[int, str] | None:
         """Number and path of the file that has been read for the longest time; None if none is.
 
-        No two readings have the same number.
+        Numbers are unique.
         """
         return min(list(self._files.values()), default=None)
 
     def files(self) -> list[str]:
-        """What is being read now, a file for each thread."""
+        """Files being read now, one for each thread."""
         return [path for _, path in list(self._files.values())]
 
 

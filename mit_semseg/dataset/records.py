@@ -1,4 +1,4 @@
-"""Records: the one form every data set is turned into, and how lists of them are read."""
+"""Records, the common form of all data sets, and lists of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mit_semseg.dataset.reading import PathLike
 from mit_semseg.errors import one_line
 from mit_semseg.files import replacing
 
-_NAMED = 3  # bad files that a warning names
+_NAMED = 3  # number of bad files named in a warning
 
 
 class Record(TypedDict, total=False):
@@ -33,10 +33,10 @@ class Record(TypedDict, total=False):
 def locate(
     path: PathLike, root: PathLike = "", keys: str = "DATASET.list_train and DATASET.list_val"
 ) -> Path:
-    """A file that `keys` name: absolute, else from the working folder, else from `root`.
+    """An existing file: absolute, or relative to the working folder, or relative to `root`.
 
     Raises:
-        FileNotFoundError: it is in neither place; both are named.
+        FileNotFoundError: it does not exist; the message names `keys`.
     """
     here, there = Path(path), Path(root) / path
     for candidate in (here, there):
@@ -47,11 +47,11 @@ def locate(
 
 
 def read_odgt(path: PathLike) -> list[Record]:
-    """Records of a list file: one JSON object a line, blank lines skipped.
+    """Reads a list file: one JSON object per line; blank lines are skipped.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is no record, with its file and line number; or there is none at all.
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is not a record, or there are no records.
     """
     name = os.fspath(path)
     if not os.path.isfile(path):
@@ -64,16 +64,16 @@ def read_odgt(path: PathLike) -> list[Record]:
                     records.append(_parse(line, f"{name}:{number}"))
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name}: no list but a binary file; a list has one record a line, as "
-            "mit-semseg data make-odgt writes it"
+            f"{name}: a binary file, not a list; a list has one JSON record per line (mit-semseg "
+            "data make-odgt)"
         ) from error
     if not records:
-        raise ValueError(f"{name}: the list holds no records")
+        raise ValueError(f"{name}: the list has no records")
     return records
 
 
 def write_odgt(path: PathLike, records: Iterable[Record]) -> None:
-    """Write a list file; it appears under its name only when it is complete."""
+    """Writes a list file atomically."""
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
@@ -83,13 +83,13 @@ def _parse(line: str, where: str) -> Record:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:  # numbers of 5000 digits, 1000 brackets
         raise ValueError(
-            f"{where}: not JSON ({one_line(error)}); a list has one record a line"
+            f"{where}: not JSON ({one_line(error)}); a list has one JSON record per line"
         ) from error
     return check_record(entry, where)
 
 
 def check_record(entry: Any, where: str) -> Record:
-    """`entry` as a record; ValueError starting with `where` when it is none."""
+    """`entry` as a record; ValueError, starting with `where`, if it is not one."""
     if not isinstance(entry, dict) or not isinstance(entry.get("fpath_img"), str):
         of_coco = isinstance(entry, dict) and "annotations" in entry
         raise ValueError(
@@ -107,7 +107,7 @@ def check_record(entry: Any, where: str) -> Record:
             value = entry.get(key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(
-                    f"{where}: {key!r} is {value!r}; it must be pixels, or be left out"
+                    f"{where}: {key!r} is {value!r}; it must be a number of pixels, or be left out"
                 )
         record["width"], record["height"] = entry["width"], entry["height"]
     return record
@@ -118,7 +118,7 @@ def read_records(source: Any, root: PathLike = "") -> list[Record]:
 
     Args:
         source: a path, or a sequence of paths, or a sequence of dicts.
-        root: where relative list paths are looked up when the working folder lacks them.
+        root: folder for relative list paths that do not exist in the working folder.
     """
     if isinstance(source, (str, os.PathLike)):
         return read_odgt(locate(source, root))
@@ -131,21 +131,21 @@ def read_records(source: Any, root: PathLike = "") -> list[Record]:
         else:
             records.append(check_record(item, f"record {number}"))
     if not records:
-        raise ValueError("the list holds no records")
+        raise ValueError("the list has no records")
     return records
 
 
 def with_sizes(records: Sequence[Record], root: PathLike, on_error: str = "stop") -> list[Record]:
-    """The same records, those without width and height completed from the image headers.
+    """Adds missing widths and heights from the image headers.
 
     Args:
-        records: in any order, which is kept.
+        records: records in any order, which is kept.
         root: folder that relative paths are relative to.
-        on_error: "stop" raises at an image whose header cannot be read; "skip" leaves such records
-            out and logs how many, with the first of the reasons.
+        on_error: "stop": raise an error if a header cannot be read; "skip": leave such records out
+            and log their number and some reasons.
 
     Raises:
-        OSError, ValueError: an image cannot be read, or, with "skip", none of them can.
+        OSError, ValueError: an image cannot be read, or, with "skip", none can.
     """
 
     def complete(record: Record) -> Record | str:
@@ -180,17 +180,17 @@ def with_sizes(records: Sequence[Record], root: PathLike, on_error: str = "stop"
 
 # ------------------------------------------------------------------------------ folders
 def two_places(entry: str) -> list[tuple[str, str]]:
-    """What `A:B` may stand for: a Windows drive ("C:\\x") has a colon of its own.
+    """Splits `A:B` at every colon, because a Windows drive ("C:\\x") also has one.
 
     Returns:
-        (A, B) for every colon that has something on both sides.
+        (A, B) for every colon with text on both sides.
     """
     colons = [k for k, letter in enumerate(entry) if letter == ":"]
     return [(entry[:k], entry[k + 1 :]) for k in colons if k > 0 and entry[k + 1 :]]
 
 
 def image_extensions() -> set[str]:
-    """Every extension Pillow can open, in lower case with its dot."""
+    """All extensions that Pillow can open, in lower case with the dot."""
     return {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
@@ -198,7 +198,7 @@ def list_images(folder: PathLike) -> list[str]:
     """Image files below `folder`, as sorted '/'-separated paths relative to it.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
     """
     base = Path(folder)
     if not base.is_dir():
@@ -214,11 +214,11 @@ def list_images(folder: PathLike) -> list[str]:
 def match_by_stem(
     images: Iterable[str], labels: Iterable[str], image_end: str = "", label_end: str = ""
 ) -> tuple[list[tuple[str, str]], list[str], list[str]]:
-    """Pair images and masks whose relative paths agree without extension.
+    """Pairs images and masks whose relative paths are equal without extension.
 
     Args:
         images, labels: relative paths.
-        image_end, label_end: ends of the stems to leave out of the comparison
+        image_end, label_end: ends of the stems that are ignored in the comparison
             (`_leftImg8bit`, `_gtFine_labelIds`); files without them are left out.
 
     Returns:
@@ -240,11 +240,11 @@ def match_by_stem(
             table[stem] = file
         return table
 
-    pictures, masks = by_stem(images, image_end), by_stem(labels, label_end)
-    pairs = [(file, masks[stem]) for stem, file in pictures.items() if stem in masks]
-    lonely_images = [file for stem, file in pictures.items() if stem not in masks]
-    lonely_masks = [file for stem, file in masks.items() if stem not in pictures]
-    return pairs, lonely_images, lonely_masks
+    photos, masks = by_stem(images, image_end), by_stem(labels, label_end)
+    pairs = [(file, masks[stem]) for stem, file in photos.items() if stem in masks]
+    without_mask = [file for stem, file in photos.items() if stem not in masks]
+    without_image = [file for stem, file in masks.items() if stem not in photos]
+    return pairs, without_mask, without_image
 
 
 def pair_folders(
@@ -257,15 +257,15 @@ def pair_folders(
         ValueError: an image has no mask, or nothing matches.
     """
     image_dir, label_dir = Path(root) / images, Path(root) / labels
-    pairs, lonely, _ = match_by_stem(
+    pairs, unmatched, _ = match_by_stem(
         list_images(image_dir), list_images(label_dir), image_end, label_end
     )
     if not pairs:
         raise ValueError(f"no image in {image_dir} has a mask of the same name in {label_dir}")
-    if lonely:
+    if unmatched:
         raise ValueError(
-            f"{len(lonely)} of {len(pairs) + len(lonely)} images in {image_dir} have no mask in "
-            f"{label_dir}, the first is {lonely[0]}; remove them, or list what to use "
+            f"{len(unmatched)} of {len(pairs) + len(unmatched)} images in {image_dir} have no mask "
+            f"in {label_dir}, the first is {unmatched[0]}; remove them, or create a list "
             "(mit-semseg data make-odgt)"
         )
     return [
@@ -275,18 +275,18 @@ def pair_folders(
 
 
 # ------------------------------------------------------------------------------ depth
-# Folders of depth images, as SUN RGB-D calls them: with holes filled, and as measured.
+# Folders of depth images in SUN RGB-D: with holes filled, and as measured.
 DEPTH_FOLDERS = ("depth_bfx", "depth")
 _DEPTH_END = "_depth"
 _DEPTH_SUFFIXES = (".png", ".tif", ".tiff")
 
 
 def find_depth(image: PathLike) -> Path | None:
-    """The depth image that belongs to a colour image, None where there is none.
+    """The depth image of a colour image; None if there is none.
 
-    For `a/image/x.jpg` it is the first of: `a/image/x_depth.png` (or `.tif`), beside it;
-    `a/depth_bfx/x.png`, then `a/depth/x.png`, in a folder beside its folder; and the only image in
-    one of these folders if `x.jpg` is the only one in its own, as in a frame of SUN RGB-D.
+    For `a/image/x.jpg` it is the first that exists of: `a/image/x_depth.png` (or `.tif`);
+    `a/depth_bfx/x.png`; `a/depth/x.png`; the only image in `a/depth_bfx` or `a/depth` if `x.jpg`
+    is the only image in its folder, as in a frame of SUN RGB-D.
     """
     image = Path(image)
     beside = [image.with_name(f"{image.stem}{_DEPTH_END}{end}") for end in _DEPTH_SUFFIXES]
@@ -303,7 +303,7 @@ def find_depth(image: PathLike) -> Path | None:
 
 
 def is_depth(file: PathLike) -> bool:
-    """Whether a file is, by its name or its folder's, a depth image that `find_depth` may find."""
+    """Whether a file is a depth image for `find_depth`, by its name or folder."""
     file = Path(file)
     return file.suffix.lower() in _DEPTH_SUFFIXES and (
         file.stem.endswith(_DEPTH_END) or file.parent.name in DEPTH_FOLDERS
@@ -311,9 +311,9 @@ def is_depth(file: PathLike) -> bool:
 
 
 def only_image(folder: PathLike) -> Path | None:
-    """The one image that lies in a folder, None where there is another number of them.
+    """The only image in a folder; None if there are none or several.
 
-    It reads no farther than to a second image: a folder of a million is asked for each of them.
+    It stops at the second image, because it is called for every image of a folder.
     """
     if not os.path.isdir(folder):
         return None

@@ -1,4 +1,4 @@
-"""A training sample: planned, loaded, and changed as planned."""
+"""Training samples: random numbers are drawn first, then files are loaded and transformed."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Window = tuple[slice, slice]  # rows and columns
 
 @dataclass(frozen=True)
 class Plan:
-    """Every random number of one sample, drawn before its files are loaded.
+    """All random parameters of one sample, drawn before its files are loaded.
 
     Attributes:
         size: (width, height) that the image is resized to.
-        window: what is taken of the resized image.
-        state: of the generator after the numbers that loading needs, those of `size`.
-        flip: swap left and right.
-        colors: factors of brightness, contrast and saturation; None: they stay.
-        sigma: of a Gaussian blur, in pixels; None: no blur.
-        angle: that the window is rotated by, in degrees, counterclockwise.
+        window: crop of the resized image.
+        state: state of the generator after the numbers for `size`, which loading needs, were drawn.
+        flip: flip horizontally.
+        colors: factors of brightness, contrast and saturation; None: no colour jitter.
+        sigma: standard deviation of a Gaussian blur, in pixels; None: no blur.
+        angle: rotation of the window in degrees, counterclockwise.
     """
 
     size: tuple[int, int]
@@ -45,12 +45,12 @@ class Plan:
 
 
 class Sample(NamedTuple):
-    """What goes into a batch.
+    """One element of a batch.
 
     Attributes:
         image: (h, w, 3) uint8 RGB.
         labels: (h/r, w/r) int64 class ids, -1 ignored, r = `segm_downsampling_rate`.
-        depth: (h, w) float32, normalised; None where there is none.
+        depth: (h, w) float32, normalised, or None.
     """
 
     image: np.ndarray
@@ -60,15 +60,15 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LoadedSample:
-    """An image at the size that it is trained at, and where its labels are to be looked up.
+    """A resized image, and indices into its stored mask, which is not resized.
 
     Attributes:
         image: (h, w, 3) uint8 RGB.
-        depth: (h, w) float32, normalised; None where there is none.
-        stored: the mask as its file has it, (H, W) integers, checked.
-        rows, columns: h and w indices: where in `stored` the label of each pixel of the image is.
+        depth: (h, w) float32, normalised, or None.
+        stored: checked values of the mask file, (H, W) integers.
+        rows, columns: h and w indices into `stored`, of the label of each pixel of the image.
         label_map: stored value -> class id or -1.
-        mask_path: the mask's file, named in errors.
+        mask_path: the mask's file, for errors.
     """
 
     image: np.ndarray
@@ -80,7 +80,7 @@ class LoadedSample:
     mask_path: str
 
     def flipped(self) -> LoadedSample:
-        """The whole sample with left and right swapped, in classes too; before it is cropped."""
+        """The sample flipped horizontally, with exchanged classes; must not be cropped yet."""
         return replace(
             self,
             image=_flipped(self.image),
@@ -112,10 +112,10 @@ class LoadedSample:
         )
 
     def labels(self, rate: int = 1) -> np.ndarray:
-        """Class ids, int64 with -1 ignored, of the pixel in the middle of each rate x rate block.
+        """Class ids, int64 with -1 ignored, of the central pixel of each rate x rate block.
 
-        It is what Pillow's nearest resize by 1/rate takes of labels that are padded to a multiple
-        of `rate`; only those are ever looked up.
+        Same as Pillow's nearest resize by 1/rate of labels padded to a multiple of `rate`, but only
+        these pixels are mapped.
         """
         rows, columns = self.rows[rate // 2 :: rate], self.columns[rate // 2 :: rate]
         return self.label_map(self.stored[rows][:, columns], self.mask_path)
@@ -127,36 +127,36 @@ class LoadedSample:
 
 @lru_cache(maxsize=8)
 def _of_ids_plus_1(num_class: int, mirror_pairs: tuple[tuple[int, int], ...]) -> LabelMap:
-    """The map of masks that store class ids plus one, 0 for ignored."""
+    """The label map of masks that store class ids plus one, and 0 for ignored."""
     return LabelMap.shifted(num_class).pairing(mirror_pairs)
 
 
 def _flipped(image: np.ndarray) -> np.ndarray:
-    """An image or depth with left and right swapped; by torch, which is 20 times as fast."""
+    """An image or depth flipped horizontally, by torch, which is 20 times as fast as NumPy."""
     return torch.from_numpy(image).flip(1).numpy()
 
 
 class BatchStyle(Protocol):
-    """What differs between the styles of batches: what is planned, and how it is applied.
+    """Interface of the batch styles: random parameters, and transformations of samples.
 
     Attributes:
-        by_orientation: a batch holds images of one orientation only.
+        by_orientation: whether a batch has images of one orientation only.
     """
 
     by_orientation: bool
 
     def plan(self, size: tuple[int, int], short: int, rng: np.random.Generator) -> Plan:
-        """Draw the numbers of a sample.
+        """Draws the random parameters of a sample.
 
         Args:
             size: (width, height) of the image.
             short: the short side drawn for the whole batch, in pixels.
-            rng: where every number comes from.
+            rng: source of all random numbers.
         """
         ...
 
     def apply(self, loaded: LoadedSample, plan: Plan) -> LoadedSample:
-        """Change a sample that was loaded at `plan.size` as planned."""
+        """Transforms a sample that was loaded at `plan.size`."""
         ...
 
 
@@ -167,13 +167,13 @@ def load_sample(
     label_map: LabelMap,
     options: DataOptions,
 ) -> LoadedSample:
-    """Load the files of a record, the image resized to `size`, (width, height).
+    """Loads the files of a record, with the image resized to `size`, (width, height).
 
-    Every stored value of the mask is checked, also those that no label is taken from.
+    All stored values of the mask are checked, including those that no label is taken from.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is unreadable, sizes disagree, or a stored value is unknown.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file cannot be read, sizes differ, or a stored value is unknown.
     """
     image_path, mask_path = paths_of(record, root)
     with ImageFile(image_path) as file:

@@ -1,7 +1,7 @@
-"""SBU-shadow: where shadows are, in 4085 images to train on and 638 to test.
+"""SBU-shadow: shadow detection, 4085 training images and 638 test images.
 
 Paper: Vicente et al. 2016, "Large-scale training of shadow detectors with noisily-annotated shadow
-examples". Licence: for non-commercial research, says the README in the archive.
+examples". Licence: for non-commercial research, according to the README in the archive.
 """
 
 from __future__ import annotations

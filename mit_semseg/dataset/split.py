@@ -36,23 +36,23 @@ class Split:
 
 
 def entries_of(options: DataOptions, which: str, data_format: DataFormat) -> list[str]:
-    """The entries of `list_train` or `list_val`, default lists turned into splits."""
+    """The entries of `list_train` or `list_val`, with default lists replaced by splits."""
     lists = options.list_train if which == "train" else options.list_val
     entries = [lists] if isinstance(lists, str) else lists
     return [data_format.default_splits.get(entry, entry) for entry in entries]
 
 
 def class_table(dataset_cfg: Any, which: str = "train") -> ClassTable:
-    """The class table of a configuration: `DATASET.classes`, else the data set's own.
+    """The class table of a configuration: `DATASET.classes`, or that of the data set.
 
     Args:
         dataset_cfg: `cfg.DATASET`.
-        which: `"train"` or `"val"`: where the files of a data set name its classes, those of
+        which: `"train"` or `"val"`: for data sets whose files name the classes, those of
             `list_train` or `list_val`.
 
     Raises:
         FileNotFoundError: `DATASET.classes`, or a file that names the classes, does not exist.
-        ValueError: unknown format, or the table does not have `num_class` rows.
+        ValueError: the format is unknown, or the table does not have `num_class` rows.
     """
     options = DataOptions.read(dataset_cfg)
     data_format: DataFormat = FORMATS.get(options.format)()
@@ -69,11 +69,11 @@ def build_split(dataset_cfg: Any, which: str) -> Split:
 
     Args:
         dataset_cfg: `cfg.DATASET`.
-        which: `"train"` or `"val"`: reads `list_train` or `list_val`.
+        which: `"train"` or `"val"`: `list_train` or `list_val`.
 
     Raises:
-        FileNotFoundError: a list or folder is missing.
-        ValueError: an unknown format, a bad list, or a class count that does not fit.
+        FileNotFoundError: a list or folder does not exist.
+        ValueError: the format is unknown, a list is invalid, or the number of classes is wrong.
     """
     if which not in ("train", "val"):
         raise ValueError(f"a split is 'train' or 'val', not {which!r}")
@@ -83,18 +83,18 @@ def build_split(dataset_cfg: Any, which: str) -> Split:
     root, entries = options.root_dataset, entries_of(options, which, data_format)
     records: list[Record] = []
     for entry in entries:
-        if entry.endswith(".odgt"):  # any data set can be narrowed by a custom list
+        if entry.endswith(".odgt"):  # a custom list can select images of any data set
             records += read_odgt(locate(entry, root))
         else:
             records += data_format.records_for(Path(root), entry, options)
     if not records:
-        raise ValueError(f"DATASET.list_{which} is {entries!r}: it names no records")
+        raise ValueError(f"DATASET.list_{which} is {entries!r}, which has no records")
     if options.depth:
-        flat = [record["fpath_img"] for record in records if "fpath_depth" not in record]
-        if flat:
+        lacking = [record["fpath_img"] for record in records if "fpath_depth" not in record]
+        if lacking:
             raise ValueError(
-                f"DATASET.depth is True, but DATASET.list_{which} gives no depth for {len(flat)} "
-                f"of {len(records)} images, the first is {flat[0]}; add 'fpath_depth' to the list"
+                f"DATASET.depth is True, but DATASET.list_{which} has no depth for {len(lacking)} "
+                f"of {len(records)} images, first {lacking[0]}; add 'fpath_depth' to the list"
             )
     else:
         for record in records:
@@ -106,7 +106,7 @@ def build_split(dataset_cfg: Any, which: str) -> Split:
 
 
 def absolute(record: Record, root: PathLike) -> Record:
-    """The record with its paths made absolute, from `root`."""
+    """The record with absolute paths; relative ones are relative to `root`."""
     full = record.copy()
     for key in ("fpath_img", "fpath_segm", "fpath_depth"):
         if key in record:
@@ -116,35 +116,35 @@ def absolute(record: Record, root: PathLike) -> Record:
 
 
 def check_depth(options: DataOptions) -> None:
-    """Refuse depth in a format that has none.
+    """Checks that the data format has depth images if `options.depth` is set.
 
     Raises:
-        ValueError: an unknown format, or one without depth where `options.depth` asks for it.
+        ValueError: the format is unknown, or has no depth.
     """
     has_depth = FORMATS.get(options.format)().depth_scale is not None
     if options.depth and not has_depth:
         with_depth = [n for n in FORMATS.names() if FORMATS.get(n)().depth_scale is not None]
         raise ValueError(
-            f"DATASET.depth is True, but DATASET.format {options.format} has no depth; it is in "
-            f"{' and '.join(with_depth)} (lists with 'fpath_depth')"
+            f"DATASET.depth is True, but DATASET.format {options.format} has no depth; formats "
+            f"with depth: {' and '.join(with_depth)} (lists with 'fpath_depth')"
         )
 
 
 def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "stop") -> list[str]:
-    """Load up to `n` random samples before a long run starts, and warn of what looks wrong.
+    """Loads some random samples, and logs warnings about suspicious labels.
 
     Args:
         split: the samples.
-        n: how many to load at most.
-        seed: of the choice.
-        on_error: `DATASET.on_error`; with "skip" a sample that cannot be used is a warning too.
+        n: maximum number of samples to load.
+        seed: seed of the selection.
+        on_error: `DATASET.on_error`; with "skip", an unusable sample is a warning.
 
     Returns:
-        The warnings, which are also logged; empty when nothing is suspicious.
+        The warnings.
 
     Raises:
-        FileNotFoundError, ValueError: a sample cannot be used, as `load_pair` says it, or, with
-            "skip", none of those that were loaded.
+        FileNotFoundError, ValueError: a sample is unusable (see `load_pair`), or, with "skip", all
+            are.
     """
     count = min(n, len(split.records))
     chosen = np.random.default_rng(seed).choice(len(split.records), count, replace=False)
@@ -157,7 +157,7 @@ def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "s
         try:
             _, raw = load_raw(record)
             ids = split.label_map(raw, paths_of(record)[1])
-            if "fpath_depth" in record:  # how it is stored does not matter here
+            if "fpath_depth" in record:  # its scale does not matter here
                 as_read = DataOptions(depth=True, depth_scale=1)
                 load_depth_of(record, "", as_read, (ids.shape[1], ids.shape[0]))
         except (OSError, ValueError) as error:

@@ -1,12 +1,12 @@
-"""SUN RGB-D: 37 classes of rooms, from four kinds of depth cameras.
+"""SUN RGB-D: 37 classes of indoor scenes, from four kinds of depth cameras.
 
 Paper: Song et al. 2015, "SUN RGB-D: A RGB-D Scene Understanding Benchmark Suite". Licence: its page
-states none but asks to cite the paper; some images are of NYU Depth v2, Berkeley B3DO and SUN3D,
-whose terms hold for them.
+states none but asks to cite the paper; some images are from NYU Depth v2, Berkeley B3DO and SUN3D,
+with their own terms.
 
-Its own labels are in one MATLAB file of HDF5 (`SUNRGBDtoolbox/Metadata/SUNRGBD2Dseg.mat`), which
-takes much memory to read. Read here are the same labels as a PNG each, with the official split as
-two lists: github.com/ankurhanda/sunrgbd-meta-data (Handa et al. 2016, arXiv:1511.07041).
+The original labels are in one MATLAB file (`SUNRGBDtoolbox/Metadata/SUNRGBD2Dseg.mat`), which needs
+much memory. This format reads the same labels from PNG files, with the official split as two lists:
+github.com/ankurhanda/sunrgbd-meta-data (Handa et al. 2016, arXiv:1511.07041).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.records import DEPTH_FOLDERS, Record, only_image
 
 _META = "https://github.com/ankurhanda/sunrgbd-meta-data/raw/master"
-# List of each split, and the number of its first label file: those of the test images come first.
+# List of each split, and number of its first label file; test images are numbered first.
 _SPLITS = {
     "train": ("sunrgbd_training_images.txt", 5051),
     "val": ("sunrgbd_testing_images.txt", 1),
@@ -32,11 +32,11 @@ _LABELS = "sunrgbd_train_test_labels"
 
 @FORMATS.register("sunrgbd")
 class SunRgbd(DataFormat):
-    """Frames in `SUNRGBD/{kv1,kv2,realsense,xtion}`, lists and labels beside; stored 0 is void.
+    """Frames in `SUNRGBD/{kv1,kv2,realsense,xtion}`, and lists and labels; stored 0 is void.
 
-    A frame is a folder with an `image`, a `depth`, and a `depth_bfx`, whose holes are filled and
-    which is preferred. Depth is stored as 16-bit millimetres with the bits rotated (see
-    `images.load_depth`); whether it is used is `DATASET.depth`'s to say.
+    A frame is a folder with an `image`, a `depth`, and a `depth_bfx` with filled holes, which is
+    preferred. Depth is stored as 16-bit millimetres with rotated bits (see `images.load_depth`),
+    and is used with `DATASET.depth`.
     """
 
     title = "SUN RGB-D"
@@ -66,7 +66,7 @@ class SunRgbd(DataFormat):
         listing, first = _SPLITS[split]
         base = _first(root, _PLACES, listing)
         labels = _labels(root, base)
-        # The lists begin every path with SUNRGBD/, which may be the root itself.
+        # Paths in the lists start with SUNRGBD/, which may be the root itself.
         inside = (root / "SUNRGBD").is_dir()
         records = []
         names = (root / base / listing).read_text(encoding="utf-8").split()
@@ -87,7 +87,7 @@ class SunRgbd(DataFormat):
 
 
 def _first(root: Path, places: Sequence[str], name: str) -> str:
-    """The first of some places below `root` that has a file or folder of this name."""
+    """The first of `places` below `root` that contains a file or folder of this name."""
     for place in places:
         if (root / place / name).exists():
             return place
@@ -107,10 +107,10 @@ def _labels(root: Path, base: str) -> str:
 
 
 def _depth(root: Path, image: str) -> str:
-    """Depth file of a frame relative to `root`.
+    """Depth file of a frame, relative to `root`.
 
     Raises:
-        FileNotFoundError: it has none.
+        FileNotFoundError: the frame has none.
     """
     frame = Path(image).parent.parent
     for folder in DEPTH_FOLDERS:
@@ -119,5 +119,5 @@ def _depth(root: Path, image: str) -> str:
             return (frame / folder / only.name).as_posix()
     raise FileNotFoundError(
         f"{root / frame}: no depth, expected one image in {' or '.join(DEPTH_FOLDERS)}; unpack "
-        "SUNRGBD.zip whole, or set DATASET.depth False and MODEL.in_channels 3"
+        "all of SUNRGBD.zip, or set DATASET.depth False and MODEL.in_channels 3"
     )

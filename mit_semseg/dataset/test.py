@@ -1,4 +1,4 @@
-"""Images without labels, for prediction."""
+"""Data set of images without labels, for prediction."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class TestDataset(BaseDataset):
     """Images at all evaluation scales.
 
     Args:
-        odgt: list file, list files, or records (`fpath_img` is enough); paths are taken as they
-            are, relative to the working folder.
+        odgt: list file, list files, or records (with `fpath_img` only); paths are relative to the
+            working folder.
         opt: `cfg.DATASET`, or any object with some of its attributes.
-        normalized: False leaves the pixels to `Normalize`.
-        part: which part of the list: `max_sample`, `start_idx`, `end_idx`, see `BaseDataset`.
+        normalized: False: return uint8 images, for `Normalize`.
+        part: part of the list: `max_sample`, `start_idx`, `end_idx`, see `BaseDataset`.
     """
 
-    __test__ = False  # the name is published; it is no test case
+    __test__ = False  # not a pytest class; the name is published
 
     def __init__(self, odgt: Any, opt: Any, *, normalized: bool = True, **part: int) -> None:
         self.normalized = normalized

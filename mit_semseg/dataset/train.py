@@ -1,4 +1,4 @@
-"""Training batches: one seeded permutation a pass, aspect-preserving or of random crops."""
+"""Data set of training batches, aspect-preserving or of random crops."""
 
 from __future__ import annotations
 
@@ -21,50 +21,49 @@ from mit_semseg.dataset.transforms import Normalize, round_up
 from mit_semseg.dataset.user_transform import UserTransform
 from mit_semseg.errors import one_line
 
-# Separate streams of random numbers: the order of a pass, what happens to a batch, and what takes
-# the place of a sample that cannot be used.
-_ORDER, _BATCH, _INSTEAD = 0, 1, 2
-_TRIES = 8  # other samples tried before a bad one is an error after all
+# Independent streams of random numbers: order of a pass, augmentation of a batch, replacement of an
+# unusable sample.
+_ORDER, _BATCH, _REPLACEMENT = 0, 1, 2
+_TRIES = 8  # replacements tried for an unusable sample
 
 
 class TrainDataset(BaseDataset):
     """An endless, deterministic stream of batches.
 
-    Item i is a pure function of (seed, i) and the files, so any number of workers, devices and
-    ranks may share the stream: rank r of R asks for items r, r + R, ... Items of one pass show each
-    image exactly once. A batch holds images of one orientation, portrait (height > width) or not;
-    the last batch of each orientation in a pass may be smaller.
+    Item i depends only on (seed, i) and the files, so any number of workers, devices and ranks can
+    share the stream: rank r of R requests items r, r + R, ... The items of one pass contain each
+    image exactly once. A batch has images of one orientation, portrait (height > width) or not; the
+    last batch of each orientation in a pass may be smaller.
 
-    With `on_error` "skip" a sample that cannot be used (an unreadable file, a mask that does not
-    fit) is replaced by another one of its orientation, drawn from (seed, i, position in the batch);
-    where its orientation has no usable one, of the other. 8 are tried.
+    With `on_error` "skip" an unusable sample (such as a damaged file, or a mask of the wrong size)
+    is replaced by another one, drawn from (seed, i, position in the batch): of its orientation, or
+    of the other if there is none. Up to 8 are tried.
 
     Geometry as published: the batch draws one short side from `imgSizes`; images are resized with
-    their aspect kept, flipped at random, aligned to the top left, and padded to the largest width
-    and height of the batch, rounded up to `padding_constant`. Images are padded with 0 after
+    their aspect ratio kept, flipped at random, aligned to the top left, and padded to the largest
+    width and height of the batch, rounded up to `padding_constant`. Images are padded with 0 after
     normalisation (the mean colour), labels with -1; the published code padded labels with class 0.
     With `crop_size` each image draws its own short side and is cropped at random.
 
-    With `batching` "crop" a sample is what `crops.RandomCrops` makes of an image, every batch is
-    of `crop_size`, and holds images of either orientation. All else is the same.
+    With `batching` "crop" samples are made by `crops.RandomCrops`; every batch has the size
+    `crop_size`, and images of both orientations.
 
-    Images are resized as `ImageFile.pixels` does it: within one grey level of Pillow, or, where a
-    JPEG of 5 times the size is decoded at reduced scale, within one level on average. Labels are
-    those of the published procedure, pixel by pixel. Every stored value of a mask is checked, also
-    those that no label is taken from.
+    Images are resized as by `ImageFile.pixels`: within one grey level of Pillow, or, if a JPEG of 5
+    times the size is decoded at reduced scale, within one level on average. Labels are identical to
+    those of the published procedure. All stored values of a mask are checked, including those that
+    no label is taken from.
 
     Args:
         root_dataset: folder that relative paths are relative to.
         odgt: list file, list files, or records.
         opt: `cfg.DATASET`, or any object with some of its attributes.
-        batch_per_gpu: images a batch.
-        seed: of the order and of every random choice.
-        label_map: stored value -> class; by default from `label_offset` and `ignore_label`.
-        normalized: False leaves images as uint8 for `Normalize` to finish on the device: a quarter
-            of the memory, and less work for the loading process.
-        pad_to: sides of a batch are multiples of this as well as of `padding_constant`; what is
-            added is ignored like all padding.
-        part: which part of the list: `max_sample`, `start_idx`, `end_idx`, see `BaseDataset`.
+        batch_per_gpu: images per batch.
+        seed: seed of the order and of all augmentation.
+        label_map: stored value -> class; None: from `label_offset` and `ignore_label`.
+        normalized: False: return uint8 images, for `Normalize` on the device: a quarter of the
+            memory, and less work for the loading process.
+        pad_to: sides of a batch are multiples of this and of `padding_constant`.
+        part: part of the list: `max_sample`, `start_idx`, `end_idx`, see `BaseDataset`.
 
     Raises:
         FileNotFoundError, ValueError: a list, an option or (when read) a sample cannot be used.
@@ -86,7 +85,7 @@ class TrainDataset(BaseDataset):
         options = DataOptions.read(opt)
         if options.padding_constant % options.segm_downsampling_rate:
             raise ValueError(
-                f"DATASET.padding_constant {options.padding_constant} is no multiple of "
+                f"DATASET.padding_constant {options.padding_constant} is not a multiple of "
                 f"DATASET.segm_downsampling_rate {options.segm_downsampling_rate}"
             )
         TrainOptions(batch_size_per_gpu=batch_per_gpu, shape_bucket=pad_to, seed=seed)  # checks
@@ -115,11 +114,11 @@ class TrainDataset(BaseDataset):
 
     @property
     def segm_downsampling_rate(self) -> int:
-        """Labels are this many times smaller than the image."""
+        """Ratio of the sides of image and label."""
         return self.options.segm_downsampling_rate
 
     def __len__(self) -> int:
-        return 10**10  # the stream has no end; whoever trains decides where it stops
+        return 10**10  # the stream is endless
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -131,7 +130,7 @@ class TrainDataset(BaseDataset):
         self._order = lru_cache(maxsize=2)(self._make_order)
 
     def _make_order(self, pass_number: int) -> list[np.ndarray]:
-        """Record numbers of every batch of one pass, in order."""
+        """Record numbers of all batches of one pass, in order."""
         rng = np.random.default_rng([self.seed, _ORDER, pass_number])
         batches = []
         for group in self._groups:
@@ -143,34 +142,34 @@ class TrainDataset(BaseDataset):
         return [batches[k] for k in rng.permutation(len(batches))]
 
     def _numbers(self, index: int) -> list[int]:
-        """Which records batch number `index` is to hold."""
+        """Record numbers of batch `index`."""
         if index < 0:
             raise IndexError(f"batch {index}: batches are numbered from 0")
         pass_number, position = divmod(index, self.batches_per_pass)
         return [int(k) for k in self._order(pass_number)[position]]
 
     def files(self, index: int) -> list[str]:
-        """Paths of the images of batch number `index`, as listed, without loading them.
+        """Paths of the images of batch `index`, as listed, without loading them.
 
-        With `on_error` "skip" the batch may hold others in place of bad ones: see its `info`.
+        With `on_error` "skip" the batch may have replacements instead, see its `info`.
         """
         return [self.list_sample[k]["fpath_img"] for k in self._numbers(index)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Batch number `index`.
+        """Batch `index`.
 
         Returns:
             `img_data` (B, 3, H, W) float32; `seg_label` (B, H/r, W/r) int64 with -1 ignored, r =
-            `segm_downsampling_rate`; `info`, the B image paths as listed. Not normalised:
-            `img_data` is uint8 RGB in channels_last, and `img_size` (B, 2) int64 holds height and
-            width of each image in it, for `Normalize`. With `on_error` "skip" also `skipped`: a
-            list of (image path as listed, reason in one line), one for each that proved bad. With
-            `depth` `img_data` is (B, 4, H, W) float32, always normalised.
+            `segm_downsampling_rate`; `info`, the B image paths as listed. With `normalized` False,
+            `img_data` is uint8 RGB in channels_last, and `img_size` (B, 2) int64 has the height and
+            width of each image, for `Normalize`. With `on_error` "skip" also `skipped`: a list of
+            (image path as listed, reason in one line) of unusable samples. With `depth`, `img_data`
+            is (B, 4, H, W) float32, always normalised.
         """
         rng = np.random.default_rng([self.seed, _BATCH, index])
         short = int(rng.choice(self.options.imgSizes))
         usable = [
-            self._usable(number, short, rng, [self.seed, _INSTEAD, index, position])
+            self._usable(number, short, rng, [self.seed, _REPLACEMENT, index, position])
             for position, number in enumerate(self._numbers(index))
         ]
         loaded = [sample for _, sample, _ in usable]
@@ -183,15 +182,14 @@ class TrainDataset(BaseDataset):
         return batch
 
     def _usable(
-        self, number: int, short: int, rng: np.random.Generator, instead: list[int]
+        self, number: int, short: int, rng: np.random.Generator, seed: list[int]
     ) -> tuple[int, LoadedSample, list[tuple[str, str]]]:
-        """The sample of record `number`, or of the first usable one drawn in its place.
+        """The sample of record `number`, or of the first usable replacement.
 
-        Those are drawn, and augmented, by a generator of their own with the seed `instead`.
+        Replacements are drawn and augmented by a separate generator with the given seed.
 
         Returns:
-            Number of the record, its sample, and (image path as listed, reason) of those that
-            proved bad before it.
+            Number of the record, its sample, and (image path as listed, reason) of unusable ones.
         """
         try:
             return number, self._make(number, short, rng), []
@@ -200,7 +198,7 @@ class TrainDataset(BaseDataset):
                 raise
             reason = one_line(error)
         skipped = [(self.list_sample[number]["fpath_img"], reason)]
-        rng = np.random.default_rng(instead)
+        rng = np.random.default_rng(seed)
         same, other = self._groups if number in self._groups[0] else self._groups[::-1]
         drawn = [*rng.permutation(same[same != number]), *rng.permutation(other)][:_TRIES]
         for candidate in map(int, drawn):
@@ -209,26 +207,26 @@ class TrainDataset(BaseDataset):
             except (OSError, ValueError) as error:
                 skipped.append((self.list_sample[candidate]["fpath_img"], one_line(error)))
         raise ValueError(
-            f"{reason}; nor can any of {len(drawn)} others drawn in its place be used: so many bad "
-            "samples are not skipped, look for the cause (mit-semseg data check)"
+            f"{reason}; none of {len(drawn)} random replacements is usable; find the cause with "
+            "mit-semseg data check"
         )
 
     def _make(self, number: int, short: int, rng: np.random.Generator) -> LoadedSample:
-        """The sample of record `number`: planned, loaded, and changed as planned."""
+        """Loads and augments the sample of record `number`."""
         record = self.list_sample[number]
         plan = self._style.plan((record["width"], record["height"]), short, rng)
         try:
             loaded = load_sample(record, self.root_dataset, plan.size, self.label_map, self.options)
         except (OSError, ValueError):
-            # What follows in the batch is drawn as if the rest of this plan had not been: as it
-            # always was, so that earlier runs are resumed exactly with bad files, too.
+            # The rest of the batch is drawn as if the rest of this plan had not been, as in earlier
+            # versions, so that their runs are resumed exactly with bad files, too.
             rng.bit_generator.state = plan.state
             raise
         loaded = self._style.apply(loaded, plan)
         return loaded if self._transform is None else self._transform(loaded, rng)
 
     def _stack(self, samples: list[Sample]) -> dict[str, Any]:
-        """Samples of different sizes as one padded batch."""
+        """Pads samples of different sizes to one batch."""
         options = self.options
         rate = options.segm_downsampling_rate
         sizes = [sample.image.shape[:2] for sample in samples]
@@ -247,7 +245,7 @@ class TrainDataset(BaseDataset):
             h, w = labels.shape
             targets[k, :h, :w] = torch.from_numpy(labels)
         img_size = torch.tensor(sizes)
-        if self.normalized or depths is not None:  # depth is no byte
+        if self.normalized or depths is not None:  # depth cannot be uint8
             values = Normalize.of(options)(images, img_size)
             values = values if depths is None else torch.cat([values, depths], dim=1)
             return {"img_data": values.contiguous(), "seg_label": targets}
@@ -255,7 +253,7 @@ class TrainDataset(BaseDataset):
 
 
 def batch_style(options: DataOptions) -> BatchStyle:
-    """The batch style that `options.batching` names."""
+    """The batch style of `options.batching`."""
     if options.batching == "crop":
         from mit_semseg.dataset.crops import RandomCrops  # torchvision is slow to import
 

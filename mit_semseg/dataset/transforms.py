@@ -1,7 +1,6 @@
-"""Geometry and values of pixels: arrays to what the network takes.
+"""Geometric and colour transformations, from arrays to network inputs.
 
-Pixels may stay uint8 until `Normalize`, which can stand on the device, makes of them what the
-encoder expects.
+Images can stay uint8 until `Normalize`, a module that can run on the device, normalises them.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def fitted_size(width: int, height: int, short: float, longest: float) -> tuple[int, int]:
-    """(width, height) with the short side at `short`, unless the long side would pass `longest`."""
+    """(width, height) with short side `short`, or smaller so that no side exceeds `longest`."""
     scale = min(short / min(height, width), longest / max(height, width))
     return max(1, int(width * scale)), max(1, int(height * scale))
 
@@ -34,9 +33,9 @@ def fitted_size(width: int, height: int, short: float, longest: float) -> tuple[
 def random_window(
     sides: Sequence[int], crops: Sequence[int], rng: np.random.Generator
 ) -> tuple[slice, slice]:
-    """A window of crops[0] rows and crops[1] columns, anywhere in an image of these sides.
+    """A random window of crops[0] rows and crops[1] columns in an image of these sides.
 
-    A side that has no more pixels is taken whole.
+    A smaller side is used whole.
     """
     starts = [int(rng.integers(0, max(side - crop, 0) + 1)) for side, crop in zip(sides, crops)]
     down, right = (
@@ -50,10 +49,10 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Args:
         image: (H, W, 3) uint8.
-        size: (width, height) wanted.
+        size: (width, height) of the result.
 
     Returns:
-        (height, width, 3) uint8; `image` itself where the size is its own.
+        (height, width, 3) uint8; `image` itself if it has that size.
     """
     height, width = image.shape[:2]
     if (width, height) == tuple(size):
@@ -64,39 +63,37 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_depth(depth: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Antialiased bilinear resize, as of the image, of the depths that are there.
+    """Antialiased bilinear resize of depth, which may have holes.
 
-    Pixels without depth have no part in the mean of their neighbours; where they are more than
-    half of what a pixel is made of, it has none either.
+    Pixels without depth are left out of the means; a result is 0 if more than half of its weight
+    is from such pixels.
 
     Args:
-        depth: (H, W) float32, 0 where there is none.
-        size: (width, height) wanted.
+        depth: (H, W) float32, 0 where there is no depth.
+        size: (width, height) of the result.
 
     Returns:
-        (height, width) float32; `depth` itself where the size is its own.
+        (height, width) float32; `depth` itself if it has that size.
     """
     if depth.shape[::-1] == tuple(size):
         return depth
-    there = depth > 0
-    planes = torch.from_numpy(np.stack([depth, there]).astype(np.float32))[None]
-    total, share = F.interpolate(
+    valid = depth > 0
+    planes = torch.from_numpy(np.stack([depth, valid]).astype(np.float32))[None]
+    total, weight = F.interpolate(
         planes, size=(size[1], size[0]), mode="bilinear", antialias=True
     ).numpy()[0]
-    return np.where(share >= 0.5, total / np.maximum(share, np.float32(0.5)), np.float32(0))
+    return np.where(weight >= 0.5, total / np.maximum(weight, np.float32(0.5)), np.float32(0))
 
 
 def as_batch(image: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (1, 3, H, W) uint8, channels last; of the same memory where it can be."""
-    # torch takes neither read-only arrays nor mirrored ones.
+    """(H, W, 3) uint8 -> (1, 3, H, W) uint8, channels last; without a copy if possible."""
+    # torch does not accept read-only arrays or negative strides.
     return torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=256)
 def nearest_index(old: int, new: int) -> np.ndarray:
-    """Source index of each of `new` pixels when `old` are resized to their nearest.
-
-    Taken from Pillow itself, so that it agrees exactly.
+    """Source indices of a nearest-neighbour resize from `old` to `new` pixels, by Pillow.
 
     Returns:
         (new,) integers, read-only.
@@ -109,17 +106,17 @@ def nearest_index(old: int, new: int) -> np.ndarray:
 
 # ------------------------------------------------------------------------------ values
 class Normalize(nn.Module):
-    """(B, 3, H, W) uint8 RGB -> float32 as the encoder expects it, on the device of the images.
+    """Normalises images: (B, 3, H, W) uint8 RGB -> float32, on the device of the images.
 
-    There is nothing to learn or to save: `state_dict()` is empty.
+    `state_dict()` is empty.
 
     Args:
         mean, std: per channel in `color_order`, in units of `value_range`.
-        color_order: "RGB" or "BGR", what the encoder was trained on.
-        value_range: 1 (pixels are scaled to [0, 1]) or 255 (they stay in [0, 255]).
+        color_order: "RGB" or "BGR", as the encoder was trained.
+        value_range: 1 (pixels are scaled to [0, 1]) or 255 (they are not scaled).
 
     Raises:
-        ValueError: a setting cannot be used.
+        ValueError: an argument is invalid.
 
     Example:
         >>> grey = torch.full((1, 3, 1, 1), 51, dtype=torch.uint8)
@@ -143,13 +140,13 @@ class Normalize(nn.Module):
         options = DataOptions.read(given)
         self.color_order = options.color_order
         self.value_range = options.value_range
-        # A tensor, since CUDA multiplies by 1/255 to divide by a number: that rounds differently.
+        # 255 is a tensor, as CUDA would divide by a number as a product with 1/255, less exactly.
         for name, value in {"mean": options.mean, "std": options.std, "unit": 255.0}.items():
             self.register_buffer(name, torch.tensor(value), persistent=False)
 
     @classmethod
     def of(cls, opt: Any) -> Normalize:
-        """With the settings of `cfg.DATASET`, or of any object with some of its attributes."""
+        """A module for `cfg.DATASET`, or any object with some of its attributes."""
         options = DataOptions.read(opt)
         return cls(options.mean, options.std, options.color_order, options.value_range)
 
@@ -158,20 +155,20 @@ class Normalize(nn.Module):
 
         Args:
             images: (B, 3, H, W) uint8 RGB.
-            sizes: (B, 2) integers, (height, width) of each image without its padding at the right
-                and bottom, which becomes 0, the mean colour. On the device of the images, lest the
-                host waits. None: there is no padding.
+            sizes: (B, 2) integers, (height, width) of each image without its padding on the right
+                and bottom, which becomes 0, the mean colour. If they are on the device of the
+                images, there is no synchronisation. None: there is no padding.
 
         Returns:
-            (B, 3, H, W) float32, channels last where `images` are.
+            (B, 3, H, W) float32, channels last if `images` are.
 
         Raises:
-            ValueError: the images are not uint8 or not of three channels.
+            ValueError: the images are not uint8, or do not have three channels.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(
-                f"Normalize takes (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}; "
-                "give it the pixels as loaded"
+                f"Normalize expects (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}; "
+                "pass images as loaded"
             )
         _, _, H, W = images.shape
         if self.color_order == "BGR":
@@ -180,7 +177,7 @@ class Normalize(nn.Module):
         if self.value_range == 1:
             values.div_(self.unit)
         if values.is_contiguous(memory_format=torch.channels_last):
-            # Whole rows of R, G, B, R, ...: on the CPU ten times as fast as three values at a time.
+            # Whole rows R, G, B, R, ... at a time: ten times as fast on the CPU.
             rows = values.permute(0, 2, 3, 1).flatten(2)  # B, H, 3 W; the same memory
             rows.sub_(self.mean.repeat(W)).div_(self.std.repeat(W))
         else:
@@ -194,10 +191,10 @@ class Normalize(nn.Module):
 
 
 def normalize_depth(depth: np.ndarray, opt: Any) -> np.ndarray:
-    """Depth in metres as a channel of the network's input; where there is none it stays 0.
+    """Normalises depth in metres; pixels without depth stay 0.
 
     Args:
-        depth: (H, W) float32, 0 where there is none.
+        depth: (H, W) float32, 0 where there is no depth.
         opt: `cfg.DATASET`, or any object with some of its attributes.
     """
     options = DataOptions.read(opt)
@@ -215,12 +212,12 @@ def scaled_inputs(
     Args:
         image: (H, W, 3) uint8 RGB.
         opt: `cfg.DATASET`, or any object with some of its attributes.
-        normalized: False leaves the pixels to `Normalize`.
-        depth: (H, W) float32 in metres, 0 where there is none, as a fourth channel.
+        normalized: False: return uint8 images, for `Normalize`.
+        depth: (H, W) float32 in metres, 0 where there is no depth, as a fourth channel.
 
     Returns:
-        One (1, 3, h, w) tensor for each entry of `imgSizes`: float32, or, not normalised, uint8 RGB
-        in channels_last. With depth (1, 4, h, w) float32, always normalised.
+        One (1, 3, h, w) tensor for each entry of `imgSizes`: float32, or, with `normalized` False,
+        uint8 RGB in channels_last. With depth (1, 4, h, w) float32, always normalised.
     """
     options = DataOptions.read(opt)
     normalize = Normalize.of(options)
@@ -250,7 +247,7 @@ def jitter_factors(strength: float, rng: np.random.Generator) -> tuple[float, fl
 def color_jitter(
     image: np.ndarray, brightness: float, contrast: float, saturation: float
 ) -> np.ndarray:
-    """An (H, W, 3) uint8 RGB image with brightness, contrast and saturation times these factors."""
+    """Changes brightness, contrast and saturation of an (H, W, 3) uint8 RGB image by factors."""
     values = image.astype(np.float32) * np.float32(brightness)
     grey = values @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # H, W
     values = grey[:, :, None] + (values - grey[:, :, None]) * np.float32(saturation)

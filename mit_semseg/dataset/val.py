@@ -1,4 +1,4 @@
-"""Validation samples: every scale of one image, labels at full size."""
+"""Data set of validation samples: an image at all scales, and its full-size label."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ValDataset(BaseDataset):
         root_dataset: folder that relative paths are relative to.
         odgt: list file, list files, or records.
         opt: `cfg.DATASET`, or any object with some of its attributes.
-        label_map: stored value -> class; by default from `label_offset` and `ignore_label`.
-        normalized: False leaves the pixels to `Normalize`.
-        part: which part of the list: `max_sample`, `start_idx`, `end_idx`, see `BaseDataset`.
+        label_map: stored value -> class; None: from `label_offset` and `ignore_label`.
+        normalized: False: return uint8 images, for `Normalize`.
+        part: part of the list: `max_sample`, `start_idx`, `end_idx`, see `BaseDataset`.
 
     Raises:
         FileNotFoundError, ValueError: a list, an option or (when read) a sample cannot be used.
@@ -46,10 +46,10 @@ class ValDataset(BaseDataset):
         """Sample number `index`.
 
         Returns:
-            `img_ori` (H, W, 3) uint8 RGB array; `img_data`, a list with one (1, 3, h, w) tensor a
-            scale, float32 or, not normalised, uint8 RGB in channels_last; `seg_label` (1, H, W)
-            int64 with -1 ignored; `info`, the image path as listed. With `depth` the tensors are
-            (1, 4, h, w) float32.
+            `img_ori` (H, W, 3) uint8 RGB array; `img_data`, a list with one (1, 3, h, w) tensor per
+            scale, float32 or, with `normalized` False, uint8 RGB in channels_last; `seg_label`
+            (1, H, W) int64 with -1 ignored; `info`, the image path as listed. With `depth` the
+            tensors are (1, 4, h, w) float32.
         """
         record, root = self.list_sample[index], self.root_dataset
         image, labels = load_pair(record, root, self.label_map)

@@ -29,8 +29,8 @@ ARCHIVE = Archive(
 class Voc2012(DataFormat):
     """Names in `ImageSets/Segmentation/<split>.txt`; palette masks, 255 on object borders.
 
-    `SegmentationClassAug`, where it exists and has the mask, is used for names that
-    `SegmentationClass` lacks (`trainaug`).
+    For names without a mask in `SegmentationClass` (`trainaug`), that in `SegmentationClassAug` is
+    used, if it exists.
     """
 
     title = "Pascal VOC 2012"

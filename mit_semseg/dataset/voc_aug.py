@@ -1,8 +1,8 @@
-"""Pascal VOC 2012 with the Semantic Boundaries Dataset (SBD): 10582 images to train on.
+"""Pascal VOC 2012 with the Semantic Boundaries Dataset (SBD): 10582 training images.
 
 Papers: Everingham et al. 2015, "The Pascal Visual Object Classes Challenge: A Retrospective";
 Hariharan et al. 2011, "Semantic contours from inverse detectors". Licence: the images are from
-flickr, subject to its terms of use; of its annotations neither set states any.
+flickr, subject to its terms of use; none is stated for the annotations.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PLACES = ("benchmark_RELEASE/dataset", "SBD", "sbd")
 class VocAug(Voc2012):
     """VOC2012 in the layout of `voc2012`, beside SBD's `benchmark_RELEASE/dataset`.
 
-    `train` holds what SBD's `train.txt` and `val.txt` and VOC's `train.txt` name, without what
-    VOC's `val.txt` names. Masks are VOC's palette PNGs, with 255 on object borders, for the images
-    of VOC's `train.txt`, and SBD's `cls/*.mat`, which have no borders, for all others. Any other
-    split, such as `val`, is VOC's.
+    `train` has the images of SBD's `train.txt` and `val.txt` and of VOC's `train.txt`, without
+    those of VOC's `val.txt`. Masks are VOC's palette PNGs, with 255 on object borders, for the
+    images of VOC's `train.txt`, and SBD's `cls/*.mat`, without borders, for all others. All other
+    splits, such as `val`, are VOC's.
     """
 
     source = Source(
@@ -70,7 +70,7 @@ def _stem(record: Record) -> str:
 
 
 def _place(root: Path) -> str:
-    """Where SBD is, below `root`; the error names what is missing."""
+    """The folder of SBD, below `root`; FileNotFoundError if it is incomplete."""
     present = [place for place in _PLACES if (root / place).is_dir()]
     place = present[0] if present else _PLACES[0]
     for part in ("img", "cls", "train.txt", "val.txt"):

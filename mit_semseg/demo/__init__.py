@@ -1,1 +1,1 @@
-"""The demo: rendered street scenes with exact labels, and a page about a trained model."""
+"""The demo: rendered street scenes with exact labels, and a report of a trained model."""

@@ -1,4 +1,4 @@
-"""A picture and its labels under one brush, and the camera they are seen through."""
+"""A canvas that draws an image and its label map together, and the camera."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ Colour = tuple[float, float, float]
 Points = NDArray[np.float64]
 
 IGNORED = -1
-SAMPLES = 3  # a side of a pixel; odd, so that one sample lies in the middle
-NEAR, FAR = 1.3, 90.0  # metres: nothing is drawn nearer, the ground ends there
+SAMPLES = 3  # per side of a pixel; odd, so that one is in the centre
+NEAR, FAR = 1.3, 90.0  # metres: clipping distances
 _SHIFT = 4  # fractional bits of OpenCV's polygon coordinates
 
 
 class Canvas:
-    """A picture and its label map under the same brush."""
+    """An image and its label map, drawn together."""
 
     def __init__(self, height: int, width: int) -> None:
         self.image = np.zeros((height * SAMPLES, width * SAMPLES, 3), np.uint8)
         self.label = np.zeros((height * SAMPLES, width * SAMPLES), np.uint8)
 
     def fill(self, points: Points, colour: Colour, cls: int) -> None:
-        """Paint a polygon, points (N, 2) as x, y in pixels, on picture and labels."""
+        """Draws a polygon, points (N, 2) as x, y in pixels, on image and labels."""
         outline = _fixed(points)
         tint = [min(max(c, 0.0), 255.0) for c in colour]
         cv2.fillPoly(self.image, [outline], tint, shift=_SHIFT)
         cv2.fillPoly(self.label, [outline], [cls + 1], shift=_SHIFT)
 
     def glaze(self, points: Points, colour: Colour, alpha: float, blur: float = 0.0) -> None:
-        """Tint the picture inside a polygon (shadow, glow, reflection); labels stay."""
+        """Tints the image inside a polygon (shadow, glow, reflection); labels do not change."""
         pad = 3.0 * blur + 1.0
         size = np.array(self.image.shape[1::-1]) // SAMPLES
         low = np.floor(points.min(axis=0) - pad).clip(0, size).astype(int)
@@ -44,7 +44,7 @@ class Canvas:
         part: NDArray[Any] = self.image[y0:y1, x0:x1]
         if part.size == 0:
             return
-        scale = SAMPLES if blur < 1 else 1  # what is soft needs no fine samples
+        scale = SAMPLES if blur < 1 else 1  # blurred polygons need no supersampling
         width, height = (high - low) * scale
         mask: NDArray[Any] = np.zeros((height, width), np.uint8)
         cv2.fillPoly(mask, [_fixed(points - low, scale)], [255], shift=_SHIFT)
@@ -57,14 +57,14 @@ class Canvas:
 
 
 def _fixed(points: Points, scale: int = SAMPLES) -> NDArray[np.int32]:
-    """Pixel coordinates to OpenCV's fixed point on a grid of `scale` samples, kept in its range."""
+    """Pixel coordinates -> OpenCV's fixed point on a grid of `scale` samples, clipped."""
     samples = np.clip(points * scale - 0.5, -16000, 16000)
     return np.rint(samples * (1 << _SHIFT)).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class View:
-    """The camera, and the bend of the street it looks along."""
+    """The camera, and the curvature of the street."""
 
     focal: float  # pixels
     centre: float  # pixels, x of the vanishing point
@@ -74,7 +74,7 @@ class View:
     bend: float  # 1 / metres: the street is displaced by bend * z^2
 
     def __call__(self, world: Sequence[Sequence[float]] | Points) -> Points:
-        """Points (N, 3) in metres to (N, 2) in pixels; z is kept from passing the camera."""
+        """Points (N, 3) in metres -> (N, 2) in pixels; z is clipped in front of the camera."""
         x, y, z = np.asarray(world, np.float64).T
         z = np.maximum(z, NEAR)
         right = x - self.x + self.bend * z**2
@@ -99,7 +99,7 @@ def _circle(n: int) -> Points:
 
 
 def capsule(a: Sequence[float], b: Sequence[float], ra: float, rb: float) -> Points:
-    """The hull of two circles around `a` and `b`: an arm, a leg, a pole's arm."""
+    """The convex hull of two circles around `a` and `b`."""
     both = np.concatenate([disc(a[0], a[1], ra, n=12), disc(b[0], b[1], rb, n=12)])
     return cv2.convexHull(both.astype(np.float32))[:, 0].astype(np.float64)
 

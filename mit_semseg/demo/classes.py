@@ -1,10 +1,10 @@
-"""The classes of a scene, and the colours of what they are made of."""
+"""The classes of a scene, and the colours of their materials."""
 
 from __future__ import annotations
 
 from mit_semseg.demo.canvas import Colour
 
-# Name and display colour of every class; its place here is its id, the stored value is id + 1.
+# Name and display colour of every class; its index is its id, the stored value is id + 1.
 CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
     ("sky", (126, 182, 232)),
     ("building", (132, 112, 142)),
@@ -21,7 +21,7 @@ SKY, BUILDING, ROAD, MARKING, PAVEMENT, VEGETATION, CAR, PEDESTRIAN, POLE, SIGN 
     len(CLASSES)
 )
 
-# Every class has colours of its own, more or less: a model has minutes to learn them.
+# Colours of classes hardly overlap, so that a model can learn them in minutes.
 WALLS: tuple[Colour, ...] = (
     (176, 96, 74), (208, 176, 132), (226, 206, 172), (170, 140, 120), (196, 126, 88),
     (212, 160, 142), (140, 100, 92), (222, 190, 120),

@@ -1,6 +1,6 @@
 """`mit-semseg demo render | page`: the first and the last step of the demo.
 
-The steps between them, training, evaluation and prediction, are the commands that everybody runs.
+The steps between them are the usual commands for training, evaluation and prediction.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from mit_semseg.demo import streets
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one of the subcommands."""
+    """Runs one of the subcommands."""
     if args.action == "render":
         root = streets.write(args.out, args.train, args.val, args.seed, tuple(args.size))
-        print(f"{args.train} scenes to train on and {args.val} held out in {root}")
+        print(f"{args.train} training and {args.val} validation scenes in {root}")
         return 0
     from mit_semseg.demo.page import show
     from mit_semseg.engine.launch import checked

@@ -41,7 +41,7 @@ def paint_sky(scene: Scene) -> None:
 
 
 def paint_skyline(scene: Scene) -> None:
-    """What closes the view at the end of the street: far blocks and a line of trees."""
+    """The end of the street: distant buildings and a row of trees."""
     z = FAR
     x = -160.0
     while x < 160:
@@ -78,7 +78,7 @@ def paint_ground(scene: Scene) -> None:
             x0, x1 = side * (kerb + scene.verge + 0.25), side * edge
             joint = [(x0, 0, z), (x1, 0, z), (x1, 0, z + 0.05), (x0, 0, z + 0.05)]
             scene.canvas.glaze(scene.view(joint), (40, 38, 38), 0.35)
-    for _ in range(int(scene.rng.integers(0, 5))):  # mended places
+    for _ in range(int(scene.rng.integers(0, 5))):  # repaired patches
         x, z = scene.uniform(-kerb, 0.7 * kerb), scene.uniform(3, 24)
         w, d = scene.uniform(0.6, 2), scene.uniform(1, 5)
         patch = scene.strip(x, min(x + w, kerb), z, z + d)

@@ -1,4 +1,4 @@
-"""The page of the demo: figures, curves and predictions of a model that was trained."""
+"""The report of the demo: metrics, curves and predictions of a trained model."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ def show(
     count: int = 12,
     commands: list[tuple[str, float | None]] | None = None,
 ) -> Path:
-    """Write `index.html` and `overview.png` about a model that was trained, scored and run.
+    """Writes `index.html` and `overview.png`, a report of a trained and evaluated model.
 
     Args:
-        options: of the run: predictions are read from `TEST.result`, truth from `DATASET.list_val`.
+        options: options of the run; predictions are read from `TEST.result`, labels from
+            `DATASET.list_val`.
         evaluation: folder with `eval.json`.
-        out: folder to write to.
-        count: images on the page; the first ones of the validation list.
-        commands: what was run, with the seconds it took.
+        out: output folder.
+        count: number of images, from the start of the validation list.
+        commands: commands that were run, with their seconds.
 
     Returns:
-        The page.
+        Path of `index.html`.
 
     Raises:
-        FileNotFoundError: figures or predictions are not there yet; the command is named.
+        FileNotFoundError: metrics or predictions do not exist; the message names the command.
     """
     figures = json.loads(_read(Path(evaluation) / "eval.json", "eval_multipro.py"))
     lines = _read(Path(options.DIR) / "metrics.jsonl", "train.py").splitlines()
@@ -57,7 +58,7 @@ def show(
     ]
     if trained:
         summary.insert(2, ("training", f"{trained[-1]['seconds']:.0f} s"))
-        summary.insert(3, ("images/s in training", f"{trained[-1]['images_per_second']:.1f}"))
+        summary.insert(3, ("training images/s", f"{trained[-1]['images_per_second']:.1f}"))
     out, cores = Path(out), cpu_count()
     contact_sheet(
         samples[:3],
@@ -73,7 +74,7 @@ def show(
         colors,
         title="Scene parsing: a model trained here, from scratch",
         lead=f"{options.MODEL.name}, randomly initialised, "
-        f"trained on rendered street scenes with exact labels and shown scenes it has never seen. "
+        f"trained on rendered street scenes, and evaluated on held-out scenes. "
         f"{platform.machine()}, {cores} core{'s' if cores > 1 else ''}, torch {torch.__version__}.",
         figures=summary,
         ious=[row["iou"] for row in figures["classes"]],
@@ -83,7 +84,7 @@ def show(
 
 
 def _samples(options: Options, count: int) -> list[Sample]:
-    """Images, truths and predictions of the first records of the validation list."""
+    """Images, labels and predictions of the first records of the validation list."""
     split = build_split(options.DATASET, "val")
     root, result = Path(options.DATASET.root_dataset), Path(options.TEST.result)
     samples = []

@@ -12,7 +12,7 @@ from mit_semseg.demo.scene import Scene
 def crown(
     scene: Scene, x: float, y: float, radius: float, tall: float, z: float, leaf: Colour
 ) -> None:
-    """A ball of leaves, in pixels: many small discs, lit from the sun's side."""
+    """The crown of a tree, in pixels: many small discs, brighter on the side of the sun."""
     scene.canvas.fill(disc(x, y, radius * 0.86, tall), scene.tone(leaf, z, 0.68), VEGETATION)
     for _ in range(46):
         turn, reach = scene.uniform(0, 2 * np.pi), float(np.sqrt(scene.rng.random())) * 0.86

@@ -1,4 +1,4 @@
-"""One scene: its weather, street and camera, and the brushes that all painters use."""
+"""One scene: its weather, street and camera, and drawing functions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mit_semseg.demo.canvas import NEAR, Canvas, Colour, Points, View, disc, mix
 
 @dataclass(frozen=True)
 class Mood:
-    """Weather and time of day: how sky, light and air look."""
+    """Weather and time of day: sky, light and haze."""
 
     zenith: Colour
     horizon: Colour
     light: Colour
-    haze: float  # share of the horizon's colour gained per metre
+    haze: float  # fraction of the horizon's colour per metre
     contrast: float  # of sunlit against shaded faces, in [0, 1]
     clouds: int
     cloud: Colour
-    lit: float = 0.0  # share of windows with a lamp behind them
+    lit: float = 0.0  # fraction of lit windows
     rain: bool = False
 
 
@@ -39,13 +39,13 @@ MOODS: tuple[Mood, ...] = (
 
 @dataclass
 class Scene:
-    """One scene: draws its parts, each a method, onto a canvas."""
+    """One scene, with methods that draw its parts on a canvas."""
 
     rng: np.random.Generator
     height: int
     width: int
     canvas: Canvas = field(init=False)
-    # What stands on the ground: (distance, painter), to be painted from far to near.
+    # Objects on the ground: (distance, drawing function), drawn from far to near.
     things: list[tuple[float, Callable[[], None]]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Scene:
         return bool(self.rng.random() < share)
 
     def pick(self, colours: Sequence[Colour], spread: float = 10.0) -> Colour:
-        """One of the colours, a little off it."""
+        """A random variation of one of the colours."""
         r, g, b = np.clip(
             np.array(colours[int(self.rng.integers(len(colours)))]) + self.rng.normal(0, spread, 3),
             0,
@@ -85,7 +85,7 @@ class Scene:
         return (float(r), float(g), float(b))
 
     def tone(self, colour: Colour, z: float, light: float = 1.0) -> Colour:
-        """A colour as it looks at distance `z` under the scene's light and air."""
+        """A colour at distance `z` with the scene's light and haze."""
         mood = self.mood
         factor = 1.0 + (light - 1.0) * (0.4 + 0.6 * mood.contrast)
         lit = (

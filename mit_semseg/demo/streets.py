@@ -1,12 +1,12 @@
-"""Procedurally drawn street scenes with exact labels: a small data set that needs no download.
+"""Procedurally rendered street scenes with exact labels: a small data set without a download.
 
-A scene is a street in one-point perspective. Everything in it is a polygon in metres, projected by
-one camera and painted from far to near, on a picture and on a label map of `SAMPLES` x `SAMPLES`
-samples a pixel. The picture is the average of a pixel's samples, hence antialiased; the label is
-the sample in its middle, hence exact and never a mixture. What shows of the car that carries the
-camera is stored as 0, the ignored value, as road-scene data sets do.
+A scene is a street in one-point perspective. It consists of polygons in metres, projected by one
+camera and drawn from far to near, on an image and on a label map with `SAMPLES` x `SAMPLES` samples
+per pixel. The image is antialiased: the mean of the samples of a pixel. The label is exact: its
+central sample. The car with the camera is stored as 0, the ignored value, as in road-scene data
+sets.
 
-World coordinates, metres: x to the right of the road's middle, y up, z away from the camera.
+World coordinates in metres: x to the right of the road's centre, y up, z away from the camera.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mit_semseg.demo.traffic import add_traffic
 
 
 def paint_bonnet(scene: Scene) -> None:
-    """The carrier of the camera, at the bottom of the picture; its pixels are ignored."""
+    """The car with the camera, at the bottom of the image; its pixels are ignored."""
     w, h = scene.width, scene.height
     x = np.linspace(0.02, 0.98, 40)
     y = 1.0 - scene.uniform(0.05, 0.1) * np.sqrt(np.maximum(0.0, 1 - (2 * x - 1) ** 2)) - 0.004
@@ -43,7 +43,7 @@ def paint_bonnet(scene: Scene) -> None:
 
 
 def finish(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Samples to pixels; then grain by class, rain, lens and sensor, on the picture only."""
+    """Averages samples to pixels, and adds grain, rain, lens and sensor noise to the image."""
     rng, h, w = scene.rng, scene.height, scene.width
     middle = SAMPLES // 2
     label = np.ascontiguousarray(scene.canvas.label[middle::SAMPLES, middle::SAMPLES])
@@ -74,15 +74,15 @@ def finish(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 def render(
     seed: int | Sequence[int], size: tuple[int, int] = (240, 320)
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Draw one street scene.
+    """Renders one street scene.
 
     Args:
-        seed: anything `numpy.random.default_rng` takes; the same seed draws the same scene.
+        seed: seed for `numpy.random.default_rng`; the same seed gives the same scene.
         size: height and width in pixels, each at least 64.
 
     Returns:
-        The picture, (H, W, 3) uint8 RGB, and its labels, (H, W) uint8: place in `CLASSES` plus
-        one, 0 where ignored.
+        The image, (H, W, 3) uint8 RGB, and its labels, (H, W) uint8: index in `CLASSES` plus one,
+        0 for ignored pixels.
 
     Raises:
         ValueError: a side is below 64 pixels.
@@ -117,11 +117,11 @@ def write(
     seed: int = 304,
     size: tuple[int, int] = (240, 320),
 ) -> Path:
-    """Render a data set as a user would keep one: pictures, masks, lists and a class table.
+    """Renders a data set: images, masks, lists and a class table.
 
     Writes `images/` and `annotations/`, each with a folder `training` and `validation`, the lists
     `training.odgt` and `validation.odgt` (paths relative to `root`) and `classes.csv`. Sizes vary:
-    of every four scenes one is upright and one is wider.
+    of four scenes, one is in portrait format and one is wider.
 
     Args:
         root: folder to write to; made when absent, files of the same names are replaced.

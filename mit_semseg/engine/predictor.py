@@ -18,7 +18,7 @@ from mit_semseg.engine.devices import usable_device
 from mit_semseg.errors import one_line
 from mit_semseg.matrices import to_device
 from mit_semseg.models import SegmentationModule
-from mit_semseg.models.compilation import compiled_function, compiler_errors
+from mit_semseg.models.compilation import compiler_errors
 from mit_semseg.models.graphs import GraphedNetwork
 from mit_semseg.models.inference import inference_copy
 from mit_semseg.models.tiles import Sliding, TiledNetwork
@@ -221,7 +221,7 @@ def _normalization(module: SegmentationModule) -> Normalize | None:
 
 
 def _compiled(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    compiled = compiled_function(network, dynamic=True)
+    compiled = torch.compile(network, dynamic=True)
 
     def run(image: Tensor) -> Tensor:
         with compiler_errors():

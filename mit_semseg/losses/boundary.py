@@ -1,7 +1,7 @@
-"""Losses of heads that look for boundaries or detail, as `Auxiliary(loss=...)` takes them.
+"""Losses of auxiliary heads for boundaries, for `Auxiliary(loss=...)`.
 
 Labels are (B, h, w) int64, -1 ignored, of any size: scores are resized to them. Half precision is
-computed, and returned, in float32.
+computed and returned in float32.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from mit_semseg.losses.functional import IGNORED, nll
 
 
 def boundaries(label: Tensor, radius: int = 2) -> Tensor:
-    """Pixels with another class nearby.
+    """Pixels with another class in their neighbourhood.
 
     Args:
         label: (B, h, w) int64, -1 ignored.
-        radius: how far, in pixels along either axis.
+        radius: radius of the square neighbourhood, in pixels.
 
     Returns:
-        (B, h, w) bool; false at ignored pixels, and ignored pixels are no other class.
+        (B, h, w) bool; False at ignored pixels, which do not count as another class.
     """
     window = (2 * radius + 1, 1, radius)  # side, stride, padding
-    ids = label.unsqueeze(1).float()  # pooling takes no integers
+    ids = label.unsqueeze(1).float()  # pooling does not support integers
     highest = F.max_pool2d(ids, *window)
     lowest = -F.max_pool2d((-ids).masked_fill(ids < 0, -torch.inf), *window)
     return ((highest != lowest) & (ids >= 0)).squeeze(1)
 
 
 def _at_label(scores: Tensor, label: Tensor) -> Tensor:
-    """(B, C, H, W) -> float32 or wider, resized to the label."""
+    """Scores (B, C, H, W) in at least float32, resized to the label."""
     if scores.ndim != 4 or label.ndim != 3 or len(scores) != len(label):
         raise ValueError(
             f"scores is {tuple(scores.shape)} and label {tuple(label.shape)}; expected "
@@ -46,10 +46,9 @@ def _at_label(scores: Tensor, label: Tensor) -> Tensor:
 
 
 def boundary_bce(scores: Tensor, label: Tensor, radius: int = 2) -> Tensor:
-    """Binary cross entropy of what is a boundary, in which both kinds of pixels weigh the same.
+    """Class-balanced binary cross entropy of boundaries, mean over the labelled pixels.
 
-    Boundary pixels are weighed by the share of the others, and the other way round; the mean is
-    over the pixels that are not ignored.
+    Boundary pixels are weighted by the fraction of other pixels, and vice versa.
 
     Paper: Xu et al. 2023, arXiv:2206.02066, sec. 4.4 (l1); weights of Xie and Tu 2015,
     arXiv:1504.06375, eq. 2.
@@ -60,16 +59,16 @@ def boundary_bce(scores: Tensor, label: Tensor, radius: int = 2) -> Tensor:
         radius: see `boundaries`.
 
     Returns:
-        Scalar; 0 without a valid pixel.
+        Scalar; 0 without labelled pixels.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not match.
     """
     logits = _at_label(scores, label).squeeze(1)
     target, valid = boundaries(label, radius), label != IGNORED
     count = valid.sum().to(logits.dtype)
-    share = target.sum() / count.clamp(min=1)
-    weight = torch.where(target, 1 - share, share) * valid
+    fraction = target.sum() / count.clamp(min=1)
+    weight = torch.where(target, 1 - fraction, fraction) * valid
     total = F.binary_cross_entropy_with_logits(
         logits, target.to(logits.dtype), weight.to(logits.dtype), reduction="sum"
     )
@@ -77,20 +76,20 @@ def boundary_bce(scores: Tensor, label: Tensor, radius: int = 2) -> Tensor:
 
 
 def boundary_nll(scores: Tensor, label: Tensor, threshold: float = 0.8) -> Tensor:
-    """Cross entropy of the classes where a boundary is predicted.
+    """Cross entropy of the classes at predicted boundaries.
 
     Paper: Xu et al. 2023, arXiv:2206.02066, sec. 4.4, eq. 9.
 
     Args:
-        scores: (B, 1 + C, H, W) float logits, that of a boundary first.
+        scores: (B, 1 + C, H, W) float logits: the boundary first, then the classes.
         label: (B, h, w) int64, -1 ignored.
-        threshold: probability above which a pixel is taken for a boundary.
+        threshold: probability above which a pixel is a boundary.
 
     Returns:
-        Scalar; 0 without such a pixel.
+        Scalar; 0 without such pixels.
 
     Raises:
-        ValueError: the shapes do not belong together, or the label holds what is no class.
+        ValueError: the shapes do not match, or a label is out of range.
     """
     scores = _at_label(scores, label)
     found = scores[:, 0].sigmoid() > threshold

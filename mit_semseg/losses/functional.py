@@ -1,9 +1,9 @@
-"""Losses on log-probabilities, as functions; pixels labelled -1 take no part.
+"""Losses on log-probabilities, as functions.
 
 Every function takes `log_probs` (B, C, h, w), float, and `label` (B, h, w), int64 in [0, C) or
--1 for ignored pixels, and returns a scalar. When every pixel is ignored it is zero, with a graph,
-so that a step can be taken. None of them branches on values: they compile. Half precision is
-computed, and returned, in float32: sums over an image do not fit in float16.
+-1 for ignored pixels, and returns a scalar. If every pixel is ignored it is zero, with gradients
+of zero. No function branches on values, so all of them can be compiled. Half precision is computed
+and returned in float32, because sums over an image overflow in float16.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ IGNORED = -1
 
 
 def denominator(label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """What a mean over pixels divides by.
+    """The denominator of a mean over pixels.
 
     Args:
         label: (B, h, w) int64, -1 ignored.
         weight: (C,) class weights.
 
     Returns:
-        Scalar float: the valid pixels counted, or their class weights added up.
+        Scalar float: the number of labelled pixels, or the sum of their class weights.
     """
     valid = label != IGNORED
     if weight is None:
@@ -33,12 +33,12 @@ def denominator(label: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def labelled_images(label: Tensor) -> Tensor:
-    """What a mean over images divides by: those of (B, h, w) with a valid pixel; scalar float."""
+    """Number of images in `label` (B, h, w) with at least one labelled pixel; scalar float."""
     return (label != IGNORED).flatten(1).any(1).sum().to(torch.get_default_dtype())
 
 
 def _checked(log_probs: Tensor, label: Tensor) -> Tensor:
-    """The log-probabilities in float32 or wider; ValueError where the two do not fit together."""
+    """Checks the arguments; returns the log-probabilities in at least float32."""
     if log_probs.ndim != 4 or label.shape != (log_probs.shape[0], *log_probs.shape[2:]):
         raise ValueError(
             f"log_probs is {tuple(log_probs.shape)} and label {tuple(label.shape)}; expected "
@@ -49,10 +49,10 @@ def _checked(log_probs: Tensor, label: Tensor) -> Tensor:
 
 
 def _check_label(label: Tensor, classes: int) -> None:
-    """Refuse labels of another type and, where looking at them is cheap, of other values."""
+    """ValueError if labels are not int64 or, on a CPU, out of range."""
     if label.dtype != torch.int64:
         raise ValueError(f"label is {label.dtype}; expected int64")
-    # A GPU would have to be waited for; it ends in an assertion of its own, dice and lovasz apart.
+    # On a GPU the check would synchronise; torch's kernels assert there, except in dice and lovasz.
     if label.device.type != "cpu" or not label.numel() or torch.compiler.is_compiling():
         return
     low, high = (int(value) for value in label.aminmax())
@@ -64,12 +64,12 @@ def _check_label(label: Tensor, classes: int) -> None:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Half precision as float32, other types as they are."""
+    """Half precision is cast to float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _divide(total: Tensor, count: Tensor) -> Tensor:
-    """total / count; 0, with a gradient of 0, where the count is 0."""
+    """total / count; 0, with a gradient of 0, if the count is 0."""
     some = count > 0
     return torch.where(some, total / torch.where(some, count, torch.ones_like(count)), 0 * total)
 
@@ -80,13 +80,13 @@ def nll(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Tenso
     Args:
         log_probs: (B, C, h, w) log-probabilities.
         label: (B, h, w) int64, -1 ignored.
-        weight: (C,) class weights; the mean is then weighted too.
+        weight: (C,) class weights of a weighted mean.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: the shapes do not belong together, or the label holds what is no class.
+        ValueError: the shapes do not match, or a label is out of range.
     """
     log_probs = _checked(log_probs, label)
     if weight is not None:
@@ -98,30 +98,30 @@ def nll(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Tenso
 def smooth(
     log_probs: Tensor, label: Tensor, weight: Tensor | None = None, eps: float = 0.1
 ) -> Tensor:
-    """Cross entropy with smoothed labels: 1 - eps goes to the label, eps to all classes alike.
+    """Cross entropy with label smoothing: 1 - eps for the label, eps uniform over all classes.
 
-    Paper: Szegedy et al. 2016, arXiv:1512.00567, sec. 7, with a uniform prior. With class weights
-    every class's share is weighed by its own weight, as `torch.nn.CrossEntropyLoss` does it.
+    Class weights have the same effect as in `torch.nn.CrossEntropyLoss`.
+
+    Paper: Szegedy et al. 2016, arXiv:1512.00567, sec. 7, with a uniform prior.
 
     Args:
         log_probs: (B, C, h, w) log-probabilities.
         label: (B, h, w) int64, -1 ignored.
-        weight: (C,) class weights; the mean is then divided by those of the labels.
+        weight: (C,) class weights; the sum is divided by the weights of the labels.
         eps: in [0, 1]; 0 is `nll`.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: the shapes do not belong together, the label holds what is no class,
-            or eps is outside [0, 1].
+        ValueError: the shapes do not match, a label is out of range, or eps is outside [0, 1].
     """
     log_probs = _checked(log_probs, label)
     if not 0 <= eps <= 1:
         raise ValueError(f"eps is {eps}; it must be within [0, 1]")
     weighted = log_probs if weight is None else log_probs * weight.to(log_probs)[:, None, None]
-    spread = -weighted.sum(1).masked_fill(label == IGNORED, 0)
-    total = spread.sum() / log_probs.shape[1]
+    uniform = -weighted.sum(1).masked_fill(label == IGNORED, 0)
+    total = uniform.sum() / log_probs.shape[1]
     return (1 - eps) * nll(log_probs, label, weight) + eps * _divide(
         total, denominator(label, weight).to(total.dtype)
     )
@@ -130,31 +130,30 @@ def smooth(
 def focal(
     log_probs: Tensor, label: Tensor, weight: Tensor | None = None, gamma: float = 2.0
 ) -> Tensor:
-    """Mean of (1 - p)^gamma * -log p, with p the probability of the label.
+    """Focal loss: mean of -(1 - p)^gamma * log p, where p is the probability of the label.
 
-    Paper: Lin et al. 2017, arXiv:1708.02002, eq. 4; over a softmax instead of sigmoids.
+    Paper: Lin et al. 2017, arXiv:1708.02002, eq. 4; with softmax instead of sigmoid.
 
     Args:
         log_probs: (B, C, h, w) log-probabilities.
         label: (B, h, w) int64, -1 ignored.
-        weight: (C,) class weights (alpha in the paper); the mean is then weighted too.
-        gamma: how fast easy pixels fade; 0 is `nll`.
+        weight: (C,) class weights (alpha in the paper) of a weighted mean.
+        gamma: focusing parameter: reduces the loss of well-classified pixels; 0 is `nll`.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: the shapes do not belong together, the label holds what is no class,
-            or gamma is negative.
+        ValueError: the shapes do not match, a label is out of range, or gamma is negative.
     """
     log_probs = _checked(log_probs, label)
     if gamma < 0:
         raise ValueError(f"gamma is {gamma}; it must be 0 or more")
     log_p = _label_log_probs(log_probs, label).masked_fill(label == IGNORED, 0)
-    # 1 - p, exact where p is nearly 1; at 0 the slope of a root (gamma < 1) would be infinite.
-    doubt = -torch.expm1(log_p)
-    doubt = doubt.clamp(min=torch.finfo(doubt.dtype).tiny)
-    per_pixel = -(doubt**gamma) * log_p
+    # 1 - p, accurate for p near 1. Clamped, as the gradient at 0 is infinite for gamma < 1.
+    error = -torch.expm1(log_p)
+    error = error.clamp(min=torch.finfo(error.dtype).tiny)
+    per_pixel = -(error**gamma) * log_p
     if weight is not None:
         per_pixel = per_pixel * weight.to(log_p)[label.clamp(min=0)]
     total = per_pixel.sum()
@@ -162,23 +161,23 @@ def focal(
 
 
 def _label_log_probs(log_probs: Tensor, label: Tensor) -> Tensor:
-    """(B, h, w) log p of the label; that of class 0 at ignored pixels."""
+    """(B, h, w) log-probability of the label; of class 0 at ignored pixels."""
     return log_probs.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
 
 
 def _one_hot(log_probs: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Label and validity, (C, P) and (1, P), in the type of the log-probabilities."""
+    """One-hot label (C, P) and mask of labelled pixels (1, P), in the dtype of `log_probs`."""
     flat = label.reshape(1, -1)
     classes = torch.arange(log_probs.shape[1], device=label.device).unsqueeze(1)
     return (flat == classes).to(log_probs), (flat != IGNORED).to(log_probs)
 
 
 def _class_mean(per_class: Tensor, present: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean of (C,) values over the classes present, weighted if asked."""
-    share = present.to(per_class)
+    """Mean of (C,) values over the classes present, weighted if `weight` is given."""
+    weights = present.to(per_class)
     if weight is not None:
-        share = share * weight.to(per_class)
-    return _divide((per_class * share).sum(), share.sum())
+        weights = weights * weight.to(per_class)
+    return _divide((per_class * weights).sum(), weights.sum())
 
 
 def dice(
@@ -186,20 +185,20 @@ def dice(
 ) -> Tensor:
     """1 - soft Dice of each class over the whole batch, mean over the classes in the labels.
 
-    Paper: Milletari et al. 2016, arXiv:1606.04797, sec. 3; with plain instead of squared sums in
-    the denominator, and several classes.
+    Paper: Milletari et al. 2016, arXiv:1606.04797, sec. 3; for several classes, and without the
+    squares in the denominator.
 
     Args:
         log_probs: (B, C, h, w) log-probabilities.
         label: (B, h, w) int64, -1 ignored.
         weight: (C,) class weights of the mean over classes.
-        smooth: pixels added to numerator and denominator, which calms tiny classes.
+        smooth: added to numerator and denominator, in pixels, which stabilises rare classes.
 
     Returns:
         Scalar in [0, 1].
 
     Raises:
-        ValueError: the shapes do not belong together, or the label holds what is no class.
+        ValueError: the shapes do not match, or a label is out of range.
     """
     log_probs = _checked(log_probs, label)
     y, valid = _one_hot(log_probs, label)
@@ -216,27 +215,27 @@ def ohem(
     threshold: float = 0.7,
     min_share: float = 0.25,
 ) -> Tensor:
-    """Mean negative log-likelihood of the hard pixels only.
+    """Online hard example mining: mean negative log-likelihood of the hard pixels only.
 
-    Hard are pixels whose label has a probability below the threshold; when they are fewer than
-    `min_share` of the valid pixels, the hardest that many.
+    A pixel is hard if the probability of its label is below the threshold. If fewer than
+    `min_share` of the labelled pixels are, those with the smallest probabilities are used.
 
-    Paper: Shrivastava et al. 2016, arXiv:1604.03540 (regions); by pixel as is usual in scene
-    parsing, with a share instead of a number, since sizes vary from batch to batch.
+    Paper: Shrivastava et al. 2016, arXiv:1604.03540 (for regions); for pixels as is usual in
+    segmentation, with a minimum fraction instead of a number, since batches vary in size.
 
     Args:
         log_probs: (B, C, h, w) log-probabilities.
         label: (B, h, w) int64, -1 ignored.
-        weight: (C,) class weights; they weigh the mean and do not change which pixels are hard.
+        weight: (C,) class weights of the mean; they do not change which pixels are hard.
         threshold: probability in [0, 1].
-        min_share: share in [0, 1] of the valid pixels that is kept at least.
+        min_share: minimum fraction of the labelled pixels, in [0, 1].
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: the shapes do not belong together, the label holds what is no class,
-            or a setting is outside [0, 1].
+        ValueError: the shapes do not match, a label is out of range, or `threshold` or
+            `min_share` is outside [0, 1].
     """
     log_probs = _checked(log_probs, label)
     for name, value in (("threshold", threshold), ("min_share", min_share)):
@@ -247,7 +246,9 @@ def ohem(
     valid = label != IGNORED
     with torch.no_grad():
         p = _label_log_probs(log_probs, label).exp()
-        p = torch.where(valid, p, torch.full_like(p, torch.inf)).flatten()  # ignored: easiest
+        p = torch.where(
+            valid, p, torch.full_like(p, torch.inf)
+        ).flatten()  # ignored pixels sort last
         kept = torch.ceil(valid.sum() * min_share).long().clamp(min=1)
         kth = p.sort().values.gather(0, (kept - 1).reshape(1))
         hard = ((p < threshold) | (p <= kth)).view_as(label) & valid
@@ -255,7 +256,7 @@ def ohem(
 
 
 def lovasz(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Lovasz-Softmax: the convex extension of 1 - IoU, mean over the classes in the labels.
+    """Lovasz-Softmax: the Lovasz extension of 1 - IoU, mean over the classes in the labels.
 
     Paper: Berman et al. 2018, arXiv:1705.08790, eq. 8, 9 and 13, over the pixels of the batch.
 
@@ -268,20 +269,20 @@ def lovasz(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Te
         Scalar in [0, 1].
 
     Raises:
-        ValueError: the shapes do not belong together, or the label holds what is no class.
+        ValueError: the shapes do not match, or a label is out of range.
     """
     log_probs = _checked(log_probs, label)
     y, valid = _one_hot(log_probs, label)
     p = log_probs.transpose(0, 1).flatten(1).exp()
     count = y.sum(1)
     with torch.no_grad():
-        # An ignored pixel has no error, sorts last and adds nothing: no need to cut it out.
+        # Ignored pixels have error 0: they sort last and contribute nothing.
         order = ((y - p).abs() * valid).argsort(dim=1, descending=True)
         hit = y.gather(1, order)
         intersection = count[:, None] - hit.cumsum(1)
         union = count[:, None] + (1 - hit).cumsum(1)
-        # How much 1 - IoU grows from one pixel to the next: as the difference of two values that
-        # are nearly equal it would be mostly rounding.
+        # Increments of 1 - IoU from pixel to pixel, in closed form: as differences of nearly equal
+        # values they would be dominated by rounding.
         other = intersection / (union * (union - 1).clamp(min=1))
         steps = torch.where(hit > 0, 1 / union, other)
         steps = valid * torch.zeros_like(steps).scatter_(1, order, steps)
@@ -291,10 +292,10 @@ def lovasz(log_probs: Tensor, label: Tensor, weight: Tensor | None = None) -> Te
 
 
 def presence(scores: Tensor, label: Tensor) -> Tensor:
-    """Binary cross entropy of which classes occur in each image, mean over images and classes.
+    """Binary cross entropy of the presence of each class, mean over images and classes.
 
-    Unlike the other losses it takes logits of whole images. Images without a valid pixel take no
-    part.
+    Unlike the other losses it takes logits of whole images. Images without a labelled pixel are
+    ignored.
 
     Paper: Zhang et al. 2018, "EncNet", arXiv:1803.08904, sec. 3.1 (the semantic encoding loss).
 
@@ -306,7 +307,7 @@ def presence(scores: Tensor, label: Tensor) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: the shapes do not belong together, or the label holds what is no class.
+        ValueError: the shapes do not match, or a label is out of range.
     """
     if scores.ndim != 2 or label.ndim != 3 or len(label) != len(scores):
         raise ValueError(

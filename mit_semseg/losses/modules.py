@@ -1,4 +1,4 @@
-"""Losses by name: thin modules over the functions."""
+"""Losses as modules, by name."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ LOSSES: Registry[Callable[..., nn.Module]] = Registry("loss")
 
 
 class Loss(nn.Module):
-    """`crit(log_probs, label)` -> scalar, with class weights that follow the module's device."""
+    """`crit(log_probs, label)` -> scalar, with class weights as a buffer."""
 
     weight: Tensor | None
     function: Callable[..., Tensor]
-    # Whether it is a mean over pixels, weighed by their classes' weights.
+    # Whether it is a mean over pixels, weighted by class weights.
     over_pixels: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor | None = None) -> None:
-        """Keep the class weights.
+        """Initialise the loss.
 
         Args:
             weight: (C,) float class weights, or None.
         """
         super().__init__()
-        # Comes from the configuration, so it has no place in a checkpoint.
+        # Not in checkpoints, as it comes from the configuration.
         self.register_buffer("weight", weight, persistent=False)
 
     def denominator(self, label: Tensor) -> Tensor:
-        """What the mean divides by: valid pixels, or the sum of their class weights.
+        """The denominator of the mean: the number of labelled pixels, or the sum of their weights.
 
-        It is what weighs this batch against others: losses weighted by it add up to the loss of
-        the union (exactly for means over pixels, that is nll and focal).
+        It is the weight of a batch among others: the weighted mean of the losses of several batches
+        is the loss of all of them together (exactly for means over pixels, nll and focal).
         """
         return functional.denominator(label, self.weight)
 
@@ -58,7 +58,7 @@ class Smooth(Loss):
     """See `functional.smooth`."""
 
     def __init__(self, weight: Tensor | None = None, eps: float = 0.1) -> None:
-        """Keep the class weights, and the share of all classes in a label."""
+        """Initialise the loss with class weights (C,) and the smoothing eps in [0, 1]."""
         super().__init__(weight)
         if not 0 <= eps <= 1:
             raise ValueError(f"TRAIN.label_smoothing is {eps}; it must be within [0, 1]")
@@ -77,7 +77,7 @@ class Focal(Loss):
 
 
 class _ClassMean(Loss):
-    """Mean over classes: class weights act there, so batches count by their valid pixels."""
+    """Mean over classes. Batches are weighted by labelled pixels, without class weights."""
 
     over_pixels = False
 
@@ -107,31 +107,31 @@ class Lovasz(_ClassMean):
 
 
 class Sum(nn.Module):
-    """Several losses added up, each times a factor of its own.
+    """Weighted sum of losses.
 
     Attributes:
-        factors: of the parts.
-        over_pixels: whether one of the parts is a mean over pixels.
+        factors: factors of the losses.
+        over_pixels: whether one of the losses is a mean over pixels.
     """
 
     def __init__(self, parts: Sequence[nn.Module], factors: Sequence[float] = ()) -> None:
-        """Put the parts together.
+        """Initialise the sum.
 
         Args:
-            parts: losses with `denominator(label)`.
-            factors: one number each; by default 1.
+            parts: losses with a method `denominator(label)`.
+            factors: one for each loss; empty: 1.
         """
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.factors = tuple(factors) or (1.0,) * len(parts)
-        # Only means over pixels add up exactly, so theirs is what a batch is weighed by.
+        # Batches are weighted as for means over pixels, because only those are then exact.
         over_pixels = [i for i, part in enumerate(parts) if getattr(part, "over_pixels", True)]
         self.over_pixels = bool(over_pixels)
-        self._weighing = over_pixels[0] if over_pixels else 0
+        self._weighting = over_pixels[0] if over_pixels else 0
 
     def denominator(self, label: Tensor) -> Tensor:
-        """That of the first mean over pixels; of the first loss where there is none."""
-        return cast(Loss, self.parts[self._weighing]).denominator(label)
+        """The denominator of the first mean over pixels, or else of the first loss."""
+        return cast(Loss, self.parts[self._weighting]).denominator(label)
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
         """Sum of the losses."""
@@ -141,10 +141,10 @@ class Sum(nn.Module):
 
 @LOSSES.register("focal_dice")
 def focal_dice(weight: Tensor | None = None) -> Sum:
-    """Another name of "focal+dice".
+    """Same as "focal+dice".
 
-    Paper: after Zhu et al. 2019 (AnatomyNet), arXiv:1808.05238, with the two losses as they are
-    here and a trade-off lambda of 1; another is "focal+2*dice".
+    Paper: after Zhu et al. 2019 (AnatomyNet), arXiv:1808.05238, with lambda 1; lambda 2 is
+    "focal+2*dice".
     """
     return Sum([Focal(weight), Dice(weight)])
 
@@ -155,12 +155,12 @@ def build_loss(
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.1,
 ) -> nn.Module:
-    """A loss by name.
+    """Builds a loss by name.
 
     Args:
-        name: nll, smooth, focal, dice, focal_dice, ohem or lovasz, or a sum of them, in which each
-            may have a factor, such as "nll+0.5*dice".
-        num_class: classes told apart.
+        name: nll, smooth, focal, dice, focal_dice, ohem or lovasz, or a sum of them with optional
+            factors, such as "nll+0.5*dice".
+        num_class: number of classes.
         class_weights: (num_class,) float, or None.
         label_smoothing: eps of `smooth`, in [0, 1].
 
@@ -168,8 +168,8 @@ def build_loss(
         `crit(log_probs (B, C, h, w), label (B, h, w))` -> scalar, with `denominator(label)`.
 
     Raises:
-        ValueError: an unknown name, a factor that is no number above 0, or class weights of
-            another length, or negative or not finite.
+        ValueError: a name is unknown, a factor is not a number above 0, or class weights have
+            the wrong length, are negative or non-finite.
 
     Example:
         >>> crit = build_loss("nll+0.5*dice", num_class=2)
@@ -207,7 +207,7 @@ def _factor_and_name(term: str) -> tuple[float, str]:
         number = math.nan
     if not 0 < number < math.inf:
         raise ValueError(
-            f"TRAIN.loss has {term.strip()!r}: before the * comes a number above 0, as in "
-            "nll+0.5*dice"
+            f"TRAIN.loss has {term.strip()!r}: the factor before * must be a number above 0, as "
+            "in nll+0.5*dice"
         )
     return number, name.strip()

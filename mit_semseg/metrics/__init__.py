@@ -1,4 +1,4 @@
-"""Quality figures: functions of a confusion matrix or of outlines, and what accumulates them."""
+"""Metrics: functions of a confusion matrix or of boundaries, and their accumulators."""
 
 from mit_semseg.metrics.boundary import BoundaryScore, boundary_f
 from mit_semseg.metrics.confusion import ConfusionMatrix

@@ -1,4 +1,4 @@
-"""How well the outlines of the classes are met: the boundary F-score."""
+"""The boundary F-score: how well predicted class boundaries match those of the label."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Scores are added up in whole numbers of this unit: a sum of floats would depend on its order, and
-# so on how many processes the images were divided among.
+# Scores are summed as integers in units of 2^-40: a sum of floats would depend on its order, and so
+# on the number of processes.
 _UNIT = 1 << 40
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask that have a neighbour above, below, left or right outside of it.
+    """Pixels of a mask with a neighbour (above, below, left or right) that is not in it.
 
     Args:
-        mask: (H, W) bool. What lies beyond the image is no neighbour.
+        mask: (H, W) bool. Pixels beyond the border of the image are not neighbours.
 
     Returns:
         (H, W) bool.
@@ -31,25 +31,26 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 def boundary_f(
     pred: Tensor | Any, label: Tensor | Any, num_class: int, tolerance: float = 0.0075
 ) -> np.ndarray:
-    """Boundary F-score of every class in one image, in [0, 1]; NaN where the class is absent.
+    """Boundary F-score of every class in one image, in [0, 1]; NaN if the class is absent.
 
-    Precision is the share of the predicted boundary that lies within a distance of the labelled
-    one, recall the share of the labelled boundary within that distance of the predicted one, and
-    the score 2 P R / (P + R). It is 0 where only one of the two has a boundary, and 1 where a class
-    that occurs has none in either, since it fills the image.
+    Precision P is the fraction of the predicted boundary within a distance of the labelled one,
+    recall R the fraction of the labelled boundary within that distance of the predicted one, and
+    the score is 2 P R / (P + R). It is 0 if only one of the two has a boundary, and 1 if neither
+    has, because the class fills the image in both.
+
+    The boundary of a class is its outermost pixels. Predictions at ignored pixels are ignored, but
+    the border between a class and ignored pixels is a boundary: objects that are surrounded by
+    ignored pixels, as in PASCAL VOC, would otherwise have none.
 
     Paper: Csurka et al. 2013, "What is a good evaluation measure for semantic segmentation?",
-    BMVC, sec. 3; the same measure, with pixels matched one to one, is F in Perazzi et al. 2016,
-    "A benchmark dataset and evaluation methodology for video object segmentation", CVPR, sec. 4.
-    The boundary of a class is its outermost pixels. Where the label is ignored the prediction is
-    ignored too; outlines against such pixels count, lest nothing be left of objects that are
-    surrounded by them, as in PASCAL VOC.
+    BMVC, sec. 3. F in Perazzi et al. 2016, "A benchmark dataset and evaluation methodology for
+    video object segmentation", CVPR, sec. 4, is the same with one-to-one matching of pixels.
 
     Args:
         pred: (H, W) class ids in 0..num_class-1, tensor or array of integers.
-        label: (H, W) class ids, -1 where a pixel is ignored.
+        label: (H, W) class ids, -1 for ignored pixels.
         num_class: number of classes K.
-        tolerance: the distance, as a share of the image's diagonal.
+        tolerance: the distance, as a fraction of the image's diagonal.
 
     Returns:
         (K,) float64.
@@ -65,7 +66,7 @@ def boundary_f(
             "the label"
         )
     if not tolerance >= 0:
-        raise ValueError(f"tolerance is {tolerance}; it is a share of the diagonal, 0 or more")
+        raise ValueError(f"tolerance is {tolerance}; it is a fraction of the diagonal, 0 or more")
     distance = tolerance * math.hypot(*labelled.shape)
     valid = labelled >= 0
     found = np.union1d(labelled[valid], predicted[valid])
@@ -93,36 +94,39 @@ def _array(values: Any, name: str) -> np.ndarray:
 
 
 def _f_score(predicted: np.ndarray, labelled: np.ndarray, distance: float) -> float:
-    """Of two (H, W) masks of one class."""
+    """Boundary F-score of two (H, W) masks of one class."""
     ours, theirs = (np.argwhere(boundary(mask)) for mask in (predicted, labelled))
     if not len(ours) or not len(theirs):
-        # A class that is absent from one of the two may fill the image in the other.
+        # A class without a boundary either is absent or fills the image.
         return float(len(ours) == len(theirs) and predicted.any() and labelled.any())
-    precision, recall = _share_near(ours, theirs, distance), _share_near(theirs, ours, distance)
+    precision, recall = (
+        _fraction_near(ours, theirs, distance),
+        _fraction_near(theirs, ours, distance),
+    )
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _share_near(points: np.ndarray, others: np.ndarray, distance: float) -> float:
-    """Share of the points that have one of the others within the distance."""
-    from scipy.spatial import KDTree  # slow to import; few evaluations ask for it
+def _fraction_near(points: np.ndarray, others: np.ndarray, distance: float) -> float:
+    """Fraction of the points that have one of the others within the distance."""
+    from scipy.spatial import KDTree  # slow to import, and rarely used
 
-    # What is farther away than the bound is not looked for; the bound itself would not be found.
+    # The upper bound of the query is exclusive, so it is slightly larger than the distance.
     nearest, _ = KDTree(others).query(points, distance_upper_bound=1.001 * distance + 1e-6)
     return float(np.mean(nearest <= distance))
 
 
 class BoundaryScore:
-    """Sums of boundary F-scores, over the images each class occurs in.
+    """Accumulates boundary F-scores, for each class over the images in which it occurs.
 
-    Processes fill one each; adding them gives exactly what a single process would have counted.
+    The sum of those of several processes equals that of a single process exactly.
 
     Args:
         num_class: number of classes K.
         tolerance: see `boundary_f`.
 
     Attributes:
-        sums: (K,) int64, scores added up in units of 2^-40.
-        images: (K,) int64, how many images that were.
+        sums: (K,) int64, sums of scores in units of 2^-40.
+        images: (K,) int64, numbers of images.
 
     Raises:
         ValueError: num_class is below 1.
@@ -154,13 +158,13 @@ class BoundaryScore:
         return result
 
     def compute(self) -> dict[str, Any]:
-        """The figures, in [0, 1].
+        """The mean scores, in [0, 1].
 
         Returns:
             `boundary_f`, (K,) float64: mean over the images in which the class is labelled or
-            predicted, NaN where there is none; `mean_boundary_f`, its mean over the classes that
-            occur, a float. (Csurka et al. take the mean over an image's classes first, which
-            counts a class as often as it occurs.)
+            predicted, NaN if there are none; `mean_boundary_f`, float: its mean over the classes
+            that occur. (Csurka et al. average over the classes of each image first, which weights
+            classes by the number of images.)
         """
         scores = self.sums.double() / _UNIT / self.images
         return {"boundary_f": scores, "mean_boundary_f": scores.nanmean().item()}

@@ -1,4 +1,4 @@
-"""The one thing an evaluation accumulates."""
+"""Accumulation of pixel counts, from which all metrics except the boundary F-score follow."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mit_semseg.metrics import functional as F
 
 
 class ConfusionMatrix:
-    """Pixel counts by label and prediction, from which every figure is computed.
+    """Pixel counts by label and prediction.
 
-    Processes fill one each; adding them gives what a single process would have counted.
+    The sum of those of several processes equals that of a single process.
 
     Args:
         num_class: number of classes K.
-        device: where the counts are kept; on a GPU they are fetched by nothing but `compute`.
+        device: device of the counts; on a GPU, only `compute` synchronises.
 
     Attributes:
         matrix: (K, K) int64 on `device`, row = label, column = prediction.
@@ -39,15 +39,15 @@ class ConfusionMatrix:
         self.matrix = torch.zeros(num_class, num_class, dtype=torch.int64, device=device)
 
     def update(self, pred: Tensor | Any, label: Tensor | Any, check: bool = True) -> None:
-        """Count a prediction.
+        """Add a prediction.
 
         Args:
             pred: class ids in 0..K-1, integer tensor or array of any shape.
-            label: class ids of the same shape, -1 where a pixel is ignored.
+            label: class ids of the same shape, -1 for ignored pixels.
             check: see `functional.confusion_matrix`.
 
         Raises:
-            ValueError: shapes differ, values are no integers, or an id is out of range.
+            ValueError: shapes differ, values are not integers, or an id is out of range.
         """
         counts = F.confusion_matrix(pred, label, self.num_class, check)
         self.matrix += counts.to(self.matrix.device)
@@ -70,21 +70,21 @@ class ConfusionMatrix:
         return result
 
     def __radd__(self, other: Any) -> ConfusionMatrix:
-        # Lets sum() add matrices, which starts from 0.
+        # For sum(), which starts from 0.
         return self + ConfusionMatrix(self.num_class) if other == 0 else NotImplemented
 
     def __repr__(self) -> str:
         return f"ConfusionMatrix(num_class={self.num_class}, pixels={int(self.matrix.sum())})"
 
     def compute(self) -> dict[str, Any]:
-        """All figures, in [0, 1].
+        """All metrics, in [0, 1].
 
         Returns:
-            Per class, (K,) float64 tensors: `iou` and `dice`, NaN where the class is absent from
-            labels and prediction, and `recall`, NaN where it is absent from the labels. Floats:
+            Per class, (K,) float64 tensors: `iou` and `dice`, NaN if the class is absent from
+            labels and predictions, and `recall`, NaN if it is absent from the labels. Floats:
             `mean_iou` and `mean_dice` over the classes that occur, `mean_iou_all_classes` with 0
-            for absent ones as published, `pixel_accuracy`, `class_accuracy` (mean recall),
-            `fw_iou`; NaN when nothing was counted.
+            for absent classes as published, `pixel_accuracy`, `class_accuracy` (mean recall),
+            `fw_iou`; NaN if there are no counts.
         """
         m = self.matrix.cpu()
         return {

@@ -1,7 +1,7 @@
-"""Figures of segmentation quality as functions of one confusion matrix.
+"""Segmentation metrics as functions of a confusion matrix (row = label, column = prediction).
 
-Row = label, column = prediction. A class is *absent* when no pixel has it, in the labels or in
-the prediction: its IoU is 0/0, written NaN and left out of means.
+A class is *absent* if no pixel has it, neither in the labels nor in the prediction: its IoU is 0/0,
+reported as NaN and left out of means.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PIECE, _DEVICE_PIECE = 1 << 16, 1 << 22  # pixels, on a CPU and elsewhere
+_CHUNK_CPU, _CHUNK = 1 << 16, 1 << 22  # pixels counted at a time, on a CPU and elsewhere
 
 
 def _integers(values: Any, name: str) -> Tensor:
-    """A tensor or an array-like of integers as a flat int64 tensor."""
+    """A tensor or array of integers as a flat int64 tensor."""
     if not isinstance(values, Tensor):
         array = np.asarray(values)
         if array.dtype.kind not in "iub":
@@ -28,7 +28,7 @@ def _integers(values: Any, name: str) -> Tensor:
 
 
 def _check_range(found: tuple[Any, Any], low: int, high: int, name: str) -> None:
-    """ValueError when the smallest or the largest value found is out of range."""
+    """ValueError if the smallest or the largest value is out of range."""
     for value in map(int, found):
         if not low <= value <= high:
             raise ValueError(f"{name} {value} is outside {low}..{high}")
@@ -41,15 +41,15 @@ def confusion_matrix(
 
     Args:
         pred: class ids in 0..num_class-1, integers of any shape; tensor or array.
-        label: class ids of the same shape, -1 where a pixel is ignored.
+        label: class ids of the same shape, -1 for ignored pixels.
         num_class: number of classes K.
-        check: False where all ids are known to be in range: then a GPU is not waited for.
+        check: check the range of the ids; on a GPU this synchronises.
 
     Returns:
         (K, K) int64, row = label, column = prediction, on the device of `pred`.
 
     Raises:
-        ValueError: shapes differ, values are no integers, or an id is out of range.
+        ValueError: shapes differ, values are not integers, or an id is out of range.
 
     Example:
         >>> confusion_matrix([0, 1, 1, 0], [0, 1, 0, -1], 2)
@@ -74,40 +74,39 @@ def confusion_matrix(
         _check_range(label.aminmax(), -1, num_class - 1, "label")
         cells = torch.add(pred, label, alpha=num_class).add_(num_class)
         counts = torch.bincount(cells, minlength=(num_class + 1) * num_class)
-    # Ignored pixels fell into a first row of their own.
+    # The first row has the ignored pixels.
     return counts[num_class:].view(num_class, num_class)
 
 
 def _count_unchecked(pred: Tensor, label: Tensor, num_class: int) -> Tensor:
-    """As `_count_on_cpu`; unlike bincount this has a result of known size."""
+    """As `_count_on_cpu`; not with bincount, which synchronises to find the size of its result."""
     counts = torch.zeros((num_class + 1) * num_class, dtype=torch.int64, device=pred.device)
-    pieces = (x.split(_DEVICE_PIECE) for x in (pred, label))  # they take 24 bytes a pixel
-    for some_pred, some_label in zip(*pieces, strict=True):
-        cells = torch.add(some_pred, some_label, alpha=num_class).add_(num_class)
+    chunks = (x.split(_CHUNK) for x in (pred, label))  # counting needs 24 bytes per pixel
+    for pred_chunk, label_chunk in zip(*chunks, strict=True):
+        cells = torch.add(pred_chunk, label_chunk, alpha=num_class).add_(num_class)
         counts.scatter_add_(0, cells, torch.ones_like(cells))
     return counts
 
 
 def _count_on_cpu(pred: np.ndarray, label: np.ndarray, num_class: int) -> Tensor:
-    """How often each value of `(label + 1) * num_class + pred` occurs, (num_class + 1) * num_class.
+    """Counts of the values `(label + 1) * num_class + pred`, ((num_class + 1) * num_class,) int64.
 
-    By NumPy, in pieces that stay in a core's cache: so little work is done sooner than threads
-    are woken. With classes predicted in range, a label out of range gives a value out of range,
-    which counting notices by itself.
+    NumPy counts in chunks that fit the cache of a core, which is faster than torch's threads. If
+    predictions are in range, a label out of range gives a value out of range, which bincount finds.
     """
     size = (num_class + 1) * num_class
     counts = np.zeros(size, dtype=np.int64)
-    scratch = np.empty(min(_PIECE, len(pred)), dtype=np.int64)
-    for start in range(0, len(pred), _PIECE):
-        some_pred, some_label = pred[start : start + _PIECE], label[start : start + _PIECE]
-        _check_range((some_pred.min(), some_pred.max()), 0, num_class - 1, "predicted class")
-        cells = np.multiply(some_label, num_class, out=scratch[: len(some_label)])
-        cells += some_pred
+    scratch = np.empty(min(_CHUNK_CPU, len(pred)), dtype=np.int64)
+    for start in range(0, len(pred), _CHUNK_CPU):
+        pred_chunk, label_chunk = (x[start : start + _CHUNK_CPU] for x in (pred, label))
+        _check_range((pred_chunk.min(), pred_chunk.max()), 0, num_class - 1, "predicted class")
+        cells = np.multiply(label_chunk, num_class, out=scratch[: len(label_chunk)])
+        cells += pred_chunk
         cells += num_class
         try:
             counts += np.bincount(cells, minlength=size)
-        except ValueError:  # a negative cell, or more of them than there are counts
-            _check_range((some_label.min(), some_label.max()), -1, num_class - 1, "label")
+        except ValueError:  # a negative value, or one beyond the counts
+            _check_range((label_chunk.min(), label_chunk.max()), -1, num_class - 1, "label")
             raise
     return torch.from_numpy(counts)
 
@@ -117,13 +116,13 @@ def _counts(confusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
         raise ValueError(f"confusion has shape {tuple(confusion.shape)}; it must be (K, K)")
     if (confusion < 0).any():
-        raise ValueError(f"confusion holds a negative count, {confusion.min().item()}")
+        raise ValueError(f"confusion has a negative count, {confusion.min().item()}")
     counts = confusion.double()
     return counts.diagonal(), counts.sum(1), counts.sum(0)
 
 
 def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of every class, in [0, 1]; NaN where the class is absent.
+    """Intersection over union of every class, in [0, 1]; NaN if the class is absent.
 
     Paper: Everingham et al. 2010, IJCV 88, sec. 4.3.
 
@@ -141,17 +140,18 @@ def class_iou(confusion: Tensor) -> Tensor:
 
 
 def mean_iou(confusion: Tensor) -> Tensor:
-    """Mean intersection-over-union over the classes that occur, in [0, 1].
+    """Mean intersection over union over the classes that occur, in [0, 1].
 
-    Paper: Long et al. 2015, arXiv:1411.4038, sec. 5. A class occurs when it is labelled or
-    predicted somewhere; one that is predicted but never labelled counts as 0, as it does in
-    torchmetrics.
+    A class occurs if it is labelled or predicted somewhere; one that is predicted but never
+    labelled has IoU 0, as in torchmetrics.
+
+    Paper: Long et al. 2015, arXiv:1411.4038, sec. 5.
 
     Args:
         confusion: counts, (K, K) int64; row = label, column = prediction.
 
     Returns:
-        Scalar float64; NaN when no class occurs.
+        Scalar float64; NaN if no class occurs.
 
     Raises:
         ValueError: the matrix is not square, or a count is negative.
@@ -160,7 +160,7 @@ def mean_iou(confusion: Tensor) -> Tensor:
 
 
 def mean_iou_all_classes(confusion: Tensor) -> Tensor:
-    """Mean IoU over all K classes, an absent one counting 0, as the published toolkit prints it.
+    """Mean IoU over all K classes, with 0 for absent ones, as in the published toolkit.
 
     Args:
         confusion: counts, (K, K) int64; row = label, column = prediction.
@@ -175,7 +175,7 @@ def mean_iou_all_classes(confusion: Tensor) -> Tensor:
 
 
 def pixel_accuracy(confusion: Tensor) -> Tensor:
-    """Share of labelled pixels that are predicted right, in [0, 1].
+    """Fraction of labelled pixels that are predicted correctly, in [0, 1].
 
     Paper: Long et al. 2015, arXiv:1411.4038, sec. 5.
 
@@ -183,7 +183,7 @@ def pixel_accuracy(confusion: Tensor) -> Tensor:
         confusion: counts, (K, K) int64; row = label, column = prediction.
 
     Returns:
-        Scalar float64; NaN when nothing is labelled.
+        Scalar float64; NaN if nothing is labelled.
 
     Raises:
         ValueError: the matrix is not square, or a count is negative.
@@ -193,7 +193,7 @@ def pixel_accuracy(confusion: Tensor) -> Tensor:
 
 
 def class_recall(confusion: Tensor) -> Tensor:
-    """Share of each class's labelled pixels that are predicted right; NaN where none are.
+    """Recall: fraction of each class's labelled pixels predicted correctly; NaN if it has none.
 
     Args:
         confusion: counts, (K, K) int64; row = label, column = prediction.
@@ -209,7 +209,7 @@ def class_recall(confusion: Tensor) -> Tensor:
 
 
 def class_accuracy(confusion: Tensor) -> Tensor:
-    """Mean over the labelled classes of the share of their pixels that is predicted right.
+    """Mean recall over the labelled classes.
 
     Paper: "mean accuracy" in Long et al. 2015, arXiv:1411.4038, sec. 5.
 
@@ -217,7 +217,7 @@ def class_accuracy(confusion: Tensor) -> Tensor:
         confusion: counts, (K, K) int64; row = label, column = prediction.
 
     Returns:
-        Scalar float64 in [0, 1]; NaN when nothing is labelled.
+        Scalar float64 in [0, 1]; NaN if nothing is labelled.
 
     Raises:
         ValueError: the matrix is not square, or a count is negative.
@@ -226,7 +226,7 @@ def class_accuracy(confusion: Tensor) -> Tensor:
 
 
 def fw_iou(confusion: Tensor) -> Tensor:
-    """Mean IoU weighted by how many pixels each class has in the labels, in [0, 1].
+    """Mean IoU weighted by the number of labelled pixels of each class, in [0, 1].
 
     Paper: "frequency weighted IU" in Long et al. 2015, arXiv:1411.4038, sec. 5.
 
@@ -234,7 +234,7 @@ def fw_iou(confusion: Tensor) -> Tensor:
         confusion: counts, (K, K) int64; row = label, column = prediction.
 
     Returns:
-        Scalar float64; NaN when nothing is labelled.
+        Scalar float64; NaN if nothing is labelled.
 
     Raises:
         ValueError: the matrix is not square, or a count is negative.
@@ -244,7 +244,7 @@ def fw_iou(confusion: Tensor) -> Tensor:
 
 
 def class_dice(confusion: Tensor) -> Tensor:
-    """Dice coefficient (F1) of every class, in [0, 1]; NaN where the class is absent.
+    """Dice coefficient (F1) of every class, in [0, 1]; NaN if the class is absent.
 
     Paper: Dice 1945, Ecology 26(3). Equal to 2 IoU / (1 + IoU).
 
@@ -268,7 +268,7 @@ def mean_dice(confusion: Tensor) -> Tensor:
         confusion: counts, (K, K) int64; row = label, column = prediction.
 
     Returns:
-        Scalar float64; NaN when no class occurs.
+        Scalar float64; NaN if no class occurs.
 
     Raises:
         ValueError: the matrix is not square, or a count is negative.

@@ -21,7 +21,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    # The published package imported these modules with itself; they stand in `mit_semseg.compat`.
+    # Importing the published package also imported these modules (now in `mit_semseg.compat`).
     if name in ("hrnet", "mobilenet", "models", "resnet", "resnext", "utils"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

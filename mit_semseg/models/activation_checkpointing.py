@@ -1,9 +1,8 @@
-"""Activation checkpointing: what an encoder's blocks hold is computed again in backward.
+"""Activation checkpointing: the activations of an encoder's blocks are recomputed in backward.
 
-A block then keeps its input only. The second pass repeats the arithmetic of the first and none of
-its effects: running statistics stay as the first pass left them, random numbers are drawn alike,
-and synchronised layers take the statistics that replicas and processes agreed upon the first
-time, so nothing is exchanged again.
+Only the input of a block is stored. Recomputing has no side effects: running statistics are not
+updated again, random numbers are the same, and synchronised BatchNorm reuses the statistics of the
+first pass, so replicas and processes do not communicate again.
 
 Paper: Chen et al. 2016, arXiv:1604.06174, sec. 4.
 """
@@ -26,11 +25,11 @@ from mit_semseg.models.layers import replace_modules, with_attributes
 
 
 def checkpoint_activations(encoder: nn.Module) -> list[nn.Module]:
-    """Make the blocks of an encoder keep their inputs only; everything else stays as it is.
+    """Wrap the blocks of an encoder in torch's `CheckpointWrapper`.
 
-    Each is put into torch's `CheckpointWrapper`. Outputs, gradients, running statistics and names
-    in the state dict are those of the plain encoder. Blocks are found by `find_blocks`, unless the
-    encoder names them by a method `checkpoint_blocks() -> list of modules`.
+    Outputs, gradients, running statistics and state dict names do not change. The blocks are those
+    that the encoder's method `checkpoint_blocks() -> list of modules` returns, or else those of
+    `find_blocks`.
 
     Args:
         encoder: changed in place.
@@ -39,10 +38,10 @@ def checkpoint_activations(encoder: nn.Module) -> list[nn.Module]:
         The blocks.
 
     Raises:
-        ValueError: no block was found. When the encoder runs: the input of a block is changed
-            in place.
+        ValueError: there are no blocks; in a forward pass: the input of a block was changed in
+            place.
     """
-    # Here, since torch may have been built without `distributed`.
+    # Imported here, as torch may be built without `distributed`.
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     declared = getattr(encoder, "checkpoint_blocks", None)
@@ -59,18 +58,17 @@ def checkpoint_activations(encoder: nn.Module) -> list[nn.Module]:
 
 
 def find_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The blocks inside the stages of an encoder, largest first: none lies inside another.
+    """The outermost blocks of an encoder's stages.
 
-    A block is what stands in a Sequential or ModuleList and has layers of its own, or a
-    Sequential of layers.
+    A block is a module with submodules in a Sequential or ModuleList, or a Sequential of layers.
     """
     for child in module.children():
         inner = list(child.children())
-        listing = isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        container = isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         of_layers = isinstance(child, nn.Sequential) and any(_is_layer(part) for part in inner)
         if not inner:
             continue
-        if of_layers or (not listing and isinstance(module, (nn.Sequential, nn.ModuleList))):
+        if of_layers or (not container and isinstance(module, (nn.Sequential, nn.ModuleList))):
             yield child
         else:
             yield from find_blocks(child)
@@ -81,11 +79,11 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _checkpointed(block: nn.Module, *inputs: Any, **named: Any) -> Any:
-    """What a block gives, of which the backward pass finds the inputs only."""
+    """Runs a block with checkpointing."""
     if not torch.is_grad_enabled():
         return block(*inputs, **named)
     if torch.compiler.is_compiling():
-        # The compiler sees both passes, and keeps the effects of one by itself.
+        # The compiler traces both passes, and removes the side effects of the second itself.
         return checkpoint(block, *inputs, use_reentrant=False, **named)
     passes = _Passes(block, [*inputs, *named.values()])
     return checkpoint(
@@ -98,7 +96,7 @@ def _checkpointed(block: nn.Module, *inputs: Any, **named: Any) -> Any:
 
 
 class _Passes:
-    """What the second pass through a block needs to know of the first."""
+    """State that the recomputing pass of a block needs from its first pass."""
 
     def __init__(self, block: nn.Module, inputs: Sequence[Any]) -> None:
         self.block = block
@@ -106,25 +104,25 @@ class _Passes:
         map_tensors(self.inputs.append, list(inputs))
         self.versions = [x._version for x in self.inputs]
         self.norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
-        self.agreed: dict[nn.Module, list[Statistics]] = {
+        self.statistics: dict[nn.Module, list[Statistics]] = {
             m: [] for m in self.norms if isinstance(m, _SynchronizedBatchNorm)
         }
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Notes the statistics that synchronised layers agree upon."""
+        """Records the statistics of synchronised layers."""
         with ExitStack() as stack:
-            for norm, noted in self.agreed.items():
+            for norm, noted in self.statistics.items():
                 stack.enter_context(with_attributes(norm, noted=noted))
             yield
         self._check_inputs()
 
     @contextmanager
     def second(self) -> Iterator[None]:
-        """Uses those, and lets running statistics be updated in copies that are thrown away."""
+        """Reuses the statistics, and updates temporary copies of the running statistics."""
         self._check_inputs()
         with ExitStack() as stack:
-            for norm, noted in self.agreed.items():
+            for norm, noted in self.statistics.items():
                 stack.enter_context(with_attributes(norm, given=iter(noted)))
             for norm in self.norms:
                 stack.enter_context(_scratch_buffers(norm))
@@ -134,13 +132,13 @@ class _Passes:
         if [x._version for x in self.inputs] != self.versions:
             raise ValueError(
                 f"TRAIN.activation_checkpointing: the input of a {type(self.block).__name__} is "
-                "changed in place, so the block cannot be computed again: use inplace=False there, "
+                "changed in place, so the block cannot be recomputed: use inplace=False there, "
                 "or set TRAIN.activation_checkpointing False"
             )
 
 
 class _Reusable:
-    """A context that may be entered more than once, for graphs that are walked more than once."""
+    """A context that can be entered more than once, for repeated backward passes."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
         self.make = make
@@ -155,7 +153,7 @@ class _Reusable:
 
 @contextmanager
 def _scratch_buffers(module: nn.Module) -> Iterator[None]:
-    """Copies in the place of a module's buffers for a while."""
+    """Replaces a module's buffers by copies, and restores them afterwards."""
     buffers = dict(module._buffers)
     module._buffers.update({k: None if v is None else v.clone() for k, v in buffers.items()})
     try:

@@ -1,4 +1,4 @@
-"""Attention among the pixels of feature maps, in memory that grows with them linearly."""
+"""Attention between the pixels of feature maps, in memory linear in the number of pixels."""
 
 from __future__ import annotations
 
@@ -6,111 +6,123 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from mit_semseg.models.pyramid import without_autocast
 
-# Weights (queries x keys) held at a time: 4 MiB in float32, for a CPU's cache; 64 MiB elsewhere.
-_BAND_CPU, _BAND = 1 << 20, 1 << 24
+# Attention weights (queries x keys) in memory at a time: 4 MiB in float32, which fits a CPU's
+# cache, and 64 MiB on other devices.
+_CHUNK_CPU, _CHUNK = 1 << 20, 1 << 24
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    """softmax(scale * query key^T) value, without ever holding all weights.
+    """softmax(scale * query key^T) value, without storing all attention weights at once.
 
-    Queries are gone through in bands, and the backward pass computes the weights of a band again.
-    So memory is linear in queries and keys on any device, with any widths; torch's own
-    `scaled_dot_product_attention` falls back to all weights where query and value differ in width,
-    as they do in DANet. Scores are computed in float32 at least, also under autocast: unscaled ones
-    run over in float16.
+    Queries are processed in chunks, and the backward pass recomputes the weights of each chunk.
+    Memory is linear in queries and keys on any device and for any widths;
+    `F.scaled_dot_product_attention` stores all weights if query and value differ in width, as in
+    DANet. Scores are computed in at least float32, also under autocast, because unscaled scores
+    overflow in float16.
 
-    Paper: Rabe and Staats 2021, arXiv:2112.05682, sec. 3, with bands of queries only.
+    Paper: Rabe and Staats 2021, arXiv:2112.05682, sec. 3, with chunks of queries only.
 
     Args:
         query: (B, N, D) float.
         key: (B, M, D).
         value: (B, M, E).
-        scale: multiplies the scores.
+        scale: factor of the scores.
 
     Returns:
-        (B, N, E), in the type of `value`.
+        (B, N, E), in the dtype of `value`.
     """
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
-    return _run(q * scale, k, v).to(value.dtype)
+    result: Tensor = torch.ops.mit_semseg.attention(q * scale, k, v)
+    return result.to(value.dtype)
 
 
 def attend_maps(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    """`attend` among the pixels of maps.
+    """`attend` between the pixels of feature maps.
 
     Args:
         query: (B, D, H, W) float.
         key: (B, D, h, w).
         value: (B, E, h, w).
-        scale: multiplies the scores.
+        scale: factor of the scores.
 
     Returns:
-        (B, E, H, W), in the type of `value`.
+        (B, E, H, W), in the dtype of `value`.
     """
     q, k, v = (x.flatten(2).transpose(1, 2) for x in (query, key, value))
     return attend(q, k, v, scale).transpose(1, 2).unflatten(2, query.shape[2:])
 
 
-def leave_uncompiled() -> None:
-    """From now on `torch.compile` goes round the loops over bands.
-
-    Unrolled they would be compiled anew for every size of image. This is called when somebody
-    compiles, and not before: it imports the compiler, which takes more than a second.
-    """
-    global _run
-    if _run is _banded:  # another object would have what is compiled already compiled again
-        _run = torch.compiler.disable(_banded)
+# Custom operators: `torch.compile` would unroll the loops over chunks and compile them again for
+# every image size. `torch.library.custom_op` is not used, as it imports the compiler when called.
+torch.library.define("mit_semseg::attention", "(Tensor query, Tensor key, Tensor value) -> Tensor")
+torch.library.define(
+    "mit_semseg::attention_backward",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor, Tensor)",
+)
 
 
-def _banded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    # Not around the call of `_run`: a graph break within a context is compiled again at every call
-    # by some releases (torch 2.11).
+@torch.library.impl("mit_semseg::attention", "default")
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query key^T) value."""
+    result = _empty_result(query, key, value)
     with without_autocast(query.device):
-        result: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+        chunks = (x.split(_chunk_size(query, key), dim=1) for x in (query, result))
+        for q, out in zip(*chunks, strict=True):
+            # Not a list and `torch.cat`: that would fragment the memory between chunks.
+            out.copy_(_weights(q, key) @ value)
     return result
 
 
-_run = _banded
+@torch.library.impl("mit_semseg::attention_backward", "default")
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value, accumulated in place."""
+    grad_query, grad_key, grad_value = gradients = _empty_gradients(grad, query, key, value)
+    grad_key.zero_()
+    grad_value.zero_()
+    chunks = (x.split(_chunk_size(query, key), dim=1) for x in (query, grad, grad_query))
+    with without_autocast(query.device):
+        for q, grad_out, grad_q in zip(*chunks, strict=True):
+            weights = _weights(q, key)
+            grad_value.baddbmm_(weights.transpose(1, 2), grad_out)
+            # Gradient of the weights, and through the softmax that of the scores.
+            grad_scores = (grad_out @ value.transpose(1, 2)).mul_(weights)
+            grad_scores.addcmul_(weights, grad_scores.sum(dim=2, keepdim=True), value=-1)
+            grad_q.copy_(grad_scores @ key)
+            grad_key.baddbmm_(grad_scores.transpose(1, 2), q)
+    return gradients
 
 
-class _Attention(torch.autograd.Function):
-    """softmax(query key^T) value, and its gradients, which add up in place."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        result = value.new_empty(*query.shape[:2], value.shape[2])
-        bands = (x.split(_rows(query, key), dim=1) for x in (query, result))
-        for band, part in zip(*bands, strict=True):
-            # Parts kept in a list would lie between the weights, and split the free memory.
-            part.copy_(_weights(band, key) @ value)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = ctx.saved_tensors
-        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
-        grad_value = torch.zeros_like(value)
-        bands = (x.split(_rows(query, key), dim=1) for x in (query, grad, grad_query))
-        with without_autocast(query.device):
-            for band, band_grad, result in zip(*bands, strict=True):
-                weights = _weights(band, key)
-                grad_value.baddbmm_(weights.transpose(1, 2), band_grad)
-                # That of the weights, then through the softmax that of the scores.
-                scores = (band_grad @ value.transpose(1, 2)).mul_(weights)
-                scores.addcmul_(weights, scores.sum(dim=2, keepdim=True), value=-1)
-                result.copy_(scores @ key)
-                grad_key.baddbmm_(scores.transpose(1, 2), band)
-        return grad_query, grad_key, grad_value
+@torch.library.register_fake("mit_semseg::attention")
+def _empty_result(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return value.new_empty(*query.shape[:2], value.shape[2])
 
 
-def _rows(query: Tensor, key: Tensor) -> int:
-    """Queries of a band."""
-    limit = _BAND_CPU if query.device.type == "cpu" else _BAND
+@torch.library.register_fake("mit_semseg::attention_backward")
+def _empty_gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in inputs)
+
+
+torch.library.register_autograd(
+    "mit_semseg::attention",
+    lambda ctx, grad: torch.ops.mit_semseg.attention_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@register_flop_formula(torch.ops.mit_semseg.attention)
+def _flop(query: torch.Size, key: torch.Size, value: torch.Size, **_: Any) -> int:
+    return 2 * query[0] * query[1] * key[1] * (query[2] + value[2])
+
+
+def _chunk_size(query: Tensor, key: Tensor) -> int:
+    """Number of queries processed at a time."""
+    limit = _CHUNK_CPU if query.device.type == "cpu" else _CHUNK
     return max(limit // (query.shape[0] * key.shape[1]), 1)
 
 

@@ -1,4 +1,4 @@
-"""Names -> models: the only place where encoders, decoders, weights and cfg meet."""
+"""Builds models from names and from the configuration."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _decoder(arch: str) -> type[Decoder]:
 def check_pair(
     arch_encoder: str, arch_decoder: str, fc_dim: int | None = None, **encoder_options: Any
 ) -> None:
-    """Refuses what cannot work, from declarations alone: nothing is built.
+    """Checks that an encoder and a decoder can work together, without building them.
 
     Args:
         arch_encoder: name in `ENCODERS`, or "timm:NAME".
@@ -65,7 +65,7 @@ def check_pair(
             `ModelBuilder.build_encoder`).
 
     Raises:
-        ValueError: an unknown name, or a pair or fc_dim that cannot work, with the reason.
+        ValueError: a name is unknown, the pair does not work, or fc_dim is wrong.
     """
     encoder = _encoder(arch_encoder, **encoder_options)
     _check_partners(arch_encoder, encoder, arch_decoder)
@@ -79,21 +79,21 @@ def check_pair(
 
 
 def check_aux_weights(arch_decoder: str, weights: Sequence[float]) -> None:
-    """Refuses TRAIN.aux_weights of another number than the decoder has auxiliary heads.
+    """Checks that TRAIN.aux_weights is empty or has one weight for each auxiliary head.
 
     Raises:
-        ValueError: an unknown name, or weights that are neither none nor one for each head.
+        ValueError: the name is unknown, or the number of weights is wrong.
     """
     check_head_weights(weights, _decoder(arch_decoder).auxiliary, f"decoder {arch_decoder}")
 
 
 def check_options(options: Options) -> None:
-    """Refuses options that a network, its layers or the format of the data rule out.
+    """Checks options that depend on the encoder, the decoder or the data format.
 
-    Options that contradict each other are refused when they are read.
+    Contradictions between the options themselves are found when they are read.
 
     Raises:
-        ValueError: an unknown name, or parts that cannot work together, with the reason.
+        ValueError: a name is unknown, or the parts do not work together.
     """
     model = options.MODEL
     check_depth(options.DATASET)
@@ -108,10 +108,10 @@ def check_options(options: Options) -> None:
     stride = math.lcm(*_encoder(model.arch_encoder, **encoder_options).strides)
     for section in (options.VAL, options.TEST):
         if any(side % stride for side in section.window):
-            fitting = [-(-side // stride) * stride for side in section.window]
+            rounded = [-(-side // stride) * stride for side in section.window]
             raise ValueError(
                 f"{section.SECTION}.window is {list(section.window)}, but {model.arch_encoder} "
-                f"needs multiples of its stride {stride}: set {section.SECTION}.window {fitting}"
+                f"needs multiples of its stride {stride}: set {section.SECTION}.window {rounded}"
             )
 
 
@@ -146,15 +146,15 @@ def _check_maps(arch_decoder: str, source: str, count: int) -> None:
         )
 
 
-# One encoder for each fc_dim of the published toolkit, which built decoders from that alone.
+# One encoder for each fc_dim of the published toolkit, whose decoders were built from fc_dim alone.
 _PUBLISHED = ("resnet18", "resnet50", "mobilenetv2dilated", "hrnetv2")
 
 
 def _channels(arch_decoder: str, fc_dim: int) -> tuple[int, ...]:
-    """Widths of the feature maps when all that is known is the last one.
+    """Channels of the feature maps if only those of the last one are known.
 
-    Those of an encoder that the decoder was made for, or else of a published one, if it ends in so
-    many channels; where none does, each map is half as wide as the next.
+    They are taken from an encoder whose last map has fc_dim channels: one that the decoder
+    supports, or a published one. Otherwise each map gets half as many channels as the next.
     """
     for name in _decoder(arch_decoder).supported_encoders or _PUBLISHED:
         channels = _encoder(name).channels
@@ -164,7 +164,7 @@ def _channels(arch_decoder: str, fc_dim: int) -> tuple[int, ...]:
 
 
 def _class_rows(weights: str, classes: Sequence[str]) -> ClassRows | None:
-    """Which classes of a checkpoint continue as which, where its folder names them."""
+    """The class correspondence with a checkpoint, if its folder has a class table."""
     table = Path(weights).parent / "classes.csv"
     if not classes or not Path(weights).is_file() or not table.is_file():
         return None
@@ -172,17 +172,17 @@ def _class_rows(weights: str, classes: Sequence[str]) -> ClassRows | None:
 
 
 class ModelBuilder:
-    """Builds encoders, decoders and the whole from names."""
+    """Builds encoders, decoders and segmentation modules from names."""
 
     @staticmethod
     def weights_init(m: nn.Module) -> None:
-        """Initialises one layer as the published decoders are, for `module.apply`.
+        """Initialises one layer as in the published decoders, for `module.apply`.
 
-        Decoders built here are initialised already (see `decoders.base.init_weights`).
+        Decoders from `build_decoder` are already initialised (`decoders.base.init_weights`).
 
         Args:
-            m: any module; one with "Conv" in the name of its class gets Kaiming normal weights, one
-                with "BatchNorm" the weight 1 and the bias 1e-4, others stay as they are.
+            m: any module. If its class name contains "Conv", it gets Kaiming normal weights; if
+                "BatchNorm", weight 1 and bias 1e-4; others are unchanged.
         """
         name, weight, bias = type(m).__name__, getattr(m, "weight", None), getattr(m, "bias", None)
         if "Conv" in name and weight is not None:
@@ -202,25 +202,25 @@ class ModelBuilder:
         vit_pyramid: bool = False,
         **options: Any,
     ) -> Encoder:
-        """An encoder by name.
+        """Builds an encoder and loads its weights.
 
         Args:
             arch: name in `ENCODERS`, or "timm:NAME" for a model of timm.
-            fc_dim: taken for the published signature; an encoder's width follows from its name.
-            weights: "" = ImageNet weights by name; "none" = random; else a path, a url, or
+            fc_dim: ignored; in the published signature.
+            weights: "": ImageNet weights by name; "none": random; otherwise a path, a URL,
                 "torchvision:NAME" or "tfslim:PATH" (see `weights.load_encoder`).
-            in_channels: channels of the images: red, green and blue first, others, such as depth,
-                after them (see `encoders.base.widen_input`).
+            in_channels: channels of the images: red, green, blue, then others such as depth (see
+                `encoders.base.widen_input`).
             output_stride: of a timm encoder, 8, 16 or 32 if it supports that; 0: its own.
             vit_blocks: of a plain vision transformer of timm, the blocks whose outputs are the
                 feature maps, counted from 0; empty: four, evenly spaced, ending with the last.
             vit_pyramid: of a plain vision transformer of timm, a simple feature pyramid of one
                 block instead (see `encoders.vit_pyramid`).
-            options: passed on to `weights.load_encoder`: mean and std of the input.
+            options: mean and std of the input, for `weights.load_encoder`.
 
         Raises:
-            ValueError: an unknown name, or weights that do not fit.
-            FileNotFoundError: no such weights.
+            ValueError: the name is unknown, or the weights do not match the encoder.
+            FileNotFoundError: the weights do not exist.
         """
         encoder = _encoder(arch, output_stride, vit_blocks, vit_pyramid)()
         widen_input(encoder, in_channels)
@@ -238,24 +238,24 @@ class ModelBuilder:
         strides: Sequence[int] | None = None,
         classes: Sequence[str] = (),
     ) -> Decoder:
-        """A decoder by name.
+        """Builds a decoder and loads its weights.
 
         Args:
             arch: name in `DECODERS`.
-            fc_dim: channels of the encoder's last feature map; only read without `channels`.
-            num_class: classes told apart.
-            weights: "" or "none" = random; else a path or url.
-            use_softmax: probabilities (inference) rather than log-probabilities (training).
-            channels: what the encoder declares; None takes the widths of the published
-                encoder, or of the decoder's own one, that ends in `fc_dim` channels.
-            strides: likewise.
-            classes: names of the classes. Where a `classes.csv` beside the weights names others, or
-                in another order, rows of the classifier are loaded by name.
+            fc_dim: channels of the encoder's last feature map; ignored if `channels` is given.
+            num_class: number of classes.
+            weights: "" or "none": random; otherwise a path or URL.
+            use_softmax: return probabilities (inference) instead of log-probabilities (training).
+            channels: `Encoder.channels`; None: those of a published encoder, or of one that the
+                decoder supports, whose last map has `fc_dim` channels.
+            strides: `Encoder.strides`, if known.
+            classes: names of the classes. If `classes.csv` beside the weights has other names, or
+                another order, rows of the classifier are loaded by name.
 
         Raises:
-            ValueError: an unknown name, feature maps the decoder cannot work with, or weights
-                that do not fit.
-            FileNotFoundError: no such weights.
+            ValueError: the name is unknown, or the feature maps or the weights do not match the
+                decoder.
+            FileNotFoundError: the weights do not exist.
         """
         channels = _channels(arch, fc_dim) if channels is None else tuple(channels)
         _check_maps(arch, f"the encoder (channels {channels})", len(channels))
@@ -272,17 +272,17 @@ class ModelBuilder:
         class_weights: Tensor | None = None,
         classes: Sequence[str] = (),
     ) -> SegmentationModule:
-        """Encoder, decoder and loss as a configuration describes them.
+        """Builds the encoder, decoder and loss of a configuration.
 
         Args:
             cfg: the whole configuration, `Options` or a yacs tree.
-            inference: the decoder gives probabilities.
-            class_weights: (num_class,) float for the loss, or None.
+            inference: the decoder returns probabilities instead of log-probabilities.
+            class_weights: (num_class,) float weights for the loss, or None.
             classes: names of the classes (see `build_decoder`).
 
         Raises:
-            ValueError: an unknown name, or parts that do not fit together.
-            FileNotFoundError: no such weights.
+            ValueError: a name is unknown, or the parts do not work together.
+            FileNotFoundError: the weights do not exist.
         """
         options = Options.read(cfg)
         check_options(options)

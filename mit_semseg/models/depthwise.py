@@ -1,4 +1,4 @@
-"""Depthwise convolution by way of kernels that are fast, on the CPU and on a GPU."""
+"""Depthwise convolution that avoids slow kernels, on the CPU and on GPUs."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch.autograd.function import once_differentiable
 
 
 class Geometry(NamedTuple):
-    """How a filter moves over an image; (rows, columns) each."""
+    """Stride, padding and dilation of a convolution; (rows, columns) each."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
-    def reach(self, kernel: torch.Size) -> tuple[int, int]:
-        """Distance from a filter's first to its last entry, in pixels."""
+    def extent(self, kernel: torch.Size) -> tuple[int, int]:
+        """Distance between the first and last element of the dilated kernel, in pixels."""
         rows, columns = (d * (k - 1) for d, k in zip(self.dilation, kernel))
         return rows, columns
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` with one filter a channel; the same parameters, state dict and results.
+    """`nn.Conv2d` with one filter per channel; the same parameters, state dict and results.
 
     oneDNN has no fast backward kernels for dilated or strided depthwise convolutions, nor for
-    filters larger than 3x3: the gradient of one dilated bfloat16 layer costs hundreds of its
-    forward passes. Both gradients are therefore put in terms of kernels that are fast. On a GPU
-    dilated ones are computed in contiguous memory. Elsewhere, and on the CPU when no gradient is
-    wanted, this is `nn.Conv2d`.
+    kernels larger than 3x3: the gradient of one dilated bfloat16 layer takes as long as hundreds of
+    its forward passes. So on the CPU both gradients are computed with other, fast kernels. On a GPU
+    dilated convolutions are computed in contiguous memory. On other devices, and on the CPU without
+    gradients, this is `nn.Conv2d`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda" and self.groups == self.in_channels and self.dilation != (1, 1):
-            return planar_conv2d(self, x)
-        if not self._worth_it(x):
+            return contiguous_conv2d(self, x)
+        if not self._uses_own_gradient(x):
             return super().forward(x)
         weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled("cpu"):
@@ -51,7 +51,7 @@ class DepthwiseConv2d(nn.Conv2d):
         pairs = (tuple(map(int, pair)) for pair in (self.stride, self.padding, self.dilation))
         return Geometry(*pairs)  # type: ignore[arg-type]
 
-    def _worth_it(self, x: Tensor) -> bool:
+    def _uses_own_gradient(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or not torch.is_grad_enabled() or not self.weight.requires_grad:
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -59,35 +59,36 @@ class DepthwiseConv2d(nn.Conv2d):
         if x.ndim != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return False
         geometry = self._geometry()
-        reach = geometry.reach(self.weight.shape[2:])
+        extent = geometry.extent(self.weight.shape[2:])
         return self.groups == self.in_channels == self.out_channels and all(
-            p <= r for p, r in zip(geometry.padding, reach)
+            p <= e for p, e in zip(geometry.padding, extent)
         )
 
 
 class DepthwiseConv2dSame(DepthwiseConv2d):
-    """With the padding "SAME" of TensorFlow: just enough for sides / stride, rounded up.
+    """`DepthwiseConv2d` with TensorFlow's "SAME" padding: output sides are ceil(side / stride).
 
-    Where that is an odd number of pixels, there is one more at the right and bottom. `padding` of
-    the layer is 0.
+    If the padding is odd, there is one more pixel on the right and bottom. `padding` of the layer
+    must be 0.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         geometry = self._geometry()
-        reaches = geometry.reach(self.weight.shape[2:])
+        extents = geometry.extent(self.weight.shape[2:])
         borders: list[int] = []
-        for side, stride, reach in zip(x.shape[2:], geometry.stride, reaches):
-            missing = max((-(-side // stride) - 1) * stride + reach + 1 - side, 0)
+        for side, stride, extent in zip(x.shape[2:], geometry.stride, extents):
+            missing = max((-(-side // stride) - 1) * stride + extent + 1 - side, 0)
             borders = [missing // 2, missing - missing // 2, *borders]
         return super().forward(F.pad(x, borders) if any(borders) else x)
 
 
-def planar_conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A depthwise convolution in contiguous memory; the result is laid out as x is.
+def contiguous_conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A depthwise convolution in contiguous memory; the result has the memory format of x.
 
-    Channels last, cuDNN takes its direct kernel for grouped convolutions, a millisecond a call for
-    dilated ones on an H200; contiguous, torch takes its own depthwise kernel. Both the map and the
-    filters have to be so: a filter of one channel may be taken for either layout by its strides.
+    In channels last, cuDNN uses its direct kernel for grouped convolutions, which takes a
+    millisecond for a dilated one on an H200; for contiguous tensors torch uses its own depthwise
+    kernel. Input and weight must both be contiguous; the strides of a weight with one input
+    channel are ambiguous, so it is rebuilt.
     """
     weight = layer.weight.flatten().view(layer.weight.shape)
     y = layer._conv_forward(x.contiguous(), weight, layer.bias)
@@ -125,33 +126,33 @@ class _Depthwise(torch.autograd.Function):
 
 
 def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The transposed convolution, as a plain one with the flipped filter.
+    """The transposed convolution, as a plain one with the flipped kernel.
 
-    Where it is strided, torch's own kernel for float32 is the fast one, if it is told the layout.
+    With a stride, torch's float32 kernel is fast if it knows the memory format of x.
     """
     stride, padding, dilation = geometry
     if stride != (1, 1):
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        like_x = torch.empty_like(x, dtype=dtype)  # its shape and layout are read
+        like_x = torch.empty_like(x, dtype=dtype)  # only its shape and strides are used
         wide = _convolution_backward(grad.to(dtype), like_x, weight.to(dtype), geometry, "input")
         return wide.to(weight.dtype)
-    border = [r - p for r, p in zip(geometry.reach(weight.shape[2:]), padding)]
+    border = [e - p for e, p in zip(geometry.extent(weight.shape[2:]), padding)]
     return F.conv2d(grad, weight.flip(2, 3), None, 1, border, dilation, groups=x.shape[1])
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Correlation of input and output gradient.
+    """Correlation of the input and the output gradient.
 
-    A convolution dilated by d is an ordinary one on each of the d x d grids of every d-th pixel:
-    those grids become images of a larger batch, for which the fast kernel exists. A filter larger
-    than 3x3 is put together from parts of 3x3.
+    A convolution with dilation d is an undilated one on each of d x d subgrids, which contain
+    every d-th pixel. The subgrids become images of a larger batch, for which there is a fast
+    kernel. A kernel larger than 3x3 is composed of parts of 3x3.
     """
     stride, padding, dilation = geometry
     if dilation != (1, 1) and stride == (1, 1):
         height, width = (-(-n // d) * d for n, d in zip(grad.shape[2:], dilation))
-        reach = geometry.reach(weight.shape[2:])
-        grad = _grids(grad, (0, 0), (height, width), dilation)
-        x = _grids(x, padding, (height + reach[0], width + reach[1]), dilation)
+        extent = geometry.extent(weight.shape[2:])
+        grad = _subgrids(grad, (0, 0), (height, width), dilation)
+        x = _subgrids(x, padding, (height + extent[0], width + extent[1]), dilation)
         geometry = Geometry(stride, padding=(0, 0), dilation=(1, 1))
     if max(weight.shape[2:]) <= 3 or geometry.dilation != (1, 1):
         return _convolution_backward(grad, x, weight, geometry, "weight")
@@ -177,7 +178,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, want: str
 ) -> Tensor:
-    """torch's own gradient with respect to "input" or "weight"."""
+    """torch's gradient with respect to "input" or "weight"."""
     mask = (want == "input", want == "weight", False)
     gradients = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, False, (0, 0), weight.shape[0], mask
@@ -186,16 +187,16 @@ def _convolution_backward(
     return out
 
 
-def _grids(
+def _subgrids(
     x: Tensor, before: tuple[int, int], size: tuple[int, int], step: tuple[int, int]
 ) -> Tensor:
-    """Every `step`-th pixel of the zero-padded x as images of their own.
+    """The subgrids of every `step`-th pixel of the zero-padded x, as images of a batch.
 
     Args:
         x: (N, C, H, W).
         before: zeros above and to the left.
         size: height and width after padding, multiples of `step`.
-        step: distance (rows, columns) of the pixels of one grid.
+        step: distance between neighbouring pixels of a subgrid, (rows, columns).
 
     Returns:
         (N * step[0] * step[1], C, size[0] / step[0], size[1] / step[1]), channels_last.
@@ -203,10 +204,10 @@ def _grids(
     N, C, H, W = x.shape
     rows, columns = size[0] // step[0], size[1] // step[1]
     images = x.new_zeros(N, step[0], step[1], rows, columns, C)
-    pixels = x.permute(0, 2, 3, 1)  # (N, H, W, C): a pixel's channels are copied in one piece
+    pixels = x.permute(0, 2, 3, 1)  # (N, H, W, C): the channels of a pixel are contiguous
     for i in range(step[0]):
         for j in range(step[1]):
-            # First pixel of x on this grid, and where it stands on it.
+            # First pixel of x on this subgrid, and its position there.
             y, x0 = (i - before[0]) % step[0], (j - before[1]) % step[1]
             grid = pixels[:, y :: step[0], x0 :: step[1]]
             top, left = (y + before[0]) // step[0], (x0 + before[1]) // step[1]

@@ -1,4 +1,4 @@
-"""CUDA graphs of a network for the shapes that come again and again."""
+"""CUDA graphs of a network, for input shapes that repeat."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from mit_semseg.matrices import MATRICES
 
 log = logging.getLogger("mit_semseg")
 
-# A shape is recorded at this visit: one image has two with its mirror image.
-RECORDED_AT = 3
-# Graphs that are held at most, and the share of the GPU's memory that they may take.
-MOST_GRAPHS, MOST_MEMORY = 32, 0.1
-# Recordings beyond one for every two replays: each takes as long as several images.
-SPARE_RECORDINGS = 64
+# A shape is recorded at its third call: an image and its flipped copy are already two.
+RECORD_AT_CALL = 3
+# Limits of the number of graphs, and of their share of the GPU's memory.
+MAX_GRAPHS, MAX_MEMORY = 32, 0.1
+# A recording takes as long as several images, so there is at most one for every two replays,
+# beyond this number.
+FREE_RECORDINGS = 64
 
 Network = Callable[[Tensor], Tensor]
 Key = tuple[torch.Size, torch.dtype, bool]
@@ -29,70 +30,69 @@ Key = tuple[torch.Size, torch.dtype, bool]
 
 @dataclass
 class _Graph:
-    """A recorded call: writing to `image` and replaying leaves the result in `output`."""
+    """A recorded call: a replay reads `image` and writes `output`."""
 
     graph: Any  # torch.cuda.CUDAGraph
     image: Tensor
     output: Tensor
-    held: list[Tensor]  # constants that the graph reads
+    constants: list[Tensor]  # read by the graph, so they must stay allocated
 
 
 class GraphedNetwork:
-    """Calls a network, and replays CUDA graphs of it for shapes that have come before.
+    """Calls a network, and replays CUDA graphs of it for input shapes that repeat.
 
-    Two images of a shape are computed as usual, the third records a graph, and from then on it is
-    replayed: one launch in place of hundreds. Recording waits for the GPU. Of more than 32 graphs
-    the least recently used is dropped, and all are when they hold more than a tenth of the GPU's
-    memory. Where shapes hardly come again nothing more is recorded, and a network that cannot be
-    recorded is computed as usual, with one warning.
+    The third call with a shape records a graph, which later calls replay: one launch instead of
+    hundreds. Recording synchronises with the GPU. At most 32 graphs are kept, the least recently
+    used is dropped first; all are dropped if they take more than a tenth of the GPU's memory. If
+    shapes rarely repeat, recording stops. A network that cannot be recorded is called directly,
+    with one warning.
 
-    Not for several threads at once.
+    Not thread-safe.
     """
 
     def __init__(self, network: Network, device: torch.device) -> None:
         self.network, self.device = network, device
-        self.limit = int(MOST_MEMORY * torch.cuda.get_device_properties(device).total_memory)
+        self.limit = int(MAX_MEMORY * torch.cuda.get_device_properties(device).total_memory)
         self.stream = torch.cuda.Stream(device)
-        self.visits: Counter[Key] = Counter()
+        self.calls: Counter[Key] = Counter()
         self.recordings = self.replays = 0
         self.recordable = True
         self.release()
 
     def __call__(self, image: Tensor) -> Tensor:
         key = image.shape, image.dtype, image.is_contiguous(memory_format=torch.channels_last)
-        graph = self.graphs.get(key) or self._recorded(key, image)
+        graph = self.graphs.get(key) or self._record_if_due(key, image)
         if graph is None:
             return self.network(image)
         self.graphs.move_to_end(key)
         self.replays += 1
         graph.image.copy_(image)
         graph.graph.replay()
-        # The next replay of any graph may write to the same memory.
+        # All graphs share a memory pool: the next replay of any of them may overwrite the output.
         return graph.output.clone()
 
     def release(self) -> None:
-        """Drop all graphs, and with them their memory."""
+        """Drop all graphs and free their memory."""
         self.graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle()
         self.bytes = 0
 
-    def _recorded(self, key: Key, image: Tensor) -> _Graph | None:
-        """A new graph, when it is time for one."""
-        if not self.recordable or self.recordings > self.replays / 2 + SPARE_RECORDINGS:
+    def _record_if_due(self, key: Key, image: Tensor) -> _Graph | None:
+        if not self.recordable or self.recordings > self.replays / 2 + FREE_RECORDINGS:
             return None
-        self.visits[key] += 1
-        if self.visits[key] < RECORDED_AT:
+        self.calls[key] += 1
+        if self.calls[key] < RECORD_AT_CALL:
             return None
         if self.bytes > self.limit:
             self.release()
-        elif len(self.graphs) >= MOST_GRAPHS:
+        elif len(self.graphs) >= MAX_GRAPHS:
             self.graphs.popitem(last=False)
         current = torch.cuda.current_stream(self.device)
         try:
             self.graphs[key] = self._record(image)
         except torch.cuda.OutOfMemoryError:
-            # As usual it may have memory enough; this shape is not tried again soon.
-            self.visits[key] = -1000
+            # Without a graph the memory may suffice; do not try this shape again soon.
+            self.calls[key] = -1000
             self.release()
             return None
         except RuntimeError as error:
@@ -102,26 +102,26 @@ class GraphedNetwork:
             log.warning("CUDA graphs are not used, the network cannot be recorded: %s", reason)
             return None
         finally:
-            # A recording that fails leaves its stream the current one.
+            # A failed recording leaves its stream as the current one.
             torch.cuda.set_stream(current)
             current.wait_stream(self.stream)
         self.recordings += 1
         return self.graphs[key]
 
     def _record(self, image: Tensor) -> _Graph:
-        torch.cuda.empty_cache()  # which recording does anyway: what is free is not the graph's
+        torch.cuda.empty_cache()  # as recording does, so that cached memory is not counted
         before = torch.cuda.memory_reserved(self.device)
         static = image.clone(memory_format=torch.preserve_format)
         graph = torch.cuda.CUDAGraph()
-        # On the stream that records: libraries allocate workspaces at their first call there.
+        # Warm up on the recording stream, as libraries allocate workspaces at their first call.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             self.network(static)
         with (
-            MATRICES.recorded() as held,
-            # Other threads may read images and pin memory meanwhile.
+            MATRICES.recorded() as constants,
+            # Other threads may load images and pin memory in the meantime.
             torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
         ):
             output = self.network(static)
         self.bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
-        return _Graph(graph, static, output, held)
+        return _Graph(graph, static, output, constants)

@@ -1,4 +1,4 @@
-"""A trained module made ready to run fast; what is trained and saved stays as it is."""
+"""Copies of trained modules that are optimised for prediction."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mit_semseg.models.winograd import use_winograd
 log = logging.getLogger("mit_semseg")
 M = TypeVar("M", bound=nn.Module)
 
-# Sizes of the images that show how a network is wired, and that folding changed nothing:
-# multiples of every stride.
-_WIRING, _PROOF = (64, 64), ((64, 96), (128, 64))
-# Largest difference of logits, in standard deviations, that may come from rounding.
-_ROUNDING = 1e-3
+# Sizes of the image that traces the network, and of those that compare the folded network with the
+# original; multiples of every stride.
+_TRACE_SIZE, _CHECK_SIZES = (64, 64), ((64, 96), (128, 64))
+# Largest difference of logits, in standard deviations, that is explained by rounding.
+_TOLERANCE = 1e-3
 
 
 def inference_copy(
@@ -36,30 +36,27 @@ def inference_copy(
     normalize: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> SegmentationModule:
-    """A copy of a module for prediction only: faster, with the same results.
+    """A copy of a module for prediction: faster, with the same results.
 
-    Every BatchNorm that normalises nothing but one convolution becomes part of it, and memory is
-    laid out channels last.
-    The copy is in evaluation mode and takes no gradients; the module itself is untouched, and so
-    are its checkpoints. A network whose results folding would change (custom layers can do
-    anything) is left unfolded, with a warning.
+    A BatchNorm whose only input is the output of one convolution is folded into it, and the
+    memory format is channels last. The copy is in evaluation mode and has no gradients; the
+    module and its checkpoints are not changed. If folding would change the results, as it may
+    with custom layers, the copy is not folded and a warning is logged.
 
     Args:
         module: on any device, in any mode.
-        device: where the copy is to compute.
-        normalize: what the copy makes of bytes; None takes what the module does.
-        dtype: what weights are cast to, once, but for the layers that the encoder keeps in float32
-            (`Encoder.fp32_layers`); None: as they are.
+        device: device of the copy.
+        normalize: replaces the module's normalisation of uint8 images; None: keep it.
+        dtype: what weights are cast to, except for the encoder's `fp32_layers`; None: not cast.
 
     Returns:
-        The copy, on `device`. Its `logits` and `forward` with `segSize` are to be used; `encoder`
-        and `decoder` have other parameters than the module's.
+        The copy, on `device`, for calls of `logits` and of `forward` with `segSize`. The
+        parameters of its `encoder` and `decoder` differ from the module's.
 
     Raises:
         ValueError: a layer cannot compute in `dtype`.
     """
-    place = torch.device(device)
-    # The loss has no use here. On the CPU, where there is memory for the trial of folding.
+    # On the CPU, where there is enough memory to compare both networks; without the loss.
     fast = SegmentationModule(
         _copied(module.encoder),
         _copied(module.decoder),
@@ -68,16 +65,16 @@ def inference_copy(
         mirror_pairs=module.mirror_pairs,
     )
     fast = _folded(fast.eval())
-    fast.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dtype is not None and any(p.dtype != dtype for p in fast.parameters()):
         _cast(fast, dtype)
-    if place.type == "cpu":
+    if torch.device(device).type == "cpu":
         use_winograd(fast)
     return fast
 
 
 def _copied(module: M) -> M:
-    """A deep copy on the CPU whose parameters take no gradients."""
+    """A deep copy on the CPU, whose parameters do not require gradients."""
     tensors: dict[int, Any] = {}
     for x in module.parameters():
         tensors[id(x)] = nn.Parameter(x.detach().to("cpu", copy=True), requires_grad=False)
@@ -88,36 +85,36 @@ def _copied(module: M) -> M:
 
 @torch.no_grad()
 def _cast(module: SegmentationModule, dtype: torch.dtype) -> None:
-    """Cast encoder and decoder, but for the encoder's layers that stay in float32.
+    """Cast encoder and decoder, except for the encoder's `fp32_layers`.
 
     Raises:
         ValueError: a trial run fails.
     """
     encoder = module.encoder
-    names = getattr(encoder, "fp32_layers", ())  # any module may be the encoder
-    exact = {encoder.get_submodule(name): nn.Identity() for name in names}
-    replace_modules(encoder, exact)
+    names = getattr(encoder, "fp32_layers", ())  # any module can be the encoder
+    placeholders = {encoder.get_submodule(name): nn.Identity() for name in names}
+    replace_modules(encoder, placeholders)
     encoder.to(dtype)
     module.decoder.to(dtype)
     back: dict[nn.Module, nn.Module] = {}
-    for found, place in exact.items():
+    for found, placeholder in placeholders.items():
         layer = found.layer if isinstance(found, _Float32) else found
-        back[place] = layer if dtype == torch.float32 else _Float32(layer, dtype)
+        back[placeholder] = layer if dtype == torch.float32 else _Float32(layer, dtype)
     replace_modules(encoder, back)
     module.input_dtype = next(encoder.parameters()).dtype
     weight = next(module.parameters())
     try:
-        module.logits(_noise(module, _WIRING).to(weight.device))
+        module.logits(_noise(module, _TRACE_SIZE).to(weight.device))
     except RuntimeError as error:
         reason = one_line(error, 200)
         raise ValueError(
             f"{type(encoder).__name__} with {type(module.decoder).__name__} cannot compute in "
-            f"{dtype} ({reason}): set precision fp32, or make tensors in the type of the input"
+            f"{dtype} ({reason}): set precision fp32, or create tensors in the dtype of the input"
         ) from error
 
 
 class _Float32(nn.Module):
-    """Computes a layer in float32, and gives its result in another type."""
+    """Runs a layer in float32, and casts its result to another dtype."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -130,40 +127,40 @@ class _Float32(nn.Module):
 
 @torch.no_grad()
 def _folded(module: SegmentationModule) -> SegmentationModule:
-    """The module with BatchNorms folded, or as it is where that would not be the same."""
+    """The module with BatchNorms folded, or unchanged if that would change its results."""
     if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         return module
     try:
-        folded, apart = _trial(module)
-        if not apart <= _ROUNDING:
-            # Pooling indices jump where two values are as good as equal. In float64 they do not.
-            apart = _trial(copy.deepcopy(module).double())[1]
+        folded, difference = _fold_and_compare(module)
+        if not difference <= _TOLERANCE:
+            # Rounding can swap pooling indices of nearly equal values; in float64 it does not.
+            difference = _fold_and_compare(copy.deepcopy(module).double())[1]
     except (RuntimeError, ValueError) as error:
         log.warning("BatchNorm is not folded: a trial run of the network failed (%s)", error)
         return module
-    if not apart <= _ROUNDING:
+    if not difference <= _TOLERANCE:
         log.warning(
             "BatchNorm is not folded: it would change the logits by %.2g standard deviations; a "
-            "layer of this network does more than torch's own",
-            apart,
+            "custom layer of this network differs from torch's",
+            difference,
         )
         return module
     return folded
 
 
-def _trial(module: SegmentationModule) -> tuple[SegmentationModule, float]:
-    """A folded copy, and how far its logits are from the module's, in standard deviations."""
+def _fold_and_compare(module: SegmentationModule) -> tuple[SegmentationModule, float]:
+    """A folded copy, and the difference of its logits in standard deviations."""
     weight = next(module.parameters())
-    wiring, *proofs = (_noise(module, size).to(weight) for size in (_WIRING, *_PROOF))
-    expected = [module.logits(proof) for proof in proofs]
+    traced, *images = (_noise(module, size).to(weight) for size in (_TRACE_SIZE, *_CHECK_SIZES))
+    expected = [module.logits(image) for image in images]
     folded = copy.deepcopy(module)
-    fold_batchnorm(folded, lambda: folded.logits(wiring))
-    given = [folded.logits(proof) for proof in proofs]
-    return folded, max(float((a - b).abs().max() / b.std()) for a, b in zip(given, expected))
+    fold_batchnorm(folded, lambda: folded.logits(traced))
+    actual = [folded.logits(image) for image in images]
+    return folded, max(float((a - b).abs().max() / b.std()) for a, b in zip(actual, expected))
 
 
 def _noise(module: SegmentationModule, size: tuple[int, int]) -> Tensor:
-    """(1, channels, *size) normally distributed values, the same for one size."""
+    """(1, channels, *size) normally distributed values; equal for equal sizes."""
     channels = getattr(module.encoder, "in_channels", 3)
     size = getattr(module.encoder, "fixed_size", None) or size
     return torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(sum(size)))
@@ -171,24 +168,24 @@ def _noise(module: SegmentationModule, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def fold_batchnorm(module: nn.Module, run: Callable[[], Any]) -> int:
-    """Make BatchNorms part of the convolutions before them, in place.
+    """Fold BatchNorms into the convolutions before them, in place.
 
-    Which belong together is seen while the module runs: a convolution is changed only when its
-    output is read by one BatchNorm and by nothing else.
+    The pairs are found by tracing one forward pass: a convolution is changed only if one
+    BatchNorm, and nothing else, reads its output.
 
     Args:
         module: in evaluation mode.
-        run: runs it once.
+        run: runs the module once.
 
     Returns:
-        How many BatchNorms are gone.
+        Number of BatchNorms that were removed.
 
     Raises:
-        ValueError: the module is in training mode, where the statistics are the batch's.
+        ValueError: the module is in training mode, where BatchNorm uses the batch's statistics.
     """
     if module.training:
         raise ValueError("the module is in training mode; call module.eval() before folding")
-    pairs = _Wiring(module).pairs(run)
+    pairs = _Tracer(module).pairs(run)
     for conv, norm in pairs.items():
         _fold(conv, norm)
     replace_modules(module, {norm: _without_norm(norm) for norm in pairs.values()})
@@ -214,20 +211,20 @@ def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:
     conv.bias = nn.Parameter((bias * scale + shift).to(conv.weight.dtype), requires_grad=False)
 
 
-class _Wiring(TorchFunctionMode):
-    """Watches what reads the outputs of convolutions."""
+class _Tracer(TorchFunctionMode):
+    """Records what reads the outputs of convolutions."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        # Tensors are kept, since a freed one's id may be given to another.
-        self.made: dict[int, tuple[Tensor, nn.Conv2d]] = {}
+        # Tensors are kept, because the id of a freed one may be reused.
+        self.outputs: dict[int, tuple[Tensor, nn.Conv2d]] = {}
         self.readers: dict[nn.Conv2d, list[_BatchNorm | None]] = {}
         self.calls: Counter[nn.Module] = Counter()
         self.normalizing = False
 
     def pairs(self, run: Callable[[], Any]) -> dict[nn.Conv2d, _BatchNorm]:
-        """Convolutions with the one BatchNorm that reads them, both called once."""
+        """Convolutions whose only reader is one BatchNorm, both called once."""
         hooks = []
         for layer in self.module.modules():
             if isinstance(layer, nn.Conv2d) and not is_parametrized(layer):
@@ -257,12 +254,12 @@ class _Wiring(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _reads(self, tensor: Tensor, reader: _BatchNorm | None) -> None:
-        if id(tensor) in self.made:
-            self.readers[self.made[id(tensor)][1]].append(reader)
+        if id(tensor) in self.outputs:
+            self.readers[self.outputs[id(tensor)][1]].append(reader)
 
     def _convolved(self, conv: nn.Conv2d, args: Any, output: Tensor) -> None:
         self.calls[conv] += 1
-        self.made[id(output)] = (output, conv)
+        self.outputs[id(output)] = (output, conv)
         self.readers.setdefault(conv, [])
 
     def _enters(self, norm: _BatchNorm, args: Any, kwargs: dict[str, Any]) -> None:

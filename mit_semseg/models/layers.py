@@ -1,4 +1,4 @@
-"""Layers that encoders and decoders have in common."""
+"""Layers shared by encoders and decoders."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ Norm = SynchronizedBatchNorm1d | BatchNorm2d
 
 
 class PooledBatchNorm2d(BatchNorm2d):
-    """BatchNorm that survives a single value per channel, as 1x1 pooling of one sample gives.
+    """BatchNorm that also accepts a single value per channel, as after 1x1 pooling of one sample.
 
-    One value has no variance. Where no other replica or process adds any, training then
-    normalises with the running statistics, as evaluation does, and leaves them as they are; the
-    weight and bias still learn.
+    A single value has no variance. If no other replica or process contributes values, training
+    then normalises with the running statistics, as evaluation does, and does not update them.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -61,7 +60,7 @@ def conv_bn_relu(
     *,
     eps: float = 1e-5,
 ) -> nn.Sequential:
-    """Convolution, BatchNorm, ReLU; padded, so that sides are only divided by the stride."""
+    """Convolution, BatchNorm, ReLU, with "same" padding: sides are divided by the stride."""
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(n_in, n_out, kernel, stride, padding, dilation, bias=False)
     return nn.Sequential(conv, BatchNorm2d(n_out, eps), nn.ReLU(inplace=True))
@@ -96,7 +95,7 @@ def with_tensors_of(source: nn.Module, module: M) -> M:
 
 
 def replace_modules(module: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put others in the place of some modules inside a module, wherever they stand."""
+    """Replace submodules of a module, at any depth: keys of `new` by their values."""
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in new:

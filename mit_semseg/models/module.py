@@ -1,4 +1,4 @@
-"""SegmentationModule: encoder, decoder and loss as the one module that is trained and run."""
+"""SegmentationModule: encoder, decoder and loss in one module, for training and prediction."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mit_semseg.models.encoders import Encoder
 
 
 class SegmentationModuleBase(nn.Module):
-    """What the published toolkit gives modules of one's own that are trained like this one."""
+    """Base class of custom segmentation modules, as in the published toolkit."""
 
     @torch.no_grad()
     def pixel_acc(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Share of the labelled pixels whose most probable class is their label, in [0, 1].
+        """Pixel accuracy: the fraction of labelled pixels that are classified correctly.
 
         Args:
             pred: scores, (B, C, h, w).
-            label: (B, h, w) int64, negative ones ignored.
+            label: (B, h, w) int64, negative values ignored.
 
         Returns:
-            Scalar; 0 where no pixel is labelled.
+            Scalar in [0, 1]; 0 if no pixel is labelled.
         """
         valid = label >= 0
         correct = (pred.argmax(1) == label) & valid
@@ -39,9 +39,9 @@ class SegmentationModuleBase(nn.Module):
 class SegmentationModule(SegmentationModuleBase):
     """Encoder + decoder + loss.
 
-    Call `module(feed_dict)` for training and `module(feed_dict, segSize=(H, W))` for
-    probabilities; `logits` takes plain tensors. All of them work whatever the decoder's
-    `use_softmax` is. Whole images are predicted by `mit_semseg.Segmenter`.
+    `module(feed_dict)` returns the loss and `module(feed_dict, segSize=(H, W))` probabilities;
+    `logits` takes plain tensors. None of them depends on the decoder's `use_softmax`. To predict
+    image files, use `mit_semseg.Segmenter`.
     """
 
     def __init__(
@@ -54,25 +54,27 @@ class SegmentationModule(SegmentationModuleBase):
         mirror_pairs: Iterable[tuple[int, int]] = (),
         aux_weights: Sequence[float] = (),
     ) -> None:
-        """Put the parts together.
+        """Initialise the module.
 
         Args:
             net_enc: the encoder.
             net_dec: a decoder for its feature maps.
             crit: `crit(log_probs (B, C, h, w), label (B, h, w))` -> scalar mean over the pixels
-                not labelled -1. With a method `denominator(label)` it says what that mean divides
-                by; otherwise the number of those pixels is assumed. None: inference only.
-            deep_sup_scale: weight of the losses of auxiliary heads that have none of their own.
+                not labelled -1. Its method `denominator(label)`, if any, returns what that mean
+                is divided by; otherwise the number of those pixels is assumed. None: inference
+                only.
+            deep_sup_scale: weight of the losses of auxiliary heads that declare no weight.
             normalize: `normalize(uint8 images, sizes)` -> float images as the encoder expects
-                them, for batches that come as bytes (see `dataset.transforms.Normalize`).
-            mirror_pairs: classes that a mirror turns into each other, such as left and right arm.
-            aux_weights: of the losses of all auxiliary heads, in place of `deep_sup_scale` and of
-                the weights that the decoder declares; empty: as declared.
+                them, for uint8 batches (see `dataset.transforms.Normalize`).
+            mirror_pairs: pairs of classes that a horizontal flip exchanges, such as left and
+                right arm.
+            aux_weights: weights of the losses of all auxiliary heads, instead of `deep_sup_scale`
+                and of the weights that the decoder declares; empty: as declared.
 
         Raises:
             TypeError: the decoder does not have the interface of `decoders.Decoder`.
-            ValueError: `mirror_pairs` names a class that the decoder does not have, or
-                `aux_weights` are neither none nor one for each auxiliary head.
+            ValueError: `mirror_pairs` has a class that the decoder does not have, or the number
+                of `aux_weights` is wrong.
         """
         super().__init__()
         if not hasattr(net_dec, "log_probabilities"):
@@ -85,22 +87,23 @@ class SegmentationModule(SegmentationModuleBase):
         self.crit = crit
         self.deep_sup_scale = deep_sup_scale
         self.normalize = normalize
-        self.input_dtype: torch.dtype | None = None  # what images are cast to; None: as they are
-        # How training enters the two; `compile_for_training` puts compiled functions here.
+        self.input_dtype: torch.dtype | None = None  # what images are cast to; None: not cast
+        # Used in training; `compile_for_training` replaces them by compiled functions.
         self.encode: Callable[..., list[Tensor]] = encode
         self.decode: Callable[..., tuple[Tensor, ...]] = decode
         self.mirror_pairs = tuple((a, b) for a, b in mirror_pairs)
         if any(not 0 <= k < net_dec.num_class for pair in self.mirror_pairs for k in pair):
             raise ValueError(
-                f"mirror_pairs are {self.mirror_pairs}, the classes 0 to {net_dec.num_class - 1}"
+                f"mirror_pairs are {self.mirror_pairs}; classes are 0 to {net_dec.num_class - 1}"
             )
         self.aux_weights = tuple(aux_weights)
         check_head_weights(self.aux_weights, net_dec.auxiliary, type(net_dec).__name__)
-        asks = any(head.weight is None for head in net_dec.auxiliary)
-        if deep_sup_scale is not None and not asks:
+        if deep_sup_scale is not None and all(
+            head.weight is not None for head in net_dec.auxiliary
+        ):
             warnings.warn(
                 f"deep_sup_scale {deep_sup_scale} is ignored: {type(net_dec).__name__} has no "
-                "auxiliary head that it could weigh",
+                "auxiliary head without a weight",
                 stacklevel=2,
             )
 
@@ -109,44 +112,43 @@ class SegmentationModule(SegmentationModuleBase):
         feed_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         segSize: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """Loss and accuracy, or probabilities when `segSize` is given.
+        """Loss and pixel accuracy, or probabilities if `segSize` is given.
 
         Args:
-            feed_dict: `img_data` (B, 3, H, W), float as the encoder expects it, or uint8, which is
-                normalised here, on the device it has come to, with `img_size` (B, 2) int64 saying
-                where in the batch each image ends; for the loss also `seg_label` (B, h, w) int64
-                with -1 ignored, of any size: logits are resized to it. `loss_weight` and
-                `acc_weight`, scalars, multiply loss and accuracy, and `own_weights` (n,) those
-                losses whose heads have denominators of their own (see `prepare_scatter`). A list
-                holding one such dict is taken for it.
+            feed_dict: `img_data` (B, 3, H, W), either float as the encoder expects it, or uint8,
+                which is normalised here; `img_size` (B, 2) int64, the size of each image in a
+                padded uint8 batch; for the loss, `seg_label` (B, h, w) int64 with -1 ignored, of
+                any size: logits are resized to it. Optional (see `prepare_scatter`):
+                `loss_weight` and `acc_weight`, scalar factors of loss and accuracy, and
+                `own_weights` (n,), factors of the losses of heads with a `denominator`. A list
+                with one such dict is accepted.
             segSize: (H, W) of the probabilities.
 
         Returns:
-            Scalars (loss, pixel accuracy over the labelled pixels), or probabilities
-            (B, num_class, *segSize).
+            Scalars (loss, pixel accuracy), or probabilities (B, num_class, *segSize).
 
         Raises:
             TypeError: the batch is not a dict.
-            ValueError: an entry is missing, or several batches came at once.
+            ValueError: an entry is missing, or the list has several batches.
         """
         batch = _one_batch(feed_dict)
         images = self.inputs(_entry(batch, "img_data"), batch.get("img_size"))
         sides = (images.shape[-2], images.shape[-1])
-        # Functions of the parts, not of this module: copies of it can share them.
-        enter, leave = (self.encode, self.decode) if self.training else (encode, decode)
-        with _named_single_values(images):
-            features = enter(self.encoder, images)
+        # Functions of encoder and decoder, not bound methods, so that copies can share them.
+        encoding, decoding = (self.encode, self.decode) if self.training else (encode, decode)
+        with _explain_single_values(images):
+            features = encoding(self.encoder, images)
         if segSize is not None:
             return self.decoder.probabilities(features, (int(segSize[0]), int(segSize[1])), sides)
 
         label = _entry(batch, "seg_label")
         size = (label.shape[-2], label.shape[-1])
-        with _named_single_values(images):
-            main, *auxiliary = leave(self.decoder, features, size, sides)
+        with _explain_single_values(images):
+            main, *auxiliary = decoding(self.decoder, features, size, sides)
         trains = self.decoder.trains_scores
         loss = self._loss(main, label) if trains else main.new_zeros(())
-        own: list[Tensor] = []  # losses that are means over something else
-        weights = self._weights() if auxiliary else ()
+        own: list[Tensor] = []  # losses of heads with a denominator
+        weights = self._head_weights() if auxiliary else ()
         for head, weight, output in zip(self.decoder.auxiliary, weights, auxiliary):
             value = weight * (head.loss or self._loss)(output, label)
             if head.denominator:
@@ -168,39 +170,39 @@ class SegmentationModule(SegmentationModuleBase):
         return loss, accuracy * acc_weight.to(accuracy.dtype)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """The encoder's feature maps, deepest last, of images as for `logits`."""
+        """The encoder's feature maps, deepest last; `image` as in `logits`."""
         return self.encoder(self.inputs(image), return_feature_maps=True)
 
     def logits(self, image: Tensor) -> Tensor:
-        """Main-head scores at the network's resolution.
+        """Scores of the main head at the network's resolution.
 
         Args:
             image: (B, 3, H, W), float as the encoder expects it, or uint8.
 
         Returns:
-            (B, num_class, h, w), h and w at most H and W.
+            (B, num_class, h, w), h <= H and w <= W.
 
         Raises:
-            ValueError: bytes, and the module has no `normalize`.
+            ValueError: the images are uint8 and the module has no `normalize`.
         """
         logits = self.decoder.logits(self.features(image))[0]
         return crop(logits, (image.shape[-2], image.shape[-1]))
 
     def prepare_scatter(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Weighs replicas by what they have to learn from.
+        """Weights the losses of replicas by their numbers of labelled pixels.
 
         Args:
-            batches: one dict per replica, on any device; labels are counted where they are.
+            batches: one dict per replica, on any device; labels are counted there.
 
         Returns:
-            New dicts with `loss_weight`, `acc_weight` and `own_weights`, such that the plain mean
-            over replicas is the mean over the union of their valid pixels, or of whatever else a
-            head's own loss is a mean of. Dicts without labels are unchanged.
+            New dicts with `loss_weight`, `acc_weight` and `own_weights`: with these factors the
+            mean over replicas is the mean over all their labelled pixels, or over what the
+            `denominator` of a head counts. Dicts without labels are copied unchanged.
         """
         if not all("seg_label" in batch for batch in batches):
             return [dict(batch) for batch in batches]
         labels = [batch["seg_label"] for batch in batches]
-        # On the host as a rule, as the loader gives them; those on GPUs are not waited for.
+        # Labels are usually still on the CPU; for those on a GPU, this does not synchronise.
         sums = torch.stack([self._denominators(label).to(labels[0].device) for label in labels])
         weights = _shares(sums, sums.sum(0), len(batches))
         return [
@@ -208,8 +210,8 @@ class SegmentationModule(SegmentationModuleBase):
             for batch, weight in zip(batches, weights, strict=True)
         ]
 
-    def _weights(self) -> Sequence[float]:
-        """Of the losses of the auxiliary heads, in their order."""
+    def _head_weights(self) -> Sequence[float]:
+        """Weights of the losses of the auxiliary heads, in their order."""
         if self.aux_weights:
             return self.aux_weights
         weights: list[float] = []
@@ -217,26 +219,26 @@ class SegmentationModule(SegmentationModuleBase):
             weight = self.deep_sup_scale if head.weight is None else head.weight
             if weight is None:
                 raise ValueError(
-                    f"{type(self.decoder).__name__} has an auxiliary head to train: give "
-                    "SegmentationModule a deep_sup_scale (0.4 as published)"
+                    f"{type(self.decoder).__name__} has an auxiliary head without a weight: give "
+                    "SegmentationModule a deep_sup_scale (published: 0.4)"
                 )
             weights.append(weight)
         return weights
 
     def inputs(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """What the encoder takes: images as for `logits`, normalised if they are bytes."""
-        wanted = getattr(self.encoder, "in_channels", images.shape[1])
-        if images.shape[1] != wanted:
+        """The input of the encoder: images as in `logits`, normalised if they are uint8."""
+        expected = getattr(self.encoder, "in_channels", images.shape[1])
+        if images.shape[1] != expected:
             raise ValueError(
-                f"the images have {images.shape[1]} channels and the encoder takes {wanted}: see "
-                "MODEL.in_channels and DATASET.depth"
+                f"the images have {images.shape[1]} channels and the encoder expects {expected}: "
+                "see MODEL.in_channels and DATASET.depth"
             )
         if images.is_floating_point():
             return images if self.input_dtype is None else images.to(self.input_dtype)
         if self.normalize is None:
             raise ValueError(
-                f"the images are {images.dtype}, and this module has no `normalize` for them: "
-                "give normalised float images, or build it with ModelBuilder.from_config"
+                f"the images are {images.dtype}, and this module has no `normalize`: pass "
+                "normalised float images, or build the module with ModelBuilder.from_config"
             )
         normalized: Tensor = self.normalize(images, sizes)
         return normalized if self.input_dtype is None else normalized.to(self.input_dtype)
@@ -246,12 +248,12 @@ class SegmentationModule(SegmentationModuleBase):
             raise ValueError("this module was built for inference (crit is None): pass segSize")
         if hasattr(self.crit, "denominator"):
             return self.crit(log_probs, label)
-        # A mean over no pixels is 0/0 in torch's own losses: give it some, and take it times 0.
+        # In torch's losses a mean over no pixels is NaN: label some, and multiply by 0.
         some = (label != functional.IGNORED).any()
         return self.crit(log_probs, torch.where(some, label, torch.zeros_like(label))) * some
 
     def _denominators(self, label: Tensor) -> Tensor:
-        """(2 + n,): what the loss's mean divides by, the number of valid pixels; n heads' own."""
+        """(2 + n,): denominator of the loss, number of labelled pixels, n heads' denominators."""
         denominator: Callable[[Tensor], Tensor] | None = getattr(self.crit, "denominator", None)
         if denominator is not None:
             of_loss = denominator(label)
@@ -260,11 +262,11 @@ class SegmentationModule(SegmentationModuleBase):
         valid = functional.denominator(label)
         heads = [head.denominator(label) for head in self.decoder.auxiliary if head.denominator]
         own = [part for found in heads for part in found.reshape(-1).unbind()]
-        # In float64: the shares are to be exact for losses in float64 too.
+        # In float64, so that the weights are exact for losses in float64, too.
         return torch.stack([x.detach().double() for x in (of_loss, valid, *own)])
 
     def _share_of_ranks(self, label: Tensor) -> Tensor:
-        """(2 + n,) weights of this rank's loss, accuracy and n heads' own, among all ranks'."""
+        """(2 + n,): this rank's weights of loss, accuracy and the losses of n heads."""
         own = self._denominators(label)
         total = own.clone()
         dist.all_reduce(total)
@@ -284,28 +286,31 @@ def decode(
 
 
 def check_head_weights(weights: Sequence[float], heads: Sequence[object], decoder: str) -> None:
-    """Refuses weights that are neither none nor one for each auxiliary head.
+    """Checks that there are no weights, or one for each auxiliary head.
 
     Args:
         weights: `TRAIN.aux_weights`.
-        heads: those that the decoder declares.
+        heads: `Decoder.auxiliary`.
         decoder: its name, for the error.
+
+    Raises:
+        ValueError: the number of weights is wrong.
     """
     if len(weights) not in (0, len(heads)):
         raise ValueError(
-            f"TRAIN.aux_weights are {list(weights)}; auxiliary heads of {decoder}: {len(heads)}; "
-            "give one weight for each, or () for its own"
+            f"TRAIN.aux_weights is {list(weights)}; auxiliary heads of {decoder}: {len(heads)}; "
+            "set one weight for each, or () for the declared weights"
         )
 
 
 def _shares(own: Tensor, total: Tensor, count: int) -> Tensor:
-    """count * own / total; 0 where there is nothing to share."""
+    """count * own / total; 0 if the total is 0."""
     return count * own / torch.where(total > 0, total, torch.ones_like(total))
 
 
 @contextlib.contextmanager
-def _named_single_values(images: Tensor) -> Iterator[None]:
-    """Says what to do where a BatchNorm in training has one value a channel."""
+def _explain_single_values(images: Tensor) -> Iterator[None]:
+    """Adds advice to torch's error if a BatchNorm in training has one value per channel."""
     try:
         yield
     except ValueError as error:
@@ -313,24 +318,24 @@ def _named_single_values(images: Tensor) -> Iterator[None]:
             raise
         sides = " x ".join(str(side) for side in images.shape[-2:])
         raise ValueError(
-            f"a batch of {len(images)} with {sides} pixels leaves BatchNorm one value a channel, "
-            "which has no variance: take larger images or crops, a larger "
+            f"a batch of {len(images)} with {sides} pixels leaves BatchNorm one value per "
+            "channel, which has no variance: use larger images or crops, a larger "
             "TRAIN.batch_size_per_gpu, or TRAIN.fix_bn True"
         ) from error
 
 
 def _one_batch(feed_dict: Any) -> Mapping[str, Any]:
-    # A loader made for several devices yields a list with one dict per device.
+    # A loader for several devices yields a list with one dict per device.
     if isinstance(feed_dict, (list, tuple)):
         if len(feed_dict) != 1:
             raise ValueError(
-                f"SegmentationModule takes one batch, got a list of {len(feed_dict)}: wrap it in "
-                "UserScatteredDataParallel, or pass one dict at a time"
+                f"SegmentationModule expects one batch, got a list of {len(feed_dict)}: wrap the "
+                "module in UserScatteredDataParallel, or pass one dict at a time"
             )
         feed_dict = feed_dict[0]
     if not isinstance(feed_dict, Mapping):
         raise TypeError(
-            f"SegmentationModule takes a dict with img_data, got {type(feed_dict).__name__}"
+            f"SegmentationModule expects a dict with img_data, got {type(feed_dict).__name__}"
         )
     return feed_dict
 
@@ -338,5 +343,5 @@ def _one_batch(feed_dict: Any) -> Mapping[str, Any]:
 def _entry(batch: Mapping[str, Any], key: str) -> Tensor:
     if key not in batch:
         hint = " (or pass segSize to predict)" if key == "seg_label" else ""
-        raise ValueError(f"the batch has no {key!r}{hint}; it has: {', '.join(sorted(batch))}")
+        raise ValueError(f"the batch has no {key!r}{hint}; its keys: {', '.join(sorted(batch))}")
     return batch[key]

@@ -1,4 +1,4 @@
-"""The models of the papers: which encoder and which decoder, in this toolkit's names, they are."""
+"""Models of papers, as pairs of an encoder and a decoder of this toolkit."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class PaperModel(NamedTuple):
-    """One model of a paper in the parts of this toolkit; docs/models.md says where they differ.
+    """A model of a paper; docs/models.md lists deviations.
 
     Attributes:
-        name: as the field calls it.
+        name: its usual name.
         encoder, decoder: MODEL.arch_encoder and MODEL.arch_decoder.
     """
 

@@ -1,4 +1,4 @@
-"""Maps of several resolutions: their pools, their place in a tile, convolution without resizing."""
+"""Feature maps of several resolutions: pooling, resizing within tiles, and their convolution."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mit_semseg.models.layers import resize
 
 @dataclass(frozen=True)
 class Tile:
-    """What a decoder knows of the whole image when it has the maps of a part of it.
+    """Position of a tile in the whole image, and the image's pools, for a decoder.
 
     Attributes:
-        pools: scale -> adaptive average pool of the whole image's deepest map, (N, C, s, s).
-        top, left: of the tile's first pixel in that map.
-        height, width: of that map.
+        pools: scale s -> adaptive average pool of the deepest map of the whole image, (N, C, s, s).
+        top, left: position of the tile's first pixel in that map.
+        height, width: size of that map.
     """
 
     pools: Mapping[int, Tensor]
@@ -34,7 +34,7 @@ class Tile:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """What is computed in here keeps its type."""
+    """Context in which autocast is off."""
     if not torch.amp.is_autocast_available(device.type):  # such as the meta device
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -44,13 +44,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def pooled(x: Tensor, scales: Sequence[int], tile: Tile | None = None) -> list[Tensor]:
     """Adaptive average pools of a map, (N, C, s, s) for each scale s.
 
-    As one matrix product: of four pools torch's own kernels take 1.5 times as long on a CPU, and
-    their backward pass ten times; on a GPU they are the slowest part of PPM in channels last.
+    They are computed as one matrix product. For four pools, torch's kernels take 1.5 times as long
+    on a CPU, and ten times as long in the backward pass; on a GPU they are the slowest part of PPM
+    in channels last.
 
     Args:
         x: (N, C, H, W).
-        scales: sides of the pools.
-        tile: x is a part of a larger map, whose pools are given back.
+        scales: output sizes s.
+        tile: position of x if it is part of a larger map, whose pools are returned.
     """
     if tile is not None:
         return [tile.pools[scale].to(x.dtype) for scale in scales]
@@ -73,12 +74,12 @@ def pooled(x: Tensor, scales: Sequence[int], tile: Tile | None = None) -> list[T
 
 
 def pool_cells(n_in: int, n_out: int) -> list[tuple[int, int]]:
-    """(start, stop) of the pixels of one axis that each cell of an adaptive pool covers."""
+    """(start, stop) of the pixels that each output of a 1D adaptive pool covers."""
     return [(i * n_in // n_out, -(-(i + 1) * n_in // n_out)) for i in range(n_out)]
 
 
 def pool_matrix(n_in: int, n_out: int) -> Tensor:
-    """Adaptive average pooling of one axis as a matrix, (n_out, n_in) float32."""
+    """1D adaptive average pooling as a matrix, (n_out, n_in) float32."""
     matrix = torch.zeros(n_out, n_in)
     for row, (start, stop) in zip(matrix, pool_cells(n_in, n_out), strict=True):
         row[start:stop] = 1 / (stop - start)
@@ -86,7 +87,7 @@ def pool_matrix(n_in: int, n_out: int) -> Tensor:
 
 
 def _areas(H: int, W: int, scales: Sequence[int]) -> list[int]:
-    """Pixels of every cell of all pools, row by row."""
+    """Number of pixels in every cell of all pools, in row-major order."""
     return [
         (bottom - top) * (right - left)
         for scale in scales
@@ -96,10 +97,10 @@ def _areas(H: int, W: int, scales: Sequence[int]) -> list[int]:
 
 
 def _pools_matrix(H: int, W: int, scales: Sequence[int]) -> Tensor:
-    """(cells, H * W): 1 / area of the cell a pixel lies in, to the next lower power of two.
+    """(cells, H * W): 1 / area of the cell that contains a pixel, rounded down to a power of two.
 
-    Powers of two are exact in every type, and sums of so many pixels do not overflow float16.
-    `_pool_factors` holds what is left to be multiplied by.
+    Powers of two are exact in every dtype, and the weighted sums do not overflow float16. The
+    sums are then multiplied by `_pool_factors`.
     """
     layers = []
     for scale in scales:
@@ -110,19 +111,19 @@ def _pools_matrix(H: int, W: int, scales: Sequence[int]) -> Tensor:
 
 
 def _pool_factors(H: int, W: int, scales: Sequence[int]) -> Tensor:
-    """(cells, 1) float64, in [1, 2)."""
+    """(cells, 1) float64, in [1, 2): 1 / area divided by its rounded value."""
     factors = [2.0 ** math.ceil(math.log2(area)) / area for area in _areas(H, W, scales)]
     return torch.tensor(factors, dtype=torch.float64)[:, None]
 
 
 # ------------------------------------------------------------------------------ resizing
 def resize_within(x: Tensor, size: torch.Size, tile: Tile | None = None) -> Tensor:
-    """Bilinear resize with align_corners=False of a map of the whole image.
+    """Bilinear resize (align_corners=False) of a map of the whole image, cropped to a tile.
 
     Args:
         x: (N, C, h, w).
         size: (H, W) of the result.
-        tile: what of the resized map is wanted, as large as `size`; None: all of it.
+        tile: position of the crop in the resized map; None: no crop.
 
     Returns:
         (N, C, H, W).
@@ -137,18 +138,18 @@ def resize_within(x: Tensor, size: torch.Size, tile: Tile | None = None) -> Tens
 
 
 def _taps(n_in: int, n_out: int, like: Tensor, start: int = 0, whole: int | None = None) -> Tensor:
-    """Bilinear resize of one axis as a matrix, under each of a 3-tap filter's taps.
+    """1D bilinear resize as a matrix, shifted for each tap of a 3-tap filter.
 
     Args:
-        n_in: length of the axis before.
-        n_out: length of what is wanted of it after.
-        like: gives type and device.
-        start: where that begins.
-        whole: length of the whole axis after; by default all of it is wanted.
+        n_in: length of the input.
+        n_out: length of the result.
+        like: tensor with the dtype and device of the result.
+        start: first pixel of the result in the whole resized axis.
+        whole: length of the whole resized axis; None: `n_out`.
 
     Returns:
-        (3, n_out, n_in): entry [t, i] weighs the input for output start + i + t - 1; zeros where
-        that lies outside the whole axis, which is the convolution's padding.
+        (3, n_out, n_in): row [t, i] has the weights of the resized pixel start + i + t - 1. It is
+        zero if that lies outside the whole axis, like the padding of the convolution.
     """
     lengths = n_in, n_out, start, n_out if whole is None else whole
     make = partial(_make_taps, *lengths, like.dtype)
@@ -168,21 +169,21 @@ def _make_taps(n_in: int, n_out: int, start: int, whole: int, dtype: torch.dtype
 
 # ------------------------------------------------------------------------------ convolution
 class PyramidConv2d(nn.Conv2d):
-    """3x3 convolution of a map joined with coarser ones: `conv(cat([x, *resized maps], dim=1))`.
+    """3x3 convolution of a map and of coarser maps: `conv(cat([x, *resized maps], dim=1))`.
 
-    On a CPU the maps are not resized. Both the bilinear resize and the convolution are linear, so
-    the filter's taps may be applied to the few pixels of a coarse map first, and their results be
-    resized afterwards, along one axis at a time. The largest layer of PPM, and that of UPerNet,
-    takes half the work or less. A GPU is faster with one large convolution.
+    Bilinear resizing and convolution are linear, so on a CPU the taps of the filter are applied to
+    the coarse maps at their own resolution, and the results are resized, one axis at a time. This
+    is at most half the work of the largest layer of PPM or UPerNet. On a GPU one large convolution
+    is faster.
     """
 
     def __init__(self, fine_channels: int, coarser_channels: int, out_channels: int) -> None:
-        """Declare the layer; zero padding, no bias.
+        """Initialise the layer, with zero padding and without a bias.
 
         Args:
-            fine_channels: of x.
-            coarser_channels: of all coarser maps together.
-            out_channels: of the result.
+            fine_channels: channels of x.
+            coarser_channels: total channels of the coarser maps.
+            out_channels: output channels.
         """
         joined = fine_channels + coarser_channels
         super().__init__(joined, out_channels, 3, padding=1, bias=False)
@@ -191,12 +192,12 @@ class PyramidConv2d(nn.Conv2d):
     def forward(  # type: ignore[override]
         self, x: Tensor, coarser: Sequence[Tensor] = (), tile: Tile | None = None
     ) -> Tensor:
-        """Convolution with zero padding, as large as x.
+        """Convolution with zero padding, of the size of x.
 
         Args:
             x: (N, C, H, W).
             coarser: (N, C_k, h_k, w_k) each; the input channels after those of x, in order.
-            tile: where x lies in the map that the coarser ones cover; None: it is that map.
+            tile: position of x in the whole map, which the coarser ones cover; None: x is whole.
 
         Returns:
             (N, out_channels, H, W).
@@ -204,19 +205,21 @@ class PyramidConv2d(nn.Conv2d):
         if coarser and x.device.type == "cpu" and is_plain(x):
             C = x.shape[1]
             y = F.conv2d(x, self.weight[:, :C], self.bias, padding=1)
-            return y + of_coarser(coarser, self.weight[:, C:], y, tile).to(y.dtype)
+            return y + convolve_coarser(coarser, self.weight[:, C:], y, tile).to(y.dtype)
         resized = [resize_within(y, x.shape[2:], tile) for y in coarser]
         return super().forward(torch.cat([x, *resized], dim=1))
 
 
-def of_coarser(maps: Sequence[Tensor], weight: Tensor, like: Tensor, tile: Tile | None) -> Tensor:
-    """What the coarse maps add to the output, in float32 at least: (N, K, H, W).
+def convolve_coarser(
+    maps: Sequence[Tensor], weight: Tensor, like: Tensor, tile: Tile | None
+) -> Tensor:
+    """Contribution of the coarse maps to the output, in at least float32: (N, K, H, W).
 
     Args:
         maps: (N, C_k, h_k, w_k) each.
         weight: (K, sum of C_k, 3, 3).
         like: the output, (N, K, H, W).
-        tile: where in what the maps cover the output lies.
+        tile: position of the output in what the maps cover.
     """
     N, K, H, W = like.shape
     top, left, height, width = 0, 0, H, W
@@ -225,7 +228,7 @@ def of_coarser(maps: Sequence[Tensor], weight: Tensor, like: Tensor, tile: Tile 
     parts = weight.split([x.shape[1] for x in maps], dim=1)
     pixels = [x.permute(0, 2, 3, 1) for x in maps]  # (N, h, w, C)
     total: Tensor | None = None
-    # Row by row of the filter, so that what is held at a time stays small.
+    # One row of the filter at a time, to limit memory.
     for row in range(3):
         wide = []
         for x, part in zip(pixels, parts):

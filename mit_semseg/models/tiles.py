@@ -1,30 +1,26 @@
-"""Logits of large images: in tiles that overlap, blended, so that the network's memory is bounded.
+"""Logits of large images, computed in overlapping tiles or with a sliding window.
 
-What a network holds grows with the image: some hundred bytes for every pixel. Here a large image is
-cut into tiles that overlap. Near its edge a tile knows least, since the network sees padding there
-in place of the image: in the middle of an overlap the scores go over from one tile to the other,
-along a ramp. Tiles begin on the network's coarsest grid, so that their scores lie where those of
-the whole image do. (Decoders that resize one level to another need sides that are multiples of the
-coarsest stride for that, as `DATASET.padding_constant` makes them.)
+**Tiles** bound the memory of the network, which needs some hundred bytes per pixel. Near its border
+a tile sees padding instead of the image, so tiles overlap, and scores are blended on a ramp in the
+middle of each overlap. Tiles start on the network's coarsest grid, so that their scores are aligned
+with those of the whole image. (For decoders that resize one level to another, the sides of the
+image must also be multiples of the coarsest stride, see `DATASET.padding_constant`.)
 
-A decoder that pools over the whole image would see another whole in every tile. Where it declares
-its pools (`Decoder.pool_scales`), the image is gone through twice: for the pools, which are linear
-and so can be summed up tile by tile, then for the scores, with each tile's place in the whole. A
-decoder that reaches as far in another way, such as by attention, is simply tiled: its scores then
-differ from the whole image's by what that reach is worth.
+A decoder that pools over the whole image declares its pools (`Decoder.pool_scales`) and takes two
+passes: one sums up the pools of the image over its tiles, the other computes scores, with the
+position of each tile. A decoder with another global operation, such as attention, sees its tile
+only, which changes its scores.
 
-What stays bounded is what the network holds. The scores of the whole image are put together from
-those of the tiles, classes x height x width at the decoder's resolution, and are held at once. At a
-quarter of the image's sides, or less, that is little. Decoders that score every pixel (U-Net with
-its own encoder, SegNet, ENet, FC-DenseNet, LinkNet, DUNet) make 6 GB of 150 classes at 20
-megapixels, in half precision: tiles of any size, and sliding windows, do not change that.
+The scores of the whole image, classes x height x width at the decoder's resolution, are still
+stored at once. This is little at a quarter of the image's sides or less. Decoders with scores for
+every pixel (U-Net with its own encoder, SegNet, ENet, FC-DenseNet, LinkNet, DUNet) need 6 GB for
+150 classes at 20 megapixels, in half precision, with any tiles or windows.
 
-A sliding window is another matter, though it is cut and put together in the same way: there the
-network is meant to see windows of one size only, that of the crops it was trained on. Every window
-is an image of its own, pools and all, and where windows overlap the plain mean is taken. It is the
-mean of logits, at the network's resolution, as mmsegmentation takes it: that is a fraction of what
-probabilities at the image's size would take, and all that follows, resizing, softmax, mirror images
-and other scales, is the same as without windows.
+**A sliding window** shows the network images of its training size only. Each window is an
+independent image, with its own pools, and overlapping windows are averaged. As in mmsegmentation,
+logits are averaged, at the network's resolution. This needs a fraction of the memory of
+probabilities at the image's size, and all later steps (resizing, softmax, flips, scales) are the
+same as without windows.
 """
 
 from __future__ import annotations
@@ -47,34 +43,34 @@ from mit_semseg.models.pyramid import Tile, pool_matrix, without_autocast
 
 log = logging.getLogger("mit_semseg")
 
-# "auto": images above so many pixels are computed in tiles of this side.
+# "auto": images with more pixels than this are computed in tiles of this side.
 AUTO_PIXELS, AUTO_SIDE = 4_000_000, 1024
-# The least side of tiles when memory runs out, and of a sliding window.
-LEAST_SIDE = 256
-# Pixels that neighbours share, or half a tile if that is less. In the outer 7/16 of what it shares
-# a tile does not count, and from there its weight rises over an eighth. On CamVid, with dilated
-# MobileNetV2, 12 % of the labels are other than the whole image's at the edge of a tile, 1 % at 96
-# pixels from it, none at 192.
+# Smallest side of tiles when memory runs out.
+MIN_SIDE = 256
+# Overlap of neighbouring tiles in pixels, at most half a tile. The weight of a tile is 0 in the
+# outer 7/16 of the overlap, and rises to 1 over the next eighth. On CamVid, with dilated
+# MobileNetV2, 12 % of the labels at the border of a tile differ from those of the whole image, 1 %
+# at a distance of 96 pixels, none at 192.
 _OVERLAP, _MARGIN, _RAMP = 256, 7 / 16, 1 / 8
-# Encoders have grids as coarse as this inside, whatever they declare: HRNet emits stride 4 only.
+# Coarsest internal stride of the encoders, which may exceed the declared ones (HRNet declares 4).
 _GRID = 32
-# Scores of more elements are kept in half precision: 256 MiB in float32.
-_IN_FLOAT32 = 1 << 26
+# Scores with more elements (256 MiB in float32) are stored in half precision.
+_MAX_FLOAT32 = 1 << 26
 
 
 class CannotTile(ValueError):
-    """What a network makes of the tiles does not lie on one grid."""
+    """The maps of the tiles are not aligned with one grid."""
 
 
 # ------------------------------------------------------------------------------ geometry
 def spans(length: int, side: int, overlap: int, grid: int) -> list[tuple[int, int]]:
-    """Where tiles begin and end along one axis of an image.
+    """Positions of tiles along one axis of an image.
 
     Args:
-        length: pixels of the axis.
-        side: the most pixels of a tile, a multiple of `grid`.
-        overlap: pixels that neighbours share, a multiple of `grid` below `side`.
-        grid: every tile begins at a multiple of this.
+        length: length of the axis in pixels.
+        side: maximum length of a tile, a multiple of `grid`.
+        overlap: overlap of neighbouring tiles, a multiple of `grid` less than `side`.
+        grid: tiles start at multiples of this.
 
     Returns:
         (start, stop) of each tile, in order; nearly equal in length.
@@ -82,7 +78,7 @@ def spans(length: int, side: int, overlap: int, grid: int) -> list[tuple[int, in
     if length <= side:
         return [(0, length)]
     shared = overlap // grid
-    own = -(-length // grid) - shared  # grid cells that the tiles divide among them
+    own = -(-length // grid) - shared  # grid cells that are divided among the tiles
     number = -(-own // (side // grid - shared))
     cuts = [i * own // number for i in range(number + 1)]
     return [(a * grid, min((b + shared) * grid, length)) for a, b in pairwise(cuts)]
@@ -90,38 +86,38 @@ def spans(length: int, side: int, overlap: int, grid: int) -> list[tuple[int, in
 
 @dataclass(frozen=True)
 class Part:
-    """Where a tile's map lies along one axis of the whole image's map.
+    """Position and weights of a tile's map along one axis of the whole map.
 
     Attributes:
         start, stop: in pixels of the map.
-        settled: no later tile reaches pixels before this.
+        final: pixels before this are not in any later tile.
         whole: length of the whole map.
-        weights: (stop - start,) float32, how much the tile counts at its pixels; at every pixel of
-            the whole map 1 in sum over the tiles.
+        weights: (stop - start,) float32, weights of the tile's pixels; over all tiles they sum up
+            to 1 at every pixel.
     """
 
     start: int
     stop: int
-    settled: int
+    final: int
     whole: int
     weights: Tensor
 
 
 def window_spans(length: int, side: int, overlap: float, grid: int) -> list[tuple[int, int]]:
-    """Where sliding windows begin and end along one axis of an image.
+    """Positions of sliding windows along one axis of an image.
 
     Args:
-        length: pixels of the axis.
-        side: pixels of a window.
-        overlap: share of it that the next one covers, too, in [0, 1).
-        grid: every window begins at a multiple of this; so its step is a multiple, rounded down.
+        length: length of the axis in pixels.
+        side: length of a window.
+        overlap: overlap of neighbouring windows as a fraction of `side`, in [0, 1).
+        grid: windows start at multiples of this; the step is rounded down to one.
 
     Returns:
-        (start, stop) of what each window sees of the image, in order. The last one ends at the
-        image's end, or, on the grid, at most `grid` - 1 pixels beyond it: there, and where the
-        image is smaller than a window, `stop` is the image's end.
+        (start, stop) of the image pixels in each window, in order. A window that reaches beyond
+        the image is cut off there: the last one by up to `grid` - 1 pixels, or more if the image
+        is smaller than a window.
     """
-    # A step that is a whole number may have been rounded down by the subtraction.
+    # 1e-6, since the subtraction may round a step just below a whole number.
     step = max(int(side * (1 - overlap) + 1e-6) // grid, 1) * grid
     last = -(-max(length - side, 0) // grid) * grid
     starts = [*range(0, last, step), last]
@@ -129,41 +125,41 @@ def window_spans(length: int, side: int, overlap: float, grid: int) -> list[tupl
 
 
 def parts(tiles: Sequence[tuple[int, int]], first: int, flat: bool = False) -> list[Part]:
-    """The places of all tiles' maps along one axis.
+    """Positions and weights of the maps of all tiles along one axis.
 
     Args:
         tiles: (start, stop) in pixels of the image, from `spans` or `window_spans`.
-        first: pixels of the first tile's map.
-        flat: all tiles count alike at every pixel they share, instead of along a ramp.
+        first: length of the first tile's map.
+        flat: overlapping tiles have equal weights, instead of a ramp.
 
     Raises:
-        CannotTile: the map is no whole fraction of its tile.
+        CannotTile: the tile's length is not a multiple of its map's.
     """
     if len(tiles) == 1:
         return [Part(0, first, first, first, torch.ones(first))]
     factor, rest = divmod(tiles[0][1], first)
     if rest or tiles[1][0] % factor:
-        raise CannotTile(f"the network makes {first} pixels of {tiles[0][1]}")
+        raise CannotTile(f"the network outputs {first} pixels for {tiles[0][1]}")
     places = [(a // factor, -(-b // factor)) for a, b in tiles]
-    settled = [a for a, _ in places[1:]] + [places[-1][1]]
-    ramps, total = [], torch.zeros(settled[-1], dtype=torch.float64)
+    finals = [a for a, _ in places[1:]] + [places[-1][1]]
+    ramps, total = [], torch.zeros(finals[-1], dtype=torch.float64)
     for i, (a, b) in enumerate(places):
         at = torch.arange(a, b, dtype=torch.float64) + 0.5
         ramp = torch.ones_like(at)
         if i > 0 and not flat:
-            ramp = ramp.minimum(_rising(at - a, places[i - 1][1] - a))
+            ramp = ramp.minimum(_ramp(at - a, places[i - 1][1] - a))
         if i + 1 < len(places) and not flat:
-            ramp = ramp.minimum(_rising(b - at, b - settled[i]))
+            ramp = ramp.minimum(_ramp(b - at, b - finals[i]))
         total[a:b] += ramp
         ramps.append(ramp)
     return [
-        Part(a, b, end, settled[-1], (ramp / total[a:b]).float())
-        for (a, b), end, ramp in zip(places, settled, ramps, strict=True)
+        Part(a, b, final, finals[-1], (ramp / total[a:b]).float())
+        for (a, b), final, ramp in zip(places, finals, ramps, strict=True)
     ]
 
 
-def _rising(depth: Tensor, overlap: int) -> Tensor:
-    """Weight of pixels that lie so deep in a tile, from the end that it shares with another."""
+def _ramp(depth: Tensor, overlap: int) -> Tensor:
+    """Weights of pixels at a distance from the end of a tile, where it overlaps another."""
     return ((depth - _MARGIN * overlap) / (_RAMP * overlap)).clamp(0, 1)
 
 
@@ -172,24 +168,24 @@ Placed = tuple[Part, Part, Tensor]
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of an image: spans of rows x spans of columns; `flat` as in `parts`."""
+    """The tiles of an image: (start, stop) of rows and of columns; `flat` as in `parts`."""
 
     rows: Sequence[tuple[int, int]]
     columns: Sequence[tuple[int, int]]
     flat: bool = False
 
     def maps(self, image: Tensor, run: Callable[[int, Tensor], Tensor]) -> Iterator[Placed]:
-        """What a network makes of each tile, from left to right, from top to bottom.
+        """Runs a network on the tiles, row by row.
 
         Args:
             image: (B, 3, H, W).
-            run: called with the number of a tile and its pixels; gives a map.
+            run: `run(index of the tile, its pixels)` -> map.
 
         Yields:
-            Place among the rows and among the columns of the whole map, and the map.
+            Position along the rows and along the columns of the whole map, and the tile's map.
 
         Raises:
-            CannotTile: a map does not lie where its tile does.
+            CannotTile: a map does not have the size that its tile requires.
         """
         numbers = count()
         places: tuple[list[Part], list[Part]] | None = None
@@ -205,40 +201,40 @@ class Tiling:
                 h, w = row.stop - row.start, column.stop - column.start
                 if tuple(x.shape[2:]) != (h, w):
                     raise CannotTile(
-                        f"the network makes {x.shape[2]}x{x.shape[3]} pixels of a tile of "
+                        f"the network outputs {x.shape[2]}x{x.shape[3]} pixels for a tile of "
                         f"{bottom - top}x{right - left}, not {h}x{w}"
                     )
                 yield row, column, x
 
 
 def blended(maps: Iterable[Placed]) -> Tensor:
-    """The whole map of the maps of all tiles, each counting by its weights.
+    """The weighted sum of the maps of all tiles.
 
     Args:
         maps: (N, K, h, w) each, from `Tiling.maps`.
 
     Returns:
-        (N, K, H, W), in float32 at least; where that would take more than 256 MiB, in float16 with
-        the maximum over K subtracted (see `TiledNetwork`).
+        (N, K, H, W), in at least float32; if that takes more than 256 MiB, in float16, with the
+        maximum over K subtracted (see `TiledNetwork`).
     """
     result: Tensor | None = None
-    above: Tensor | None = None  # what the tiles above add to the next rows
+    above: Tensor | None = None  # contribution of the tiles above to the next rows
     for row, strip in _strips(maps):
         if above is not None:
             strip[:, :, : above.shape[2]] += above
         if result is None:
             N, K, _, W = strip.shape
-            half = strip.dtype == torch.float32 and N * K * row.whole * W > _IN_FLOAT32
+            half = strip.dtype == torch.float32 and N * K * row.whole * W > _MAX_FLOAT32
             result = strip.new_empty(N, K, row.whole, W, dtype=torch.half if half else strip.dtype)
-        settled, open_ = strip.split([row.settled - row.start, row.stop - row.settled], dim=2)
-        result[:, :, row.start : row.settled] = settled if not half else _halved(settled)
-        above = open_.clone()  # a view would keep the strip
+        final, rest = strip.split([row.final - row.start, row.stop - row.final], dim=2)
+        result[:, :, row.start : row.final] = _to_half(final) if half else final
+        above = rest.clone()  # a view would keep the strip in memory
     assert result is not None
     return result
 
 
 def _strips(maps: Iterable[Placed]) -> Iterator[tuple[Part, Tensor]]:
-    """Rows of tiles, blended from left to right and weighed from top to bottom."""
+    """Rows of tiles, summed from left to right and weighted from top to bottom."""
     for row, column, x in maps:
         N, K, h, _ = x.shape
         if column.start == 0:
@@ -249,8 +245,8 @@ def _strips(maps: Iterable[Placed]) -> Iterator[tuple[Part, Tensor]]:
             yield row, strip.mul_(to_device(row.weights, x.device)[:, None])
 
 
-def _halved(x: Tensor) -> Tensor:
-    """In float16, in which logits may overflow: at the low end only, where nothing competes."""
+def _to_half(x: Tensor) -> Tensor:
+    """float16, with the maximum over classes at 0: only the least probable may be clamped."""
     low = torch.finfo(torch.half).min
     return (x - x.amax(dim=1, keepdim=True)).clamp_(min=low).half()
 
@@ -261,11 +257,11 @@ class Sliding:
     """A sliding window.
 
     Attributes:
-        height, width: in pixels at the network's scale.
-        overlap: share of them that the next window covers, too, in [0, 1).
+        height, width: in pixels of the resized image.
+        overlap: overlap of neighbouring windows as a fraction of their sides, in [0, 1).
 
     Raises:
-        ValueError: a side below 64, or another overlap.
+        ValueError: a side is less than 64, or the overlap is out of range.
     """
 
     height: int
@@ -277,7 +273,7 @@ class Sliding:
 
     @classmethod
     def of(cls, options: InferenceOptions) -> Sliding | None:
-        """What `VAL` or `TEST` ask for: `window` and `overlap`; None without a window."""
+        """The window of `VAL` or `TEST`; None if `window` is empty."""
         if not options.window:
             return None
         height, width = options.window
@@ -287,14 +283,12 @@ class Sliding:
 class TiledNetwork:
     """The logits of a network for images of any size.
 
-    Called with an image it gives what the network gives, or, if the image is large, scores blended
-    from tiles: in float32, in float64 where the network's are, or in float16 where all classes
-    would take more than 256 MiB. From those in float16 their maximum over the classes has been
-    subtracted: neither resizing nor softmax sees that, and numbers are finest around zero, where
-    classes compete.
+    Small images are computed whole. The scores of large ones are blended from tiles, in float32,
+    in float64 if the network's are, or in float16 if they take more than 256 MiB. In float16 the
+    maximum over the classes is subtracted: this does not change the softmax, and float16 is most
+    accurate near 0, which is where the most probable classes then are.
 
-    With a sliding window images of every size are computed window by window, and blended from
-    windows as they are from tiles.
+    With a sliding window, images of any size are computed window by window.
     """
 
     def __init__(
@@ -308,22 +302,22 @@ class TiledNetwork:
 
         Args:
             module: in evaluation mode.
-            tile: "auto": images above 4 million pixels in tiles of 1024; a number of pixels:
-                images with a longer side in tiles of that side; "off": all images whole.
-            network: what computes the logits of an image or a tile, such as `module.logits`
-                compiled; that is the default. Decoders with `pool_scales` have tiles computed
-                without it.
-            window: slide this over all images, whatever `tile` is.
+            tile: "auto": images above 4 million pixels in tiles of 1024; a number: images with a
+                side above it in tiles of that side; "off": all images whole.
+            network: computes the logits of an image or a tile, for example `module.logits`
+                compiled; None: `module.logits`. Not used for the tiles of decoders with
+                `pool_scales`.
+            window: a sliding window for all images; `tile` is then ignored.
 
         Raises:
-            ValueError: another `tile`.
+            ValueError: `tile` has another value.
         """
         self.module = module
         self.tile, self.window = InferenceOptions(tile=tile).tile, window
         self.network = module.logits if network is None else network
-        # Any module may be the encoder or the decoder.
+        # Any module can be the encoder or the decoder.
         strides = getattr(module.encoder, "strides", ())
-        fixed = getattr(module.encoder, "fixed_size", None)  # windows alone, each on its own grid
+        fixed = getattr(module.encoder, "fixed_size", None)  # then there are windows only
         self.grid = math.lcm(*strides) if fixed else math.lcm(_GRID, *strides)
         self.pool_scales = _declared_pools(module.decoder)
 
@@ -332,8 +326,8 @@ class TiledNetwork:
         return self.compute(image, self.sides(*image.shape[-2:])[0])
 
     def sides(self, H: int, W: int) -> list[int | None]:
-        """Sides of tiles to try, one after the other while memory runs out, half as long each time,
-        down to 256 pixels; None stands for the whole image, or windows."""
+        """Sides of tiles to try in order, each after the one before ran out of memory: halved each
+        time, down to 256 pixels. None is the whole image, or windows."""
         if self.tile == "off" or self.window:
             return [None]
         if isinstance(self.tile, int):
@@ -342,17 +336,17 @@ class TiledNetwork:
             first = self._on_grid(AUTO_SIDE) if H * W > AUTO_PIXELS else None
         sides = [first]
         side = first or max(H, W)
-        while side > max(LEAST_SIDE, 2 * self.grid):
-            side = self._on_grid(max(side // 2, LEAST_SIDE))
+        while side > max(MIN_SIDE, 2 * self.grid):
+            side = self._on_grid(max(side // 2, MIN_SIDE))
             sides.append(side)
         return sides
 
     def _on_grid(self, side: int) -> int:
-        # Two cells at least, of which neighbours can share one.
+        # At least two grid cells, one of which can be shared with the neighbour.
         return max(side // self.grid, 2) * self.grid
 
     def compute(self, image: Tensor, side: int | None) -> Tensor:
-        """Scores of images, in tiles of a side if it is given."""
+        """Scores of images, in tiles of a side, or whole if it is None."""
         if self.window is not None:
             return self._slide(image, self.window)
         H, W = image.shape[-2:]
@@ -369,20 +363,20 @@ class TiledNetwork:
         return self.network(image)
 
     def _slide(self, image: Tensor, window: Sliding) -> Tensor:
-        """Scores of images, the mean over all windows that see a pixel."""
+        """Scores of images: at each pixel, the mean over all windows that contain it."""
         H, W = image.shape[-2:]
         sides = window.height, window.width
 
         def run(number: int, seen: Tensor) -> Tensor:
-            # Normalised first: beyond the image is the mean colour, which is then 0.
+            # Normalised first, so that the padding, 0, is the mean colour.
             pixels = self.module.inputs(seen)
             h, w = pixels.shape[-2:]
             scores = self.network(F.pad(pixels, (0, sides[1] - w, 0, sides[0] - h)))
             made = tuple(scores.shape[2:])
             if sides[0] % made[0] or sides[1] % made[1]:
                 raise ValueError(
-                    f"the network makes {made} pixels of a window of {sides}, whose sides are no "
-                    f"multiples of its stride: take multiples of {self.grid}"
+                    f"the network outputs {made} pixels for a window of {sides}, whose sides are "
+                    f"not multiples of its stride: use multiples of {self.grid}"
                 )
             return scores[:, :, : -(-h * made[0] // sides[0]), : -(-w * made[1] // sides[1])]
 
@@ -396,14 +390,14 @@ class TiledNetwork:
         return self.network(tile)
 
     def _second_pass(self, tiling: Tiling, image: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """Takes the whole image's pools; returns what computes a tile with them."""
+        """Computes the pools of the whole image; returns a function that computes a tile."""
         pools: dict[int, Tensor] = {}
         tiles = []
         for row, column, x in tiling.maps(image, lambda _, t: self.module.features(t)[-1]):
             tiles.append(Tile(pools, row.start, column.start, row.whole, column.whole))
             for scale in self.pool_scales:
-                share = _share_of_pool(x, row, column, scale)
-                pools[scale] = pools[scale] + share if scale in pools else share
+                part = _partial_pool(x, row, column, scale)
+                pools[scale] = pools[scale] + part if scale in pools else part
         decoder = cast(PoolingDecoder, self.module.decoder)
 
         def run(number: int, tile: Tensor) -> Tensor:
@@ -413,7 +407,7 @@ class TiledNetwork:
 
 
 class PoolingDecoder(Protocol):
-    """A decoder with `pool_scales`."""
+    """Interface of decoders with `pool_scales`."""
 
     def logits(self, features: list[Tensor], tile: Tile) -> tuple[Tensor, ...]:
         """Scores of a tile; see `Decoder.logits`."""
@@ -423,8 +417,8 @@ def _declared_pools(decoder: nn.Module) -> tuple[int, ...]:
     return tuple(getattr(decoder, "pool_scales", ()))
 
 
-def _share_of_pool(x: Tensor, row: Part, column: Part, scale: int) -> Tensor:
-    """What a tile's map adds to the adaptive average pool of the whole: (N, C, scale, scale)."""
+def _partial_pool(x: Tensor, row: Part, column: Part, scale: int) -> Tensor:
+    """Contribution of a tile's map to the pool of the whole map: (N, C, scale, scale)."""
     with without_autocast(x.device):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         down, across = (

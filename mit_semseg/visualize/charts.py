@@ -1,7 +1,7 @@
-"""Curves, bars and confusion matrices, drawn by matplotlib.
+"""Curves, bar charts and confusion matrices with matplotlib.
 
-Every function returns a `matplotlib.figure.Figure` and saves it when given a path, as PNG, SVG or
-PDF by its suffix. matplotlib is imported by the first call; pyplot and a display are not needed.
+Every function returns a `matplotlib.figure.Figure`, and saves it if a path is given, as PNG, SVG or
+PDF by its suffix. matplotlib is imported in the first call; pyplot and a display are not needed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ PathLike = str | os.PathLike[str]
 INK, MUTED, RULE = "#262a33", "#707785", "#dfe2e8"
 BLUE, ORANGE, GREEN = "#2563be", "#e07020", "#1e8c5a"
 _DPI = 160
-# Class names are data: a dollar sign in one begins no formula.
+# A dollar sign in a class name does not start a formula.
 _PLAIN: dict[str, Any] = {"parse_math": False}
 
 
 def save_figure(figure: Figure, path: PathLike | None) -> Figure:
-    """Save a figure when there is a path, making its folder, and return it.
+    """Saves a figure if there is a path, creates its folder, and returns the figure.
 
     Raises:
-        ValueError: matplotlib writes no files with this suffix.
+        ValueError: matplotlib does not support the suffix.
     """
     if path is not None:
         path = Path(path)
@@ -46,7 +46,7 @@ def save_figure(figure: Figure, path: PathLike | None) -> Figure:
 
 
 def new_figure(width: float, height: float, title: str = "", note: str = "") -> Figure:
-    """An empty figure, in inches, with a heading at the left and a remark at the right."""
+    """An empty figure, with size in inches, a title on the left and a note on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), dpi=_DPI, facecolor="white", layout="constrained")
@@ -95,16 +95,15 @@ def curves(
     """Loss, accuracy, mean IoU and learning rates over the epochs.
 
     Args:
-        history: one dict per record, as in metrics.jsonl. `epoch` counts from 1 and is the epoch a
-            record was taken in, `step` the optimizer step, over all epochs (a record without it
-            stands at the end of its epoch). Of the rest, `loss`, `accuracy`, `mean_iou`,
-            `pixel_accuracy`, `lr_encoder` and `lr_decoder` are drawn; what is missing or not finite
-            is left out.
+        history: one dict per record, as in metrics.jsonl. `epoch` is the epoch of the record, from
+            1; `step` the optimizer step over all epochs (without it, the record is placed at the
+            end of its epoch). `loss`, `accuracy`, `mean_iou`, `pixel_accuracy`, `lr_encoder` and
+            `lr_decoder` are drawn; missing and non-finite values are left out.
         path: file to save, .png, .svg or .pdf.
         title: heading.
     """
     records = [r for r in history if "epoch" in r]
-    # The steps an epoch has: the last record before its end comes closest.
+    # Steps per epoch, estimated from the last record of an epoch.
     steps = max(
         (r["step"] / r["epoch"] for r in records if r.get("step") and r["epoch"]), default=1
     )
@@ -156,7 +155,7 @@ def _line(
     dots: bool = False,
     style: str = "-",
 ) -> None:
-    """One curve. To smooth many points, they are drawn pale, and their running mean over them."""
+    """One curve. With `smooth`, many points are drawn pale, and their running mean on top."""
     x, y = xy.T
     if smooth and len(x) > 12:
         from scipy.ndimage import uniform_filter1d
@@ -170,10 +169,10 @@ def _line(
 def loss_curves(
     runs: Mapping[str, Sequence[float]], path: PathLike | None = None, *, title: str = "Loss"
 ) -> Figure:
-    """The losses of several runs over their length, smoothed, in one chart.
+    """Smoothed losses of several runs in one chart.
 
     Args:
-        runs: name -> losses in order, taken at equal steps; at most four runs.
+        runs: name -> losses at equal intervals; at most four runs.
         path: file to save, .png, .svg or .pdf.
         title: heading.
 
@@ -182,7 +181,7 @@ def loss_curves(
     """
     colors = (ORANGE, BLUE, GREEN, MUTED)
     if not 0 < len(runs) <= len(colors) or not all(len(run) for run in runs.values()):
-        raise ValueError(f"loss_curves draws 1 to {len(colors)} runs of at least one loss each")
+        raise ValueError(f"loss_curves needs 1 to {len(colors)} runs with at least one loss each")
     figure = new_figure(8, 3.8, title)
     axes = figure.subplots()
     for color, (name, losses) in zip(colors, runs.items()):
@@ -204,15 +203,15 @@ def class_bars(
     title: str = "IoU per class",
     what: str = "classes",
 ) -> Figure:
-    """One bar per class, the best first; absent classes say n/a at the end.
+    """One bar per class in descending order; absent classes are at the end, as n/a.
 
     Args:
         names: K class names.
-        iou: K values in [0, 1]; NaN or None where the class is absent.
-        colors: (K, 3) uint8 RGB of the bars; None draws all alike.
+        iou: K values in [0, 1]; NaN or None if the class is absent.
+        colors: (K, 3) uint8 RGB of the bars; None: one colour for all.
         path: file to save, .png, .svg or .pdf.
         title: heading.
-        what: what the bars are of.
+        what: plural noun for the bars, for the note.
 
     Raises:
         ValueError: the lengths differ, or there are no classes.
@@ -239,7 +238,7 @@ def class_bars(
         y = np.arange(len(part))
         length = np.nan_to_num(values[part])
         faces = [table[k] if colors is None else np.asarray(table[k]) / 255 for k in part]
-        # The rim keeps a very pale class visible on white.
+        # The border makes very pale classes visible on white.
         bars = axes.barh(y, length, 0.72, color=faces, edgecolor="#00000040", linewidth=0.6)
         marks = ["n/a" if math.isnan(values[k]) else f"{values[k]:.1%}" for k in part]
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -262,10 +261,10 @@ def _short(name: object, most: int = 60) -> str:
 def ratio_bars(
     rows: Sequence[tuple[str, str, float]], path: PathLike | None = None, *, title: str = "Ratios"
 ) -> Figure:
-    """One bar per ratio, in groups, on a logarithmic axis on which 1 is no difference.
+    """One bar per ratio, in groups, on a logarithmic axis, starting at 1.
 
     Args:
-        rows: (group, name, ratio above 0) in the order they are drawn; groups get a heading.
+        rows: (group, name, ratio above 0) in drawing order; groups have headings.
         path: file to save, .png, .svg or .pdf.
         title: heading.
 
@@ -273,7 +272,7 @@ def ratio_bars(
         ValueError: there are no rows, or a ratio is not a number above 0.
     """
     if not rows or not all(ratio > 0 and math.isfinite(ratio) for *_, ratio in rows):
-        raise ValueError("ratio_bars draws at least one ratio; each must be a number above 0")
+        raise ValueError("ratio_bars needs at least one ratio; each must be a number above 0")
     from matplotlib.transforms import blended_transform_factory
 
     groups = [group for group, *_ in rows]
@@ -282,7 +281,7 @@ def ratio_bars(
     marks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
     low = max((m for m in marks if m <= min(1, *ratios)), default=min(ratios))
     high = min((m for m in marks if m >= max(2, *ratios)), default=max(ratios))
-    # A heading takes the room of a bar and a half.
+    # A heading takes the space of one and a half bars.
     begins = [n for n, row in enumerate(rows) if n == 0 or row[0] != rows[n - 1][0]]
     y = np.array([n + 1.5 * sum(n >= begin for begin in begins) for n in range(len(rows))])
     figure = new_figure(8.5, 0.8 + 0.25 * (y[-1] + 1), title)
@@ -315,7 +314,7 @@ def confusion_matrix(
     *,
     title: str = "Confusion matrix, % of each labelled class",
 ) -> Figure:
-    """What the pixels of each class are predicted as; classes that never occur are left out.
+    """Confusion matrix in percent of each labelled class; classes that do not occur are left out.
 
     Args:
         matrix: (K, K) counts; row = label, column = prediction.
@@ -324,17 +323,17 @@ def confusion_matrix(
         title: heading.
 
     Raises:
-        ValueError: the matrix has another shape, or no count above 0.
+        ValueError: the matrix has the wrong shape, or no count above 0.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import StrMethodFormatter
 
     counts = np.asarray(matrix, dtype=np.float64)
     if counts.shape != (len(names), len(names)):
-        raise ValueError(f"matrix has shape {counts.shape}; {len(names)} names need one row each")
+        raise ValueError(f"matrix has shape {counts.shape}, but there are {len(names)} names")
     occurs = np.flatnonzero(counts.sum(0) + counts.sum(1))
     if not len(occurs):
-        raise ValueError("the confusion matrix is empty: no pixel was counted")
+        raise ValueError("the confusion matrix is empty")
     counts = counts[np.ix_(occurs, occurs)]
     labelled = counts.sum(1, keepdims=True)
     share = np.divide(counts, labelled, out=np.full_like(counts, np.nan), where=labelled > 0)
@@ -343,7 +342,7 @@ def confusion_matrix(
     size = float(np.clip(180 / K, 3.5, 9))
     figure = new_figure(side + 0.4, side, title)
     axes = figure.subplots()
-    # Most errors are a few per cent: the square root makes them visible.
+    # Square root scale, as most errors are a few per cent.
     shown = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     ticks = [_short(names[k], 24) for k in occurs.tolist()]
     axes.set_xticks(range(K), ticks, rotation=90, **_PLAIN)

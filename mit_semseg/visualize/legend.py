@@ -1,4 +1,4 @@
-"""The legend of one label map, as pixels: one is written for each predicted image."""
+"""Legends as arrays; without matplotlib, because one is written for each predicted image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 PathLike = str | os.PathLike[str]
 
 _INK, _MUTED, _RIM = (38, 42, 51), (112, 119, 133), (205, 208, 214)
-_PITCH, _SIDE = 24, 16  # pixels of a row, and of a patch of colour
+_PITCH, _SIDE = 24, 16  # height of a row, and side of a colour patch, in pixels
 
 
 def legend(
@@ -24,16 +24,16 @@ def legend(
     *,
     path: PathLike | None = None,
 ) -> np.ndarray:
-    """Colour, name and share of the image of each class, in the order given.
+    """Draws colour, name and area of each class, in the given order.
 
     Args:
         names: K class names.
         colors: (K, 3) uint8 RGB.
-        areas: K shares in [0, 1], or None to leave them out.
-        path: image file that is written; its folder is made.
+        areas: K fractions of the image in [0, 1], or None.
+        path: image file to write; its folder is created.
 
     Returns:
-        (h, w, 3) uint8 RGB; long tables are set in several columns.
+        (h, w, 3) uint8 RGB; long legends have several columns.
 
     Raises:
         ValueError: the lengths differ.
@@ -53,7 +53,7 @@ def legend(
     for k, name in enumerate(names):
         x, y = 12 + (k // rows) * (column + 16), 10 + _PITCH * (k % rows)
         row, top = slice(y, y + _PITCH), y + (_PITCH - _SIDE) // 2
-        sheet[top : top + _SIDE, x : x + _SIDE] = _RIM  # keeps a very pale class visible on white
+        sheet[top : top + _SIDE, x : x + _SIDE] = _RIM  # makes very pale classes visible on white
         sheet[top + 1 : top + _SIDE - 1, x + 1 : x + _SIDE - 1] = colors[k]
         sheet[row, x + 26 : x + 26 + wide] = _text(_cut(str(name), wide), wide)
         if areas is not None:
@@ -66,13 +66,13 @@ def legend(
 
 
 def percent(share: float) -> str:
-    """A share in [0, 1] as text."""
+    """A fraction in [0, 1] as text, in percent."""
     return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 
 @lru_cache(maxsize=1)
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    # Pillow's built-in face, so that a legend looks the same on every machine.
+    # Pillow's built-in font, which is the same on every machine.
     return ImageFont.load_default(13)
 
 
@@ -82,13 +82,13 @@ def _width(text: str) -> int:
 
 @lru_cache(maxsize=1024)
 def _cut(text: str, width: int) -> str:
-    """The text, or as much of its start as fits, with an ellipsis."""
+    """The text, shortened with an ellipsis if it is too wide."""
     if _width(text) <= width:
         return text
     return next(x for n in range(len(text), -1, -1) if _width(x := text[:n] + "...") <= width)
 
 
-# Legends of a folder of images hold the same lines of text.
+# Legends of a folder of images repeat the same lines of text.
 @lru_cache(maxsize=4096)
 def _text(text: str, width: int, color: tuple[int, ...] = _INK, right: bool = False) -> np.ndarray:
     """A line of text, (24, width, 3) uint8."""

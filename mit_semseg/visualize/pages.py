@@ -1,4 +1,4 @@
-"""Results as one HTML file, from the jinja2 templates in `templates/`."""
+"""HTML reports, from the jinja2 templates in `templates/`."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def write_page(
     history: Sequence[Mapping[str, Any]] = (),
     commands: Sequence[tuple[str, float | None]] = (),
 ) -> Path:
-    """Write a result as one HTML file that needs nothing beside itself.
+    """Writes results as one self-contained HTML file.
 
     Args:
-        path: file to write; its folder is made.
+        path: file to write; its folder is created.
         samples: rows of image, truth, prediction and errors.
         names: K class names.
         colors: (K, 3) uint8 RGB.
-        title: heading of the page.
-        lead: a sentence below it.
-        figures: (name, value) of the summary.
-        ious: K per-class IoUs in [0, 1], None or NaN where a class is absent; () leaves them out.
-        history: records of a run as `metrics.jsonl` holds them, for the training curves.
-        commands: (command line, seconds or None) of what was run.
+        title: title of the page.
+        lead: text below the title.
+        figures: (name, value) pairs of the summary.
+        ious: K per-class IoUs in [0, 1], None or NaN if a class is absent; (): no chart.
+        history: records of `metrics.jsonl`, for the training curves.
+        commands: (command line, seconds or None) of the commands that were run.
 
     Returns:
         `path`.
@@ -55,7 +55,10 @@ def write_page(
         ValueError: names, colours and IoUs differ in number.
     """
     if len(names) != len(colors) or (len(ious) and len(ious) != len(names)):
-        raise ValueError(f"{len(names)} names, {len(colors)} colours, {len(ious)} IoUs: must agree")
+        raise ValueError(
+            f"there are {len(names)} names, {len(colors)} colours and {len(ious)} IoUs; give one "
+            "of each per class"
+        )
     charts = []
     if len(ious):
         charts.append(("IoU per class", *_svg(class_bars(names, ious, colors, title=""))))
@@ -81,7 +84,7 @@ def write_page(
 
 
 def render_page(path: PathLike, template: str, **values: Any) -> Path:
-    """Fill a template of `templates/` and write it; values are escaped."""
+    """Renders a template of `templates/` to a file; values are escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
@@ -98,7 +101,7 @@ def render_page(path: PathLike, template: str, **values: Any) -> Path:
 
 
 def _embedded(image: RGB) -> str:
-    """A data URI: few colours as a palette PNG, exact and small, else a JPEG."""
+    """A data URI: a palette PNG for up to 256 colours, otherwise a JPEG."""
     found, index = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
     buffer = io.BytesIO()
     if len(found) <= 256:
@@ -111,7 +114,7 @@ def _embedded(image: RGB) -> str:
 
 
 def _svg(figure: Figure) -> tuple[str, int]:
-    """A data URI, and how wide the chart is to be shown, in pixels."""
+    """A data URI, and the display width of the chart in pixels."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True)
     return _data_uri("image/svg+xml", buffer), round(100 * figure.get_figwidth())

@@ -1,4 +1,4 @@
-"""Colours that can be told apart, and label maps drawn in them."""
+"""Palettes of distinct colours, and coloured label maps."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-# Grey of unlabelled pixels and red of wrong ones, on sheets and pages.
+# Colours of unlabelled (grey) and wrong (red) pixels, in sheets and pages.
 IGNORED, WRONG = (196, 199, 206), (226, 45, 72)
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB in 0..255 to CIE L*a*b* (D65), where equal distances look about equally different."""
+    """sRGB in 0..255 -> CIE L*a*b* (D65), which is approximately perceptually uniform."""
     x = rgb / 255
     linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array(
@@ -27,11 +27,11 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _farthest(num_class: int) -> bytes:
-    """Every next colour is the one farthest from all before it, and from black and white."""
+    """Greedy choice: each colour is the farthest from all before it, and from black and white."""
     steps = np.linspace(0, 255, 16).round()
     candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
     lab = _lab(candidates)
-    # Neither dark nor pale, to show on a picture and beside unlabelled black; nor glaring.
+    # Neither dark nor pale nor too saturated, to be visible on images and beside black.
     fits = (lab[:, 0] > 35) & (lab[:, 0] < 88) & (np.hypot(lab[:, 1], lab[:, 2]) < 80)
     candidates, lab = candidates[fits], lab[fits]
     anchors = _lab(np.array([[0.0, 0.0, 0.0], [255.0, 255.0, 255.0], [128.0, 128.0, 128.0]]))
@@ -45,28 +45,24 @@ def _farthest(num_class: int) -> bytes:
 
 
 def palette(num_class: int) -> np.ndarray:
-    """Distinct colours, always the same ones; a smaller palette is the start of a larger one.
+    """Distinct, deterministic colours; a smaller palette is a prefix of a larger one.
 
     Args:
         num_class: number of classes K, at most 1000.
 
     Returns:
-        (K, 3) uint8 RGB; none is black, which stands for unlabelled.
+        (K, 3) uint8 RGB, without black, which means unlabelled.
 
     Raises:
         ValueError: num_class is outside 1..1000.
     """
     if not 1 <= num_class <= 1000:
-        raise ValueError(f"num_class is {num_class}; colours can be told apart for 1 to 1000")
+        raise ValueError(f"num_class is {num_class}; there are distinct colours for 1 to 1000")
     return np.frombuffer(_farthest(num_class), dtype=np.uint8).reshape(-1, 3).copy()
 
 
 def check_image(img: Any, name: str) -> np.ndarray:
-    """The image as an array.
-
-    Raises:
-        ValueError: it is not (H, W, 3) uint8.
-    """
+    """The image as an array; ValueError if it is not (H, W, 3) uint8."""
     array = np.asarray(img)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(
@@ -76,17 +72,17 @@ def check_image(img: Any, name: str) -> np.ndarray:
 
 
 def color_encode(label: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """A label map in colour.
+    """Colours a label map.
 
     Args:
-        label: (H, W) integer class ids; negative ones are unlabelled and stay black.
+        label: (H, W) integer class ids; negative ids are unlabelled, and black.
         colors: (K, 3) uint8 RGB.
 
     Returns:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        ValueError: a label has no colour, or a shape or type is wrong.
+        ValueError: a label has no colour, or a shape or dtype is wrong.
     """
     label, table = np.asarray(label), np.asarray(colors)
     if label.ndim != 2 or label.dtype.kind not in "iu":
@@ -100,29 +96,29 @@ def color_encode(label: np.ndarray, colors: np.ndarray) -> np.ndarray:
     unsigned = label.dtype.kind == "u"
     table = table.astype(np.uint8)
     if label.size and len(table) <= (256 if unsigned else 255):
-        # One table of 256 entries, by OpenCV ten times as fast as by NumPy; -1 becomes 255, black.
+        # With OpenCV, ten times as fast as with NumPy; -1 becomes 255, which is black.
         entries = np.zeros((256, 1, 3), dtype=np.uint8)
         entries[: len(table), 0] = table
         ids = (label if unsigned else np.maximum(label, -1)).astype(np.uint8, order="C", copy=False)
         return cv2.applyColorMap(ids, entries)
-    # Index -1 is the table's last row: black.
+    # Index -1 is the last row, black.
     table = np.concatenate([table, np.zeros((1, 3), np.uint8)])
     return table[label if unsigned else np.maximum(label, -1)]
 
 
 def paint(label: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """`color_encode` for sheets and pages: unlabelled pixels are grey, not black."""
+    """`color_encode` with grey instead of black for unlabelled pixels."""
     painted = color_encode(label, colors)
     painted[label < 0] = IGNORED
     return painted
 
 
 def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """The image in pale grey, wrong pixels red; unlabelled pixels are grey and never wrong.
+    """The image in pale grey, with wrong pixels in red and unlabelled pixels in grey.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        truth: (H, W) class ids, negative where unlabelled.
+        truth: (H, W) class ids, negative for unlabelled pixels.
         prediction: (H, W) class ids.
 
     Returns:
@@ -142,14 +138,14 @@ def overlay(
     alpha: float = 0.5,
     outline: bool = False,
 ) -> np.ndarray:
-    """A label map laid over its picture; unlabelled pixels show the picture alone.
+    """Blends a coloured label map with its image; unlabelled pixels show the image only.
 
     Args:
         img: (H, W, 3) uint8 RGB.
-        label: (H, W) class ids, negative where unlabelled.
+        label: (H, W) class ids, negative for unlabelled pixels.
         colors: (K, 3) uint8 RGB.
         alpha: opacity of the colours, 0 to 1.
-        outline: draw a dark line where classes meet.
+        outline: draw dark boundaries between classes.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -177,17 +173,17 @@ def overlay(
 
 
 def side_by_side(*pictures: np.ndarray, gap: int = 0) -> np.ndarray:
-    """Pictures of equal height in a row, such as image, prediction and truth.
+    """Concatenates images of equal height horizontally.
 
     Args:
-        pictures: (H, W, 3) uint8 RGB each.
-        gap: white pixels between them.
+        pictures: images, (H, W, 3) uint8 RGB each.
+        gap: width of the white gap between them, in pixels.
 
     Returns:
         (H, sum of widths and gaps, 3) uint8 RGB.
 
     Raises:
-        ValueError: none given, or heights differ.
+        ValueError: there are no images, or heights differ.
     """
     parts = [check_image(p, f"pictures[{i}]") for i, p in enumerate(pictures)]
     heights = [part.shape[0] for part in parts]

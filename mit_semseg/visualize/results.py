@@ -1,4 +1,4 @@
-"""Results of a prediction as pictures, and as files that are quick to write."""
+"""Predictions as images: colours, overlays, label files, legends."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mit_semseg.visualize.legend import legend
 from mit_semseg.visualize.palette import color_encode, overlay
 
 PathLike = str | os.PathLike[str]
-# Pictures that are drawn here; "index" and "legend" have other sizes or types than these.
+# Kinds with the height and dtype of the image, unlike "index" and "legend".
 _DRAWN = ("color", "overlay", "side")
-# Pixels that pictures are drawn by.
+# Number of pixels that are drawn at a time.
 _BAND = 1 << 20
 
 
 class Classes(Protocol):
-    """Names and colours of classes, such as `dataset.ClassTable`: K names, (K, 3) uint8 RGB."""
+    """Interface of `dataset.ClassTable`: K names, and colours (K, 3) uint8 RGB."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -35,17 +35,17 @@ class Classes(Protocol):
 def render(
     kind: str, image: np.ndarray, labels: np.ndarray, classes: Classes, offset: int = 0
 ) -> Image.Image:
-    """One picture of a prediction.
+    """Draws a prediction.
 
     Args:
-        kind: color, index, overlay, side (image beside its classes' colours) or legend.
+        kind: color, index, overlay, side (image and colours side by side) or legend.
         image: (H, W, 3) uint8 RGB.
         labels: (H, W) class ids.
         classes: names and colours.
-        offset: of index files, see `index_image`.
+        offset: for index images, see `index_image`.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: `kind` is unknown.
     """
     if kind == "index":
         return index_image(labels, classes.colors, offset)
@@ -60,16 +60,16 @@ def save_result(
     classes: Classes,
     offset: int = 0,
 ) -> None:
-    """Write what `render` draws as a PNG file, in a folder that exists.
+    """Writes the image of `render` as a PNG file, in an existing folder.
 
     Raises:
-        OSError: the file cannot be written; it is removed, and named in the error.
-        MemoryError: there is too little memory for the picture.
-        ValueError: an unknown kind.
+        OSError: the file cannot be written; an incomplete file is removed.
+        MemoryError: there is not enough memory for the image.
+        ValueError: `kind` is unknown.
     """
     if kind == "index":
         buffer = io.BytesIO()
-        # Level 3 takes as long as level 1 for label maps, and a third of what level 6 takes.
+        # For label maps, level 3 is as fast as level 1, and three times as fast as level 6.
         index_image(labels, classes.colors, offset).save(buffer, "PNG", compress_level=3)
         _write(path, buffer.getbuffer())
         return
@@ -77,18 +77,18 @@ def save_result(
 
 
 def write_png(path: PathLike, picture: np.ndarray) -> None:
-    """Write a picture as a PNG file.
+    """Writes an image as a PNG file, with OpenCV.
 
-    OpenCV encodes it with its own settings (one filter for all rows, run-length matching): several
-    times as fast as Pillow, for files that are up to a fifth larger.
+    OpenCV's settings (one filter for all rows, run-length matching) are several times as fast as
+    Pillow, with files up to a fifth larger.
 
     Args:
-        path: in a folder that exists.
+        path: a file in an existing folder.
         picture: (H, W, 3) uint8 RGB, contiguous. It is overwritten.
 
     Raises:
-        OSError: the file cannot be written; it is removed, and named in the error.
-        MemoryError: there is too little memory for the encoder.
+        OSError: the file cannot be written; an incomplete file is removed.
+        MemoryError: there is not enough memory for the encoder.
     """
     try:
         for rows in row_bands(*picture.shape[:2]):
@@ -102,7 +102,7 @@ def write_png(path: PathLike, picture: np.ndarray) -> None:
 
 
 def _write(path: PathLike, data: memoryview) -> None:
-    file = open(path, "wb")  # noqa: SIM115  # what cannot be opened is not removed
+    file = open(path, "wb")  # noqa: SIM115  # a file that cannot be opened is not removed
     try:
         with file:
             file.write(data)
@@ -118,7 +118,7 @@ def _drawn(kind: str, image: np.ndarray, labels: np.ndarray, classes: Classes) -
         return area_legend(labels, classes)
     if kind not in _DRAWN:
         choices = "color, index, overlay, side, legend"
-        raise ValueError(f"{kind!r} is no kind of picture; choose {choices}")
+        raise ValueError(f"unknown kind of image {kind!r}; use {choices}")
     H, W = labels.shape
     picture = np.empty((H, 2 * W if kind == "side" else W, 3), dtype=np.uint8)
     for rows in row_bands(H, W):
@@ -132,15 +132,15 @@ def _drawn(kind: str, image: np.ndarray, labels: np.ndarray, classes: Classes) -
 
 
 def index_image(labels: np.ndarray, colors: np.ndarray, offset: int = 0) -> Image.Image:
-    """A label file: a palette PNG whose pixel values are class id + `offset`.
+    """A label file: a palette image whose pixel values are class id + `offset`.
 
-    With `DATASET.label_offset` as the offset it can be trained and evaluated on as it is. Beyond
-    256 values it is a 16-bit grey PNG, which has no palette.
+    With `DATASET.label_offset` as the offset it can be used for training and evaluation. With more
+    than 256 values it is a 16-bit grey image, without a palette.
 
     Args:
-        labels: (H, W) class ids, none below 0.
+        labels: (H, W) class ids, 0 or more.
         colors: (K, 3) uint8 RGB.
-        offset: what is added to every class id.
+        offset: added to every class id.
     """
     dtype = np.uint8 if len(colors) + offset <= 256 else np.uint16
     picture = Image.fromarray(labels.astype(dtype) + dtype(offset))
@@ -153,7 +153,7 @@ def index_image(labels: np.ndarray, colors: np.ndarray, offset: int = 0) -> Imag
 
 
 def area_legend(labels: np.ndarray, classes: Classes) -> np.ndarray:
-    """Colour, name and area of the classes that occur, the largest first, as (h, w, 3) uint8."""
+    """Legend with the areas of the classes that occur, largest first, (h, w, 3) uint8 RGB."""
     counts = class_counts(labels, len(classes.names))
     order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
     return legend(
@@ -164,11 +164,11 @@ def area_legend(labels: np.ndarray, classes: Classes) -> np.ndarray:
 
 
 def areas(labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Share of the image each class that occurs covers, in [0, 1], the largest first.
+    """Fraction of the image of each class that occurs, in [0, 1], largest first.
 
     Args:
-        labels: (H, W) class ids; ids outside the names, such as -1, have no entry.
-        names: class names; equal names are added up.
+        labels: (H, W) class ids; other ids, such as -1, are not counted.
+        names: class names; classes with equal names are added.
     """
     shares: Counter[str] = Counter()
     for name, count in zip(names, class_counts(labels, len(names)).tolist(), strict=True):
@@ -189,9 +189,9 @@ def class_counts(labels: np.ndarray, num_class: int) -> np.ndarray:
 
 
 def row_bands(height: int, width: int) -> Iterator[slice]:
-    """Rows of a picture a million pixels at a time.
+    """Slices of rows of an image, of a million pixels each.
 
-    NumPy looks up and counts by way of int64 copies; of a band these are small, and in the cache.
+    NumPy makes int64 copies for indexing and counting, which are small and in the cache for a band.
     """
     rows = max(1, _BAND // width)
     for y0 in range(0, height, rows):

@@ -1,4 +1,4 @@
-"""Images, label maps and errors side by side, on sheets drawn by matplotlib."""
+"""Sheets of images, label maps and error maps, with matplotlib."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ RGB = NDArray[np.uint8]  # (H, W, 3)
 Labels = NDArray[Any]  # (H, W) integer class ids, -1 ignored
 
 COLUMNS = ("image", "truth", "prediction", "errors")
-# Inches: the width of a sheet, margins, between images, a line of text, a line of the legend.
+# In inches: width of a sheet, margin, gap between images, line of text, line of the legend.
 _WIDTH, _EDGE, _GAP, _LINE, _ENTRY = 10.0, 0.12, 0.09, 0.19, 0.22
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One evaluated image: the image, its labels, and what a model predicts.
+    """One evaluated image, its labels, and a prediction.
 
     Attributes:
-        name: what it is called on a sheet.
+        name: its name on a sheet.
         image: (H, W, 3) uint8 RGB.
-        truth, prediction: (H, W) class ids, -1 where ignored.
+        truth, prediction: (H, W) class ids, -1 for ignored pixels.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Sample:
 
     @property
     def accuracy(self) -> float:
-        """Share of labelled pixels that are right, NaN when none is labelled."""
+        """Pixel accuracy; NaN if no pixel is labelled."""
         known = self.truth >= 0
         return float(np.mean((self.truth == self.prediction)[known])) if known.any() else np.nan
 
@@ -77,7 +77,7 @@ def contact_sheet(
     *,
     title: str = "",
 ) -> Figure:
-    """Rows of image | truth | prediction | errors, with a legend of the classes that occur.
+    """Rows of image, truth, prediction and errors, with a legend of the classes that occur.
 
     Args:
         samples: the rows.
@@ -108,15 +108,15 @@ def image_grid(
     names: Sequence[str] = (),
     colors: NDArray[Any] | None = None,
 ) -> Figure:
-    """Images and label maps in rows, each under its caption, with a legend of the classes.
+    """Images and label maps in rows, with captions and a legend of the classes.
 
     Args:
-        tiles: (caption, (H, W, 3) uint8 RGB or (H, W) class ids, negative where ignored); a caption
-            may have two lines.
+        tiles: (caption, (H, W, 3) uint8 RGB or (H, W) class ids, negative for ignored pixels); a
+            caption can have two lines.
         path: file to save, .png, .svg or .pdf.
         title: heading.
-        columns: tiles in a row, at most.
-        names, colors: K class names and (K, 3) uint8 RGB; of label maps.
+        columns: maximum number of tiles in a row.
+        names, colors: K class names and (K, 3) uint8 RGB, for label maps.
 
     Raises:
         ValueError: there are no tiles, or label maps without colours.
@@ -148,14 +148,14 @@ def prediction_sheet(
     path: PathLike | None = None,
     title: str = "",
 ) -> Figure:
-    """Image, prediction and, where known, truth and errors, with a legend of what occurs.
+    """Image, prediction and, if given, truth and errors, with a legend of the classes that occur.
 
     Args:
         img: (H, W, 3) uint8 RGB.
         pred: (H, W) class ids.
         names: K class names.
         colors: (K, 3) uint8 RGB.
-        truth: (H, W) class ids, -1 where ignored.
+        truth: (H, W) class ids, -1 for ignored pixels.
         path: file to save, .png, .svg or .pdf.
         title: heading, such as the file name.
 
@@ -178,8 +178,8 @@ def prediction_sheet(
         ]
     else:
         sample = Sample(title, img, truth, pred)
-        right = "" if np.isnan(sample.accuracy) else f", {percent(sample.accuracy)} of pixels right"
-        tiles = _row(sample, colors, (*COLUMNS[:3], COLUMNS[3] + right))
+        accuracy = "" if np.isnan(sample.accuracy) else f", accuracy {percent(sample.accuracy)}"
+        tiles = _row(sample, colors, (*COLUMNS[:3], COLUMNS[3] + accuracy))
         rows = [tiles[::2], tiles[1::2]]
     shares = np.bincount(pred[pred >= 0].reshape(-1), minlength=len(names)) / max(pred.size, 1)
     found = _occurring([pred] if truth is None else [pred, truth])
@@ -190,7 +190,7 @@ def prediction_sheet(
 
 # ------------------------------------------------------------------------------ layout
 class _Tile(NamedTuple):
-    """An image of a sheet; `exact` ones have colours of classes, which may not be mixed."""
+    """An image of a sheet; `exact`: it has class colours, which must not be interpolated."""
 
     caption: str
     image: RGB
@@ -203,7 +203,7 @@ def _row(sample: Sample, colors: NDArray[Any], captions: Sequence[str]) -> list[
 
 
 def _occurring(maps: Sequence[Labels]) -> list[int]:
-    """Class ids that occur in one of the label maps, in order."""
+    """Sorted class ids that occur in any of the label maps."""
     found: set[int] = set()
     for labels in maps:
         found.update(np.unique(labels[labels >= 0]).tolist())
@@ -213,13 +213,13 @@ def _occurring(maps: Sequence[Labels]) -> list[int]:
 def _entries(
     classes: Sequence[int], names: Sequence[str], colors: NDArray[Any]
 ) -> list[tuple[str, str]]:
-    """(name, colour) of a legend; a table without names has none."""
+    """(name, colour) entries of a legend; none if there are no names."""
     hexadecimal = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.asarray(colors).tolist()]
     return [(str(names[k]), hexadecimal[k]) for k in classes] if len(names) else []
 
 
 def _caption_size(row: Sequence[_Tile], width: float) -> float:
-    """Points at which no caption runs into the next one; where none follows, all is free."""
+    """Font size in points at which captions do not overlap; empty captions leave space."""
     size, free = 9.0, 0
     for tile in reversed(row):
         free += 1
@@ -230,7 +230,7 @@ def _caption_size(row: Sequence[_Tile], width: float) -> float:
 
 
 def _legend_shape(names: Sequence[str], width: float) -> tuple[int, int]:
-    """Rows and columns of a legend; matplotlib fills columns, each as wide as its longest name."""
+    """Rows and columns of a legend; matplotlib fills columns, of the width of the longest name."""
     inches = [0.42 + 0.073 * len(name) for name in names]
     for columns in range(len(names), 0, -1):
         rows = math.ceil(len(names) / columns)
@@ -245,13 +245,13 @@ def _sheet(
     title: str,
     entries: Sequence[tuple[str, str]],
 ) -> Figure:
-    """Rows of tiles under a title and a legend, all columns of one width."""
+    """Rows of tiles below a title and a legend; all columns have equal width."""
     from matplotlib.patches import Patch
 
     columns = max(len(row) for row in rows)
     wide = min(4.5, (_WIDTH - 2 * _EDGE + _GAP) / columns - _GAP)
     across = 2 * _EDGE + columns * (wide + _GAP) - _GAP
-    # Upright images would dominate the sheet: none is higher than a square.
+    # Portrait images are limited to the height of a square.
     tall = [
         min(wide, wide * max(tile.image.shape[0] / tile.image.shape[1] for tile in row))
         for row in rows
@@ -266,7 +266,7 @@ def _sheet(
     down = head + sum(tall) + sum(line * n + _GAP for n in lines) + _EDGE
 
     figure = new_figure(across, down)
-    figure.set_layout_engine("none")  # every place is computed here
+    figure.set_layout_engine("none")  # all positions are computed here
     if title:
         corner = _EDGE / across, 1 - _EDGE / down
         figure.text(*corner, title, va="top", size=13, weight="bold", color=INK, parse_math=False)

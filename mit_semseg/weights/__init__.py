@@ -1,4 +1,4 @@
-"""Names, paths and urls of weights -> a verified local file -> loaded tensors, with a report."""
+"""Pretrained weights: from a name, path or URL to a verified file, loaded with a report."""
 
 from mit_semseg.weights.archive import check_archive, load_checked, read_state_dict
 from mit_semseg.weights.loading import ClassRows, LoadReport, load_decoder, load_encoder, load_into

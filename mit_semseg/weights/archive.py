@@ -1,4 +1,4 @@
-"""Weight files of `torch.save` and safetensors: verified, then read without running code."""
+"""Weight files of `torch.save` and safetensors: verified, then read without executing code."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from mit_semseg.errors import one_line
 
-_ZIP = b"PK\x03\x04"  # how an archive of torch.save begins
-_FOLDER = 0x10  # the attribute of a record, as of MS-DOS
-# What Python raises on broken archives, by where they are broken. RuntimeError: a flag that was
-# flipped claims encryption, or a method of compression nobody knows.
+_ZIP = b"PK\x03\x04"  # first bytes of an archive of torch.save
+_FOLDER = 0x10  # MS-DOS attribute of a folder
+# Exceptions for damaged archives. RuntimeError: a damaged flag claims encryption or an unknown
+# compression method.
 _BROKEN_ZIP = (
     zipfile.BadZipFile,
     zlib.error,
@@ -32,7 +32,8 @@ _BROKEN_ZIP = (
     ValueError,
     OverflowError,
 )
-# What torch.load raises on damaged or foreign files; old ones, without checksums, take it anywhere.
+# Exceptions of torch.load for damaged or foreign files. Old files have no checksums, so damage can
+# surface anywhere.
 _BROKEN_FILE = (
     *_BROKEN_ZIP,
     pickle.UnpicklingError,
@@ -45,32 +46,32 @@ _BROKEN_FILE = (
 
 
 def check_archive(path: str | Path) -> None:
-    """Refuses a damaged archive of `torch.save`, whose checksums `torch.load` does not look at.
+    """Verifies the checksums of an archive of `torch.save`, which `torch.load` does not do.
 
-    Every record is read once, at the speed of the disk or of CRC-32. Files that are no zip archive
-    pass: those of old versions of torch have no checksums, and `torch.load` judges the others.
+    Every record is read once. Files that are not zip archives pass: those of old versions of torch
+    have no checksums, and `torch.load` refuses others.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the archive is cut short, its structure is broken, or a record's checksum is
-            wrong; the file is named.
+        FileNotFoundError: the file does not exist.
+        ValueError: the archive is truncated or damaged, or a checksum is wrong.
     """
     head = _head(path)
-    # An old file begins with a pickle, and may hold anything that looks like the end of an archive.
+    # A file of an old version starts with a pickle, in which anything can look like a zip archive.
     if head.startswith(b"\x80"):
         return
-    wrong = "cut short: its end is missing"
+    problem = "truncated"
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                wrong = _wrong_record(archive)
+                problem = _bad_record(archive)
         elif head != _ZIP:
             return
     except _BROKEN_ZIP as error:
-        wrong = f"{error}"
-    if wrong:
+        problem = f"{error}"
+    if problem:
         raise ValueError(
-            f"{path} is damaged ({wrong}); copy or download it again, or use an earlier checkpoint"
+            f"{path} is damaged ({problem}); copy or download it again, or use an earlier "
+            "checkpoint"
         )
 
 
@@ -79,10 +80,10 @@ def _head(path: str | Path) -> bytes:
         return file.read(len(_ZIP))
 
 
-def _wrong_record(archive: zipfile.ZipFile) -> str:
-    """What is wrong with the first bad record of an archive; "" when none is."""
+def _bad_record(archive: zipfile.ZipFile) -> str:
+    """The problem of the first bad record of an archive; "" if there is none."""
     for record in archive.infolist():
-        # Nobody compresses weights, and torch reads by the one size, Python by the other.
+        # torch.save does not compress. torch uses one of the sizes, Python the other.
         if record.compress_type == zipfile.ZIP_STORED and record.file_size != record.compress_size:
             return f"record {record.filename} has two sizes"
         # Which torch takes for empty, so that a tensor is whatever the memory held.
@@ -93,28 +94,29 @@ def _wrong_record(archive: zipfile.ZipFile) -> str:
 
 
 def load_checked(path: str | Path, map_location: Any = "cpu") -> Any:
-    """What `torch.save` or safetensors wrote: the only way files of weights are read here.
+    """Loads a file of `torch.save` or safetensors; all weight files are read by this function.
 
-    Checksums are compared (`check_archive`), and `weights_only=True` lets the file run no code. A
+    Checksums are verified (`check_archive`), and `weights_only=True` prevents code execution. A
     file whose name ends in `.safetensors` has neither checksums nor code.
 
     Args:
         path: the file.
-        map_location: where its tensors go, as of `torch.load`.
+        map_location: as in `torch.load`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of another kind, or holds more than tensors and plain values.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is damaged, in another format, or contains more than tensors and plain
+            values.
     """
     if Path(path).suffix == ".safetensors":
         return _load_safetensors(path, map_location)
     check_archive(path)
-    refused = f"{path} cannot be read as weights (damaged, or holding more than tensors): "
+    refused = f"{path} cannot be read as weights (damaged, or contains more than tensors): "
     if _head(path) != _ZIP and tarfile.is_tarfile(path):
-        # torch before 2.6 ran the code of these, whatever it was told: CVE-2025-32434.
+        # In these, torch before 2.6 executes code even with weights_only: CVE-2025-32434.
         raise ValueError(f"{refused}a tar archive")
     try:
-        with warnings.catch_warnings():  # the error says what torch warns of first
+        with warnings.catch_warnings():  # the error below has the same information
             warnings.simplefilter("ignore")
             return torch.load(path, map_location=map_location, weights_only=True)
     except _BROKEN_FILE as error:
@@ -135,27 +137,27 @@ def _load_safetensors(path: str | Path, device: Any) -> dict[str, Tensor]:
 
 
 def _why(error: BaseException) -> str:
-    """The reason in torch's message, without its advice to run the code of the file."""
+    """The reason in torch's message, without its advice to set weights_only=False."""
     text = str(error)
     if "TorchScript" in text:
         return "a TorchScript archive; save the model's state_dict() instead"
     if named := re.search(r"GLOBAL (\S+)", text):
-        return f"it asks for {named[1]}, which is no tensor; save a state_dict() instead"
+        return f"it contains {named[1]}, which is not a tensor; save a state_dict() instead"
     if not text or "weights_only" in text:
-        return "no file of torch.save"
+        return "not a file of torch.save"
     return one_line(error, 120, named=True)
 
 
 def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> dict[str, Tensor]:
-    """The named tensors of a checkpoint, without wrappers and `module.` prefixes.
+    """The state dict of a checkpoint, without outer dicts and `module.` prefixes.
 
     Args:
-        source: a file, read with `weights_only=True` so that it can run no code, or a mapping.
-        file: name to give in errors when `source` is a mapping.
+        source: a file, read with `load_checked`, or a mapping.
+        file: name for errors if `source` is a mapping.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds more than tensors, or holds none.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, contains more than tensors, or contains none.
     """
     if isinstance(source, Mapping):
         state: Any = source
@@ -170,7 +172,7 @@ def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> d
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping):
-        raise ValueError(f"{file} holds a {type(state).__name__}, not named tensors")
+        raise ValueError(f"{file} contains a {type(state).__name__}, not a state dict")
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         if isinstance(value, Tensor):
@@ -179,7 +181,7 @@ def read_state_dict(source: str | Path | Mapping[str, Any], file: str = "") -> d
                 name = name[len("module.") :]
             tensors[name] = value
     if not tensors:
-        raise ValueError(f"{file} holds no tensors{few([str(k) for k in state])}")
+        raise ValueError(f"{file} contains no tensors{few([str(k) for k in state])}")
     return tensors
 
 

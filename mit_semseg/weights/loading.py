@@ -1,4 +1,4 @@
-"""Named tensors into encoders and decoders, with a report of every one."""
+"""Loading state dicts into encoders and decoders, with a report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mit_semseg.weights.archive import few, read_state_dict
 from mit_semseg.weights.sources import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    INSIDE,
+    SUBMODULES,
     TORCHVISION,
     backbone_of,
     fetch_imagenet,
@@ -28,23 +28,23 @@ from mit_semseg.weights.torchvision import MOBILENET_KEY, torchvision_decoder, t
 
 logger = logging.getLogger("mit_semseg")
 
-# Bookkeeping of the published SyncBN, of no use to any other.
+# Internal buffers of the published SyncBN, which no other implementation uses.
 _BOOKKEEPING = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
 
 
 @dataclass
 class LoadReport:
-    """What became of every tensor.
+    """Names of the tensors that were loaded and of those that were not.
 
     Attributes:
-        what: which part of the model, e.g. "encoder".
-        file: where the tensors came from.
+        what: part of the model, for example "encoder".
+        file: origin of the tensors.
         matched: loaded.
-        missing: in the module and not in the file: left at their initial values.
-        unexpected: in the file and not in the module.
-        mismatched: tensors for another number of classes: left at initial values.
-        by_name: tensors of which the rows of classes with equal names were loaded.
-        dropped: bookkeeping of the published SyncBN.
+        missing: in the module, but not in the file; they keep their initial values.
+        unexpected: in the file, but not in the module.
+        mismatched: for another number of classes; they keep their initial values.
+        by_name: tensors whose rows were loaded for classes with equal names.
+        dropped: internal buffers of the published SyncBN.
     """
 
     what: str
@@ -65,7 +65,7 @@ class LoadReport:
         parts = [f"{len(self.matched)} tensors matched"]
         for label, names in (
             ("missing", self.missing),
-            ("left over", self.unexpected),
+            ("unexpected", self.unexpected),
             ("skipped, another number of classes", self.mismatched),
         ):
             parts.append(f"{len(names)} {label}{few(names)}")
@@ -76,16 +76,16 @@ class LoadReport:
         return f"{self.what} from {self.file}: {', '.join(parts)}"
 
 
-def _weighty(own: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that a file has to have: counters of batches may be missing."""
+def _required(own: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that a file must have: all except counters of batches."""
     counters = (*_BOOKKEEPING, "num_batches_tracked")
     return [key for key in own if key.rsplit(".", 1)[-1] not in counters]
 
 
 def _own_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, without the prefix `model.` where the module's names have none.
+    """The tensors, without the prefix `model.` if the module's names do not have it.
 
-    Files of PIDNet and DDRNet, which were trained inside another module, have it.
+    Files of PIDNet and DDRNet have it, because they were trained inside another module.
     """
     names = {key: key.removeprefix("model.") for key in tensors}
     return {names[k] if k not in own and names[k] in own else k: v for k, v in tensors.items()}
@@ -93,11 +93,11 @@ def _own_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict
 
 @dataclass(frozen=True)
 class ClassRows:
-    """Which class of a file each class of a module continues.
+    """Correspondence of the classes of a module with those of a file.
 
     Attributes:
-        count: classes of the file.
-        rows: of each class of the module, its number in the file; None: it is new.
+        count: number of classes in the file.
+        rows: index in the file of each class of the module; None: a new class.
     """
 
     count: int
@@ -105,9 +105,9 @@ class ClassRows:
 
     @classmethod
     def by_name(cls, own: Sequence[str], theirs: Sequence[str]) -> ClassRows:
-        """Classes of the same name, whatever its case; of several in the file the first.
+        """Matches classes with equal names, ignoring case; of several in the file the first.
 
-        Names that only number classes ("class 3") say nothing.
+        Numbered names ("class 3") are not matched.
         """
         numbers = {
             name.casefold(): i
@@ -118,14 +118,14 @@ class ClassRows:
 
     @property
     def differ(self) -> bool:
-        """Whether some continue, and tensors as they are would put them elsewhere."""
+        """Whether some classes match, but not all at the same index."""
         same = len(self.rows) == self.count and all(
             row in (i, None) for i, row in enumerate(self.rows)
         )
         return not same and any(row is not None for row in self.rows)
 
     def fit(self, own: Tensor, value: Tensor, axes: Sequence[int]) -> bool:
-        """Whether classes lie along these axes of the module's and of the file's tensor."""
+        """Whether these axes of both tensors are over the classes, and the others are equal."""
         kept = [i for i in range(own.ndim) if i not in axes]
         return (
             own.ndim == value.ndim
@@ -134,7 +134,7 @@ class ClassRows:
         )
 
     def take(self, own: Tensor, value: Tensor, axes: Sequence[int]) -> Tensor:
-        """The module's tensor, with what classes continue taken from the file's."""
+        """The module's tensor, with the entries of matching classes from the file's."""
         if not axes:
             return value.to(own)
         axis, *rest = axes
@@ -147,7 +147,7 @@ class ClassRows:
 
 
 def _other_classes(module: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors that would fit if the module told another number of classes apart."""
+    """Names of the tensors that would match if the module had another number of classes."""
     own = module.state_dict()
     shapes = {k: (own[k].shape, v.shape) for k, v in tensors.items() if k in own}
     differing = {k: (ours, theirs) for k, (ours, theirs) in shapes.items() if ours != theirs}
@@ -172,26 +172,26 @@ def load_into(
     strict: bool = False,
     classes: ClassRows | None = None,
 ) -> LoadReport:
-    """Loads what fits and says what matched, what was missing and what was left over.
+    """Loads a state dict into a module, as far as names match.
 
-    What is for another number of classes (see `Decoder.class_tensors`) is skipped; every other
-    difference of shape is an error. Values are cast to the module's dtype. A prefix `model.` of the
-    names in the file, which the module's do not have, is dropped.
+    Tensors for another number of classes (`Decoder.class_tensors`) are skipped; any other
+    difference in shape is an error. Values are cast to the module's dtype. The prefix `model.` is
+    removed from names if the module's names do not have it.
 
     Args:
-        module: takes the tensors; stays on its device.
+        module: the module; stays on its device.
         source: a weight file, or a mapping of names to tensors.
-        what: which part of the model, for the report, e.g. "encoder".
-        file: name to report when `source` is a mapping.
-        strict: a missing tensor or another number of classes is an error.
-        classes: which rows of a classifier are loaded into which; None: all or none.
+        what: part of the model, for the report, for example "encoder".
+        file: name for the report if `source` is a mapping.
+        strict: raise an error if tensors are missing or for another number of classes.
+        classes: correspondence of the rows of the classifier; None: rows are not reordered.
 
     Returns:
-        What became of every tensor; its one line is logged, or printed without logging set up.
+        The report, which is also logged.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: nothing matches, a shape differs, a value is not finite, or `strict` and a
+        FileNotFoundError: the file does not exist.
+        ValueError: no name matches, a shape differs, a value is non-finite, or `strict` and a
             tensor is missing.
     """
     tensors = read_state_dict(source, file)
@@ -200,7 +200,7 @@ def load_into(
     own = module.state_dict()
     tensors = _own_names(own, tensors)
     other_classes = _other_classes(module, tensors)
-    fitting: dict[str, Tensor] = {}
+    matching: dict[str, Tensor] = {}
     wrong: list[str] = []
 
     if classes is not None and classes.differ:
@@ -211,7 +211,7 @@ def load_into(
         elif key not in own:
             report.unexpected.append(key)
         elif value.shape == own[key].shape:
-            fitting[key] = value
+            matching[key] = value
         elif key in other_classes:
             report.mismatched.append(key)
         else:
@@ -222,22 +222,22 @@ def load_into(
             f"{name} does not fit the {what}: {len(wrong)} tensors differ in shape"
             f"{few(wrong, 3)}; check the architecture, MODEL.fc_dim and MODEL.in_channels"
         )
-    if not fitting and not report.mismatched:
+    if not matching and not report.mismatched:
         raise ValueError(
             f"{name} does not fit the {what}: no tensor name matches; it has{few(list(tensors))}, "
             f"the {what} has{few(list(own))}"
         )
-    for key, value in fitting.items():
+    for key, value in matching.items():
         if value.is_complex() != own[key].is_complex():
-            raise ValueError(f"{name} does not fit the {what}: {key} is of {value.dtype}")
+            raise ValueError(f"{name} does not fit the {what}: {key} is {value.dtype}")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name} is damaged: {key} holds values that are not finite")
+            raise ValueError(f"{name} is damaged: {key} contains non-finite values")
 
-    report.matched = list(fitting)
-    report.missing = [key for key in _weighty(own) if key not in tensors]
+    report.matched = list(matching)
+    report.missing = [key for key in _required(own) if key not in tensors]
     if strict and not report.ok:
         raise ValueError(f"{report}")
-    module.load_state_dict(fitting, strict=False)
+    module.load_state_dict(matching, strict=False)
     logger.log(logging.INFO if report.ok else logging.WARNING, "%s", report)
     return report
 
@@ -245,7 +245,7 @@ def load_into(
 def _with_rows(
     module: nn.Module, tensors: Mapping[str, Tensor], classes: ClassRows, report: LoadReport
 ) -> dict[str, Tensor]:
-    """The tensors, with those of classes as the module has them; the report names these."""
+    """The tensors, with class rows reordered as in the module; the report lists them."""
     own, found = module.state_dict(), dict(tensors)
     find: Callable[[], dict[str, tuple[int, ...]]] = getattr(module, "class_tensors", dict)
     for key, axes in find().items():
@@ -263,25 +263,25 @@ def load_encoder(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> LoadReport | None:
-    """Initialises an encoder.
+    """Loads pretrained weights into an encoder.
 
     Args:
-        encoder: takes the weights.
-        arch: its name, e.g. "resnet50dilated".
-        weights: "" for the published ImageNet weights of `arch` (downloaded once), "none" for
-            random ones, "torchvision:NAME" (see `TORCHVISION`), "torchvision:PATH" or
-            "torchvision:URL" for a file under torchvision's names, "tfslim:PATH" (MobileNetV2
-            trained by TF-slim, likewise), else a path or url. Torchvision's names are recognised,
-            but those of MobileNetV2. Where the encoder reads further image channels and the file
-            has three, filters are widened as by `encoders.base.widen_input`.
-        mean: what the input is shifted by, RGB in [0, 1]; only "tfslim:" depends on it.
-        std: what the input is divided by; only "tfslim:" depends on it.
+        encoder: the encoder.
+        arch: its name, for example "resnet50dilated".
+        weights: "": the published ImageNet weights of `arch` (downloaded once); "none": random;
+            "torchvision:NAME" (see `TORCHVISION`); "torchvision:PATH" or "torchvision:URL": a file
+            with torchvision's names; "tfslim:PATH": a MobileNetV2 trained with TF-slim, with
+            torchvision's names; otherwise a path or URL. Torchvision's names are also recognised
+            in other files, except for MobileNetV2. If the encoder has more input channels than
+            the file, weights are added as by `encoders.base.widen_input`.
+        mean: mean of the input normalisation, RGB in [0, 1]; used by "tfslim:" only.
+        std: standard deviation of the input normalisation; used by "tfslim:" only.
 
     Returns:
         The report, or None for random weights.
 
     Raises:
-        ValueError: the weights do not belong to this architecture, or half of them are missing.
+        ValueError: the weights are of another architecture, or more than half are missing.
         FileNotFoundError: the path does not exist.
         DownloadError: the file could not be downloaded.
     """
@@ -300,8 +300,8 @@ def load_encoder(
         path = resolve(rest)
         state = convert_tfslim_mobilenet(read_state_dict(path), mean=mean, std=std)
         return _initialise(encoder, arch, state, f"{path} (TF-slim)")
-    if text == "" and arch.lower() in INSIDE:
-        inner, part = INSIDE[arch.lower()]
+    if text == "" and arch.lower() in SUBMODULES:
+        inner, part = SUBMODULES[arch.lower()]
         return load_encoder(encoder.get_submodule(part), inner, "")
     path = resolve(text) if text else fetch_imagenet(arch)
     state = read_state_dict(path)
@@ -346,66 +346,66 @@ def timm_names(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]
 def _of_torchvision(
     path: Path, state: Mapping[str, Tensor], encoder: nn.Module
 ) -> dict[str, Tensor] | None:
-    """The state under the names used here, if it has torchvision's."""
+    """The state with the names used here, if it has torchvision's; otherwise None."""
     renamed = torchvision_encoder(state)
     own = encoder.state_dict().keys()
     if any(path.name.endswith(source.file) for source in TORCHVISION.values()):
         return renamed
-    # A MobileNetV2 under torchvision's names may be TF-slim's, which expects another input.
-    told = len(own & renamed.keys()) > len(own & state.keys()) and MOBILENET_KEY not in state
-    return renamed if told else None
+    # A MobileNetV2 with torchvision's names may be TF-slim's, whose input normalisation differs.
+    recognised = len(own & renamed.keys()) > len(own & state.keys()) and MOBILENET_KEY not in state
+    return renamed if recognised else None
 
 
 def _initialise(
     encoder: nn.Module, arch: str, state: Mapping[str, Tensor], file: str
 ) -> LoadReport:
-    """Loads an initialisation, which may have fewer image channels, and may not be mostly missing.
+    """Loads pretrained weights, which may have fewer input channels.
 
     Raises:
-        ValueError: the encoder has at least twice as many tensors as are found in the file.
+        ValueError: the file has fewer than half of the encoder's tensors.
     """
     own = encoder.state_dict()
     state = _own_names(own, state)
-    wanted = _weighty(own)
+    wanted = _required(own)
     found = [key for key in wanted if key in state]
     if 0 < 2 * len(found) < len(wanted):
         path = file.removesuffix(" (torchvision)").removesuffix(" (TF-slim)")
         names = f", or to 'torchvision:{path}' or 'tfslim:{path}' if it is under such names"
         raise ValueError(
-            f"{file} does not fit encoder {arch}: it has {len(found)} of its {len(wanted)} tensors"
-            f" (it has {len(state)}{few(list(state), 2)}): set MODEL.weights_encoder to weights "
-            f"of {arch}{'' if arch.startswith('timm:') else names}"
+            f"{file} does not fit encoder {arch}: {len(found)} of its {len(wanted)} tensors are "
+            f"in the file, which has {len(state)}{few(list(state), 2)}; set MODEL.weights_encoder "
+            f"to weights of {arch}{'' if arch.startswith('timm:') else names}"
         )
-    fitting = {k: _widened(v, own[k].shape) if k in own else v for k, v in state.items()}
-    return load_into(encoder, fitting, what="encoder", file=file)
+    widened = {k: _widened(v, own[k].shape) if k in own else v for k, v in state.items()}
+    return load_into(encoder, widened, what="encoder", file=file)
 
 
 def _widened(value: Tensor, shape: torch.Size) -> Tensor:
-    """Filters of red, green and blue with what an encoder for further image channels adds."""
-    further = shape[1] - 3 if len(shape) == 4 else 0
-    if further <= 0 or value.shape != (shape[0], 3, *shape[2:]):
+    """Weights of three input channels, extended to those of `shape` as by `widen_input`."""
+    added = shape[1] - 3 if len(shape) == 4 else 0
+    if added <= 0 or value.shape != (shape[0], 3, *shape[2:]):
         return value
-    return torch.cat([value, value.mean(1, keepdim=True).expand(-1, further, -1, -1)], dim=1)
+    return torch.cat([value, value.mean(1, keepdim=True).expand(-1, added, -1, -1)], dim=1)
 
 
 def load_decoder(
     decoder: nn.Module, arch: str, weights: str | Path, classes: ClassRows | None = None
 ) -> LoadReport | None:
-    """Initialises a decoder.
+    """Loads pretrained weights into a decoder.
 
     Args:
-        decoder: takes the weights.
-        arch: its name, e.g. "ppm_deepsup".
-        weights: "" or "none" leaves it random; "torchvision:NAME" takes the head of a model in
-            `TORCHVISION`, "torchvision:PATH" or "torchvision:URL" that in a file of one;
-            else a path or url.
-        classes: which of a path's classes continue as which (see `load_into`).
+        decoder: the decoder.
+        arch: its name, for example "ppm_deepsup".
+        weights: "" or "none": random; "torchvision:NAME": the head of a model in `TORCHVISION`;
+            "torchvision:PATH" or "torchvision:URL": the head in such a file; otherwise a path or
+            URL.
+        classes: correspondence of classes for a path or URL (see `load_into`).
 
     Returns:
         The report, or None for random weights.
 
     Raises:
-        ValueError: the weights do not belong to this decoder.
+        ValueError: the weights are of another decoder.
         FileNotFoundError: the path does not exist.
         DownloadError: the file could not be downloaded.
     """
@@ -426,6 +426,6 @@ def load_decoder(
 def _only_mobilenet(arch: str, weights: str) -> None:
     if backbone_of(arch) != "mobilenetv2":
         raise ValueError(
-            f"{weights!r} holds a MobileNetV2 and cannot initialise encoder {arch!r}; use it "
-            f"with mobilenetv2dilated"
+            f"{weights!r} is a MobileNetV2 and cannot initialise encoder {arch!r}: set "
+            "MODEL.arch_encoder mobilenetv2dilated"
         )

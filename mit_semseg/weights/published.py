@@ -57,19 +57,19 @@ SAMPLE_IMAGE = (
 
 
 def published_checkpoint(config_name: str) -> tuple[list[str], list[str]]:
-    """Urls of the encoder and of the decoder of a published ADE20K model.
+    """URLs of the encoder and of the decoder of a published ADE20K model.
 
     Args:
-        config_name: e.g. "ade20k-resnet50dilated-ppm_deepsup".
+        config_name: for example "ade20k-resnet50dilated-ppm_deepsup".
 
     Raises:
-        ValueError: nothing is published under this name.
+        ValueError: there is no published model of this name.
     """
     # The recipe's file name is shorter than the published folder's.
     config_name = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}.get(config_name, config_name)
     if config_name not in PUBLISHED:
         raise ValueError(
-            f"no checkpoint is published for {config_name!r}; there are "
+            f"no checkpoint is published for {config_name!r}; published are "
             f"{', '.join(sorted(PUBLISHED))}{closest(config_name, list(PUBLISHED))}"
         )
     urls = []
@@ -83,22 +83,23 @@ def fetch_published(name: str, dest_dir: str | Path, *, image: bool = True) -> l
     """Downloads a published ADE20K model, and the sample image, into a folder.
 
     Args:
-        name: e.g. "ade20k-resnet50dilated-ppm_deepsup".
-        dest_dir: takes `encoder_epoch_N.pth`, `decoder_epoch_N.pth` and `ADE_val_00001519.jpg`.
-        image: fetch the sample image too.
+        name: for example "ade20k-resnet50dilated-ppm_deepsup".
+        dest_dir: folder for `encoder_epoch_N.pth`, `decoder_epoch_N.pth` and
+            `ADE_val_00001519.jpg`.
+        image: also download the sample image.
 
     Returns:
         Paths of the encoder, the decoder and the image.
 
     Raises:
-        ValueError: nothing is published under this name.
+        ValueError: there is no published model of this name.
         DownloadError: a file could not be downloaded.
     """
     dest = Path(dest_dir)
     paths = []
     for urls in published_checkpoint(name):
         path = fetch(urls, dest / urls[-1].rsplit("/", 1)[-1])
-        read_state_dict(path)  # no digest is published: at least a whole file of tensors
+        read_state_dict(path)  # no digest is published, so check that it can be read
         paths.append(path)
     if image:
         paths.append(

@@ -1,4 +1,4 @@
-"""Where weights are published, and how a name, a path or a url becomes a local file."""
+"""Origins of pretrained weights, and their download: from a name, path or URL to a local file."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ HOST = "http://sceneparsing.csail.mit.edu/model/"
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where ImageNet weights come from and what they expect.
+    """Origin and input normalisation of pretrained weights.
 
     Attributes:
-        file: name in the cache.
-        urls: mirrors, in order of preference.
-        sha256: digest or its first digits; None where none was published.
-        licence: of the weights, as far as their publisher states one.
-        paper: of the architecture.
-        mean: subtracted from RGB in [0, 1].
-        std: divided by.
-        data: what they were trained on.
+        file: file name in the cache.
+        urls: URLs, in order of preference.
+        sha256: digest or its first digits; None if none is published.
+        licence: licence of the weights, as far as their publisher states one.
+        paper: paper of the architecture.
+        mean: mean of the input normalisation, RGB in [0, 1].
+        std: standard deviation of the input normalisation.
+        data: training data.
     """
 
     file: str
@@ -52,7 +52,7 @@ def _csail(file: str, paper: str) -> WeightSource:
     url = f"{HOST}pretrained_resnet/{file}"
     return WeightSource(
         file=file,
-        urls=(url,),  # http only: the host's certificate is for another name
+        urls=(url,),  # not https: the server's certificate is for another host
         sha256=None,
         licence="BSD-3-Clause (the published toolkit's; none is stated for the file itself)",
         paper=paper,
@@ -61,11 +61,11 @@ def _csail(file: str, paper: str) -> WeightSource:
 
 @dataclass(frozen=True)
 class TorchvisionSource(WeightSource):
-    """Weights of torchvision, under its names (see `torchvision_encoder`, `torchvision_decoder`).
+    """Weights of torchvision, with its names (see `torchvision_encoder`, `torchvision_decoder`).
 
     Attributes:
-        encoder: the backbone that takes them.
-        decoders: those that take the head, or some layers of it; empty where it is not used.
+        encoder: backbone that they can be loaded into.
+        decoders: decoders that the head, or some layers of it, can be loaded into.
     """
 
     encoder: str = ""
@@ -73,7 +73,7 @@ class TorchvisionSource(WeightSource):
 
     @property
     def segments(self) -> bool:
-        """Whether it is a segmentation model, and not one of ImageNet's classes."""
+        """Whether it is a segmentation model, not an ImageNet classifier."""
         return self.data != WeightSource.data
 
 
@@ -97,7 +97,7 @@ def _torchvision(
 
 
 def _digest_in_name(name: str) -> str | None:
-    """`mobilenet_v2-b0353104.pth` -> `b0353104`, torch hub's convention."""
+    """`mobilenet_v2-b0353104.pth` -> `b0353104`, as torch hub names files."""
     match = re.search(r"-([0-9a-f]{8,64})\.(pth|pt|bin)$", name)
     return match[1] if match else None
 
@@ -181,11 +181,11 @@ TORCHVISION: dict[str, TorchvisionSource] = {
 The name of a model stands for its first weights, as published with torchvision's early releases;
 the second ones of ImageNet, from a longer training, have the name that torchvision gives them.
 
-Those of a segmentation model are for encoder and decoder both, and the encoder has output stride 8
+Those of a segmentation model are for both encoder and decoder, and the encoder has output stride 8
 (`torchvision_resnet50dilated`) or, for MobileNetV3, 16 (`mobilenetv3_large_dilated16`). Its 21
-classes are those of Pascal VOC in their order, as in the class table of data format voc2012: 0 is
-background, then come aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow,
-diningtable, dog, horse, motorbike, person, pottedplant, sheep, sofa, train and, 20, tvmonitor.
+classes are those of Pascal VOC in the order of the data format voc2012: 0 is background, then
+aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
+motorbike, person, pottedplant, sheep, sofa, train and, 20, tvmonitor.
 """
 
 WEIGHTS: dict[str, WeightSource] = {
@@ -203,23 +203,20 @@ WEIGHTS: dict[str, WeightSource] = {
         paper="Yu et al. 2017, arXiv:1705.09914",
     ),
 }
-"""Published ImageNet weights by backbone; dilation does not change the weights.
-
-Where the published toolkit has none, they are torchvision's.
-"""
+"""ImageNet weights by backbone: those of the published toolkit, otherwise torchvision's."""
 for _source in TORCHVISION.values():
     if not _source.segments:
         WEIGHTS.setdefault(_source.encoder, _source)
 
 
-# Encoders of several branches, one of which is a published backbone: that, and its name in them.
-INSIDE = {
+# Encoders with a published backbone as a submodule: its architecture, and its attribute name.
+SUBMODULES = {
     "bisenet_resnet18": ("resnet18", "context"),
     "icnet_resnet50": ("resnet50", "backbone"),
 }
 
 
-# Encoders whose weights are those of a backbone, and its name.
+# Encoder -> backbone with the same weights.
 _BACKBONES = {
     f"{name}{suffix}": name
     for name in WEIGHTS
@@ -230,21 +227,21 @@ _BACKBONES["vgg16_bn_indices"] = "vgg16_bn"
 
 
 def backbone_of(arch: str) -> str:
-    """`resnet50dilated`, ... -> `resnet50`; the name itself where no weights are published."""
+    """`resnet50dilated`, ... -> `resnet50`; the name itself if no weights are published."""
     return _BACKBONES.get(arch.lower(), arch.lower())
 
 
 def imagenet_weights(arch: str) -> WeightSource:
-    """Where the published ImageNet weights of an encoder are.
+    """Origin of the ImageNet weights of an encoder.
 
     Raises:
-        ValueError: none are published for this encoder.
+        ValueError: there are none for this encoder.
     """
     name = backbone_of(arch)
     if name not in WEIGHTS:
         raise ValueError(
-            f"no ImageNet weights are published for encoder {arch!r} (they are for "
-            f"{', '.join(sorted(WEIGHTS))}): set MODEL.weights_encoder to 'none', a path or a url"
+            f"there are no ImageNet weights for encoder {arch!r} (only for "
+            f"{', '.join(sorted(WEIGHTS))}): set MODEL.weights_encoder to 'none', a path or a URL"
             f"{closest(name, list(WEIGHTS))}"
         )
     return WEIGHTS[name]
@@ -256,7 +253,7 @@ def cache_dir() -> Path:
 
 
 def mirrored(path: str, urls: Sequence[str]) -> list[str]:
-    """The urls, after the user's own mirror where MIT_SEMSEG_MIRROR names its base url."""
+    """The URLs, after one of the mirror whose base URL is in MIT_SEMSEG_MIRROR, if any."""
     base = os.environ.get(MIRROR, "").rstrip("/")
     return ([f"{base}/{path}"] if base else []) + list(urls)
 
@@ -266,22 +263,22 @@ def _is_url(text: str) -> bool:
 
 
 def resolve(source: str | Path) -> Path:
-    """Turns an encoder name, a path or a url into a local file, downloading it when needed.
+    """Turns an encoder name, a path or a URL into a local file, downloading it if necessary.
 
     Args:
-        source: a backbone or encoder name (its published ImageNet weights), a url, or a path.
+        source: a backbone or encoder name (its ImageNet weights), a URL, or a path.
 
     Returns:
         Path of an existing file.
 
     Raises:
-        FileNotFoundError: the path does not exist; lists the weight files beside it.
+        FileNotFoundError: the path does not exist; the message lists weight files in its folder.
         DownloadError: the file could not be downloaded.
     """
     text = str(source)
     if _is_url(text):
         name = urllib.parse.urlsplit(text).path.rsplit("/", 1)[-1] or "weights.pth"
-        # Many urls end in the same name (encoder_epoch_20.pth).
+        # With a hash of the URL, as many end in the same name (encoder_epoch_20.pth).
         return fetch(
             text,
             cache_dir() / f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-{name}",
@@ -315,7 +312,7 @@ def fetch_imagenet(arch: str) -> Path:
 
 
 def fetch_torchvision(name: str, *, encoder: str = "", decoder: str = "") -> Path:
-    """The file behind "torchvision:NAME", which must hold weights of this encoder or decoder."""
+    """The file of "torchvision:NAME", whose weights must be for this encoder or decoder."""
     if _is_url(name) or Path(name).expanduser().exists():
         return resolve(name)
     if name not in TORCHVISION:
@@ -328,10 +325,10 @@ def fetch_torchvision(name: str, *, encoder: str = "", decoder: str = "") -> Pat
         raise ValueError(
             f"'torchvision:{name}' cannot initialise encoder {encoder!r}: "
             f"{_other_stem(name, encoder)}set MODEL.arch_encoder to {source.encoder} or a dilated "
-            f"form of it"
+            "variant of it"
         )
     if decoder and decoder not in source.decoders:
-        fix = "MODEL.weights_decoder to 'none': it holds ImageNet weights"
+        fix = "MODEL.weights_decoder to 'none': these are ImageNet weights"
         if source.segments:
             fix = f"MODEL.arch_decoder to {' or '.join(source.decoders)}"
         raise ValueError(f"'torchvision:{name}' cannot initialise decoder {decoder!r}: set {fix}")
@@ -339,8 +336,8 @@ def fetch_torchvision(name: str, *, encoder: str = "", decoder: str = "") -> Pat
 
 
 def _other_stem(name: str, encoder: str) -> str:
-    """Why two ResNets that have nearly the same name are not the same."""
+    """Explains that torchvision's ResNets and those here differ in the stem."""
     deep = ("resnet18", "resnet50", "resnet101", "resnext101")
     if not name.lower().startswith("res") or backbone_of(encoder) not in deep:
         return ""
-    return "torchvision's ResNets begin with one 7x7 convolution, this one with three 3x3; "
+    return "torchvision's ResNets have a stem of one 7x7 convolution, this one of three 3x3; "

@@ -1,4 +1,4 @@
-"""TF-slim's MobileNetV2 -> the published names and input convention."""
+"""Conversion of TF-slim's MobileNetV2 to the published names and input normalisation."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ def convert_tfslim_mobilenet(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> dict[str, Tensor]:
-    """A TF-slim MobileNetV2 (torchvision's names) -> the published names and input convention.
+    """Converts a TF-slim MobileNetV2 (torchvision's names) to the published names and input.
 
-    TF-slim feeds z = 2x - 1 for RGB x in [0, 1]; this project y = (x - mean) / std, so that
-    z = 2 std y + (2 mean - 1). The factor goes into the first convolution and the constant into
-    the running mean that follows it. TF-slim's BatchNorm adds 1e-3 to the variance, torch's 1e-5:
-    the difference is added to the stored variances. In evaluation mode this is exact wherever
-    no zero padding is seen; padding stands for grey there and for the mean colour here. (On even
-    sizes TF's "SAME" padding also samples stride-2 convolutions one pixel further on; nothing
-    makes up for that, and fine-tuning does not mind.)
+    The input of TF-slim is z = 2x - 1 for RGB x in [0, 1], the one here y = (x - mean) / std, so
+    z = 2 std y + (2 mean - 1). The factor is merged into the first convolution, and the constant
+    into the running mean after it. BatchNorm's eps is 1e-3 in TF-slim and 1e-5 here: the difference
+    is added to the running variances. In evaluation mode the results are equal except near the
+    image border, where zero padding is grey there and the mean colour here. (On even sizes, TF's
+    "SAME" padding also shifts strided convolutions by one pixel, which is not corrected.)
 
     Args:
         state: the tensors.
-        mean: (3,) of this project's input.
-        std: (3,) likewise.
+        mean: (3,) mean of the input normalisation here.
+        std: (3,) its standard deviation.
 
     Returns:
         New tensors, float32.
+
+    Raises:
+        ValueError: the tensors are not those of a MobileNetV2.
     """
     out = rename_torchvision_mobilenet(state)
     first, shift = "features.0.0.weight", "features.0.1.running_mean"

@@ -1,4 +1,4 @@
-"""Names of torchvision's models -> the names used here."""
+"""Conversion of the state dict names of torchvision's models to those used here."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ MOBILENET_KEY = (
 
 
 def torchvision_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of a torchvision model, under the names that the encoders here have.
+    """The backbone of a torchvision model, with the names of the encoders here.
 
     Args:
-        state: of a classification model, or of a segmentation model with a backbone.
+        state: state dict of a classification model, or of a segmentation model.
 
     Returns:
-        New mapping, without classifiers; a model under other names comes back as it is.
+        New mapping, without classifiers; other names are unchanged.
     """
     if any(key.startswith("backbone.") for key in state):
         state = {k.removeprefix("backbone."): v for k, v in state.items() if "classifier" not in k}
-        if "0.0.weight" in state:  # MobileNetV3, whose blocks are numbered in `features`
+        if "0.0.weight" in state:  # MobileNetV3, whose blocks are in `features` here
             state = {f"features.{k}": v for k, v in state.items()}
     if MOBILENET_KEY in state:
         return rename_torchvision_mobilenet(state)
-    # The published DenseNets are older than their module names: denselayer1.norm.1 is norm1 now.
+    # The published DenseNets have the older name denselayer1.norm.1 instead of denselayer1.norm1.
     dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
     heads = ("classifier.", "fc.")
     return {dotted.sub(r"\1\2.", k): v for k, v in state.items() if not k.startswith(heads)}
 
 
 def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") -> dict[str, Tensor]:
-    """The head of a torchvision model, under the names of the decoders here.
+    """The head of a torchvision model, with the names of the decoders here.
 
     FCN's, DeepLabv3's and LR-ASPP's for `fcn_head*`, `deeplabv3*` and `lraspp`; the first two
     layers of VGG16's classifier, as convolutions, for `fcn32s`, `fcn16s` and `fcn8s`.
 
     Args:
-        state: of the whole model.
-        file: to name in the error.
+        state: state dict of the whole model.
+        file: its name, for the error.
 
     Raises:
         ValueError: there is no such head.
@@ -76,15 +76,15 @@ def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") ->
             if key.startswith(f"{layer}."):
                 renamed[ours + key.removeprefix(layer)] = value
     if "conv_last.weight" not in renamed:
-        raise ValueError(f"{file} holds no head of torchvision's FCN, DeepLabv3, LR-ASPP or VGG16")
+        raise ValueError(f"{file} has no head of torchvision's FCN, DeepLabv3, LR-ASPP or VGG16")
     return renamed
 
 
 def rename_torchvision_mobilenet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Torchvision's MobileNetV2 names -> the published ones; the classifier is left out.
+    """Converts torchvision's MobileNetV2 names to the published ones, without the classifier.
 
     Both have the same layers in the same order. Torchvision nests each conv-BN-ReLU6 of a block
-    (`conv.0.1` is the BN of the first), the published encoder counts them through (`conv.1`).
+    (`conv.0.1` is the first BN), the published encoder numbers layers consecutively (`conv.1`).
     """
     nested = re.compile(r"features\.(\d+)\.conv\.(\d+)\.(\d+)\.(\w+)")
     plain = re.compile(r"features\.(\d+)\.conv\.(\d+)\.(\w+)")

@@ -51,7 +51,7 @@ def test_nothing_is_written_outside(tmp_path, untouched, kind, name):
         write_tar(path, tar_entry("good"), tar_entry(name))
     out = tmp_path / "deep" / "out"
     out.mkdir(parents=True)
-    refused = pytest.raises(ValueError, match="refuses to unpack the path")
+    refused = pytest.raises(ValueError, match="contains the unsafe path")
     with untouched(but=out), refused as caught:
         unpack(path, out, progress=False)
     assert str(path) in str(caught.value) and not Path("/evil").exists()
@@ -94,7 +94,7 @@ def test_more_than_the_disk_holds(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "x.zip", "a.bin")
     free = SimpleNamespace(free=100)
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda folder: free)
-    with pytest.raises(OSError, match=r"x\.zip: 'a\.bin' is to be 10240 bytes, but .* has 100"):
+    with pytest.raises(OSError, match=r"x\.zip: 'a\.bin' has 10240 bytes, but .* has 100"):
         unpack(path, tmp_path / "out", progress=False)
     assert list((tmp_path / "out").iterdir()) == []
 

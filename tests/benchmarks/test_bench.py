@@ -103,7 +103,7 @@ def test_a_failing_side_ends_the_run(prepare, message):
         take_turns({"good": good, "bad": good}, 0, processes=processes)
         began = time.monotonic()
         with pytest.raises(SideError, match=message):
-            take_turns({"good": good, "bad": prepare}, 2, patience=3, processes=processes)
+            take_turns({"good": good, "bad": prepare}, 2, timeout=3, processes=processes)
         assert time.monotonic() - began < 60
         assert not processes.sides["bad"].process.is_alive()
     finally:
@@ -162,12 +162,12 @@ def test_new_shapes_are_judged_against_known_ones():
     assert row.judge(shapes_timings(row, 0.0451, 0.03))[1] is False
     assert row.judge(shapes_timings(row, 0.04, 0.0308))[1] is False  # 259.7 images/s
     measured = shapes_timings(row, 0.06, 0.03)
-    asked = "50 shapes: at most 1.5 x a known one (2.00 x); known, 260 images/s (267)"
-    assert row.judge(measured) == (asked, False)
+    target = "50 shapes: at most 1.5 x a known one (2.00 x); known, 260 images/s (267)"
+    assert row.judge(measured) == (target, False)
     assert measured["published"].median == 0.03 and measured["ours"].median == 0.06
     assert measured["published"].busy == 0.5 and measured["ours"].extra_mib == 7
     # All are different, of sizes that networks of stride 8 take, and no longer than 1000.
-    drawn = row.drawn()
+    drawn = row.random_shapes()
     assert len(set(drawn)) == 60
     assert all(side % 8 == 0 and side <= 1000 for shape in drawn for side in shape)
 
@@ -179,8 +179,8 @@ def test_folder_prediction_is_judged_with_enough_cores(monkeypatch):
     result["seconds"] = 1 / 89
     slow = row.measured({"ours": Timing([9.0], result=result)})
     assert row.judge(slow)[1] is False
-    asked, met = FolderPrediction(rate=90, cores=10**6).judge(slow)
-    assert met is None and "with 1000000 cores, here are" in asked
+    target, met = FolderPrediction(rate=90, cores=10**6).judge(slow)
+    assert met is None and "with 1000000 cores, here are" in target
 
 
 def test_the_rows_of_a_gpu_differ_and_fit_into_four_minutes():
@@ -288,7 +288,7 @@ TINY = gpu.Sizes(
     scale=64,
     peer=(64, 64),
     burst=0.01,
-    haste=10.0,
+    shorten=10.0,
 )
 
 
@@ -318,7 +318,7 @@ def test_gpu_rows_run_on_the_cpu_at_a_small_size(tmp_path):
     for one in outcomes:
         assert one.seconds > 0 and one.busy is None
     assert by_type[rows.Prediction].utilisation
-    assert "shapes: at most 1.5 x a known one" in by_type[NewShapes].asked
+    assert "shapes: at most 1.5 x a known one" in by_type[NewShapes].target
     assert by_type[NewShapes].ratio and by_type[NewShapes].images_per_second
     assert by_type[FolderPrediction].images_per_second
     assert by_type[Replicas].published_seconds
@@ -354,7 +354,7 @@ def test_cores_used_by_other_programs(tmp_path, monkeypatch):
 def test_results_are_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(OtherPrograms, "cores", lambda self: 1.25)
     outcomes = command.bench("cpu", tmp_path, quick=True, only="colours")
-    assert [one.group for one in outcomes] == ["Figures"]
+    assert [one.group for one in outcomes] == ["Metrics"]
     assert outcomes[0].equal_labels == 1
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["rows"][0]["ratio"] == outcomes[0].ratio

@@ -99,7 +99,7 @@ def as_read(words):
 def test_the_whole_new_command_line_is_told_and_can_be_read(typed):
     command, *words = shlex.split(typed)
     advice = replacement(command, words, f"mit-semseg {command}")
-    told = advice.partition("; type: ")[2].rpartition("&& ")[2]
+    told = advice.partition("; run: ")[2].rpartition("&& ")[2]
     assert told == f"mit-semseg {CASES[typed]}"
     as_read(shlex.split(told)[1:])
     for word in words:
@@ -109,7 +109,7 @@ def test_the_whole_new_command_line_is_told_and_can_be_read(typed):
 
 def test_lists_of_2017_are_made_first():
     advice = replacement("eval", ["--root_img", "d/photos", "--root_seg", "d/masks"], "x")
-    made = advice.partition("; type: ")[2].partition(" && ")[0]
+    made = advice.partition("; run: ")[2].partition(" && ")[0]
     assert made == "mit-semseg data make-odgt --images d/photos --labels d/masks --out lists"
     args = build_parser().parse_args(shlex.split(made)[1:])
     assert (args.images, args.labels, args.out) == ("d/photos", "d/masks", "lists")
@@ -137,7 +137,7 @@ def test_the_command_says_so_in_one_line(script, argv, told, monkeypatch, capsys
     monkeypatch.setattr("sys.argv", [script, "--id", "a"])
     assert main([*argv, "--id", "a"]) == 2
     said = capsys.readouterr().err
-    assert said == f"error: flags have been replaced: --id by DIR; type: {told}\n"
+    assert said == f"error: flags have been replaced: --id by DIR; run: {told}\n"
 
 
 def test_the_page_names_every_flag_and_shows_what_is_said():
@@ -153,9 +153,9 @@ def test_the_page_names_every_flag_and_shows_what_is_said():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--num_gpus", "needs a number, and has been replaced: use --gpus with a number"),
+        ("--num_gpus", "needs a number, and was replaced: use --gpus with a number"),
         ("--num_gpus two", "needs a number"),
-        ("--arch_encoder --gpus 0", "needs a value, and has been replaced: use MODEL."),
+        ("--arch_encoder --gpus 0", "needs a value, and was replaced: use MODEL."),
     ],
 )
 def test_a_flag_without_its_value_is_named(words, message):

@@ -16,7 +16,7 @@ from dataset_files import config, named, put_image, stems
 from mit_semseg.dataset import build_split, check_sample, class_table, coco, load_mask
 from mit_semseg.dataset.checking import check
 from mit_semseg.dataset.cocostuff import UNUSED
-from mit_semseg.dataset.drawn import Drawing, drawn_once
+from mit_semseg.dataset.mask_cache import MaskJob, cached_masks
 
 
 def pixels(expected):
@@ -152,12 +152,12 @@ def test_concurrent_processes_draw_each_mask_once(tmp_path, monkeypatch):
         return np.full((1, 1), number, np.uint8)
 
     todo = [
-        Drawing({"fpath_img": f"{k}.jpg", "fpath_segm": f"masks/{k}.png"}, partial(draw, k))
+        MaskJob({"fpath_img": f"{k}.jpg", "fpath_segm": f"masks/{k}.png"}, partial(draw, k))
         for k in range(100)
     ]
     with ThreadPoolExecutor(3) as pool:
         calls = [
-            pool.submit(drawn_once, tmp_path, "masks.odgt", lambda: todo, "", "x.json", {})
+            pool.submit(cached_masks, tmp_path, "masks.odgt", lambda: todo, "", "x.json", {})
             for _ in range(3)
         ]
     assert [call.result() for call in calls] == [[one.record for one in todo]] * 3
@@ -176,24 +176,24 @@ SCALED = [{"image_id": 7, "category_id": 1, "segmentation": [[0.1, 0, 0.9, 0, 0.
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"images": None}, "has no 'images'; it is no annotation file"),
-        ({"annotations": None}, "has no 'annotations'; it is no annotation file"),
+        ({"images": None}, "has no 'images'; it is not an annotation file"),
+        ({"annotations": None}, "has no 'annotations'; it is not an annotation file"),
         ({"annotations": [None]}, "entry 0 of 'annotations' is None"),
         ({"images": [3]}, "entry 0 of 'images' is 3"),
         ({"height": None}, "image 000007.jpg: 'height' is None, not a number of pixels"),
         ({"width": "8"}, "image 000007.jpg: 'width' is '8'"),
-        ({"width": 10**9}, "image 000007.jpg: 1000000000 x 6 pixels are more than an image has"),
+        ({"width": 10**9}, "image 000007.jpg: 1000000000 x 6 pixels are more than images may have"),
         ({"id": None}, "image 000007.jpg: 'id' is None"),
         ({"id": [7]}, r"image 000007.jpg: 'id' is \[7\]"),
         ({"file_name": None}, "image 0: 'file_name' is None"),
         ({"images": []}, "its list of images is empty"),
         ({"annotations": []}, "its list of annotations is empty"),
-        ({"categories": None}, "has no 'categories', a list of id and name"),
+        ({"categories": None}, "has no 'categories', a list with the id and name"),
         ({"categories": [{"id": 1}]}, "entry 0 of 'categories' is {'id': 1}"),
         ({"categories": [{"id": 1, "name": " "}]}, "entry 0 of 'categories'"),
         ({"categories": categories("a", "b", second=1)}, "two of its categories have the id 1"),
         ({"categories": categories("a", "a ")}, "two of its categories have the name 'a'"),
-        ({"category_id": 12}, "annotation 0 has category_id 12, which is none of its categories"),
+        ({"category_id": 12}, "annotation 0 has category_id 12, not one of its categories"),
         ({"category_id": None}, "annotation 0 has category_id None"),
         ({"category_id": "84"}, "annotation 0 has category_id '84'"),
         ({"segmentation": []}, "annotation 0 has an empty segmentation"),
@@ -201,7 +201,10 @@ SCALED = [{"image_id": 7, "category_id": 1, "segmentation": [[0.1, 0, 0.9, 0, 0.
         ({"id": 8}, "images 000007.jpg and 000008.jpg both have the id 8"),
         ({"file_name": "000008.png"}, "images 000008.png and 000008.jpg would share one mask"),
         ({"segmentation": [1, 1, 3, 1, 3, 3]}, r"000007.jpg: .*a polygon is a list .* not 1"),
-        ({"segmentation": [[1, 1, 3, 1, 3, None]]}, "000007.jpg: .* at None, which is no number"),
+        (
+            {"segmentation": [[1, 1, 3, 1, 3, None]]},
+            "000007.jpg: .* at None, which is not a number",
+        ),
         ({"segmentation": [[1, 1, 3, 1, 3, math.nan]]}, "000007.jpg: .* at nan, which is no"),
         ({"segmentation": {"size": [6, 8], "counts": None}}, "000007.jpg: .*run lengths .*None"),
         ({"segmentation": {"size": None, "counts": [48]}}, "000007.jpg: .* of size None"),

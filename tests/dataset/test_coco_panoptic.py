@@ -50,7 +50,7 @@ def test_coco_panoptic_says_what_is_wrong(tmp_path):
     panoptic_tree(tmp_path)
     picture = tmp_path / "annotations/panoptic_val2017/000009.png"
     put(picture, np.array([[[3, 2, 1], [6, 0, 0]]], np.uint8))
-    with pytest.raises(ValueError, match=r"000009\.png: segment 6 has no entry in the json"):
+    with pytest.raises(ValueError, match=r"000009\.png: segment 6 has no entry in the JSON file"):
         build_split(cfg, "val")
     picture.write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"000009\.png: cannot be read"):
@@ -93,5 +93,5 @@ def test_an_unwritable_folder_for_masks_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OSError, match="semantic_masks, but it cannot be written to"):
+    with pytest.raises(OSError, match="semantic_masks, but the folder is not writable"):
         build_split(config("coco_panoptic", tmp_path, 133), "val")

@@ -59,7 +59,7 @@ def test_run_lengths_by_hand():
         ([[[1, 1], [2, 2]]], r"a corner of a polygon is at \[1, 1\]"),
         ([[1, 1, 2, 2, 3, 10**400]], "a corner of a polygon is at 1000"),
         ({"size": [3, 4], "counts": [12.0]}, "are whole numbers"),
-        ({"size": [3, 4], "counts": "o" * 10**6}, "longer than any image"),
+        ({"size": [3, 4], "counts": "o" * 10**6}, "larger than any image"),
         ([[1, 1, 2, 2, 3]], "an x and a y for each corner, not 5 numbers"),
     ],
 )

@@ -105,7 +105,7 @@ def test_turned_as_pillow_turns_the_whole_picture(window, angle):
     expected = np.asarray(whole)[down, right]
     frame = _Frame.around([down, right], (51, 71), angle)
     part = tv_tensors.Mask(torch.from_numpy(mask[frame.inside].astype(np.int64))[None])
-    got = frame.turned(part, angle, -1)[0].numpy()
+    got = frame.rotated(part, angle, -1)[0].numpy()
     assert got.shape == expected.shape
     # Which of two pixels is nearest may be a matter of rounding.
     assert (got == expected).mean() > 0.98
@@ -124,7 +124,7 @@ def test_rotated_crops_use_the_pixels_around_them(angle):
     frame = _Frame.around([down, right], (90, 100), angle)
     assert frame.beyond == [0, 0, 0, 0]
     part = tv_tensors.Image(image[:, frame.inside[0], frame.inside[1]])
-    got = frame.turned(part, angle, [255.0, 255.0, 255.0]).int()
+    got = frame.rotated(part, angle, [255.0, 255.0, 255.0]).int()
     assert (got - expected).abs().max() <= 1
 
 
@@ -308,7 +308,7 @@ def test_settings_are_checked_one_by_one(key, value, says):
     [
         ({"crop_size": []}, r"needs a crop size: set DATASET.crop_size \[height, width"),
         ({"crop_size": [40, 48]}, r"\[40, 48\].*multiples of .*padding_constant 16.*\[48, 48\]"),
-        ({"segm_downsampling_rate": 12}, "padding_constant 16 is no multiple of .*rate 12"),
+        ({"segm_downsampling_rate": 12}, "padding_constant 16 is not a multiple of .*rate 12"),
         ({"batch": 0}, "batch_size_per_gpu is 0"),
     ],
 )

@@ -99,7 +99,7 @@ def test_make_odgt_leaves_out_masks_that_cannot_store_labels(samples):
     listed = [Path(x["fpath_img"]).stem for x in read_odgt(report["training"])]
     assert listed == ["good", "grey"]
     colour_error, lossy_error = report["unusable"]
-    assert "colour.png: a mask of mode RGB does not hold one class" in colour_error
+    assert "colour.png: a mask of mode RGB does not have one class" in colour_error
     assert "lossy.jpg: a JPEG mask has altered label values; save masks as PNG" in lossy_error
 
 
@@ -170,7 +170,7 @@ def test_label_maps_of_the_commands(tmp_path, capsys):
     assert "class 0" in said and "75.00%" in said and "warning" not in said
     with pytest.raises(ValueError, match="class 1, but DATASET.num_class is 1"):
         call("check", where, *pairs, "--num-class", "1")
-    with pytest.raises(ValueError, match="camvid knows what its values mean"):
+    with pytest.raises(ValueError, match="camvid defines its own"):
         call("check", "train", "--format", "camvid", *pairs)
 
     put(tmp_path / "m/1.png", row(0, 1, 1, 255))

@@ -57,7 +57,7 @@ def test_unpack_one_folder(tmp_path, name):
     (out / "sub/b.txt").write_bytes(b"half of it")
     assert unpack(packed, out, "top", progress=False) == 2
     assert tree(out) == {"a.txt": b"A", "sub/b.txt": b"bb"}
-    with pytest.raises(ValueError, match="holds no files in nowhere"):
+    with pytest.raises(ValueError, match="contains no files in nowhere"):
         unpack(packed, out, "nowhere", progress=False)
     (tmp_path / "page.zip").write_text("<html>")
     with pytest.raises(ValueError, match=r"page\.zip: neither a zip nor a tar"):
@@ -79,7 +79,7 @@ def test_download_prints_the_licence_and_unpacks(tmp_path, monkeypatch, capsys):
     assert not download("camvid", tmp_path / "none", progress=False)
     text = capsys.readouterr().out
     assert "see http://home" in text and "holds: a/" in text and "ready" not in text
-    with pytest.raises(ValueError, match="needs a url, or a name"):
+    with pytest.raises(ValueError, match="needs a URL or a name"):
         Archive(())
 
 
@@ -88,7 +88,7 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch, c
     ade, name = tmp_path / "ade", "ADEChallengeData2016"
     assert not download("ade20k", ade, progress=False)
     text = capsys.readouterr().out
-    assert f"fetch http://data.csail.mit.edu/places/ADEchallenge/{name}.zip" in text
+    assert f"download http://data.csail.mit.edu/places/ADEchallenge/{name}.zip" in text
     assert f"put it at {ade / name}.zip" in text and "annotations/validation" in text
     # The archive put there by hand is taken.
     files = {
@@ -112,7 +112,7 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch, c
 def test_archives_fetched_by_hand_are_unpacked(tmp_path, capsys):
     assert not download("cityscapes", tmp_path, progress=False)
     text = capsys.readouterr().out
-    assert "see https://www.cityscapes-dataset.com/downloads/, which asks for a regis" in text
+    assert "see https://www.cityscapes-dataset.com/downloads/, which requires a regis" in text
     assert f"put it at {tmp_path / 'gtFine_trainvaltest.zip'}" in text
     for kind, end in (("leftImg8bit", "leftImg8bit.png"), ("gtFine", "gtFine_labelIds.png")):
         files = {f"{kind}/train/ulm/ulm_000000_000019_{end}": kind.encode(), "README": b""}
@@ -120,7 +120,7 @@ def test_archives_fetched_by_hand_are_unpacked(tmp_path, capsys):
         if kind == "leftImg8bit":
             assert not download("cityscapes", tmp_path, progress=False)
             text = capsys.readouterr().out
-            assert "fetch gtFine" in text and "fetch leftImg8bit" not in text
+            assert "download gtFine" in text and "download leftImg8bit" not in text
     assert download("cityscapes", tmp_path, progress=False)
     (record,) = cityscapes.Cityscapes().records(tmp_path, "train")
     assert (tmp_path / record["fpath_segm"]).read_bytes() == b"gtFine"

@@ -47,7 +47,7 @@ def test_stored_units(tmp_path, name, stored, scale, metres):
     ("name", "mode", "scale", "message"),
     [
         ("d.jpg", "L", 1000.0, "a JPEG has altered depths"),
-        ("d.png", "RGB", 1000.0, "an image of mode RGB is no depth"),
+        ("d.png", "RGB", 1000.0, "a depth image cannot have mode RGB"),
         ("d.png", "L", "sunrgbd", "depth_scale sunrgbd is for images of 16 bits"),
     ],
 )
@@ -170,10 +170,12 @@ def test_depth_that_does_not_fit(root, capsys):
         with pytest.raises(ValueError, match=r"1\.png: 7x5 pixels, but its image .* has 32x40"):
             read()
     del records[1]["fpath_depth"]
-    with pytest.raises(ValueError, match="the list gives no depth; add 'fpath_depth'"):
+    with pytest.raises(ValueError, match="the list has no depth; add 'fpath_depth'"):
         ValDataset(root, records, opt)[1]
     write_odgt(root / "list.odgt", records)
-    with pytest.raises(ValueError, match=r"gives no depth for 1 of 3 images.*fpath_img/1\.png"):
+    with pytest.raises(
+        ValueError, match=r"has no depth for 1 of 3 images, first .*fpath_img/1\.png"
+    ):
         build_split(opt, "train")
 
 
@@ -190,7 +192,7 @@ def test_depth_that_does_not_fit(root, capsys):
         ("MODEL.in_channels 4", "in_channels is 4 and DATASET.depth False: set"),
         ("DATASET.depth True", "in_channels is 3 and DATASET.depth True: set .*channels 4"),
         ("MODEL.in_channels 4 DATASET.depth True DATASET.format camvid",
-         "format camvid has no depth; it is in .*sunrgbd"),
+         "format camvid has no depth; formats with depth: .*sunrgbd"),
         ("DATASET.depth_scale mm", "DATASET.depth_scale is"),
         ("DATASET.depth_scale -1", "DATASET.depth_scale is"),
         ("DATASET.depth_std 0", "DATASET.depth_std is"),

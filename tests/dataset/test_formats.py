@@ -190,12 +190,12 @@ def test_voc_with_sbd(voc):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "no mask of GTcls.Segmentation"),
-        (b"MATLAB 5.0 MAT-file", "no mask of GTcls.Segmentation"),
-        (bytes(200), "no mask of GTcls.Segmentation"),
-        ({"GTinst": 1}, "no mask of GTcls.Segmentation"),
-        ({"GTcls": {"Boundaries": 1}}, "no mask of GTcls.Segmentation"),
-        ({"GTcls": 3}, "no mask of GTcls.Segmentation"),
+        (b"", "has no mask GTcls.Segmentation"),
+        (b"MATLAB 5.0 MAT-file", "has no mask GTcls.Segmentation"),
+        (bytes(200), "has no mask GTcls.Segmentation"),
+        ({"GTinst": 1}, "has no mask GTcls.Segmentation"),
+        ({"GTcls": {"Boundaries": 1}}, "has no mask GTcls.Segmentation"),
+        ({"GTcls": 3}, "has no mask GTcls.Segmentation"),
         ({"GTcls": {"Segmentation": np.zeros((2, 3))}}, r"GTcls.Segmentation is float64 \(2, 3\)"),
         (None, "no such file"),
     ],

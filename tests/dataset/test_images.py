@@ -33,7 +33,7 @@ def at_size(path, size):
         ([0, 0], np.uint16, [0, 0]),
         ([0, 16383], np.uint16, "its largest value is 16383, less than a quarter of 65535"),
         ([0, 1], np.uint16, "its largest value is 1, less than a quarter of 65535"),
-        ([-3.0, 1e6], np.float32, r"mode F with values -3\.\.1e\+06 is no image"),
+        ([-3.0, 1e6], np.float32, r"mode F with values -3\.\.1e\+06 is not an image"),
     ],
 )
 def test_grey_levels_of_other_ranges(tmp_path, stored, kind, expected):

@@ -78,7 +78,7 @@ def test_every_kind_of_file_is_noted(tmp_path, heard, name, load):
     load(file)
     assert heard == [str(file), ""]
     file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"an empty file|a\.mat: no mask"):
+    with pytest.raises(ValueError, match=r"an empty file|a\.mat: has no mask"):
         load(file)
     assert heard == [str(file), ""] * 2 and not READINGS.files()
 

@@ -50,8 +50,8 @@ def test_without_a_compiler_the_fix_is_named(said):
 def test_without_a_compiler_the_first_step_fails(tmp_path):
     code = """
 import torch
-from mit_semseg.models.compilation import compiled_function, compiler_errors
-relu = compiled_function(torch.nn.ReLU().forward)
+from mit_semseg.models.compilation import compiler_errors
+relu = torch.compile(torch.nn.ReLU().forward)
 try:
     with compiler_errors():
         relu(torch.ones(2, 3, requires_grad=True) + 1)

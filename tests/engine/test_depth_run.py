@@ -133,6 +133,6 @@ def test_refused_before_any_work(trained, root, tmp_path):
     listing.write_text(json.dumps(record) + "\n")
     lists = cfg.clone()
     lists.DATASET.format, lists.DATASET.list_train = "odgt", str(listing)
-    with pytest.raises(ValueError, match=r"list_train gives no depth for 1 of 1 images"):
+    with pytest.raises(ValueError, match=r"list_train has no depth for 1 of 1 images"):
         train(lists, [CPU])
     assert not (tmp_path / "none").exists()

@@ -302,7 +302,7 @@ def test_what_cannot_be_evaluated_is_refused(cfg, tmp_path, make_images):
         evaluate(cfg, [CPU], 0, out_dir=tmp_path)
     (tmp_path / "empty.odgt").write_text("\n")
     cfg.DATASET.list_val = str(tmp_path / "empty.odgt")
-    with pytest.raises(ValueError, match=r"empty\.odgt.*holds no records"):
+    with pytest.raises(ValueError, match=r"empty\.odgt.*has no records"):
         evaluate(cfg, [CPU], out_dir=tmp_path, progress=False)
     make_images(tmp_path, SIZES[:2])
     for file in (tmp_path / "img").rglob("*.png"):

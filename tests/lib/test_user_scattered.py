@@ -89,9 +89,9 @@ def test_wrong_inputs_are_refused(inputs):
     ("outputs", "message"),
     [
         ([torch.zeros(2, 3), torch.zeros(2, 4)], r"shapes \[\(2, 3\), \(2, 4\)\]"),
-        ([torch.zeros(2, 3), torch.zeros(2)], "do not join"),
+        ([torch.zeros(2, 3), torch.zeros(2)], "cannot be concatenated"),
         ([{"a": 1}, {"b": 1}], "different keys"),
-        ([(1, 2), (1,)], r"\[2, 1\] items"),
+        ([(1, 2), (1,)], r"lists of lengths \[2, 1\]"),
         ([torch.zeros(2), "text"], "different types"),
     ],
 )

@@ -379,10 +379,10 @@ def test_options_outside_their_range_are_refused(function, options, match):
     [
         ("nl", None, "did you mean 'nll'"),
         ("nll+", None, "unknown loss ''"),
-        ("x*nll", None, r"'x\*nll': before the \* comes a number above 0"),
-        ("nll+0*dice", None, r"'0\*dice': before"),
+        ("x*nll", None, r"'x\*nll': the factor before \* must be a number above 0"),
+        ("nll+0*dice", None, r"'0\*dice': the factor"),
         ("nll+inf*dice", None, "number above 0"),
-        ("2*3*dice", None, r"'2\*3\*dice': before"),
+        ("2*3*dice", None, r"'2\*3\*dice': the factor"),
         ("nll", torch.ones(3), r"shape \(3,\).*5 classes"),
         ("nll", torch.tensor([1.0, 1, -1, 1, 1]), r"are \[1.0, 1.0, -1.0, .*0 or more"),
         ("dice", torch.tensor([1.0, 1, math.nan, 1, 1]), "nan, .*0 or more"),

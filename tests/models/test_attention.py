@@ -1,4 +1,4 @@
-"""Attention in bands against the plain formula, and what it holds."""
+"""Attention in chunks against the plain formula, and its memory."""
 
 import subprocess
 import sys
@@ -20,9 +20,9 @@ def inputs(B=2, N=23, M=17):
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
-@pytest.mark.parametrize("band", [1, 2 * 17 * 5, 1 << 22])  # 23 bands, 5 uneven ones, one
-def test_values_and_gradients_are_those_of_the_formula(band, monkeypatch):
-    monkeypatch.setattr(attention, "_BAND_CPU", band)
+@pytest.mark.parametrize("weights", [1, 2 * 17 * 5, 1 << 22])  # 23 chunks, 5 uneven ones, one
+def test_values_and_gradients_are_those_of_the_formula(weights, monkeypatch):
+    monkeypatch.setattr(attention, "_CHUNK_CPU", weights)
     ours = [x.clone().requires_grad_() for x in inputs()]
     theirs = [x.clone().requires_grad_() for x in inputs()]
     given, wanted = attend(*ours, scale=0.7), plain(*theirs, scale=0.7)
@@ -38,11 +38,9 @@ def test_values_and_gradients_are_those_of_the_formula(band, monkeypatch):
     torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-11)
 
 
-def test_compilation_does_not_unroll_the_bands(monkeypatch):
-    """Each number of bands would be another graph, and each size of image compiled anew."""
-    monkeypatch.setattr(attention, "_BAND_CPU", 256)
-    monkeypatch.setattr(attention, "_run", attention._run)
-    attention.leave_uncompiled()
+def test_compilation_does_not_unroll_the_chunks(monkeypatch):
+    """Otherwise each number of chunks would be another graph, compiled for its image size."""
+    monkeypatch.setattr(attention, "_CHUNK_CPU", 256)
     graphs = []
 
     def backend(graph, inputs):
@@ -50,13 +48,22 @@ def test_compilation_does_not_unroll_the_bands(monkeypatch):
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(attention.attend_maps, backend=backend, dynamic=True)
+    compiled = torch.compile(attend_maps, backend=backend, dynamic=True, fullgraph=True)
     for side in (6, 8, 10, 12):
-        query, value = torch.randn(1, 4, side, side), torch.randn(1, 3, side, side)
-        given = compiled(query, query, value)
-        torch.testing.assert_close(given, attention.attend_maps(query, query, value))
+        query = torch.randn(1, 4, side, side, requires_grad=True)
+        value = torch.randn(1, 3, side, side)
+        given, wanted = compiled(query, query, value), attend_maps(query, query, value)
+        torch.testing.assert_close(given, wanted)
+        (ours,), (theirs,) = (torch.autograd.grad(x.sum(), query) for x in (given, wanted))
+        torch.testing.assert_close(ours, theirs)
     torch._dynamo.reset()
-    assert sum(graphs) < 60, graphs
+    assert len(graphs) == 1
+    assert graphs[0] < 60
+
+
+def test_the_custom_operators_pass_opcheck():
+    q, k, v = (x.requires_grad_() for x in inputs())
+    torch.library.opcheck(torch.ops.mit_semseg.attention, (q, k, v))
 
 
 def test_attention_of_a_pixel_by_hand():

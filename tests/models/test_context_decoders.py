@@ -24,7 +24,7 @@ from mit_semseg.models.pyramid import Tile
 
 @torch.no_grad()
 def test_position_attention_by_the_formula(monkeypatch):
-    monkeypatch.setattr(attention, "_BAND_CPU", 60)  # several bands
+    monkeypatch.setattr(attention, "_CHUNK_CPU", 60)  # several bands
     torch.manual_seed(0)
     layer = PositionAttention(16).double()
     layer.gamma.fill_(0.3)

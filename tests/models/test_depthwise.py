@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mit_semseg.models.depthwise import DepthwiseConv2d, planar_conv2d
+from mit_semseg.models.depthwise import DepthwiseConv2d, contiguous_conv2d
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -92,7 +92,7 @@ def test_the_planar_form_is_torchs(layout):
     conv.to(memory_format=layout)
     x = torch.randn(2, 6, 9, 11, dtype=torch.float64).contiguous(memory_format=layout)
     x.requires_grad_()
-    given, wanted = planar_conv2d(conv, x), F.conv2d(x, conv.weight, None, 1, 2, 2, 6)
+    given, wanted = contiguous_conv2d(conv, x), F.conv2d(x, conv.weight, None, 1, 2, 2, 6)
     assert given.is_contiguous(memory_format=layout)
     torch.testing.assert_close(given, wanted)
     towards = torch.randn_like(wanted)

@@ -158,7 +158,7 @@ def test_strides_become_dilations(arch, layer3, layer4):
 
 
 def test_another_output_stride_is_refused():
-    with pytest.raises(ValueError, match="output_stride is 8; .* takes one of 32, 16"):
+    with pytest.raises(ValueError, match="output_stride is 8; .* supports 32, 16"):
         MobileNetV3Large(output_stride=8)
 
 

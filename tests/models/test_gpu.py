@@ -51,8 +51,8 @@ def compare(encoder, decoder, device):
 @pytest.mark.parametrize(("encoder", "decoder"), every_model())
 def test_the_scores_are_those_of_the_cpu(encoder, decoder, monkeypatch):
     # The copy for prediction proves itself on images of its own: small ones are enough here.
-    monkeypatch.setattr(inference, "_WIRING", (32, 32))
-    monkeypatch.setattr(inference, "_PROOF", ((32, 32),))
+    monkeypatch.setattr(inference, "_TRACE_SIZE", (32, 32))
+    monkeypatch.setattr(inference, "_CHECK_SIZES", ((32, 32),))
     off, limit = compare(encoder, decoder, "cuda")
     assert float((off > limit).double().mean()) <= MOVED.get(decoder, 0.0)
 

@@ -69,12 +69,12 @@ def test_a_shape_is_one_whatever_it_is_cut_from(graphed):
 
 
 def test_the_least_recently_used_graph_is_dropped(graphed):
-    for side in range(1, graphs.MOST_GRAPHS + 1):
+    for side in range(1, graphs.MAX_GRAPHS + 1):
         visit(graphed, side, times=3)
     visit(graphed, 1)
     visit(graphed, 99, times=3)
     sides = {key[0][-1] for key in graphed.graphs}
-    assert len(sides) == graphs.MOST_GRAPHS and {1, 99} < sides and 2 not in sides
+    assert len(sides) == graphs.MAX_GRAPHS and {1, 99} < sides and 2 not in sides
 
 
 def test_graphs_hold_bounded_memory(graphed):
@@ -88,7 +88,7 @@ def test_rare_shapes_are_not_recorded_for_ever(graphed):
     generator = random.Random(0)
     for _ in range(6000):
         graphed(torch.zeros(1, 1, 1, generator.randrange(1, 600)))
-    assert graphed.recordings <= graphed.replays / 2 + graphs.SPARE_RECORDINGS + 1
+    assert graphed.recordings <= graphed.replays / 2 + graphs.FREE_RECORDINGS + 1
 
 
 def test_a_recording_that_runs_out_of_memory_is_given_up(graphed):

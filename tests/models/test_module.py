@@ -256,19 +256,19 @@ MISTAKES = {
     r"net_dec is a Linear: derive it from .*Decoder": lambda: SegmentationModule(
         TinyEncoder(), nn.Linear(1, 1), None
     ),
-    r"aux_weights are \[1\]; .* PresenceDecoder: 2": lambda: SegmentationModule(
+    r"aux_weights is \[1\]; .* PresenceDecoder: 2": lambda: SegmentationModule(
         TinyEncoder(), PresenceDecoder(), None, aux_weights=[1]
     ),
-    r"mirror_pairs are \(\(1, 99\),\), the classes 0 to": lambda: tiny(mirror_pairs=[(1, 99)]),
+    r"mirror_pairs are \(\(1, 99\),\); classes are 0 to": lambda: tiny(mirror_pairs=[(1, 99)]),
     "list of 2.*UserScatteredDataParallel": lambda: tiny()([batch(), batch()]),
     "dict with img_data, got Tensor": lambda: tiny()(batch()["img_data"]),
-    "no 'seg_label'.*has: img_data": lambda: tiny()({"img_data": batch()["img_data"]}),
+    "no 'seg_label'.*its keys: img_data": lambda: tiny()({"img_data": batch()["img_data"]}),
     "no 'img_data'": lambda: tiny()({"seg_label": batch()["seg_label"]}, segSize=(8, 8)),
     "images is empty": lambda: Predictor(tiny(), {}, "cpu").logits([]),
     "crit is None": lambda: SegmentationModule(TinyEncoder(), c1(), None).double()(batch()),
     "deep_sup_scale": lambda: tiny(scale=None).train()(batch()),
     "acc_weight": lambda: tiny().train()({**batch(), "loss_weight": torch.ones(())}),
-    r"images have 4 channels .* takes 3.*DATASET\.depth": lambda: (
+    r"images have 4 channels .* expects 3.*DATASET\.depth": lambda: (
         Pair("resnet18", "c1").build().logits(torch.randn(1, 4, 32, 32))
     ),
     r"batch of 1 with 32 x 32 pixels.*batch_size_per_gpu": lambda: (

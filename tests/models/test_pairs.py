@@ -24,8 +24,8 @@ every_pair = pytest.mark.parametrize(
 def narrow(monkeypatch):
     """FCN's 4096 channels are not needed here; the smallest image proves the copy to itself."""
     monkeypatch.setattr(FCN, "width", 64)
-    monkeypatch.setattr(inference, "_WIRING", (32, 32))
-    monkeypatch.setattr(inference, "_PROOF", ((32, 32),))
+    monkeypatch.setattr(inference, "_TRACE_SIZE", (32, 32))
+    monkeypatch.setattr(inference, "_CHECK_SIZES", ((32, 32),))
 
 
 @every_pair

@@ -122,8 +122,8 @@ def test_weights_add_up_to_one(length, cells, data):
         total[part.start : part.stop] += part.weights
     torch.testing.assert_close(total, torch.ones_like(total))
     for part, after in zip(placed, placed[1:]):
-        assert part.settled == after.start
-    assert placed[-1].settled == len(total)
+        assert part.final == after.start
+    assert placed[-1].final == len(total)
 
 
 def test_a_tile_counts_least_where_it_ends():
@@ -190,7 +190,7 @@ def test_scores_of_many_classes_are_kept_in_half_precision(monkeypatch):
     image = torch.randn(1, 3, 200, 333)
     whole = module.logits(image)
     assert whole.abs().max() > 65504
-    monkeypatch.setattr(tiles, "_IN_FLOAT32", 100)
+    monkeypatch.setattr(tiles, "_MAX_FLOAT32", 100)
     half = TiledNetwork(module, 96)(image)
     assert half.dtype == torch.float16 and half.isfinite().all()
     for scale in (1.0, 1e-5):  # between two classes that compete it is as fine as float32
@@ -291,7 +291,7 @@ def test_a_network_that_changes_sizes_is_computed_whole(caplog):
     image = torch.rand(1, 3, 100, 130)
     with caplog.at_level(logging.WARNING, logger="mit_semseg"):
         assert torch.equal(TiledNetwork(module, 64)(image), module.logits(image))
-    assert "130x100 is computed whole, not in tiles: the network makes" in caplog.text
+    assert "130x100 is computed whole, not in tiles: the network outputs" in caplog.text
 
 
 # ------------------------------------------------------------------------------ sliding windows
@@ -389,7 +389,7 @@ def test_windows_are_padded_with_the_mean_colour():
 
 def test_windows_that_cannot_work_are_refused():
     module = pointwise().float()
-    with pytest.raises(ValueError, match=r"\(13, 12\) pixels of a window of \(100, 96\).* 32"):
+    with pytest.raises(ValueError, match=r"\(13, 12\) pixels for a window of \(100, 96\).* 32"):
         TiledNetwork(module, window=Sliding(100, 96))(torch.rand(1, 3, 200, 200))
     with pytest.raises(ValueError, match=r"window is \[32, 96\]; give \(height, width\) of 64"):
         Sliding(32, 96)

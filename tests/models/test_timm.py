@@ -118,7 +118,7 @@ class TestFamily:
         self, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # What the copy proves to itself is proved here: the smallest image is enough for that.
-        monkeypatch.setattr(inference, "_PROOF", ((64, 64),))
+        monkeypatch.setattr(inference, "_CHECK_SIZES", ((64, 64),))
         module = module_of(made(name)).eval()
         image = torch.randn(1, 3, 64, 96)
         expected = module.logits(image)

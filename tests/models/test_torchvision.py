@@ -175,7 +175,7 @@ def test_heads_that_differ_in_part():
     [
         ("deeplabv3_deepsup", "fcn_resnet50", "MODEL.arch_decoder to fcn_head or fcn_head_deepsup"),
         ("deeplabv3", "deeplabv3_mobilenet_v3_large", "deeplabv3_wide_deepsup"),
-        ("fcn_head", "resnet34", "'none': it holds ImageNet weights"),
+        ("fcn_head", "resnet34", "'none': these are ImageNet weights"),
         ("fcn_head", "fcn_resnet5", "did you mean 'fcn_resnet50'"),
     ],
 )
@@ -186,7 +186,7 @@ def test_weights_of_another_decoder_are_refused(arch, source, reason):
 
 def test_a_file_without_a_head_is_refused(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth.* holds no head of torchvision"):
+    with pytest.raises(ValueError, match=r"x\.pth.* has no head of torchvision"):
         load_decoder(nn.Conv2d(3, 3, 1), "fcn_head", f"torchvision:{tmp_path / 'x.pth'}")
 
 
@@ -296,7 +296,7 @@ def test_a_file_without_most_of_the_encoder_is_refused(tmp_path):
         load_encoder(encoder, "mobilenetv2dilated", str(path))
     message = str(caught.value)
     wanted = sum("num_batches" not in k for k in before)
-    assert re.search(rf"mine\.pth does not fit .* has \d+ of its {wanted} tensors", message)
+    assert re.search(rf"mine\.pth does not fit .* \d+ of its {wanted} tensors", message)
     assert f"'torchvision:{path}'" in message and "\n" not in message
     torch.testing.assert_close(encoder.state_dict(), before, rtol=0, atol=0)
     report = load_encoder(encoder, "mobilenetv2dilated", f"torchvision:{path}")

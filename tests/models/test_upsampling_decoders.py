@@ -100,7 +100,7 @@ def test_unet_goes_up_where_strides_double(arch):
         doubled = sum(b == 2 * a for a, b in zip(declared.strides, declared.strides[1:]))
         transposed = [m for m in decoder.modules() if isinstance(m, nn.ConvTranspose2d)]
         assert len(transposed) == (doubled if arch == "unet" else 0)
-    with pytest.raises(ValueError, match=r"strides \(4, 6\) cannot be gone up step by step"):
+    with pytest.raises(ValueError, match=r"strides are \(4, 6\), but this decoder needs"):
         ModelBuilder.build_decoder(arch, channels=(8, 8), strides=(4, 6))
 
 

@@ -94,7 +94,7 @@ def test_missing_and_left_over_are_reported_and_logged(caplog):
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     line = caplog.records[0].getMessage()
     assert line == (
-        "decoder from w.pth: 9 tensors matched, 1 missing (cbr.0.weight), 7 left over "
+        "decoder from w.pth: 9 tensors matched, 1 missing (cbr.0.weight), 7 unexpected "
         "(extra0.weight, extra1.weight, extra2.weight, extra3.weight, extra4.weight, ...)"
     )
 
@@ -139,7 +139,7 @@ def test_what_is_no_weight_file_is_refused_by_name(tmp_path, content, capsys):
         path.write_bytes(b"<html>not here</html>")
     elif content == "cut":
         path.write_bytes(path.read_bytes()[:-400])
-    reason = r"w\.pth is damaged \(cut short" if content == "cut" else "w.pth"
+    reason = r"w\.pth is damaged \(truncated" if content == "cut" else "w.pth"
     with pytest.raises(ValueError, match=rf"^.*{reason}.*$"):
         load_into(Head(), path, what="decoder")
     assert "code of the file ran" not in capsys.readouterr().out

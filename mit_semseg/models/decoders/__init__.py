@@ -1,6 +1,6 @@
-"""Decoders by name: one file a model, registered in `DECODERS`."""
+"""Decoders: one file per architecture, registered by name in `DECODERS`."""
 
-# Importing registers.
+# Importing a module registers its decoders.
 from mit_semseg.models.decoders import (  # noqa: F401
     bisenet,
     bisenetv2,

@@ -1,4 +1,4 @@
-"""What a decoder is: features -> logits, and the published calling convention on top, once."""
+"""Base class of decoders: feature maps -> logits, and the published calling convention."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ DECODERS: Registry[type[Decoder]] = Registry("decoder", "docs/models.md")
 
 
 def reduce(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """(N, C, h, w) -> (N, C, *size), no larger: means over areas that cover all pixels.
+    """(N, C, h, w) -> (N, C, *size), not larger: means over areas that cover all pixels.
 
-    `resize` reads four pixels for each of the result, and leaves the others without a gradient.
+    In contrast, `resize` reads four pixels for each output, and the others get no gradient.
     """
     (h, w), (H, W) = x.shape[2:], size
     if h % H == w % W == 0:
@@ -31,21 +31,21 @@ def reduce(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 
 
 def crop(x: Tensor, sides: tuple[int, int] | None) -> Tensor:
-    """(N, C, h, w) -> without the rows and columns beyond (H, W), if there are any."""
+    """(N, C, h, w) -> (N, C, min(h, H), min(w, W)) with sides (H, W); None: unchanged."""
     return x if sides is None else x[..., : sides[0], : sides[1]]
 
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """A head beside the main one, which exists to be trained.
+    """An auxiliary head, used in training only.
 
     Attributes:
-        weight: of its loss; None takes TRAIN.deep_sup_scale.
+        weight: weight of its loss; None: TRAIN.deep_sup_scale.
         loss: `loss(logits, label (B, h, w) int64, -1 ignored)` -> scalar, for a head that does not
-            score pixels; None resizes its scores to the label and takes the configured loss.
-        denominator: `denominator(label)` -> scalar: what the mean in `loss` divides by, from which
-            the shares of replicas and ranks follow; None: the same as the configured loss. A loss
-            that has one may be several means, (n,), of which this gives the (n,) denominators.
+            score pixels; None: the configured loss, with its scores resized to the label.
+        denominator: `denominator(label)` -> scalar, what the mean in `loss` is divided by, from
+            which the weights of replicas and ranks are computed; None: as for the configured loss.
+            If `loss` returns several means, (n,), it returns their denominators, (n,).
     """
 
     weight: float | None = None
@@ -54,19 +54,19 @@ class Auxiliary:
 
 
 class Decoder(nn.Module):
-    """Turns an encoder's feature maps into class scores.
+    """Computes class scores from the feature maps of an encoder.
 
-    A subclass takes the keyword arguments below, passes them on, builds its layers, and
-    implements `logits`; everything else is here.
+    A subclass passes the arguments below to this class, builds its layers, and implements
+    `logits`.
 
     Attributes:
         min_feature_maps: least number of feature maps that it can be built for.
         supported_encoders: names of the encoders it works with; empty: all with enough maps.
         auxiliary: its auxiliary heads, in the order in which `logits` returns their scores.
-        trains_scores: whether the configured loss is taken of the main head's scores; otherwise
-            `auxiliary` is all that trains.
-        pool_scales: sides of the grids that it averages the deepest map over, taken from `pools`:
-            what a tile of an image must know of the whole. Its `logits` then takes a second
+        trains_scores: whether the configured loss is computed for the main head; if not, only the
+            losses of `auxiliary` are.
+        pool_scales: output sizes of its adaptive average pools of the deepest map (see `pools`).
+            Tiles of an image get the pools of the whole image: if set, `logits` has a second
             argument, `tile` (see `models.pyramid.Tile`).
 
     Deviations:
@@ -93,14 +93,14 @@ class Decoder(nn.Module):
         strides: Sequence[int] | None = None,
         use_softmax: bool = False,
     ) -> None:
-        """Remember what every decoder needs to know.
+        """Initialise the decoder.
 
         Args:
             channels: channels of each feature map, deepest last.
-            num_class: classes told apart.
-            strides: strides of the feature maps, for decoders that choose by them.
-            use_softmax: `forward` gives probabilities (inference) rather than
-                log-probabilities (training).
+            num_class: number of classes.
+            strides: strides of the feature maps, for decoders that depend on them.
+            use_softmax: `forward` returns probabilities (inference) instead of log-probabilities
+                (training).
         """
         super().__init__()
         self.channels = tuple(channels)
@@ -109,10 +109,10 @@ class Decoder(nn.Module):
         self.use_softmax = use_softmax
 
     def class_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name -> axes, of the tensors whose shape depends on the number of classes.
+        """Name -> axes of the tensors whose shape depends on the number of classes.
 
-        A checkpoint for another number of classes has all others. Two decoders of this kind,
-        which differ by one class, are built without memory and compared.
+        All other tensors can be loaded from a checkpoint with another number of classes. To find
+        them, two decoders whose number of classes differs by one are built on the meta device.
         """
         states = []
         for num_class in (self.num_class, self.num_class + 1):
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         return {name: found for name, found in axes.items() if found}
 
     def with_classes(self, num_class: int) -> Decoder:
-        """A new decoder of this kind for another number of classes."""
+        """A new decoder of this class for another number of classes."""
         return type(self)(self.channels, num_class=num_class, strides=self.strides)
 
     def encoder_layers(self) -> list[nn.Module]:
@@ -137,18 +137,18 @@ class Decoder(nn.Module):
         """Learn how much of the training is done, from 0 to 1, before each step."""
 
     def pools(self, x: Tensor, tile: Tile | None) -> list[Tensor]:
-        """Adaptive average pools at `pool_scales`, (B, C, s, s) each, of the whole image's map of
-        which x, (B, C, h, w), is a tile, or all of it."""
+        """Adaptive average pools at `pool_scales`, (B, C, s, s) each, of the whole image's map; x,
+        (B, C, h, w), is that map, or the part of it at `tile`."""
         return pooled(x, self.pool_scales, tile)
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        """Scores of the main head first; those of `auxiliary` after it, in training only.
+        """Scores of the main head, followed in training by those of the `auxiliary` heads.
 
         Args:
             features: (B, channels[i], h_i, w_i), deepest last.
 
         Returns:
-            Tuple of (B, num_class, h, w); of heads with a loss of their own, what that takes.
+            Tuple of (B, num_class, h, w); for a head with its own `loss`, the input of that.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement logits")
 
@@ -158,10 +158,10 @@ class Decoder(nn.Module):
         size: tuple[int, int] | None = None,
         image: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Class probabilities of the main head, (B, num_class, *size), at least float32.
+        """Class probabilities of the main head, (B, num_class, *size), in at least float32.
 
-        Logits are resized before the softmax, as published. First those beyond an image of the
-        sides `image` are cropped: sides rounded up on the way down may leave such.
+        Logits are resized before the softmax, as published. Before that they are cropped to
+        `image`, the (H, W) of the input, which they can exceed as strides round sizes up.
         """
         return self._scores(crop(self.logits(features)[0], image), size).softmax(dim=1)
 
@@ -171,11 +171,11 @@ class Decoder(nn.Module):
         size: tuple[int, int] | None = None,
         image: tuple[int, int] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Log-probabilities of every head, (B, num_class, *size) each, at least float32.
+        """Log-probabilities of every head, (B, num_class, *size) each, in at least float32.
 
-        In training scores that are finer, as labels may be coarse, are reduced by means over areas,
-        so that every one of them learns. Of heads with a loss of their own, the scores as they are.
-        `image` is as for `probabilities`.
+        In training, scores that are finer than the label are averaged over areas, so that all of
+        them get a gradient. The scores of heads with their own `loss` are returned unchanged.
+        `image` is as in `probabilities`.
         """
         main, *others = self.logits(features)
         areas = self.training
@@ -194,11 +194,11 @@ class Decoder(nn.Module):
 
         Args:
             conv_out: feature maps, deepest last.
-            segSize: (H, W) that the scores are resized to; None keeps the network's resolution.
+            segSize: (H, W) that the scores are resized to; None: the network's resolution.
 
         Returns:
-            With `use_softmax`: probabilities (B, num_class, H, W). Otherwise log-probabilities,
-            a tensor, or in training the tuple (main, *auxiliary) when there are such heads.
+            With `use_softmax`: probabilities (B, num_class, H, W). Otherwise log-probabilities:
+            a tensor, or in training with auxiliary heads the tuple (main, *auxiliary).
         """
         if self.use_softmax:
             return self.probabilities(conv_out, segSize)
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def _scores(logits: Tensor, size: tuple[int, int] | None, areas: bool = False) -> Tensor:
-        # Under autocast logits are half precision, too coarse for a sum over classes.
+        # Under autocast logits are in half precision, too coarse for a sum over classes.
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if size is not None and tuple(logits.shape[-2:]) != tuple(size):
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
 
 
 def init_weights(decoder: nn.Module) -> None:
-    """Kaiming normal for convolutions, also transposed; BatchNorm starts with weight 1, bias 1e-4.
+    """Kaiming normal for convolutions, also transposed; BatchNorm gets weight 1 and bias 1e-4.
 
     Paper: He et al. 2015, arXiv:1502.01852, sec. 2.2.
     """
@@ -225,7 +225,7 @@ def init_weights(decoder: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
         elif isinstance(module, nn.ConvTranspose2d):
-            # Of a k x k filter, k^2 / stride^2 taps meet in each pixel of the result.
+            # Each output pixel is the sum of k^2 / stride^2 taps of a k x k kernel.
             taps = math.prod(module.kernel_size) / math.prod(module.stride)
             nn.init.normal_(module.weight, std=(2 / (module.in_channels * taps)) ** 0.5)
         elif isinstance(module, BatchNorm2d):

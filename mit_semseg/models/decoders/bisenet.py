@@ -1,4 +1,4 @@
-"""BiSeNet: refined context, fused with spatial detail."""
+"""BiSeNet: refinement of the context path, and its fusion with the spatial path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mit_semseg.models.pyramid import Tile
 
 
 class AttentionRefinement(nn.Module):
-    """3x3 convolution whose channels are weighed by their means.
+    """3x3 convolution, then channel attention computed from the mean of each channel.
 
     Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.2, fig. 2 (b).
     """
@@ -35,7 +35,7 @@ class AttentionRefinement(nn.Module):
 
 
 class FeatureFusion(nn.Module):
-    """Two maps joined, then their channels weighed by their means and added to themselves.
+    """Concatenation and 1x1 convolution of two maps, then channel attention with a residual.
 
     Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.3, fig. 2 (c).
     """
@@ -62,16 +62,15 @@ def head(n_in: int, width: int, num_class: int) -> nn.Sequential:
 
 @DECODERS.register("bisenet")
 class BiSeNet(Decoder):
-    """Context of stride 32 and 16, refined from the image's mean down, fused with the spatial path.
+    """Attention refinement of the context at strides 32 and 16, fused with the spatial path.
 
-    Scores are at stride 8. Auxiliary heads: on the context after each refinement, with weight 1 as
-    published.
+    Scores are at stride 8. Auxiliary heads: one after each refinement, with weight 1 as published.
 
-    Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.2 to 3.4. Of what the paper leaves open, widths
-    and the convolution after each upsampling are as in the authors' code.
+    If an image is computed in tiles (`models.tiles`), the global mean is that of the whole image,
+    but channel attention is computed from the tile.
 
-    A tile of an image (see `models.tiles`) knows the mean of the whole one; the attentions that
-    weigh channels see the tile.
+    Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.2 to 3.4. The channels, and the convolution
+    after each upsampling, which the paper does not specify, are as in the authors' code.
 
     Deviations:
         - Context and scores are resized with `align_corners=False`; the authors' code has True.

@@ -16,8 +16,8 @@ from mit_semseg.models.layers import conv_bn_relu
 class C1(Decoder):
     """3x3 conv-BN-ReLU to a quarter of the channels, then 1x1 to the classes.
 
-    The simplest head of the published toolkit, from no paper of its own: the auxiliary head of
-    Zhao et al. 2017, arXiv:1612.01105, sec. 3.3, as the only one.
+    The simplest head of the published MIT toolkit. It has no paper; it is the auxiliary head of
+    Zhao et al. 2017, arXiv:1612.01105, sec. 3.3.
     """
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
@@ -33,4 +33,4 @@ class C1(Decoder):
 
 @DECODERS.register("c1_deepsup", "c1_bilinear_deepsup")
 class C1DeepSup(DeepSup, C1):
-    """C1 with the same head on the feature map before the last, in training."""
+    """C1 with an auxiliary head, also C1, on the feature map before the last."""

@@ -1,4 +1,4 @@
-"""DANet: attention among pixels and attention among channels, added up."""
+"""DANet: position attention and channel attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mit_semseg.models.pyramid import without_autocast
 
 
 class PositionAttention(nn.Module):
-    """Every pixel gets a mean over all pixels, weighed by how they match; it begins with none.
+    """Self-attention between pixels, added to the input with a learned factor, initially 0.
 
     Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.2, eq. 1 and 2; scores are not scaled.
     """
@@ -33,10 +33,10 @@ class PositionAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Every channel gets a mean over all channels, weighed by how they differ; begins with none.
+    """Attention between channels, added to the input with a learned factor, initially 0.
 
-    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.3, eq. 3 and 4, with the scores subtracted from
-    their maximum as in the authors' code: channels that are unlike weigh more.
+    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.3, eq. 3 and 4. As in the authors' code, scores
+    are subtracted from their maximum, so dissimilar channels get larger weights.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.flatten(2)  # (B, C, N)
-        # Sums over all pixels run over in float16.
+        # Sums over all pixels overflow in float16.
         with without_autocast(x.device):
             wide = channels.to(torch.promote_types(x.dtype, torch.float32))
             mixed = (-(wide @ wide.transpose(1, 2))).softmax(dim=2) @ wide
@@ -54,12 +54,14 @@ class ChannelAttention(nn.Module):
 
 @DECODERS.register("danet")
 class DANet(Decoder):
-    """Position attention and channel attention on a quarter of the channels, and their sum.
+    """The sum of position attention and channel attention, each on a quarter of the channels.
 
-    Auxiliary heads: one on what each attention gives, with weight 1, as in the authors' code.
+    Auxiliary heads: one after each attention, with weight 1, as in the authors' code.
 
-    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.1 and 3.4. Memory is linear in the pixels (see
-    `models.attention`). A tile of an image (see `models.tiles`) attends to itself only.
+    Memory is linear in the number of pixels (`models.attention`). If an image is computed in tiles
+    (`models.tiles`), attention is computed within each tile.
+
+    Paper: Fu et al. 2019, arXiv:1809.02983, sec. 3.1 and 3.4.
 
     Deviations:
         - Scores are resized with `align_corners=False`; the authors' code has True.

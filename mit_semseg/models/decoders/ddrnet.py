@@ -12,7 +12,7 @@ from mit_semseg.models.decoders.base import DECODERS, Auxiliary, Decoder, init_w
 
 
 class PreActivationHead(nn.Module):
-    """BatchNorm, ReLU, 3x3 convolution, twice, where the second convolution is a 1x1 classifier.
+    """BatchNorm, ReLU, 3x3 convolution, BatchNorm, ReLU, 1x1 classifier.
 
     Paper: Hong et al. 2021, arXiv:2101.06085, sec. III-D (the segmentation head).
     """
@@ -35,7 +35,8 @@ class PreActivationHead(nn.Module):
 class DDRNet(Decoder):
     """A head on the sum of both branches, and an auxiliary one on the fine branch, at stride 8.
 
-    The auxiliary loss has the weight 0.4, as published. Layers have the names of the authors' code.
+    The auxiliary loss has weight 0.4, as published. State dict names are those of the authors'
+    code.
 
     Paper: Hong et al. 2021, arXiv:2101.06085, sec. III-D.
     """

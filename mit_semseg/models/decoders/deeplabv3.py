@@ -19,21 +19,22 @@ RATES = (6, 12, 18)
 
 
 class ASPP(nn.Module):
-    """1x1 and dilated 3x3 convolutions and the mean over the image, joined by a 1x1.
+    """Atrous spatial pyramid pooling: 1x1 and dilated 3x3 convolutions, and image pooling.
 
-    Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3 and fig. 5. Names are torchvision's.
+    Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3 and fig. 5. State dict names are those of
+    torchvision.
     """
 
     def __init__(
         self, n_in: int, rates: Sequence[int], width: int = 256, drop: float = 0.5
     ) -> None:
-        """Build the branches.
+        """Initialise the branches.
 
         Args:
-            n_in: channels of the input.
+            n_in: input channels.
             rates: dilation of each 3x3 convolution.
-            width: channels of each branch and of the output.
-            drop: rate of the dropout at the end.
+            width: output channels of each branch and of the module.
+            drop: dropout probability at the end.
         """
         super().__init__()
         dilated = [conv_bn_relu(n_in, width, dilation=rate) for rate in rates]
@@ -44,25 +45,25 @@ class ASPP(nn.Module):
         )
 
     def forward(self, x: Tensor, mean: Tensor) -> Tensor:
-        """Features that know several surroundings of every pixel.
+        """Concatenates the branches and projects them.
 
         Args:
             x: (N, n_in, H, W).
-            mean: (N, n_in, 1, 1), that of the whole image of which x may be a part.
+            mean: (N, n_in, 1, 1), the mean over the whole image, of which x may be a tile.
 
         Returns:
             (N, width, H, W).
         """
         *local, image = self.convs
-        # The last branch begins with the same pooling again, which leaves a mean as it is; resizing
-        # a single value is repeating it.
+        # The last branch starts with average pooling, which does not change the mean. To resize a
+        # single value is to repeat it.
         maps = [branch(x) for branch in local]
         maps.append(image(mean).expand(-1, -1, *x.shape[-2:]))
         return self.project(torch.cat(maps, dim=1))
 
 
 def aspp_rates(strides: Sequence[int] | None) -> tuple[int, ...]:
-    """Dilations that reach as far in the image whatever the output stride: 6, 12, 18 at 16."""
+    """Dilations 6, 12 and 18 at output stride 16, and in inverse proportion at others."""
     stride = 16 if strides is None else strides[-1]
     return tuple(max(rate * 16 // stride, 1) for rate in RATES)
 
@@ -71,8 +72,8 @@ def aspp_rates(strides: Sequence[int] | None) -> tuple[int, ...]:
 class DeepLabV3(Decoder):
     """ASPP, a 3x3 convolution and a classifier.
 
-    Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3: dilations 6, 12 and 18 at output stride 16,
-    twice as much at 8 (half at 32), by the stride that the encoder declares.
+    Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3: dilations are 6, 12 and 18 at output stride
+    16, twice as much at 8, half at 32.
 
     Deviations:
         - A 3x3 convolution precedes the classifier, and ASPP ends in dropout of 0.5, as in
@@ -104,7 +105,7 @@ class DeepLabV3(Decoder):
 
 @DECODERS.register("deeplabv3_deepsup")
 class DeepLabV3DeepSup(FCNAuxiliary, DeepLabV3):
-    """DeepLabv3 with an auxiliary head, which torchvision's published weights have.
+    """DeepLabv3 with an auxiliary head, as torchvision's weights have.
 
     Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3.
     """
@@ -112,9 +113,9 @@ class DeepLabV3DeepSup(FCNAuxiliary, DeepLabV3):
 
 @DECODERS.register("deeplabv3_wide_deepsup")
 class DeepLabV3WideDeepSup(DeepLabV3DeepSup):
-    """DeepLabv3 with dilations 12, 24 and 36 whatever the output stride.
+    """DeepLabv3 with dilations 12, 24 and 36 at any output stride.
 
-    Those are the dilations of torchvision's `deeplabv3_mobilenet_v3_large`, at stride 16.
+    torchvision's `deeplabv3_mobilenet_v3_large` has them at output stride 16.
 
     Paper: Chen et al. 2017, arXiv:1706.05587, sec. 3.3.
     """

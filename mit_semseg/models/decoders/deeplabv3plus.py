@@ -1,4 +1,4 @@
-"""DeepLabv3+: DeepLabv3 with a decoder that returns to stride 4."""
+"""DeepLabv3+: ASPP, and a decoder with low-level features at stride 4."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mit_semseg.models.pyramid import Tile
 
 
 def low_level(strides: Sequence[int] | None) -> int:
-    """Index of the map that gives the detail: the deepest of stride 4 or less, else the finest."""
+    """Index of the low-level features: the deepest map of stride 4 or less, else the finest."""
     if strides is None:
         return 0
     fine = [i for i, stride in enumerate(strides[:-1]) if stride <= 4]
@@ -24,13 +24,13 @@ def low_level(strides: Sequence[int] | None) -> int:
 
 @DECODERS.register("deeplabv3plus")
 class DeepLabV3Plus(Decoder):
-    """ASPP, joined with 48 channels of a map of stride 4, two 3x3 convolutions, a classifier.
+    """ASPP, concatenated with low-level features (48 channels), two 3x3 convolutions, a classifier.
 
-    Scores have the stride of that map: the encoder's deepest of stride 4 or less, or else its
-    finest.
+    The low-level features are the encoder's deepest map of stride 4 or less, or else its finest;
+    scores have their stride.
 
-    Paper: Chen et al. 2018, arXiv:1802.02611, sec. 3.1 and 4.1. The paper does not speak of the
-    dropout at the end of ASPP; its rate of 0.1 is that of the authors' code.
+    Paper: Chen et al. 2018, arXiv:1802.02611, sec. 3.1 and 4.1. ASPP ends in dropout of 0.1 as in
+    the authors' code; the paper does not mention it.
 
     Deviations:
         - Convolutions are ordinary, as in the paper's own ResNet variant, not separable (sec. 3.2),

@@ -1,4 +1,4 @@
-"""Deep supervision: a second head on the feature map before the last, for training."""
+"""Deep supervision: an auxiliary head on the feature map before the last."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mit_semseg.models.pyramid import Tile
 
 
 class DeepSup(Decoder):
-    """Adds a head like C1 on the feature map before the last, in training, to a decoder.
+    """Mixin that adds an auxiliary C1 head on the feature map before the last to a decoder.
 
-    It stands in front of the decoder: `class X(DeepSup, Y)`.
+    Use it as the first base class: `class X(DeepSup, Y)`.
 
     Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.3 (the auxiliary loss).
 
     Attributes:
-        quarter_of: index of the map of whose channels the head's convolution has a quarter; the
-            published decoders take the last map's, torchvision's that of the map it reads.
-        dropout_kind, dropout_rate: of the dropout before the head's classifier, if there is any.
+        quarter_of: index of a feature map: the head's 3x3 convolution outputs a quarter of its
+            channels. -1 as published; torchvision uses the map that the head reads, -2.
+        dropout_kind, dropout_rate: class and probability of the dropout before the classifier.
     """
 
     min_feature_maps = 2
@@ -44,13 +44,13 @@ class DeepSup(Decoder):
         return max(self.channels[self.quarter_of] // 4, 1)
 
     def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
-        # Only decoders that pool take a tile.
-        given = (features,) if tile is None else (features, tile)
-        heads = super().logits(*given)
+        # Only decoders with `pool_scales` accept a tile.
+        arguments = (features,) if tile is None else (features, tile)
+        heads = super().logits(*arguments)
         return (*heads, self.auxiliary_logits(features)) if self.training else heads
 
     def auxiliary_logits(self, features: list[Tensor]) -> Tensor:
-        """Scores of the auxiliary head, (B, num_class, h, w) as the map before the last."""
+        """Scores of the auxiliary head, (B, num_class, h, w), at the size of the map it reads."""
         x: Tensor = self.dropout_deepsup(self.cbr_deepsup(features[-2]))
         scores: Tensor = self.conv_last_deepsup(x)
         return scores

@@ -1,4 +1,4 @@
-"""DenseASPP: dilated convolutions that each read the outputs of all before them."""
+"""DenseASPP: densely connected dilated convolutions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DILATIONS = (3, 6, 12, 18, 24)
 
 
 def atrous_layer(n_in: int, width: int, n_out: int, dilation: int) -> nn.Sequential:
-    """BN-ReLU-1x1 to `width`, BN-ReLU-3x3, dilated, to `n_out`."""
+    """BN-ReLU-1x1 to `width` channels, BN-ReLU-dilated 3x3 to `n_out`, dropout."""
     return nn.Sequential(
         BatchNorm2d(n_in),
         nn.ReLU(inplace=True),
@@ -32,8 +32,8 @@ def atrous_layer(n_in: int, width: int, n_out: int, dilation: int) -> nn.Sequent
 class DenseASPP(Decoder):
     """Five dilated 3x3 convolutions, densely connected, and a classifier on all their outputs.
 
-    A 1x1 convolution first halves the channels of the deepest map, to c. Every layer reduces what
-    it reads to c/2 and adds c/8: for DenseNet121 512, 256 and 64.
+    A 1x1 convolution halves the channels of the deepest map to c. Every layer reduces its input to
+    c/2 channels and adds c/8. For DenseNet121, c, c/2 and c/8 are 512, 256 and 64.
 
     Paper: Yang et al. 2018, "DenseASPP for Semantic Segmentation in Street Scenes", CVPR, sec. 3.2
     and 3.4.

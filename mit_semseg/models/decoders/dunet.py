@@ -1,4 +1,4 @@
-"""DUNet: features joined at the coarsest resolution, and upsampling that is learned."""
+"""DUNet: features fused at the coarsest resolution, and learned upsampling (DUpsampling)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from torch.nn.functional import pixel_shuffle
 from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.layers import conv_bn_relu, resize
 
-# The temperature is learned, and must not reach 0.
-_COLDEST = 0.01
+# The learned temperature is clamped, as it must not reach 0.
+_MIN_TEMPERATURE = 0.01
 
 
 @DECODERS.register("dunet")
 class DUNet(Decoder):
-    """All maps at the size of the deepest one, then one linear map from a pixel to its block.
+    """Fuses all maps at the size of the deepest one, then maps each pixel to a block of scores.
 
-    The scores of a block of stride x stride pixels are a matrix W times the 64 features of the
-    one pixel of the deepest map that stands for it, so scores have the size of the image, whatever
-    the encoder's stride. They are divided by a temperature, which is learned.
+    The scores of a block of stride x stride pixels are a matrix W times the 64 features of one
+    pixel, so scores have the size of the image at any stride of the encoder. They are divided by a
+    learned temperature. If `strides` is not given, blocks have 8 x 8 pixels.
 
-    Paper: Tian et al. 2019, arXiv:1903.02120, sec. 3.1 (DUpsampling), 3.2 (the temperature) and 3.3
-    (joining features at the coarsest resolution). Shallower maps are reduced to 48 channels, as in
+    Paper: Tian et al. 2019, arXiv:1903.02120, sec. 3.1 (DUpsampling), 3.2 (temperature) and 3.3
+    (fusion at the coarsest resolution). Shallower maps are reduced to 48 channels, as in
     DeepLabv3+; dropout of 0.1.
-
-    Without `strides` a block is of 8 x 8 pixels.
 
     Deviations:
         - W is the weight of a 1x1 convolution with He initialisation, learned with the network; the
@@ -66,6 +64,6 @@ class DUNet(Decoder):
         size = deepest.shape[2:]
         joined = [layer(resize(x, size)) for layer, x in zip(self.reduce, shallower)]
         code = self.fuse(torch.cat([deepest, *joined], dim=1))
-        # W is linear: divided are the few numbers that it is applied to, not the scores.
-        blocks = self.conv_last(code / self.temperature.clamp(min=_COLDEST))
+        # W is linear, so the temperature divides its small input, not the scores.
+        blocks = self.conv_last(code / self.temperature.clamp(min=_MIN_TEMPERATURE))
         return (pixel_shuffle(blocks, self.block),)

@@ -1,4 +1,4 @@
-"""EncNet: what the scene as a whole holds weighs the channels of its pixels."""
+"""EncNet: channel attention computed from an encoding of the whole scene."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mit_semseg.models.pyramid import without_autocast
 
 
 class Encoding(nn.Module):
-    """Residuals of all pixels to learned codewords, softly assigned and added up.
+    """Residuals of all pixels to learned codewords, with soft assignment, summed over pixels.
 
     Paper: Zhang et al. 2018, arXiv:1803.08904, eq. 1; Zhang et al. 2017, arXiv:1612.02844, sec. 3.
 
     Args:
-        n_in: channels D.
-        codewords: K.
+        n_in: number of channels D.
+        codewords: number of codewords K.
     """
 
     def __init__(self, n_in: int, codewords: int) -> None:
@@ -33,10 +33,9 @@ class Encoding(nn.Module):
         self.scale = nn.Parameter(torch.empty(codewords).uniform_(-1, 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D, H, W) -> (B, K, D); (N, K, D) residuals are never held.
+        """(B, D, H, W) -> (B, K, D), without storing the (H * W, K, D) residuals.
 
-        Computed in float32 at least, and given in the type of the parameters, or the map's if that
-        is wider.
+        Computed in at least float32; the result has the wider dtype of parameters and input.
         """
         with without_autocast(x.device):
             pixels = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)  # (B, D, N)
@@ -46,13 +45,13 @@ class Encoding(nn.Module):
                 - 2 * (codewords @ pixels)
                 + codewords.square().sum(1)[:, None]
             )  # (B, K, N)
-            share = (self.scale.to(pixels.dtype)[:, None] * distance).softmax(dim=1)
-            encoded = share @ pixels.transpose(1, 2) - share.sum(2, keepdim=True) * codewords
+            weights = (self.scale.to(pixels.dtype)[:, None] * distance).softmax(dim=1)
+            encoded = weights @ pixels.transpose(1, 2) - weights.sum(2, keepdim=True) * codewords
         return encoded.to(torch.promote_types(self.codewords.dtype, x.dtype))
 
 
 class ContextEncoding(nn.Module):
-    """One vector for each image: its encoding, mean over the codewords."""
+    """One vector per image: the mean of its encoding over the codewords."""
 
     def __init__(self, width: int, codewords: int) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class ContextEncoding(nn.Module):
 
 
 class SceneAttention(Decoder):
-    """Scores of pixels whose channels the scene has weighed, and of the classes in the scene."""
+    """Pixel scores with channel attention, and scores of the presence of each class."""
 
     def __init__(
         self,
@@ -90,8 +89,8 @@ class SceneAttention(Decoder):
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         x = self.reduce(features[-1])
         context = self.context(x)
-        weighed = (x + x * self.attention(context).sigmoid()).relu()
-        main = self.conv_last(self.dropout(weighed))
+        attended = (x + x * self.attention(context).sigmoid()).relu()
+        main = self.conv_last(self.dropout(attended))
         if not self.training:
             return (main,)
         return main, self.conv_last_presence(context).flatten(1)
@@ -99,15 +98,14 @@ class SceneAttention(Decoder):
 
 @DECODERS.register("encnet")
 class EncNet(DeepSup, SceneAttention):
-    """Channel attention from an encoding of the whole image, which also tells its classes.
+    """Channel attention from an encoding of the whole image, with semantic encoding loss.
 
-    Auxiliary heads: the semantic encoding loss, logits (B, num_class) of the classes that occur,
-    weight 0.2 as published; and a convolutional one on the map before the last, as in PSPNet.
+    Auxiliary heads: semantic encoding loss on logits (B, num_class) of the presence of each class,
+    with weight 0.2 as published; a convolutional head on the map before the last, as in PSPNet.
+
+    If an image is computed in tiles (`models.tiles`), each tile has its own encoding.
 
     Paper: Zhang et al. 2018, arXiv:1803.08904, sec. 3; with 32 codewords.
-
-    The encoding adds up over all pixels, so a tile of an image (see `models.tiles`) is weighed by
-    its own content only.
 
     Deviations:
         - As in the authors' code, and not in the paper, a 1x1 convolution precedes the encoding,

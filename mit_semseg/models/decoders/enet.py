@@ -1,4 +1,4 @@
-"""ENet's decoder: small, unpooling by the encoder's indices."""
+"""ENet's decoder: unpooling with the encoder's indices, and bottlenecks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DROP = 0.1
 
 
 class Upsampling(nn.Module):
-    """A bottleneck that doubles the sides, beside a 1x1 convolution that is unpooled."""
+    """A bottleneck that doubles the sides; the main branch is a 1x1 convolution, unpooled."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -28,20 +28,21 @@ class Upsampling(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, size: Sequence[int]) -> Tensor:
         H, W = size
-        # Of a plane with an odd side the last row or column was pooled alone.
+        # If a side of the target is odd, the last row or column of the doubled map is cropped.
         return self.prelu(unpool(self.main(x), indices, size) + self.extension(x)[..., :H, :W])
 
 
 @DECODERS.register("enet")
 class ENet(Decoder):
-    """Stages 4 and 5 and the full convolution, up to the resolution of the image.
+    """Stages 4 and 5 and the full convolution, at the resolution of the image.
 
-    Reads the maps of the encoder `enet`, which says how indices travel. Where sides are not
-    multiples of 4, scores reach up to 3 pixels beyond the image; `SegmentationModule` crops them.
+    Reads the feature maps of the encoder `enet`, which include pooling indices. If the sides of an
+    image are not multiples of 4, scores exceed it by up to 3 pixels, which `SegmentationModule`
+    crops.
 
-    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. With the encoder 0.36 million
-    parameters for 11 classes; the paper counts 0.37. BatchNorm adds 1e-3 to the variance, as in the
-    authors' code.
+    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. Encoder and decoder have 0.36
+    million parameters for 11 classes; in the paper 0.37. BatchNorm has eps 1e-3, as in the authors'
+    code.
 
     Deviations:
         - Blocks have PReLUs and end in dropout of 0.1, as the paper states for all blocks; those of

@@ -22,11 +22,11 @@ from mit_semseg.models.encoders.fcdensenet import (
 class FCDenseNet(Decoder):
     """Transitions up and dense blocks, with the encoder's maps as skip connections.
 
-    A transition only takes up what the block before added, so that maps do not grow without end.
-    Scores have the resolution of the image.
+    A transition up reads only the outputs of the layers of the block before, not its input, which
+    limits the number of channels. Scores have the resolution of the image.
 
-    Paper: Jégou et al. 2017, arXiv:1611.09326, sec. 3.2, tables 1 and 2. BatchNorm adds 1e-4 to the
-    variance, as in the encoder.
+    Paper: Jégou et al. 2017, arXiv:1611.09326, sec. 3.2, tables 1 and 2. BatchNorm has eps 1e-4, as
+    in the encoder.
 
     Attributes:
         encoder: class of the encoder, whose depths and growth rate this decoder mirrors.
@@ -68,7 +68,7 @@ class FCDenseNet(Decoder):
 
 @DECODERS.register("fcdensenet56")
 class FCDenseNet56(FCDenseNet):
-    """For the encoder of the same name."""
+    """Decoder for the encoder of the same name."""
 
     supported_encoders = ("fcdensenet56",)
     encoder = FCDenseNet56Encoder
@@ -76,7 +76,7 @@ class FCDenseNet56(FCDenseNet):
 
 @DECODERS.register("fcdensenet67")
 class FCDenseNet67(FCDenseNet):
-    """For the encoder of the same name."""
+    """Decoder for the encoder of the same name."""
 
     supported_encoders = ("fcdensenet67",)
     encoder = FCDenseNet67Encoder
@@ -84,7 +84,7 @@ class FCDenseNet67(FCDenseNet):
 
 @DECODERS.register("fcdensenet103")
 class FCDenseNet103(FCDenseNet):
-    """For the encoder of the same name."""
+    """Decoder for the encoder of the same name."""
 
     supported_encoders = ("fcdensenet103",)
     encoder = FCDenseNet103Encoder

@@ -1,4 +1,4 @@
-"""FCN-32s, 16s and 8s: a classifier made convolutional, refined by scores of finer maps."""
+"""FCN-32s, 16s and 8s: a convolutional VGG classifier with skip connections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mit_semseg.models.decoders.upsampling import factors, fit
 
 
 def bilinear_upsampling(channels: int, factor: int) -> nn.Module:
-    """Transposed convolution that learns, and begins as bilinear interpolation of each channel."""
+    """Transposed convolution, initialised as bilinear interpolation of each channel."""
     if factor == 1:
         return nn.Identity()
     up = nn.ConvTranspose2d(channels, channels, 2 * factor, factor, padding=factor // 2, bias=False)
@@ -29,16 +29,18 @@ def bilinear_upsampling(channels: int, factor: int) -> nn.Module:
 class FCN(Decoder):
     """VGG's first two fully connected layers as convolutions, and scores of several maps.
 
-    On vgg16 these are pool5, pool4 and pool3, as published; it works on any encoder. Scores have
-    the resolution of the finest map that is used, and are upsampled from there by the interpolation
-    that every decoder's scores are, which is what the paper's last layer is fixed to.
+    With `vgg16` these are pool5, pool4 and pool3, as published; any encoder works. Scores have the
+    resolution of the finest map used. From there they are resized bilinearly like those of every
+    decoder; the paper's last layer is fixed to bilinear interpolation.
+
+    With `MODEL.weights_decoder torchvision:vgg16`, fc6 and fc7 are initialised with VGG16's
+    weights, otherwise at random. Between maps of equal stride there is no upsampling.
 
     Paper: Long et al. 2015, arXiv:1411.4038, sec. 4; Shelhamer et al. 2016, arXiv:1605.06211,
-    sec. 4. fc6 and fc7 begin as VGG16's with `MODEL.weights_decoder torchvision:vgg16`, at random
-    without. Between maps of equal stride nothing is upsampled.
+    sec. 4.
 
     Raises:
-        ValueError: a stride of the encoder is no multiple of the one before.
+        ValueError: a stride of the encoder is not a multiple of the one before.
 
     Deviations:
         - fc6 pads its input by 3 pixels; the paper pads the image by 100 and crops the scores.
@@ -61,7 +63,7 @@ class FCN(Decoder):
         self.conv_last = nn.Conv2d(self.width, num_class, 1)
         self.scores = nn.ModuleList(nn.Conv2d(n_in, num_class, 1) for n_in in reversed(finer))
         init_weights(self)
-        # After that, since these begin as interpolation.
+        # After `init_weights`, which would overwrite the bilinear weights.
         self.ups = nn.ModuleList(
             bilinear_upsampling(num_class, factor)
             for factor in reversed(factors(self.strides, self.min_feature_maps))
@@ -80,18 +82,18 @@ class FCN(Decoder):
 
 @DECODERS.register("fcn32s")
 class FCN32s(FCN):
-    """Scores of the deepest map alone."""
+    """Scores of the deepest map."""
 
 
 @DECODERS.register("fcn16s")
 class FCN16s(FCN):
-    """Scores of the two deepest maps, added up."""
+    """The sum of the scores of the two deepest maps."""
 
     min_feature_maps = 2
 
 
 @DECODERS.register("fcn8s")
 class FCN8s(FCN):
-    """Scores of the three deepest maps, added up."""
+    """The sum of the scores of the three deepest maps."""
 
     min_feature_maps = 3

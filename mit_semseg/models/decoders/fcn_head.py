@@ -1,4 +1,4 @@
-"""FCN head: C1 with dropout before the classifier, which torchvision's FCN has."""
+"""FCN head: C1 with dropout before the classifier, as in torchvision's FCN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mit_semseg.models.decoders.deepsup import DeepSup
 
 
 class FCNAuxiliary(DeepSup):
-    """Adds an FCN head on the feature map before the last, in training, to a decoder."""
+    """Mixin that adds an auxiliary FCN head on the feature map before the last to a decoder."""
 
     quarter_of = -2
     dropout_kind = nn.Dropout
@@ -23,11 +23,10 @@ class FCNAuxiliary(DeepSup):
 class FCNHead(C1):
     """3x3 conv-BN-ReLU to a quarter of the channels, dropout, then 1x1 to the classes.
 
-    Torchvision's `fcn_resnet50` and `fcn_resnet101`.
+    The decoder of torchvision's `fcn_resnet50` and `fcn_resnet101`. It has no skip connections and
+    no learned upsampling; a dilated encoder replaces them.
 
-    Paper: Long et al. 2015, arXiv:1411.4038, sec. 3, of which it has little but that it is fully
-    convolutional: no map but the deepest is read, and the dilated encoder takes the place of the
-    learned upsampling.
+    Paper: Long et al. 2015, arXiv:1411.4038, sec. 3.
     """
 
     def __init__(self, channels: Sequence[int], num_class: int = 150, **options: Any) -> None:
@@ -40,7 +39,7 @@ class FCNHead(C1):
 
 @DECODERS.register("fcn_head_deepsup")
 class FCNHeadDeepSup(FCNAuxiliary, FCNHead):
-    """The same with an auxiliary head, which torchvision's published weights have.
+    """FCN head with an auxiliary head, as torchvision's weights have.
 
     Paper: Long et al. 2015, arXiv:1411.4038, sec. 3.
     """

@@ -1,4 +1,4 @@
-"""ICNet: a cascade that refines coarse scores with the features of finer branches."""
+"""ICNet: cascade feature fusion of branches at three resolutions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mit_semseg.models.pyramid import Tile, resize_within
 
 
 class CascadeFusion(nn.Module):
-    """A coarse map, resized to a finer one and convolved, plus that one, projected.
+    """The sum of a coarse map, resized and convolved, and of a projected finer map.
 
     Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.3 and fig. 3.
     """
@@ -25,7 +25,7 @@ class CascadeFusion(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
-        """The coarse map as large as the fine one, for its auxiliary head, and the fused map."""
+        """The resized coarse map, for its auxiliary head, and the fused map."""
         coarse = resize(coarse, fine.shape[2:])
         return coarse, self.relu(self.coarse(coarse) + self.fine(fine))
 
@@ -34,11 +34,11 @@ class CascadeFusion(nn.Module):
 class ICNet(Decoder):
     """Pyramid pooling on the quarter-size branch, then two fusions with the finer branches.
 
-    Scores are at stride 4. Auxiliary heads: on what enters the second fusion and on what enters the
-    first, with the published weights 0.4 and 0.16.
+    Scores are at stride 4. Auxiliary heads: on the coarse inputs of the second and of the first
+    fusion, with the published weights 0.4 and 0.16.
 
     Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.2 to 3.4 (loss: eq. 1). As in the published
-    model, pools are added to the map that they were taken from rather than joined with it.
+    model, pools are added to their input, not concatenated with it.
 
     Deviations:
         - Auxiliary scores are resized to the label; the paper resizes the label to 1/16 and 1/8 of
@@ -74,7 +74,7 @@ class ICNet(Decoder):
         coarse, fused_half = self.fuse_half(self.reduce(quarter), half)
         middle, fused_full = self.fuse_full(fused_half, full)
         H, W = full.shape[2:]
-        # A 1x1 convolution may come before the resize: classes are fewer than channels.
+        # The 1x1 convolution commutes with the resize, and there are fewer classes than channels.
         main = resize(self.conv_last(fused_full), (2 * H, 2 * W))
         if not self.training:
             return (main,)

@@ -1,4 +1,4 @@
-"""LinkNet: light decoder blocks, each linked to the encoder's map by addition."""
+"""LinkNet: light decoder blocks, with the encoder's maps added as skip connections."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from mit_semseg.models.decoders.base import DECODERS, Decoder, init_weights
 from mit_semseg.models.decoders.upsampling import factors, fit, full_convolution
 from mit_semseg.models.layers import conv_bn_relu
 
-# What BatchNorm adds to the variance, in the authors' code.
-EPS = 1e-3
+EPS = 1e-3  # of BatchNorm, as in the authors' code
 
 
 def full_conv_bn_relu(n_in: int, n_out: int, factor: int, eps: float = EPS) -> nn.Sequential:
@@ -34,15 +33,16 @@ def block(n_in: int, n_out: int, factor: int) -> nn.Sequential:
 
 @DECODERS.register("linknet")
 class LinkNet(Decoder):
-    """Every map the encoder declares is linked; two full convolutions lead back to the image.
+    """A block for each map of the encoder, then two full convolutions to the size of the image.
 
-    Paper: Chaurasia and Culurciello 2017, arXiv:1707.03718, sec. 3. On resnet18 these are its
-    levels and widths. Elsewhere a block goes up by as much as the strides say, and the last two go
-    up only as far as the image. BatchNorm adds 1e-3 to the variance (1e-5 after the first of the
-    last two full convolutions), as in the authors' code.
+    With `resnet18`, levels and channels are the paper's. With other encoders, each block upsamples
+    by the ratio of the strides, and the last two full convolutions do not exceed the image.
+
+    Paper: Chaurasia and Culurciello 2017, arXiv:1707.03718, sec. 3. BatchNorm has eps 1e-3 (1e-5
+    after the first of the last two full convolutions), as in the authors' code.
 
     Raises:
-        ValueError: a stride of the encoder is no multiple of the one before.
+        ValueError: a stride of the encoder is not a multiple of the one before.
 
     Deviations:
         - The encoder `resnet18` has three 3x3 convolutions in its stem instead of one 7x7: 11.7
@@ -66,7 +66,7 @@ class LinkNet(Decoder):
         left = self.strides[0] if self.strides else 4
         first = 2 if left % 2 == 0 else 1
         second = 2 if left % 4 == 0 else 1
-        self.up = full_conv_bn_relu(channels[0], self.width, first, eps=1e-5)  # theirs, too
+        self.up = full_conv_bn_relu(channels[0], self.width, first, eps=1e-5)  # as the authors'
         self.conv = conv_bn_relu(self.width, self.width, eps=EPS)
         self.conv_last = nn.ConvTranspose2d(self.width, num_class, second, second)
         init_weights(self)

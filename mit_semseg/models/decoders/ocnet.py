@@ -1,4 +1,4 @@
-"""OCNet: object context by attention among pixels; base, pyramid and atrous-pyramid form."""
+"""OCNet: object context by attention between pixels; base, pyramid and ASP variants."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mit_semseg.models.layers import conv_bn_relu
 
 
 class ObjectContext(nn.Module):
-    """Every pixel gets a mean over the pixels of its block, weighed by how they match.
+    """Self-attention between the pixels of each block of the map.
 
     Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.2, eq. 1 and 2: queries and keys share one
-    projection, scores are scaled by the root of its width.
+    projection, scores are divided by the square root of its width.
 
     Args:
-        n_in: channels of the map.
-        n_out: channels of its context.
+        n_in: input channels.
+        n_out: output channels.
         width: channels of keys and values.
-        grid: blocks along each side of the map; pixels attend to their own block.
+        grid: number of blocks along each side of the map.
     """
 
     def __init__(self, n_in: int, n_out: int, width: int, grid: int = 1) -> None:
@@ -47,30 +47,30 @@ class ObjectContext(nn.Module):
         return self.project(torch.cat([torch.cat(row, dim=3) for row in rows], dim=2))
 
     def _lengths(self, length: int) -> list[int]:
-        """Of the blocks along one axis: as equal as they can be, and no more than its pixels."""
+        """Lengths of the blocks along one axis, as equal as possible; at most one per pixel."""
         cuts = sorted({i * length // self.grid for i in range(self.grid + 1)})
         return [b - a for a, b in pairwise(cuts)]
 
     @staticmethod
     def _attend(keys: list[Tensor], values: list[Tensor]) -> list[Tensor]:
-        """The contexts of all blocks; those of one size, which most are, at once."""
-        alike: dict[torch.Size, list[int]] = {}
+        """Attention in all blocks; those of equal size are batched."""
+        by_size: dict[torch.Size, list[int]] = {}
         for i, key in enumerate(keys):
-            alike.setdefault(key.shape, []).append(i)
+            by_size.setdefault(key.shape, []).append(i)
         context = list(values)
-        for numbers in alike.values():
-            key, value = (torch.cat([t[i] for i in numbers]) for t in (keys, values))
+        for indices in by_size.values():
+            key, value = (torch.cat([t[i] for i in indices]) for t in (keys, values))
             found = attend_maps(key, key, value, scale=key.shape[1] ** -0.5)
-            for i, part in zip(numbers, found.chunk(len(numbers)), strict=True):
+            for i, part in zip(indices, found.chunk(len(indices)), strict=True):
                 context[i] = part
         return context
 
 
 class _OCNet(Decoder):
-    """An object context module of a subclass, and a classifier on what it gives.
+    """An object context module, from the subclass's `_context`, and a classifier.
 
-    Memory is linear in the pixels (see `models.attention`). A tile of an image (see
-    `models.tiles`) attends to itself only.
+    Memory is linear in the number of pixels (`models.attention`). If an image is computed in tiles
+    (`models.tiles`), attention is computed within each tile.
 
     Deviations:
         - Scores are resized with `align_corners=False`; the authors' code has True.
@@ -99,18 +99,18 @@ class _OCNet(Decoder):
 
 
 class OCNetAuxiliary(DeepSup):
-    """The auxiliary head, as wide as the main one, with the authors' dropout."""
+    """Auxiliary head with the channels of the main one, and the authors' dropout."""
 
     dropout_kind = nn.Dropout2d
     dropout_rate = 0.05
-    width: int  # of the OCNet behind it
+    width: int  # set by _OCNet
 
     def deepsup_width(self) -> int:
         return self.width
 
 
 class BaseContext(nn.Module):
-    """A map and the context of its pixels, joined."""
+    """Concatenation of a map and its object context."""
 
     def __init__(self, n_in: int, width: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class BaseContext(nn.Module):
 
 @DECODERS.register("ocnet_base", "ocnet")
 class OCNetBase(OCNetAuxiliary, _OCNet):
-    """Attention among all pixels, joined with the map.
+    """Attention between all pixels, concatenated with the map.
 
     Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (Base-OC).
     """
@@ -135,7 +135,7 @@ class OCNetBase(OCNetAuxiliary, _OCNet):
 
 
 class PyramidContext(nn.Module):
-    """A map, widened, and the contexts within blocks of several sizes, joined."""
+    """Concatenation of a map with more channels and object contexts within several grids."""
 
     def __init__(self, n_in: int, width: int, grids: Sequence[int] = (1, 2, 3, 6)) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class PyramidContext(nn.Module):
 
 @DECODERS.register("ocnet_pyramid")
 class OCNetPyramid(OCNetAuxiliary, _OCNet):
-    """Attention within 1x1, 2x2, 3x3 and 6x6 blocks of the map, joined with it.
+    """Attention within 1x1, 2x2, 3x3 and 6x6 blocks of the map, concatenated with it.
 
     Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (Pyramid-OC).
 
@@ -171,7 +171,7 @@ class OCNetPyramid(OCNetAuxiliary, _OCNet):
 
 
 class AtrousContext(nn.Module):
-    """Object context, a 1x1 and three dilated convolutions side by side, joined."""
+    """Concatenation of object context, a 1x1 and three dilated convolutions."""
 
     def __init__(self, n_in: int, width: int, dilations: Sequence[int] = (12, 24, 36)) -> None:
         super().__init__()
@@ -193,10 +193,10 @@ class AtrousContext(nn.Module):
 
 @DECODERS.register("ocnet_asp")
 class OCNetASP(OCNetAuxiliary, _OCNet):
-    """Atrous spatial pyramid pooling, with object context in the place of the image's mean.
+    """Atrous spatial pyramid pooling, with object context instead of image pooling.
 
-    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (ASP-OC). Five branches of 512 channels,
-    each on the encoder's map, as in the authors' code of 2018.
+    Paper: Yuan et al. 2018, arXiv:1809.00916, sec. 3.3 (ASP-OC), with five branches of 512 channels
+    on the encoder's map, as in the authors' code of 2018.
 
     Deviations:
         - In the authors' code of 2019 branches have 256 channels, and read the 512 channels of a

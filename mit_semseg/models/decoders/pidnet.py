@@ -1,4 +1,4 @@
-"""PIDNet's heads: classes, twice, and boundaries."""
+"""PIDNet's heads: two for classes, one for boundaries."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mit_semseg.models.decoders.ddrnet import PreActivationHead
 class PIDNet(Decoder):
     """A head on the fused map, at stride 8; in training also on the detail and boundary branches.
 
-    Auxiliary heads: classes on the detail branch, weight 0.4; boundaries on the boundary branch,
-    weight 20; and the main scores once more where that head is sure of a boundary, weight 1: all
-    as published. Layers have the names of the authors' code.
+    Auxiliary losses: classes on the detail branch, with weight 0.4; boundaries on the boundary
+    branch, with weight 20; the main scores at predicted boundaries, with weight 1; as published.
+    State dict names are those of the authors' code.
 
     Paper: Xu et al. 2023, arXiv:2206.02066, sec. 4.4, eq. 9 and 10.
 
@@ -60,7 +60,7 @@ class PIDNet(Decoder):
 
 @DECODERS.register("pidnet_l")
 class PIDNetL(PIDNet):
-    """Its heads are twice as wide."""
+    """PIDNet-L, whose heads have twice the channels."""
 
     supported_encoders = ("pidnet_l",)
     width = 256

@@ -26,7 +26,7 @@ def pool_branch(scale: int, n_in: int, n_out: int) -> nn.Sequential:
 
 @DECODERS.register("ppm", "ppm_bilinear")
 class PPM(Decoder):
-    """Average pools at several sizes, joined with the feature map.
+    """Average pools of several sizes, concatenated with the deepest feature map.
 
     Paper: Zhao et al. 2017, arXiv:1612.01105, sec. 3.2.
 
@@ -61,7 +61,7 @@ class PPM(Decoder):
     def logits(self, features: list[Tensor], tile: Tile | None = None) -> tuple[Tensor, ...]:
         x = features[-1]
         join, *layers = self.conv_last
-        # Each branch begins with the same pooling again, which leaves a pooled map as it is.
+        # Each branch starts with the same pooling, which does not change a pooled map.
         pools = zip(self.ppm, self.pools(x, tile), strict=True)
         y = join(x, [branch(pool) for branch, pool in pools], tile)
         for layer in layers:
@@ -71,7 +71,7 @@ class PPM(Decoder):
 
 @DECODERS.register("ppm_deepsup", "ppm_bilinear_deepsup")
 class PPMDeepSup(DeepSup, PPM):
-    """PPM with a convolutional head on the feature map before the last, in training.
+    """PPM with an auxiliary convolutional head on the feature map before the last.
 
     Deviations:
         - That head has a quarter of the channels of the last map, 512 on a ResNet50, as in the

@@ -1,4 +1,4 @@
-"""SegNet: VGG16 walked backwards, unpooling where the encoder's maxima were."""
+"""SegNet: a mirrored VGG16 that unpools with the encoder's pooling indices."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ DEPTHS = (3, 3, 3, 2, 2)
 
 @DECODERS.register("segnet")
 class SegNet(Decoder):
-    """Five times: unpooling by the encoder's indices, then as many 3x3 convolutions as there.
+    """Five times: unpooling with the encoder's indices, then two or three 3x3 convolutions.
 
-    Reads the maps of `vgg16_bn_indices`, which says how indices travel. The last convolution gives
-    the scores, at the resolution of the image (with an odd side one pixel more, which
-    `SegmentationModule` crops).
+    Reads the feature maps of `vgg16_bn_indices`, which include pooling indices. Scores have the
+    resolution of the image; an odd side is exceeded by one pixel, which `SegmentationModule` crops.
 
     Paper: Badrinarayanan et al. 2017, arXiv:1511.00561, sec. 3.
 
     Raises:
-        ValueError: the maps are not those of five pools.
+        ValueError: the feature maps are not those of `vgg16_bn_indices`.
 
     Deviations:
         - Convolutions before a BatchNorm have no bias, which it would cancel; in the authors' code
@@ -45,8 +44,8 @@ class SegNet(Decoder):
         *widths, deepest = channels
         if widths[-1] != deepest or len(widths) != len(DEPTHS):
             raise ValueError(
-                f"segnet cannot work with channels {tuple(channels)}: it unpools by the indices of "
-                "five pools; set MODEL.arch_encoder vgg16_bn_indices"
+                f"segnet does not work with channels {tuple(channels)}: it needs the pooling "
+                "indices of vgg16_bn_indices; set MODEL.arch_encoder vgg16_bn_indices"
             )
         outputs = [*reversed(widths[:-1]), None]
         self.blocks = nn.ModuleList()

@@ -16,17 +16,17 @@ from mit_semseg.models.layers import conv_bn_relu
 
 @DECODERS.register("unet")
 class UNet(Decoder):
-    """Level by level: an up-convolution, the encoder's map beside it, two 3x3 convolutions.
+    """At each level: an up-convolution, concatenation with the encoder's map, two 3x3 convolutions.
 
-    Every map the encoder declares is a level; each has as many channels here as there. Scores have
-    the resolution of the finest one.
+    Every map of the encoder is a level, and each level has the channels of that map. Scores have
+    the resolution of the finest map.
 
-    Paper: Ronneberger et al. 2015, arXiv:1505.04597, sec. 2. Between levels of equal stride, which
-    dilated encoders have, the up-convolution is a 1x1 convolution, between levels k times as fine
-    one of k x k.
+    Paper: Ronneberger et al. 2015, arXiv:1505.04597, sec. 2. The up-convolution has kernel size and
+    stride k if the strides differ by a factor of k; between maps of equal stride, as in dilated
+    encoders, it is a 1x1 convolution.
 
     Raises:
-        ValueError: a stride of the encoder is no multiple of the one before.
+        ValueError: a stride of the encoder is not a multiple of the one before.
 
     Deviations:
         - Convolutions are padded and followed by BatchNorm, and therefore have no bias.
@@ -47,7 +47,7 @@ class UNet(Decoder):
         for i, ((skip, _), factor) in reversed(list(enumerate(steps))):
             ups.append(nn.Identity() if self.bilinear else up_convolution(n_in, skip, factor))
             up = n_in if self.bilinear else skip
-            # Without up-convolutions it is the block that narrows to the next level's width.
+            # Without up-convolutions, the block reduces the channels to those of the next level.
             width = channels[max(i - 1, 0)] if self.bilinear else skip
             blocks.append(nn.Sequential(conv_bn_relu(up + skip, width), conv_bn_relu(width, width)))
             n_in = width
@@ -65,10 +65,9 @@ class UNet(Decoder):
 
 @DECODERS.register("unet_bilinear")
 class UNetBilinear(UNet):
-    """U-Net that resizes bilinearly in place of its up-convolutions.
+    """U-Net with bilinear resizing instead of up-convolutions.
 
-    With the encoder `unet_bilinear` this is the half-width form of 13.4 million parameters, 51.1
-    MiB.
+    With the encoder `unet_bilinear` it has 13.4 million parameters (51.1 MiB).
 
     Deviations:
         - The paper has no such form: here the 3x3 convolutions reduce the channels, as its

@@ -1,4 +1,4 @@
-"""UPerNet: pyramid pooling on top of a feature pyramid."""
+"""UPerNet: a feature pyramid network with pyramid pooling."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from mit_semseg.models.pyramid import PyramidConv2d, Tile, resize_within
 
 @DECODERS.register("upernet")
 class UPerNet(Decoder):
-    """PPM on the deepest feature map, then a top-down pyramid over all maps of the encoder.
+    """PPM on the deepest feature map, and a top-down feature pyramid over all maps of the encoder.
 
-    Every map the encoder declares is a level, whatever their number, widths and strides: the
-    four of a ResNet as published, the five of MobileNetV2 likewise.
+    The number, channels and strides of the maps are arbitrary.
 
     Paper: Xiao et al. 2018, arXiv:1807.10221, sec. 3.1.
 
@@ -49,7 +48,7 @@ class UPerNet(Decoder):
         self.ppm_conv = nn.ModuleList(conv_bn_relu(deepest, width, 1) for _ in pool_scales)
         self.ppm_last_conv = conv_bn_relu(deepest + len(pool_scales) * width, fpn_dim)
         self.fpn_in = nn.ModuleList(conv_bn_relu(n_in, fpn_dim, 1) for n_in in lower)
-        # Published names have one more level of nesting here and in conv_last.
+        # The nested Sequential, here and in conv_last, is required by published state dict names.
         self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn_relu(fpn_dim, fpn_dim)) for _ in lower)
         join = PyramidConv2d(fpn_dim, (len(channels) - 1) * fpn_dim, fpn_dim)
         self.conv_last = nn.Sequential(
@@ -68,7 +67,7 @@ class UPerNet(Decoder):
         """The feature pyramid, (B, fpn_dim, h, w) each, finest first."""
         *lower, x = features
         pools = zip(self.ppm_conv, self.pools(x, tile), strict=True)
-        # Unlike in PPM a pooled map is resized before its convolution.
+        # Unlike in PPM, a pooled map is resized before its convolution.
         context = [conv(resize_within(pool, x.shape[2:], tile)) for conv, pool in pools]
         top = self.ppm_last_conv(torch.cat([x, *context], dim=1))
 
@@ -84,6 +83,6 @@ class UPerNet(Decoder):
 
 @DECODERS.register("upernet_lite")
 class UPerNetLite(UPerNet):
-    """UPerNet with a pyramid half as wide."""
+    """UPerNet with half the channels in the pyramid."""
 
     fpn_dim = 256

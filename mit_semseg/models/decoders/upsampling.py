@@ -1,4 +1,4 @@
-"""How decoders that go up step by step do it: by how much, back to which pixels, to which size."""
+"""Upsampling by the factors between the strides of an encoder, and unpooling."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from mit_semseg.models.layers import resize
 
 
 def factors(strides: Sequence[int] | None, levels: int) -> list[int]:
-    """How many times finer each of the last `levels` maps is than the next, finest first.
+    """Ratios of the strides of neighbouring maps, of the last `levels` maps, finest first.
 
     Args:
-        strides: of all feature maps, deepest last; None: each is half as fine as the one before.
-        levels: maps that are used, counted from the deepest.
+        strides: strides of all feature maps, deepest last; None: each is twice the one before.
+        levels: number of maps used, counted from the deepest.
 
     Returns:
-        `levels` - 1 whole numbers; 1 where two maps have the same stride.
+        `levels` - 1 integers; 1 for two maps of equal stride.
 
     Raises:
-        ValueError: a stride is no whole multiple of the one before.
+        ValueError: a stride is not a multiple of the one before.
     """
     if strides is None:
         return [2] * (levels - 1)
     used = tuple(strides)[-levels:]
     if any(coarse % fine for fine, coarse in pairwise(used)):
         raise ValueError(
-            f"strides {tuple(strides)} cannot be gone up step by step: each must be a multiple of "
-            "the one before; take another encoder"
+            f"the encoder's strides are {tuple(strides)}, but this decoder needs each to be a "
+            "multiple of the one before: set another MODEL.arch_encoder or MODEL.arch_decoder"
         )
     return [coarse // fine for fine, coarse in pairwise(used)]
 
 
 def up_convolution(n_in: int, n_out: int, factor: int) -> nn.Module:
-    """Transposed convolution whose pixels each become factor x factor; 1x1 for a factor of 1."""
+    """Transposed convolution with kernel size and stride `factor`; 1x1 convolution for 1."""
     if factor == 1:
         return nn.Conv2d(n_in, n_out, 1)
     return nn.ConvTranspose2d(n_in, n_out, factor, factor)
 
 
 def full_convolution(n_in: int, n_out: int, factor: int, bias: bool = False) -> nn.ConvTranspose2d:
-    """3x3 transposed convolution, larger for factors above 2; sides times the factor."""
+    """Transposed convolution that multiplies the sides by `factor`: 3x3, or larger above 2."""
     kernel = max(3, 2 * factor - 1)
     return nn.ConvTranspose2d(
         n_in, n_out, kernel, factor, kernel // 2, output_padding=factor - 1, bias=bias
@@ -51,30 +51,29 @@ def full_convolution(n_in: int, n_out: int, factor: int, bias: bool = False) -> 
 
 
 def fit(x: Tensor, like: Tensor) -> Tensor:
-    """Resized to the sides of another map, if it has others.
+    """x, resized to the size of `like` if it differs.
 
-    Sides are rounded up on the way down, so on the way up a map may be a pixel too large.
+    Encoders round sizes up, so an upsampled map can be a pixel larger than its skip connection.
     """
     return x if x.shape[-2:] == like.shape[-2:] else resize(x, like.shape[-2:])
 
 
 def unpool(x: Tensor, indices: Tensor, size: Sequence[int]) -> Tensor:
-    """Puts each value back to where max pooling took one from; the other pixels are 0.
+    """Max unpooling: puts each value at the index of the maximum; other pixels are 0.
 
-    What `torch.nn.functional.max_unpool2d` does for windows that do not overlap, but for all
-    dtypes, and always in the same order.
+    Same as `F.max_unpool2d` for windows that do not overlap, but deterministic, and for all dtypes.
 
     Args:
         x: (B, C, h, w).
-        indices: (B, C, h, w) int64, into the flattened plane that was pooled.
-        size: (H, W) of that plane.
+        indices: (B, C, h, w) int64, into the flattened (H, W) input plane of the pooling layer.
+        size: (H, W).
 
     Returns:
         (B, C, H, W).
     """
     B, C, _, _ = x.shape
     H, W = size
-    if x.is_contiguous(memory_format=torch.channels_last):  # as it came, for the next convolution
+    if x.is_contiguous(memory_format=torch.channels_last):  # keep the memory format
         place, values = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (indices, x))
         plane = x.new_zeros(B, H * W, C).scatter_(1, place, values)
         return plane.view(B, H, W, C).permute(0, 3, 1, 2)

@@ -1,6 +1,6 @@
-"""Encoders by name: one file a model, registered in `ENCODERS`."""
+"""Encoders: one file per architecture, registered by name in `ENCODERS`."""
 
-# Importing registers.
+# Importing a module registers its encoders.
 from mit_semseg.models.encoders import (  # noqa: F401
     bisenet,
     bisenetv2,

@@ -1,4 +1,4 @@
-"""What an encoder is: features with declared channels and strides, deepest last."""
+"""Base class of encoders: feature maps with declared channels and strides, deepest last."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ ENCODERS: Registry[type[Encoder] | Variant] = Registry("encoder", "docs/models.m
 
 
 class Encoder(nn.Module):
-    """Turns images into feature maps; the class, or a `Variant` of it, declares what it emits.
+    """Computes feature maps of images. The class, or a `Variant` of it, declares their shapes.
 
-    Decoders are built from these declarations alone, so they are readable without building
-    anything (see `check_pair`).
+    Decoders are built from these declarations, and `check_pair` reads them without building the
+    encoder.
 
     Attributes:
         channels: channels of each feature map, deepest last.
-        strides: image pixels per feature map pixel, of each feature map.
-        output_strides: values that the constructor takes as `output_stride`; empty: it takes none.
-        fp32_layers: submodules that prediction in reduced precision leaves in float32, because
-            their rounding shows in the labels.
+        strides: stride of each feature map, in pixels of the image.
+        output_strides: values of the constructor's argument `output_stride`; empty: no such
+            argument.
+        fp32_layers: names of submodules that stay in float32 when prediction uses reduced
+            precision, because their rounding would change labels.
         supported_decoders: names of the decoders it works with; empty: all. Set it where some
             maps are not features (pooling indices), or where a decoder that does not read every
             map would leave branches of the encoder untrained.
@@ -51,16 +52,14 @@ class Encoder(nn.Module):
 
     @classmethod
     def strides_at(cls, output_stride: int) -> tuple[int, ...]:
-        """Strides of the feature maps where larger ones than `output_stride` become dilation.
+        """Strides of the feature maps if those above `output_stride` are replaced by dilation.
 
         Raises:
-            ValueError: it is none of `output_strides`.
+            ValueError: `output_stride` is not one of `output_strides`.
         """
         if output_stride not in cls.output_strides:
             known = ", ".join(map(str, cls.output_strides))
-            raise ValueError(
-                f"output_stride is {output_stride}; {cls.__name__} takes one of {known}"
-            )
+            raise ValueError(f"output_stride is {output_stride}; {cls.__name__} supports {known}")
         return tuple(min(stride, output_stride) for stride in cls.strides)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
@@ -76,7 +75,7 @@ class Encoder(nn.Module):
 
         Args:
             images: (B, 3, H, W) float, normalised as the weights expect.
-            return_feature_maps: all maps, or a list holding only the deepest one.
+            return_feature_maps: return all maps, instead of a list of the deepest one only.
 
         Returns:
             List of (B, C_i, H_i, W_i), deepest last; sides are rounded up.
@@ -86,14 +85,14 @@ class Encoder(nn.Module):
 
 
 class Variant:
-    """An encoder class with arguments. A name in `ENCODERS` stands for one, or for a class.
+    """An encoder class with constructor arguments. `ENCODERS` contains variants and classes.
 
-    Like a class it declares what is emitted, and builds the encoder when it is called.
+    Like the class, it has `channels` and `strides`, and calling it builds the encoder.
 
     Attributes:
         kind: the class.
-        options: keyword arguments of its constructor. `channels` and `output_stride` are what is
-            declared, if they are among them.
+        options: keyword arguments of its constructor; `channels` and `output_stride`, if given,
+            determine the declared channels and strides.
     """
 
     def __init__(self, kind: type[Encoder], **options: Any) -> None:
@@ -101,8 +100,8 @@ class Variant:
         self.supported_decoders = kind.supported_decoders
         given: tuple[int, ...] | None = options.get("channels")
         self.channels = kind.channels if given is None else given
-        at = options.get("output_stride")
-        self.strides = kind.strides if at is None else kind.strides_at(at)
+        stride = options.get("output_stride")
+        self.strides = kind.strides if stride is None else kind.strides_at(stride)
 
     def __call__(self) -> Encoder:
         """The encoder, with random weights."""
@@ -110,7 +109,7 @@ class Variant:
 
 
 def register_strides(name: str, kind: type[Encoder], **options: Any) -> None:
-    """Enter an encoder at each of its output strides, under names of `DILATED_NAMES`."""
+    """Register an encoder at each of its output strides, with the suffixes of `DILATED_NAMES`."""
     for stride in kind.output_strides:
         names = [name + suffix for suffix in DILATED_NAMES[stride]]
         ENCODERS.register(*names)(Variant(kind, output_stride=stride, **options))
@@ -129,14 +128,14 @@ def collect_outputs(
 
 
 def dilate(stage: nn.Module, dilation: int) -> None:
-    """Trade the stride of a stage for dilation, so that its receptive field stays the same.
+    """Replace the stride of a stage by dilation, so that its receptive field stays the same.
 
-    A 3x3 convolution that had the stride sees input of the finer grid already reached, and
-    is dilated by half of what the ones after it are.
+    A 3x3 convolution that had the stride gets half the dilation of those after it, because its
+    input is not affected by its own stride.
 
     Args:
         stage: module whose 2D convolutions are changed in place.
-        dilation: natural stride of the stage over its wanted stride; 1 changes nothing.
+        dilation: original stride of the stage divided by its new stride; 1 changes nothing.
     """
     if dilation == 1:
         return
@@ -152,10 +151,9 @@ def dilate(stage: nn.Module, dilation: int) -> None:
 
 
 def widen_input(encoder: Encoder, in_channels: int) -> None:
-    """Let every convolution that reads the image read further channels after red, green and blue.
+    """Add input channels, such as depth, to every convolution that reads the image.
 
-    What they know of colour stays; a further channel, such as depth, begins with the mean of the
-    three filters.
+    The weights of red, green and blue do not change; those of an added channel are their mean.
 
     Args:
         encoder: changed in place.
@@ -163,8 +161,8 @@ def widen_input(encoder: Encoder, in_channels: int) -> None:
     """
     for conv in encoder.modules():
         if isinstance(conv, nn.Conv2d) and conv.in_channels == 3 and in_channels > 3:
-            further = conv.weight.data.mean(1, keepdim=True).expand(-1, in_channels - 3, -1, -1)
-            conv.weight = nn.Parameter(torch.cat([conv.weight.data, further], dim=1))
+            added = conv.weight.data.mean(1, keepdim=True).expand(-1, in_channels - 3, -1, -1)
+            conv.weight = nn.Parameter(torch.cat([conv.weight.data, added], dim=1))
             conv.in_channels = in_channels
     encoder.in_channels = in_channels
 

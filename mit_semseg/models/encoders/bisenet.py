@@ -1,4 +1,4 @@
-"""BiSeNet's two paths: ResNet18 for context, three strided convolutions for detail."""
+"""BiSeNet's encoder: a ResNet18 (context path) and three strided convolutions (spatial path)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mit_semseg.models.layers import conv_bn_relu
 
 @ENCODERS.register("bisenet_resnet18")
 class BiSeNetResNet18(Encoder):
-    """Map of the spatial path, then the last two of the context path.
+    """Feature maps: the output of the spatial path, and the last two of the context path.
 
-    `context` is a plain `resnet18`, whose ImageNet weights fit.
+    `context` is a plain `resnet18`, and its ImageNet weights can be loaded.
 
     Paper: Yu et al. 2018, arXiv:1808.00897, sec. 3.1 and 3.2. The paper gives no widths: these, and
     the 1x1 convolution that ends the spatial path, are those of the authors' code.

@@ -1,4 +1,4 @@
-"""DDRNet: a branch at stride 8 beside a deep one, which exchange features twice."""
+"""DDRNet's encoder: a branch at stride 8 and a deep branch, with two bilateral fusions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Bottleneck(WideBottleneck):
 
 
 def basic_blocks(n_in: int, n_out: int, depth: int, stride: int = 1) -> nn.Sequential:
-    """Basic blocks of which the first has the stride, and the last no ReLU after its sum."""
+    """Basic blocks; the first has the stride, and the last has no ReLU after its sum."""
     first = BasicBlock(n_in, n_out, stride)
     rest = (BasicBlock(n_out, n_out, last_relu=i < depth - 1) for i in range(1, depth))
     return nn.Sequential(first, *rest)
@@ -43,10 +43,10 @@ def bn_relu_conv(n_in: int, n_out: int, kernel: int = 1, groups: int = 1) -> lis
 
 
 class PyramidPooling(nn.Module):
-    """What DAPPM and PIDNet's PAPPM have in common: five scales of a map, then a projection.
+    """Base class of DAPPM and of PIDNet's PAPPM: five scales of a map, and a projection.
 
-    The map itself is `scale0`; the others are average pools of 5x5, 9x9 and 17x17 pixels with
-    strides 2, 4 and 8, whose padding counts as zeros, and the mean of the whole map.
+    `scale0` reads the map; the others read average pools of 5x5, 9x9 and 17x17 pixels with strides
+    2, 4 and 8, including zero padding, and the mean of the whole map.
     """
 
     def __init__(self, n_in: int, width: int, n_out: int) -> None:
@@ -61,13 +61,13 @@ class PyramidPooling(nn.Module):
         self.shortcut = nn.Sequential(*bn_relu_conv(n_in, n_out))
 
     def scales(self, x: Tensor) -> list[Tensor]:
-        """Of (B, C, H, W): five maps (B, width, H, W), from fine to coarse."""
+        """(B, C, H, W) -> five maps (B, width, H, W), from fine to coarse."""
         pools = (self.scale1, self.scale2, self.scale3, self.scale4)
         return [self.scale0(x), *(resize(pool(x), x.shape[2:]) for pool in pools)]
 
 
 class DAPPM(PyramidPooling):
-    """Deep aggregation pyramid pooling: each scale is added to what came of the finer ones.
+    """Deep aggregation pyramid pooling: each scale is added to the result of the finer one.
 
     Paper: Hong et al. 2021, arXiv:2101.06085, sec. III-C and fig. 5.
     """
@@ -89,20 +89,18 @@ class DAPPM(PyramidPooling):
 
 
 class DDRNet(Encoder):
-    """Two maps of stride 8: the fine branch after the first exchange, and the sum of both branches.
+    """Two feature maps of stride 8: the fine branch after the first fusion, and the final sum.
 
-    Everything of the network but its two heads, which are the decoder of the same name; layers have
-    the names of the authors' code, so a file of theirs loads into both. The first map is for the
-    auxiliary head.
+    It is the network without its two heads, which are the decoder of the same name. State dict
+    names are those of the authors' code, whose files can be loaded into both. The first map is for
+    the auxiliary head. If an image is computed in tiles (`models.tiles`), the pyramid averages over
+    each tile.
 
-    Paper: Hong et al. 2021, arXiv:2101.06085, sec. III; widths as in table 1.
-
-    The pyramid averages the whole image, and pads: a tile of an image (see `models.tiles`) is
-    averaged by itself.
+    Paper: Hong et al. 2021, arXiv:2101.06085, sec. III; channels as in table 1.
     """
 
     strides = (8, 8)
-    supported_decoders = ("ddrnet_23_slim", "ddrnet_23")  # others ignore the first map
+    supported_decoders = ("ddrnet_23_slim", "ddrnet_23")  # others would not use the first map
 
     def __init__(self, channels: tuple[int, int], depth: int = 2, pool_width: int = 128) -> None:
         super().__init__()

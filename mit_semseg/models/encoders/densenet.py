@@ -1,4 +1,4 @@
-"""DenseNet121, 161, 169 and 201: plain, and dilated to output stride 16 or 8."""
+"""DenseNet121, 161, 169 and 201 at output stride 32, 16 or 8."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mit_semseg.models.encoders.base import (
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth; joined with its input."""
+    """BN-ReLU-1x1 (4 * growth channels), BN-ReLU-3x3 (growth); concatenated with the input."""
 
     def __init__(self, n_in: int, growth: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Sequential):
-    """Layers that each read the outputs of all before them."""
+    """Layers, each of which reads the outputs of all layers before it."""
 
     def __init__(self, n_in: int, depth: int, growth: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class DenseBlock(nn.Sequential):
 
 
 class Transition(nn.Module):
-    """BN-ReLU, which is what the encoder emits, then 1x1 to half the channels and a 2x2 pool."""
+    """BN-ReLU, whose output is a feature map, 1x1 to half the channels, 2x2 average pooling."""
 
     def __init__(self, n_in: int, pools: bool) -> None:
         super().__init__()
@@ -58,12 +58,11 @@ class Transition(nn.Module):
 class DenseNet(Encoder):
     """DenseNet.
 
-    Emits what each block gave, after the BatchNorm and ReLU that follow it.
+    Feature maps: the output of each block, after the BatchNorm and ReLU that follow it.
 
-    Paper: Huang et al. 2017, arXiv:1608.06993, sec. 3, table 1 (the B and C form); dilation of
-    Yang et al. 2018, "DenseASPP", CVPR, sec. 3.4: transitions no longer pool, and the 3x3
-    convolutions of the blocks after them are dilated by 2 and 4. Names in the state dict are
-    torchvision's.
+    Paper: Huang et al. 2017, arXiv:1608.06993, sec. 3, table 1 (DenseNet-BC); dilation as in Yang
+    et al. 2018, "DenseASPP", CVPR, sec. 3.4: transitions do not pool, and the 3x3 convolutions of
+    the blocks after them have dilation 2 and 4. State dict names are those of torchvision.
 
     Deviations:
         - Pooling in the transitions keeps the last row and column of maps with odd sides.
@@ -80,14 +79,14 @@ class DenseNet(Encoder):
         growth: int = 32,
         output_stride: int = 32,
     ) -> None:
-        """Build it.
+        """Initialise the encoder.
 
         Args:
-            depths: layers of each of the four blocks.
-            channels: that each of them gives, its input among them.
-            stem: channels of the first convolution.
-            growth: channels that a layer adds.
-            output_stride: of the deepest map, 32, 16 or 8.
+            depths: number of layers of each of the four blocks.
+            channels: output channels of each block, including those of its input.
+            stem: output channels of the first convolution.
+            growth: growth rate: channels added by each layer.
+            output_stride: stride of the deepest map, 32, 16 or 8.
         """
         super().__init__()
         self.channels, self.strides = channels, self.strides_at(output_stride)
@@ -112,15 +111,15 @@ class DenseNet(Encoder):
         init_weights(self)
 
     def checkpoint_blocks(self) -> list[nn.Module]:
-        """The dense blocks: one layer inside them keeps more than it spares."""
+        """The dense blocks; to checkpoint single layers would store more than it saves."""
         return [block for block in self.features if isinstance(block, DenseBlock)]
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         x, maps = images, []
         for layer in self.features:
             if isinstance(layer, Transition):
-                emitted, x = layer(x)
-                maps.append(emitted)
+                features, x = layer(x)
+                maps.append(features)
             else:
                 x = layer(x)
         return [*maps, x]

@@ -1,4 +1,4 @@
-"""DRN-C-26: a dilated residual network that undoes the gridding of its own dilation."""
+"""DRN-C-26: a dilated residual network with layers that remove gridding artifacts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEVELS = (
 
 
 class DilatedBlock(BasicBlock):
-    """Two 3x3 convolutions of one dilation, with or without the input added."""
+    """Two 3x3 convolutions with the same dilation; the residual connection is optional."""
 
     def __init__(
         self, n_in: int, width: int, stride: int = 1, dilation: int = 1, residual: bool = True
@@ -43,11 +43,11 @@ class DilatedBlock(BasicBlock):
 class DRNC26(Encoder):
     """DRN-C-26 at output stride 8.
 
-    The last two levels have less dilation and no residual connections: they smooth the grids that
-    dilated convolutions leave. There is no pooling layer before them.
+    The last two levels have less dilation and no residual connections, which removes gridding
+    artifacts. There is no pooling layer. Feature maps: levels 3, 4, 5 and 8.
 
-    Paper: Yu et al. 2017, arXiv:1705.09914, sec. 4 and fig. 5. Names are those of the published
-    weights. Emitted are levels 3, 4, 5 and the last one.
+    Paper: Yu et al. 2017, arXiv:1705.09914, sec. 4 and fig. 5. State dict names are those of the
+    published weights.
 
     Deviations:
         - In a level whose stride is replaced by dilation, both convolutions of the first block have

@@ -1,4 +1,4 @@
-"""ENet's encoder: early downsampling, bottlenecks, and the indices of two pools."""
+"""ENet's encoder: early downsampling, bottlenecks, and the indices of two pooling layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 
 def extension(convs: Sequence[Convolution], n_out: int, drop: float) -> nn.Sequential:
-    """The branch beside the main one: BatchNorm and PReLU after each convolution but the last."""
+    """The residual branch: convolutions, each with BatchNorm and PReLU, and a 1x1 expansion."""
     layers: list[nn.Module] = []
     for conv in convs:
         layers += [conv, *bn_prelu(conv.out_channels)]
@@ -33,7 +33,7 @@ def extension(convs: Sequence[Convolution], n_out: int, drop: float) -> nn.Seque
 
 
 class Bottleneck(nn.Module):
-    """1x1 to a quarter of the channels, a convolution, 1x1 back; added to the input."""
+    """1x1 to a quarter of the channels, 3x3 or 5x1 and 1x5, 1x1; added to the input."""
 
     def __init__(
         self, channels: int, drop: float, dilation: int = 1, asymmetric: bool = False
@@ -61,9 +61,10 @@ class Bottleneck(nn.Module):
 
 
 class Downsampling(nn.Module):
-    """A bottleneck that halves the sides, beside max pooling with zeros for further channels.
+    """A bottleneck that halves the sides; the main branch is max pooling, padded with channels.
 
-    It is as wide as a quarter of its output, as in the authors' code; the paper does not say.
+    The bottleneck has a quarter of the output channels, as in the authors' code; the paper does
+    not specify it.
     """
 
     def __init__(self, n_in: int, n_out: int, drop: float) -> None:
@@ -76,7 +77,7 @@ class Downsampling(nn.Module):
         self.added = n_out - n_in
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What follows, and the indices of the maxima in the flattened plane of `x`."""
+        """The output, and the indices of the maxima in the flattened (H, W) plane of `x`."""
         H, W = x.shape[-2:]
         main, indices = F.max_pool2d(x, 2, ceil_mode=True, return_indices=True)
         main = F.pad(main, (0, 0, 0, 0, 0, self.added))
@@ -84,7 +85,7 @@ class Downsampling(nn.Module):
 
 
 def stage() -> nn.Sequential:
-    """Bottlenecks 1 to 8 of the second and third stage."""
+    """The eight bottlenecks of stage 2 or 3."""
     return nn.Sequential(
         Bottleneck(128, 0.1),
         Bottleneck(128, 0.1, dilation=2),
@@ -101,13 +102,13 @@ def stage() -> nn.Sequential:
 class ENetEncoder(Encoder):
     """The initial block and stages 1 to 3.
 
-    Feature maps: the indices of the pools at the beginning of stages 1 and 2 (int64, in the
-    flattened plane that was pooled, of the shape of what was pooled), then stage 3. An image whose
-    sides are not multiples of 4 gets rows or columns of zeros, so that the first of these planes
-    is twice as large as its indices; the second has the shape of the first indices.
+    Feature maps: the pooling indices of stages 1 and 2 (int64, into the flattened input plane of
+    the pooling layer, with the shape of its output), and the output of stage 3. The image is
+    padded with zeros to multiples of 4, so that the sizes of these planes are known: twice the
+    first indices, and the shape of the first indices.
 
-    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. BatchNorm adds 1e-3 to the
-    variance, as in the authors' code.
+    Paper: Paszke et al. 2016, arXiv:1606.02147, sec. 3, table 1. BatchNorm has eps 1e-3, as in
+    the authors' code.
 
     Deviations:
         - Encoder and decoder are trained together; the paper trains the encoder first, on labels at
@@ -138,7 +139,7 @@ class ENetEncoder(Encoder):
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % 4, 0, -H % 4))
-        # The first three channels only: depth and the like are left to the convolution.
+        # Pool the three colour channels only; others, such as depth, go to the convolution.
         pooled = self.pool(images[:, :3])
         x = self.initial_act(torch.cat([self.initial(images), pooled], dim=1))
         x, first = self.down1(x)

@@ -1,4 +1,4 @@
-"""FC-DenseNet's downsampling path: dense blocks that remember all that came before."""
+"""FC-DenseNet's downsampling path of dense blocks."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ def layer(n_in: int, n_out: int, kernel: int) -> nn.Sequential:
 
 
 class DenseBlock(nn.Module):
-    """Layers that each read the input and all layers before; gives what they added to the input."""
+    """Layers that read the input and all layers before; returns the outputs of the layers only."""
 
     def __init__(self, n_in: int, depth: int, growth: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layer(n_in + i * growth, growth, 3) for i in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
-        known = [x]
+        maps = [x]
         for step in self.layers:
-            known.append(step(torch.cat(known, dim=1)))
-        return torch.cat(known[1:], dim=1)
+            maps.append(step(torch.cat(maps, dim=1)))
+        return torch.cat(maps[1:], dim=1)
 
 
 def widths(depths: tuple[int, ...], growth: int) -> tuple[int, ...]:
-    """Channels of the skip connections, and of what the bottleneck adds."""
+    """Channels of the skip connections, and of the bottleneck's output."""
     *down, bottleneck = (depth * growth for depth in depths)
     return (*list(accumulate(down, initial=STEM))[1:], bottleneck)
 
 
 class FCDenseNetEncoder(Encoder):
-    """Five dense blocks with transitions down after them, and the bottleneck.
+    """Five dense blocks, each followed by a transition down, and the bottleneck.
 
-    Feature maps: each block's input and output together, which are the skip connections, and
-    last what the bottleneck added.
+    Feature maps: the concatenated input and output of each block, which are the skip connections,
+    and the output of the bottleneck.
 
-    Paper: Jégou et al. 2017, arXiv:1611.09326, sec. 3, tables 1 and 2. BatchNorm adds 1e-4 to the
-    variance, which is the default of Lasagne, in which the authors' code is written.
+    Paper: Jégou et al. 2017, arXiv:1611.09326, sec. 3, tables 1 and 2. BatchNorm has eps 1e-4, the
+    default of Lasagne, which the authors used.
 
     Attributes:
-        depths: layers of each block, the bottleneck last.
-        growth: channels that a layer adds.
+        depths: number of layers of each block, the bottleneck last.
+        growth: growth rate: channels added by each layer.
 
     Deviations:
         - In evaluation BatchNorm uses its running statistics; the authors' code normalises each

@@ -1,4 +1,4 @@
-"""HRNetV2: parallel branches at strides 4 to 32 that keep exchanging, joined into one map."""
+"""HRNetV2: parallel branches at strides 4 to 32 that are fused repeatedly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mit_semseg.models.layers import conv_bn, conv_bn_relu, resize
 
 
 class Exchange(nn.Module):
-    """Residual blocks on every branch, then every branch receives the sum of all of them."""
+    """Residual blocks on every branch, followed by fusion: each branch gets the sum of all."""
 
     def __init__(self, widths: Sequence[int], depth: int = 4) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Exchange(nn.Module):
 
     @staticmethod
     def _path(widths: Sequence[int], source: int, target: int) -> nn.Module:
-        """What takes branch `source` to the width (and down to the stride) of `target`."""
+        """Layers from branch `source` to the channels, and the stride if larger, of `target`."""
         if source == target:
             return nn.Identity()
         n_in, n_out = widths[source], widths[target]
@@ -56,7 +56,9 @@ class Exchange(nn.Module):
 
 @ENCODERS.register("hrnetv2")
 class HRNetV2(Encoder):
-    """HRNetV2-W48: the finest branch has 48 channels, each coarser one twice as many.
+    """HRNetV2-W48: the finest branch has 48 channels, and each coarser one twice as many.
+
+    One feature map: the four branches, resized to stride 4 and concatenated.
 
     Paper: Sun et al. 2019, arXiv:1904.04514; Wang et al. 2020, arXiv:1908.07919, sec. 3.
 
@@ -92,7 +94,7 @@ class HRNetV2(Encoder):
 
     @staticmethod
     def _transition(before: Sequence[int], after: Sequence[int]) -> nn.ModuleList:
-        """To the widths of the next stage; the new branch starts from the coarsest one."""
+        """Layers to the channels of the next stage; its new branch reads the coarsest one."""
         paths: list[nn.Module] = []
         for i, width in enumerate(after):
             if i >= len(before):
@@ -112,7 +114,7 @@ class HRNetV2(Encoder):
             (self.transition2, self.stage3),
             (self.transition3, self.stage4),
         ):
-            # The branch there is none of yet starts from the last one.
+            # The new branch starts from the coarsest one.
             sources = branches + branches[-1:]
             branches = stage([path(x) for path, x in zip(transition, sources, strict=True)])
         finest, *coarser = branches

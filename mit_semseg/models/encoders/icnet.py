@@ -1,4 +1,4 @@
-"""ICNet's cascade: a ResNet50 that sees the image at half and quarter size, and a light branch."""
+"""ICNet's encoder: a ResNet50 on the image at half and quarter size, and a light branch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from mit_semseg.models.layers import conv_bn_relu, resize
 
 
 def halved(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> half as large, sides rounded up; bilinear."""
+    """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2)), bilinear."""
     H, W = x.shape[2:]
     return resize(x, (-(-H // 2), -(-W // 2)))
 
 
 @ENCODERS.register("icnet_resnet50")
 class ICNetResNet50(Encoder):
-    """Three maps: of the image as it is, at half and at quarter size.
+    """Three feature maps, of the image at full, half and quarter size.
 
-    The whole image goes through three convolutions. At half size it goes through ResNet50 up to the
-    first block of its second stage; halved there once more, which stands for the image at quarter
-    size, it goes through the rest, dilated as `ResNet` says. `backbone` is a plain
-    `resnet50dilated`, whose ImageNet weights fit.
+    The full-size image goes through three convolutions. At half size it goes through ResNet50 up
+    to the first block of the second stage; that map is halved once more, which stands for the
+    image at quarter size, and goes through the rest. `backbone` is a plain `resnet50dilated`, and
+    its ImageNet weights can be loaded.
 
-    Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.2 and fig. 2; the branches share weights and
-    computation where the published model has them do so (its layer conv3_1_sub4).
+    Paper: Zhao et al. 2018, arXiv:1704.08545, sec. 3.2 and fig. 2; the branches share the weights
+    and computation that they share in the published model (its layer conv3_1_sub4).
 
     Deviations:
         - The backbone keeps all its filters; the published model is pruned to half of them after
@@ -40,7 +40,7 @@ class ICNetResNet50(Encoder):
 
     channels = (64, 512, 2048)
     strides = (8, 16, 32)
-    supported_decoders = ("icnet",)  # others leave branches untrained
+    supported_decoders = ("icnet",)  # others would leave branches untrained
 
     def __init__(self) -> None:
         super().__init__()

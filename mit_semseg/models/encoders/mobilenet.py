@@ -1,4 +1,4 @@
-"""MobileNetV2 (width 1.0) without its last 1x1 convolution: at output stride 32, 16 or 8."""
+"""MobileNetV2 (width 1.0) without its last 1x1 convolution, at output stride 32, 16 or 8."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def conv_bn(
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, linear 1x1 projection; added to the input where it fits."""
+    """1x1 expansion, 3x3 depthwise, linear 1x1 projection; residual if the shapes are equal."""
 
     def __init__(self, n_in: int, n_out: int, stride: int, expansion: float) -> None:
         super().__init__()
@@ -57,9 +57,9 @@ class MobileNetV2(Encoder):
     """MobileNetV2.
 
     Paper: Sandler et al. 2018, arXiv:1801.04381, table 2; the last 1x1 convolution, to 1280
-    channels, belongs to the classifier and is left out. The dilated forms give up strides as
-    those of ResNet do (Yu et al. 2017, arXiv:1705.09914, sec. 2); the paper's own segmentation
-    (sec. 6.3) has output stride 16, too.
+    channels, belongs to the classifier and is left out. Strides are replaced by dilation as in
+    Yu et al. 2017, arXiv:1705.09914, sec. 2; the paper's own segmentation model (sec. 6.3) also
+    has output stride 16.
 
     Deviations:
         - BatchNorm's eps is 1e-5, as in torchvision and the published MIT toolkit, whose weights
@@ -72,8 +72,8 @@ class MobileNetV2(Encoder):
     strides: tuple[int, ...] = (4, 8, 16, 32, 32)
     output_strides = (32, 16, 8)
     out_indices = (2, 4, 7, 14, 17)  # of the feature maps, in `features`
-    # The first depthwise filters take differences of nearly equal values: three quarters of the
-    # labels that bfloat16 changes, it changes here.
+    # The first depthwise filters compute differences of nearly equal values. Of the labels that
+    # bfloat16 changes, three quarters change because of these layers.
     fp32_layers = ("features.0", "features.1")
 
     def __init__(self, output_stride: int = 32) -> None:
@@ -86,12 +86,12 @@ class MobileNetV2(Encoder):
                 blocks.append(InvertedResidual(n_in, n_out, stride if i == 0 else 1, expansion))
                 n_in = n_out
         self.features = nn.Sequential(*blocks)
-        for first, last, natural, wanted in (
+        for first, last, natural, stride in (
             (7, 13, 16, self.strides[2]),
             (14, 17, 32, self.strides[3]),
         ):
             for block in self.features[first : last + 1]:
-                dilate(block, natural // wanted)
+                dilate(block, natural // stride)
         init_weights(self)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""MobileNetV3-Large with its last 1x1 convolution, at output stride 32 or 16."""
+"""MobileNetV3-Large up to its last 1x1 convolution, at output stride 32 or 16."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def conv_bn(
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales every channel by a number in [0, 1] that depends on the means of all of them."""
+    """Scales each channel by a factor in [0, 1], computed from the means of all channels."""
 
     def __init__(self, n_in: int) -> None:
         super().__init__()
-        # A quarter, to the nearest multiple of 8, but never less than 9 tenths of a quarter.
+        # A quarter, rounded to a multiple of 8, but not to less than 0.9 of it.
         width = max(8, (n_in // 4 + 4) // 8 * 8)
         width += 8 if width < 0.9 * (n_in // 4) else 0
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -64,7 +64,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise, squeeze-and-excitation, 1x1 projection; added where it fits."""
+    """1x1 expansion, depthwise, squeeze-and-excitation, 1x1 projection; residual if possible."""
 
     def __init__(
         self,
@@ -93,14 +93,14 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV3Large(Encoder):
-    """MobileNetV3-Large (width 1.0), under torchvision's names.
+    """MobileNetV3-Large (width 1.0), with torchvision's state dict names.
 
-    Paper: Howard et al. 2019, arXiv:1905.02244, table 1, without what follows the last 1x1
-    convolution. BatchNorm adds 1e-3 to the variance, and its statistics have momentum 0.01.
+    Feature maps: the last one of stride 4, the first of stride 8, which torchvision's auxiliary
+    head reads, and the deepest. If an image is computed in tiles, squeeze-and-excitation averages
+    over each tile.
 
-    Emitted are the last map of stride 4, the first of stride 8, which torchvision's auxiliary head
-    reads, and the deepest. Squeeze-and-excitation averages over what it sees: where an image is
-    computed in tiles, over the tile.
+    Paper: Howard et al. 2019, arXiv:1905.02244, table 1, up to the last 1x1 convolution. BatchNorm
+    has eps 1e-3 and momentum 0.01.
 
     Deviations:
         - At output stride 16 the block that had the stride is dilated by 2, like those after it, as

@@ -1,4 +1,4 @@
-"""PIDNet: branches for detail, context and boundaries, joined where the boundaries say."""
+"""PIDNet's encoder: branches for detail, context and boundaries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mit_semseg.models.layers import conv_bn, resize
 
 
 class PAPPM(PyramidPooling):
-    """Parallel aggregation pyramid pooling: DAPPM whose scales do not wait for each other.
+    """Parallel aggregation pyramid pooling: DAPPM with scales that are processed in parallel.
 
     Paper: Xu et al. 2023, arXiv:2206.02066, sec. 4.2 and fig. 7.
     """
@@ -37,7 +37,7 @@ class PAPPM(PyramidPooling):
 
 
 class PixelAttentionGuidedFusion(nn.Module):
-    """Pag: takes from a coarse map what agrees with the fine one, pixel by pixel.
+    """Pag: mean of a fine and a coarse map, weighted by their similarity at each pixel.
 
     Paper: Xu et al. 2023, arXiv:2206.02066, sec. 4.1, eq. 5 and 6.
     """
@@ -49,13 +49,13 @@ class PixelAttentionGuidedFusion(nn.Module):
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
         size = fine.shape[2:]
-        agreement = (self.f_x(fine) * resize(self.f_y(coarse), size)).sum(1, keepdim=True)
-        share = agreement.sigmoid()
-        return (1 - share) * fine + share * resize(coarse, size)
+        similarity = (self.f_x(fine) * resize(self.f_y(coarse), size)).sum(1, keepdim=True)
+        weight = similarity.sigmoid()
+        return (1 - weight) * fine + weight * resize(coarse, size)
 
 
 class BoundaryAttentionGuidedFusion(nn.Module):
-    """Bag: detail where there are boundaries, context elsewhere, then a 3x3 convolution.
+    """Bag: detail at boundaries, context elsewhere, then a 3x3 convolution.
 
     Paper: Xu et al. 2023, arXiv:2206.02066, sec. 4.3, eq. 7.
     """
@@ -66,13 +66,13 @@ class BoundaryAttentionGuidedFusion(nn.Module):
         self.conv = nn.Sequential(BatchNorm2d(width), nn.ReLU(inplace=True), conv)
 
     def forward(self, detail: Tensor, context: Tensor, boundary: Tensor) -> Tensor:
-        share = boundary.sigmoid()
-        y: Tensor = self.conv(share * detail + (1 - share) * context)
+        weight = boundary.sigmoid()
+        y: Tensor = self.conv(weight * detail + (1 - weight) * context)
         return y
 
 
 class LightFusion(nn.Module):
-    """Light-Bag: the same with two 1x1 convolutions.
+    """Light-Bag: boundary-attention-guided fusion with two 1x1 convolutions.
 
     Paper: Xu et al. 2023, arXiv:2206.02066, sec. 4.3, eq. 8.
     """
@@ -83,27 +83,29 @@ class LightFusion(nn.Module):
         self.conv_i = conv_bn(width, width, 1)
 
     def forward(self, detail: Tensor, context: Tensor, boundary: Tensor) -> Tensor:
-        share = boundary.sigmoid()
-        y: Tensor = self.conv_p((1 - share) * context + detail)
-        return y + self.conv_i(context + share * detail)
+        weight = boundary.sigmoid()
+        y: Tensor = self.conv_p((1 - weight) * context + detail)
+        return y + self.conv_i(context + weight * detail)
 
 
 class PIDNet(Encoder):
-    """Three maps of stride 8: of the detail and the boundary branch, and the fusion of all three.
+    """Three feature maps of stride 8: detail branch, boundary branch, and fusion of all branches.
 
-    Everything of the network but its three heads, which are the decoder of the same name; layers
-    have the names of the authors' code, so a file of theirs loads into both. The first two maps are
-    for the auxiliary heads.
+    It is the network without its three heads, which are the decoder of the same name. State dict
+    names are those of the authors' code, whose files can be loaded into both. The first two maps
+    are for the auxiliary heads. If an image is computed in tiles (`models.tiles`), the pyramid
+    averages over each tile.
 
     Paper: Xu et al. 2023, arXiv:2206.02066, sec. 4 and table 7; as in the authors' code, the maps
-    for the auxiliary heads have passed the ReLU before the next stage.
-
-    The pyramid averages the whole image, and pads: a tile of an image (see `models.tiles`) is
-    averaged by itself.
+    for the auxiliary heads are taken after the ReLU.
     """
 
     strides = (8, 8, 8)
-    supported_decoders = ("pidnet_s", "pidnet_m", "pidnet_l")  # others do not train boundaries
+    supported_decoders = (
+        "pidnet_s",
+        "pidnet_m",
+        "pidnet_l",
+    )  # others would not train the boundary branch
 
     def __init__(
         self,
@@ -112,13 +114,13 @@ class PIDNet(Encoder):
         pool_width: int = 96,
         large: bool = False,
     ) -> None:
-        """Build it.
+        """Initialise the encoder.
 
         Args:
-            channels: of the maps, (2 C, 2 C, 4 C) for the paper's C.
-            depths: m and n of the paper, blocks of the first two and of the later stages.
-            pool_width: of each scale of the pyramid.
-            large: the boundary branch, the pyramid and the fusion of PIDNet-L.
+            channels: channels of the maps, (2 C, 2 C, 4 C) with C of the paper.
+            depths: m and n of the paper, numbers of blocks of the first two and the later stages.
+            pool_width: channels of each scale of the pyramid.
+            large: use the boundary branch, pyramid and fusion of PIDNet-L.
         """
         super().__init__()
         self.channels = channels

@@ -1,8 +1,8 @@
-"""ResNets, plain and dilated to output stride 16 or 8, with a deep stem or with the paper's.
+"""ResNets at output stride 32, 16 or 8, with a deep stem or with the paper's stem.
 
-ResNet18, 50 and 101 have the stem of three 3x3 convolutions that their published weights were
-trained with. Of ResNet34 and 152 only torchvision publishes weights, and they have its stem, the
-paper's one 7x7 convolution; so have `torchvision_resnet18`, `_resnet50` and `_resnet101`.
+ResNet18, 50 and 101 have a stem of three 3x3 convolutions, as their ImageNet weights of the MIT
+toolkit do. ResNet34 and 152, whose weights are torchvision's, have the paper's 7x7 convolution, and
+so do `torchvision_resnet18`, `_resnet50` and `_resnet101`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def conv1x1(n_in: int, n_out: int) -> nn.Conv2d:
 
 
 def shortcut(n_in: int, n_out: int, stride: int) -> nn.Sequential | None:
-    """Projection of the input of a block onto its output, where their shapes differ."""
+    """Projection of a block's input to the shape of its output; None if they are equal."""
     if stride == 1 and n_in == n_out:
         return None
     return conv_bn(n_in, n_out, 1, stride)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, and a ReLU after the sum unless `last_relu` is false."""
+    """Residual block of two 3x3 convolutions; `last_relu` False omits the ReLU after the sum."""
 
     expansion: ClassVar[int] = 1
 
@@ -62,9 +62,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 to the width, 3x3 (with the stride), 1x1 to `expansion` times the width.
+    """Residual block: 1x1 to `width`, 3x3 with the stride, 1x1 to `expansion * width` channels.
 
-    A ReLU follows the sum unless `last_relu` is false.
+    `last_relu` False omits the ReLU after the sum.
     """
 
     expansion: ClassVar[int] = 4
@@ -95,17 +95,17 @@ class Bottleneck(nn.Module):
 def stage(
     block: type[BasicBlock] | type[Bottleneck], n_in: int, n_out: int, depth: int, stride: int
 ) -> nn.Sequential:
-    """Blocks of which the first has the stride."""
+    """A sequence of blocks, the first of which has the stride."""
     width = n_out // block.expansion
     first = block(n_in, width, stride)
     return nn.Sequential(first, *(block(n_out, width) for _ in range(depth - 1)))
 
 
 class ResNet(Encoder):
-    """ResNet whose stem is three 3x3 convolutions.
+    """ResNet with a stem of three 3x3 convolutions.
 
-    Paper: He et al. 2016, arXiv:1512.03385, table 1; stem of Szegedy et al. 2016, arXiv:1512.00567;
-    dilation of Yu et al. 2017, arXiv:1705.09914, sec. 2.
+    Paper: He et al. 2016, arXiv:1512.03385, table 1; stem as in Szegedy et al. 2016,
+    arXiv:1512.00567; dilation as in Yu et al. 2017, arXiv:1705.09914, sec. 2.
 
     Deviations:
         - The stride of a bottleneck is in its 3x3 convolution, not in the first 1x1 convolution, as
@@ -127,13 +127,13 @@ class ResNet(Encoder):
         channels: tuple[int, ...],
         output_stride: int = 32,
     ) -> None:
-        """Build it.
+        """Initialise the encoder.
 
         Args:
-            block: what the stages are made of.
-            depths: blocks of each of the four stages.
-            channels: that each of them gives.
-            output_stride: of the deepest map, 32, 16 or 8.
+            block: class of the residual blocks.
+            depths: number of blocks of each of the four stages.
+            channels: output channels of each stage.
+            output_stride: stride of the deepest map, 32, 16 or 8.
         """
         super().__init__()
         self.channels, self.strides = channels, self.strides_at(output_stride)
@@ -149,7 +149,7 @@ class ResNet(Encoder):
         init_weights(self)
 
     def _make_stem(self) -> int:
-        """Adds the layers before the stages; returns the channels that they give."""
+        """Adds the layers before the stages; returns their output channels."""
         self.conv1 = conv3x3(3, 64, stride=2)
         self.bn1 = BatchNorm2d(64)
         self.relu1 = nn.ReLU(inplace=True)
@@ -174,7 +174,7 @@ class ResNet(Encoder):
 
 
 class PlainStemResNet(ResNet):
-    """ResNet that begins with one 7x7 convolution, under torchvision's names.
+    """ResNet with the paper's stem, one 7x7 convolution, and torchvision's state dict names.
 
     Paper: He et al. 2016, arXiv:1512.03385, table 1.
     """

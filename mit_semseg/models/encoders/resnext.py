@@ -1,4 +1,4 @@
-"""ResNeXt50 and 101 (32 groups): plain, and dilated to output stride 16 or 8."""
+"""ResNeXt50 and 101 (32x4d) at output stride 32, 16 or 8."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mit_semseg.models.encoders.resnet import WIDE, Bottleneck, PlainStemResNet,
 
 
 class GroupedBottleneck(Bottleneck):
-    """Bottleneck whose 3x3 convolution is twice as wide and works in 32 groups."""
+    """Bottleneck whose 3x3 convolution is twice as wide and has 32 groups."""
 
     expansion = 2
     groups = 32
@@ -33,8 +33,8 @@ class ResNeXt101(ResNet):
 class ResNeXt50(PlainStemResNet):
     """ResNeXt50 32x4d.
 
-    Paper: Xie et al. 2017, arXiv:1611.05431, table 1; the stem, too, is the paper's, since only
-    torchvision publishes weights of it.
+    Paper: Xie et al. 2017, arXiv:1611.05431, table 1; also with the paper's stem, as its ImageNet
+    weights are torchvision's.
     """
 
     channels = WIDE

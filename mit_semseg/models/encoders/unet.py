@@ -48,10 +48,10 @@ class UNetEncoder(Encoder):
 
 @ENCODERS.register("unet_bilinear")
 class UNetBilinearEncoder(UNetEncoder):
-    """The same with a deepest level half as wide, for a decoder that upsamples bilinearly.
+    """U-Net's encoder with half the channels in the deepest level, for bilinear upsampling.
 
-    A bilinear step does not halve the channels as an up-convolution does, so the level below has
-    as many as the skip connection that it meets.
+    Bilinear upsampling does not halve the channels, unlike an up-convolution, so the deepest level
+    has as many as its skip connection.
     """
 
     channels = (64, 128, 256, 512, 512)

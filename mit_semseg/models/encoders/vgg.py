@@ -1,4 +1,4 @@
-"""VGG16: five blocks of 3x3 convolutions, plain, with BatchNorm, and with pooling indices."""
+"""VGG16: plain, with BatchNorm, and with pooling indices."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, init_weights
 
-# Configuration D: width of each block, and its convolutions.
+# Configuration D: channels and number of convolutions of each block.
 WIDTHS, DEPTHS = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
 
 
 class Features(nn.Sequential):
-    """Convolutions and pools, counted through as torchvision does; gives what each pool does."""
+    """Convolutions and pools, numbered as in torchvision; returns the output of each pool."""
 
     def __init__(self, normalized: bool, indices: bool) -> None:
         layers: list[nn.Module] = []
@@ -41,13 +41,13 @@ class Features(nn.Sequential):
 
 
 class VGG(Encoder):
-    """VGG16 (configuration D) without its classifier; maps are taken after each pooling.
+    """VGG16 (configuration D) without its classifier; feature maps are the outputs of the pools.
 
-    Paper: Simonyan and Zisserman 2015, arXiv:1409.1556, table 1. Names in the state dict are
-    torchvision's.
+    Paper: Simonyan and Zisserman 2015, arXiv:1409.1556, table 1. State dict names are those of
+    torchvision.
 
-    With TRAIN.activation_checkpointing all five blocks are computed again as one: it is the
-    decoder's backward pass that has the memory to itself then.
+    With TRAIN.activation_checkpointing all five blocks are recomputed together, so that none of
+    their activations are stored during the decoder's backward pass.
 
     Deviations:
         - Pooling rounds sides up, not down, which only affects odd sides.
@@ -90,15 +90,14 @@ class VGG16BN(VGG):
 
 @ENCODERS.register("vgg16_bn_indices")
 class VGG16BNIndices(VGG):
-    """VGG16 with BatchNorm, whose pools remember where their maxima were.
+    """VGG16 with BatchNorm that also returns its pooling indices.
 
     Paper: Badrinarayanan et al. 2017, arXiv:1511.00561, sec. 3.
 
-    Feature maps: for each of the five pools, finest first, its indices (int64, in the flattened
-    plane that was pooled, of the shape of what was pooled); then, last, what the fifth pool gives.
-    An image with an odd side gets one more row or column of zeros, so that a decoder knows from
-    the shape of the first indices how large the first plane was: twice as large. All other planes
-    have the shape of the indices before.
+    Feature maps: the indices of each of the five pools, finest first (int64, into the flattened
+    input plane of the pool, with the shape of its output), and the output of the fifth pool. The
+    image is padded with zeros to even sides, so that the sizes of these planes are known: twice
+    the first indices, and for the others the shape of the indices before.
 
     Deviations:
         - In evaluation BatchNorm uses its running statistics; the authors compute theirs in a pass

@@ -16,14 +16,14 @@ def batch_norm(width: int) -> nn.Module:
 
 
 class Separable(nn.Sequential):
-    """3x3 depthwise, BatchNorm, 1x1, BatchNorm; ReLU before it or after either convolution."""
+    """3x3 depthwise, BatchNorm, 1x1, BatchNorm; ReLU first, or after both BatchNorms."""
 
     def __init__(
         self, n_in: int, n_out: int, stride: int = 1, dilation: int = 1, relu_first: bool = True
     ) -> None:
         relu = nn.Identity() if relu_first else nn.ReLU(inplace=True)
         super().__init__()
-        # Not in place: the input is that of the shortcut as well.
+        # Not in place, as the shortcut reads the same input.
         self.relu_first = nn.ReLU() if relu_first else nn.Identity()
         self.depthwise = DepthwiseConv2d(
             n_in, n_in, 3, stride, dilation, dilation, groups=n_in, bias=False
@@ -36,7 +36,7 @@ class Separable(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Three separable convolutions, the last with the stride, beside a shortcut."""
+    """Three separable convolutions, the last with the stride, and a shortcut."""
 
     def __init__(self, n_in: int, widths: Sequence[int], stride: int = 1) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Block(nn.Module):
         return self.with_inner(x)[1]
 
     def with_inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the strided convolution reads, and the output."""
+        """The input of the strided convolution, and the output of the block."""
         inner = self.convs[:2](x)
         return inner, self.convs[2](inner) + self.shortcut(x)
 
@@ -61,12 +61,13 @@ class Block(nn.Module):
 class Xception65(Encoder):
     """Modified aligned Xception with 65 layers, at output stride 16.
 
-    Paper: Chen et al. 2018, arXiv:1802.02611, sec. 3.2 and fig. 4, after Chollet 2017,
-    arXiv:1610.02357; that the last stride becomes dilation 2 is from sec. 4. BatchNorm adds 1e-3 to
-    the variance, as in the authors' code.
+    Feature maps: the input of the strided convolution of the second entry block (stride 4, the
+    low-level features of DeepLabv3+), and the outputs of that block, of the middle flow, and of
+    the last layer.
 
-    Emitted are what the strided convolution of the second entry block reads (stride 4, the low
-    level of DeepLabv3+), the output of that block, that of the middle flow, and the last.
+    Paper: Chen et al. 2018, arXiv:1802.02611, sec. 3.2 and fig. 4, after Chollet 2017,
+    arXiv:1610.02357; the last stride is replaced by dilation 2 as in sec. 4. BatchNorm has eps
+    1e-3, as in the authors' code.
 
     Deviations:
         - The paper adds "batch normalization and ReLU after each 3x3 depthwise convolution". As in
@@ -91,7 +92,7 @@ class Xception65(Encoder):
         self.entry2 = Block(128, (256, 256, 256), stride=2)
         self.entry3 = Block(256, (728, 728, 728), stride=2)
         self.middle = nn.Sequential(*(Block(728, (728, 728, 728)) for _ in range(16)))
-        self.exit = Block(728, (728, 1024, 1024))  # dilated by 1: only what follows it is not
+        self.exit = Block(728, (728, 1024, 1024))  # not dilated, unlike the layers after it
         self.last = nn.Sequential(
             Separable(1024, 1536, dilation=2, relu_first=False),
             Separable(1536, 1536, dilation=2, relu_first=False),
@@ -100,7 +101,7 @@ class Xception65(Encoder):
         init_weights(self)
 
     def checkpoint_blocks(self) -> list[nn.Module]:
-        """All blocks but the second, whose inside is emitted."""
+        """All blocks except `entry2`, one of whose inner maps is a feature map."""
         return [self.entry1, self.entry3, *self.middle, self.exit, *self.last]
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
