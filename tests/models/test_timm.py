@@ -341,7 +341,7 @@ def test_a_classifier_saved_by_timm_starts_an_encoder(
             encoder = ModelBuilder.build_encoder(
                 f"timm:{name}", weights=str(tmp_path / file), in_channels=4
             )
-            assert f"0 missing, {left} left over" in capsys.readouterr().out + caplog.text
+            assert f"0 missing, {left} unexpected" in capsys.readouterr().out + caplog.text
             first = next(p for p in encoder.parameters() if p.ndim == 4)
             theirs = next(p for p in whole.parameters() if p.ndim == 4)
             torch.testing.assert_close(first[:, :3], theirs, rtol=0, atol=0)
