@@ -1,5 +1,6 @@
 """The one-line API: every kind of input gives the same answer, and results save as promised."""
 
+import logging
 import pydoc
 import re
 from pathlib import Path
@@ -43,7 +44,8 @@ def path(tmp_path, array):
     return tmp_path / "photo.png"
 
 
-def test_loading_prints_nothing(cfg, capsys):
+def test_loading_prints_nothing(cfg, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mit_semseg"), "handlers", [])  # of commands in tests
     Segmenter.from_checkpoint(cfg.DIR, device="cpu")
     assert capsys.readouterr().out == ""
 

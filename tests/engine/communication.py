@@ -66,11 +66,14 @@ def traffic_of(module: nn.Module) -> Traffic:
 
 
 def recipes() -> dict[str, Traffic]:
-    """The traffic of the recipes on ADE20K, of that with weights in weights/ and of the demo."""
+    """The traffic of recipes on ADE20K with encoder and decoder by name, of that with weights in
+    weights/, and of the demo."""
     names = ("ade20k-*.yaml", "camvid-mobilenetv2dilated-c1_deepsup.yaml", "demo.yaml")
     found = {}
     opts = ["MODEL.weights_encoder", "none", "MODEL.weights_decoder", "none"]
     for file in sorted(file for name in names for file in (ROOT / "config").glob(name)):
+        if load_config(file).MODEL.arch:
+            continue
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = ModelBuilder.from_config(load_config(file, opts), inference=False)

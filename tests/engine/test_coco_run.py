@@ -88,7 +88,7 @@ def test_names_of_categories_reach_figures_and_pictures(tmp_path, settings, caps
         assert [row["Name"] for row in csv.DictReader(file)] == NAMES
     assert command("eval", swapped) == 2
     said = capsys.readouterr().err
-    assert "class 1 of the checkpoint is 'pole', of DATASET.list_val 'sign'" in said
+    assert "class 1 is 'pole' in the checkpoint and 'sign' in DATASET.list_val" in said
     assert command("eval", settings) == 0
     report = json.loads((tmp_path / "model/result_eval/eval.json").read_text())
     assert [row["name"] for row in report["classes"]] == NAMES

@@ -394,7 +394,7 @@ def test_windows_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match=r"window is \[32, 96\]; give \(height, width\) of 64"):
         Sliding(32, 96)
     for overlap in (-0.5, 1.0):
-        with pytest.raises(ValueError, match="overlap is .* share of the window"):
+        with pytest.raises(ValueError, match="overlap is .* fraction of the window"):
             Sliding(96, 96, overlap)
 
 
