@@ -75,7 +75,7 @@ def test_colours_and_errors():
     assert np.array_equal(ignored, paint(np.array([[-1]]), COLORS)[0, 0])
 
 
-def test_page_needs_nothing_beside_itself(tmp_path):
+def test_the_page_is_self_contained(tmp_path):
     parsed, text = page(tmp_path / "deep" / "index.html")
     assert parsed.outside == []
     assert not re.search(r"url\(|@import|https?:", text)

@@ -20,7 +20,7 @@ def count(picture, color):
 
 
 # ------------------------------------------------------------------------------ palette
-def test_palette_is_distinct_and_starts_alike():
+def test_palette_is_distinct_and_a_prefix_of_larger_ones():
     colors = visualize.palette(181)
     assert colors.dtype == np.uint8
     assert colors.shape == (181, 3)
@@ -112,7 +112,7 @@ def test_legend_shows_every_colour_in_order(tmp_path):
     assert all(count(picture, c) > 100 for c in colors)
 
 
-def test_an_empty_legend_is_a_picture_and_lengths_must_agree():
+def test_an_empty_legend_is_an_image_and_lengths_must_agree():
     assert visualize.legend([], COLORS[:0], []).std() > 0
     assert visualize.legend(["a name that goes on " * 9], COLORS[:1]).shape[1] < 320, "it is cut"
     with pytest.raises(ValueError, match="2 names, 3 colours and no areas"):
@@ -155,7 +155,7 @@ def test_figures_are_saved_by_suffix(tmp_path, suffix):
         visualize.curves(history(2), tmp_path / "curves.bmp2")
 
 
-def test_curves_draw_what_there_is():
+def test_curves_draw_the_available_values():
     figure = visualize.curves(history(5), title="A run")
     assert titles(figure) == ["Loss", "Accuracy and mean IoU", "Learning rate"]
     assert texts(figure) == ["A run", "best mean IoU 100.0%"]
@@ -224,7 +224,7 @@ def test_ratio_bars_start_at_one_and_stand_in_groups(tmp_path):
             visualize.ratio_bars(wrong)
 
 
-def test_confusion_matrix_shows_shares_of_the_labelled_pixels(tmp_path):
+def test_confusion_matrix_shows_fractions_of_labelled_pixels(tmp_path):
     counts = np.array([[6, 0, 2], [0, 0, 0], [1, 0, 0]])
     axes = visualize.confusion_matrix(counts, NAMES, tmp_path / "matrix.png").axes[0]
     assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [1, 0]]

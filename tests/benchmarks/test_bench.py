@@ -72,7 +72,7 @@ def allocate(mib):
 
 @pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_beyond_what_was_held_is_measured():
+def test_the_increase_of_memory_is_measured():
     timings = take_turns({"small": partial(allocate, 8), "large": partial(allocate, 200)}, 0)
     small, large = timings["small"].extra_mib, timings["large"].extra_mib
     assert small is not None and large is not None

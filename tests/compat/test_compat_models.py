@@ -109,7 +109,7 @@ def test_classifiers_have_the_classes_of_imagenet():
             assert build().eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 1000)
 
 
-def test_a_classifier_of_ones_own_blocks_and_classes():
+def test_a_classifier_with_custom_blocks_and_classes():
     model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=7)
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
     assert resnet.resnet18(num_classes=5).fc.out_features == 5
@@ -152,7 +152,7 @@ def test_pretrained_weights_come_from_the_cache(tmp_path, monkeypatch):
         mobilenet.mobilenetv2(pretrained=True)
 
 
-def test_load_url_keeps_the_file_where_it_is_told(tmp_path):
+def test_load_url_stores_the_file_in_the_given_folder(tmp_path):
     there, here = tmp_path / "host", tmp_path / "kept"
     there.mkdir()
     torch.save({"a": torch.ones(2)}, there / "weights.pth")

@@ -334,7 +334,7 @@ def test_ways_to_import():
     assert done.returncode == 0, done.stderr
 
 
-def test_what_never_was_is_no_module():
+def test_unknown_names_are_not_modules():
     for name in ("mit_semseg.models.vgg", "mit_semseg.lib.nn.modules.nothing"):
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module(name)

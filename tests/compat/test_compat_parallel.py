@@ -32,7 +32,7 @@ class SumOfReplicas(nn.Module):
         return self.master.run_master(x) if self.copy_id == 0 else self.pipe.run_slave(x)
 
 
-def test_a_layer_with_a_master_of_its_own_runs_on_replicas():
+def test_a_layer_with_a_custom_sync_master_runs_on_replicas():
     layer = SumOfReplicas()
     model = UserScatteredDataParallel(nn.Sequential(layer, layer), device_ids=["cpu"] * 3)
     patch_replication_callback(model)
@@ -43,7 +43,7 @@ def test_a_layer_with_a_master_of_its_own_runs_on_replicas():
     assert layer.master.nr_slaves == 2
 
 
-def test_answers_go_to_who_asked():
+def test_answers_go_to_the_replica_that_asked():
     master = parallel.SyncMaster(lambda messages: [(i, f"{m}!") for i, m in messages])
     pipe = master.register_slave("b")
     pipe.queue.put(("b", "second"))
@@ -79,7 +79,7 @@ def test_callbacks_of_modules_share_a_context_and_the_first_comes_first():
     assert called == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
 
 
-def test_a_context_of_its_own_is_a_run_of_one_replica():
+def test_a_default_context_is_a_run_of_one_replica():
     layer, plain = parallel.SynchronizedBatchNorm1d(3), nn.BatchNorm1d(3)
     layer.__data_parallel_replicate__(parallel.CallbackContext(), 0)
     x = torch.randn(5, 3)

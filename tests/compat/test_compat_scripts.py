@@ -206,7 +206,7 @@ def test_training_on_two_devices_and_evaluation_by_two_processes(cfg):
     assert 0 <= summary(alone)[1] <= 1
 
 
-def test_a_picture_is_predicted_from_a_list_of_ones_own(cfg, tmp_path):
+def test_an_image_is_predicted_from_a_custom_list(cfg, tmp_path):
     cfg.list_test = [{"fpath_img": str(tmp_path / "img" / "part0" / "0.png")}]
     encoder, decoder, crit = nets(cfg, use_softmax=True)
     module = SegmentationModule(encoder, decoder, crit).eval()
@@ -219,7 +219,7 @@ def test_a_picture_is_predicted_from_a_list_of_ones_own(cfg, tmp_path):
         torch.testing.assert_close(scores.sum(1), torch.ones(1, *size))
 
 
-def test_a_script_leaves_no_log_behind(tmp_path, monkeypatch):
+def test_a_script_writes_no_log_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setup_logger(distributed_rank=0).info("Loaded configuration file")
     assert not list(tmp_path.iterdir())

@@ -96,7 +96,7 @@ def as_read(words):
 
 
 @pytest.mark.parametrize("typed", CASES)
-def test_the_whole_new_command_line_is_told_and_can_be_read(typed):
+def test_the_new_command_line_is_printed_and_can_be_parsed(typed):
     command, *words = shlex.split(typed)
     advice = replacement(command, words, f"mit-semseg {command}")
     told = advice.partition("; run: ")[2].rpartition("&& ")[2]
@@ -115,7 +115,7 @@ def test_lists_of_2017_are_made_first():
     assert (args.images, args.labels, args.out) == ("d/photos", "d/masks", "lists")
 
 
-def test_what_is_typed_today_is_left_alone():
+def test_current_arguments_are_not_translated():
     today = (
         *("train --gpus 0-1 --cfg a.yaml TRAIN.workers 2", "eval --out x", "eval --workers 2"),
         *("predict --imgs a", "data check --id 3"),
@@ -133,7 +133,7 @@ def test_what_is_typed_today_is_left_alone():
         ("/usr/bin/mit-semseg", ["train"], "mit-semseg train DIR ckpt/a"),
     ],
 )
-def test_the_command_says_so_in_one_line(script, argv, told, monkeypatch, capsys):
+def test_the_command_prints_one_line(script, argv, told, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [script, "--id", "a"])
     assert main([*argv, "--id", "a"]) == 2
     said = capsys.readouterr().err

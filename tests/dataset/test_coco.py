@@ -123,7 +123,7 @@ def test_coco_draws_again_what_has_changed(tmp_path, tree):
 
 
 @pytest.mark.usefixtures("tree")
-def test_coco_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+def test_coco_resumes_an_interrupted_call(tmp_path, monkeypatch):
     drawn = []
     real = coco.draw
 

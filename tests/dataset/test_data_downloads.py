@@ -83,7 +83,7 @@ def test_download_prints_the_licence_and_unpacks(tmp_path, monkeypatch, capsys):
         Archive(())
 
 
-def test_offline_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch, capsys):
+def test_offline_the_message_names_the_url_and_the_target(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
     ade, name = tmp_path / "ade", "ADEChallengeData2016"
     assert not download("ade20k", ade, progress=False)

@@ -18,7 +18,7 @@ def labels():
     return [streets.render(seed, (120, 160))[1] for seed in range(24)]
 
 
-def test_a_seed_draws_one_scene_and_leaves_the_global_random_state_alone():
+def test_a_seed_determines_the_scene_without_global_random_state():
     np.random.seed(5)
     expected = np.random.rand()
     np.random.seed(5)
@@ -37,7 +37,7 @@ def test_sizes_and_types(size):
     assert label.max() <= len(classes.CLASSES)
 
 
-def test_what_cannot_be_drawn_is_refused(tmp_path):
+def test_invalid_results_are_refused(tmp_path):
     with pytest.raises(ValueError, match="40x320"):
         streets.render(1, (40, 320))
     with pytest.raises(ValueError, match="n_val=0"):

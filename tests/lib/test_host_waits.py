@@ -85,7 +85,7 @@ OPTIONS = [{}, {"momentum": None}, {"eps_mode": "clamp"}, {"affine": False}]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_replicas_read_nothing(options):
+def test_replicas_do_not_synchronise_with_the_device(options):
     seen = []
     model = UserScatteredDataParallel(Net(seen, **options), ["cpu"] * 3)
     xs = [torch.randn(n, 2, 5, 4) for n in (2, 0, 3)]
@@ -98,7 +98,7 @@ def test_replicas_read_nothing(options):
     assert seen == []
 
 
-def test_the_guard_notices():
+def test_the_check_detects_it():
     for read in (Tensor.tolist, Tensor.cpu, Tensor.nonzero, lambda x: float(x.sum())):
         seen = []
         with Watched(seen):
@@ -123,6 +123,6 @@ def one_rank(rank, folder):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
-def test_processes_read_nothing(tmp_path):
+def test_processes_do_not_synchronise_with_the_device(tmp_path):
     start_ranks(one_rank, 2, str(tmp_path))
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["", ""]

@@ -88,7 +88,7 @@ def test_a_replica_keeps_its_thread():
     assert all(places[1][rows] == ident for rows, ident in places[2].items())
 
 
-def test_nothing_of_a_pass_is_kept_in_the_threads():
+def test_threads_hold_nothing_after_a_pass():
     class Freed(Net):
         def forward(self, x):
             self.norm(x)
@@ -200,7 +200,7 @@ if "circular" in sys.argv:
 """
 
 
-def test_a_process_with_replicas_exits_as_any_other(tmp_path):
+def test_a_process_with_replicas_exits_normally(tmp_path):
     """A thread that lives when the interpreter shuts down may abort the process."""
     codes = {"": 0, "deleted": 0, "circular": 0, "fails": 1, "fails caught": 0}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

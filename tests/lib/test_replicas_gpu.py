@@ -89,7 +89,7 @@ def refused_waits():
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_the_guard_against_waits_notices():
+def test_the_check_for_synchronisation_detects_one():
     x = torch.ones(1, device="cuda")
     with refused_waits(), pytest.raises(RuntimeError, match="synchroniz"):
         x.item()
@@ -112,7 +112,7 @@ def test_a_pass_never_waits_for_the_gpu(autocast):
         step()
 
 
-def test_labels_on_the_gpu_are_weighed_without_a_wait():
+def test_labels_on_the_gpu_are_counted_without_synchronisation():
     module = segmentation().cuda()
     batches = [{"seg_label": torch.randint(-1, 5, (2, 4, size), device="cuda")} for size in (5, 7)]
     with refused_waits():

@@ -362,7 +362,7 @@ def test_error_in_one_replica_reaches_the_caller(when, who):
 
 
 @pytest.mark.parametrize("failing", [{1}, {0, 2}, {0, 1, 2}])
-def test_nothing_is_left_to_free_when_an_error_arrives(failing):
+def test_threads_hold_nothing_when_an_error_is_raised(failing):
     def function(module, feed):
         held = SlowToFree()  # noqa: F841 - freed with the frame, when the replica has failed
         if feed["id"] in failing:

@@ -32,7 +32,7 @@ def test_boundary_bce_by_hand():
     assert loss.item() == pytest.approx(wanted)
 
 
-def test_boundary_nll_is_that_of_the_sure_pixels():
+def test_boundary_nll_is_that_of_predicted_boundaries():
     torch.manual_seed(0)
     scores = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     label = torch.randint(-1, 3, (2, 5, 6))
@@ -75,7 +75,7 @@ def test_detail_by_hand():
 
 
 @pytest.mark.parametrize("loss", [boundary.boundary_bce, boundary.boundary_nll, boundary.detail])
-def test_nothing_to_learn_is_zero_with_a_gradient(loss):
+def test_without_labelled_pixels_the_loss_is_0_with_a_gradient(loss):
     scores = torch.randn(1, 4 if loss is boundary.boundary_nll else 1, 3, 4, requires_grad=True)
     value = loss(scores, torch.full((1, 6, 8), -1))
     value.backward()

@@ -170,7 +170,7 @@ def test_focal_by_hand_and_without_focus():
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.25, 1.0, 2.0])
-def test_focal_has_a_slope_where_nothing_is_in_doubt(gamma):
+def test_focal_has_a_finite_gradient_at_probability_1(gamma):
     scores = torch.tensor([[[[400.0, 0.0]], [[0.0, 0.0]]]], requires_grad=True)
     functional.focal(scores.log_softmax(1), torch.zeros(1, 1, 2).long(), gamma=gamma).backward()
     assert scores.grad.isfinite().all() and scores.grad[..., 1].abs().min() > 0
@@ -284,7 +284,7 @@ def test_presence_by_hand():
     assert loss.dtype == torch.float32 and scores.grad.isfinite().all()
 
 
-def test_presence_of_ignored_images_takes_no_part():
+def test_presence_ignores_images_without_labels():
     torch.manual_seed(0)
     scores = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     label = torch.randint(0, 5, (3, 2, 2))
@@ -346,7 +346,7 @@ def test_means_over_devices_are_those_of_all_pixels(name):
         *(("dice+0.1*ohem", 4.5), ("dice", 3), ("dice+lovasz", 3)),
     ],
 )
-def test_a_mean_over_pixels_says_what_a_batch_weighs(name, weighted):
+def test_the_denominator_is_that_of_the_mean_over_pixels(name, weighted):
     label, weight = torch.tensor([[[0, 2, -1, 2]]]), torch.tensor([0.5, 9.0, 2.0])
     assert build_loss(name, 3, weight).denominator(label).item() == weighted
     assert build_loss(name, 3).denominator(label).item() == 3

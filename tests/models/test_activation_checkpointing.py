@@ -91,7 +91,7 @@ def test_branches_that_meet_again_give_the_same():
         pytest.param("hrnetv2", 0.15, marks=pytest.mark.slow),
     ],
 )
-def test_less_is_kept_for_backward(arch, share, monkeypatch):
+def test_less_is_stored_for_backward(arch, share, monkeypatch):
     # torch 2.4 looks for a module of the device's name, which has no random state to keep.
     monkeypatch.setattr(torch, "meta", torch.cpu, raising=False)
     with torch.device("meta"):  # sizes without arithmetic

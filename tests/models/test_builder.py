@@ -86,7 +86,7 @@ def config(*options):
     return load_config(None, [str(x) for x in [*base, *options]])
 
 
-def test_from_config_builds_what_it_says():
+def test_from_config_builds_the_configured_model():
     weights = torch.linspace(1, 2, 6)
     module = ModelBuilder.from_config(
         config("MODEL.arch_decoder", "ppm_deepsup", "TRAIN.deep_sup_scale", 0.3),

@@ -90,7 +90,7 @@ DILATED = sorted({family(n) for n in ENCODERS.names() if f"{family(n)}dilated" i
 
 
 @pytest.mark.parametrize("name", DILATED)
-def test_a_name_says_the_output_stride(name):
+def test_a_name_gives_the_output_stride(name):
     forms = ("", "_dilated16", "dilated", "_dilated8")
     plain, _, dilated8, older = found = [ENCODERS.get(name + form) for form in forms]
     assert dilated8 is older

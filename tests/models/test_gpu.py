@@ -58,7 +58,7 @@ def test_the_scores_are_those_of_the_cpu(encoder, decoder, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_tolerance_tells_float32_from_less():
+def test_the_tolerance_separates_float32_from_reduced_precision():
     """On the CPU, with a network of the kind that errors grow in."""
     off, limit = compare("resnet18dilated", "ppm_deepsup", "cpu")
     assert off.max() <= limit

@@ -62,7 +62,7 @@ def test_the_third_image_of_a_shape_is_recorded(graphed):
     assert torch.equal(kept, torch.full((1, 3, 8, 8), 2.0)), "results are not written over"
 
 
-def test_a_shape_is_one_whatever_it_is_cut_from(graphed):
+def test_shapes_are_equal_for_views_and_copies(graphed):
     for width in (30, 31, 32):
         graphed(torch.randn(1, 3, 20, width)[..., :8, :8])
     assert len(graphed.graphs) == 1

@@ -76,7 +76,7 @@ class Block(nn.Module):
     [*("plain", "read twice", "other order", "conv twice", "norm twice", "in a list", "between")],
 )
 @torch.no_grad()
-def test_only_what_may_be_folded_is(wiring):
+def test_only_exclusive_pairs_are_folded(wiring):
     torch.manual_seed(0)
     block = Block(wiring).double()
     block.bn.running_mean.normal_()
@@ -114,7 +114,7 @@ def test_batch_statistics_are_not_folded():
 
 
 @torch.no_grad()
-def test_the_normalization_given_is_the_copys_alone():
+def test_the_given_normalization_is_used_by_the_copy_only():
     module = trained("resnet18dilated", "c1").eval()
     with pytest.raises(ValueError, match="uint8.*normalize"):
         module.logits(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
@@ -280,7 +280,7 @@ class Jumpy(Odd):
 
 
 @torch.no_grad()
-def test_folding_is_not_blamed_for_jumps_of_rounding(caplog):
+def test_folding_is_kept_if_rounding_swaps_pooling_indices(caplog):
     torch.manual_seed(0)
     encoder = Jumpy(nn.Conv2d, nn.BatchNorm2d)
     encoder.bn.running_var.uniform_(0.5, 2)
@@ -293,7 +293,7 @@ def test_folding_is_not_blamed_for_jumps_of_rounding(caplog):
 
 
 @torch.no_grad()
-def test_double_precision_and_weight_norm_are_taken():
+def test_double_precision_and_weight_norm_are_supported():
     module = trained("resnet18dilated", "c1").double()
     nn.utils.parametrizations.weight_norm(module.encoder.layer1[0].conv1)
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
@@ -301,7 +301,7 @@ def test_double_precision_and_weight_norm_are_taken():
     torch.testing.assert_close(inference_copy(module, "cpu").logits(x), expected)
 
 
-def test_ppm_as_it_was_published_is_taken():
+def test_published_ppm_weights_are_loaded():
     """Code derived from the published decoder joins resized pools itself."""
     module = trained("resnet18dilated", "ppm").eval()
     x = torch.randn(1, 512, 6, 7)

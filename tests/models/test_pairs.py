@@ -176,7 +176,7 @@ def refusal(arch_encoder, arch_decoder):
 
 
 @pytest.mark.parametrize("arch_decoder", DECODERS.first_names())
-def test_every_pair_is_taken_or_refused(arch_decoder):
+def test_every_pair_is_accepted_or_refused(arch_decoder):
     for arch_encoder in ENCODERS.first_names():
         refused = refusal(arch_encoder, arch_decoder)
         with pytest.raises(ValueError, match=refused) if refused else nullcontext():
@@ -189,7 +189,7 @@ LEVEL = {"c1": -1, "c1_deepsup": -1, "ppm": -1, "ppm_deepsup": -1, "upernet": 0,
 
 @pytest.mark.parametrize("arch_decoder", DECODERS.first_names())
 @torch.no_grad()
-def test_every_pair_that_is_taken_works(arch_decoder):
+def test_every_accepted_pair_works(arch_decoder):
     # One encoder stands for all with the same strides: any widths work, see test_decoders.py.
     owned = {encoder for encoders in OWN.values() for encoder in encoders}
     kinds = {

@@ -42,7 +42,7 @@ def test_coarser_maps_are_convolved_as_if_they_were_resized(size, coarser, chann
         torch.testing.assert_close(given, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_joining_rounds_no_more_than_the_plain_convolution_in_bfloat16():
+def test_pyramid_convolution_rounds_no_more_than_a_plain_one_in_bfloat16():
     torch.manual_seed(0)
     conv = PyramidConv2d(64, 4 * 16, 8)
     x, size = torch.randn(1, 64, 20, 30), (20, 30)

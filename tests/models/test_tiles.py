@@ -126,7 +126,7 @@ def test_weights_add_up_to_one(length, cells, data):
     assert placed[-1].final == len(total)
 
 
-def test_a_tile_counts_least_where_it_ends():
+def test_weights_of_a_tile_are_smallest_at_its_ends():
     first, second = parts([(0, 512), (256, 700)], 64)
     # Of 32 shared pixels of the map the outer 14 do not count, and 4 are the ramp.
     assert first.weights[: 32 + 14].eq(1).all() and second.weights[:14].eq(0).all()
@@ -138,7 +138,7 @@ def test_a_tile_counts_least_where_it_ends():
 # ------------------------------------------------------------------------------ the same scores
 @settings(max_examples=30)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([64, 96, 128, 200]))
-def test_a_network_without_surroundings_is_computed_exactly(H, W, tile):
+def test_a_pointwise_network_is_computed_exactly_in_tiles(H, W, tile):
     """Of any size, 1 pixel wide, and no multiple of the stride."""
     module = pointwise()
     image = torch.randn(2, 3, H, W, dtype=torch.float64, generator=torch.Generator().manual_seed(H))

@@ -253,7 +253,7 @@ def test_widths_of_fcdensenet103():
 
 
 @torch.no_grad()
-def test_a_transition_up_mirrors_that_of_the_authors():
+def test_a_transition_up_is_a_flipped_one_of_the_authors():
     """Theirs is a valid transposed convolution without its last row and column."""
     torch.manual_seed(0)
     up = full_convolution(2, 3, 2, bias=True).double()

@@ -64,7 +64,7 @@ def test_finest_map_of_a_pyramid():
     torch.testing.assert_close(net[0](x[:, :, :1, :1], pools), conv(x[:, :, :1, :1], pools))
 
 
-def test_only_what_predicts_on_a_cpu_and_pays_has_it():
+def test_winograd_is_used_on_a_cpu_where_it_pays():
     class Encoder(nn.Module):
         def __init__(self):
             super().__init__()

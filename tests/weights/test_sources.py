@@ -73,7 +73,7 @@ def test_urls_that_end_alike_do_not_share_a_cached_file(host):
         assert same(target, values(source))
 
 
-def test_offline_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
+def test_offline_the_message_names_the_url_and_the_target(tmp_path, monkeypatch):
     monkeypatch.setenv("MIT_SEMSEG_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(DownloadError) as caught:
