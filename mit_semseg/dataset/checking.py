@@ -24,6 +24,7 @@ from mit_semseg.dataset.loading import load_depth_of, load_raw
 from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, locate, read_odgt
 from mit_semseg.dataset.split import absolute
+from mit_semseg.errors import counted
 
 # Stored values that usually mean "no label", in 8 and 16 bits.
 _CUSTOMARY_IGNORE = (255, 65535)
@@ -282,7 +283,7 @@ def describe_check(report: dict[str, Any]) -> str:
         )
     if report["absent"]:
         names = ", ".join(report["absent"][:20]) + (" ..." if len(report["absent"]) > 20 else "")
-        lines.append(f"{len(report['absent'])} classes occur in no mask: {names}")
+        lines.append(f"{counted(len(report['absent']), 'class')} in no mask: {names}")
     for key, title in (
         ("unreadable", "samples that cannot be used"),
         ("out_of_range", "masks with labels outside the classes"),

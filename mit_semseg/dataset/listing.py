@@ -15,6 +15,7 @@ from mit_semseg.dataset.images import ImageFile, image_size, stored_values
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, list_images, match_by_stem, write_odgt
+from mit_semseg.errors import counted
 
 # Names of the lists, as published.
 LISTS = ("training", "validation")
@@ -132,9 +133,13 @@ def make_odgt(
 def describe_made(report: dict[str, Any]) -> str:
     """The report of `make_odgt` as text, with the options to set."""
     lines = [f"{report['n_training']} training and {report['n_validation']} validation samples"]
-    for key in ("images_without_mask", "masks_without_image", "unusable"):
+    for key, noun, what in (
+        ("images_without_mask", "image", " without mask"),
+        ("masks_without_image", "mask", " without image"),
+        ("unusable", "unusable pair", ""),
+    ):
         if report[key]:
-            lines.append(f"{len(report[key])} {key.replace('_', ' ')}, left out:")
+            lines.append(f"{counted(len(report[key]), noun)}{what}, left out:")
             lines += shortened(report[key])
     lines.append(f"DATASET.root_dataset {report['root']}")
     lines.append(f"DATASET.list_train {report['training']}")

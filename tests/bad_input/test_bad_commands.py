@@ -158,7 +158,7 @@ def test_make_odgt_leaves_out_what_cannot_be_read(tmp_path, command, untouched):
         )  # fmt: skip
     assert outcome.code == 0, outcome.err
     for said in (
-        "3 training and 1 validation samples", "3 unusable, left out:", "empty.png: not a",
+        "3 training and 1 validation samples", "3 unusable pairs, left out:", "empty.png: not a",
         "2 images without mask, left out:\n  folder.png\n  pipe.png",
         "turned.png: 24x40 pixels", "text.png: not a readable",
     ):  # fmt: skip

@@ -75,8 +75,8 @@ def test_make_odgt_reports_what_it_leaves_out(samples, capsys):
     assert (root / "training.odgt").exists() and not earlier.exists()
     text = capsys.readouterr().out
     assert "1 training and 0 validation" in text
-    assert "1 images without mask, left out:\n  lonely.png" in text
-    assert "1 masks without image, left out:\n  alone.png" in text
+    assert "1 image without mask, left out:\n  lonely.png" in text
+    assert "1 mask without image, left out:\n  alone.png" in text
     assert "turned.png: 30x40 pixels, its image" in text and "broken.png: not a readable" in text
     assert f"DATASET.root_dataset {root}\n" in text
     (root / "none").mkdir()
