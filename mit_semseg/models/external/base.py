@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import BatchNorm2d
 
 from mit_semseg.dataset.transforms import Normalize
-from mit_semseg.models.decoders.base import Decoder
+from mit_semseg.models.decoders.base import Auxiliary, Decoder, crop
 from mit_semseg.models.encoders.base import Encoder
 from mit_semseg.models.layers import replace_modules, synchronized
 from mit_semseg.weights import IMAGENET_MEAN, IMAGENET_STD
@@ -211,6 +212,56 @@ class ExternalDecoder(Decoder):
     def with_classes(self, num_class: int) -> ExternalDecoder:
         """A new decoder of this kind for another number of classes."""
         return self.make(num_class)
+
+
+class MaskClassifier(ExternalDecoder):
+    """A decoder that classifies masks, and has a loss of its own.
+
+    The score of a class at a pixel is the log of the sum over the masks of the probability of the
+    class times that of the mask. In training, `logits` returns these and what the loss takes.
+    """
+
+    trains_scores = False
+    further_scores = ("no object",)
+
+    @property
+    def auxiliary(self) -> tuple[Auxiliary, ...]:  # type: ignore[override]
+        """The loss of matched masks, of all layers."""
+        return (Auxiliary(1.0, loss=self.matched, denominator=self.counts),)
+
+    def matched(self, predictions: Any, label: Tensor) -> Tensor:
+        """(2,): the means of the losses over queries, and over masks.
+
+        Args:
+            predictions: the second of what `logits` returns.
+            label: (B, h, w) int64, -1 ignored: in no mask.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement matched")
+
+    def counts(self, label: Tensor) -> Tensor:
+        """(2,): what those means divide by, the weights of the queries, and the masks."""
+        raise NotImplementedError(f"{type(self).__name__} must implement counts")
+
+    def log_probabilities(
+        self,
+        features: list[Tensor],
+        size: tuple[int, int] | None = None,
+        image: tuple[int, int] | None = None,
+    ) -> tuple[Any, ...]:
+        """As `Decoder.log_probabilities`; in training what the loss takes comes second."""
+        if not self.training:
+            return super().log_probabilities(features, size, image)
+        scores, predictions = self.logits(features)
+        with torch.no_grad():
+            main = self._scores(crop(scores, image), size, True).log_softmax(dim=1)
+        return main, predictions
+
+    @staticmethod
+    def scored(classes: Tensor, masks: Tensor) -> Tensor:
+        """(B, C, h, w) of class scores (B, Q, C + 1), "no object" last, and masks (B, Q, h, w)."""
+        found = classes.softmax(-1)[..., :-1], masks.sigmoid()
+        sums = torch.einsum("bqc,bqhw->bchw", *found)
+        return sums.clamp(min=torch.finfo(sums.dtype).tiny).log()
 
 
 def joined(encoder: ExternalEncoder, decoder: ExternalDecoder) -> dict[str, Tensor]:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from mit_semseg.errors import one_line
 from mit_semseg.losses.mask_classification import MaskClassificationLoss
-from mit_semseg.models.decoders.base import Auxiliary, crop
 from mit_semseg.models.external.base import (
     Architecture,
     ExternalDecoder,
     ExternalEncoder,
+    MaskClassifier,
     quiet_hub,
 )
 from mit_semseg.models.pyramid import without_autocast
@@ -293,21 +293,10 @@ class Upscale(nn.Module):
         return y
 
 
-class MaskDecoder(ExternalDecoder):
-    """The last blocks of an EoMT with its heads.
+class MaskDecoder(MaskClassifier):
+    """The last blocks of an EoMT with its heads."""
 
-    The score of a class at a pixel is the log of the sum over the masks of the probability of the
-    class times that of the mask.
-    """
-
-    trains_scores = False
-    further_scores = ("no object",)
     loss = MaskClassificationLoss()
-
-    @property
-    def auxiliary(self) -> tuple[Auxiliary, ...]:  # type: ignore[override]
-        """The loss of matched masks, of all layers."""
-        return (Auxiliary(1.0, loss=self.matched, denominator=self.counts),)
 
     def encoder_layers(self) -> list[nn.Module]:
         """As `Decoder.encoder_layers`: the blocks, and what follows them."""
@@ -323,34 +312,15 @@ class MaskDecoder(ExternalDecoder):
         grid = images.shape[2] // self.net.patch, images.shape[3] // self.net.patch
         layers = self.net(tokens, rope[0] if rope else None, grid, self.net.probabilities())
         if not self.training:
-            return (_scored(*layers[-1]),)
+            return (self.scored(*layers[-1]),)
         with torch.no_grad():
-            return _scored(*layers[-1]), layers
+            return self.scored(*layers[-1]), layers
 
-    def log_probabilities(
-        self,
-        features: list[Tensor],
-        size: tuple[int, int] | None = None,
-        image: tuple[int, int] | None = None,
-    ) -> tuple[Any, ...]:
-        """As `Decoder.log_probabilities`; in training what the loss takes comes second."""
-        if not self.training:
-            return super().log_probabilities(features, size, image)
-        scores, layers = self.logits(features)
-        with torch.no_grad():
-            main = self._scores(crop(scores, image), size, True).log_softmax(dim=1)
-        return main, layers
-
-    def matched(self, layers: Any, label: Tensor) -> Tensor:
+    def matched(self, predictions: Any, label: Tensor) -> Tensor:
         """(2,): `MaskClassificationLoss`."""
         with without_autocast(label.device):
-            return self.loss(layers, label)
+            return self.loss(predictions, label)
 
     def counts(self, label: Tensor) -> Tensor:
         """(2,): what its means divide by."""
         return self.loss.counts(label, self.num_class, self.net.queries.num_embeddings)
-
-
-def _scored(classes: Tensor, scores: Tensor) -> Tensor:
-    sums = torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], scores.sigmoid())
-    return sums.clamp(min=torch.finfo(sums.dtype).tiny).log()

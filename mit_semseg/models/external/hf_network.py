@@ -16,8 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mit_semseg.models.decoders.base import Auxiliary, crop
-from mit_semseg.models.external.base import Architecture, ExternalDecoder, ExternalEncoder
+from mit_semseg.losses.mask_classification import MaskClassificationLoss, classes_there
+from mit_semseg.models.decoders.base import Auxiliary
+from mit_semseg.models.external.base import (
+    Architecture,
+    ExternalDecoder,
+    ExternalEncoder,
+    MaskClassifier,
+)
 from mit_semseg.models.layers import with_attributes
 from mit_semseg.models.pyramid import without_autocast
 
@@ -188,21 +194,12 @@ class Head(ExternalDecoder):
         return {self.path: found}
 
 
-class MaskHead(Head):
+class MaskHead(MaskClassifier, Head):
     """A network of transformers without its backbone, that classifies masks.
 
-    The score of a class at a pixel is the log of the sum over the masks of the probability of the
-    class times that of the mask, from which the library's `post_process_semantic_segmentation`
-    takes the maximum.
+    The class with the highest score is that of the library's
+    `post_process_semantic_segmentation`; the losses are the library's own.
     """
-
-    trains_scores = False
-    further_scores = ("no object",)
-
-    @property
-    def auxiliary(self) -> tuple[Auxiliary, ...]:  # type: ignore[override]
-        """The library's own losses, of the masks of all layers."""
-        return (Auxiliary(1.0, loss=self.matched, denominator=self.counts),)
 
     def logits(self, features: list[Tensor]) -> tuple[Any, ...]:
         """Scores, (B, num_class, h, w); in training also what the losses take."""
@@ -230,33 +227,14 @@ class MaskHead(Head):
         with with_attributes(self.net, forward=_with(self.net, labels)):
             return super().run(features)
 
-    def log_probabilities(
-        self,
-        features: list[Tensor],
-        size: tuple[int, int] | None = None,
-        image: tuple[int, int] | None = None,
-    ) -> tuple[Any, ...]:
-        """As `Decoder.log_probabilities`; in training what the losses take comes second."""
-        if not self.training:
-            return super().log_probabilities(features, size, image)
-        scores, calls = self.logits(features)
-        with torch.no_grad():
-            main = self._scores(crop(scores, image), size, True).log_softmax(dim=1)
-        return main, calls
-
-    def matched(self, calls: Any, label: Tensor) -> Tensor:
-        """(2,): the means of the library's losses over queries, and over masks.
-
-        Args:
-            calls: what the network compares with labels, from `logits`.
-            label: (B, h, w) int64, -1 ignored: in no mask.
-        """
-        there = self._classes(label)
+    def matched(self, predictions: Any, label: Tensor) -> Tensor:
+        """As `MaskClassifier.matched`; predictions are what the network compares with labels."""
+        there = classes_there(label, self.num_class)
         classes = [row.nonzero()[:, 0] for row in there]
         masks = [(one == ids[:, None, None]).float() for one, ids in zip(label, classes)]
         sums = torch.zeros(2, dtype=torch.float32, device=label.device)
         with without_autocast(label.device):
-            for call in calls:
+            for call in predictions:
                 given = {**_in_float32(call), "mask_labels": masks, "class_labels": classes}
                 for name, loss in self.net.get_loss_dict(**given).items():
                     sums = sums + loss * sums.new_tensor(
@@ -265,25 +243,14 @@ class MaskHead(Head):
         return sums
 
     def counts(self, label: Tensor) -> Tensor:
-        """(2,): what those means divide by, the weights of the queries, and the masks."""
+        """As `MaskClassifier.counts`."""
         config = self.net.config
         queries = getattr(config, "num_queries", None) or config.decoder_config.num_queries
-        masks = self._classes(label).sum(1)
-        matched = masks.clamp(max=queries).sum()
-        rest = len(label) * queries - matched
-        return torch.stack([matched + config.no_object_weight * rest, masks.sum().float()])
+        loss = MaskClassificationLoss(no_object=config.no_object_weight)
+        return loss.counts(label, self.num_class, queries)
 
-    def _classes(self, label: Tensor) -> Tensor:
-        """(B, num_class) bool: which are there."""
-        there = torch.zeros(len(label), self.num_class + 1, device=label.device)
-        return there.scatter_(1, label.clamp(min=-1).flatten(1) + 1, 1.0)[:, 1:] > 0
-
-    @staticmethod
-    def _scored(found: Any) -> Tensor:
-        classes = found.class_queries_logits.softmax(-1)[..., :-1]
-        masks = found.masks_queries_logits.sigmoid()
-        sums = torch.einsum("bqc,bqhw->bchw", classes, masks)
-        return sums.clamp(min=torch.finfo(sums.dtype).tiny).log()
+    def _scored(self, found: Any) -> Tensor:
+        return self.scored(found.class_queries_logits, found.masks_queries_logits)
 
 
 def _with(net: Any, more: dict[str, Any]) -> Callable[..., Any]:
