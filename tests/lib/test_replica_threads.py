@@ -100,9 +100,10 @@ def test_threads_hold_nothing_after_a_pass():
         gc.collect()
         return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
 
+    tensors()  # what earlier tests left may go in any collection
     before = tensors()
     model(batches())
-    assert tensors() == before
+    assert tensors() <= before
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
