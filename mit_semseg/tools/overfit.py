@@ -138,6 +138,9 @@ def one_image(options: Options, side: int, stride: int, depth: bool = True) -> d
         imgSizes=(side,),
         random_flip=False,
         color_jitter=0.0,
+        cutmix=0.0,
+        classmix=0.0,
+        transform="",
         padding_constant=math.lcm(options.DATASET.padding_constant, stride),
         segm_downsampling_rate=stride,
     )

@@ -104,7 +104,7 @@ def _reach(name: str, size: tuple[int, int]) -> Iterator[None]:
     """Convert errors of a network for an image that is too small to a ValueError."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:  # torch.OutOfMemoryError since torch 2.5
         raise
     except (RuntimeError, ValueError) as error:
         reason = one_line(error, 200)
@@ -198,7 +198,7 @@ def run(
     for name, cfg in tqdm(recipes.items(), disable=len(recipes) == 1, leave=False):
         try:
             found.append(profile(cfg, device, size, name=name))
-        except (ValueError, RuntimeError) as error:  # includes torch.OutOfMemoryError
+        except (ValueError, RuntimeError) as error:  # includes OutOfMemoryError
             if len(recipes) == 1:
                 raise
             reason = one_line(error, 200)

@@ -111,6 +111,16 @@ def test_every_registered_model_is_overfitted():
     assert {(model.encoder, model.decoder) for model in PAPER_MODELS} <= set(pairs)
 
 
+def test_the_image_is_overfitted_without_augmentation(recipe, tmp_path):
+    mixed = {"DATASET__cutmix": 1.0, "DATASET__classmix": 1.0, "DATASET__color_jitter": 0.5}
+    settings = {**mixed, "DATASET__transform": "no_such_module:function"}
+    plain, augmented = (
+        overfit.one_image(Options.read(load_config(recipe(tmp_path / "one.yaml", **more))), 64, 8)
+        for more in ({}, settings)
+    )
+    assert all(torch.equal(augmented[key], plain[key]) for key in ("img_data", "seg_label"))
+
+
 def test_settings_of_crops_are_left_out_without_a_warning(recipe, tmp_path, caplog):
     cfg = load_config(recipe(tmp_path / "crops.yaml"))
     opts = ["DATASET.batching", "crop", "DATASET.crop_size", "(64, 64)", "DATASET.random_blur", "0"]
@@ -180,7 +190,7 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
     monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
     files = [str(recipe(tmp_path / f"{name}.yaml", name)) for name in ("ppm", "c1")]
     words = ["--gpus", "cpu", "--size", "64", "64"]
-    error = torch.OutOfMemoryError("no memory\nfor this")
+    error = torch.cuda.OutOfMemoryError("no memory\nfor this")
     assert main(["profile", *files, *words]) == 1
     assert "error: ppm is skipped: no memory for this\n" in capsys.readouterr().err
     error = ValueError("too small")
