@@ -127,6 +127,8 @@ def test_file_mistakes_name_the_file(tmp_path):
     (tmp_path / "mine.yaml").write_text("TRAIN:\n  lr_encodr: 1\n")
     with pytest.raises(ValueError, match=r"mine\.yaml: unknown key TRAIN\.lr_encodr"):
         load_config(tmp_path / "mine.yaml")
+    (tmp_path / "empty.yaml").write_text("VAL:\n  # flip: True\nTRAIN:\n  num_epoch: 3\n")
+    assert load_config(tmp_path / "empty.yaml").TRAIN.num_epoch == 3
     (tmp_path / "broken.yaml").write_text("TRAIN: [")
     with pytest.raises(ValueError, match="broken.yaml is not valid YAML"):
         load_config(tmp_path / "broken.yaml")
@@ -269,6 +271,11 @@ def test_the_command_says_where_values_come_from(tmp_path, capsys):
     assert f"VAL.tile = off  ({file}; default auto)\n    side in pixels" in said
     assert "VAL.flip = False  (command line; default False)\n" in said
     assert "VAL.batch_size = 1  (default)\n" in said and "TRAIN" not in said.splitlines()[0]
+    words = ["config", "--only", "dataset.std", "MODEL.arch_encoder", "timm:vit_tiny_patch16_224"]
+    pytest.importorskip("timm")
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "[0.5, 0.5, 0.5]  (from MODEL.arch_encoder; default [0.229, 0.224, 0.225])" in said
     assert main(["config", "--only", "nothing"]) == 2
     assert main(["config"]) == 0
     assert len(re.findall(r"^[A-Z]+(?:\.\w+)? = ", capsys.readouterr().out, re.M)) == len(SETTINGS)

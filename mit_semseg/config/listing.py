@@ -27,7 +27,15 @@ def listing(tree: Config, only: str = "") -> str:
     found = [setting for name, setting in SETTINGS.items() if only.lower() in name.lower()]
     if not found:
         raise ValueError(f"--only {only}: no key contains this text; see docs/settings.md")
-    return "\n".join(_entry(s, options[s.name], tree.origins.get(s.name, "")) for s in found)
+    return "\n".join(_entry(s, options[s.name], _origin(s, options, tree)) for s in found)
+
+
+def _origin(setting: Setting, options: Options, tree: Config) -> str:
+    section, _, name = setting.name.rpartition(".")
+    given = (tree[section] if section else tree)[name]
+    if setting.read(given) != options[setting.name]:
+        return "from MODEL.arch_encoder"  # the normalisation of a timm encoder
+    return tree.origins.get(setting.name, "")
 
 
 def _entry(setting: Setting, value: Any, origin: str) -> str:

@@ -121,6 +121,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     """Dotted keys and values of nested mappings."""
     for name, value in tree.items():
         dotted = f"{prefix}{name}"
+        if value is None and dotted in SECTIONS:
+            continue  # a section whose keys are all commented out
         if isinstance(value, Mapping) and dotted not in SETTINGS and (value or name in SECTIONS):
             yield from _leaves(value, f"{dotted}.")
         else:

@@ -102,6 +102,8 @@ class Options(Section):
         """One line for each setting that has no effect because of other settings."""
         crops = self.DATASET.batching == "crop"
         needs = {
+            "TRAIN.lr_pow": (self.TRAIN.schedule == "poly", "without TRAIN.schedule poly"),
+            "TRAIN.gamma": (self.TRAIN.milestones, "without TRAIN.schedule multi_step"),
             "TRAIN.label_smoothing": ("smooth" in self.TRAIN.loss, "without the loss smooth"),
             "TRAIN.deep_sup_scale": (not self.TRAIN.aux_weights, "with TRAIN.aux_weights"),
             "VAL.overlap": (self.VAL.window, "without VAL.window"),

@@ -37,6 +37,7 @@ def test_windows_that_cannot_work_are_refused_when_they_are_read(section):
     ("key", "value", "needs"),
     [
         ("TRAIN.label_smoothing", "0.2", ["TRAIN.loss", "smooth+dice"]),
+        ("TRAIN.gamma", "0.5", ["TRAIN.schedule", "multi_step", "TRAIN.milestones", "3"]),
         ("VAL.overlap", "0.5", ["VAL.window", "(96, 96)"]),
         ("TEST.overlap", "0.5", ["TEST.window", "(96, 96)"]),
         ("DATASET.depth_scale", "500", ["DATASET.depth", "True", "MODEL.in_channels", "4"]),
