@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from mit_semseg.config import DataOptions, Options
+from mit_semseg.config import Options
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import exif_orientation, is_deep, load_image, to_rgb
 from mit_semseg.dataset.loading import load_depth_beside
@@ -302,14 +302,14 @@ class Segmenter:
             labels=labels[0].cpu().numpy(),
             classes=self.classes,
             source=Path(source) if isinstance(source, (str, os.PathLike)) else None,
-            label_offset=int(getattr(self.opt, "label_offset", 0)),
+            label_offset=self.predictor.options.label_offset,
         )
 
     def _depth(
         self, source: Source, image: np.ndarray, given: np.ndarray | None
     ) -> np.ndarray | None:
         """(H, W) float32 metres; None for a model without depth."""
-        options = DataOptions.read(self.opt)
+        options = self.predictor.options
         if not options.depth:
             if given is not None:
                 raise ValueError("this model has no depth input (DATASET.depth is False)")

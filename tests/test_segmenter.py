@@ -237,6 +237,12 @@ def test_devices_that_are_not_there(cfg, monkeypatch):
     assert said("cuda:7").endswith("but this machine has 2 GPUs; the first is 'cuda:0'")
 
 
+def test_settings_can_be_a_dict(cfg, array):
+    module, table = load_model(cfg, cfg.TEST.checkpoint), ClassTable.of(NAMES)
+    settings = {"imgSizes": [48], "label_offset": 3}
+    assert Segmenter(module, table, settings)(array).label_offset == 3
+
+
 def test_tiles_are_the_folders_or_ones_own(cfg, array):
     wide = np.tile(array, (1, 3, 1))
     whole, tiled, plain = (
