@@ -64,8 +64,16 @@ class UserTransform:
                     f"{one_line(error)}"
                 ) from error
         image, mask = self._checked(given)
+        labels = mask.numpy().astype(np.int64)
+        last = sample.label_map.num_class - 1
+        outside = labels[(labels < -1) | (labels > last)]
+        if outside.size:
+            raise RuntimeError(
+                f"DATASET.transform {self.name} returned the class {outside[0]}; give 0..{last}, "
+                "or -1 for ignored pixels"
+            )
         return replace(
-            sample.relabelled(mask.numpy().astype(np.int64)),
+            sample.relabelled(labels),
             image=np.ascontiguousarray(image.permute(1, 2, 0).numpy()),
         )
 

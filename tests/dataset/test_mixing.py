@@ -101,6 +101,9 @@ def wrong(image, mask):
 
 def broken(image, mask):
     return image / mask.nothing
+
+def padded(image, mask):
+    return image, torch.full_like(mask, 255)
 """
 
 
@@ -155,6 +158,7 @@ def test_random_numbers_of_a_transform_follow_from_the_seed(samples, module):
         ("no_such_module:f", ValueError, "cannot be imported.*put no_such_module.py"),
         ("{}:f", ValueError, r"\.py has no function f$"),
         ("{}:wrong", RuntimeError, r"returned \(3, .* torch.float32, .*has to return \(image"),
+        ("{}:padded", RuntimeError, r"returned the class 255; give 0\.\.\d+, or -1 for ignored"),
         ("{}:broken", RuntimeError, "failed with AttributeError: .*nothing"),
     ],
 )
