@@ -209,6 +209,19 @@ def test_an_earlier_run_is_set_aside(settings):
     assert (aside.path / "result_eval").is_dir() and not (Path(cfg.DIR) / "result_eval").exists()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("end", ["", "not JSON\n{}\n"])
+def test_metrics_of_a_run_killed_before_its_first_state_are_not_continued(settings, resume, end):
+    cfg = settings()
+    file = Path(cfg.DIR) / "metrics.jsonl"
+    file.parent.mkdir()
+    line = {"kind": "train", "epoch": 1, "step": 1, "loss": 9.0, "accuracy": 0.0}
+    file.write_text(json.dumps(line) + "\n" + end)
+    train(cfg, [CPU], resume=resume, progress=False)
+    assert [x["step"] for x in figures_of(cfg)] == [1, 2, 3, 4]
+    assert (file.parent / "earlier_1" / "metrics.jsonl").is_file() == (not resume)
+
+
 def test_start_epoch_sets_newer_checkpoints_aside(settings):
     cfg = settings(TRAIN__num_epoch=4, TRAIN__eval_epochs=1)
     scores = train(cfg, [CPU], progress=False)["history"]["val"]["mean_iou"]

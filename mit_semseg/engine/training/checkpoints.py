@@ -152,7 +152,7 @@ class RunFolder(CheckpointFolder):
                 )
 
     def _move_aside(self, files: list[Path]) -> Path | None:
-        if not any(file.suffix == ".pth" for file in files):
+        if not files:
             return None
         number = 1
         while (self.path / f"earlier_{number}").exists():

@@ -132,6 +132,9 @@ class MetricsLog:
             os.replace(self.file, f"{self.file}.damaged")
             log.warning("%s; renamed to %s.damaged", error, self.file.name)
             return
+        if not kept:
+            self.file.unlink()
+            return
         with replacing(self.file) as part, part.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(x) + "\n" for x in kept)
             file.flush()

@@ -130,6 +130,8 @@ class Trainer:
         """
         parts, epoch = self.parts, self.progress.epoch
         if resumed_step is None:
+            if parts.earlier.resume and not self.progress.step:
+                parts.metrics.forget(0, 0)  # of a run that was killed before its first state
             parts.folder.set_aside()
         else:
             newer = parts.metrics.best_epoch() > epoch
