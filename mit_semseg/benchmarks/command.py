@@ -51,7 +51,7 @@ ON_CPU: tuple[r.Row, ...] = (
     r.LargeClassMap(repeats=1),
     r.Prediction(target=5, precision="bf16"),
     r.Prediction(target=3),
-    r.Prediction(target=3, precision="bf16", **RESNET),
+    r.Prediction(target=4, precision="bf16", **RESNET),
     r.Prediction(target=1.6, **RESNET),
     TrainStep(target=2, precision="bf16", images=2),
     TrainStep(target=2.5, precision="bf16", images=2, **RESNET),

@@ -89,7 +89,7 @@ class Predictor:
         if compile:
             network = _compiled(network)
         if self.device.type == "cuda":
-            network = GraphedNetwork(network, self.device)
+            network = GraphedNetwork(network, self.device, flip)
         self.tiled = TiledNetwork(self.module, tile, network, window)
 
     @classmethod

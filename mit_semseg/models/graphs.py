@@ -16,8 +16,6 @@ from mit_semseg.matrices import MATRICES
 
 log = logging.getLogger("mit_semseg")
 
-# A shape is recorded at its third call: an image and its flipped copy are already two.
-RECORD_AT_CALL = 3
 # Limits of the number of graphs, and of their share of the GPU's memory.
 MAX_GRAPHS, MAX_MEMORY = 32, 0.1
 # A recording takes as long as several images, so there is at most one for every two replays,
@@ -41,17 +39,22 @@ class _Graph:
 class GraphedNetwork:
     """Calls a network, and replays CUDA graphs of it for input shapes that repeat.
 
-    The third call with a shape records a graph, which later calls replay: one launch instead of
+    The second image of a shape records a graph, which later calls replay: one launch instead of
     hundreds. Recording synchronises with the GPU. At most 32 graphs are kept, the least recently
     used is dropped first; all are dropped if they take more than a tenth of the GPU's memory. If
     shapes rarely repeat, recording stops. A network that cannot be recorded is called directly,
     with one warning.
 
     Not thread-safe.
+
+    Args:
+        network: called with an image.
+        device: the GPU.
+        flip: whether each image is followed by its flipped copy, which has the same shape.
     """
 
-    def __init__(self, network: Network, device: torch.device) -> None:
-        self.network, self.device = network, device
+    def __init__(self, network: Network, device: torch.device, flip: bool = False) -> None:
+        self.network, self.device, self.flip = network, device, flip
         self.limit = int(MAX_MEMORY * torch.cuda.get_device_properties(device).total_memory)
         self.stream = torch.cuda.Stream(device)
         self.calls: Counter[Key] = Counter()
@@ -81,7 +84,7 @@ class GraphedNetwork:
         if not self.recordable or self.recordings > self.replays / 2 + FREE_RECORDINGS:
             return None
         self.calls[key] += 1
-        if self.calls[key] < RECORD_AT_CALL:
+        if self.calls[key] <= 1 + self.flip:
             return None
         if self.bytes > self.limit:
             self.release()

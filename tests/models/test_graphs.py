@@ -51,8 +51,10 @@ def visit(network, side, times=1):
         assert torch.equal(network(image), 2 * image)
 
 
-def test_the_third_image_of_a_shape_is_recorded(graphed):
-    visit(graphed, 8, times=2)
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_second_image_of_a_shape_is_recorded(graphed, flip):
+    graphed.flip = flip
+    visit(graphed, 8, times=2 if flip else 1)
     assert not graphed.graphs
     visit(graphed, 8)
     assert len(graphed.graphs) == graphed.recordings == graphed.replays == 1
