@@ -58,12 +58,14 @@ class ModelOptions(Section):
         fits=lambda stride: stride in (0, 8, 16, 32),
         advice="use 8, 16, 32, or 0 for the encoder's own",
     )
-    vit_blocks: tuple[int, ...] = key(
+    out_indices: tuple[int, ...] = key(
         (),
-        "blocks of a plain vision transformer of timm whose outputs are the feature maps, counted "
-        "from 0; empty: four, evenly spaced, ending with the last",
+        "indices of the feature maps of a timm encoder to use, counted from 0: of its stages, or "
+        "of the blocks of a plain vision transformer. The layers after the last one are left out, "
+        "which makes small encoders. Empty: all maps of stride 4 or more; of a plain vision "
+        "transformer four blocks, evenly spaced, ending with the last",
         least=0,
-        advice="give numbers of blocks, such as (2, 5, 8, 11)",
+        advice="give indices in rising order, such as (1, 2, 3)",
     )
     vit_pyramid: bool = key(
         False,

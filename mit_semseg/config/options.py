@@ -15,7 +15,7 @@ from mit_semseg.config.train import TrainOptions
 # What models of other libraries bring along.
 _OF_PARTS = (
     *("MODEL.arch_encoder", "MODEL.arch_decoder", "MODEL.fc_dim", "MODEL.output_stride"),
-    *("MODEL.vit_blocks", "MODEL.vit_pyramid"),
+    *("MODEL.out_indices", "MODEL.vit_pyramid"),
     *("DATASET.mean", "DATASET.std", "DATASET.color_order", "DATASET.value_range"),
 )
 

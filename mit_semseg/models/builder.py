@@ -29,15 +29,15 @@ log = logging.getLogger("mit_semseg")
 
 
 def _encoder(
-    arch: str, output_stride: int = 0, vit_blocks: Sequence[int] = (), vit_pyramid: bool = False
+    arch: str, output_stride: int = 0, out_indices: Sequence[int] = (), vit_pyramid: bool = False
 ) -> type[Encoder] | Variant:
     if arch.startswith(PREFIX):
         name = arch.removeprefix(PREFIX)
-        return timm_variant(name, output_stride, tuple(vit_blocks), vit_pyramid)
+        return timm_variant(name, output_stride, tuple(out_indices), vit_pyramid)
     found = ENCODERS.get(arch.lower())
-    if output_stride not in (0, found.strides[-1]) or vit_blocks or vit_pyramid:
+    if output_stride not in (0, found.strides[-1]) or out_indices or vit_pyramid:
         raise ValueError(
-            f"MODEL.output_stride, vit_blocks and vit_pyramid are for timm encoders, and "
+            f"MODEL.output_stride, out_indices and vit_pyramid are for timm encoders, and "
             f"MODEL.arch_encoder is {arch}: leave them out; a stride is part of its name"
         )
     return found
@@ -45,7 +45,7 @@ def _encoder(
 
 def _encoder_options(model: ModelOptions) -> dict[str, Any]:
     """What `_encoder` takes beside the name."""
-    return {key: getattr(model, key) for key in ("output_stride", "vit_blocks", "vit_pyramid")}
+    return {key: getattr(model, key) for key in ("output_stride", "out_indices", "vit_pyramid")}
 
 
 def _decoder(arch: str) -> type[Decoder]:
@@ -61,7 +61,7 @@ def check_pair(
         arch_encoder: name in `ENCODERS`, or "timm:NAME".
         arch_decoder: name in `DECODERS`.
         fc_dim: MODEL.fc_dim, channels of the encoder's last feature map; None: not checked.
-        encoder_options: of a timm encoder, output_stride, vit_blocks and vit_pyramid (see
+        encoder_options: of a timm encoder, output_stride, out_indices and vit_pyramid (see
             `ModelBuilder.build_encoder`).
 
     Raises:
@@ -198,7 +198,7 @@ class ModelBuilder:
         weights: str = "",
         in_channels: int = 3,
         output_stride: int = 0,
-        vit_blocks: Sequence[int] = (),
+        out_indices: Sequence[int] = (),
         vit_pyramid: bool = False,
         **options: Any,
     ) -> Encoder:
@@ -212,8 +212,8 @@ class ModelBuilder:
             in_channels: channels of the images: red, green, blue, then others such as depth (see
                 `encoders.base.widen_input`).
             output_stride: of a timm encoder, 8, 16 or 32 if it supports that; 0: its own.
-            vit_blocks: of a plain vision transformer of timm, the blocks whose outputs are the
-                feature maps, counted from 0; empty: four, evenly spaced, ending with the last.
+            out_indices: of a timm encoder, the indices of the feature maps to use; the parts that
+                follow the last one are not built; empty: see `MODEL.out_indices`.
             vit_pyramid: of a plain vision transformer of timm, a simple feature pyramid of one
                 block instead (see `encoders.vit_pyramid`).
             options: mean and std of the input, for `weights.load_encoder`.
@@ -222,7 +222,7 @@ class ModelBuilder:
             ValueError: the name is unknown, or the weights do not match the encoder.
             FileNotFoundError: the weights do not exist.
         """
-        encoder = _encoder(arch, output_stride, vit_blocks, vit_pyramid)()
+        encoder = _encoder(arch, output_stride, out_indices, vit_pyramid)()
         widen_input(encoder, in_channels)
         load_encoder(encoder, arch.lower(), weights, **options)
         return encoder

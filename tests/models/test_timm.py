@@ -219,10 +219,11 @@ def test_an_output_stride_is_declared_and_emitted(
         ("coatnet_0_rw_224", {}, "its own size only"),
         ("swin_tiny_patch4_window7_224", {"output_stride": 16}, "output_stride is 16.*set 0"),
         ("vit_tiny_patch16_224", {"output_stride": 8}, "plain vision transformer: .*set 0"),
-        ("vit_tiny_patch16_224", {"vit_blocks": (3, 12)}, "blocks 0 to 11"),
-        ("vit_tiny_patch16_224", {"vit_blocks": (5, 2)}, "rising order"),
-        ("vit_tiny_patch16_224", {"vit_blocks": (5, 7), "vit_pyramid": True}, "of one block"),
-        ("resnet10t", {"vit_blocks": (1,)}, r"strides \[2, 4, 8, 16, 32\]: leave it out"),
+        ("vit_tiny_patch16_224", {"out_indices": (3, 12)}, "maps 0 to 11"),
+        ("vit_tiny_patch16_224", {"out_indices": (5, 2)}, "rising order"),
+        ("vit_tiny_patch16_224", {"out_indices": (5, 7), "vit_pyramid": True}, "of one block"),
+        ("resnet10t", {"out_indices": (1, 5)}, "maps 0 to 4, of strides 2, 4, 8, 16, 32: give"),
+        ("resnet10t", {"vit_pyramid": True}, r"strides \[2, 4, 8, 16, 32\]: leave it out"),
     ],
 )
 def test_what_cannot_be_is_refused(name: str, options: dict[str, Any], reason: str) -> None:
@@ -245,7 +246,7 @@ def test_pairs_are_checked_without_weights(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match="does not work with encoder timm:resnet10t"):
         check_pair("timm:resnet10t", "segnet")
     with pytest.raises(ValueError, match="at least 2 feature maps"):
-        check_pair("timm:vit_tiny_patch16_224", "upernet", vit_blocks=(11,))
+        check_pair("timm:vit_tiny_patch16_224", "upernet", out_indices=(11,))
 
 
 def options_of(*pairs: object) -> Any:
@@ -276,11 +277,30 @@ def test_without_timm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
         load_timm("resnet10t")
 
 
+@torch.no_grad()
+def test_stages_are_chosen_and_later_ones_left_out() -> None:
+    torch.manual_seed(0)
+    whole = timm.create_model("tf_efficientnet_lite0", features_only=True).eval()
+    variant = TimmVariant("tf_efficientnet_lite0", out_indices=(0, 2, 3))
+    assert (variant.channels, variant.strides) == ((16, 40, 112), (2, 8, 16))
+    encoder = variant().eval()
+    # The stages of stride 32 hold most of the 2.96 million parameters.
+    assert sum(p.numel() for p in encoder.parameters()) == 700_768
+    given = whole.state_dict()
+    kept = {k.removeprefix("net.model."): k for k in encoder.state_dict()}
+    assert set(kept) <= set(given)
+    encoder.load_state_dict({full: given[k] for k, full in kept.items()})
+    image = torch.randn(1, 3, 64, 96)
+    expected = [whole(image)[i] for i in (0, 2, 3)]
+    for ours, its in zip(encoder(image, return_feature_maps=True), expected, strict=True):
+        torch.testing.assert_close(ours, its, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------ plain ViTs
 @torch.no_grad()
 def test_blocks_of_a_vision_transformer_are_chosen() -> None:
     torch.manual_seed(0)
-    encoder = TimmVariant("vit_tiny_patch16_224", vit_blocks=(3, 7))().eval()
+    encoder = TimmVariant("vit_tiny_patch16_224", out_indices=(3, 7))().eval()
     whole = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
     kept = {k.removeprefix("model."): v for k, v in encoder.net.state_dict().items()}
     assert whole.load_state_dict(kept, strict=False).unexpected_keys == []

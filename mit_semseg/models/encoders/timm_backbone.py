@@ -22,9 +22,9 @@ from mit_semseg.models.layers import replace_modules, synchronized, with_tensors
 from mit_semseg.registry import closest
 
 PREFIX = "timm:"
-# Maps finer than this are left out, as in most encoders here: they cost more than they add.
+# By default, finer maps are left out, as in most encoders here: they cost more than they add.
 FINEST = 4
-# Maps of a plain vision transformer, if none are asked for.
+# Number of maps of a plain vision transformer by default.
 BLOCKS = 4
 # What timm and torch raise for arguments or images that a network does not take.
 _REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, NotImplementedError, IndexError)
@@ -124,8 +124,9 @@ class TimmVariant(Variant):
     Args:
         name: as timm knows it.
         output_stride: stride of the deepest map, 8, 16 or 32; 0: the network's own.
-        vit_blocks: of a plain vision transformer, blocks whose outputs are emitted, counted from 0;
-            empty: four at equal distances, of which the last block is one.
+        out_indices: indices of the maps to emit, as in timm: of stages, or of the blocks of a plain
+            vision transformer. Later ones are not built. Empty: all maps of stride 4 or more, or
+            four blocks at equal distances, of which the last is one.
         vit_pyramid: of a plain vision transformer, emit a `SimplePyramid` of one block instead.
 
     Raises:
@@ -136,7 +137,7 @@ class TimmVariant(Variant):
         self,
         name: str,
         output_stride: int = 0,
-        vit_blocks: Sequence[int] = (),
+        out_indices: Sequence[int] = (),
         vit_pyramid: bool = False,
     ) -> None:
         timm = load_timm(name)
@@ -149,17 +150,15 @@ class TimmVariant(Variant):
                 raise ValueError(f"{PREFIX}{name} gives no features: {one_line(error)}") from error
         reductions = [part["reduction"] for part in info.info]
         plain = len(set(reductions)) == 1 < len(reductions)
-        if plain:
-            options["out_indices"] = _blocks(name, len(reductions), vit_blocks, vit_pyramid)
-        elif vit_blocks or vit_pyramid:
-            key = "vit_pyramid" if vit_pyramid else "vit_blocks"
+        if vit_pyramid and not plain:
             raise ValueError(
-                f"MODEL.{key} is for plain vision transformers, and the maps of {PREFIX}{name} "
-                f"have the strides {reductions}: leave it out"
+                f"MODEL.vit_pyramid is for plain vision transformers, and the maps of "
+                f"{PREFIX}{name} have the strides {reductions}: leave it out"
             )
-        else:
-            fine_enough = [i for i, stride in enumerate(reductions) if stride >= FINEST]
-            options["out_indices"] = tuple(fine_enough or range(len(reductions)))
+        wanted = _checked(name, out_indices, reductions, vit_pyramid)
+        options["out_indices"] = wanted or _default_maps(reductions, plain, vit_pyramid)
+        if wanted and wanted[-1] + 1 < len(reductions):
+            options["feature_cls"] = "getter"  # the only one that never builds what follows
         if output_stride and output_stride != max(reductions):
             options["output_stride"] = output_stride
         with torch.device("meta"), torch.no_grad():
@@ -273,24 +272,32 @@ def _any_size(timm: Any, name: str) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if key in taken}
 
 
-def _blocks(name: str, depth: int, wanted: Sequence[int], pyramid: bool) -> tuple[int, ...]:
-    """The blocks of a plain vision transformer whose outputs are emitted."""
-    if not wanted and pyramid:
+def _checked(
+    name: str, out_indices: Sequence[int], reductions: Sequence[int], pyramid: bool
+) -> tuple[int, ...]:
+    """`MODEL.out_indices`, if the network has these maps."""
+    wanted, last = tuple(out_indices), len(reductions) - 1
+    if list(wanted) != sorted(set(wanted)) or not all(0 <= i <= last for i in wanted):
+        raise ValueError(
+            f"MODEL.out_indices is {list(wanted)}; {PREFIX}{name} has the maps 0 to {last}, of "
+            f"strides {', '.join(map(str, reductions))}: give some of them in rising order"
+        )
+    if pyramid and len(wanted) > 1:
+        raise ValueError(
+            f"MODEL.out_indices is {list(wanted)}; MODEL.vit_pyramid is made of one block: give "
+            "it, or () for the last"
+        )
+    return wanted
+
+
+def _default_maps(reductions: Sequence[int], plain: bool, pyramid: bool) -> tuple[int, ...]:
+    depth = len(reductions)
+    if pyramid:
         return (depth - 1,)
-    blocks = tuple(wanted) or tuple(
-        (i + 1) * depth // BLOCKS - 1 for i in range(BLOCKS) if depth >= BLOCKS
-    )
-    if list(blocks) != sorted(set(blocks)) or not all(0 <= block < depth for block in blocks):
-        raise ValueError(
-            f"MODEL.vit_blocks is {list(blocks)}; {PREFIX}{name} has blocks 0 to {depth - 1}: name "
-            "some of them in rising order"
-        )
-    if pyramid and len(blocks) > 1:
-        raise ValueError(
-            f"MODEL.vit_blocks is {list(blocks)}; MODEL.vit_pyramid is made of one block: give it, "
-            f"or () for the last"
-        )
-    return blocks
+    if plain:
+        return tuple((i + 1) * depth // BLOCKS - 1 for i in range(BLOCKS) if depth >= BLOCKS)
+    fine_enough = [i for i, stride in enumerate(reductions) if stride >= FINEST]
+    return tuple(fine_enough or range(depth))
 
 
 def _strided(name: str, output_stride: int, plain: bool, options: dict[str, Any]) -> Any:
