@@ -11,34 +11,41 @@ class HubModel(NamedTuple):
     """A model on huggingface.co.
 
     Attributes:
-        name: of the repository.
+        name: of the repository, whose page states the licence.
         mean_iou: in percent at one scale on ADE20K's validation images, as its authors report it.
         licence: of the weights, as their publisher states it.
         millions: of parameters.
+        source: where the mean IoU, and a licence that the page calls "other", are stated.
     """
 
     name: str
     mean_iou: float
     licence: str
     millions: float
+    source: str
 
 
 _NVIDIA, _META = "NVIDIA, not commercial", "CC BY-NC 4.0"
-# Figures: arXiv:2105.15203 table 1, the model zoos of MaskFormer and Mask2Former, the READMEs of
-# OneFormer and EoMT, and mmsegmentation's tables for UPerNet.
+_SEGFORMER = "arXiv:2105.15203, table 1; https://github.com/NVlabs/SegFormer"
+_MMSEG = "https://github.com/open-mmlab/mmsegmentation/tree/main/configs/"
+_MASKS = "https://github.com/facebookresearch/%s/blob/main/MODEL_ZOO.md"
+_ONEFORMER = "https://github.com/SHI-Labs/OneFormer, crops of 640x640"
+_EOMT = "https://github.com/tue-mps/eomt/blob/master/model_zoo/dinov2.md"
 HUB: tuple[HubModel, ...] = (
-    HubModel("nvidia/segformer-b0-finetuned-ade-512-512", 37.4, _NVIDIA, 3.8),
-    HubModel("nvidia/segformer-b1-finetuned-ade-512-512", 42.2, _NVIDIA, 13.7),
-    HubModel("nvidia/segformer-b2-finetuned-ade-512-512", 46.5, _NVIDIA, 27.5),
-    HubModel("nvidia/segformer-b3-finetuned-ade-512-512", 49.4, _NVIDIA, 47.3),
-    HubModel("nvidia/segformer-b4-finetuned-ade-512-512", 50.3, _NVIDIA, 64.1),
-    HubModel("nvidia/segformer-b5-finetuned-ade-640-640", 51.0, _NVIDIA, 84.7),
-    HubModel("openmmlab/upernet-convnext-tiny", 46.1, "MIT", 60.1),
-    HubModel("openmmlab/upernet-swin-tiny", 44.4, "MIT", 59.9),
-    HubModel("facebook/maskformer-swin-tiny-ade", 46.7, _META, 41.8),
-    HubModel("facebook/mask2former-swin-tiny-ade-semantic", 47.7, _META, 47.4),
-    HubModel("shi-labs/oneformer_ade20k_swin_large", 57.0, "MIT", 219.0),
-    HubModel("tue-mps/ade20k_semantic_eomt_large_512", 58.4, "MIT", 316.0),
+    HubModel("nvidia/segformer-b0-finetuned-ade-512-512", 37.4, _NVIDIA, 3.8, _SEGFORMER),
+    HubModel("nvidia/segformer-b1-finetuned-ade-512-512", 42.2, _NVIDIA, 13.7, _SEGFORMER),
+    HubModel("nvidia/segformer-b2-finetuned-ade-512-512", 46.5, _NVIDIA, 27.5, _SEGFORMER),
+    HubModel("nvidia/segformer-b3-finetuned-ade-512-512", 49.4, _NVIDIA, 47.3, _SEGFORMER),
+    HubModel("nvidia/segformer-b4-finetuned-ade-512-512", 50.3, _NVIDIA, 64.1, _SEGFORMER),
+    HubModel("nvidia/segformer-b5-finetuned-ade-640-640", 51.0, _NVIDIA, 84.7, _SEGFORMER),
+    HubModel("openmmlab/upernet-convnext-tiny", 46.1, "MIT", 60.2, _MMSEG + "convnext"),
+    HubModel("openmmlab/upernet-swin-tiny", 44.4, "MIT", 59.9, _MMSEG + "swin"),
+    HubModel("facebook/maskformer-swin-tiny-ade", 46.7, _META, 41.8, _MASKS % "MaskFormer"),
+    HubModel(
+        "facebook/mask2former-swin-tiny-ade-semantic", 47.7, _META, 47.4, _MASKS % "Mask2Former"
+    ),
+    HubModel("shi-labs/oneformer_ade20k_swin_large", 57.0, "MIT", 218.8, _ONEFORMER),
+    HubModel("tue-mps/ade20k_semantic_eomt_large_512", 58.4, "MIT", 316.0, _EOMT),
 )
 
 

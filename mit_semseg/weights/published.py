@@ -19,7 +19,7 @@ class PublishedModel(NamedTuple):
         fc_dim: channels of the encoder's last feature map.
         multiple: what sides of its images are multiples of.
         epoch: the one that was scored.
-        mean_iou: in percent at one scale, as its authors report it.
+        mean_iou: in percent at one scale, as its authors report it in their README.
         millions: of parameters.
     """
 

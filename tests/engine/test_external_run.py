@@ -24,7 +24,7 @@ from mit_semseg.engine.evaluate import evaluate
 from mit_semseg.engine.predict import predict
 from mit_semseg.engine.pretrained import load_pretrained
 from mit_semseg.engine.train import train
-from mit_semseg.models import ModelBuilder
+from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
 from mit_semseg.tools.models import HUB, listing
 from mit_semseg.weights import MODELS, published_checkpoint
 
@@ -180,6 +180,17 @@ def test_what_has_no_trained_head_is_refused(tmp_path: Path) -> None:
 def test_the_listing_names_every_model() -> None:
     text = listing()
     assert all(name in text for name in MODELS) and all(f"hf:{x.name}" in text for x in HUB)
+    assert all(x.source.startswith(("arXiv:", "https://")) for x in HUB)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_listed_size_of_a_published_model_is_its_own(name: str) -> None:
+    model = MODELS[name]
+    with torch.device("meta"):
+        encoder = ENCODERS.get(model.encoder)()
+        decoder = DECODERS.get(model.decoder)(encoder.channels, num_class=150)
+    count = sum(p.numel() for part in (encoder, decoder) for p in part.parameters())
+    assert count / 1e6 == pytest.approx(model.millions, abs=0.05)
 
 
 def test_classes_of_a_checkpoint_folder_are_kept(settings: Any, tmp_path: Path) -> None:
