@@ -140,6 +140,7 @@ def test_the_index_will_take_both(wheel, sdist, tmp_path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"lib/nn/batchnorm.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert not {name for name in names if name.startswith("tests")}  # would be only a part of them
 
 
 STANDS_ALONE = """
