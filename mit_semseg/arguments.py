@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
-# Prefixes of configuration overrides, to tell them from other arguments.
-SECTIONS = ("DIR", "DATASET.", "MODEL.", "TRAIN.", "VAL.", "TEST.")
+_SECTIONS = ("DATASET.", "MODEL.", "TRAIN.", "VAL.", "TEST.")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "auto")
 # Data sets and formats for the help; checked against the registry when a command runs, and by a
 # test.
@@ -22,6 +21,11 @@ SOURCES = (
     *("sunrgbd", "voc2012", "vocaug"),
 )
 FORMATS = ("folder", "odgt", *SOURCES)
+
+
+def is_key(word: str) -> bool:
+    """Whether an argument is a configuration key, which begins the overrides."""
+    return word == "DIR" or word.startswith(_SECTIONS)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -226,8 +230,9 @@ def _add_threads(parsers: Subparsers) -> None:
         for action in inner:
             _add_threads(action)
         if not inner:
-            help = "compute threads per process (default: one per core, fewer while other "
-            _option(parser, "--threads N", None, f"{help}programs use the cores)", type=int)
+            default = "one per core, fewer while other programs use the cores"
+            help = f"compute threads per process (default: {default})"
+            _option(parser, "--threads N", None, help, type=int)
 
 
 def _command(parsers: Subparsers, name: str, text: str) -> argparse.ArgumentParser:

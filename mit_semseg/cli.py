@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mit_semseg import __version__
-from mit_semseg.arguments import SECTIONS, build_parser
+from mit_semseg.arguments import build_parser, is_key
 from mit_semseg.compat.flags import replacement
 from mit_semseg.errors import one_line
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def run_train(args: argparse.Namespace) -> int:
     """Train in one process, in one process per GPU, or as a rank of torchrun."""
-    if args.resume.startswith(SECTIONS) and not os.path.exists(args.resume):
+    if is_key(args.resume) and not os.path.exists(args.resume):
         # `--resume TRAIN.num_epoch 30`: argparse takes the first override for a path.
         args.opts.insert(0, args.resume)
         args.resume = "auto"
@@ -83,8 +83,9 @@ def _resume_command() -> str:
     words = list(sys.argv[1:])
     if "--resume" in words:
         at = words.index("--resume")
-        named = at + 1 < len(words) and not words[at + 1].startswith(("--", *SECTIONS))
-        del words[at : at + 1 + named]
+        value = words[at + 1 : at + 2]
+        named = value and not value[0].startswith("--") and not is_key(value[0])
+        del words[at : at + (2 if named else 1)]
     words = [word for word in words if not word.startswith("--resume=")]
     words = words[1:] if words[:1] == ["train"] else words
     return f"{_called('train')} --resume auto {shlex.join(words)}"
@@ -291,7 +292,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split `a.jpg b.jpg TEST.result out` into files and configuration overrides."""
     for i, word in enumerate(words):
-        if word.startswith(SECTIONS) and not os.path.exists(word) and (len(words) - i) % 2 == 0:
+        if is_key(word) and not os.path.exists(word) and (len(words) - i) % 2 == 0:
             return list(words[:i]), list(words[i:])
     return list(words), []
 
@@ -338,7 +339,7 @@ def _dispatch(arguments: list[str]) -> int:
     parser = build_parser()
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args, rest = parser.parse_known_args(arguments)
-    if rest and not (hasattr(args, "recipes") and rest[0].startswith(SECTIONS)):
+    if rest and not (hasattr(args, "recipes") and is_key(rest[0])):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides after an option, where argparse does not expect further recipes
         args.recipes += rest

@@ -205,6 +205,8 @@ def test_overrides_after_several_images():
     images, pairs = ["a.jpg", "b.jpg"], ["TEST.result", "out"]
     assert split_overrides([*images, *pairs]) == (images, pairs)
     assert split_overrides(["a.jpg", "DIR"]) == (["a.jpg", "DIR"], [])
+    globs = ["DIRECTORY/*.jpg", "b/*.jpg"]
+    assert split_overrides(globs) == (globs, [])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import os
 import shlex
 from collections.abc import Sequence
 
-from mit_semseg.arguments import SECTIONS
+from mit_semseg.arguments import is_key
 
 # Flag -> configuration key; {} is the section of the command. `_converted` converts the values.
 _KEYS = {
@@ -103,7 +103,7 @@ def replacement(command: str, words: Sequence[str], program: str) -> str:
             to = _OPTIONS.get(name) or _KEYS[name].format(_COMMANDS[command])
             value = "a number" if takes_number else "a value"
             return f"--{name} needs {value}, and was replaced: use {to} with {value}"
-    at = next((i for i, word in enumerate(rest) if word.startswith(SECTIONS)), len(rest))
+    at = next((i for i, word in enumerate(rest) if is_key(word)), len(rest))
     new = _Translation(command, given)
     now = shlex.join([*rest[:at], *new.options, *rest[at:], *new.pairs])
     replaced = ", ".join(new.notes)
@@ -125,7 +125,9 @@ def _split(command: str, words: list[str]) -> tuple[dict[str, list[str]], list[s
             continue
         given[name] = [value] if equals else []
         most = len(words) if name in _MANY else 1
-        while words and len(given[name]) < most and not words[0].startswith(("--", *SECTIONS)):
+        while words and len(given[name]) < most:
+            if words[0].startswith("--") or is_key(words[0]):
+                break
             if name in _SWITCHES and words[0].lower() not in ("0", "1", "true", "false"):
                 break
             given[name].append(words.pop(0))
