@@ -97,6 +97,7 @@ def test_round_trip(tmp_path):
         (["TRAIN", "1"], "is a section"),
         (["DIR"], "has no value"),
         (["TRAIN.workers", "-1"], "must not be negative"),
+        (["TRAIN.beta1", "1"], "TRAIN.beta1 is 1; give a number in [0, 1)"),
         (["TRAIN.ema", "1.0"], "a decay in [0, 1)"),
         (["TRAIN.activation_checkpointing", "3"], "checkpointing is 3; give True or False"),
         (["TRAIN.compile", "max"], "TRAIN.compile is 'max'; give True or False"),

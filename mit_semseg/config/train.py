@@ -67,7 +67,13 @@ class TrainOptions(Section):
         "parts of the network that are not trained, whose BatchNorm stays in evaluation mode: "
         "`encoder`, or names inside encoder and decoder, such as `encoder.layer1`",
     )
-    beta1: float = key(0.9, "momentum of SGD, first beta of Adam and AdamW")
+    beta1: float = key(
+        0.9,
+        "momentum of SGD, first beta of Adam and AdamW, below 1",
+        least=0,
+        fits=lambda beta: beta < 1,
+        advice="give a number in [0, 1), such as 0.9",
+    )
     weight_decay: float = key(1e-4, "weight decay of convolution and linear weights", least=0)
     deep_sup_scale: float = key(
         0.4, "weight of the loss of an auxiliary head, unless the decoder defines one", least=0
@@ -204,8 +210,8 @@ class TrainOptions(Section):
             )
         if self.schedule == "one_cycle" and (self.encoder_delay or self.encoder_warmup_iters):
             raise ValueError(
-                "TRAIN.schedule one_cycle has one course for all: leave out TRAIN.encoder_delay "
-                "and TRAIN.encoder_warmup_iters"
+                "TRAIN.schedule one_cycle is the same for encoder and decoder: leave out "
+                "TRAIN.encoder_delay and TRAIN.encoder_warmup_iters"
             )
         if self.patience and not self.eval_epochs:
             raise ValueError(

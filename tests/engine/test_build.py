@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mit_semseg.config import load_config
-from mit_semseg.engine.training.build import keeps_channels_last, shape_bucket
+from mit_semseg.engine.training.build import build, keeps_channels_last, shape_bucket
 from mit_semseg.models import ENCODERS
 from mit_semseg.precision import Precision
 
@@ -40,8 +40,7 @@ def test_shape_bucket(wanted, device, fixed_size, expected):
     ],
 )
 def test_memory_format(encoder, device, precision, expected):
-    build = ENCODERS.get(encoder)
-    module = build()
+    module = ENCODERS.get(encoder)()
     found = Precision.of(precision, device)
     assert keeps_channels_last("auto", found, module) is expected
     assert keeps_channels_last(True, found, module) is True
@@ -56,3 +55,9 @@ def test_channels_last_and_shape_bucket_are_settings():
     for key, value in (("channels_last", "maybe"), ("shape_bucket", "0"), ("shape_bucket", "x")):
         with pytest.raises(ValueError, match=f"TRAIN.{key} is .*; give .*auto"):
             load_config(None, [f"TRAIN.{key}", value])
+
+
+def test_the_loss_is_checked_before_the_data_is_read():
+    cfg = load_config(None, ["TRAIN.loss", "nlll", "DATASET.root_dataset", "no such folder"])
+    with pytest.raises(ValueError, match="unknown loss 'nlll'; did you mean 'nll'"):
+        build(cfg, [CPU])

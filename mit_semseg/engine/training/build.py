@@ -43,6 +43,7 @@ from mit_semseg.engine.training.supervisor import STALLED, Supervisor, lost_peer
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.errors import counted
 from mit_semseg.lib.nn import UserScatteredDataParallel
+from mit_semseg.losses import build_loss
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.activation_checkpointing import checkpoint_activations
 from mit_semseg.models.compilation import compile_for_training
@@ -56,7 +57,7 @@ SHAPE_BUCKET = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainProcess:
     """Devices and rank of a training process.
 
     Attributes:
@@ -105,7 +106,7 @@ class Plan:
 class Parts:
     """The parts that `Trainer` combines; none of them knows the others."""
 
-    place: Place
+    process: TrainProcess
     options: TrainOptions
     plan: Plan
     loader: Callable[..., TrainLoader]  # (first=, micro_steps=)
@@ -137,17 +138,17 @@ def build(
     """Read the data and create all parts; the arguments are those of `train`."""
     options = Options.read(cfg)
     train = options.TRAIN
-    place = Place(list(devices), rank, world, progress)
-    _check(options, place)
-    if place.device.type == "cpu":
+    process = TrainProcess(list(devices), rank, world, progress)
+    _check(options, process)
+    if process.device.type == "cpu":
         set_threads(fixed_threads() or cpu_count() // local_ranks())
         keep_freed_memory()
     seed_everything(train.seed)
-    with reading_watchdog(train.stall_seconds, place.name, STALLED):
-        split, data = _training_data(options, place)
-        validate = _validation(options, place, split) if train.eval_epochs else None
+    with reading_watchdog(train.stall_seconds, process.name, STALLED):
+        split, data = _training_data(options, process)
+        validate = _validation(options, process, split) if train.eval_epochs else None
         weights = class_weights(options, split, progress=progress)
-    plan = _plan(options, place, split, data)
+    plan = _plan(options, process, split, data)
     folder, lock = RunFolder(options.DIR), RunLock(Path(options.DIR))
     earlier = EarlierRuns(
         folder,
@@ -159,18 +160,18 @@ def build(
         batches_per_step=plan.batches_per_step,
     )
     module = _initial(options, weights, split.classes.names, earlier.may_exist())
-    step = _step(train, place, module, folder)
+    step = _step(train, process, module, folder)
     position = Progress(plan.epoch_iters, plan.epoch_iters * train.num_epoch)
     history = History()
-    random = RandomNumbers(train.seed, place.devices, rank, world, position)
+    random = RandomNumbers(train.seed, process.devices, rank, world, position)
     return Parts(
-        place=place,
+        process=process,
         options=train,
         plan=plan,
         loader=partial(
             TrainLoader,
             data,
-            place.devices,
+            process.devices,
             rank,
             world,
             workers=train.workers,
@@ -195,30 +196,31 @@ def build(
         earlier=earlier,
         supervisor=Supervisor(
             train.stall_seconds,
-            place.name,
+            process.name,
             ranks=world,
-            silent_failure=world > 1 and place.device.type == "cuda",
+            silent_failure=world > 1 and process.device.type == "cuda",
         ),
         # Not with several ranks: a step then includes the time of the slowest rank. Not with
         # compiled code, which is recompiled for each number of threads.
-        threads=ThreadTuner(place.device.type == "cpu" and world == 1 and not train.compile),
+        threads=ThreadTuner(process.device.type == "cpu" and world == 1 and not train.compile),
     )
 
 
-def _check(options: Options, place: Place) -> None:
-    """Checks that depend on the devices."""
+def _check(options: Options, process: TrainProcess) -> None:
+    """Checks that depend on the devices, and the loss, before the data is read."""
     train = options.TRAIN
-    Precision.of(train.precision, place.device, "TRAIN.precision")
+    build_loss(train.loss, options.DATASET.num_class)
+    Precision.of(train.precision, process.device, "TRAIN.precision")
     if train.eval_epochs:
-        Precision.of(options.VAL.precision, place.device, "VAL.precision")
-    if train.compile and (count := len(place.devices) * place.world) > 1:
+        Precision.of(options.VAL.precision, process.device, "VAL.precision")
+    if train.compile and (count := len(process.devices) * process.world) > 1:
         raise ValueError(
             f"TRAIN.compile with {count} devices: synchronized BatchNorm cannot be compiled; set "
             "TRAIN.compile False, or train on one device"
         )
 
 
-def _training_data(options: Options, place: Place) -> tuple[Split, TrainDataset]:
+def _training_data(options: Options, process: TrainProcess) -> tuple[Split, TrainDataset]:
     data, train = options.DATASET, options.TRAIN
     split = build_split(data, "train")
     check_sample(split, on_error=data.on_error)
@@ -230,7 +232,7 @@ def _training_data(options: Options, place: Place) -> tuple[Split, TrainDataset]
         seed=train.seed,
         label_map=split.label_map,
         normalized=False,  # uint8 is transferred; the module normalises on its device
-        pad_to=shape_bucket(train.shape_bucket, place.device, bool(data.crop_size)),
+        pad_to=shape_bucket(train.shape_bucket, process.device, bool(data.crop_size)),
     )
     return split, dataset
 
@@ -248,10 +250,12 @@ def shape_bucket(wanted: int | str, device: torch.device, fixed_size: bool) -> i
     return 1 if wanted == "off" else int(wanted)
 
 
-def _validation(options: Options, place: Place, training: Split) -> Callable[..., Evaluation]:
+def _validation(
+    options: Options, process: TrainProcess, training: Split
+) -> Callable[..., Evaluation]:
     """A function that scores a module on the validation data."""
     data = val_dataset(options)
-    if place.rank == 0:
+    if process.rank == 0:
         # Find unusable masks now, not after the first epoch.
         split = build_split(options.DATASET, "val")
         if split.classes.names != training.classes.names:
@@ -266,15 +270,15 @@ def _validation(options: Options, place: Place, training: Split) -> Callable[...
         evaluate_model,
         dataset=data,
         cfg=options,
-        device=place.device,
-        progress=place.progress,
-        share=(place.rank, place.world),
+        device=process.device,
+        progress=process.progress,
+        share=(process.rank, process.world),
     )
 
 
-def _plan(options: Options, place: Place, split: Split, data: TrainDataset) -> Plan:
+def _plan(options: Options, process: TrainProcess, split: Split, data: TrainDataset) -> Plan:
     model, train = options.MODEL, options.TRAIN
-    count = len(place.devices) * place.world
+    count = len(process.devices) * process.world
     if isinstance(train.epoch_iters, str):  # auto
         epoch_iters = math.ceil(data.batches_per_pass / (count * train.accumulate))
     else:
@@ -304,10 +308,10 @@ def _initial(
 
 
 def _step(
-    train: TrainOptions, place: Place, module: SegmentationModule, folder: RunFolder
+    train: TrainOptions, process: TrainProcess, module: SegmentationModule, folder: RunFolder
 ) -> TrainStep:
     """Moves the network to its devices and creates optimizer, EMA and loss scaler."""
-    device = place.device
+    device = process.device
     precision = Precision.of(train.precision, device)
     channels_last = keeps_channels_last(train.channels_last, precision, module)
     module.to(device)
@@ -334,7 +338,7 @@ def _step(
         compile_for_training(module)
     return TrainStep(
         module,
-        _parallel(module, place, train.stall_seconds),
+        _parallel(module, process, train.stall_seconds),
         optimizer,
         device=device,
         precision=precision,
@@ -346,9 +350,11 @@ def _step(
         channels_last=channels_last,
         fixed=(module,) if train.fix_bn else frozen,
         on_nan=train.on_nan,
-        rank=place.rank,
-        world=place.world,
-        save_batch=partial(folder.save_batch, mark=f"_{place.name}".replace(" ", "_").rstrip("_")),
+        rank=process.rank,
+        world=process.world,
+        save_batch=partial(
+            folder.save_batch, mark=f"_{process.name}".replace(" ", "_").rstrip("_")
+        ),
     )
 
 
@@ -375,10 +381,10 @@ def keeps_channels_last(wanted: bool | str, precision: Precision, module: nn.Mod
     return precision.dtype != torch.float32 and not depthwise
 
 
-def _parallel(module: SegmentationModule, place: Place, timeout: float) -> nn.Module:
+def _parallel(module: SegmentationModule, process: TrainProcess, timeout: float) -> nn.Module:
     """The module, or its data-parallel wrapper for several ranks or devices."""
-    if place.world > 1:
-        ids = [place.device.index] if place.device.type == "cuda" else None
+    if process.world > 1:
+        ids = [process.device.index] if process.device.type == "cuda" else None
         with lost_peers(1):
             return nn.parallel.DistributedDataParallel(
                 module,
@@ -386,8 +392,8 @@ def _parallel(module: SegmentationModule, place: Place, timeout: float) -> nn.Mo
                 broadcast_buffers=False,
                 find_unused_parameters=module.encoder.spare_parameters,
             )
-    if len(place.devices) > 1:
-        return UserScatteredDataParallel(module, device_ids=place.devices, timeout=timeout)
+    if len(process.devices) > 1:
+        return UserScatteredDataParallel(module, device_ids=process.devices, timeout=timeout)
     return module
 
 
