@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -33,8 +34,7 @@ from mit_semseg.engine.pool import run_here, run_pool
 from mit_semseg.engine.scoring import (
     Chunk,
     Evaluation,
-    Gallery,
-    Pictures,
+    FigureWriter,
     SavedPredictions,
     Scored,
     Scorer,
@@ -64,7 +64,7 @@ class Job:
     device: torch.device
     concurrent: int  # images computed concurrently on the CPU
     processes: int  # of this rank, which share its cores
-    pictures: Pictures | None
+    figures: tuple[Path, np.ndarray] | None  # folder, and colours of the classes
     saved: SavedPredictions | None
 
 
@@ -141,10 +141,10 @@ def evaluate(
     places = [device for device in devices for _ in range(workers)][: max(1, len(chunks))]
     if model is not None:
         places = places[:1]
-    pictures = Pictures(out / "pictures", classes.colors) if options.VAL.visualize else None
+    figures = (out / "pictures", classes.colors) if options.VAL.visualize else None
     saved = SavedPredictions.evenly(out / "labels", keep, count) if keep else None
     jobs = [
-        Job(options, checkpoint, device, _concurrent(places), len(places), pictures, saved)
+        Job(options, checkpoint, device, _concurrent(places), len(places), figures, saved)
         for device in places
     ]
     started = time.perf_counter()
@@ -323,7 +323,7 @@ def _work(
     scorer = Scorer(
         *(model, data, options, job.device, job.concurrent, job.processes),
         boundary=options.VAL.boundary,
-        gallery=Gallery(data, job.pictures) if job.pictures else None,
+        figures=FigureWriter(data, *job.figures) if job.figures else None,
         saved=job.saved,
     )
     return (yield from scorer.run(chunks))

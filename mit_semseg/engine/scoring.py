@@ -135,25 +135,23 @@ class SavedPredictions:
                 np.save(self.file(number), one.cpu().numpy().astype(np.int16))
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Folder of figures, and class colours, (K, 3) uint8."""
+class FigureWriter:
+    """Writes figures of image, ground truth and prediction, named after their images.
 
-    folder: Path
-    colors: np.ndarray
+    Args:
+        dataset: the images.
+        folder: of the figures.
+        colors: of the classes, (K, 3) uint8.
+    """
 
-
-class Gallery:
-    """Figures of image, ground truth and prediction, named after their images."""
-
-    def __init__(self, dataset: ValDataset, pictures: Pictures) -> None:
+    def __init__(self, dataset: ValDataset, folder: Path, colors: np.ndarray) -> None:
         root, records = dataset.root_dataset, dataset.list_sample
         files = [os.path.join(root, record["fpath_img"]) for record in records]
         base = common_base(os.path.dirname(os.path.abspath(file)) for file in files)
         # From the whole list, so that all processes use the same names.
-        stems = output_stems(files, base, pictures.folder, [".png"])
+        stems = output_stems(files, base, folder, [".png"])
         self.paths = [Path(f"{stem}.png") for stem in stems]
-        self.colors = pictures.colors
+        self.colors = colors
 
     def add(self, index: int, image: np.ndarray, truth: Tensor, predicted: Tensor) -> None:
         """Write the figure of image number `index`."""
@@ -177,7 +175,7 @@ class _Read:
     """The images of a chunk; `bad` as in `Evaluation`."""
 
     groups: list[_Group] = field(default_factory=list)
-    pictures: dict[int, np.ndarray] = field(default_factory=dict)
+    images: dict[int, np.ndarray] = field(default_factory=dict)
     bad: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -192,7 +190,7 @@ class Scorer:
         concurrent: chunks computed concurrently on the CPU.
         processes: of this rank, which share its cores.
         boundary: also compute boundary F-scores.
-        gallery: writes a figure of every image.
+        figures: writes a figure of every image.
         saved: saves class ids of selected images.
     """
 
@@ -206,12 +204,12 @@ class Scorer:
         processes: int = 1,
         *,
         boundary: bool = False,
-        gallery: Gallery | None = None,
+        figures: FigureWriter | None = None,
         saved: SavedPredictions | None = None,
     ) -> None:
         self.predictor = Predictor.of(module, options.DATASET, options.VAL, device)
         self.dataset, self.device = dataset, device
-        self.gallery, self.saved = gallery, saved
+        self.figures, self.saved = figures, saved
         self.num_class = options.DATASET.num_class
         self.dtype = label_dtype(self.num_class)
         self.concurrent = concurrent
@@ -291,7 +289,7 @@ class Scorer:
     @property
     def _on_host(self) -> bool:
         """Whether the class maps are needed on the host."""
-        parts = (self.nothing.boundary, self.gallery, self.saved)
+        parts = (self.nothing.boundary, self.figures, self.saved)
         return any(part is not None for part in parts)
 
     def _finished(self, read: _Read, copies: Sequence[HostCopy]) -> Evaluation:
@@ -304,8 +302,8 @@ class Scorer:
             for i, one, truth in zip(group.numbers, predicted, group.truth, strict=True):
                 if part.boundary is not None:
                     part.boundary.update(one, truth)
-                if self.gallery is not None:
-                    self.gallery.add(i, read.pictures[i], truth, one)
+                if self.figures is not None:
+                    self.figures.add(i, read.images[i], truth, one)
         return part
 
     def _read(self, chunk: Chunk) -> _Read:
@@ -317,8 +315,8 @@ class Scorer:
             except (OSError, ValueError) as error:
                 image = str(self.dataset.list_sample[i]["fpath_img"])
                 read.bad[i] = image, one_line(error).removeprefix(f"{image}: ")
-        if self.gallery is not None:
-            read.pictures = {i: sample["img_ori"] for i, sample in samples.items()}
+        if self.figures is not None:
+            read.images = {i: sample["img_ori"] for i, sample in samples.items()}
         numbers = list(samples)
         truths = [samples[i]["seg_label"] for i in numbers]
         sizes = [(truth.shape[1], truth.shape[2]) for truth in truths]

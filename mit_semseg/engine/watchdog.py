@@ -17,7 +17,7 @@ _PATH_BYTES = 1024
 _PATIENCE = 10.0
 
 
-class ReadingBoard:
+class ReadingFiles:
     """Shared memory in which worker processes note the file that they are reading.
 
     Without locks, since a process may die while it holds one.

@@ -24,8 +24,7 @@ from mit_semseg.engine.evaluate import Interrupted, evaluate, evaluate_model, va
 from mit_semseg.engine.pool import run_here
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.engine.scoring import (
-    Gallery,
-    Pictures,
+    FigureWriter,
     SavedPredictions,
     Scorer,
 )
@@ -419,7 +418,7 @@ def test_one_thread_computes_and_counts_are_fetched_once(damaged, tmp_path, monk
     damaged.VAL.batch_size = 2
     module, data = loaded(damaged)
     saved = SavedPredictions(tmp_path / "labels", (0, 4))
-    gallery = Gallery(data, Pictures(tmp_path / "pictures", ClassTable.of(NAMES).colors))
+    figures = FigureWriter(data, tmp_path / "pictures", ClassTable.of(NAMES).colors)
     threads, checks, fetched, told = set(), [], [], []
     logits, update, cpu = Predictor.logits, ConfusionMatrix.update, ConfusionMatrix.cpu
 
@@ -439,7 +438,7 @@ def test_one_thread_computes_and_counts_are_fetched_once(damaged, tmp_path, monk
     monkeypatch.setattr(ConfusionMatrix, "update", counted)
     monkeypatch.setattr(ConfusionMatrix, "cpu", fetch)
     chunks = [range(2), range(2, 4), range(4, 5)]
-    options = {"boundary": True, "gallery": gallery, "saved": saved}
+    options = {"boundary": True, "figures": figures, "saved": saved}
     scorer = Scorer(module, data, Options.read(damaged), CPU, 2, **options)
     found = run_here(scorer.in_order, chunks, told.append)
     assert threads == {threading.get_ident()} and len(fetched) == 1 and set(checks) == {False}

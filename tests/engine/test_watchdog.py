@@ -7,7 +7,7 @@ import time
 import pytest
 
 from mit_semseg.dataset.reading import READINGS
-from mit_semseg.engine.watchdog import ReadingBoard, Watchdog, reading_watchdog
+from mit_semseg.engine.watchdog import ReadingFiles, Watchdog, reading_watchdog
 
 
 class Ended:
@@ -97,17 +97,17 @@ def _read(note, name, ready):
 
 
 def test_what_a_process_was_reading_when_it_died_is_known():
-    board = ReadingBoard(2)
+    shared = ReadingFiles(2)
     ready = multiprocessing.get_context("fork").Event()
     name = "/data/" + "x" * 2000 + "/ümlaut.jpg"
     process = multiprocessing.get_context("fork").Process(
-        target=_read, args=(board.writer(1), name, ready)
+        target=_read, args=(shared.writer(1), name, ready)
     )
     process.start()
     assert ready.wait(10)
     process.kill()
     process.join()
-    assert len(board.files()) == 1
-    assert board.files()[0].endswith("x/ümlaut.jpg"), "the end tells more than the beginning"
-    board.writer(1)("")
-    assert board.files() == []
+    assert len(shared.files()) == 1
+    assert shared.files()[0].endswith("x/ümlaut.jpg"), "the end tells more than the beginning"
+    shared.writer(1)("")
+    assert shared.files() == []

@@ -66,9 +66,9 @@ class EarlierRuns:
             ValueError: a file is damaged, not a state of a run, or of another network.
         """
         earlier = None
-        for place in ("auto" if self._is_same_job else "", self.resume):
-            if place and earlier is None:
-                earlier = self._in(place, module)
+        for resume in ("auto" if self._is_same_job else "", self.resume):
+            if resume and earlier is None:
+                earlier = self._in(resume, module)
         if earlier is None and self.start_epoch:
             earlier = self._at_epoch(module)
         if earlier is None:
@@ -85,15 +85,15 @@ class EarlierRuns:
 
     def _in(self, resume: str, module: SegmentationModule) -> EarlierRun | None:
         """The state that a value of `--resume` names; None if auto finds nothing."""
-        place = self.folder.path if resume == "auto" else Path(resume)
-        if place.is_file():
-            return EarlierRun(place, load_state(place))
-        if not place.is_dir():
+        path = self.folder.path if resume == "auto" else Path(resume)
+        if path.is_file():
+            return EarlierRun(path, load_state(path))
+        if not path.is_dir():
             raise FileNotFoundError(
                 f"--resume {resume}: no such file or folder; give auto, a state_step_N.pth, or a "
                 "folder with one"
             )
-        folder = RunFolder(place)
+        folder = RunFolder(path)
         if found := folder.newest_state(rename_damaged=resume == "auto"):
             return EarlierRun(*found)
         if latest := folder.latest_epoch():

@@ -20,7 +20,7 @@ from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.reading import READINGS
 from mit_semseg.engine.cpu import cpu_count, local_ranks, set_threads
 from mit_semseg.engine.signals import leave_to_parent
-from mit_semseg.engine.watchdog import ReadingBoard
+from mit_semseg.engine.watchdog import ReadingFiles
 from mit_semseg.errors import exit_cause
 from mit_semseg.lib.nn import user_scattered_collate
 
@@ -94,7 +94,7 @@ class TrainLoader:
         on_cpu = devices[0].type == "cpu"
         cores = cpu_count() // 2 if on_cpu else cpu_count()
         workers = min(workers * len(devices), max(1, cores // local_ranks()))
-        self.board = ReadingBoard(workers)
+        self.reading_files = ReadingFiles(workers)
         self.loader = DataLoader(
             data,
             batch_size=len(devices),
@@ -103,7 +103,7 @@ class TrainLoader:
             num_workers=workers,
             pin_memory=devices[0].type == "cuda",
             timeout=stall_seconds if workers else 0,
-            worker_init_fn=partial(_start_worker, self.board),
+            worker_init_fn=partial(_start_worker, self.reading_files),
             # A separate generator: otherwise starting the loader would change the random numbers
             # of dropout, and a resumed run would differ.
             generator=torch.Generator().manual_seed(data.seed),
@@ -183,7 +183,7 @@ class TrainLoader:
 
     def reading(self) -> list[str]:
         """Files being read in this process and in the worker processes."""
-        return [*READINGS.files(), *self.board.files()]
+        return [*READINGS.files(), *self.reading_files.files()]
 
     def files(self) -> list[str]:
         """Files being read; if there are none, the images of the batch being waited for."""
@@ -216,7 +216,7 @@ class TrainLoader:
             self._earlier_handler = None
 
 
-def _start_worker(board: ReadingBoard, worker: int) -> None:
+def _start_worker(files: ReadingFiles, worker: int) -> None:
     set_threads(1)
     leave_to_parent()
-    READINGS.listener = board.writer(worker)
+    READINGS.listener = files.writer(worker)

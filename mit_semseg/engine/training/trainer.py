@@ -41,7 +41,7 @@ class Trainer:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.options, self.plan, self.place = parts.options, parts.plan, parts.place
+        self.options, self.plan, self.process = parts.options, parts.plan, parts.process
         self.progress, self.history = parts.progress, parts.history
         self.saved_at = time.monotonic()
         self.steps_here = 0  # steps of this process, not counting those before resuming
@@ -49,7 +49,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch or a stop signal; returns the result of `train`."""
         parts, progress = self.parts, self.progress
-        if self.place.rank == 0:
+        if self.process.rank == 0:
             parts.lock.acquire()
             parts.folder.remove_unfinished()
         try:
@@ -75,29 +75,29 @@ class Trainer:
     def resume(self) -> None:
         """Resume an earlier run or start a new one; rank 0 reads the state and broadcasts it."""
         parts = self.parts
-        found = parts.earlier.find(parts.step.module) if self.place.rank == 0 else None
+        found = parts.earlier.find(parts.step.module) if self.process.rank == 0 else None
         file, state = found or (None, None)
         here = file is not None and file.parent.resolve() == parts.folder.path.resolve()
-        if self.place.world > 1:
+        if self.process.world > 1:
             shared: list[Any] = [state, here]
             with parts.supervisor.waiting("rank 0 to find a state", others=True):
                 dist.broadcast_object_list(shared, src=0)
             state, here = shared
         if state is not None:
             self._restore(state, file)
-        if self.place.rank == 0:
+        if self.process.rank == 0:
             self._clear_folder(state["step"] if state is not None and here else None)
         if state is None or (here and state["step"] == self.progress.step):
             return
         # The step number or the folder has changed: save the state under the new name.
         if not here:
             self.history.clear_validations()  # best.pth is in the other folder
-        elif self.place.rank == 0:
+        elif self.process.rank == 0:
             for other in parts.folder.states():
                 if other != file:
                     other.unlink()
         self._save_state()
-        if self.place.rank == 0:
+        if self.process.rank == 0:
             parts.folder.set_aside_after(self.progress.step, self.progress.epoch, best=False)
 
     def _restore(self, state: dict[str, Any], file: Path | None) -> None:
@@ -115,7 +115,7 @@ class Trainer:
                 f"{file} is at epoch {progress.step / progress.epoch_iters:.3g}, but "
                 f"TRAIN.num_epoch is {options.num_epoch}: raise TRAIN.num_epoch to continue"
             )
-        if self.place.rank == 0 and file is not None:
+        if self.process.rank == 0 and file is not None:
             log.info("resuming from %s: step %d of %d", file, progress.step, progress.max_iters)
             if state.get("optim", options.optim) != options.optim:
                 log.warning("the state is of another optimizer: its momentum is not loaded")
@@ -162,7 +162,7 @@ class Trainer:
             if progress.inside:
                 break
             self.history.add("train", epoch, _mean(progress.losses), _mean(progress.accuracies))
-            if bad_files and self.place.rank == 0:
+            if bad_files and self.process.rank == 0:
                 log.warning("unusable files so far: %d", len(bad_files))
             self._save_state()
             self._finish_epoch(epoch)
@@ -176,10 +176,10 @@ class Trainer:
 
     def _epoch(self, epoch: int, batches: Batches) -> None:
         """Steps to the end of an epoch or a stop signal."""
-        progress, options, place = self.progress, self.options, self.place
+        progress, options, process = self.progress, self.options, self.process
         last, seconds = epoch * progress.epoch_iters, progress.seconds
         title = f"epoch {epoch}/{options.num_epoch}"
-        pace = _Pace(progress.step)
+        speed = _EpochSpeed(progress.step)
         self.parts.step.training_mode()
         with (
             _cudnn_benchmark(self.plan.fixed_size),
@@ -187,25 +187,25 @@ class Trainer:
                 total=progress.epoch_iters,
                 initial=progress.inside,
                 desc=title,
-                disable=not place.progress,
+                disable=not process.progress,
                 dynamic_ncols=True,
             ) as bar,
         ):
             while progress.step < last:
                 rates = self._set_rates()
-                result = self._step(batches, pace)
-                pace.elapsed = time.monotonic() - pace.began
-                progress.seconds = seconds + pace.elapsed
-                status = pace.text(progress, rates)
+                result = self._step(batches, speed)
+                speed.elapsed = time.monotonic() - speed.began
+                progress.seconds = seconds + speed.elapsed
+                status = speed.text(progress, rates)
                 bar.set_postfix_str(status, refresh=False)
                 bar.update()
                 if progress.step % options.disp_iter == 0 or progress.step == last:
                     self.parts.metrics.record(
                         kind="train",
                         epoch=epoch,
-                        **pace.figures(progress, rates, options.disp_iter),
+                        **speed.figures(progress, rates, options.disp_iter),
                     )
-                    if not place.progress and place.rank == 0:
+                    if not process.progress and process.rank == 0:
                         log.info(
                             "%s, step %d of %d: %s",
                             *(title, progress.step, progress.max_iters, status),
@@ -228,20 +228,20 @@ class Trainer:
         set_learning_rates(self.parts.step.optimizer, *rates)
         return rates
 
-    def _step(self, batches: Batches, pace: _Pace) -> StepResult:
+    def _step(self, batches: Batches, speed: _EpochSpeed) -> StepResult:
         """One optimizer step."""
-        parts, progress, place = self.parts, self.progress, self.place
+        parts, progress, process = self.parts, self.progress, self.process
         supervisor, options = parts.supervisor, self.options
         began = time.monotonic()
         number = supervisor.step = progress.step + 1
-        computed = f"step {number} to be computed" + (" by all ranks" * (place.world > 1))
+        computed = f"step {number} to be computed" + (" by all ranks" * (process.world > 1))
         compiles = options.compile and self.steps_here < COMPILING_STEPS
         for _ in range(options.accumulate):
-            asked = time.monotonic()
+            before = time.monotonic()
             with supervisor.waiting(f"a batch of step {number}"):
                 batch = next(batches)
-            pace.waited += time.monotonic() - asked
-            pace.images += sum(len(item["img_data"]) for item in batch) * place.world
+            speed.waited += time.monotonic() - before
+            speed.images += sum(len(item["img_data"]) for item in batch) * process.world
             with (
                 supervisor.waiting(computed, patient=compiles, others=True),
                 parts.threads.step(pixels(item["img_data"] for item in batch)),
@@ -260,9 +260,11 @@ class Trainer:
     def _should_stop(self) -> bool:
         """Whether any rank received a stop signal."""
         supervisor = self.parts.supervisor
-        if self.place.world > 1:
+        if self.process.world > 1:
             with supervisor.waiting("the other ranks", others=True):
-                stops = torch.tensor(float(bool(supervisor.stop_signal)), device=self.place.device)
+                stops = torch.tensor(
+                    float(bool(supervisor.stop_signal)), device=self.process.device
+                )
                 dist.all_reduce(stops)
             if stops.item():
                 supervisor.note_remote_stop()
@@ -285,14 +287,14 @@ class Trainer:
             )
         with parts.supervisor.waiting("the run to be saved", patient=True, others=True):
             state = parts.state.state_dict()
-            if self.place.rank == 0:
+            if self.process.rank == 0:
                 parts.folder.save_state(step, state)
         self.saved_at = time.monotonic()
 
     def _finish_epoch(self, epoch: int) -> None:
         """Write the weights and history of an epoch, and validate it if due."""
         parts = self.parts
-        if self.place.rank == 0:
+        if self.process.rank == 0:
             with parts.supervisor.waiting("the weights to be saved", patient=True):
                 parts.folder.save(f"epoch_{epoch}.pth", *_state_dicts(parts.step.evaluated))
                 parts.folder.save_history(epoch, self.history.columns)
@@ -317,13 +319,13 @@ class Trainer:
 
         A stop signal aborts it; the resumed run then repeats it.
         """
-        parts, place, supervisor = self.parts, self.place, self.parts.supervisor
+        parts, process, supervisor = self.parts, self.process, self.parts.supervisor
         assert parts.validate is not None
 
         def stop() -> bool:
             supervisor.progress()
             # Not with several ranks: one that left would wait for the others.
-            return bool(supervisor.stop_signal) and place.world == 1
+            return bool(supervisor.stop_signal) and process.world == 1
 
         net = parts.step.evaluated
         try:
@@ -333,12 +335,12 @@ class Trainer:
             log.info("validation of epoch %d is aborted", epoch)
             return
         with supervisor.waiting("the other ranks' validation", others=True):
-            evaluation = merged(evaluation, place.device)
+            evaluation = merged(evaluation, process.device)
         scores = evaluation.matrix.compute()
         mean_iou, accuracy = float(scores["mean_iou"]), float(scores["pixel_accuracy"])
         self.history.add("val", epoch, mean_iou, accuracy)
         log.info("epoch %d: mean IoU %.4f, accuracy %.2f%%", epoch, mean_iou, 100 * accuracy)
-        if place.rank:
+        if process.rank:
             return
         if line := single_class(evaluation.matrix, parts.classes):
             log.warning("epoch %d: %s", epoch, line)
@@ -356,7 +358,7 @@ class Trainer:
         name = "best.pth" if has_best else f"epoch_{self.options.num_epoch}.pth"
         validated = progress.done and not self._is_to_validate(self.options.num_epoch)
         complete = validated or self._is_out_of_patience()
-        if complete and self.place.rank == 0:
+        if complete and self.process.rank == 0:
             parts.lock.write_job("")
         return {
             "best_mean_iou": self.history.best_mean_iou,
@@ -369,7 +371,7 @@ class Trainer:
 
 
 @dataclass
-class _Pace:
+class _EpochSpeed:
     """Speed of an epoch, for progress bar, log and metrics.jsonl."""
 
     first: int  # step at the start
@@ -380,13 +382,13 @@ class _Pace:
 
     def text(self, progress: Progress, rates: tuple[float, float]) -> str:
         """Status of the last steps, for progress bar and log."""
-        pace = self.elapsed / (progress.step - self.first)
+        step_seconds = self.elapsed / (progress.step - self.first)
         return (
             f"loss {_mean(progress.losses[-20:]):.3f}, "
             f"accuracy {100 * _mean(progress.accuracies[-20:]):.1f}%, "
             f"lr {rates[0]:.2g}/{rates[1]:.2g}, {self.images / self.elapsed:.1f} images/s, "
             f"waiting for data {100 * self.waited / self.elapsed:.0f}%, remaining "
-            f"{tqdm.format_interval((progress.max_iters - progress.step) * pace)}"
+            f"{tqdm.format_interval((progress.max_iters - progress.step) * step_seconds)}"
             + (f", skipped steps: {progress.skipped}" if progress.skipped else "")
         )
 
