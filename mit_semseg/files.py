@@ -1,4 +1,4 @@
-"""Atomic replacement of files."""
+"""Paths, and atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PathLike = str | os.PathLike[str]
+
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: PathLike) -> Iterator[Path]:
     """Yields a temporary file beside `path`, renamed to `path` at the end of the block.
 
     Readers of `path` see either the old or the complete new file. Several processes may write it at

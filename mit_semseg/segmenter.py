@@ -213,22 +213,22 @@ class Segmenter:
     ) -> Segmenter:
         """A trained model by name or folder, with its class names and colours.
 
-        Images are resized and normalised as the model's own preprocessing says; their aspect ratio
-        is kept.
+        Images are resized, with their aspect ratio kept, and normalised as by the model's own
+        preprocessing.
 
         Args:
             source: `hf:OWNER/NAME` or `hf:FOLDER` (transformers), a folder that transformers or
                 segmentation_models.pytorch saved, `mmseg:FILE`, a name in `weights.MODELS`,
                 which is downloaded once, or a checkpoint folder of this toolkit.
-            device: where to compute; by default the first GPU, else the CPU.
+            device: where to compute; default: the first GPU, else the CPU.
             precision: fp32 | tf32 | bf16 | fp16 | auto.
-            imgSizes: short sides in pixels that are averaged over, instead of the model's own.
-            compile: compile the network: pays for many images of few sizes.
-            tile: "auto", "off", or a side in pixels, instead of the folder's own.
+            imgSizes: short sides in pixels whose scores are averaged, instead of the model's own.
+            compile: compile the network, which pays off for many images of few sizes.
+            tile: "auto", "off", or a side in pixels, instead of the model's own.
 
         Raises:
             FileNotFoundError: no such folder or name.
-            ValueError: no trained model, a library is not installed, or there is no such device.
+            ValueError: no trained weights, a library is not installed, or there is no such device.
             OSError: it cannot be read or downloaded.
         """
         device = usable_device(device)
@@ -247,7 +247,7 @@ class Segmenter:
         compile: bool,
         tile: str | int | None,
     ) -> Segmenter:
-        """As `TEST` says, where the arguments do not."""
+        """A segmenter with the settings of `TEST`, except for those that are given."""
         test = options.TEST
         return cls(
             module,

@@ -19,7 +19,7 @@ from mit_semseg.benchmarks import precision
 from mit_semseg.benchmarks import rows as r
 from mit_semseg.benchmarks.clock import OtherPrograms
 from mit_semseg.benchmarks.files import Loading
-from mit_semseg.benchmarks.gpu import gpu_peers, gpu_rows
+from mit_semseg.benchmarks.gpu import RESNET, gpu_peers, gpu_rows
 from mit_semseg.benchmarks.peers import Peer, peers
 from mit_semseg.benchmarks.sides import (
     Processes,
@@ -27,7 +27,7 @@ from mit_semseg.benchmarks.sides import (
     Timing,
     convolution_rate,
     machine,
-    take_turns,
+    time_sides,
 )
 from mit_semseg.benchmarks.training import TrainStep
 from mit_semseg.precision import has_fast_bf16
@@ -40,7 +40,6 @@ GPU_SECONDS = 230.0
 # Cores used by other programs above which there is a warning, as ratios change.
 OTHER_CORES = 0.2
 
-RESNET: dict[str, Any] = {"encoder": "resnet50dilated", "decoder": "ppm_deepsup"}
 HELP = ("-m", "mit_semseg.cli", "--help")
 MISTAKE = ("-m", "mit_semseg.cli", "train", "--precision", "fp12")
 
@@ -238,7 +237,7 @@ def measure(
     """Runs one row."""
     began = time.monotonic()
     others = OtherPrograms(processes.computed) if processes else OtherPrograms()
-    timed = take_turns(
+    timed = time_sides(
         row.sides(),
         min(row.repeats, 2) if quick else row.repeats,
         device=row.device,

@@ -1,4 +1,4 @@
-"""Rows that begin with files: loading, and the commands that predict and evaluate."""
+"""Rows that read files: data loading, prediction of a folder, evaluation of a list."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from mit_semseg.engine.predict import predict
 def write_scenes(
     folder: Path, count: int, seed: int, size: tuple[int, int] = (HEIGHT, WIDTH)
 ) -> list[tuple[str, str]]:
-    """Photograph-like JPEGs, of ADE20K's size by default, with their masks."""
+    """Renders street scenes as JPEGs with masks, by default of the size of ADE20K's images."""
     from PIL import Image
 
     rng = np.random.default_rng(seed)
     pairs = []
     for k in range(count):
         image, label = streets.render((seed, k), size)
-        # Film grain: a rendered picture is smoother, and so quicker to decode, than a photograph.
-        grain = rng.normal(0, 6, (*size, 1))
-        noisy = np.clip(image + grain, 0, 255).astype(np.uint8)
+        # Noise, because smooth rendered images are decoded faster than photographs.
+        noise = rng.normal(0, 6, (*size, 1))
+        noisy = np.clip(image + noise, 0, 255).astype(np.uint8)
         paths = str(folder / f"{k}.jpg"), str(folder / f"{k}.png")
         Image.fromarray(noisy).save(paths[0], quality=90)
         Image.fromarray(label.astype(np.uint8)).save(paths[1])
@@ -58,15 +58,14 @@ class Loading(Row):
     threads: int = 1
     repeats: int = 7
     images: int = 16  # on disk, and in one pass
-
-    normalised: bool = False  # on the same core too, rather than on the device
+    normalised: bool = False  # by the loading process, not on the device
 
     group = "Data"
 
     @property
     def title(self) -> str:  # type: ignore[override]
-        place = "on the same core too" if self.normalised else "left to the device"
-        return f"{WIDTH}x{HEIGHT} JPEGs to batches, one worker core, normalisation {place}"
+        where = "on the same core too" if self.normalised else "left to the device"
+        return f"{WIDTH}x{HEIGHT} JPEGs to batches, one worker core, normalisation {where}"
 
     def _dataset(self, folder: str) -> TrainDataset:
         records = [
@@ -79,12 +78,12 @@ class Loading(Row):
         folder = tempfile.TemporaryDirectory(prefix="bench-")
         data = self._dataset(folder.name)
         files = {record["fpath_img"]: record["fpath_segm"] for record in data.list_sample}
-        # The same images in the same batches; sizes and flips as many times, drawn anew.
+        # The same images in the same batches, with other random sizes and flips.
         batches = [[(x, files[x]) for x in data.files(i)] for i in range(data.batches_per_pass)]
         rng = np.random.default_rng(0)
 
         def one_pass() -> None:
-            assert folder  # which lives as long as it is read
+            assert folder  # not removed before the end
             for pairs in batches:
                 flips = (rng.random(len(pairs)) < 0.5).tolist()
                 published.training_batch(pairs, int(rng.choice(SCALES)), 1000, flips)
@@ -98,7 +97,7 @@ class Loading(Row):
         start = 0
 
         def one_pass() -> None:
-            assert folder  # which lives as long as it is read
+            assert folder  # not removed before the end
             nonlocal start
             for i in range(data.batches_per_pass):
                 batch = data[start + i]
@@ -111,15 +110,15 @@ class Loading(Row):
 
 @dataclass(frozen=True)
 class Throughput(Row):
-    """Images per second of a command's function, beyond the first few of a run, so that loading
-    the model is left out.
+    """Images per second of a command, from the difference of a short and a long run, which excludes
+    the time for loading the model.
 
     Attributes:
-        size: of the images.
-        few: images of the shorter of two runs, whose difference counts.
-        most: images of the longer one, at most.
-        scale: short side that the network sees; 0: the configuration's.
-        rate: images per second that are asked for where there are `cores`.
+        size: height and width of the images.
+        few: number of images of the short run.
+        most: maximum number of images of the long run.
+        scale: short side of the network's input; 0: as configured.
+        rate: target in images per second, on a machine with at least `cores` cores.
     """
 
     baseline: str = ""
@@ -143,13 +142,13 @@ class Throughput(Row):
         return ""
 
     @property
-    def place(self) -> torch.device:
-        """The device as commands name it."""
+    def torch_device(self) -> torch.device:
+        """`device` as commands use it."""
         return torch.device("cpu") if self.device == "cpu" else torch.device(self.device, 0)
 
     @abstractmethod
     def process(self, folder: Path, files: list[tuple[str, str]]) -> None:
-        """Work on some images, given with their masks, and write into a folder."""
+        """Process images, given with their masks, and write the results to a folder."""
 
     def options(self, settings: Mapping[str, Any]) -> Options:
         """The options of the checkpoint, with other settings."""
@@ -168,13 +167,12 @@ class Throughput(Row):
         clock = clock_of(self.device)
 
         def work(count: int) -> None:
-            # What commands print is for people.
             silent = contextlib.redirect_stdout(io.StringIO())
             with silent, tempfile.TemporaryDirectory(dir=root) as out:
                 self.process(Path(out), files[:count])
 
         def run() -> dict[str, Any]:
-            assert folder  # which lives as long as it is read
+            assert folder  # not removed before the end
             work(self.few)
             base, _ = clock.timed(partial(work, self.few))
             fitting = int(0.5 * self.budget * self.few / base)
@@ -183,7 +181,7 @@ class Throughput(Row):
             more = count - self.few
             kernels = clock.kernel_seconds(partial(work, self.few))
             return {
-                # Nothing is gained by more images where starting is all there is.
+                # The difference can be negative if the start takes most of the time.
                 "seconds": (total - base) / more if total > base else total / count,
                 "kernels": None if kernels is None else kernels / self.few,
             }
@@ -201,15 +199,15 @@ class Throughput(Row):
     def judge(self, timings: Mapping[str, Timing]) -> tuple[str, bool | None]:
         if self.rate is None:
             return "", None
-        asked = f"at least {self.rate:g} images/s with {self.cores} cores"
+        target = f"at least {self.rate:g} images/s with {self.cores} cores"
         if cpu_count() < self.cores:
-            return f"{asked}, here are {cpu_count()}", None
-        return asked, 1 / timings["ours"].median >= self.rate
+            return f"{target}, this machine has {cpu_count()}", None
+        return target, 1 / timings["ours"].median >= self.rate
 
 
 @dataclass(frozen=True)
 class FolderPrediction(Throughput):
-    """`mit-semseg predict` of a folder, three pictures an image."""
+    """`mit-semseg predict` of a folder, with three output files per image."""
 
     @property
     def title(self) -> str:  # type: ignore[override]
@@ -220,7 +218,7 @@ class FolderPrediction(Throughput):
         save = ["color", "overlay", "legend"]
         options = self.options({"TEST.save": save, "TEST.precision": self.precision})
         images = [image for image, _ in files]
-        results = predict(options, images, self.place, result=folder, progress=False)
+        results = predict(options, images, self.torch_device, result=folder, progress=False)
         failed = [one["error"] for one in results if "error" in one]
         if failed:
             raise RuntimeError(failed[0])
@@ -233,7 +231,7 @@ class Evaluating(Throughput):
     @property
     def title(self) -> str:  # type: ignore[override]
         height, width = self.size
-        return f"eval_multipro.py, {width}x{height} images, own scale"
+        return f"eval_multipro.py, {width}x{height} images, scale of the checkpoint"
 
     def process(self, folder: Path, files: list[tuple[str, str]]) -> None:
         height, width = self.size
@@ -253,7 +251,7 @@ class Evaluating(Throughput):
                 "VAL.precision": self.precision,
             }
         )
-        evaluate(options, [self.place], progress=False, out_dir=folder)
+        evaluate(options, [self.torch_device], progress=False, out_dir=folder)
 
 
 def _copied(pair: tuple[str, str], folder: Path) -> tuple[str, str]:

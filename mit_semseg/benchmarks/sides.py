@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import platform
 import statistics
 import time
 import traceback
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 
 from mit_semseg.benchmarks.clock import Clock, Runnable, clock_of
-from mit_semseg.engine.cpu import set_threads
+from mit_semseg.engine.cpu import cpu_count, set_threads
+from mit_semseg.errors import counted
 from mit_semseg.lib.utils import as_numpy
 from mit_semseg.precision import Precision
 
@@ -66,7 +68,7 @@ class Timing:
         return None if self.kernel_seconds is None else self.kernel_seconds / self.median
 
 
-def take_turns(
+def time_sides(
     sides: dict[str, Callable[[], Runnable]],
     repeats: int,
     *,
@@ -99,35 +101,35 @@ def take_turns(
     timings = {name: Timing() for name in sides}
     began = time.monotonic()
     try:
-        turns = {name: held.get(name, timeout) for name in sides}
+        side_of = {name: held.get(name, timeout) for name in sides}
         for name, prepare in sides.items():
-            turns[name].ask("prepare", prepare, device, threads)
+            side_of[name].call("prepare", prepare, device, threads)
             # Before a CUDA graph is recorded, whose operations are not counted.
             if flops and burst:
-                timings[name].flops = turns[name].ask("flops")
-            timings[name].extra_mib, first = turns[name].ask("first")
+                timings[name].flops = side_of[name].call("flops")
+            timings[name].extra_mib, first = side_of[name].call("first")
             if not repeats:
                 timings[name].seconds.append(first)
         if burst and repeats:
-            for name, side in turns.items():
-                side.ask("run", WARM_CALLS)
-                fitting = round(burst / max(side.ask("run", 1), 1e-6))
+            for name, side in side_of.items():
+                side.call("run", WARM_CALLS)
+                fitting = round(burst / max(side.call("run", 1), 1e-6))
                 timings[name].calls = max(1, min(MAX_CALLS, fitting))
         if not burst:
             began = time.monotonic()
         for done in range(repeats):
             if done >= (1 if burst else 2) and time.monotonic() - began > limit:
                 break
-            for name, side in turns.items():
-                timings[name].seconds.append(side.ask("run", timings[name].calls))
-        for name, side in turns.items():
+            for name, side in side_of.items():
+                timings[name].seconds.append(side.call("run", timings[name].calls))
+        for name, side in side_of.items():
             one = timings[name]
-            one.result = side.ask("last")
+            one.result = side.call("last")
             if burst and repeats:
-                one.extra_mib = side.ask("peak")
-                one.kernel_seconds = side.ask("kernels", min(one.calls, PROFILED_CALLS))
+                one.extra_mib = side.call("peak")
+                one.kernel_seconds = side.call("kernels", min(one.calls, PROFILED_CALLS))
             elif flops:
-                one.flops = side.ask("flops")
+                one.flops = side.call("flops")
     finally:
         if processes is None:
             held.stop()
@@ -150,7 +152,7 @@ class Processes:
     def computed(self) -> float:
         """CPU seconds of the running processes."""
         alive = [side for side in self.sides.values() if side.process.is_alive()]
-        return float(sum(side.ask("computed") for side in alive))
+        return float(sum(side.call("computed") for side in alive))
 
     def stop(self) -> None:
         """Stops all processes."""
@@ -170,7 +172,7 @@ class _Side:
         self.process.start()
         theirs.close()
 
-    def ask(self, what: str, *arguments: Any) -> Any:
+    def call(self, what: str, *arguments: Any) -> Any:
         """Calls a method of `_Work` in the process, which is stopped if it fails."""
         try:
             self.pipe.send((what, arguments))
@@ -313,13 +315,10 @@ def convolution_rate(precision: str, device: str = "cpu", seconds: float = 1.5) 
 
 def machine(device: str) -> str:
     """Description of the machine."""
-    import platform
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
         name = models[0].split(":", 1)[1].strip() if models else name
-    text = f"{name}, {cores} cores"
+    text = f"{name}, {counted(cpu_count(), 'core')}"
     return f"{torch.cuda.get_device_name()}; {text}" if device != "cpu" else text

@@ -75,14 +75,14 @@ class ModelOptions(Section):
 
     @property
     def name(self) -> str:
-        """Of the network, in messages and figures."""
+        """Name of the network for messages and figures."""
         return self.arch or f"{self.arch_encoder} + {self.arch_decoder}"
 
     def trained_with(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and std, RGB in [0, 1], of the images that a timm encoder was trained with.
+        """Mean and std, RGB in [0, 1], of the pretraining of a timm encoder.
 
-        None for other encoders, and where timm is missing or does not know the name, which is an
-        error when the encoder is built.
+        None for other encoders, and if timm is not installed or does not know the name; building
+        the encoder then raises an error.
         """
         kind, _, name = self.arch_encoder.partition(":")
         if kind != "timm" or importlib.util.find_spec("timm") is None:

@@ -12,7 +12,7 @@ from mit_semseg.config.model import ModelOptions
 from mit_semseg.config.schema import Section, Setting, key, settings
 from mit_semseg.config.train import TrainOptions
 
-# What models of other libraries bring along.
+# Keys that models of other libraries define themselves.
 _OF_PARTS = (
     *("MODEL.arch_encoder", "MODEL.arch_decoder", "MODEL.fc_dim", "MODEL.output_stride"),
     *("MODEL.out_indices", "MODEL.vit_pyramid"),

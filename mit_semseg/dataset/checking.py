@@ -21,10 +21,10 @@ from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.label_map import LabelMap, label_warnings
 from mit_semseg.dataset.listing import options_of, shortened
 from mit_semseg.dataset.loading import load_depth_of, load_raw
-from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, locate, read_odgt
 from mit_semseg.dataset.split import absolute
 from mit_semseg.errors import counted
+from mit_semseg.files import PathLike
 
 # Stored values that usually mean "no label", in 8 and 16 bits.
 _CUSTOMARY_IGNORE = (255, 65535)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mit_semseg.dataset.reading import PathLike
+from mit_semseg.files import PathLike
 
 TABLES = Path(__file__).parent / "tables"
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from mit_semseg.config import DataOptions
 from mit_semseg.dataset.base import FORMATS, Archive, PairedFolders, Source
 from mit_semseg.dataset.classes import ClassTable, table_of
+from mit_semseg.dataset.coco import IMAGES
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.records import Record
 
@@ -35,8 +36,7 @@ class CocoStuff(PairedFolders):
         layout="images/{train,val}2017/*.jpg and annotations/{train,val}2017/*.png",
         folder="cocostuff",
         archives=(
-            Archive(("http://images.cocodataset.org/zips/train2017.zip",), into="images"),
-            Archive(("http://images.cocodataset.org/zips/val2017.zip",), into="images"),
+            *IMAGES,
             Archive(
                 (
                     "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/"

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from mit_semseg.dataset.reading import READINGS, PathLike
+from mit_semseg.dataset.reading import READINGS
 from mit_semseg.dataset.transforms import resize_image
 from mit_semseg.errors import one_line
+from mit_semseg.files import PathLike
 
 # Exceptions of Pillow for damaged files, which depend on the format.
 _UNREADABLE = (

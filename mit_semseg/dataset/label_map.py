@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from mit_semseg.config import DataOptions
-from mit_semseg.dataset.reading import PathLike
+from mit_semseg.files import PathLike
 
 _UNKNOWN = -2  # in lookup tables: neither a class nor ignored
 # White in 8 and 16 bits: in masks of two classes one of them, in others "no label".

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from mit_semseg.config import DataOptions
 from mit_semseg.dataset.images import ImageFile, image_size, stored_values
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, list_images, match_by_stem, write_odgt
 from mit_semseg.errors import counted
+from mit_semseg.files import PathLike
 
 # Names of the lists, as published.
 LISTS = ("training", "validation")

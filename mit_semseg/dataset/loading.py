@@ -11,8 +11,8 @@ from mit_semseg.config import DataOptions
 from mit_semseg.dataset.base import FORMATS
 from mit_semseg.dataset.images import ImageFile, load_depth, stored_values
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, find_depth
+from mit_semseg.files import PathLike
 
 
 def paths_of(record: Record, root: PathLike = "") -> tuple[str, str]:

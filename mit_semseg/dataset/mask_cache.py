@@ -97,9 +97,8 @@ def cached_masks(
     try:
         for folder in {(root / job.record["fpath_segm"]).parent for job in todo}:
             folder.mkdir(parents=True, exist_ok=True)
-        _note(path).unlink(
-            missing_ok=True
-        )  # otherwise an older list would count as that of the new file
+        # Otherwise an older list would count as that of the new file.
+        _note(path).unlink(missing_ok=True)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             # Several processes, such as ranks, may run this at the same time. Each has a random
             # order and skips existing masks, so that they share the work, and any of them may die.

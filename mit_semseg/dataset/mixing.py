@@ -1,4 +1,4 @@
-"""Parts of one training sample put onto another one of the same batch."""
+"""CutMix and ClassMix: parts of one training sample are pasted onto another of its batch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mit_semseg.dataset.sample import LoadedSample
 
 
 class Mixing:
-    """CutMix and ClassMix between the neighbours of a batch.
+    """CutMix and ClassMix between the samples of a batch.
 
-    A sample takes pixels and labels from the one after it, the last from the first, as they were
-    before any were mixed. Samples are aligned at the top left; what lies outside the taking sample
-    is cut off. With both, CutMix comes first.
+    Pixels and labels of the next sample are pasted onto each sample, and those of the first onto
+    the last; all are taken from the samples before mixing. Samples are aligned at the top left, and
+    parts outside the smaller one are cropped. If both apply, the union of their masks is pasted.
 
-    Papers: CutMix, Yun et al. 2019, arXiv:1905.04899, eq. 2: a rectangle of a uniformly drawn share
-    of the area, about a uniformly drawn pixel. ClassMix, Olsson et al. 2021, arXiv:2007.07936,
-    alg. 1: half of the classes of the other sample, rounded down, at least one.
+    Papers: CutMix, Yun et al. 2019, arXiv:1905.04899, eq. 2: a rectangle with a uniformly
+    distributed share of the area, around a uniformly distributed pixel. ClassMix, Olsson et al.
+    2021, arXiv:2007.07936, alg. 1: half of the classes, rounded down, at least one.
 
     Args:
         options: `cutmix` and `classmix`, probabilities.
@@ -36,7 +36,7 @@ class Mixing:
     def __call__(
         self, samples: Sequence[LoadedSample], rng: np.random.Generator
     ) -> list[LoadedSample]:
-        """The mixed samples; a single one stays as it is."""
+        """The mixed samples; a single sample is unchanged."""
         if len(samples) < 2:
             return list(samples)
         labels = [sample.labels() for sample in samples]
@@ -74,7 +74,7 @@ class Mixing:
 
 
 def _rectangle(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """CutMix's mask, bool."""
+    """The mask of CutMix, bool."""
     side = math.sqrt(rng.random())
     windows = []
     for n in shape:
@@ -86,7 +86,7 @@ def _rectangle(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 
 
 def _half_of_classes(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """ClassMix's mask, bool; ignored pixels are no class."""
+    """The mask of ClassMix, bool; ignored pixels do not count as a class."""
     classes = np.unique(labels[labels >= 0])
     count = min(len(classes), max(1, len(classes) // 2))
     return np.isin(labels, rng.choice(classes, count, replace=False))

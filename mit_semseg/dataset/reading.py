@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PathLike = str | os.PathLike[str]
+from mit_semseg.files import PathLike
 
 
 class Readings:

@@ -13,9 +13,8 @@ from typing import Any, TypedDict
 from PIL import Image
 
 from mit_semseg.dataset.images import image_size
-from mit_semseg.dataset.reading import PathLike
 from mit_semseg.errors import one_line
-from mit_semseg.files import replacing
+from mit_semseg.files import PathLike, replacing
 
 _NAMED = 3  # number of bad files named in a warning
 

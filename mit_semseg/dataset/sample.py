@@ -14,9 +14,9 @@ from mit_semseg.config import DataOptions
 from mit_semseg.dataset.images import ImageFile
 from mit_semseg.dataset.label_map import LabelMap
 from mit_semseg.dataset.loading import load_depth_of, load_values, paths_of
-from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record
 from mit_semseg.dataset.transforms import nearest_index, normalize_depth, resize_depth
+from mit_semseg.files import PathLike
 
 Window = tuple[slice, slice]  # rows and columns
 

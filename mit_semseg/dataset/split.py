@@ -15,9 +15,9 @@ from mit_semseg.dataset.base import FORMATS, DataFormat
 from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.label_map import LabelMap, label_warnings
 from mit_semseg.dataset.loading import load_depth_of, load_raw, paths_of
-from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, locate, read_odgt
 from mit_semseg.errors import counted
+from mit_semseg.files import PathLike
 
 
 @dataclass(frozen=True, eq=False)

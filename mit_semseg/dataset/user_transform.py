@@ -1,4 +1,4 @@
-"""A transform of the user's own on training samples (`DATASET.transform`)."""
+"""A user-defined transform of training samples (`DATASET.transform`)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from mit_semseg.errors import one_line
 
 
 class UserTransform:
-    """Calls `function(image, mask)` on samples, with the random numbers of the sample.
+    """Applies `function(image, mask)`, for example a transform of `torchvision.transforms.v2`.
 
     The function takes and returns torchvision's `tv_tensors`: an Image, (3, h, w) uint8 RGB, and a
-    Mask, (h, w) int64 with -1 ignored; a transform of `torchvision.transforms.v2` is such a
-    function. The generators of torch, NumPy and Python are seeded for each call and put back after
-    it, so that a sample does not depend on which process makes it.
+    Mask, (h, w) int64 with -1 ignored. The generators of torch, NumPy and Python are seeded for
+    each call, and restored after it, so that a sample does not depend on the process that loads it.
 
     Args:
-        name: "module:function"; the module is looked for in the working folder, too.
+        name: "module:function"; the module can be in the working folder.
 
     Raises:
         ValueError: there is no such function.
@@ -47,8 +46,8 @@ class UserTransform:
         """The sample, transformed.
 
         Raises:
-            RuntimeError: the function raised, or what it returned is no such sample. Unlike an
-                error of a file it is not skipped.
+            RuntimeError: the function raised an error, or returned something else. Unlike an
+                unreadable file, this is not skipped.
         """
         from torchvision import tv_tensors  # slow to import
 
@@ -58,7 +57,7 @@ class UserTransform:
         with _seeded(int(rng.integers(2**32))):
             try:
                 given = self._function(image, mask)
-            except Exception as error:  # noqa: BLE001  # it is the user's
+            except Exception as error:  # noqa: BLE001  # the user's function may raise anything
                 raise RuntimeError(
                     f"DATASET.transform {self.name} failed with {type(error).__name__}: "
                     f"{one_line(error)}"
@@ -78,7 +77,7 @@ class UserTransform:
         )
 
     def _checked(self, given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image and mask of what the function returned."""
+        """The returned image and mask; RuntimeError for anything else."""
         pair = given if isinstance(given, (tuple, list)) else ()
         if len(pair) == 2 and all(isinstance(part, torch.Tensor) for part in pair):
             image, mask = (part.as_subclass(torch.Tensor) for part in pair)
@@ -118,7 +117,7 @@ def _load(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Global random generators that begin with a seed, and are as they were afterwards."""
+    """Context in which the global random generators are seeded; they are restored after it."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

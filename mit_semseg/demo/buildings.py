@@ -56,7 +56,7 @@ def wall(
         for column in range(columns):
             s0, s1 = (column + 0.1) * bay, (column + 0.9) * bay
             pane = quad(s0, s1, 0.5, style.ground_floor - 0.9)
-            lit = scene.mood.lit > 0.2
+            lit = scene.weather.lit > 0.2
             scene.paint(pane, (255, 214, 140) if lit else (70, 84, 96), BUILDING, light)
         scene.paint(
             quad(0.02, 0.98, style.ground_floor - 0.85, style.ground_floor - 0.25),
@@ -72,14 +72,14 @@ def wall(
                 )
                 scene.paint(frame, style.frame, BUILDING, light)
             pane = quad(s0, s1, y, y + style.window_height)
-            if scene.chance(scene.mood.lit):
+            if scene.chance(scene.weather.lit):
                 scene.canvas.fill(scene.view(pane), scene.pick(((255, 216, 140),), 12), BUILDING)
                 continue
-            glass = mix((52, 66, 84), scene.mood.zenith, scene.uniform(0.05, 0.35))
+            glass = mix((52, 66, 84), scene.weather.zenith, scene.uniform(0.05, 0.35))
             scene.paint(pane, glass, BUILDING)
             if z < 25:  # the sky on the upper half of the glass
                 upper = quad(s0, s1, y + 0.55 * style.window_height, y + style.window_height)
-                scene.paint(upper, mix(glass, scene.mood.horizon, 0.3), BUILDING)
+                scene.paint(upper, mix(glass, scene.weather.horizon, 0.3), BUILDING)
         y += style.storey
 
 

@@ -19,25 +19,25 @@ from mit_semseg.demo.scene import Scene
 
 
 def paint_sky(scene: Scene) -> None:
-    mood, view, canvas = scene.mood, scene.view, scene.canvas
+    weather, view, canvas = scene.weather, scene.view, scene.canvas
     rows = (np.arange(canvas.image.shape[0]) + 0.5) / SAMPLES
     share = np.clip(rows / max(view.horizon, 1.0), 0, 1)[:, None] ** 1.3
-    column = np.array(mood.zenith) * (1 - share) + np.array(mood.horizon) * share
+    column = np.array(weather.zenith) * (1 - share) + np.array(weather.horizon) * share
     canvas.image[:] = np.rint(column)[:, None].clip(0, 255)
     canvas.label[:] = SKY + 1
-    if mood.contrast > 0.6 or mood.lit > 0.5:  # the sun, or the moon
+    if weather.contrast > 0.6 or weather.lit > 0.5:  # the sun, or the moon
         x, y = scene.width * scene.uniform(0.1, 0.9), view.horizon * scene.uniform(0.1, 0.6)
         radius = 0.035 * scene.width
         canvas.glaze(disc(x, y, 2.6 * radius), (255, 244, 214), 0.45, 1.2 * radius)
         canvas.glaze(disc(x, y, radius, n=40), (255, 250, 232), 0.95, 0.4)
-    for _ in range(int(scene.rng.integers(0, mood.clouds + 1))):
+    for _ in range(int(scene.rng.integers(0, weather.clouds + 1))):
         x, y = scene.width * scene.uniform(-0.1, 1.1), view.horizon * scene.uniform(-0.05, 0.75)
         size = scene.width * scene.uniform(0.05, 0.13)
         for puff in range(int(scene.rng.integers(4, 8))):
             dx = size * (puff - 3) * scene.uniform(0.35, 0.6)
             dy = size * scene.uniform(-0.22, 0.06)
             radius = size * scene.uniform(0.35, 0.7)
-            canvas.glaze(disc(x + dx, y + dy, radius, 0.5), mood.cloud, 0.5, 0.16 * radius)
+            canvas.glaze(disc(x + dx, y + dy, radius, 0.5), weather.cloud, 0.5, 0.16 * radius)
 
 
 def paint_skyline(scene: Scene) -> None:
@@ -92,7 +92,7 @@ def paint_ground(scene: Scene) -> None:
             scene.canvas.fill(flat, scene.tone(colour, z), cls)
         middle = scene.strip(-kerb, kerb, z0 - 0.2, z1 + 0.2)
         scene.paint(middle, tar, ROAD)
-    if scene.mood.contrast > 0.6:  # the shade of the houses on the sunny side
+    if scene.weather.contrast > 0.6:  # the shade of the houses on the sunny side
         reach = edge * scene.sun
         shade = scene.strip(reach, reach - scene.sun * scene.uniform(0.3, 1.1) * edge, NEAR, 70)
         scene.canvas.glaze(scene.view(shade), (22, 26, 52), 0.34)

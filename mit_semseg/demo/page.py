@@ -11,8 +11,9 @@ import torch
 
 from mit_semseg.config import Options
 from mit_semseg.dataset.images import load_image, load_mask
-from mit_semseg.dataset.split import build_split
+from mit_semseg.dataset.split import Split, build_split
 from mit_semseg.engine.cpu import cpu_count
+from mit_semseg.errors import counted
 from mit_semseg.models import ModelBuilder
 from mit_semseg.visualize.pages import write_page
 from mit_semseg.visualize.sheets import Sample, contact_sheet
@@ -45,7 +46,7 @@ def show(
     lines = _read(Path(options.DIR) / "metrics.jsonl", "train.py").splitlines()
     history = [json.loads(line) for line in lines]
     split = build_split(options.DATASET, "val")
-    samples = _samples(options, count)
+    samples = _samples(options, split, count)
     names, colors = split.classes.names, split.classes.colors
     trained = [record for record in history if record["kind"] == "train"]
     module = ModelBuilder.from_config(options, inference=True)
@@ -59,7 +60,7 @@ def show(
     if trained:
         summary.insert(2, ("training", f"{trained[-1]['seconds']:.0f} s"))
         summary.insert(3, ("training images/s", f"{trained[-1]['images_per_second']:.1f}"))
-    out, cores = Path(out), cpu_count()
+    out = Path(out)
     contact_sheet(
         samples[:3],
         names,
@@ -75,7 +76,7 @@ def show(
         title="Scene parsing: a model trained here, from scratch",
         lead=f"{options.MODEL.name}, randomly initialised, "
         f"trained on rendered street scenes, and evaluated on held-out scenes. "
-        f"{platform.machine()}, {cores} core{'s' if cores > 1 else ''}, torch {torch.__version__}.",
+        f"{platform.machine()}, {counted(cpu_count(), 'core')}, torch {torch.__version__}.",
         figures=summary,
         ious=[row["iou"] for row in figures["classes"]],
         history=history,
@@ -83,9 +84,8 @@ def show(
     )
 
 
-def _samples(options: Options, count: int) -> list[Sample]:
+def _samples(options: Options, split: Split, count: int) -> list[Sample]:
     """Images, labels and predictions of the first records of the validation list."""
-    split = build_split(options.DATASET, "val")
     root, result = Path(options.DATASET.root_dataset), Path(options.TEST.result)
     samples = []
     for record in split.records[:count]:

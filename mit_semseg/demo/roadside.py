@@ -83,7 +83,7 @@ def lamp(scene: Scene, x: float, z: float) -> None:
         scene.canvas.fill(capsule(a, b, 0.16 * k, 0.14 * k), scene.tone(steel, z), POLE)
         tip = b + [0.3 * np.sign(arm) * k, 0.02 * k]
         scene.canvas.fill(capsule(b, tip, 0.19 * k, 0.21 * k), scene.tone(steel, z, 1.2), POLE)
-        if scene.mood.lit:
+        if scene.weather.lit:
             scene.canvas.glaze(
                 disc(tip[0], tip[1] + 0.1 * k, 0.9 * k), (255, 226, 150), 0.5, 0.4 * k
             )

@@ -11,7 +11,7 @@ from mit_semseg.demo.canvas import NEAR, Canvas, Colour, Points, View, disc, mix
 
 
 @dataclass(frozen=True)
-class Mood:
+class Weather:
     """Weather and time of day: sky, light and haze."""
 
     zenith: Colour
@@ -25,15 +25,15 @@ class Mood:
     rain: bool = False
 
 
-MOODS: tuple[Mood, ...] = (
-    Mood((58, 122, 206), (186, 216, 240), (1.03, 1.02, 1.0), 0.003, 1.0, 5, (250, 252, 255)),
-    Mood((88, 150, 220), (206, 228, 242), (1.0, 1.0, 1.0), 0.004, 0.7, 9, (248, 249, 250)),
-    Mood((98, 124, 178), (252, 204, 142), (1.08, 0.94, 0.78), 0.006, 1.0, 5, (255, 226, 186)),
-    Mood((158, 168, 180), (206, 211, 215), (0.9, 0.92, 0.95), 0.009, 0.2, 9, (186, 192, 199)),
-    Mood((196, 203, 209), (224, 227, 228), (0.94, 0.95, 0.96), 0.016, 0.1, 0, (224, 226, 228)),
-    Mood((112, 124, 138), (166, 174, 181), (0.74, 0.78, 0.84), 0.013, 0.1, 9, (134, 143, 154),
+WEATHERS: tuple[Weather, ...] = (
+    Weather((58, 122, 206), (186, 216, 240), (1.03, 1.02, 1.0), 0.003, 1.0, 5, (250, 252, 255)),
+    Weather((88, 150, 220), (206, 228, 242), (1.0, 1.0, 1.0), 0.004, 0.7, 9, (248, 249, 250)),
+    Weather((98, 124, 178), (252, 204, 142), (1.08, 0.94, 0.78), 0.006, 1.0, 5, (255, 226, 186)),
+    Weather((158, 168, 180), (206, 211, 215), (0.9, 0.92, 0.95), 0.009, 0.2, 9, (186, 192, 199)),
+    Weather((196, 203, 209), (224, 227, 228), (0.94, 0.95, 0.96), 0.016, 0.1, 0, (224, 226, 228)),
+    Weather((112, 124, 138), (166, 174, 181), (0.74, 0.78, 0.84), 0.013, 0.1, 9, (134, 143, 154),
           0.25, True),
-    Mood((34, 40, 88), (226, 138, 116), (0.62, 0.56, 0.68), 0.005, 0.4, 5, (148, 92, 118), 0.55),
+    Weather((34, 40, 88), (226, 138, 116), (0.62, 0.56, 0.68), 0.005, 0.4, 5, (148, 92, 118), 0.55),
 )  # fmt: skip
 
 
@@ -51,7 +51,9 @@ class Scene:
     def __post_init__(self) -> None:
         rng = self.rng
         self.canvas = Canvas(self.height, self.width)
-        self.mood = MOODS[rng.choice(len(MOODS), p=[0.25, 0.23, 0.16, 0.12, 0.07, 0.07, 0.1])]
+        self.weather = WEATHERS[
+            rng.choice(len(WEATHERS), p=[0.25, 0.23, 0.16, 0.12, 0.07, 0.07, 0.1])
+        ]
         self.sun = 1.0 if rng.random() < 0.5 else -1.0  # on the right or on the left
         self.road = rng.uniform(3.4, 5.0)  # half the road's width
         self.paving = rng.uniform(2.8, 4.2)
@@ -86,14 +88,14 @@ class Scene:
 
     def tone(self, colour: Colour, z: float, light: float = 1.0) -> Colour:
         """A colour at distance `z` with the scene's light and haze."""
-        mood = self.mood
-        factor = 1.0 + (light - 1.0) * (0.4 + 0.6 * mood.contrast)
+        weather = self.weather
+        factor = 1.0 + (light - 1.0) * (0.4 + 0.6 * weather.contrast)
         lit = (
-            colour[0] * factor * mood.light[0],
-            colour[1] * factor * mood.light[1],
-            colour[2] * factor * mood.light[2],
+            colour[0] * factor * weather.light[0],
+            colour[1] * factor * weather.light[1],
+            colour[2] * factor * weather.light[2],
         )
-        return mix(lit, mood.horizon, 1.0 - float(np.exp(-mood.haze * z)))
+        return mix(lit, weather.horizon, 1.0 - float(np.exp(-weather.haze * z)))
 
     def paint(
         self,
@@ -120,7 +122,7 @@ class Scene:
         world = np.stack([ring[:, 0], np.zeros(len(ring)), ring[:, 1]], axis=1)
         if z - depth > NEAR:
             blur = 0.1 * radius * self.view.focal / z
-            strength = 0.25 + 0.3 * self.mood.contrast
+            strength = 0.25 + 0.3 * self.weather.contrast
             self.canvas.glaze(self.view(world), (18, 20, 34), strength, min(blur, 4.0))
 
     def in_crossing(self, z: float) -> bool:

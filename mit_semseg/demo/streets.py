@@ -11,8 +11,6 @@ World coordinates in metres: x to the right of the road's centre, y up, z away f
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +18,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from mit_semseg.dataset.classes import ClassTable
+from mit_semseg.dataset.records import Record, write_odgt
 from mit_semseg.demo.buildings import add_houses
 from mit_semseg.demo.canvas import IGNORED, SAMPLES
 from mit_semseg.demo.classes import BUILDING, CLASSES, PAINTS, PAVEMENT, ROAD, VEGETATION
@@ -39,7 +39,7 @@ def paint_bonnet(scene: Scene) -> None:
     paint = scene.pick(PAINTS, 6)
     scene.canvas.fill(outline, scene.tone(paint, 1.0, 0.8), IGNORED)
     shine = np.concatenate([arc[8:32], arc[31:7:-1] + [0, 0.02 * h]])
-    scene.canvas.glaze(shine, scene.mood.horizon, 0.55, 1.0)
+    scene.canvas.glaze(shine, scene.weather.horizon, 0.55, 1.0)
 
 
 def finish(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -47,7 +47,7 @@ def finish(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     rng, h, w = scene.rng, scene.height, scene.width
     middle = SAMPLES // 2
     label = np.ascontiguousarray(scene.canvas.label[middle::SAMPLES, middle::SAMPLES])
-    if scene.mood.rain:
+    if scene.weather.rain:
         for _ in range(int(scene.rng.integers(60, 120))):
             x, y = scene.uniform(0, w), scene.uniform(0, h)
             d = scene.uniform(0.03, 0.08) * h
@@ -124,17 +124,17 @@ def write(
     of four scenes, one is in portrait format and one is wider.
 
     Args:
-        root: folder to write to; made when absent, files of the same names are replaced.
+        root: output folder; existing files of the same names are replaced.
         n_train: scenes to train on.
-        n_val: scenes held out; no seed is shared with the former.
-        seed: of the whole set.
-        size: height and width in pixels of a plain scene.
+        n_val: validation scenes, with other seeds.
+        seed: seed of the data set.
+        size: height and width in pixels of half of the scenes.
 
     Returns:
         `root` as a path.
 
     Raises:
-        ValueError: a count below one, or a size below 64 pixels.
+        ValueError: a count is below 1, or a side below 64 pixels.
     """
     if min(n_train, n_val) < 1:
         raise ValueError(f"n_train={n_train}, n_val={n_val}: both must be at least 1")
@@ -144,22 +144,16 @@ def write(
     for split, (name, count) in enumerate((("training", n_train), ("validation", n_val))):
         for folder in ("images", "annotations"):
             (root / folder / name).mkdir(parents=True, exist_ok=True)
-        lines = []
+        records = []
         for index in range(count):
             image, label = render((seed, split, index), shapes[index % len(shapes)])
             file = f"{name}/{index:04d}.png"
             cv2.imwrite(str(root / "images" / file), image[..., ::-1])
             cv2.imwrite(str(root / "annotations" / file), label)
-            record = {
-                "fpath_img": f"images/{file}",
-                "fpath_segm": f"annotations/{file}",
-                "width": image.shape[1],
-                "height": image.shape[0],
-            }
-            lines.append(json.dumps(record))
-        (root / f"{name}.odgt").write_text("\n".join(lines) + "\n")
-    with (root / "classes.csv").open("w", newline="") as table:
-        writer = csv.writer(table)
-        writer.writerow(["Idx", "Name", "R", "G", "B"])
-        writer.writerows([i + 1, name, *colour] for i, (name, colour) in enumerate(CLASSES))
+            h, w = label.shape
+            record = Record(fpath_img=f"images/{file}", fpath_segm=f"annotations/{file}")
+            records.append(Record(**record, width=w, height=h))
+        write_odgt(root / f"{name}.odgt", records)
+    names, colours = zip(*CLASSES)
+    ClassTable(names, np.array(colours, np.uint8)).save(root / "classes.csv")
     return root

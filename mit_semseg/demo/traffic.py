@@ -79,7 +79,7 @@ def car(scene: Scene, x: float, z: float, heading: float) -> None:
                 lamp = (206, 26, 26) if i == 0 else (252, 246, 214)
                 for s0, s1 in ((0.04, 0.22), (0.78, 0.96)):
                     scene.paint(spot(face, s0, s1, 0.5, 0.85), lamp, CAR)
-                    if scene.mood.lit and z < 20:
+                    if scene.weather.lit and z < 20:
                         centre = scene.view(spot(face, s0, s1, 0.5, 0.85)).mean(axis=0)
                         size = 0.3 * scene.view.focal / z
                         glow = disc(float(centre[0]), float(centre[1]), size)
@@ -93,7 +93,7 @@ def car(scene: Scene, x: float, z: float, heading: float) -> None:
                     for radius, tint in ((0.37, (22, 22, 25)), (0.21, (168, 170, 176))):
                         ring = disc(u, 0.36, radius)
                         scene.paint(np.array([place(p, v, q) for p, q in ring]), tint, CAR)
-        glass = mix((38, 48, 62), scene.mood.zenith, 0.2)
+        glass = mix((38, 48, 62), scene.weather.zenith, 0.2)
         for i, face in enumerate(cabin):
             if not seen(face):
                 continue
@@ -101,7 +101,7 @@ def car(scene: Scene, x: float, z: float, heading: float) -> None:
             if i in (0, 2):
                 scene.paint(spot(face, 0.1, 0.9, 0.12, 0.86), glass, CAR)
                 scene.paint(
-                    spot(face, 0.1, 0.9, 0.62, 0.86), mix(glass, scene.mood.horizon, 0.35), CAR
+                    spot(face, 0.1, 0.9, 0.62, 0.86), mix(glass, scene.weather.horizon, 0.35), CAR
                 )
             elif i in (1, 3):
                 for s0, s1 in ((0.09, 0.48), (0.54, 0.93)):

@@ -283,7 +283,7 @@ def resolve_checkpoint(directory: str | Path, checkpoint: str) -> tuple[Checkpoi
 
 
 def find_checkpoint(options: Options, checkpoint: str) -> None:
-    """Refuses a checkpoint that is not there; `pretrained` is taken from `MODEL.arch`.
+    """Checks that a checkpoint exists; `pretrained` needs `MODEL.arch`.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist; those that do are listed.
@@ -305,8 +305,8 @@ def model_classes(options: Options, checkpoint: str) -> ClassTable:
     Raises:
         ValueError: the table does not have `DATASET.num_class` rows.
     """
-    own = class_table(options.DATASET) if checkpoint == PRETRAINED else None
-    if own is not None:
+    if checkpoint == PRETRAINED:
+        own = class_table(options.DATASET)
         names = describe(options.MODEL.arch).names
         return ClassTable(names, own.colors) if len(names) == len(own) else own
     folder, _ = resolve_checkpoint(options.DIR, checkpoint)
@@ -346,10 +346,10 @@ def whole_model(options: Options, architecture: Architecture | None = None) -> S
 
     Args:
         options: with `MODEL.arch`.
-        architecture: what `describe` says of it, if it was asked already.
+        architecture: the result of `describe`, if it is known already.
 
     Raises:
-        ValueError: the source has no weights for a part of it, or is for other classes.
+        ValueError: the source has no weights for a part of the model, or other classes.
     """
     model = replace(options.MODEL, weights_encoder="", weights_decoder="")
     encoder, decoder = build(replace(options, MODEL=model), architecture, whole=True)

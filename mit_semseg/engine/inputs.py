@@ -17,10 +17,10 @@ from pathlib import Path
 
 from mit_semseg.dataset.records import find_depth, image_extensions, is_depth
 from mit_semseg.errors import counted
+from mit_semseg.files import PathLike
 
 # Pillow knows these formats but has no decoder for them.
 UNDECODABLE = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg"}
-PathLike = str | os.PathLike[str]
 
 
 def find_images(

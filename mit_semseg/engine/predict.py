@@ -31,7 +31,6 @@ from mit_semseg.dataset.loading import load_depth_beside
 from mit_semseg.engine.checkpoint import find_checkpoint, load_model, model_classes
 from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.inputs import (
-    PathLike,
     find_images,
     output_stems,
     result_endings,
@@ -53,6 +52,7 @@ from mit_semseg.engine.transfer import (
 )
 from mit_semseg.engine.watchdog import reading_watchdog
 from mit_semseg.errors import one_line
+from mit_semseg.files import PathLike
 from mit_semseg.precision import Precision
 from mit_semseg.visualize.results import areas, save_result
 

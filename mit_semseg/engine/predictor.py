@@ -84,7 +84,7 @@ class Predictor:
         size = getattr(self.module.encoder, "fixed_size", None)
         if window is None and size is not None:
             height, width = size
-            window = Sliding(height, width, overlap=0)  # images of other sizes it cannot take
+            window = Sliding(height, width, overlap=0)
         network: Callable[[Tensor], Tensor] = self.module.logits
         if compile:
             network = _compiled(network)
@@ -215,7 +215,7 @@ class Predictor:
 
 
 def _normalization(module: SegmentationModule) -> Normalize | None:
-    """What the encoder's input is made with, where it says so itself."""
+    """The normalisation that the encoder defines, if any."""
     declared = getattr(module.encoder, "normalization", None)  # any module may be the encoder
     return None if declared is None else declared()
 

@@ -23,7 +23,7 @@ class Pretrained(NamedTuple):
     Attributes:
         module: in evaluation mode on the CPU.
         classes: names and colours.
-        options: its own settings, with the scales that its images are resized to.
+        options: its settings, including the scales of the input.
     """
 
     module: SegmentationModule
@@ -41,7 +41,7 @@ def load_pretrained(source: str | os.PathLike[str]) -> Pretrained:
 
     Raises:
         FileNotFoundError: no such folder or name.
-        ValueError: no trained model, or a library is not installed.
+        ValueError: it has no trained weights, or a library is not installed.
         OSError: it cannot be read or downloaded.
     """
     name = os.fspath(source)
@@ -67,7 +67,7 @@ def _of_folder(folder: CheckpointFolder) -> Pretrained:
 
 
 def _published(name: str, model: PublishedModel) -> Pretrained:
-    """Downloaded once, into the folder of all weights."""
+    """A published checkpoint, downloaded once into the cache of weights."""
     folder = cache_dir() / "published" / name
     fetch_published(name, folder, image=False)
     options = Options(

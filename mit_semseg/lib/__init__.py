@@ -1,6 +1,6 @@
-"""Where a checkout finds `mit_semseg.lib`: in the folder `lib/` beside the package.
+"""Path of `mit_semseg.lib` in a checkout: the folder `lib/` beside the package.
 
-An installed package has the modules of that folder in this place (see pyproject.toml).
+In an installed package, the content of `lib/` replaces this file (see pyproject.toml).
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mit_semseg.losses.functional import IGNORED, nll
+from mit_semseg.losses.functional import IGNORED, nll, widened
 
 
 def boundaries(label: Tensor, radius: int = 2) -> Tensor:
@@ -37,8 +37,7 @@ def _at_label(scores: Tensor, label: Tensor) -> Tensor:
             f"scores is {tuple(scores.shape)} and label {tuple(label.shape)}; expected "
             "(B, C, H, W) and (B, h, w)"
         )
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
+    scores = widened(scores)
     if scores.shape[2:] == label.shape[1:]:
         return scores
     size = (label.shape[1], label.shape[2])
@@ -99,9 +98,9 @@ def boundary_nll(scores: Tensor, label: Tensor, threshold: float = 0.8) -> Tenso
 def details(label: Tensor) -> Tensor:
     """Pixels of a label with fine structure, from its Laplacian at three scales.
 
-    An edge is where the Laplacian of the class ids is positive, so on its side with the higher
-    ones. Edges of every pixel, every second and every fourth are joined with the weights 0.6, 0.3
-    and 0.1, and a sum above 0.1 is detail.
+    A pixel is an edge if the Laplacian of the class ids is positive, which is the case on the side
+    of the higher id. Edges at strides 1, 2 and 4 are summed with the weights 0.6, 0.3 and 0.1, and
+    a pixel with a sum above 0.1 is detail.
 
     Paper: Fan et al. 2021, arXiv:2104.13188, sec. 3.3 and fig. 5.
 
@@ -109,7 +108,7 @@ def details(label: Tensor) -> Tensor:
         label: (B, h, w) int64, -1 ignored.
 
     Returns:
-        (B, h, w) bool; false at ignored pixels, which are no edge either.
+        (B, h, w) bool; False at ignored pixels, which do not form edges.
     """
     valid = (label != IGNORED).unsqueeze(1)
     ids = label.unsqueeze(1).float() * valid
@@ -121,12 +120,12 @@ def details(label: Tensor) -> Tensor:
     sums = 0.6 * edges
     for weight, step in ((0.3, 2), (0.1, 4)):
         sums = sums + weight * F.interpolate(edges[..., ::step, ::step], size)  # nearest
-    # Halfway to the next sum: 0.1 itself, however it is rounded, is none.
+    # The next larger sum is 0.3: a threshold of 0.2 is robust to rounding.
     return ((sums > 0.2) & valid).squeeze(1)
 
 
 def detail(scores: Tensor, label: Tensor) -> Tensor:
-    """Binary cross entropy and Dice loss of what is detail, over the pixels that count.
+    """Sum of binary cross entropy and Dice loss of `details`, over the labelled pixels.
 
     Paper: Fan et al. 2021, arXiv:2104.13188, sec. 3.3, eq. 5 and 6.
 
@@ -135,10 +134,10 @@ def detail(scores: Tensor, label: Tensor) -> Tensor:
         label: (B, h, w) int64, -1 ignored.
 
     Returns:
-        Scalar; 0 without a valid pixel.
+        Scalar; 0 without labelled pixels.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not match.
     """
     logits = _at_label(scores, label).squeeze(1)
     valid = (label != IGNORED).to(logits.dtype)

@@ -45,7 +45,7 @@ def _checked(log_probs: Tensor, label: Tensor) -> Tensor:
             "(B, C, h, w) and (B, h, w)"
         )
     _check_label(label, log_probs.shape[1])
-    return _wide(log_probs)
+    return widened(log_probs)
 
 
 def _check_label(label: Tensor, classes: int) -> None:
@@ -63,7 +63,7 @@ def _check_label(label: Tensor, classes: int) -> None:
         )
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """Half precision is cast to float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -246,9 +246,7 @@ def ohem(
     valid = label != IGNORED
     with torch.no_grad():
         p = _label_log_probs(log_probs, label).exp()
-        p = torch.where(
-            valid, p, torch.full_like(p, torch.inf)
-        ).flatten()  # ignored pixels sort last
+        p = p.masked_fill(~valid, torch.inf).flatten()  # ignored pixels sort last
         kept = torch.ceil(valid.sum() * min_share).long().clamp(min=1)
         kth = p.sort().values.gather(0, (kept - 1).reshape(1))
         hard = ((p < threshold) | (p <= kth)).view_as(label) & valid
@@ -314,7 +312,7 @@ def presence(scores: Tensor, label: Tensor) -> Tensor:
             f"scores is {tuple(scores.shape)} and label {tuple(label.shape)}; expected "
             "(B, C) and (B, h, w)"
         )
-    scores = _wide(scores)
+    scores = widened(scores)
     B, C = scores.shape
     _check_label(label, C)
     occurs = scores.new_zeros(B, C + 1).scatter(1, label.flatten(1) + 1, 1.0)[:, 1:]

@@ -1,7 +1,7 @@
-"""The loss of networks that classify masks: each class of an image is matched with one query.
+"""The loss of mask classification networks: each class of an image is matched with one query.
 
-Labels are (B, H, W) int64, -1 ignored. The masks to be found are those of the classes that an
-image shows; ignored pixels are in none of them.
+Labels are (B, H, W) int64, -1 ignored. The targets are the masks of the classes that occur in an
+image; ignored pixels are in none of them.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from mit_semseg.losses.functional import widened
+
 Predictions = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class MaskClassificationLoss:
-    """Cross entropy of the queries' classes, and of their masks, with Dice, at sampled points.
+    """Cross entropy of the queries' classes, and cross entropy and Dice of their masks at points.
 
     Papers: Cheng et al. 2022 (Mask2Former), arXiv:2112.01527, sec. 3.3; matching of Carion et al.
     2020 (DETR), arXiv:2005.12872, eq. 1; points of Kirillov et al. 2020 (PointRend),
     arXiv:1912.08193, sec. 3.3.
 
     Attributes:
-        class_weight, mask_weight, dice_weight: of the three losses, and of the costs that queries
-            are matched by.
-        no_object: weight of a query that no mask is matched with.
-        points: at which masks are compared; for the loss three quarters of them lie where the
-            prediction is least certain, among three times as many.
+        class_weight, mask_weight, dice_weight: weights of the three losses, and of the costs of the
+            matching.
+        no_object: class weight of "no object", the target of unmatched queries.
+        points: number of points at which masks are compared. For the loss, three quarters of them
+            are the most uncertain ones of three times as many random points.
     """
 
     class_weight: float = 2.0
@@ -40,14 +42,16 @@ class MaskClassificationLoss:
     points: int = 12544
 
     def __call__(self, predictions: Predictions, label: Tensor) -> Tensor:
-        """(2,): the mean over queries of the first loss, the mean over masks of the others.
-
-        What they are means of is `counts`. Half precision is computed, and returned, in float32.
+        """The losses, summed over the layers.
 
         Args:
-            predictions: of each layer, class scores (B, Q, C + 1), "no object" last, and mask
+            predictions: for each layer, class scores (B, Q, C + 1), "no object" last, and mask
                 scores (B, Q, h, w) of any size.
             label: (B, H, W) int64, -1 ignored.
+
+        Returns:
+            (2,) float32: the class loss, a mean over queries, and the mask losses, a mean over
+            masks; for the denominators see `counts`.
         """
         num_class = predictions[0][0].shape[-1] - 1
         there = classes_there(label, num_class).cpu()
@@ -55,11 +59,11 @@ class MaskClassificationLoss:
         masks = [(one == k[:, None, None]).float() for one, k in zip(label, ids)]
         total = torch.zeros(2, device=label.device)
         for classes, scores in predictions:
-            total = total + self._of_layer(_wide(classes), _wide(scores), ids, masks)
+            total = total + self._of_layer(widened(classes), widened(scores), ids, masks)
         return total
 
     def counts(self, label: Tensor, num_class: int, queries: int) -> Tensor:
-        """(2,) float: what the means of a label (B, H, W) divide by, weights and masks."""
+        """Denominators of the losses of a label (B, H, W): (2,) float, weights and masks."""
         masks = classes_there(label, num_class).sum(1)
         matched = masks.clamp(max=queries).sum()
         rest = len(label) * queries - matched
@@ -93,21 +97,23 @@ class MaskClassificationLoss:
     def match(
         self, classes: Tensor, scores: Tensor, ids: Sequence[Tensor], masks: Sequence[Tensor]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Queries and the masks they are matched with, for each image: the cheapest assignment.
+        """The assignment of masks to queries with the lowest cost, for each image.
 
         Args:
             classes: (B, Q, C + 1).
             scores: (B, Q, h, w).
-            ids: classes that each image shows.
-            masks: (len(ids), H, W) float of each image.
+            ids: for each image, the classes that occur in it.
+            masks: for each image, their masks, (N, H, W) float.
+
+        Returns:
+            For each image, indices of queries and of the masks matched with them.
         """
         costs = []
         for probabilities, score, k, mask in zip(classes.softmax(-1), scores, ids, masks):
             points = torch.rand(1, self.points, 2, device=score.device)
             found = at_points(score[:, None], points.expand(len(score), -1, -1))
             true = at_points(mask[:, None], points.expand(len(mask), -1, -1))
-            # Of each pair: softplus(-x) where the mask is, softplus(x) elsewhere; with logits x
-            # the two differ by x.
+            # softplus(-x) inside the mask and softplus(x) outside, which differ by the logit x.
             bce = (F.softplus(found).sum(1)[:, None] - found @ true.T) / self.points
             shares = found.sigmoid()
             overlap = 2 * shares @ true.T
@@ -115,7 +121,7 @@ class MaskClassificationLoss:
             dice = 1 - (overlap + 1) / (sums + 1)
             cost = self.mask_weight * bce + self.dice_weight * dice
             costs.append(cost - self.class_weight * probabilities[:, k])
-        # One transfer for all images. A cost that is non-finite is taken last.
+        # One transfer for all images. Non-finite costs are the highest.
         flat = torch.cat([cost.flatten() for cost in costs]).nan_to_num(1e10, 1e10, -1e10).cpu()
         pairs, device = [], scores.device
         for cost in flat.split([cost.numel() for cost in costs]):
@@ -137,7 +143,7 @@ class MaskClassificationLoss:
 
 
 def classes_there(label: Tensor, num_class: int) -> Tensor:
-    """(B, num_class) bool: which classes each (H, W) label of a batch holds."""
+    """Classes that occur in each label of a batch, (B, num_class) bool."""
     there = torch.zeros(len(label), num_class + 1, dtype=torch.bool, device=label.device)
     return there.scatter_(1, label.clamp(min=-1).flatten(1) + 1, True)[:, 1:]
 
@@ -149,9 +155,5 @@ def at_points(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def _dice(shares: Tensor, true: Tensor) -> Tensor:
-    """(N,) 1 - Dice coefficient of (N, P) masks, with one added to both of its terms."""
+    """1 - Dice coefficient of (N, P) masks, smoothed with 1: (N,)."""
     return 1 - (2 * (shares * true).sum(1) + 1) / (shares.sum(1) + true.sum(1) + 1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -11,7 +11,7 @@ class HubModel(NamedTuple):
     """A model on huggingface.co.
 
     Attributes:
-        name: of the repository, whose page states the licence.
+        name: name of the repository, whose page states the licence.
         mean_iou: in percent at one scale on ADE20K's validation images, as its authors report it.
         licence: of the weights, as their publisher states it.
         millions: of parameters.
@@ -64,9 +64,9 @@ def listing() -> str:
         "All are trained on ADE20K. Mean IoU is in percent at one scale on its validation images, "
         "as the",
         "authors report it; it is not measured here. MB: parameters in float32.",
-        "hf: needs pip install 'mit_semseg[hf]'; other models of its kinds on huggingface.co can "
-        "be named, too.",
-        "Folders are loaded as well: those of this toolkit, and those that transformers or "
-        "segmentation_models.pytorch saved.",
+        "hf: needs pip install 'mit_semseg[hf]'; other models of the same architectures on "
+        "huggingface.co work, too.",
+        "Folders saved by this toolkit, transformers or segmentation_models.pytorch are loaded as "
+        "well.",
     )
     return "\n".join(line.rstrip() for line in [*lines, *notes])

@@ -27,12 +27,12 @@ from mit_semseg.precision import Precision
 from mit_semseg.visualize.sheets import Sample, contact_sheet
 
 # Pixel accuracy to reach, and steps between evaluations.
-TARGET, LOOK = 0.98, 10
+TARGET, EVALUATE_EVERY = 0.98, 10
 # Learning rates, tried until one succeeds (narrow networks need a high one, networks without
 # BatchNorm a low one), and steps of warm-up.
 RATES, WARMUP = (1e-3, 5e-3, 2e-4), 10
 # Least number of logits along the short side; networks with a large stride get a larger image.
-LEAST_SCORES = 10
+MIN_LOGITS = 10
 # Least momentum of BatchNorm. With MobileNetV3's 0.01 the running statistics would be dominated by
 # their initial values for hundreds of steps.
 MOMENTUM = 0.1
@@ -109,7 +109,7 @@ def overfit(
         seed_everything(options.TRAIN.seed)
         module = prepared(ModelBuilder.from_config(options, inference=False)).to(device)
         stride = label_stride(module, options, side)
-        size = max(side, LEAST_SCORES * stride)
+        size = max(side, MIN_LOGITS * stride)
         batch = one_image(options, size, stride)
         image = one_image(options, size, stride, depth=False)["img_data"][0].permute(1, 2, 0)
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
@@ -201,7 +201,7 @@ def _train(
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(module.parameters(), 10.0)
                 optimizer.step()
-            if step % LOOK == 0 or step == steps or not finite:
+            if step % EVALUATE_EVERY == 0 or step == steps or not finite:
                 prediction = predicted(module, batch)
                 accuracy = float((prediction == truth)[truth >= 0].mean())
                 bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {100 * accuracy:.1f} %")

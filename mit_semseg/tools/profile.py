@@ -24,7 +24,7 @@ from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.visualize import ratio_bars
 
 # Least time and number of calls of a speed measurement, after a warm-up call.
-LEAST_SECONDS, LEAST_CALLS = 2.0, 3
+MIN_SECONDS, MIN_CALLS = 2.0, 3
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def speed(module: SegmentationModule, image: Tensor, options: Options) -> float:
     predictor = Predictor(module, options.DATASET, image.device, precision=options.VAL.precision)
     predictor.logits([image])
     seconds: list[float] = []
-    end = time.monotonic() + LEAST_SECONDS
-    while len(seconds) < LEAST_CALLS or time.monotonic() < end:
+    end = time.monotonic() + MIN_SECONDS
+    while len(seconds) < MIN_CALLS or time.monotonic() < end:
         began = _now(image.device)
         predictor.logits([image])
         seconds.append(_now(image.device) - began)

@@ -7,7 +7,6 @@ PDF by its suffix. matplotlib is imported in the first call; pyplot and a displa
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mit_semseg.files import PathLike
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-PathLike = str | os.PathLike[str]
 
 INK, MUTED, RULE = "#262a33", "#707785", "#dfe2e8"
 BLUE, ORANGE, GREEN = "#2563be", "#e07020", "#1e8c5a"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-PathLike = str | os.PathLike[str]
+from mit_semseg.files import PathLike
 
 _INK, _MUTED, _RIM = (38, 42, 51), (112, 119, 133), (205, 208, 214)
 _PITCH, _SIDE = 24, 16  # height of a row, and side of a colour patch, in pixels

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from mit_semseg.visualize.charts import PathLike, class_bars, curves
+from mit_semseg.files import PathLike
+from mit_semseg.visualize.charts import class_bars, curves
 from mit_semseg.visualize.palette import IGNORED, WRONG
 from mit_semseg.visualize.sheets import COLUMNS, RGB, Sample
 

@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from mit_semseg.files import PathLike
 from mit_semseg.visualize.legend import legend
 from mit_semseg.visualize.palette import color_encode, overlay
 
-PathLike = str | os.PathLike[str]
 # Kinds with the height and dtype of the image, unlike "index" and "legend".
 _DRAWN = ("color", "overlay", "side")
 # Number of pixels that are drawn at a time.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mit_semseg.visualize.charts import INK, MUTED, PathLike, new_figure, save_figure
+from mit_semseg.files import PathLike
+from mit_semseg.visualize.charts import INK, MUTED, new_figure, save_figure
 from mit_semseg.visualize.legend import percent
 from mit_semseg.visualize.palette import (
     WRONG,

@@ -86,7 +86,7 @@ def _bad_record(archive: zipfile.ZipFile) -> str:
         # torch.save does not compress. torch uses one of the sizes, Python the other.
         if record.compress_type == zipfile.ZIP_STORED and record.file_size != record.compress_size:
             return f"record {record.filename} has two sizes"
-        # Which torch takes for empty, so that a tensor is whatever the memory held.
+        # torch would read it as empty, and leave the tensor uninitialised.
         if record.external_attr & _FOLDER:
             return f"record {record.filename} is marked as a folder"
     name = archive.testzip()

@@ -17,8 +17,8 @@ class PublishedModel(NamedTuple):
     Attributes:
         encoder, decoder: their names here.
         fc_dim: channels of the encoder's last feature map.
-        multiple: what sides of its images are multiples of.
-        epoch: the one that was scored.
+        multiple: sides of the input are multiples of this (`DATASET.padding_constant`).
+        epoch: epoch of the checkpoint.
         mean_iou: in percent at one scale, as its authors report it in their README.
         millions: of parameters.
     """
@@ -45,7 +45,7 @@ MODELS: dict[str, PublishedModel] = {
         ("hrnetv2", "c1", 720, 32, 30, 42.03, 66.5),
     )
 }
-"""The published checkpoints, all of ADE20K; their publisher states no licence for weights."""
+"""The published checkpoints, all trained on ADE20K; no licence is stated for the weights."""
 
 PUBLISHED: dict[str, int] = {name: model.epoch for name, model in MODELS.items()}
 """Configurations with published ADE20K checkpoints, and the epoch that was scored."""

@@ -178,14 +178,14 @@ TORCHVISION: dict[str, TorchvisionSource] = {
 }
 """Torchvision's weights by its names: `MODEL.weights_encoder torchvision:NAME`.
 
-The name of a model stands for its first weights, as published with torchvision's early releases;
-the second ones of ImageNet, from a longer training, have the name that torchvision gives them.
+The name of a model selects its IMAGENET1K_V1 weights; the full name in torchvision selects
+IMAGENET1K_V2 weights, which are from a longer training.
 
-Those of a segmentation model are for both encoder and decoder, and the encoder has output stride 8
-(`torchvision_resnet50dilated`) or, for MobileNetV3, 16 (`mobilenetv3_large_dilated16`). Its 21
-classes are those of Pascal VOC in the order of the data format voc2012: 0 is background, then
-aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
-motorbike, person, pottedplant, sheep, sofa, train and, 20, tvmonitor.
+Weights of a segmentation model are for both encoder and decoder; the encoder has output stride 8
+(`torchvision_resnet50dilated`) or, for MobileNetV3, 16 (`mobilenetv3_large_dilated16`). The 21
+classes are those of Pascal VOC in the order of the data format voc2012: background, aeroplane,
+bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person,
+pottedplant, sheep, sofa, train, tvmonitor.
 """
 
 WEIGHTS: dict[str, WeightSource] = {
@@ -253,7 +253,7 @@ def cache_dir() -> Path:
 
 
 def mirrored(path: str, urls: Sequence[str]) -> list[str]:
-    """The URLs, after one of the mirror whose base URL is in MIT_SEMSEG_MIRROR, if any."""
+    """The URLs, preceded by that of the mirror MIT_SEMSEG_MIRROR (a base URL), if it is set."""
     base = os.environ.get(MIRROR, "").rstrip("/")
     return ([f"{base}/{path}"] if base else []) + list(urls)
 
@@ -312,13 +312,13 @@ def fetch_imagenet(arch: str) -> Path:
 
 
 def fetch_torchvision(name: str, *, encoder: str = "", decoder: str = "") -> Path:
-    """The file of "torchvision:NAME", whose weights must be for this encoder or decoder."""
+    """The file of "torchvision:NAME"; ValueError if it is for another encoder or decoder."""
     if _is_url(name) or Path(name).expanduser().exists():
         return resolve(name)
     if name not in TORCHVISION:
         raise ValueError(
             f"unknown weights 'torchvision:{name}' (known: {', '.join(sorted(TORCHVISION))}; "
-            f"a file of them as 'torchvision:PATH'){closest(name, list(TORCHVISION))}"
+            f"for a file use 'torchvision:PATH'){closest(name, list(TORCHVISION))}"
         )
     source = TORCHVISION[name]
     if encoder and backbone_of(encoder) != source.encoder:

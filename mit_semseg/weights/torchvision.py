@@ -7,9 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-MOBILENET_KEY = (
-    "features.1.conv.0.0.weight"  # only torchvision's MobileNetV2 has a tensor of this name
-)
+# A tensor name that only torchvision's MobileNetV2 has.
+MOBILENET_KEY = "features.1.conv.0.0.weight"
 
 
 def torchvision_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,8 +35,9 @@ def torchvision_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def torchvision_decoder(state: Mapping[str, Tensor], file: str = "the state") -> dict[str, Tensor]:
     """The head of a torchvision model, with the names of the decoders here.
 
-    FCN's, DeepLabv3's and LR-ASPP's for `fcn_head*`, `deeplabv3*` and `lraspp`; the first two
-    layers of VGG16's classifier, as convolutions, for `fcn32s`, `fcn16s` and `fcn8s`.
+    The heads of FCN, DeepLabv3 and LR-ASPP are those of `fcn_head*`, `deeplabv3*` and `lraspp`. The
+    first two layers of VGG16's classifier become the convolutions `fc6` and `fc7` of `fcn32s`,
+    `fcn16s` and `fcn8s`.
 
     Args:
         state: state dict of the whole model.

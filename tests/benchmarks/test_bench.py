@@ -22,7 +22,7 @@ from mit_semseg.benchmarks.sides import (
     Timing,
     convolution_rate,
     count_flops,
-    take_turns,
+    time_sides,
 )
 from mit_semseg.benchmarks.training import NewShapes, Replicas, Training
 
@@ -42,14 +42,14 @@ def test_bursts_are_timed_in_turn_and_their_processes_kept(tmp_path):
     sides = {name: partial(note, file, name) for name in "AB"}
     processes = Processes()
     try:
-        timings = take_turns(sides, 2, burst=0.2, processes=processes)
+        timings = time_sides(sides, 2, burst=0.2, processes=processes)
         before = {name: side.process.pid for name, side in processes.sides.items()}
-        took = take_turns({"A": partial(allocate, 1)}, 0, processes=processes)
+        took = time_sides({"A": partial(allocate, 1)}, 0, processes=processes)
         assert processes.sides["A"].process.pid == before["A"]
         # A side that fails gets a new process, and the other stays.
         with pytest.raises(SideError, match="exit code 3"):
-            take_turns({"A": dying}, 1, processes=processes)
-        take_turns(sides, 1, processes=processes)
+            time_sides({"A": dying}, 1, processes=processes)
+        time_sides(sides, 1, processes=processes)
         after = {name: side.process.pid for name, side in processes.sides.items()}
     finally:
         processes.stop()
@@ -73,7 +73,7 @@ def allocate(mib):
 @pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_the_increase_of_memory_is_measured():
-    timings = take_turns({"small": partial(allocate, 8), "large": partial(allocate, 200)}, 0)
+    timings = time_sides({"small": partial(allocate, 8), "large": partial(allocate, 200)}, 0)
     small, large = timings["small"].extra_mib, timings["large"].extra_mib
     assert small is not None and large is not None
     assert 180 < large - small < 210
@@ -100,10 +100,10 @@ def stuck():
 def test_a_failing_side_ends_the_run(prepare, message):
     good, processes = partial(allocate, 1), Processes()
     try:
-        take_turns({"good": good, "bad": good}, 0, processes=processes)
+        time_sides({"good": good, "bad": good}, 0, processes=processes)
         began = time.monotonic()
         with pytest.raises(SideError, match=message):
-            take_turns({"good": good, "bad": prepare}, 2, timeout=3, processes=processes)
+            time_sides({"good": good, "bad": prepare}, 2, timeout=3, processes=processes)
         assert time.monotonic() - began < 60
         assert not processes.sides["bad"].process.is_alive()
     finally:

@@ -119,8 +119,8 @@ def test_frozen_parts_stay_as_they_were(settings, devices) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("encodr",), r"TRAIN.freeze names 'encodr', .*did you mean 'encoder'"),
-        (("encoder", "decoder"), r"TRAIN.freeze \['encoder', 'decoder'\] leaves nothing to train"),
+        (("encodr",), r"TRAIN.freeze has 'encodr', .*did you mean 'encoder'"),
+        (("encoder", "decoder"), r"TRAIN.freeze \['encoder', 'decoder'\] freezes all parameters"),
     ],
 )
 def test_what_cannot_be_frozen_is_refused(settings, names, message) -> None:

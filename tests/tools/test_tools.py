@@ -57,7 +57,7 @@ def recipe(scenes):
 
 # ------------------------------------------------------------------------------ overfit
 def test_overfitting_one_image_is_judged(tmp_path, recipe, monkeypatch, capsys):
-    monkeypatch.setattr(overfit, "LEAST_SCORES", 4)
+    monkeypatch.setattr(overfit, "MIN_LOGITS", 4)
     file, out = recipe(tmp_path / "small.yaml", TRAIN__precision="fp32"), tmp_path / "out"
     words = ["overfit", "--gpus", "cpu", "--side", "32", "--out", str(out), "--cfg", str(file)]
     assert main(words) == 0
@@ -156,7 +156,7 @@ def test_activations_are_what_backward_needs(recipe, tmp_path):
 
 
 def test_the_table_holds_every_recipe(recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(profile, "MIN_SECONDS", 0.0)
     files = [recipe(tmp_path / f"{name}.yaml", name) for name in ("c1", "ppm")]
     words = ["profile", *map(str, files), "--gpus", "cpu", "--size", "64", "96"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
@@ -187,7 +187,7 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
         return 7 << 20
 
     monkeypatch.setattr(profile, "activations", activations)
-    monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(profile, "MIN_SECONDS", 0.0)
     files = [str(recipe(tmp_path / f"{name}.yaml", name)) for name in ("ppm", "c1")]
     words = ["--gpus", "cpu", "--size", "64", "64"]
     error = torch.cuda.OutOfMemoryError("no memory\nfor this")
@@ -202,7 +202,7 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
 
 
 def test_auxiliary_heads_are_counted(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(profile, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(profile, "MIN_SECONDS", 0.0)
     plain, deep = (
         profile.profile(load_config(recipe(tmp_path / f"{name}.yaml", name)), CPU, (64, 64))
         for name in ("c1", "c1_deepsup")

@@ -1,4 +1,4 @@
-"""What fine-tuning asks of parameters: some stay as they are, others learn more slowly."""
+"""Fine-tuning: frozen parameters, and layer-wise learning rates."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mit_semseg.registry import closest
 
 
 def freeze(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """Take the gradients from parts of a network, in place.
+    """Exclude parts of a network from training, in place: their parameters get no gradients.
 
     Args:
         module: the network.
-        names: of submodules or parameters in it: `encoder`, `encoder.layer1`, ...
+        names: names of submodules or parameters: `encoder`, `encoder.layer1`, ...
 
     Returns:
         The submodules, whose BatchNorm has to stay in evaluation mode.
@@ -34,30 +34,32 @@ def freeze(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
             parameters[name].requires_grad_(False)
         else:
             near = closest(name, [part for part in (*parts, *parameters) if part])
-            raise ValueError(f"TRAIN.freeze names {name!r}, which the network does not have{near}")
+            raise ValueError(f"TRAIN.freeze has {name!r}, which is not in the network{near}")
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ValueError(f"TRAIN.freeze {list(names)} leaves nothing to train: freeze less")
+        raise ValueError(
+            f"TRAIN.freeze {list(names)} freezes all parameters: remove some of these names"
+        )
     return frozen
 
 
 def layer_scales(
     encoder: nn.Module, decay: float, deeper: Sequence[nn.Module] = ()
 ) -> dict[nn.Parameter, float]:
-    """Factor on the learning rate of every parameter: `decay` once for each block after it.
+    """Factor on the learning rate of every parameter: decay ** (number of later blocks).
 
-    The last block and what follows it have the factor 1. The layers before the first block count
-    as one, and those between two blocks belong to the later one. This is timm's grouping of vision
+    The last block and the layers after it have the factor 1. The layers before the first block form
+    a block, and those between two blocks belong to the later one, as in timm's grouping of vision
     transformers.
 
     Papers: Clark et al. 2020 (ELECTRA), arXiv:2003.10555; Bao et al. 2022 (BEiT),
     arXiv:2106.08254.
 
     Args:
-        encoder: its blocks are found by `find_blocks`, unless it names them by a method
-            `checkpoint_blocks`. They follow each other in the order they are registered in.
-        decay: within (0, 1]; 1 gives every parameter the factor 1.
-        deeper: layers of a decoder that follow (see `Decoder.encoder_layers`): those with layers of
-            their own are blocks.
+        encoder: its blocks, in the order in which they are registered, are those of its method
+            `checkpoint_blocks`, or else of `find_blocks`.
+        decay: in (0, 1].
+        deeper: layers of the decoder that continue the encoder (see `Decoder.encoder_layers`);
+            those with submodules are blocks.
 
     Raises:
         ValueError: the encoder has no blocks.
