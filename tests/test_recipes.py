@@ -253,7 +253,8 @@ def test_a_recipe_is_sound(path):
     if path not in NAMED:
         return
     pair = "-".join(dict.fromkeys((model.arch_encoder, model.arch_decoder))).replace(":", "-")
-    assert path.stem == f"{data_set(cfg)}-{pair}{'-depth' if data.depth else ''}"
+    more = f"{'-depth' if data.depth else ''}{'-lora' if cfg.TRAIN.lora_rank else ''}"
+    assert path.stem == f"{data_set(cfg)}-{pair}{more}"
     assert f"ckpt/{path.stem}" == cfg.DIR
     kind = FORMATS.get(data_set(cfg))()
     assert len(kind.classes(DataOptions.read(data))) == data.num_class

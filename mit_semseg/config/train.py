@@ -67,6 +67,22 @@ class TrainOptions(Section):
         "parts of the network that are not trained, whose BatchNorm stays in evaluation mode: "
         "`encoder`, or names inside encoder and decoder, such as `encoder.layer1`",
     )
+    lora_rank: int = key(
+        0,
+        "rank of low-rank adapters (LoRA) on linear layers of the encoder, the rest of which is "
+        "frozen; 0: off. Needs peft: `pip install 'mit_semseg[lora]'`",
+        least=0,
+    )
+    lora_alpha: float = key(
+        16.0,
+        "scale of the adapters: what they add to a layer is times `lora_alpha` / `lora_rank`",
+        least=0,
+    )
+    lora_targets: tuple[str, ...] = key(
+        (),
+        "ends of the names of the layers with adapters, such as `qkv`, as in peft's "
+        "`target_modules`; empty: all linear layers of attention",
+    )
     beta1: float = key(
         0.9,
         "momentum of SGD, first beta of Adam and AdamW, below 1",
@@ -217,6 +233,16 @@ class TrainOptions(Section):
             raise ValueError(
                 f"TRAIN.patience is {self.patience} and TRAIN.eval_epochs 0: early stopping needs "
                 "validations; set TRAIN.eval_epochs 1 or TRAIN.patience 0"
+            )
+        if self.lora_targets and not self.lora_rank:
+            raise ValueError(
+                f"TRAIN.lora_targets is {list(self.lora_targets)} and TRAIN.lora_rank 0: set a "
+                "rank, such as 16, or leave out TRAIN.lora_targets"
+            )
+        if self.lora_rank and "encoder" in self.freeze:
+            raise ValueError(
+                f"TRAIN.lora_rank is {self.lora_rank}, which freezes the encoder, and TRAIN.freeze "
+                "would freeze its adapters: leave out encoder in TRAIN.freeze"
             )
         if self.start_epoch > self.num_epoch:
             raise ValueError(

@@ -20,6 +20,7 @@ from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.external import FILE, Architecture, build, describe, save_pretrained
+from mit_semseg.models.lora import with_adapters
 from mit_semseg.weights import load_into, read_state_dict
 
 CONFIG = "config.yaml"
@@ -368,7 +369,8 @@ def load_whole(module: nn.Module, file: Path, what: str) -> None:
     Raises:
         ValueError: weights of the module are missing in the file or have another shape.
     """
-    report = load_into(module, file, what=what)
+    state = with_adapters(module, read_state_dict(file))
+    report = load_into(module, state, what=what, file=str(file))
     lacking = [*report.missing, *report.mismatched]
     if lacking:
         raise ValueError(

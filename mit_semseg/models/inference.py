@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from mit_semseg.errors import one_line
 from mit_semseg.lib.nn.transfer import map_tensors
 from mit_semseg.models.layers import BatchNormAct2d, replace_modules
+from mit_semseg.models.lora import merge_adapters
 from mit_semseg.models.module import SegmentationModule
 from mit_semseg.models.winograd import use_winograd
 
@@ -38,10 +39,11 @@ def inference_copy(
 ) -> SegmentationModule:
     """A copy of a module for prediction: faster, with the same results.
 
-    A BatchNorm whose only input is the output of one convolution is folded into it, and the
-    memory format is channels last. The copy is in evaluation mode and has no gradients; the
-    module and its checkpoints are not changed. If folding would change the results, as it may
-    with custom layers, the copy is not folded and a warning is logged.
+    Adapters (`models.lora`) are merged, a BatchNorm whose only input is the output of one
+    convolution is folded into it, and the memory format is channels last. The copy is in
+    evaluation mode and has no gradients; the module and its checkpoints are not changed. If
+    folding would change the results, as it may with custom layers, the copy is not folded and a
+    warning is logged.
 
     Args:
         module: on any device, in any mode.
@@ -64,6 +66,7 @@ def inference_copy(
         normalize=copy.deepcopy(module.normalize if normalize is None else normalize),
         mirror_pairs=module.mirror_pairs,
     )
+    merge_adapters(fast)
     fast = _folded(fast.eval())
     fast.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dtype is not None and any(p.dtype != dtype for p in fast.parameters()):

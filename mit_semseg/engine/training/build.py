@@ -47,6 +47,7 @@ from mit_semseg.losses import build_loss
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.activation_checkpointing import checkpoint_activations
 from mit_semseg.models.compilation import compile_for_training
+from mit_semseg.models.lora import add_adapters
 from mit_semseg.precision import Precision
 
 # Batches on a GPU are padded to multiples of this. cuDNN searches execution plans for every new
@@ -313,11 +314,15 @@ def _step(
     """Moves the network to its devices and creates optimizer, EMA and loss scaler."""
     device = process.device
     precision = Precision.of(train.precision, device)
+    frozen: list[nn.Module] = []
+    if train.lora_rank:  # before the network is moved: the same adapters on every device
+        adapters = train.lora_rank, train.lora_alpha, train.lora_targets
+        frozen += add_adapters(module, *adapters)
     channels_last = keeps_channels_last(train.channels_last, precision, module)
     module.to(device)
     if channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    frozen = freeze(module, train.freeze)
+    frozen += freeze(module, train.freeze)
     deeper = module.decoder.encoder_layers()
     scales = (
         layer_scales(module.encoder, train.layer_decay, deeper) if train.layer_decay != 1 else None

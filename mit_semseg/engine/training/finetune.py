@@ -42,6 +42,14 @@ def freeze(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return frozen
 
 
+def trainable(module: nn.Module) -> str:
+    """A line with the numbers of trainable and of all parameters."""
+    parameters = list(module.parameters())
+    every = sum(parameter.numel() for parameter in parameters)
+    count = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return f"trainable parameters: {count:,} of {every:,} ({count / every:.2%})"
+
+
 def layer_scales(
     encoder: nn.Module, decay: float, deeper: Sequence[nn.Module] = ()
 ) -> dict[nn.Parameter, float]:

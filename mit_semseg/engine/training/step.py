@@ -18,6 +18,7 @@ from mit_semseg.engine.training.state import Progress, Snapshot
 from mit_semseg.lib.nn import UserScatteredDataParallel, async_copy_to
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.compilation import compiler_errors
+from mit_semseg.models.lora import merged_state
 from mit_semseg.precision import Precision
 
 log = logging.getLogger("mit_semseg")
@@ -269,8 +270,8 @@ class TrainStep:
                 "loss": own,
                 "files": part.files,
                 "batch": part.batch,
-                "encoder": self.module.encoder.state_dict(),
-                "decoder": self.module.decoder.state_dict(),
+                "encoder": merged_state(self.module.encoder),
+                "decoder": merged_state(self.module.decoder),
             }
             where = self.save_batch(step, replay)
             text = f"the loss of step {step} is {own} on {', '.join(part.files)} (batch {where})"

@@ -21,12 +21,14 @@ from mit_semseg.engine.evaluate import Interrupted
 from mit_semseg.engine.scoring import Evaluation, merged
 from mit_semseg.engine.threads import pixels
 from mit_semseg.engine.training.build import Parts
+from mit_semseg.engine.training.finetune import trainable
 from mit_semseg.engine.training.optim import set_learning_rates
 from mit_semseg.engine.training.schedule import encoder_factor, learning_rate_factor
 from mit_semseg.engine.training.state import Progress, differences, is_finite
 from mit_semseg.engine.training.step import StepResult
 from mit_semseg.errors import one_line
 from mit_semseg.models import SegmentationModule
+from mit_semseg.models.lora import merged_state
 
 log = logging.getLogger("mit_semseg")
 
@@ -56,6 +58,7 @@ class Trainer:
             self.resume()
             at = f", from step {progress.step}" if progress.step else ""
             log.info("training %s%s", self.plan.summary, at)
+            log.info("%s", trainable(parts.step.module))
             loader = parts.loader(
                 first=progress.position,
                 micro_steps=(progress.max_iters - progress.step) * self.options.accumulate,
@@ -408,8 +411,8 @@ class _EpochSpeed:
 
 
 def _state_dicts(net: SegmentationModule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State dicts of encoder and decoder."""
-    return net.encoder.state_dict(), net.decoder.state_dict()
+    """State dicts of encoder and decoder, without adapters."""
+    return merged_state(net.encoder), merged_state(net.decoder)
 
 
 def _mean(values: Sequence[float]) -> float:
