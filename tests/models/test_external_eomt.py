@@ -1,100 +1,68 @@
-"""EoMT on transformers of timm, beside transformers' EoMT, and its training."""
+"""EoMT on vision transformers of timm: equality with transformers' EoMT, and training."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
+import re
 
 import pytest
 import torch
-from torch import Tensor
 
 from mit_semseg.config import DataOptions, ModelOptions, Options
-from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models import ModelBuilder
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 NAME = "vit_tiny_patch16_224"
 CLASSES, SIDE = 5, 64
 
 
-def build(name: str = NAME, folder: str = "none", **model: Any) -> SegmentationModule:
-    options = Options(
-        MODEL=ModelOptions(
-            arch=f"eomt:{name}", weights_encoder="none", weights_decoder="none", **model
-        ),
-        DATASET=DataOptions(num_class=CLASSES),
-        DIR=folder,
-    )
+def build(name=NAME, weights="none"):
+    model = ModelOptions(arch=f"eomt:{name}", weights_encoder=weights, weights_decoder=weights)
+    options = Options(MODEL=model, DATASET=DataOptions(num_class=CLASSES), DIR="none")
     torch.manual_seed(0)
     return ModelBuilder.from_config(options)
 
 
-def images(*size: int) -> Tensor:
+def images(*size):
     return torch.randn(2, 3, *(size or (SIDE, SIDE)), generator=torch.Generator().manual_seed(1))
 
 
-def batch() -> dict[str, Tensor]:
+def batch():
     label = torch.arange(4).repeat_interleave(SIDE // 4)[:, None].expand(SIDE, SIDE) - 1
     return {"img_data": images(), "seg_label": torch.stack([label, label.T])}
 
 
-@pytest.fixture(scope="module")
-def module() -> SegmentationModule:
-    return build().eval()
+# Names in transformers' EoMT of the layers of both parts.
+THEIRS = {
+    r"^vit\.blocks\.(\d+)": r"layers.\1",
+    r"^blocks\.(\d+)": lambda match: f"layers.{9 + int(match[1])}",
+    r"^vit\.patch_embed\.proj": "embeddings.patch_embeddings.projection",
+    r"^vit\.cls_token": "embeddings.cls_token",
+    r"^vit\.pos_embed": "embeddings.position_embeddings.weight",
+    r"^queries": "query",
+    r"^norm": "layernorm",
+    r"^class_head": "class_predictor",
+    r"^mask_head\.(\d)": lambda match: f"mask_head.fc{int(match[1]) // 2 + 1}",
+    r"^upscale\.(\d)": r"upscale_block.block.\1",
+    r"(block\.\d)\.norm": r"\1.layernorm2d",
+    r"attn\.proj": "attention.out_proj",
+}
 
 
-def their_names(state: dict[str, Tensor], depth: int, first: int) -> dict[str, Tensor]:
-    """Tensors of both halves under the names of transformers' EoMT."""
-    found: dict[str, Tensor] = {}
-    blocks = {
-        "norm1": "norm1",
-        "norm2": "norm2",
-        "attn.proj": "attention.out_proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    }
-
-    def block(number: int, inner: str, value: Tensor) -> None:
-        part, _, leaf = inner.rpartition(".")
-        if part == "attn.qkv":
-            for which, chunk in zip("qkv", value.chunk(3)):
-                found[f"layers.{number}.attention.{which}_proj.{leaf}"] = chunk
-        else:
-            found[f"layers.{number}.{blocks[part]}.{leaf}"] = value
-
-    fixed = {
-        "vit.cls_token": "embeddings.cls_token",
-        "vit.pos_embed": "embeddings.position_embeddings.weight",
-        "queries.weight": "query.weight",
-    }
-    heads = {
-        "vit.patch_embed.proj": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-        "class_head": "class_predictor",
-        "mask_head.0": "mask_head.fc1",
-        "mask_head.2": "mask_head.fc2",
-        "mask_head.4": "mask_head.fc3",
-    }
-    for key, value in state.items():
-        part, _, leaf = key.rpartition(".")
-        words = key.split(".")
-        if key.startswith("vit.blocks."):
-            block(int(words[2]), ".".join(words[3:]), value)
-        elif key.startswith("blocks."):
-            block(first + int(words[1]), ".".join(words[2:]), value)
-        elif key in fixed:
-            found[fixed[key]] = value[0, 1:] if key == "vit.pos_embed" else value
-        elif part in heads:
-            found[f"{heads[part]}.{leaf}"] = value
-        elif key.startswith("upscale."):
-            name = "layernorm2d" if words[2] == "norm" else words[2]
-            found[f"upscale_block.block.{words[1]}.{name}.{leaf}"] = value
-    assert depth == first + 3
+def renamed(state):
+    """The tensors of both parts under the names of transformers' EoMT."""
+    found = {}
+    for name, value in state.items():
+        for pattern, replacement in THEIRS.items():
+            name = re.sub(pattern, replacement, name)
+        if "attn.qkv" in name:
+            for kind, third in zip("qkv", value.chunk(3), strict=True):
+                found[name.replace("attn.qkv", f"attention.{kind}_proj")] = third
+        elif name != "progress":
+            found[name] = value[0, 1:] if "position_embeddings" in name else value
     return found
 
 
 @torch.no_grad()
-def test_equals_transformers(module: SegmentationModule) -> None:
+def test_equals_transformers():
+    module = build().eval()
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.EomtConfig(
         hidden_size=192,
@@ -114,13 +82,13 @@ def test_equals_transformers(module: SegmentationModule) -> None:
         hidden_dropout_prob=0.0,
     )
     theirs = transformers.EomtForUniversalSegmentation(config).eval()
-    vit: Any = module.encoder.net
+    vit = module.encoder.net
     # Of the size of these images, since transformers' EoMT takes one size only.
     vit.set_input_size((SIDE, SIDE))
     vit.pos_embed[:, 0] = 0  # theirs has no position of the class token
     state = {f"vit.{k}": v for k, v in vit.state_dict().items()}
     state |= {k.removeprefix("net."): v for k, v in module.decoder.state_dict().items()}
-    report = theirs.load_state_dict(their_names(state, 12, 9), strict=False)
+    report = theirs.load_state_dict(renamed(state), strict=False)
     left = {k.rpartition(".")[2] for k in report.missing_keys}
     assert report.unexpected_keys == [] and left <= {
         *("register_tokens", "position_ids", "lambda1", "empty_weight", "attn_mask_probs")
@@ -141,7 +109,7 @@ def test_equals_transformers(module: SegmentationModule) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
-def test_images_of_any_size(name: str) -> None:
+def test_images_of_any_size(name):
     module = build(name).eval()
     patch = module.encoder.strides[0]
     for size in ((4 * patch, 6 * patch), (7 * patch, 3 * patch)):
@@ -154,7 +122,7 @@ def test_images_of_any_size(name: str) -> None:
         module.logits(images(4 * patch, 4 * patch + 1))
 
 
-def test_learns_an_image_with_annealed_masks() -> None:
+def test_learns_an_image_with_annealed_masks():
     module = build("test_vit").train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     losses = []
@@ -169,7 +137,7 @@ def test_learns_an_image_with_annealed_masks() -> None:
     assert all(p.grad is not None for p in module.decoder.parameters())
 
 
-def test_annealing_ends_block_by_block(tmp_path: Path) -> None:
+def test_annealing_ends_block_by_block():
     module = build()
     net = module.decoder.net
     found = []
@@ -185,39 +153,33 @@ def test_annealing_ends_block_by_block(tmp_path: Path) -> None:
     assert other.decoder.net.probabilities() == net.probabilities() == found[3]
 
 
-def test_weights_of_timm_go_to_both_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_timm_initialise_both_parts(monkeypatch):
     source = timm.create_model(NAME, num_classes=0)
     create = timm.create_model
 
-    def offline(name: str, pretrained: bool = False, **options: Any) -> Any:
+    def offline(name, pretrained=False, **options):
         net = create(name, **options)
         if pretrained:
             net.load_state_dict(source.state_dict())
         return net
 
     monkeypatch.setattr(timm, "create_model", offline)
-    options = Options(
-        MODEL=ModelOptions(arch=f"eomt:{NAME}"), DATASET=DataOptions(num_class=CLASSES), DIR="none"
-    )
-    module = ModelBuilder.from_config(options)
-    state = source.state_dict()
-    assert torch.equal(
-        module.encoder.net.blocks[8].mlp.fc1.weight, state["blocks.8.mlp.fc1.weight"]
-    )
-    assert torch.equal(
-        module.decoder.net.blocks[0].mlp.fc1.weight, state["blocks.9.mlp.fc1.weight"]
-    )
-    assert torch.equal(module.decoder.net.norm.weight, state["norm.weight"])
+    module = build(weights="")
+    first, last = module.encoder.net.blocks[8], module.decoder.net.blocks[0]
+    assert torch.equal(first.mlp.fc1.weight, source.blocks[8].mlp.fc1.weight)
+    assert torch.equal(last.mlp.fc1.weight, source.blocks[9].mlp.fc1.weight)
+    assert torch.equal(module.decoder.net.norm.weight, source.norm.weight)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vit_tinny_patch16_224", "timm .* has no vit_tinny_patch16_224; did you mean"),
+        ("vit_tinny_patch16_224", "eomt:vit_tinny.*: timm .* has no such model; did you mean"),
+        ("vit_tiny_patch16_224.nowhere", "eomt:vit_tiny.*no weights 'nowhere' of it; it has vit_"),
         ("resnet18", "is no plain vision transformer"),
         (" ", "names no vision transformer"),
     ],
 )
-def test_what_is_no_transformer_is_refused(name: str, message: str) -> None:
+def test_other_networks_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
         build(name)

@@ -1,21 +1,17 @@
-"""Models of transformers, beside what transformers itself computes."""
+"""Models of transformers: equality with what transformers computes."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from other_libraries import MASKS, NAMES, SEMANTIC, SIDE, saved_hf
-from torch import Tensor, nn
 
 from mit_semseg.config import DataOptions, ModelOptions, Options, TrainOptions
 from mit_semseg.lib.nn import UserScatteredDataParallel
-from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models import ModelBuilder
 from mit_semseg.models.external import save_pretrained
 
 pytest.importorskip("transformers")
@@ -23,23 +19,23 @@ CLOSE = 1e-4
 
 
 class Pair:
-    """A network of transformers, its folder, and what is built of that here."""
+    """A network of transformers, its folder, and the module built from that."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind, folder):
         self.kind, self.folder = kind, folder
-        self.theirs: Any = saved_hf(kind, folder)
+        self.theirs = saved_hf(kind, folder)
         self.ours = build(folder)
-        self.told: dict[str, Tensor] = {}
+        self.task = {}
         if kind == "oneformer":
             from transformers import AutoTokenizer
 
             words = AutoTokenizer.from_pretrained(folder)(
                 ["the task is semantic"] * 2, padding="max_length", max_length=77
             )
-            self.told["task_inputs"] = torch.tensor(words["input_ids"])
+            self.task["task_inputs"] = torch.tensor(words["input_ids"])
 
 
-def build(folder: Path, num_class: int = len(NAMES), **model: Any) -> SegmentationModule:
+def build(folder, num_class=5, **model):
     options = Options(
         MODEL=ModelOptions(arch=f"hf:{folder}", **model),
         DATASET=DataOptions(num_class=num_class),
@@ -49,10 +45,10 @@ def build(folder: Path, num_class: int = len(NAMES), **model: Any) -> Segmentati
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    made: dict[str, Pair] = {}
+def pair(tmp_path_factory):
+    made = {}
 
-    def get(kind: str) -> Pair:
+    def get(kind):
         if kind not in made:
             made[kind] = Pair(kind, tmp_path_factory.mktemp("hf") / kind)
         return made[kind]
@@ -60,23 +56,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     return get
 
 
-def images(count: int = 2) -> Tensor:
+def images(count=2):
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
-def labels(count: int = 2) -> Tensor:
+def labels(count=2):
     """Blocks of four classes, and some pixels without."""
     cells = torch.tensor([[[0, 1], [2, -1]], [[3, 3], [0, 1]], [[2, 2], [2, 1]]])[:count]
     return cells.repeat_interleave(SIDE // 2, 1).repeat_interleave(SIDE // 2, 2)
 
 
 @pytest.mark.parametrize("kind", (*SEMANTIC, *MASKS))
-def test_logits_and_state_dict_are_theirs(
-    kind: str, pair: Callable[[str], Pair], tmp_path: Path
-) -> None:
+def test_logits_and_state_dict_are_theirs(kind, pair, tmp_path):
     it = pair(kind)
     with torch.no_grad():
-        found, ours = it.theirs(images(), **it.told), it.ours.logits(images())
+        found, ours = it.theirs(images(), **it.task), it.ours.logits(images())
     if kind in SEMANTIC:
         ours = F.interpolate(ours, size=found.logits.shape[2:], mode="bilinear")
         assert torch.allclose(ours, found.logits, rtol=0, atol=CLOSE * float(ours.std()))
@@ -99,9 +93,7 @@ def test_logits_and_state_dict_are_theirs(
 
 
 @pytest.mark.parametrize("kind", ["segformer", "maskformer"])
-def test_label_maps_are_those_of_their_post_processing(
-    kind: str, pair: Callable[[str], Pair]
-) -> None:
+def test_label_maps_are_those_of_their_post_processing(kind, pair):
     import transformers
 
     it = pair(kind)
@@ -116,8 +108,8 @@ def test_label_maps_are_those_of_their_post_processing(
 
 
 def test_masks_are_summed_as_by_mask2formers_post_processing(
-    pair: Callable[[str], Pair],
-) -> None:
+    pair,
+):
     """Which resizes mask logits to 384 x 384 first: here they are of that size already."""
     from transformers import Mask2FormerImageProcessor
 
@@ -127,45 +119,69 @@ def test_masks_are_summed_as_by_mask2formers_post_processing(
         class_queries_logits=torch.randn(1, 6, 6, generator=generator),
         masks_queries_logits=torch.randn(1, 6, 384, 384, generator=generator),
     )
-    ours = it.ours.decoder._scored(found).argmax(1)
+    scores = it.ours.decoder.class_scores(found.class_queries_logits, found.masks_queries_logits)
     processor = Mask2FormerImageProcessor()
-    assert torch.equal(ours[0], processor.post_process_semantic_segmentation(found)[0])
+    expected = processor.post_process_semantic_segmentation(found)[0]
+    assert torch.equal(scores.argmax(1)[0], expected)
+
+
+@contextmanager
+def training(pair):
+    """Both networks in training mode, then with their earlier state."""
+    modules = pair.ours, pair.theirs
+    states = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
+    for module in modules:
+        module.train()
+    yield
+    for module, state in zip(modules, states, strict=True):
+        module.load_state_dict(state)
+        module.eval().zero_grad()
 
 
 @pytest.mark.parametrize("kind", SEMANTIC)
-def test_semantic_loss_is_theirs(kind: str, pair: Callable[[str], Pair]) -> None:
+def test_semantic_loss_is_theirs(kind, pair):
     it = pair(kind)
     label = labels()
-    with both_training(it):
+    with training(it):
         ours, _ = it.ours({"img_data": images(), "seg_label": label})
         theirs = it.theirs(images(), labels=label.where(label >= 0, 255)).loss
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=CLOSE)
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_mask_loss_is_theirs(kind: str, pair: Callable[[str], Pair]) -> None:
+def test_mask_loss_is_theirs(kind, pair):
     it = pair(kind)
     label = labels()
     ids = [one.unique()[one.unique() >= 0] for one in label]
     masks = [(one == k[:, None, None]).float() for one, k in zip(label, ids)]
-    with both_training(it):
+    with training(it):
         torch.manual_seed(3)
         ours, _ = it.ours({"img_data": images(), "seg_label": label})
         torch.manual_seed(3)  # for the points that losses are taken at
-        theirs = it.theirs(images(), mask_labels=masks, class_labels=ids, **it.told).loss
+        theirs = it.theirs(images(), mask_labels=masks, class_labels=ids, **it.task).loss
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=CLOSE)
 
 
+def same_points(*size, device=None):
+    sides = tuple(size[0] if isinstance(size[0], tuple) else size)
+    one = torch.empty(sides[1:]).uniform_(generator=torch.Generator().manual_seed(5))
+    return one.expand(sides).contiguous()
+
+
+def gradients(module, loss):
+    module.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("kind", ["segformer", "upernet", "mask2former", "eomt"])
-def test_replicas_learn_the_loss_of_the_union(
-    kind: str, pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replicas_learn_the_loss_of_the_union(kind, pair, monkeypatch):
     # The same points for every mask, whatever else is in the batch.
     monkeypatch.setattr(torch, "rand", same_points)
     it = pair(kind)
     whole = {"img_data": images(3), "seg_label": labels(3)}
     parts = [{k: v[:1] for k, v in whole.items()}, {k: v[1:] for k, v in whole.items()}]
-    with both_training(it):
+    with training(it):
         losses, accuracies = UserScatteredDataParallel(it.ours, device_ids=["cpu"] * 2)(parts)
         expected = gradients(it.ours, losses.mean())
         loss, accuracy = it.ours(whole)
@@ -178,48 +194,16 @@ def test_replicas_learn_the_loss_of_the_union(
         assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-4 * largest), name
 
 
-def same_points(*size: Any, device: Any = None) -> Tensor:
-    sides = tuple(size[0] if isinstance(size[0], tuple) else size)
-    one = torch.empty(sides[1:]).uniform_(generator=torch.Generator().manual_seed(5))
-    return one.expand(sides).contiguous()
-
-
-def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    module.zero_grad()
-    loss.backward()
-    grads = {name: p.grad for name, p in module.named_parameters()}
-    return {name: g.clone() for name, g in grads.items() if g is not None}
-
-
-class both_training:
-    """Both networks in training, and then as they were."""
-
-    def __init__(self, it: Pair) -> None:
-        self.modules = it.ours, it.theirs
-        self.states = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.modules]
-
-    def __enter__(self) -> None:
-        for module in self.modules:
-            module.train()
-
-    def __exit__(self, *error: Any) -> None:
-        for module, state in zip(self.modules, self.states):
-            module.load_state_dict(state)
-            module.eval().zero_grad()
-
-
-def test_an_image_without_labels_teaches_nothing_of_masks(pair: Callable[[str], Pair]) -> None:
+def test_an_image_without_labels_teaches_nothing_of_masks(pair):
     it = pair("mask2former")
-    with both_training(it):
+    with training(it):
         loss, accuracy = it.ours({"img_data": images(), "seg_label": torch.full_like(labels(), -1)})
         loss.backward()
     assert torch.isfinite(loss) and float(accuracy) == 0
 
 
 @pytest.mark.parametrize("kind", ["segformer", "mask2former"])
-def test_other_classes_give_a_new_head_and_say_so(
-    kind: str, pair: Callable[[str], Pair], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_classes_give_a_new_head_and_say_so(kind, pair, caplog):
     module = build(pair(kind).folder, num_class=7)
     assert "skipped, another number of classes" in caplog.text
     assert module.logits(images()).shape[1] == 7
@@ -234,7 +218,7 @@ def test_other_classes_give_a_new_head_and_say_so(
         ("maskformer", "net.class_predictor.weight"),
     ],
 )
-def test_classes_of_equal_names_go_on(kind: str, tensor: str, pair: Callable[[str], Pair]) -> None:
+def test_classes_of_equal_names_go_on(kind, tensor, pair):
     it = pair(kind)
     options = Options(MODEL=ModelOptions(arch=f"hf:{it.folder}"), DATASET=DataOptions(num_class=3))
     module = ModelBuilder.from_config(options, classes=("lamp", "sofa", "wall"))
@@ -243,16 +227,14 @@ def test_classes_of_equal_names_go_on(kind: str, tensor: str, pair: Callable[[st
     assert torch.equal(ours[3:], theirs[5:])  # no object, where it is scored
 
 
-def test_images_of_other_sizes_are_refused(pair: Callable[[str], Pair]) -> None:
+def test_images_of_other_sizes_are_refused(pair):
     with pytest.raises(ValueError, match=r"multiples of 32.*set DATASET.padding_constant 32"):
         pair("segformer").ours.logits(torch.zeros(1, 3, 40, 64))
     with pytest.raises(ValueError, match=r"64 x 64 only.*DATASET.crop_size \[64, 64\]"):
         pair("eomt").ours.logits(torch.zeros(1, 3, 64, 96))
 
 
-def test_a_loss_that_is_not_taken_is_named(
-    pair: Callable[[str], Pair], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_loss_that_is_not_taken_is_named(pair, caplog):
     options = Options(
         MODEL=ModelOptions(arch=f"hf:{pair('maskformer').folder}"),
         DATASET=DataOptions(num_class=5),
@@ -262,7 +244,7 @@ def test_a_loss_that_is_not_taken_is_named(
     assert "TRAIN.loss has no effect: hf:" in caplog.text
 
 
-def test_random_weights_on_request(pair: Callable[[str], Pair]) -> None:
+def test_random_weights_on_request(pair):
     it = pair("segformer")
     module = build(it.folder, weights_encoder="none", weights_decoder="none")
     weight = next(iter(module.encoder.parameters()))
@@ -277,12 +259,12 @@ def test_random_weights_on_request(pair: Callable[[str], Pair]) -> None:
         ("hf:no such folder", "no such folder, and no name on huggingface.co"),
     ],
 )
-def test_mistaken_names(arch: str, message: str) -> None:
+def test_wrong_names_are_refused(arch, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ModelBuilder.from_config(Options(MODEL=ModelOptions(arch=arch)))
 
 
-def test_folders_that_are_no_model(tmp_path: Path) -> None:
+def test_folders_without_a_model_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
         build(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
@@ -290,7 +272,27 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
         build(tmp_path)
 
 
-def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("file", "old", "new", "reason"),
+    [
+        ("model.safetensors", b'{"', b"\x10", "SafetensorError"),
+        ("config.json", b'"decoder_hidden_size": 16', b'"decoder_hidden_size": 32', "RuntimeError"),
+        ("config.json", b'"0": "wall"', b'"9": "wall"', "KeyError"),
+        ("config.json", b'"depths": [', b'"depths": "1", "_": [', ""),
+        ("preprocessor_config.json", b"[0.5, 0.5, 0.5]", b'"grey"', "ValueError"),
+    ],
+)
+def test_damaged_folders_are_refused_in_one_line(file, old, new, reason, tmp_path):
+    saved_hf("segformer", tmp_path, image_mean=[0.5] * 3, image_std=[1.0] * 3)
+    content = (tmp_path / file).read_bytes()
+    assert old in content
+    (tmp_path / file).write_bytes(content.replace(old, new, 1))
+    with pytest.raises(OSError, match=f"'hf:{tmp_path}' cannot be read.*{reason}") as caught:
+        build(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -299,7 +301,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_extra_is_named(monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

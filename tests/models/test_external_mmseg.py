@@ -1,10 +1,6 @@
-"""Checkpoints of mmsegmentation, beside its heads written as functions of a state dict."""
-
-from __future__ import annotations
+"""Checkpoints of mmsegmentation: equality with its heads, written as functions of tensors."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,14 +16,14 @@ from mit_semseg.models.external.mmseg import MMSegNetwork
 
 NAMES = ("road", "sky", "tree")
 HEADS = ("fcn", "psp", "aspp", "sep_aspp", "uper")
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS = {
     "fcn": {"convs": 2, "concat": True},
     "sep_aspp": {"low": 4, "separable_bottleneck": False},
 }
 State = Mapping[str, Tensor]
 
 
-def checkpoint(head: str, file: Path, deep: bool = False) -> dict[str, Tensor]:
+def checkpoint(head, file, deep=False):
     """A small network's random tensors, in a file as the library writes it."""
     torch.manual_seed(0)
     config = {
@@ -53,8 +49,8 @@ def checkpoint(head: str, file: Path, deep: bool = False) -> dict[str, Tensor]:
     return state
 
 
-# ----------------------------------------------------------------- the library's heads as formulas
-def unit(x: Tensor, state: State, name: str, dilation: int = 1) -> Tensor:
+# ---------------------------------------------------------------- the library's heads as functions
+def unit(x, state, name, dilation=1):
     weight = state[f"{name}.conv.weight"]
     padding = dilation * (weight.shape[-1] // 2)
     groups = x.shape[1] // weight.shape[1]
@@ -63,28 +59,28 @@ def unit(x: Tensor, state: State, name: str, dilation: int = 1) -> Tensor:
     return F.batch_norm(y, mean, var, state[f"{name}.bn.weight"], state[f"{name}.bn.bias"]).relu()
 
 
-def separable(x: Tensor, state: State, name: str, dilation: int = 1) -> Tensor:
+def separable(x, state, name, dilation=1):
     return unit(unit(x, state, f"{name}.depthwise_conv", dilation), state, f"{name}.pointwise_conv")
 
 
-def up(x: Tensor, like: Tensor) -> Tensor:
+def up(x, like):
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
 
-def pyramid(x: Tensor, s: State) -> Tensor:
+def pyramid(x, s):
     pools = [F.adaptive_avg_pool2d(x, scale) for scale in (1, 2, 3, 6)]
     units = [up(unit(p, s, f"psp_modules.{i}.1"), x) for i, p in enumerate(pools)]
     return unit(torch.cat([x, *units], 1), s, "bottleneck")
 
 
-def context(x: Tensor, s: State, convolve: Any) -> Tensor:
+def context(x, s, convolve):
     whole = up(unit(x.mean((2, 3), keepdim=True), s, "image_pool.1"), x)
     parts = [unit(x, s, "aspp_modules.0")]
     parts += [convolve(x, s, f"aspp_modules.{i}", d) for i, d in enumerate((12, 24, 36), 1)]
     return unit(torch.cat([whole, *parts], 1), s, "bottleneck")
 
 
-def scores(head: str, maps: list[Tensor], s: State) -> Tensor:
+def scores(head, maps, s):
     x = maps[-1]
     if head == "fcn":
         y = unit(unit(x, s, "convs.0"), s, "convs.1")
@@ -107,7 +103,7 @@ def scores(head: str, maps: list[Tensor], s: State) -> Tensor:
     return F.conv2d(y, s["conv_seg.weight"], s["conv_seg.bias"])
 
 
-def backbone_maps(x: Tensor, state: State, dilated: bool) -> list[Tensor]:
+def backbone_maps(x, state, dilated):
     """Torchvision's ResNet, whose first dilated block contracts its dilation as there."""
     net = ResNet(Bottleneck, [1] * 4, replace_stride_with_dilation=[False, dilated, dilated])
     own = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
@@ -121,12 +117,12 @@ def backbone_maps(x: Tensor, state: State, dilated: bool) -> list[Tensor]:
     return maps
 
 
-def part(state: State, prefix: str) -> dict[str, Tensor]:
+def part(state, prefix):
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_logits_are_the_librarys_formulas(head: str, tmp_path: Path) -> None:
+def test_logits_are_the_librarys_formulas(head, tmp_path):
     state = checkpoint(head, tmp_path / "model.pth")
     module, classes, options = load_pretrained(f"mmseg:{tmp_path / 'model.pth'}")
     assert classes.names == NAMES and options.DATASET.num_class == 3
@@ -138,7 +134,7 @@ def test_logits_are_the_librarys_formulas(head: str, tmp_path: Path) -> None:
     assert torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
-def test_a_deep_stem_and_what_is_saved(tmp_path: Path) -> None:
+def test_a_deep_stem_and_what_is_saved(tmp_path):
     state = checkpoint("psp", tmp_path / "model.pth", deep=True)
     module, classes, _ = load_pretrained(f"mmseg:{tmp_path / 'model.pth'}")
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -155,9 +151,7 @@ def test_a_deep_stem_and_what_is_saved(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 
-def test_other_classes_and_the_auxiliary_head(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_classes_and_the_auxiliary_head(tmp_path, caplog):
     checkpoint("psp", tmp_path / "model.pth", deep=True)
     arch = ModelOptions(arch=f"mmseg:{tmp_path / 'model.pth'}")
     options = Options(MODEL=arch, DATASET=DataOptions(num_class=5), DIR=str(tmp_path))
@@ -170,23 +164,19 @@ def test_other_classes_and_the_auxiliary_head(
     assert all(p.grad is not None for p in module.parameters())
 
 
-def test_segformer_is_that_of_transformers_with_batchnorm_in_its_head(tmp_path: Path) -> None:
+def test_segformer_is_that_of_transformers_with_batchnorm_in_its_head(tmp_path):
     t = pytest.importorskip("transformers")
     config = {
-        "channels": [16, 32],
-        "patches": [7, 3],
-        "depths": [2, 1],
-        "reductions": [4, 1],
-        "expansions": [4, 4],
+        "channels": [16, 32, 80, 128],
+        "patches": [7, 3, 3, 3],
+        "depths": [2, 1, 1, 1],
+        "reductions": [4, 1, 1, 1],
+        "expansions": [4, 4, 4, 4],
         "output_stride": 32,
         "head": "segformer",
         "head_options": {"width": 8},
         "auxiliary_options": None,
     }
-    for name, more in {"channels": [80, 128], "patches": [3, 3], "depths": [1, 1]}.items():
-        config[name] += more  # type: ignore[operator]
-    config["reductions"] += [1, 1]  # type: ignore[operator]
-    config["expansions"] += [4, 4]  # type: ignore[operator]
     torch.manual_seed(0)
     state = MMSegNetwork(config, 3).state_dict()
     torch.save({"state_dict": state}, tmp_path / "model.pth")
@@ -213,7 +203,7 @@ def test_segformer_is_that_of_transformers_with_batchnorm_in_its_head(tmp_path: 
     assert torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
-def of_mmseg(name: str, state: State, own: State) -> Tensor:
+def of_mmseg(name, state, own):
     """A tensor of transformers' SegFormer from a file of mmsegmentation."""
     _, stage, *inner, kind = name.split(".")
     layer, joined = f"backbone.layers.{stage}", ".".join(inner)
@@ -238,10 +228,17 @@ def of_mmseg(name: str, state: State, own: State) -> Tensor:
     return state[f"{layer}.{theirs}.{kind}"].view_as(own[name])
 
 
-def test_other_models_are_refused(tmp_path: Path) -> None:
+def test_other_models_are_refused(tmp_path):
     file = tmp_path / "model.pth"
-    torch.save({"state_dict": {"backbone.x": torch.zeros(1)}}, file)
-    with pytest.raises(ValueError, match="is another model than FCN, PSPNet"):
-        load_pretrained(f"mmseg:{file}")
+    grouped = "backbone.layer4.0.conv2.weight"  # of ResNeXt
+    for changes in (
+        {"backbone.layer4.0.conv3.weight": None},
+        {"decode_head.nl_block.g.conv.weight": torch.zeros(4, 8, 1, 1)},  # the non-local network
+        {grouped: torch.zeros(512, 16, 3, 3)},
+    ):
+        state = checkpoint("fcn", file) | changes
+        torch.save({"state_dict": {k: v for k, v in state.items() if v is not None}}, file)
+        with pytest.raises(ValueError, match="is another model than FCN, PSPNet"):
+            load_pretrained(f"mmseg:{file}")
     with pytest.raises(FileNotFoundError, match="mmseg:"):
         load_pretrained(f"mmseg:{tmp_path / 'none.pth'}")

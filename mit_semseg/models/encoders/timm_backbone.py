@@ -141,7 +141,7 @@ class TimmVariant(Variant):
         vit_pyramid: bool = False,
     ) -> None:
         timm = load_timm(name)
-        _check_name(timm, name)
+        check_name(timm, name, f"MODEL.arch_encoder {PREFIX}{name}")
         options = _any_size(timm, name)
         with torch.device("meta"):
             try:
@@ -246,11 +246,21 @@ def _depthwise(kind: type[DepthwiseConv2d], conv: nn.Conv2d) -> DepthwiseConv2d:
     return with_tensors_of(conv, kind(conv.in_channels, conv.out_channels, size, **options))
 
 
-def _check_name(timm: Any, name: str) -> None:
+def check_name(timm: Any, name: str, given: str) -> None:
+    """Checks that timm has a network, and weights of its tag.
+
+    Args:
+        timm: the module.
+        name: of the network, with or without the tag of its weights.
+        given: the setting and its value, for the error.
+
+    Raises:
+        ValueError: it has not.
+    """
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise ValueError(
-            f"MODEL.arch_encoder {PREFIX}{name}: timm {timm.__version__} has no such model"
+            f"{given}: timm {timm.__version__} has no such model"
             f"{closest(architecture, timm.list_models())}"
         )
     try:
@@ -258,8 +268,8 @@ def _check_name(timm: Any, name: str) -> None:
     except RuntimeError as error:
         known = timm.list_models(f"{architecture}.*", pretrained=True)
         raise ValueError(
-            f"MODEL.arch_encoder {PREFIX}{name}: timm {timm.__version__} has no weights {tag!r} of "
-            f"it; it has {', '.join(known) or 'none'}"
+            f"{given}: timm {timm.__version__} has no weights {tag!r} of it; it has "
+            f"{', '.join(known) or 'none'}"
         ) from error
 
 

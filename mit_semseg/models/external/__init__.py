@@ -19,8 +19,8 @@ from mit_semseg.models.external.base import (
     ExternalDecoder,
     ExternalEncoder,
     Library,
-    joined,
-    parted,
+    merge_tensors,
+    split_tensors,
 )
 from mit_semseg.registry import closest
 from mit_semseg.weights import ClassRows, LoadReport, load_into, resolve
@@ -64,33 +64,33 @@ def library_of(arch: str) -> tuple[Library, str]:
 
 
 def check(options: Options) -> None:
-    """Refuses a `MODEL.arch` that cannot be one; nothing is imported or downloaded.
+    """Refuses an invalid `MODEL.arch`; nothing is imported or downloaded.
 
-    Where the checkpoint folder (`DIR`) describes it, the source may be gone.
+    The source need not exist if the checkpoint folder (`DIR`) has its description.
 
     Raises:
         ValueError, FileNotFoundError: with the reason.
     """
     library, name = library_of(options.MODEL.arch)
-    if _kept(options) is None:
+    if _saved(options) is None:
         library.check(name)
 
 
-def _kept(options: Options) -> Architecture | None:
-    """What the checkpoint folder says of `MODEL.arch`."""
-    kept = Architecture.load(Path(options.DIR))
-    return kept if kept and kept.source == options.MODEL.arch else None
+def _saved(options: Options) -> Architecture | None:
+    """The description of `MODEL.arch` in the checkpoint folder."""
+    saved = Architecture.load(Path(options.DIR))
+    return saved if saved and saved.source == options.MODEL.arch else None
 
 
 def describe(arch: str, weights: bool = True) -> Architecture:
-    """What `MODEL.arch` is.
+    """Description of `MODEL.arch`.
 
     Args:
         arch: `MODEL.arch`.
         weights: those of the source will be used.
 
     Raises:
-        ValueError: no model, or none that is known here.
+        ValueError: no model, or one that is not supported.
         OSError: it cannot be read or downloaded.
     """
     library, name = library_of(arch)
@@ -106,12 +106,12 @@ def build(
     """Encoder and decoder of `MODEL.arch`, with the weights that the options ask for.
 
     `MODEL.weights_encoder` and `MODEL.weights_decoder` are "" for those of the source, "none" for
-    random ones, or a path or url of a file of this toolkit. Without any of the source's, the
-    description that a checkpoint folder (`DIR`) has of it is enough.
+    random ones, or a path or url of a file of this toolkit. If none of the source's are used, the
+    description in the checkpoint folder (`DIR`) suffices.
 
     Args:
         options: the whole configuration.
-        architecture: what `describe` says, if it was asked already.
+        architecture: the result of `describe`, if known.
         whole: refuse weights that leave something at its initial values.
         classes: names of the classes; rows of the source's classifier are loaded by name.
 
@@ -123,13 +123,15 @@ def build(
     library, _ = library_of(arch)
     wanted = options.MODEL.weights_encoder, options.MODEL.weights_decoder
     if architecture is None and "" not in wanted:
-        architecture = _kept(options)
+        architecture = _saved(options)
     architecture = architecture or describe(arch, "" in wanted)
     network = library.network(architecture, count)
-    encoder, decoder = library.halves(network, architecture, count)
+    encoder, decoder = library.split(network, architecture, count)
     parts: tuple[tuple[str, nn.Module], ...] = ("encoder", encoder), ("decoder", decoder)
     states = (
-        ({}, {}) if "" not in wanted else parted(library.pretrained(architecture), encoder, decoder)
+        ({}, {})
+        if "" not in wanted
+        else split_tensors(library.pretrained(architecture), encoder, decoder)
     )
     for (what, part), weights, state in zip(parts, wanted, states, strict=True):
         if weights == "" and (state or whole):
@@ -147,7 +149,7 @@ def build(
 def _rows(
     architecture: Architecture, decoder: ExternalDecoder, classes: Sequence[str]
 ) -> ClassRows | None:
-    """Which classes of the source continue as which, where both are named."""
+    """Correspondence of classes by name; None if no name is equal."""
     known = {name.casefold() for name in architecture.names}
     if not any(name.casefold() in known for name in classes):
         return None
@@ -170,19 +172,19 @@ def save_pretrained(
     """
     if not (isinstance(encoder, ExternalEncoder) and isinstance(decoder, ExternalDecoder)):
         raise ValueError(
-            f"{type(encoder).__name__} with {type(decoder).__name__} is no model of another "
-            "library, and can be saved as a checkpoint folder only"
+            f"{type(encoder).__name__} with {type(decoder).__name__} is not a model of another "
+            "library: it can only be saved as a checkpoint folder"
         )
     architecture = encoder.architecture
     library, _ = library_of(architecture.source)
     network = library.network(architecture, decoder.num_class)
-    network.load_state_dict(joined(encoder, decoder))
+    network.load_state_dict(merge_tensors(encoder, decoder))
     folder.mkdir(parents=True, exist_ok=True)
     library.save(network, replace(architecture, names=names or architecture.names), folder)
 
 
 def _incomplete(architecture: Architecture, what: str, report: LoadReport | None) -> str:
-    """Why a source is no trained model of so many classes."""
+    """Why a source cannot be used without training."""
     if report is not None and report.mismatched:
         return (
             f"{architecture.source} is for {architecture.num_class} classes: set "
@@ -190,6 +192,5 @@ def _incomplete(architecture: Architecture, what: str, report: LoadReport | None
         )
     lacking = "no weights" if report is None else f"not all weights ({report.missing[0]}, ...)"
     return (
-        f"{architecture.source} has {lacking} for the {what}: it is to be trained first, by "
-        "mit-semseg train"
+        f"{architecture.source} has {lacking} for the {what}: train it first, with mit-semseg train"
     )

@@ -1,9 +1,10 @@
-"""What models of other libraries have in common: a description, and the two halves of a network."""
+"""Base classes of models of other libraries: description, encoder and decoder."""
 
 from __future__ import annotations
 
 import json
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,15 +26,15 @@ FILE = "architecture.json"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network of another library, as far as it can be described without its weights.
+    """Description of a network of another library, without its weights.
 
-    Kept as `architecture.json` in the checkpoint folder, so that the folder can be read where the
+    Saved as `architecture.json` in the checkpoint folder, so that the folder can be read where the
     source is not.
 
     Attributes:
         source: `MODEL.arch`.
         config: what the library builds the network from.
-        num_class: classes that the source tells apart; 0 where it has no head.
+        num_class: number of classes of the source; 0 if it has no head.
         names: of the classes; empty where the source has none.
         mean, std, color_order, value_range: what its input is normalised with, as in `DATASET`.
         short, longest: sides in pixels that its images are resized to; 0 where it does not say.
@@ -51,7 +52,7 @@ class Architecture:
     longest: int = 0
 
     def normalization(self) -> Normalize:
-        """What makes its input of bytes."""
+        """The normalisation of its uint8 input."""
         return Normalize(self.mean, self.std, self.color_order, self.value_range)
 
     def save(self, folder: Path) -> None:
@@ -61,7 +62,7 @@ class Architecture:
 
     @classmethod
     def load(cls, folder: Path) -> Architecture | None:
-        """What `save` wrote, None where it wrote nothing.
+        """What `save` wrote; None if there is no file.
 
         Raises:
             ValueError: the file is damaged.
@@ -93,25 +94,25 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class Library(Protocol):
-    """What there is to know of a library; each is a module of this package."""
+    """Interface of the modules of this package, one for each library."""
 
-    LIBRARY: str  # as its users call it
-    MODULE: str  # what is imported
-    EXTRA: str  # of this package, that installs it
+    LIBRARY: str  # its usual name
+    MODULE: str  # the module to import
+    EXTRA: str  # the extra of this package that installs it
 
     def check(self, name: str) -> None:
-        """Refuses a name that cannot be one, without importing the library.
+        """Refuses an invalid name, without importing the library.
 
         Raises:
             ValueError: with the reason.
-            FileNotFoundError: it is a path, and there is nothing.
+            FileNotFoundError: it is a path that does not exist.
         """
 
     def describe(self, name: str, weights: bool) -> Architecture:
-        """What a name, or a folder, is; `weights`: those of the source will be used.
+        """Description of a name or folder; `weights`: those of the source will be used.
 
         Raises:
-            ValueError: no model, or none that is known here.
+            ValueError: no model, or one that is not supported.
             OSError: it cannot be read or downloaded.
         """
 
@@ -125,24 +126,24 @@ class Library(Protocol):
             OSError: they cannot be read or downloaded.
         """
 
-    def halves(
+    def split(
         self, network: nn.Module, architecture: Architecture, num_class: int
     ) -> tuple[ExternalEncoder, ExternalDecoder]:
-        """The network in two, which from now on belongs to these."""
+        """Encoder and decoder made of the network's modules; the network is then incomplete."""
 
     def save(self, network: nn.Module, architecture: Architecture, folder: Path) -> None:
         """Write a network with weights as the library does."""
 
 
 class ExternalEncoder(Encoder):
-    """The part of a network of another library that turns images into features.
+    """The backbone of a network of another library.
 
-    The first of the features are the images themselves: decoders of other libraries ask for their
-    size. The others may be of any shape.
+    The first of its features are the images themselves, as decoders of other libraries read their
+    size. The others may have any shape.
 
     Attributes:
-        architecture: what it is a part of.
-        prefix: of the names of its tensors in the library's network; here it is `net.`.
+        architecture: description of the whole network.
+        prefix: of the names of its tensors in the library's network; here they begin with `net.`.
         fixed_size: (height, width) that images must have; None: any multiple of the stride.
     """
 
@@ -157,13 +158,13 @@ class ExternalEncoder(Encoder):
         fixed_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.net = over_devices(net)
+        self.net = synchronize_norms(net)
         self.architecture, self.prefix = architecture, prefix
         self.channels, self.strides = (), (stride,)
         self.fixed_size = fixed_size
 
     def normalization(self) -> Normalize:
-        """What makes its input of bytes, whatever `DATASET` says."""
+        """The normalisation of its uint8 input, which replaces that of `DATASET`."""
         return self.architecture.normalization()
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
@@ -187,17 +188,17 @@ class ExternalEncoder(Encoder):
         return [images, *self.features(images)]
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
-        """What the decoder takes, of images of a size that fits."""
+        """Features for the decoder, of images of a valid size."""
         raise NotImplementedError(f"{type(self).__name__} must implement features")
 
 
 class ExternalDecoder(Decoder):
-    """The rest of such a network.
+    """The network of another library without its backbone.
 
     Attributes:
-        net: the library's network without the encoder's part.
+        net: the library's network without the encoder's modules.
         make: `make(num_class)` -> a decoder for another number of classes.
-        further_scores: names of what its classifier scores beside the classes, after these.
+        further_scores: names of what its classifier scores after the classes.
     """
 
     further_scores: ClassVar[tuple[str, ...]] = ()
@@ -206,7 +207,7 @@ class ExternalDecoder(Decoder):
         self, net: nn.Module, num_class: int, make: Callable[[int], ExternalDecoder]
     ) -> None:
         super().__init__((), num_class=num_class)
-        self.net: Any = over_devices(net)  # of the library's own type
+        self.net: Any = synchronize_norms(net)  # of the library's own type
         self.make = make
 
     def with_classes(self, num_class: int) -> ExternalDecoder:
@@ -215,10 +216,10 @@ class ExternalDecoder(Decoder):
 
 
 class MaskClassifier(ExternalDecoder):
-    """A decoder that classifies masks, and has a loss of its own.
+    """A decoder that classifies masks, with its own loss.
 
     The score of a class at a pixel is the log of the sum over the masks of the probability of the
-    class times that of the mask. In training, `logits` returns these and what the loss takes.
+    class times that of the mask. In training, `logits` returns these and the input of the loss.
     """
 
     trains_scores = False
@@ -226,20 +227,20 @@ class MaskClassifier(ExternalDecoder):
 
     @property
     def auxiliary(self) -> tuple[Auxiliary, ...]:  # type: ignore[override]
-        """The loss of matched masks, of all layers."""
-        return (Auxiliary(1.0, loss=self.matched, denominator=self.counts),)
+        """The loss of the masks, summed over all layers."""
+        return (Auxiliary(1.0, loss=self.mask_loss, denominator=self.counts),)
 
-    def matched(self, predictions: Any, label: Tensor) -> Tensor:
-        """(2,): the means of the losses over queries, and over masks.
+    def mask_loss(self, predictions: Any, label: Tensor) -> Tensor:
+        """(2,): mean of the loss over queries, and mean of the losses over masks.
 
         Args:
             predictions: the second of what `logits` returns.
-            label: (B, h, w) int64, -1 ignored: in no mask.
+            label: (B, h, w) int64; pixels with -1 are in no mask.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement matched")
+        raise NotImplementedError(f"{type(self).__name__} must implement mask_loss")
 
     def counts(self, label: Tensor) -> Tensor:
-        """(2,): what those means divide by, the weights of the queries, and the masks."""
+        """(2,): denominators of those means: weights of the queries, and number of masks."""
         raise NotImplementedError(f"{type(self).__name__} must implement counts")
 
     def log_probabilities(
@@ -248,7 +249,7 @@ class MaskClassifier(ExternalDecoder):
         size: tuple[int, int] | None = None,
         image: tuple[int, int] | None = None,
     ) -> tuple[Any, ...]:
-        """As `Decoder.log_probabilities`; in training what the loss takes comes second."""
+        """As `Decoder.log_probabilities`; in training the input of the loss comes second."""
         if not self.training:
             return super().log_probabilities(features, size, image)
         scores, predictions = self.logits(features)
@@ -257,23 +258,23 @@ class MaskClassifier(ExternalDecoder):
         return main, predictions
 
     @staticmethod
-    def scored(classes: Tensor, masks: Tensor) -> Tensor:
+    def class_scores(classes: Tensor, masks: Tensor) -> Tensor:
         """(B, C, h, w) of class scores (B, Q, C + 1), "no object" last, and masks (B, Q, h, w)."""
         found = classes.softmax(-1)[..., :-1], masks.sigmoid()
         sums = torch.einsum("bqc,bqhw->bchw", *found)
         return sums.clamp(min=torch.finfo(sums.dtype).tiny).log()
 
 
-def joined(encoder: ExternalEncoder, decoder: ExternalDecoder) -> dict[str, Tensor]:
-    """The tensors of both halves under the names of the library's network."""
+def merge_tensors(encoder: ExternalEncoder, decoder: ExternalDecoder) -> dict[str, Tensor]:
+    """The tensors of encoder and decoder under the names of the library's network."""
     mine = {encoder.prefix + _inner(k): v for k, v in encoder.state_dict().items()}
     return mine | {_inner(k): v for k, v in decoder.state_dict().items()}
 
 
-def parted(
+def split_tensors(
     tensors: dict[str, Tensor], encoder: ExternalEncoder, decoder: ExternalDecoder
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of the library's network as those of the halves; `joined` the other way round."""
+    """Tensors of the library's network as those of encoder and decoder: undoes `merge_tensors`."""
     own = encoder.state_dict().keys()
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}
@@ -290,8 +291,8 @@ def _inner(name: str) -> str:
     return name.removeprefix("net.")
 
 
-def over_devices(net: nn.Module) -> nn.Module:
-    """The network with its BatchNorms over all devices of a training; names and values stay."""
+def synchronize_norms(net: nn.Module) -> nn.Module:
+    """The network with synchronised BatchNorms, under the same names and with the same values."""
     own: dict[nn.Module, nn.Module] = {
         layer: synchronized(layer)
         for layer in net.modules()
@@ -305,12 +306,26 @@ def over_devices(net: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Without the lines of the hub's client about each of its attempts: an error follows."""
+def reading(message: Callable[[Exception], str]) -> Iterator[None]:
+    """Context in which a library reads or downloads a source; its errors become an `OSError`.
+
+    The hub's client does not log its attempts: an error follows.
+
+    Args:
+        message: the library's error -> the message of the `OSError`.
+    """
+    from huggingface_hub import errors
+    from safetensors import SafetensorError
+
+    # Missing or damaged files, and configurations that the library or the weights do not fit.
+    expected = (OSError, ValueError, TypeError, LookupError, RuntimeError, pickle.UnpicklingError)
+    invalid = getattr(errors, "StrictDataclassError", SafetensorError)  # of newer versions
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
+    except (*expected, SafetensorError, invalid) as error:
+        raise OSError(message(error)) from error
     finally:
         logger.setLevel(before)

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from mit_semseg.errors import one_line
 from mit_semseg.losses.mask_classification import MaskClassificationLoss
+from mit_semseg.models.encoders.timm_backbone import check_name
 from mit_semseg.models.external.base import (
     Architecture,
     ExternalDecoder,
     ExternalEncoder,
     MaskClassifier,
-    quiet_hub,
+    reading,
 )
 from mit_semseg.models.pyramid import without_autocast
-from mit_semseg.registry import closest
 
 LIBRARY, MODULE, EXTRA = "timm", "timm", "timm"
 log = logging.getLogger("mit_semseg")
@@ -36,21 +36,16 @@ _UNITS = 10**6  # of the buffer `progress`
 
 
 def check(name: str) -> None:
-    """Refuses an empty name; what timm has is known once it is imported."""
+    """Refuses an empty name; other names are checked when timm is imported."""
     if not name.strip():
         raise ValueError("MODEL.arch 'eomt:' names no vision transformer of timm")
 
 
 def describe(name: str, weights: bool) -> Architecture:
-    """What `eomt:NAME` is: a vision transformer of timm, with its mean and standard deviation."""
+    """Description of `eomt:NAME`, with the mean and standard deviation of timm's network."""
     import timm
 
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        raise ValueError(
-            f"MODEL.arch eomt:{name}: timm {timm.__version__} has no {architecture}"
-            f"{closest(architecture, timm.list_models('vit_*'))}"
-        )
+    check_name(timm, name, f"MODEL.arch eomt:{name}")
     data: Any = timm.models.get_pretrained_cfg(name)
     config = {"name": name, "queries": QUERIES}
     return Architecture(f"eomt:{name}", config, mean=tuple(data.mean), std=tuple(data.std))
@@ -62,16 +57,17 @@ def network(architecture: Architecture, num_class: int) -> nn.Module:
 
 
 def pretrained(architecture: Architecture) -> dict[str, Tensor]:
-    """timm's weights of the transformer; queries and heads have none."""
+    """timm's weights of the transformer; there are none for queries and heads."""
     name = architecture.config["name"]
-    try:
-        with quiet_hub():
-            vit = _transformer(name, pretrained=True)
-    except (OSError, RuntimeError) as error:
-        raise OSError(
+
+    def message(error: Exception) -> str:
+        return (
             f"weights of timm's {name} cannot be downloaded ({one_line(error, 120)}): check the "
             "name and the network, or set MODEL.weights_encoder none and MODEL.weights_decoder none"
-        ) from error
+        )
+
+    with reading(message):
+        vit = _transformer(name, pretrained=True)
     return _named(vit.state_dict(), len(vit.blocks) - _last_blocks(len(vit.blocks)))
 
 
@@ -88,10 +84,10 @@ def _named(state: dict[str, Tensor], first: int) -> dict[str, Tensor]:
     return found
 
 
-def halves(
+def split(
     network: nn.Module, architecture: Architecture, num_class: int
 ) -> tuple[ExternalEncoder, ExternalDecoder]:
-    """The first blocks, and those that the queries pass with the heads."""
+    """The first blocks, and the blocks with the queries and the heads."""
     net: Any = network
     encoder = FirstBlocks(net.vit, architecture, "vit.", net.patch)
     net.vit = None
@@ -99,11 +95,11 @@ def halves(
 
 
 def _decoder(architecture: Architecture, num_class: int) -> ExternalDecoder:
-    return halves(network(architecture, num_class), architecture, num_class)[1]
+    return split(network(architecture, num_class), architecture, num_class)[1]
 
 
 def save(network: nn.Module, architecture: Architecture, folder: Path) -> None:
-    """Refused: there is no other library whose network this is.
+    """Refused: this network is not from another library.
 
     Raises:
         ValueError: always.
@@ -130,8 +126,8 @@ def _transformer(name: str, **options: Any) -> Any:
         masked = "attn_mask" in inspect.signature(vit.blocks[0].forward).parameters
     except (TypeError, AttributeError) as error:
         raise ValueError(
-            f"MODEL.arch eomt:{name} is no plain vision transformer ({one_line(error, 80)}); such "
-            "are timm's vit_small_patch14_reg4_dinov2 or vit_large_patch16_dinov3"
+            f"MODEL.arch eomt:{name} is no plain vision transformer ({one_line(error, 80)}); take "
+            "one such as timm's vit_small_patch14_reg4_dinov2 or vit_large_patch16_dinov3"
         ) from error
     if not masked:
         raise ValueError(
@@ -140,17 +136,17 @@ def _transformer(name: str, **options: Any) -> Any:
         )
     if getattr(vit, "rope_mixed", False):
         raise ValueError(
-            f"MODEL.arch eomt:{name} has position embeddings of its own in each block, which are "
-            "not handed on to the queries' blocks; take another transformer"
+            f"MODEL.arch eomt:{name} has different position embeddings in each block, which is "
+            "not supported; take another transformer"
         )
     return vit
 
 
 class FirstBlocks(ExternalEncoder):
-    """A vision transformer up to the block where the queries come in."""
+    """A vision transformer up to the block where the queries are added."""
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
-        """(B, prefix tokens + patches, channels); rotary embeddings if it has such."""
+        """(B, prefix tokens + patches, channels), and the rotary embeddings if any."""
         vit: Any = self.net
         x = vit._pos_embed(vit.patch_embed(images))
         x, rope = x if isinstance(x, tuple) else (x, None)
@@ -163,12 +159,12 @@ class FirstBlocks(ExternalEncoder):
 
 
 class EoMT(nn.Module):
-    """A vision transformer, whose last blocks queries pass together with the patches.
+    """A vision transformer whose last blocks process queries together with the patches.
 
-    Queries become masks by their product with the patches, which are enlarged to a quarter of the
-    image, and classes by a linear layer. In training each query attends only to patches inside its
-    own mask of the layer before, with a probability that falls to 0, block by block (mask
-    annealing), so that nothing of it is left at inference.
+    A mask is the product of a query with the patches, upscaled to a quarter of the image; its class
+    comes from a linear layer. In training each query attends only to patches inside its mask of the
+    layer before, with a probability that decreases to 0, block by block (mask annealing), so that
+    inference needs no masks.
 
     Paper: Kerssies et al. 2025, arXiv:2503.19108, sec. 3.2 and 3.3.
 
@@ -180,8 +176,8 @@ class EoMT(nn.Module):
 
     Args:
         name: of the transformer in timm.
-        num_class: classes told apart.
-        queries: how many masks are proposed.
+        num_class: number of classes.
+        queries: number of queries, and so of masks.
         options: passed on to `timm.create_model`.
     """
 
@@ -197,7 +193,7 @@ class EoMT(nn.Module):
         self.norm = vit.norm
         vit.blocks = nn.Sequential(*vit.blocks[:-count])
         vit.norm = nn.Identity()
-        for block in self.blocks:  # rotary embeddings are of the patches, which come last
+        for block in self.blocks:  # rotary embeddings are for the patches, which come last
             attention: Any = block.attn
             if hasattr(attention, "num_prefix_tokens"):
                 attention.num_prefix_tokens += queries
@@ -210,13 +206,13 @@ class EoMT(nn.Module):
         )
         steps = max(1, int(math.log2(self.patch)) - 2)
         self.upscale = nn.Sequential(*(Upscale(width) for _ in range(steps)))
-        # In the state dict; an integer, which a moving average of weights copies. The host has its
-        # own, which it need not wait for.
+        # In the state dict, and an integer, which a moving average of weights copies. The copy on
+        # the host, `share`, avoids a synchronisation.
         self.register_buffer("progress", torch.zeros((), dtype=torch.int64))
         self.share = 0.0
 
     def set_progress(self, share: float) -> None:
-        """Say how much of the training is done, from 0 to 1."""
+        """Sets the fraction of the training that is done, from 0 to 1."""
         self.share = share
         self.get_buffer("progress").fill_(round(share * _UNITS))
 
@@ -225,7 +221,7 @@ class EoMT(nn.Module):
         self.share = int(state.get(f"{prefix}progress", 0)) / _UNITS
 
     def probabilities(self) -> list[float]:
-        """Of each block, that queries attend to the patches inside their masks only."""
+        """Probability of masked attention in each block."""
         parts = len(self.blocks) + 2
         # Block i is annealed in part i + 1 of equally long parts of the training.
         done = [min(max(self.share * parts - 1 - i, 0.0), 1.0) for i in range(len(self.blocks))]
@@ -238,9 +234,9 @@ class EoMT(nn.Module):
 
         Args:
             x: tokens, (B, prefix + h * w, channels).
-            rope: rotary embeddings, if the transformer has such.
-            grid: patches (down, across).
-            chances: of masked attention, one for each block.
+            rope: rotary embeddings, if any.
+            grid: number of patches, (rows, columns).
+            chances: probability of masked attention in each block.
         """
         queries = self.queries.weight.to(x.dtype).expand(len(x), -1, -1)
         x = torch.cat([queries, x], dim=1)
@@ -268,7 +264,7 @@ class EoMT(nn.Module):
     def _attended(
         self, scores: Tensor, grid: tuple[int, int], tokens: int, chance: float
     ) -> Tensor:
-        """(B, 1, tokens, tokens) bool: all but what lies outside the masks of queries."""
+        """(B, 1, tokens, tokens) bool: queries attend inside their masks, others everywhere."""
         B, Q = scores.shape[:2]
         inside = F.interpolate(scores, grid, mode="bilinear", align_corners=False).flatten(2) > 0
         if self.training and chance < 1:
@@ -299,7 +295,7 @@ class MaskDecoder(MaskClassifier):
     loss = MaskClassificationLoss()
 
     def encoder_layers(self) -> list[nn.Module]:
-        """As `Decoder.encoder_layers`: the blocks, and what follows them."""
+        """As `Decoder.encoder_layers`: the blocks and the norm after them."""
         return [*self.net.blocks, self.net.norm]
 
     def set_progress(self, share: float) -> None:
@@ -307,20 +303,20 @@ class MaskDecoder(MaskClassifier):
         self.net.set_progress(share)
 
     def logits(self, features: list[Tensor]) -> tuple[Any, ...]:
-        """Scores, (B, num_class, h, w); in training also what the loss takes."""
+        """Scores, (B, num_class, h, w); in training also the input of the loss."""
         images, tokens, *rope = features
         grid = images.shape[2] // self.net.patch, images.shape[3] // self.net.patch
         layers = self.net(tokens, rope[0] if rope else None, grid, self.net.probabilities())
         if not self.training:
-            return (self.scored(*layers[-1]),)
+            return (self.class_scores(*layers[-1]),)
         with torch.no_grad():
-            return self.scored(*layers[-1]), layers
+            return self.class_scores(*layers[-1]), layers
 
-    def matched(self, predictions: Any, label: Tensor) -> Tensor:
+    def mask_loss(self, predictions: Any, label: Tensor) -> Tensor:
         """(2,): `MaskClassificationLoss`."""
         with without_autocast(label.device):
             return self.loss(predictions, label)
 
     def counts(self, label: Tensor) -> Tensor:
-        """(2,): what its means divide by."""
+        """(2,): the denominators of its means."""
         return self.loss.counts(label, self.num_class, self.net.queries.num_embeddings)

@@ -16,11 +16,10 @@ from mit_semseg.models.external.base import (
     Architecture,
     ExternalDecoder,
     ExternalEncoder,
-    quiet_hub,
     read_json,
+    reading,
 )
-from mit_semseg.models.external.hf_network import KINDS, TASK
-from mit_semseg.models.external.hf_network import halves as _halves
+from mit_semseg.models.external.hf_network import KINDS, TASK, split_network
 from mit_semseg.registry import closest
 
 LIBRARY, MODULE, EXTRA = "transformers", "transformers", "hf"
@@ -29,7 +28,7 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check(name: str) -> None:
-    """Refuses what is neither a folder of a model nor a name on the hub."""
+    """Refuses a name that is neither a folder of a model nor OWNER/NAME on the hub."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -45,29 +44,27 @@ def check(name: str) -> None:
 
 
 def describe(name: str, weights: bool) -> Architecture:
-    """What a folder or a name on the hub is."""
+    """Description of a folder, or of a name on the hub."""
     from transformers import AutoConfig
 
     check(name)
-    try:
-        with quiet_hub():
-            config = AutoConfig.from_pretrained(_where(name))
-    except (OSError, ValueError) as error:
-        raise OSError(_unreachable(name, error)) from error
+    with reading(partial(_unreachable, name)):
+        config = AutoConfig.from_pretrained(_where(name))
+        labels = [config.id2label[i] for i in range(config.num_labels)]
+        preprocessing = _preprocessing(name)
     kind = KINDS[_kind(name, config.model_type)]
     if getattr(config, "is_hybrid", False):
         raise ValueError(f"'hf:{name}' is a hybrid DPT, which cannot be used; take one on a ViT")
     values = json.loads(config.to_json_string(use_diff=False))
     if kind.text:
         values[TASK] = _task(name)
-    labels = [config.id2label[i] for i in range(config.num_labels)]
     named = labels != [f"LABEL_{i}" for i in range(len(labels))]
     return Architecture(
         f"hf:{name}",
         values,
         len(labels),
         tuple(labels) if named else (),
-        **_preprocessing(name),
+        **preprocessing,
     )
 
 
@@ -79,25 +76,22 @@ def network(architecture: Architecture, num_class: int) -> nn.Module:
 
 
 def pretrained(architecture: Architecture) -> dict[str, Tensor]:
-    """Weights of the source; those that it lacks, such as a head, are not among them."""
+    """Weights of the source, without those that it lacks, such as of a head."""
     name = architecture.source.partition(":")[2]
     config = _config(architecture, architecture.num_class)
-    try:
-        with quiet_hub():
-            loaded, info = _auto(architecture).from_pretrained(
-                _where(name), config=config, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise OSError(_unreachable(name, error)) from error
+    with reading(partial(_unreachable, name)):
+        loaded, info = _auto(architecture).from_pretrained(
+            _where(name), config=config, output_loading_info=True
+        )
     lacking = set(info["missing_keys"])
     return {k: v for k, v in loaded.float().state_dict().items() if k not in lacking}
 
 
-def halves(
+def split(
     network: nn.Module, architecture: Architecture, num_class: int
 ) -> tuple[ExternalEncoder, ExternalDecoder]:
-    """The network in two."""
-    return _halves(network, architecture, num_class, partial(_decoder, architecture))
+    """Encoder and decoder made of the network's modules."""
+    return split_network(network, architecture, num_class, partial(_decoder, architecture))
 
 
 def save(network: nn.Module, architecture: Architecture, folder: Path) -> None:
@@ -125,7 +119,7 @@ def save(network: nn.Module, architecture: Architecture, folder: Path) -> None:
 
 
 def _decoder(architecture: Architecture, num_class: int) -> ExternalDecoder:
-    return halves(network(architecture, num_class), architecture, num_class)[1]
+    return split(network(architecture, num_class), architecture, num_class)[1]
 
 
 def _where(name: str) -> str:
@@ -170,7 +164,7 @@ def _config(architecture: Architecture, num_class: int) -> Any:
 
 def _unreachable(name: str, error: Exception) -> str:
     if Path(name).expanduser().is_dir():
-        return f"'hf:{name}' cannot be read ({one_line(error, 200)})"
+        return f"'hf:{name}' cannot be read ({one_line(error, 200, named=True)})"
     reason = one_line(error).partition(". ")[0]
     return (
         f"'hf:{name}' cannot be downloaded ({reason[:160]}): check the name and the network, or "
@@ -180,7 +174,7 @@ def _unreachable(name: str, error: Exception) -> str:
 
 
 def _preprocessing(name: str) -> dict[str, Any]:
-    """What the image processor of a source says, as fields of `Architecture`."""
+    """Settings of the image processor of a source, as fields of `Architecture`."""
     values = _optional_json(name, "preprocessor_config.json")
     if not values:
         values = _optional_json(name, "processor_config.json").get("image_processor", {})
@@ -192,8 +186,6 @@ def _preprocessing(name: str) -> dict[str, Any]:
     elif "image_mean" in values:
         found["mean"] = tuple(float(x) for x in values["image_mean"])
         found["std"] = tuple(float(x) for x in values["image_std"])
-    if values.get("do_flip_channel_order"):
-        found["color_order"] = "BGR"
     size = values.get("size") or {}
     if isinstance(size, int):
         size = {"shortest_edge": size, "longest_edge": values.get("max_size")}
@@ -218,15 +210,15 @@ def _optional_json(name: str, file: str) -> dict[str, Any]:
 
 
 def _task(name: str) -> list[int]:
-    """What OneFormer is told to do, as its tokenizer writes it."""
+    """OneFormer's task, semantic segmentation, as its tokenizer encodes it."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(_where(name))
     except (OSError, ValueError) as error:
         raise OSError(
-            f"'hf:{name}' is a OneFormer, which is told its task by a text, and its tokenizer "
-            f"cannot be read ({one_line(error, 120)})"
+            f"'hf:{name}' is a OneFormer, whose input includes its task as a text, and its "
+            f"tokenizer cannot be read ({one_line(error, 120)})"
         ) from error
     length = _optional_json(name, "config.json").get("task_seq_len", 77)
     words = tokenizer(

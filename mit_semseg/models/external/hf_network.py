@@ -1,7 +1,7 @@
-"""Networks of transformers in two halves: the backbone, and the rest with its heads.
+"""Networks of transformers as an encoder, the backbone, and a decoder, the rest of the network.
 
-The rest is the library's own network, whose backbone is replaced by a module that hands over the
-features which the encoder has computed. So what computes scores and losses is the library's code.
+In the decoder the backbone is replaced by a module that returns the features of the encoder, so
+that scores and losses are computed by the library's code.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Kind:
     """A kind of network, by its `model_type`.
 
     Attributes:
-        path: where the backbone stands in the network; "" where its first layers are the backbone.
+        path: name of the backbone in the network; "": its first layers are the backbone.
         emits: the field of the backbone's output that holds the features.
         masks: it classifies masks (`...ForUniversalSegmentation`), not pixels.
-        stride: sides of images must be multiples of it; 0: of the size of a patch.
-        fixed: images must be of `config.image_size`.
-        square: images must be square, and are best of the size of the image processor's.
-        text: it is told by a text what to do.
+        stride: sides of images must be multiples of it; 0: of the patch size.
+        fixed: images must have the size `config.image_size`.
+        square: images must be square; the size of the image processor is used.
+        text: the task is an input, as a tokenised text.
     """
 
     path: str
@@ -63,7 +63,7 @@ KINDS: dict[str, Kind] = {
     "eomt": Kind("", masks=True, stride=0, fixed=True),
     "eomt_dinov3": Kind("", masks=True, stride=0, fixed=True),
 }
-# What OneFormer is told, tokenised, among the values of `Architecture.config`.
+# Key in `Architecture.config` of OneFormer's tokenised task.
 TASK = "semseg_task"
 
 
@@ -90,7 +90,7 @@ class Backbone(ExternalEncoder):
 
 
 class FirstLayers(nn.Module):
-    """The layers of an EoMT before its queries come in."""
+    """The layers of an EoMT before its queries are added."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class FirstLayers(nn.Module):
         self.rope_embeddings = getattr(network, "rope_embeddings", None)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, tokens, channels), and the rotary embeddings, if it has such: in training random."""
+        """(B, tokens, channels), and the rotary embeddings if any, which are random in training."""
         tokens: Tensor = self.dropout(self.embeddings(images))
         if self.rope_embeddings is None:
             for layer in self.layers:
@@ -113,26 +113,26 @@ class FirstLayers(nn.Module):
         return [tokens, *places]
 
 
-class _Given(nn.Module):
-    """In the place of a module: hands over what that has computed already."""
+class _Precomputed(nn.Module):
+    """Replaces a module whose output is known."""
 
-    given: Any = None  # set for the time of a call
+    output: Any = None  # set during a call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.given
+        return self.output
 
     forward_with_filtered_kwargs = forward
 
 
-class _Done(nn.Module):
-    """In the place of a layer that what comes in has already passed."""
+class _Skipped(nn.Module):
+    """Replaces a layer that was already applied to its input."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x
 
 
 class Head(ExternalDecoder):
-    """A network of transformers without its backbone, that scores pixels."""
+    """A network of transformers that classifies pixels, without its backbone."""
 
     def __init__(
         self,
@@ -144,18 +144,20 @@ class Head(ExternalDecoder):
     ) -> None:
         super().__init__(net, num_class, make)
         self.emits, self.path, self.task = kind.emits, kind.path or "embeddings", tuple(task)
-        self.own = getattr(net, "auxiliary_head", None) is not None
+        self.has_auxiliary = getattr(net, "auxiliary_head", None) is not None
 
     @property
     def auxiliary(self) -> tuple[Auxiliary, ...]:  # type: ignore[override]
         """The auxiliary head, if the network has one."""
-        return (Auxiliary(float(self.net.config.auxiliary_loss_weight)),) if self.own else ()
+        if not self.has_auxiliary:
+            return ()
+        return (Auxiliary(float(self.net.config.auxiliary_loss_weight)),)
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """As `Decoder.logits`."""
-        if not self.own:
+        if not self.has_auxiliary:
             return (self.run(features).logits,)
-        if not self.training:  # it would be computed and thrown away
+        if not self.training:  # the network would compute it for nothing
             with with_attributes(self.net, _modules={**self.net._modules, "auxiliary_head": None}):
                 return (self.run(features).logits,)
         head, found = self.net.auxiliary_head, []
@@ -170,22 +172,22 @@ class Head(ExternalDecoder):
         return (main, found[0])
 
     def run(self, features: list[Tensor]) -> Any:
-        """What the network makes of the features."""
+        """The network's output for the features."""
         images, *maps = features
-        told = {}
+        inputs = {}
         if self.task:
             task = torch.tensor(self.task, device=images.device).expand(len(images), -1)
-            told = {"task_inputs": task}
-        if self.path == "backbone":  # it would enlarge the scores to images, here to the first map
+            inputs = {"task_inputs": task}
+        if self.path == "backbone":  # scores are resized to the images: keep them at the first map
             images = images[..., : maps[0].shape[-2], : maps[0].shape[-1]]
         with ExitStack() as stack:
-            for path, value in self.given(maps).items():
+            for path, value in self.precomputed(maps).items():
                 place = self.net.get_submodule(path)
-                stack.enter_context(with_attributes(place, given=value))
-            return self.net(images, **told)
+                stack.enter_context(with_attributes(place, output=value))
+            return self.net(images, **inputs)
 
-    def given(self, maps: list[Tensor]) -> dict[str, Any]:
-        """What stands-in of modules, by their names, give of what the encoder has computed."""
+    def precomputed(self, maps: list[Tensor]) -> dict[str, Any]:
+        """Name of each replaced module -> its output, from the encoder's feature maps."""
         if self.path == "embeddings":
             places = {"rope_embeddings": tuple(maps[1:])} if len(maps) > 1 else {}
             return {"embeddings": maps[0], **places}
@@ -195,16 +197,16 @@ class Head(ExternalDecoder):
 
 
 class MaskHead(MaskClassifier, Head):
-    """A network of transformers without its backbone, that classifies masks.
+    """A network of transformers that classifies masks, without its backbone.
 
     The class with the highest score is that of the library's
-    `post_process_semantic_segmentation`; the losses are the library's own.
+    `post_process_semantic_segmentation`; the losses are the library's.
     """
 
     def logits(self, features: list[Tensor]) -> tuple[Any, ...]:
-        """Scores, (B, num_class, h, w); in training also what the losses take."""
+        """Scores, (B, num_class, h, w); in training also the input of the losses."""
         if not self.training:
-            return (self._scored(self.run(features)),)
+            return (self._class_scores(self.run(features)),)
         calls: list[dict[str, Any]] = []
         signature = inspect.signature(self.net.get_loss_dict)
 
@@ -215,20 +217,20 @@ class MaskHead(MaskClassifier, Head):
         with with_attributes(self.net, get_loss_dict=note):
             found = self.run(features)
         with torch.no_grad():
-            scores = self._scored(found)
+            scores = self._class_scores(found)
         return scores, calls
 
     def run(self, features: list[Tensor]) -> Any:
-        """What the network makes of the features."""
+        """The network's output for the features."""
         if not self.training:
             return super().run(features)
-        # With labels, which `logits` takes out again, so that the network shows what it compares.
+        # Only with labels does the network call `get_loss_dict`, which `logits` replaces.
         labels: dict[str, Any] = {"mask_labels": [], "class_labels": []}
         with with_attributes(self.net, forward=_with(self.net, labels)):
             return super().run(features)
 
-    def matched(self, predictions: Any, label: Tensor) -> Tensor:
-        """As `MaskClassifier.matched`; predictions are what the network compares with labels."""
+    def mask_loss(self, predictions: Any, label: Tensor) -> Tensor:
+        """As `MaskClassifier.mask_loss`; predictions are arguments of `get_loss_dict`."""
         there = classes_there(label, self.num_class)
         classes = [row.nonzero()[:, 0] for row in there]
         masks = [(one == ids[:, None, None]).float() for one, ids in zip(label, classes)]
@@ -249,8 +251,8 @@ class MaskHead(MaskClassifier, Head):
         loss = MaskClassificationLoss(no_object=config.no_object_weight)
         return loss.counts(label, self.num_class, queries)
 
-    def _scored(self, found: Any) -> Tensor:
-        return self.scored(found.class_queries_logits, found.masks_queries_logits)
+    def _class_scores(self, found: Any) -> Tensor:
+        return self.class_scores(found.class_queries_logits, found.masks_queries_logits)
 
 
 def _with(net: Any, more: dict[str, Any]) -> Callable[..., Any]:
@@ -271,28 +273,28 @@ def _in_float32(x: Any) -> Any:
     return x
 
 
-def halves(
+def split_network(
     network: Any,
     architecture: Architecture,
     num_class: int,
     make: Callable[[int], ExternalDecoder],
 ) -> tuple[Backbone, Head]:
-    """A network in two, which from now on belongs to these."""
+    """Encoder and decoder made of a network's modules."""
     config = network.config
     kind = KINDS[config.model_type]
     backbone: nn.Module
     if kind.path:
         backbone = network.get_submodule(kind.path)
-        network.set_submodule(kind.path, _Given())
+        network.set_submodule(kind.path, _Precomputed())
     else:
         backbone = FirstLayers(network)
-        place = _Given()
+        place = _Precomputed()
         place.num_prefix_tokens = network.embeddings.num_prefix_tokens
         network.embeddings = place
         if backbone.rope_embeddings is not None:
-            network.rope_embeddings = _Given()
+            network.rope_embeddings = _Precomputed()
         for i in range(len(backbone.layers)):
-            network.layers[i] = _Done()
+            network.layers[i] = _Skipped()
     task = architecture.config.get(TASK, ())
     head = (MaskHead if kind.masks else Head)(network, num_class, make, kind, task)
     return Backbone(backbone, architecture, kind, config), head

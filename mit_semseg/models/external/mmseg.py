@@ -22,24 +22,36 @@ from mit_semseg.models.external.base import Architecture, ExternalDecoder, Exter
 from mit_semseg.models.external.mmseg_heads import HEADS, FCNHead
 from mit_semseg.models.external.mmseg_mit import MixTransformer, read_mit
 from mit_semseg.weights import read_state_dict
-from mit_semseg.weights.archive import load_checked, not_found
+from mit_semseg.weights.archive import few, load_checked, not_found
 
 LIBRARY, MODULE, EXTRA = "mmsegmentation", "torch", ""
-# What its configurations give the auxiliary head.
+# Weight of the auxiliary loss in its configurations.
 _AUXILIARY_WEIGHT = 0.4
 
 
 def check(name: str) -> None:
-    """Refuses what is no file."""
+    """Refuses a file that does not exist."""
     if not Path(name).expanduser().is_file():
         raise FileNotFoundError(f"'mmseg:{name}': {not_found(Path(name).expanduser())}")
 
 
 def describe(name: str, weights: bool) -> Architecture:
-    """What the tensors of a file are, and the classes that it names."""
+    """Description of the model in a file, and the names of its classes."""
     check(name)
     path = Path(name).expanduser()
-    config = read_shapes(read_state_dict(path), name)
+    state = read_state_dict(path)
+    config = read_shapes(state, name)
+    with torch.device("meta"):
+        own = MMSegNetwork(config, config["num_class"]).state_dict()
+    # The auxiliary head may be of another kind: it is for training only.
+    other = [
+        key
+        for key, value in state.items()
+        if key.startswith(("backbone.", "decode_head."))
+        and (key not in own or own[key].shape != value.shape)
+    ]
+    if other:
+        raise ValueError(_another(name) + few(other))
     names = _class_names(load_checked(path))
     count = config["num_class"]
     if len(names) != count:
@@ -59,10 +71,10 @@ def pretrained(architecture: Architecture) -> dict[str, Tensor]:
     return read_state_dict(Path(architecture.source.partition(":")[2]).expanduser())
 
 
-def halves(
+def split(
     network: nn.Module, architecture: Architecture, num_class: int
 ) -> tuple[ExternalEncoder, ExternalDecoder]:
-    """The network in two."""
+    """Encoder and decoder made of the network's modules."""
     whole: Any = network
     stride = architecture.config["output_stride"]
     encoder = MMSegEncoder(whole.backbone, architecture, "backbone.", stride)
@@ -77,7 +89,7 @@ def save(network: nn.Module, architecture: Architecture, folder: Path) -> None:
 
 
 def _decoder(architecture: Architecture, num_class: int) -> ExternalDecoder:
-    return halves(network(architecture, num_class), architecture, num_class)[1]
+    return split(network(architecture, num_class), architecture, num_class)[1]
 
 
 def _class_names(saved: Any) -> tuple[str, ...]:
@@ -89,8 +101,15 @@ def _class_names(saved: Any) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
+def _another(name: str) -> str:
+    return (
+        f"'mmseg:{name}' is another model than FCN, PSPNet, DeepLabv3, DeepLabv3+ and UPerNet on "
+        "ResNet-50 or 101, and SegFormer"
+    )
+
+
 def read_shapes(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
-    """What `MMSegNetwork` is built from, as the tensors of a file tell it.
+    """Configuration of `MMSegNetwork`, from the names and shapes of the tensors in a file.
 
     Raises:
         ValueError: they are of another model.
@@ -100,10 +119,7 @@ def read_shapes(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     resnet = "backbone.layer4.0.conv3.weight" in state
     classifier = state.get("decode_head.conv_seg.weight")
     if head is None or classifier is None or (head == "segformer") != mit or mit == resnet:
-        raise ValueError(
-            f"'mmseg:{name}' is another model than FCN, PSPNet, DeepLabv3, DeepLabv3+ and UPerNet "
-            "on ResNet-50 or 101, and SegFormer"
-        )
+        raise ValueError(_another(name))
     auxiliary = "auxiliary_head.conv_seg.weight" in state
     return {
         # Dilation leaves no trace in the weights: it is that of the published configurations.
@@ -116,7 +132,7 @@ def read_shapes(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
 
 
 def read_resnet(state: Mapping[str, Tensor], output_stride: int) -> dict[str, Any]:
-    """What `Backbone` is built from."""
+    """Configuration of `Backbone`."""
     layers = [f"backbone.layer{i}" for i in (1, 2, 3, 4)]
     deep = "backbone.stem.0.weight" in state
     return {

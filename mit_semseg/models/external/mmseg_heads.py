@@ -51,7 +51,7 @@ class SeparableConvModule(nn.Module):
 
 
 class Head(nn.Module):
-    """What heads have in common: dropout and a classifier of `conv_seg`."""
+    """Base class of heads: dropout, and the classifier `conv_seg`."""
 
     def __init__(self, num_class: int, width: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Head(nn.Module):
 
     @staticmethod
     def sign(state: State, prefix: str) -> bool:
-        """Whether tensors under this prefix are those of such a head."""
+        """Whether the tensors under this prefix belong to such a head."""
         raise NotImplementedError
 
     @staticmethod

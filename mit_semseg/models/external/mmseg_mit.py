@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_EPS = 1e-6  # of its LayerNorms
+_EPS = 1e-6  # of LayerNorm
 _STRIDES = (4, 2, 2, 2)
 
 
@@ -129,7 +129,7 @@ class FeedForward(nn.Module):
 
 
 def read_mit(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `MixTransformer` is built from, as the tensors of a file tell it."""
+    """Configuration of `MixTransformer`, from the names and shapes of the tensors in a file."""
     first = [f"backbone.layers.{i}" for i in range(4)]
     embeds = [state[f"{name}.0.projection.weight"] for name in first]
     reductions = [state.get(f"{name}.1.0.attn.sr.weight") for name in first]

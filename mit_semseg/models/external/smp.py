@@ -16,8 +16,8 @@ from mit_semseg.models.external.base import (
     Architecture,
     ExternalDecoder,
     ExternalEncoder,
-    quiet_hub,
     read_json,
+    reading,
 )
 from mit_semseg.registry import closest
 
@@ -33,7 +33,7 @@ _CLASS = "_model_class"
 
 
 def check(name: str) -> None:
-    """Refuses what is neither a folder of a model nor the name of an architecture."""
+    """Refuses a name that is neither a folder of a model nor an architecture."""
     folder = _folder(name)
     if folder is None:
         _arch(name)
@@ -45,19 +45,19 @@ def check(name: str) -> None:
 
 
 def describe(name: str, weights: bool) -> Architecture:
-    """What an architecture with an encoder, or a folder, is."""
+    """Description of an architecture with an encoder, or of a folder."""
     check(name)
     folder = _folder(name)
     if folder is not None:
         config = read_json(folder / "config.json")
-        config["arch"] = config.pop(_CLASS).lower()
+        config["arch"] = str(config.pop(_CLASS)).lower()
     else:
         arch, encoder = _arch(name)
         config = {"arch": arch, "encoder_name": encoder, "encoder_weights": "imagenet"}
     if config.get("classes") == 1:
         raise ValueError(
-            f"'smp:{name}' has one class, told by a threshold: a model here has a score for "
-            "each class, two for such a one"
+            f"'smp:{name}' has one class, for a threshold: models here have a score for each "
+            "class, so two for a binary task"
         )
     values = _normalization(name, config) if weights else {}
     return Architecture(f"smp:{name}", config, config.get("classes", 0), **values)
@@ -83,26 +83,28 @@ def pretrained(architecture: Architecture) -> dict[str, Tensor]:
     name = architecture.source.partition(":")[2]
     folder = _folder(name)
     if folder is not None:
-        model: Any = smp.from_pretrained(str(folder))
+        with reading(lambda e: f"'smp:{name}' cannot be read ({one_line(e, 200, named=True)})"):
+            model: Any = smp.from_pretrained(str(folder))
         state: dict[str, Tensor] = model.state_dict()
         return state
     config = architecture.config
-    try:
-        with quiet_hub():
-            encoder: Any = smp.create_model(**config, classes=2).encoder
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise OSError(
+
+    def message(error: Exception) -> str:
+        return (
             f"ImageNet weights of encoder {config['encoder_name']} of 'smp:{name}' cannot be "
             f"downloaded ({one_line(error, 120)}): check the name and the network, or set "
             "MODEL.weights_encoder none"
-        ) from error
+        )
+
+    with reading(message):
+        encoder: Any = smp.create_model(**config, classes=2).encoder
     return {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
 
 
-def halves(
+def split(
     network: nn.Module, architecture: Architecture, num_class: int
 ) -> tuple[ExternalEncoder, ExternalDecoder]:
-    """The network in two."""
+    """Encoder and decoder made of the network's modules."""
     model: Any = network
     of_vit = architecture.config["arch"] == "dpt"
     encoder = SmpEncoder(
@@ -155,11 +157,11 @@ class SmpDecoder(ExternalDecoder):
 
 
 def _decoder(architecture: Architecture, num_class: int) -> ExternalDecoder:
-    return halves(network(architecture, num_class), architecture, num_class)[1]
+    return split(network(architecture, num_class), architecture, num_class)[1]
 
 
 def _size_of_vit(encoder: Any) -> tuple[int, int] | None:
-    """What images must be of, where the ViT does not interpolate its position embeddings."""
+    """Size that images must have, if the ViT does not interpolate its position embeddings."""
     patches = getattr(encoder.model, "patch_embed", None)
     if patches is None or not getattr(patches, "strict_img_size", False):
         return None
@@ -185,7 +187,7 @@ def _arch(name: str) -> tuple[str, str]:
 
 
 def _normalization(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What the encoder's weights expect, as fields of `Architecture`."""
+    """Normalisation for the encoder's weights, as fields of `Architecture`."""
     weights = config.get("encoder_weights")
     if not weights:
         return {}
@@ -193,14 +195,14 @@ def _normalization(name: str, config: dict[str, Any]) -> dict[str, Any]:
 
     encoder = config["encoder_name"]
     try:
-        with quiet_hub():
+        with reading(lambda error: one_line(error, 80)):
             values = get_preprocessing_params(encoder, weights)
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         log.warning(
-            "smp:%s: what its encoder is normalised with cannot be looked up (%s): ImageNet's "
-            "mean and standard deviation are taken",
+            "smp:%s: the normalisation of its encoder cannot be looked up (%s): ImageNet's "
+            "mean and standard deviation are used",
             name,
-            one_line(error, 80),
+            error,
         )
         return {}
     return {
