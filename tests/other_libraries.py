@@ -1,13 +1,8 @@
 """Tiny networks of other libraries, made and saved by these themselves."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 NAMES = ("wall", "floor", "lamp", "plant", "door")
 SEMANTIC = ("segformer", "upernet", "dpt", "beit")
@@ -15,7 +10,7 @@ MASKS = ("maskformer", "mask2former", "oneformer", "eomt", "eomt_dinov3")
 SIDE = 64  # of images, in pixels; the only one that some take
 
 
-def _swin() -> Any:
+def _swin():
     from transformers import SwinConfig
 
     return SwinConfig(
@@ -29,7 +24,7 @@ def _swin() -> Any:
     )
 
 
-def config_of(kind: str) -> Any:
+def config_of(kind):
     """A configuration without dropout, of five classes."""
     import transformers as t
 
@@ -135,7 +130,7 @@ def config_of(kind: str) -> Any:
     return t.EomtDinov3Config(**eomt, intermediate_size=32, num_register_tokens=1, **labels)
 
 
-def saved_hf(kind: str, folder: Path, **preprocessing: Any) -> nn.Module:
+def saved_hf(kind, folder, **preprocessing):
     """A network of transformers with random weights, saved by `save_pretrained`."""
     import transformers as t
 
@@ -143,7 +138,7 @@ def saved_hf(kind: str, folder: Path, **preprocessing: Any) -> nn.Module:
         t.AutoModelForUniversalSegmentation if kind in MASKS else t.AutoModelForSemanticSegmentation
     )
     torch.manual_seed(0)
-    model: Any = auto.from_config(config_of(kind))
+    model = auto.from_config(config_of(kind))
     with torch.no_grad():  # as they are initialised, all classes have nearly equal scores
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and any(x in name for x in ("class", "head", "quer", "mask")):
@@ -156,7 +151,7 @@ def saved_hf(kind: str, folder: Path, **preprocessing: Any) -> nn.Module:
     return model.eval()
 
 
-def tokenizer(folder: Path) -> None:
+def tokenizer(folder):
     """Files of a tokenizer as OneFormer has it, which knows the letters only."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -165,12 +160,12 @@ def tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
 
 
-def saved_smp(arch: str, folder: Path, **options: Any) -> nn.Module:
+def saved_smp(arch, folder, **options):
     """A network of segmentation_models.pytorch with random weights, saved by itself."""
     import segmentation_models_pytorch as smp
 
     torch.manual_seed(0)
     options = {"encoder_name": "tu-test_resnet", "encoder_weights": None, "classes": 5} | options
-    model: Any = smp.create_model(arch, **options)
+    model = smp.create_model(arch, **options)
     model.save_pretrained(str(folder))
     return model.eval()

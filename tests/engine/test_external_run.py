@@ -1,13 +1,10 @@
 """Models of other libraries in training, evaluation and prediction."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +31,7 @@ pytest.importorskip("segmentation_models_pytorch")
 SIZES = {"DATASET__imgSizes": [64], "DATASET__padding_constant": 32, "DATASET__num_class": 5}
 
 
-def save(kind: str, folder: Path, **preprocessing: Any) -> str:
+def save(kind, folder, **preprocessing):
     """Save a model, and name it as `MODEL.arch`."""
     if kind == "unet":
         saved_smp("unet", folder, encoder_depth=3, decoder_channels=(16, 16, 8))
@@ -45,8 +42,8 @@ def save(kind: str, folder: Path, **preprocessing: Any) -> str:
 
 @pytest.mark.parametrize("kind", ["segformer", "unet", "mask2former"])
 def test_it_learns_and_resumes_exactly_and_needs_its_source_no_more(
-    kind: str, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    kind, settings, tmp_path, monkeypatch
+):
     common = {
         "MODEL__arch": save(kind, tmp_path / "source"),
         "MODEL__weights_encoder": "",
@@ -81,7 +78,7 @@ def test_it_learns_and_resumes_exactly_and_needs_its_source_no_more(
     assert (half == ours).mean() > 0.95 and np.array_equal(theirs, ours)
 
 
-def test_a_source_is_evaluated_and_predicts_as_it_is(settings: Any, tmp_path: Path) -> None:
+def test_a_source_is_evaluated_and_predicts_as_it_is(settings, tmp_path):
     arch = save("segformer", tmp_path / "source")
     cfg = settings(
         MODEL__arch=arch, **SIZES, VAL__checkpoint="pretrained", TEST__checkpoint="pretrained"
@@ -101,11 +98,11 @@ def test_a_source_is_evaluated_and_predicts_as_it_is(settings: Any, tmp_path: Pa
         evaluate(cfg, [CPU], progress=False)
 
 
-def test_a_folder_of_transformers_predicts_as_its_own_pipeline(tmp_path: Path) -> None:
+def test_a_folder_of_transformers_predicts_as_its_own_pipeline(tmp_path):
     from transformers import SegformerImageProcessor
 
     own = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
-    model: Any = saved_hf(
+    model = saved_hf(
         "segformer", tmp_path, **own, size={"height": 64, "width": 64}, do_normalize=True
     )
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
@@ -121,7 +118,7 @@ def test_a_folder_of_transformers_predicts_as_its_own_pipeline(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["eomt", "beit", "dpt"])
-def test_one_size_means_windows(kind: str, tmp_path: Path) -> None:
+def test_one_size_means_windows(kind, tmp_path):
     saved_hf(kind, tmp_path)
     segmenter = Segmenter.from_pretrained(f"hf:{tmp_path}", device="cpu", imgSizes=64)
     assert segmenter.predictor.tiled.window is not None
@@ -138,9 +135,7 @@ def test_one_size_means_windows(kind: str, tmp_path: Path) -> None:
     assert torch.allclose(logits[..., 48 // stride : 64 // stride], mean, atol=1e-5)
 
 
-def test_a_published_name_is_downloaded_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_published_name_is_downloaded_once(tmp_path, monkeypatch):
     name = "ade20k-mobilenetv2dilated-c1_deepsup"
     model = MODELS[name]
     arch = ModelOptions(
@@ -164,20 +159,18 @@ def test_a_published_name_is_downloaded_once(
         load_pretrained("ade20k-mobilenetv2dilated-c1_deepsap")
 
 
-def test_what_has_no_trained_head_is_refused(tmp_path: Path) -> None:
+def test_what_has_no_trained_head_is_refused(tmp_path):
     with pytest.raises(ValueError, match="an architecture without trained weights"):
         load_pretrained("smp:unet:tu-test_resnet")
     from transformers import SegformerForImageClassification
 
     model = saved_hf("segformer", tmp_path)
     SegformerForImageClassification(model.config).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="has no weights for the decoder: it is to be trained first"
-    ):
+    with pytest.raises(ValueError, match="has no weights for the decoder: train it first"):
         load_pretrained(f"hf:{tmp_path}")
 
 
-def test_the_listing_names_every_model() -> None:
+def test_the_listing_names_every_model():
     text = listing()
     assert all(name in text for name in MODELS) and all(f"hf:{x.name}" in text for x in HUB)
     assert all(x.source.startswith(("arXiv:", "https://")) for x in HUB)
@@ -193,7 +186,7 @@ def test_the_listed_size_of_a_published_model_is_its_own(name: str) -> None:
     assert count / 1e6 == pytest.approx(model.millions, abs=0.05)
 
 
-def test_classes_of_a_checkpoint_folder_are_kept(settings: Any, tmp_path: Path) -> None:
+def test_classes_of_a_checkpoint_folder_are_kept(settings, tmp_path):
     cfg = settings(MODEL__arch=save("unet", tmp_path / "source"), **SIZES)
     options = Options.read(cfg)
     folder = CheckpointFolder(options.DIR)
@@ -203,7 +196,7 @@ def test_classes_of_a_checkpoint_folder_are_kept(settings: Any, tmp_path: Path) 
     assert load_pretrained(options.DIR).classes.names == NAMES
 
 
-def test_libraries_are_imported_when_they_are_used() -> None:
+def test_libraries_are_imported_when_they_are_used():
     code = (
         "import sys, mit_semseg.segmenter, mit_semseg.models.external.hf, "
         "mit_semseg.models.external.smp\n"

@@ -48,7 +48,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_are_torchs(name: str) -> None:
+def test_schedules_are_torchs(name):
     settings, make = SCHEDULES[name]
     options = TrainOptions(num_epoch=EPOCHS, **settings)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -60,7 +60,7 @@ def test_schedules_are_torchs(name: str) -> None:
         scheduler.step()
 
 
-def test_layer_decay_counts_blocks_from_the_deepest() -> None:
+def test_layer_decay_counts_blocks_from_the_deepest():
     encoder = ENCODERS.get("resnet18")()
     scales = layer_scales(encoder, 0.5)
     found = {name: scales[p] for name, p in encoder.named_parameters()}
@@ -73,7 +73,7 @@ def test_layer_decay_counts_blocks_from_the_deepest() -> None:
             assert names and {found[name] for name in names} == {factor}
 
 
-def test_layer_decay_of_a_transformer_is_timms() -> None:
+def test_layer_decay_of_a_transformer_is_timms():
     timm = pytest.importorskip("timm", reason="timm is not installed")
     optim = pytest.importorskip("timm.optim")
     net = timm.create_model("test_vit", num_classes=0)
@@ -87,7 +87,7 @@ def test_layer_decay_of_a_transformer_is_timms() -> None:
     assert all(given[p] == pytest.approx(expected[p]) for p in given)
 
 
-def test_learning_rates_of_layers_follow_the_schedule(settings) -> None:
+def test_learning_rates_of_layers_follow_the_schedule(settings):
     encoder = {"MODEL__arch_encoder": "resnet18", "MODEL__fc_dim": 512}
     rates = {"TRAIN__lr_encoder": 0.4, "TRAIN__lr_decoder": 0.3}
     cfg = settings(TRAIN__layer_decay=0.5, **encoder, **rates)
@@ -106,7 +106,7 @@ def test_learning_rates_of_layers_follow_the_schedule(settings) -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_frozen_parts_stay_as_they_were(settings, devices) -> None:
+def test_frozen_parts_stay_as_they_were(settings, devices):
     cfg = settings(TRAIN__freeze=("encoder",), TRAIN__ema=0.5, TRAIN__eval_epochs=1)
     before = build(cfg, [CPU]).step.module
     state = {k: v.clone() for k, v in before.state_dict().items()}
@@ -123,12 +123,12 @@ def test_frozen_parts_stay_as_they_were(settings, devices) -> None:
         (("encoder", "decoder"), r"TRAIN.freeze \['encoder', 'decoder'\] freezes all parameters"),
     ],
 )
-def test_what_cannot_be_frozen_is_refused(settings, names, message) -> None:
+def test_what_cannot_be_frozen_is_refused(settings, names, message):
     with pytest.raises(ValueError, match=message):
         build(settings(TRAIN__freeze=names), [CPU])
 
 
-def test_training_stops_early(settings, caplog) -> None:
+def test_training_stops_early(settings, caplog):
     """At a learning rate of 0 no validation is better than the first."""
     changes = {"TRAIN__num_epoch": 9, "TRAIN__epoch_iters": 1, "TRAIN__eval_epochs": 1}
     rates = {"TRAIN__lr_encoder": 0, "TRAIN__lr_decoder": 0, "TRAIN__fix_bn": True}
@@ -153,6 +153,6 @@ def test_training_stops_early(settings, caplog) -> None:
         ({"patience": 2, "eval_epochs": 0}, "set TRAIN.eval_epochs 1 or TRAIN.patience 0"),
     ],
 )
-def test_settings_that_contradict_each_other(settings, message) -> None:
+def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainOptions(**settings)

@@ -1,17 +1,14 @@
 """The loss of matched masks, against transformers' and by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
 from mit_semseg.losses.mask_classification import MaskClassificationLoss, classes_there
 
 CLASSES, QUERIES = 5, 9
 
 
-def batch(seed: int = 0) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def batch(seed=0):
     """Predictions of two layers; labels with ignored pixels, of which the last has one class."""
     torch.manual_seed(seed)
     layers = [(torch.randn(3, QUERIES, CLASSES + 1), torch.randn(3, QUERIES, 6, 7)) for _ in "ab"]
@@ -20,7 +17,7 @@ def batch(seed: int = 0) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     return layers, label
 
 
-def test_equals_transformers() -> None:
+def test_equals_transformers():
     eomt = pytest.importorskip("transformers.models.eomt", reason="transformers is not installed")
     modeling = pytest.importorskip("transformers.models.eomt.modeling_eomt")
     config = eomt.EomtConfig(num_labels=CLASSES, train_num_points=500, hidden_size=12)
@@ -42,7 +39,7 @@ def test_equals_transformers() -> None:
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_means_over_parts_weighted_by_counts_are_that_over_the_whole() -> None:
+def test_means_over_parts_weighted_by_counts_are_that_over_the_whole():
     layers, label = batch()
     loss = MaskClassificationLoss()
     # Classes only: masks are compared at random points.
@@ -60,7 +57,7 @@ def test_means_over_parts_weighted_by_counts_are_that_over_the_whole() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_right_masks_cost_little(dtype: torch.dtype) -> None:
+def test_right_masks_cost_little(dtype):
     label = torch.arange(3)[:, None, None].expand(3, 8, 10)
     classes = torch.full((3, QUERIES, CLASSES + 1), -50.0, dtype=dtype)
     classes[..., -1] = 50
@@ -75,7 +72,7 @@ def test_right_masks_cost_little(dtype: torch.dtype) -> None:
     assert wrong[0] > 50 and wrong[1] > 0.9 * given[1]
 
 
-def test_gradients_and_images_without_labels() -> None:
+def test_gradients_and_images_without_labels():
     layers, label = batch()
     layers = [(c.requires_grad_(), s.requires_grad_()) for c, s in layers]
     MaskClassificationLoss()(layers, label).sum().backward()

@@ -1,6 +1,4 @@
-"""Encoders of timm, beside timm itself."""
-
-from __future__ import annotations
+"""Encoders of timm: equality with timm's networks."""
 
 import contextlib
 import copy
@@ -10,22 +8,21 @@ import re
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from pairs import CLASSES, Pair, randomise, without_gradient
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg.config import load_options
 from mit_semseg.download import DownloadError
 from mit_semseg.lib.nn import UserScatteredDataParallel
-from mit_semseg.models import DECODERS, ModelBuilder, SegmentationModule, check_pair, inference
+from mit_semseg.models import ModelBuilder, SegmentationModule, check_pair, inference
 from mit_semseg.models.activation_checkpointing import checkpoint_activations
 from mit_semseg.models.builder import check_options
 from mit_semseg.models.depthwise import DepthwiseConv2d
-from mit_semseg.models.encoders.timm_backbone import TimmEncoder, TimmVariant, load_timm
+from mit_semseg.models.encoders.timm_backbone import TimmVariant, load_timm
 from mit_semseg.models.encoders.timm_backbone import features as timm_features
 from mit_semseg.models.encoders.vit_pyramid import SimplePyramid
 
@@ -35,9 +32,9 @@ REAL = (
     / "../weights/tf_efficientnet_lite2_imagenet.pth"
 )
 
-# Name, arguments of timm's own network of features, whether it has channels last, and the multiple
-# of the sides of images.
-FAMILIES: dict[str, tuple[dict[str, Any], bool, int]] = {
+# Name: arguments of timm's feature network, whether its maps are channels last, and the multiple of
+# the sides of images.
+FAMILIES = {
     "resnet10t": ({"out_indices": (1, 2, 3, 4)}, False, 32),
     "tf_efficientnet_lite0": ({"out_indices": (1, 2, 3, 4)}, False, 32),
     "mobilenetv3_small_050": ({"out_indices": (1, 2, 3, 4)}, False, 32),
@@ -61,15 +58,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool, int]] = {
 
 
 @lru_cache(maxsize=1)
-def made(name: str) -> TimmEncoder:
-    """An encoder whose normalisation has seen something, in evaluation."""
+def made(name):
+    """An encoder in evaluation mode with random BatchNorm statistics."""
     torch.manual_seed(0)
     encoder = ModelBuilder.build_encoder(f"timm:{name}", weights="none")
     randomise(encoder, statistics=True)
     return encoder.eval()
 
 
-def module_of(encoder: nn.Module) -> SegmentationModule:
+def module_of(encoder):
     decoder = ModelBuilder.build_decoder(
         "c1", num_class=CLASSES, channels=encoder.channels, strides=encoder.strides
     )
@@ -79,7 +76,7 @@ def module_of(encoder: nn.Module) -> SegmentationModule:
 @pytest.mark.parametrize("name", FAMILIES, scope="class")
 class TestFamily:
     @torch.no_grad()
-    def test_maps_are_those_of_timm(self, name: str) -> None:
+    def test_maps_are_those_of_timm(self, name):
         options, channels_last, multiple = FAMILIES[name]
         encoder = made(name)
         theirs = timm.create_model(name, pretrained=False, features_only=True, **options).eval()
@@ -88,7 +85,7 @@ class TestFamily:
         assert encoder.strides == tuple(theirs.feature_info.reduction())
         H, W = 2 * multiple, 3 * multiple
         image = torch.randn(1, 3, H, W - 1)
-        # Padding stands at the right, and is cut off.
+        # Padding is added at the right, and cut off the maps.
         expected = theirs(F.pad(image, (0, 1)))
         if channels_last:
             expected = [x.permute(0, 3, 1, 2) for x in expected]
@@ -100,24 +97,21 @@ class TestFamily:
             its = its[..., : ours.shape[-2], : ours.shape[-1]]
             torch.testing.assert_close(ours, its, rtol=1e-5, atol=1e-5 * float(its.abs().max()))
 
-    def test_every_parameter_learns_also_when_blocks_are_computed_again(self, name: str) -> None:
-        again = copy.deepcopy(made(name))
-        plain = copy.deepcopy(again)
-        assert len(checkpoint_activations(again)) >= 4
+    def test_every_parameter_gets_the_same_gradient_with_checkpointing(self, name):
+        plain, checkpointed = copy.deepcopy(made(name)), copy.deepcopy(made(name))
+        assert len(checkpoint_activations(checkpointed)) >= 4
         image = torch.randn(2, 3, 32, 64)
-        for encoder in (plain, again):
+        for encoder in (plain, checkpointed):
             maps = encoder(image, return_feature_maps=True)
             values = [(x * torch.linspace(-1, 1, x.shape[1])[:, None, None]).mean() for x in maps]
             sum(values).backward()
         assert without_gradient(plain) == []
-        for mine, its in zip(plain.parameters(), again.parameters(), strict=True):
+        for mine, its in zip(plain.parameters(), checkpointed.parameters(), strict=True):
             torch.testing.assert_close(its.grad, mine.grad, rtol=1e-4, atol=1e-7)
 
     @torch.no_grad()
-    def test_the_copy_for_prediction_folds_and_casts(
-        self, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        # What the copy proves to itself is proved here: the smallest image is enough for that.
+    def test_the_copy_for_prediction_folds_and_casts(self, name, caplog, monkeypatch):
+        # Results are compared below: the copy's own check may use the smallest image.
         monkeypatch.setattr(inference, "_CHECK_SIZES", ((64, 64),))
         module = module_of(made(name)).eval()
         image = torch.randn(1, 3, 64, 96)
@@ -125,24 +119,14 @@ class TestFamily:
         fast = inference.inference_copy(module, "cpu")
         assert "not folded" not in caplog.text
         norms = [sum(isinstance(x, nn.BatchNorm2d) for x in m.modules()) for m in (module, fast)]
-        assert norms[1] <= norms[0] / 2  # ResNetV2 has some after sums
+        assert norms[0] > norms[1] == (8 if name == "resnetv2_18d" else 0)  # 8 follow sums
         scale = float(expected.std())
         torch.testing.assert_close(fast.logits(image), expected, rtol=0, atol=1e-4 * scale)
         half = inference.inference_copy(fast, "cpu", dtype=torch.bfloat16)
         assert (half.logits(image).float() - expected).abs().mean() < 0.1 * scale
 
 
-def test_batchnorm_with_an_activation_is_folded_and_the_activation_stays() -> None:
-    module = module_of(made("tf_efficientnet_lite0"))
-    kinds = [type(x).__name__ for x in module.encoder.net.modules()]
-    assert kinds.count("BatchNormAct2d") > 30 and "BatchNorm2d" not in kinds
-    fast = inference.inference_copy(module, "cpu")
-    assert not any(isinstance(x, nn.BatchNorm2d) for x in fast.modules())
-    activations = [sum(isinstance(x, nn.ReLU6) for x in m.modules()) for m in (module, fast)]
-    assert activations[0] == activations[1] > 30
-
-
-def test_depthwise_convolutions_take_the_fast_path_and_give_the_same() -> None:
+def test_depthwise_convolutions_take_the_fast_path_and_give_the_same():
     encoder = made("tf_efficientnet_lite0")
     fast = [x for x in encoder.modules() if isinstance(x, DepthwiseConv2d)]
     plain = timm.create_model("tf_efficientnet_lite0", features_only=True)
@@ -164,7 +148,7 @@ def test_depthwise_convolutions_take_the_fast_path_and_give_the_same() -> None:
             torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
 
 
-def test_replicas_normalise_as_one() -> None:
+def test_replicas_normalise_as_one():
     """Loss, running statistics and gradients are those of the union of the batches."""
     torch.manual_seed(0)
     whole = Pair("timm:resnet10t", "c1").build().double().train()
@@ -190,17 +174,13 @@ def test_replicas_normalise_as_one() -> None:
 @pytest.mark.parametrize(
     ("name", "output_stride", "strides"),
     [
-        ("resnet50", 8, (4, 8, 8, 8)),
-        ("resnet50", 16, (4, 8, 16, 16)),
-        ("tf_efficientnet_lite2", 16, (4, 8, 16, 16)),
-        ("mobilenetv3_large_100", 8, (4, 8, 8, 8)),
-        ("convnext_tiny", 16, (4, 8, 16, 16)),
+        ("resnet10t", 8, (4, 8, 8, 8)),
+        ("tf_efficientnet_lite0", 16, (4, 8, 16, 16)),
+        ("convnext_atto", 16, (4, 8, 16, 16)),
         ("vgg16", 32, (4, 8, 16, 32)),
     ],
 )
-def test_an_output_stride_is_declared_and_emitted(
-    name: str, output_stride: int, strides: tuple[int, ...]
-) -> None:
+def test_an_output_stride_is_declared_and_emitted(name, output_stride, strides):
     variant = TimmVariant(name, output_stride)
     assert variant.strides == strides
     with torch.device("meta"):
@@ -226,19 +206,19 @@ def test_an_output_stride_is_declared_and_emitted(
         ("resnet10t", {"vit_pyramid": True}, r"strides \[2, 4, 8, 16, 32\]: leave it out"),
     ],
 )
-def test_what_cannot_be_is_refused(name: str, options: dict[str, Any], reason: str) -> None:
+def test_invalid_settings_are_refused(name, options, reason):
     with pytest.raises(ValueError, match=reason) as error:
         check_pair(f"timm:{name}", "c1", **options)
     assert "\n" not in str(error.value)
 
 
-def test_an_encoder_of_our_own_has_its_stride_in_its_name() -> None:
+def test_an_encoder_of_our_own_has_its_stride_in_its_name():
     check_pair("resnet50dilated", "c1", output_stride=8)
     with pytest.raises(ValueError, match="are for timm encoders.*resnet50"):
         check_pair("resnet50", "c1", output_stride=8)
 
 
-def test_pairs_are_checked_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_are_checked_without_weights(monkeypatch):
     monkeypatch.setattr(TimmVariant, "__call__", lambda self: pytest.fail("it was built"))
     check_pair("timm:tf_efficientnet_lite2", "deeplabv3plus", 352)
     with pytest.raises(ValueError, match=r"set MODEL\.fc_dim 352"):
@@ -249,17 +229,17 @@ def test_pairs_are_checked_without_weights(monkeypatch: pytest.MonkeyPatch) -> N
         check_pair("timm:vit_tiny_patch16_224", "upernet", out_indices=(11,))
 
 
-def options_of(*pairs: object) -> Any:
+def options_of(*pairs):
     return load_options(None, ["MODEL.arch_decoder", "c1", *map(str, pairs)])
 
 
-def test_fc_dim_may_be_left_out() -> None:
+def test_fc_dim_may_be_left_out():
     check_options(options_of("MODEL.arch_encoder", "timm:resnet10t"))
     with pytest.raises(ValueError, match=r"set MODEL\.fc_dim 512"):
         check_options(options_of("MODEL.arch_encoder", "timm:resnet10t", "MODEL.fc_dim", 256))
 
 
-def test_mean_and_std_are_those_of_the_weights() -> None:
+def test_mean_and_std_are_those_of_the_weights():
     vit = ("MODEL.arch_encoder", "timm:vit_tiny_patch16_224")
     other = ("DATASET.mean", "[0.4, 0.4, 0.4]")
     found = options_of(*vit).DATASET
@@ -271,7 +251,7 @@ def test_mean_and_std_are_those_of_the_weights() -> None:
     assert explicit.DATASET.mean == (0.4, 0.4, 0.4)
 
 
-def test_without_timm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_timm_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"timm:resnet10t needs timm: pip install 'mit_sem.*timm"):
         load_timm("resnet10t")
@@ -298,7 +278,7 @@ def test_stages_are_chosen_and_later_ones_left_out() -> None:
 
 # ------------------------------------------------------------------------------ plain ViTs
 @torch.no_grad()
-def test_blocks_of_a_vision_transformer_are_chosen() -> None:
+def test_blocks_of_a_vision_transformer_are_chosen():
     torch.manual_seed(0)
     encoder = TimmVariant("vit_tiny_patch16_224", out_indices=(3, 7))().eval()
     whole = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
@@ -314,7 +294,7 @@ def test_blocks_of_a_vision_transformer_are_chosen() -> None:
     ("name", "strides"),
     [("vit_tiny_patch16_224", (4, 8, 16, 32)), ("eva02_tiny_patch14_224", (7, 14, 28))],
 )
-def test_a_pyramid_has_several_strides(name: str, strides: tuple[int, ...]) -> None:
+def test_a_pyramid_has_several_strides(name, strides):
     variant = TimmVariant(name, vit_pyramid=True)
     assert (variant.strides, variant.channels) == (strides, (256,) * len(strides))
     encoder = variant().eval()
@@ -326,7 +306,7 @@ def test_a_pyramid_has_several_strides(name: str, strides: tuple[int, ...]) -> N
     assert without_gradient(encoder) == []
 
 
-def test_the_pyramid_is_the_papers() -> None:
+def test_the_pyramid_is_the_papers():
     """Parameters counted by hand, of ViT-B: arXiv:2203.16527, sec. 3 and appendix A.2."""
     n, half, quarter, width = 768, 384, 192, 256
     norm = 2 * width
@@ -341,9 +321,7 @@ def test_the_pyramid_is_the_papers() -> None:
 
 
 # ------------------------------------------------------------------------------ weights
-def test_a_classifier_saved_by_timm_starts_an_encoder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_classifier_saved_by_timm_starts_an_encoder(tmp_path, capsys, caplog):
     from safetensors.torch import save_file
 
     caplog.set_level("INFO")
@@ -372,7 +350,7 @@ def test_a_classifier_saved_by_timm_starts_an_encoder(
 
 @torch.no_grad()
 @pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is not there")
-def test_a_real_file_loads_and_is_the_same_network() -> None:
+def test_a_real_file_loads_and_is_the_same_network():
     encoder = ModelBuilder.build_encoder("timm:tf_efficientnet_lite2", weights=str(REAL)).eval()
     whole = timm.create_model("tf_efficientnet_lite2").eval()
     whole.load_state_dict(torch.load(REAL, weights_only=True), strict=False)
@@ -382,7 +360,7 @@ def test_a_real_file_loads_and_is_the_same_network() -> None:
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(tmp_path):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "other.pth")
     (tmp_path / "bad.safetensors").write_bytes(b"\x10" * 64)
     for weights, reason in (
@@ -395,9 +373,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_without_a_network_the_error_says_what_to_set(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_network_the_error_says_what_to_set(monkeypatch, tmp_path):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -409,24 +385,12 @@ def test_without_a_network_the_error_says_what_to_set(
         ModelBuilder.build_encoder("timm:resnet10t")
 
 
-def test_maps_of_every_decoder_that_takes_so_many(name: str = "timm:resnet10t") -> None:
-    with torch.device("meta"):
-        encoder = ModelBuilder.build_encoder(name, weights="none")
-        maps: list[Tensor] = encoder(torch.zeros(1, 3, 64, 96), return_feature_maps=True)
-        for decoder in DECODERS.first_names():
-            kind = DECODERS.get(decoder)
-            if not kind.supported_encoders:
-                check_pair(name, decoder)
-                head = kind(encoder.channels, num_class=2, strides=encoder.strides).eval()
-                assert head.logits(list(maps))[0].shape[1] == 2
-
-
 # ------------------------------------------------------------------------------ the page
 ROW = re.compile(r"^\| `timm:(\S+)` \| ([\d.]+) \| ([\d, ]+) \| (\S.*?) \| (\S+) \|", re.MULTILINE)
 ROWS = ROW.findall((Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8"))
 
 
-def test_the_page_states_the_licences_of_timm() -> None:
+def test_the_page_states_the_licences_of_timm():
     assert len(ROWS) > 10
     for name, *_, licence in ROWS:
         assert timm.models.get_pretrained_cfg(name, allow_unregistered=False).license == licence
@@ -434,7 +398,7 @@ def test_the_page_states_the_licences_of_timm() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_the_page_states_sizes_and_strides(row: tuple[str, ...]) -> None:
+def test_the_page_states_sizes_and_strides(row):
     name, millions, strides, others, _ = row
     variant = TimmVariant(name)
     assert ", ".join(map(str, variant.strides)) == strides
