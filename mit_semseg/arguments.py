@@ -21,6 +21,8 @@ SOURCES = (
     *("sunrgbd", "voc2012", "vocaug"),
 )
 FORMATS = ("folder", "odgt", *SOURCES)
+# Formats of `data import`; checked by a test.
+ANNOTATIONS = ("supervisely", "label-studio", "coco", "labelme", "yolo", "masks")
 
 
 def is_key(word: str) -> bool:
@@ -171,6 +173,29 @@ def _add_data(actions: Subparsers) -> None:
     _add_label_map(check)
     _option(check, "--classes CSV", "", "DATASET.classes")
     _option(check, "--json FILE", "", "also write the report as JSON")
+
+    take = _command(actions, "import", "convert annotations of other tools to masks and lists")
+    take.add_argument("dir", metavar="DIR", help="folder of the annotations")
+    _option(take, "--out DIR", None, "folder of masks, lists, recipe and page", required=True)
+    sources = f"format: auto, {', '.join(ANNOTATIONS)}"
+    _option(take, "--from FORMAT", "auto", sources, dest="source")
+    _option(take, "--images DIR", "", "folder of the images, if they are not in DIR")
+    _option(take, "--classes FILE", "", "class table: names, and colours or values of the masks")
+    _option(take, "--binary NAME", "", "masks are black and white, and white is this class")
+    _option(take, "--unlabelled WHAT", "background", "pixels without annotation: or ignore")
+    take.add_argument(
+        "--ignore", nargs="+", default=[], metavar="CLASS", help="names of classes to ignore"
+    )
+    _option(take, "--split SHARE", 0.9, "share for training, if there are no splits")
+    _option(take, "--seed N", 304, "seed of the random split")
+    take.add_argument("--overwrite", action="store_true", help="replace an earlier import")
+
+    look = _command(actions, "view", "write a page of a data set, odd samples first")
+    look.add_argument(
+        "place", metavar="DIR|RECIPE", help="a recipe, an imported folder, or annotations"
+    )
+    _option(look, "--out FILE", "data.html", "the page")
+    _option(look, "--images N", 60, "samples with pictures")
 
     get = _command(actions, "download", "download a public data set")
     get.add_argument("name", metavar="NAME", help=", ".join(SOURCES))

@@ -265,7 +265,7 @@ def _objects(
     if not images or not content["annotations"]:
         what = "annotations" if images else "images"
         raise ValueError(f"{path}: its list of {what} is empty; it cannot be used for training")
-    if all(map(_is_scaled, content["annotations"])):
+    if all(map(is_scaled, content["annotations"])):
         raise ValueError(
             f"{path}: all its polygons lie within one pixel, as if relative to the image size; "
             "give their corners in pixels"
@@ -297,7 +297,7 @@ def _objects(
     return objects
 
 
-def _is_scaled(annotation: dict[str, Any]) -> bool:
+def is_scaled(annotation: dict[str, Any]) -> bool:
     """Whether an annotation has polygons whose corners are all in [0, 1]."""
     polygons = annotation.get("segmentation")
     if not isinstance(polygons, list) or not polygons:

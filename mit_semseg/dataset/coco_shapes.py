@@ -38,7 +38,7 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, list):
         mask = np.zeros((height, width), dtype=bool)
         for polygon in segmentation:
-            mask |= _polygon(_corners(polygon), height, width)
+            mask |= fill_polygon(corners_of(polygon), height, width)
         return mask
     if not isinstance(segmentation, dict) or not {"counts", "size"} <= set(segmentation):
         raise ValueError(f"a segmentation is polygons or run lengths, not {segmentation!r:.60}")
@@ -81,7 +81,7 @@ def _numbers(text: str | bytes) -> list[int]:
     return runs
 
 
-def _corners(polygon: Any) -> np.ndarray:
+def corners_of(polygon: Any) -> np.ndarray:
     """(n, 2) float64, x and y of each corner."""
     if not isinstance(polygon, list):
         raise ValueError(f"a polygon is a list [x0, y0, x1, y1, ...], not {polygon!r:.60}")
@@ -93,8 +93,8 @@ def _corners(polygon: Any) -> np.ndarray:
     return np.array(polygon, dtype=np.float64).reshape(-1, 2)
 
 
-def _polygon(corners: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(height, width) bool of one filled polygon.
+def fill_polygon(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(height, width) bool of one filled polygon, from the x and y of its corners, (n, 2) float64.
 
     A run starts or ends where the outline, on the finer grid, crosses the middle of a column of
     pixels.
