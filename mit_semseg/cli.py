@@ -255,10 +255,13 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def run_data(args: argparse.Namespace) -> int:
-    """Download data, create or check lists; returns 1 if there are problems."""
+    """Download, import, list, check or show data; returns 1 if there are problems."""
     if args.action == "check" and args.cfg:
         args.options = _read(args.cfg)
-    from mit_semseg.dataset.commands import run
+    if args.action in ("import", "view"):
+        from mit_semseg.tools.data import run
+    else:
+        from mit_semseg.dataset.commands import run
 
     return run(args)
 

@@ -66,7 +66,7 @@ def write_page(
     if sum("loss" in record for record in history) > 1:
         charts.append(("Training", *_svg(curves(history, title=""))))
     rows = [
-        (sample.name, sample.accuracy, [_embedded(view) for view in sample.views(colors)])
+        (sample.name, sample.accuracy, [embedded(view) for view in sample.views(colors)])
         for sample in samples
     ]
     classes = zip(names, np.asarray(colors).tolist())
@@ -101,7 +101,7 @@ def render_page(path: PathLike, template: str, **values: Any) -> Path:
     return path
 
 
-def _embedded(image: RGB) -> str:
+def embedded(image: RGB) -> str:
     """A data URI: a palette PNG for up to 256 colours, otherwise a JPEG."""
     found, index = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
     buffer = io.BytesIO()
@@ -112,6 +112,28 @@ def _embedded(image: RGB) -> str:
         return _data_uri("image/png", buffer)
     Image.fromarray(image).save(buffer, "JPEG", quality=88, optimize=True)
     return _data_uri("image/jpeg", buffer)
+
+
+def embedded_labels(labels: np.ndarray, colors: np.ndarray, hidden: Sequence[int] = ()) -> str:
+    """A data URI of a label map, transparent where it is ignored.
+
+    Args:
+        labels: (H, W) class ids, negative for ignored pixels.
+        colors: (K, 3) uint8 RGB.
+        hidden: classes that are transparent, too.
+    """
+    table, hide = np.asarray(colors, dtype=np.uint8), [*hidden]
+    buffer = io.BytesIO()
+    if len(table) < 256:
+        image = Image.fromarray(np.where(labels < 0, len(table), labels).astype(np.uint8), "P")
+        image.putpalette(np.concatenate([table, np.zeros((1, 3), np.uint8)]).tobytes())
+        alpha = bytes(0 if k in hide or k == len(table) else 255 for k in range(len(table) + 1))
+        image.save(buffer, "PNG", optimize=True, transparency=alpha)
+    else:
+        shown = (labels >= 0) & ~np.isin(labels, hide)
+        pixels = np.dstack([table[np.maximum(labels, 0)], 255 * shown.astype(np.uint8)])
+        Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return _data_uri("image/png", buffer)
 
 
 def _svg(figure: Figure) -> tuple[str, int]:
