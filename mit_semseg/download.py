@@ -27,7 +27,7 @@ logger = logging.getLogger("mit_semseg")
 
 OFFLINE = "MIT_SEMSEG_OFFLINE"
 _CHUNK = 1 << 18
-_LEAST = 1 << 10  # bytes within the time limit, below which a connection is stalled
+_MIN_BYTES = 1 << 10  # bytes within the time limit, below which a connection is stalled
 _PAUSE = 0.2  # seconds before the second attempt; doubled for each further attempt
 _HTML = {".html", ".htm", ""}
 
@@ -323,7 +323,7 @@ class _Download:
                 bar.update(len(chunk))
                 came += len(chunk)
                 now = time.monotonic()
-                if came >= _LEAST:
+                if came >= _MIN_BYTES:
                     since, came = now, 0
                 elif now - since > self.timeout:
                     raise _Refused(f"only {came} bytes in {self.timeout:g} s", again=True)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mit_semseg
 from mit_semseg import arguments as shown
@@ -122,6 +123,19 @@ def test_precision_option_beats_the_configuration(words, section, calls, tmp_pat
     assert [cfg[section].precision for cfg in found] == ["bf16", "fp32"]
     others = {"TRAIN", "VAL", "TEST"} - {section}
     assert all(found[0][x].precision == found[1][x].precision for x in others)
+
+
+@pytest.mark.parametrize(
+    "words", ["train --gpus cpu", "eval --gpus cpu", "predict --imgs a.jpg --gpu cpu", "config"]
+)
+def test_a_configuration_file_is_parsed_once(words, calls, tmp_path, monkeypatch):
+    parsed = []
+    load = yaml.load
+    monkeypatch.setattr(
+        yaml, "load", lambda text, loader: parsed.append(text) or load(text, loader)
+    )
+    assert main([*words.split(), *DEMO, "DIR", str(tmp_path)]) == 0
+    assert len(parsed) == 1
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])

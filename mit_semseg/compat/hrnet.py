@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mit_semseg.compat.resnet import BasicBlock, BatchNorm2d, Bottleneck, conv3x3, load_url
-from mit_semseg.compat.urls import started
+from mit_semseg.compat.urls import initialized
 from mit_semseg.models.encoders import hrnet, resnet
 from mit_semseg.weights import imagenet_weights
 
@@ -105,4 +105,4 @@ class HRNetV2(hrnet.HRNetV2):
 
 def hrnetv2(pretrained: bool = False, **kwargs: Any) -> HRNetV2:
     """HRNetV2-W48; `pretrained` loads the published ImageNet weights, downloaded once."""
-    return started(HRNetV2(n_class=1000, **kwargs), "hrnetv2", pretrained)
+    return initialized(HRNetV2(n_class=1000, **kwargs), "hrnetv2", pretrained)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mit_semseg.compat.resnet import BatchNorm2d, load_url
-from mit_semseg.compat.urls import started
+from mit_semseg.compat.urls import initialized
 from mit_semseg.models.encoders import mobilenet
 from mit_semseg.models.encoders.base import init_weights
 from mit_semseg.weights import imagenet_weights
@@ -91,4 +91,4 @@ class MobileNetV2(nn.Module):
 
 def mobilenetv2(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2; `pretrained` loads the published ImageNet weights, downloaded once."""
-    return started(MobileNetV2(n_class=1000, **kwargs), "mobilenetv2", pretrained)
+    return initialized(MobileNetV2(n_class=1000, **kwargs), "mobilenetv2", pretrained)

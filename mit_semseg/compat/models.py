@@ -110,7 +110,7 @@ def _out_channels(stage: nn.Module) -> int:
 
 
 # ------------------------------------------------------------------------------ decoders
-class _OfWidth(Decoder):
+class _FromFcDim(Decoder):
     """A decoder built from `fc_dim`, the channels of the encoder's last feature map.
 
     Each of its feature maps has half the channels of the next.
@@ -127,8 +127,8 @@ class _OfWidth(Decoder):
         return type(self)(num_class=num_class, fc_dim=self.channels[-1])
 
 
-class _OfPools(_OfWidth):
-    """As `_OfWidth`, with `pool_scales`."""
+class _FromFcDimWithPools(_FromFcDim):
+    """As `_FromFcDim`, with `pool_scales`."""
 
     def __init__(
         self,
@@ -150,23 +150,23 @@ class _AuxiliaryInEvaluation(DeepSup):
         return (*heads, self.auxiliary_logits(features))
 
 
-class C1(_OfWidth, c1.C1):
+class C1(_FromFcDim, c1.C1):
     """3x3 convolution to a quarter of the channels, then 1x1 to the classes."""
 
 
-class C1DeepSup(_OfWidth, _AuxiliaryInEvaluation, c1.C1DeepSup):
+class C1DeepSup(_FromFcDim, _AuxiliaryInEvaluation, c1.C1DeepSup):
     """`C1` with an auxiliary head on the map before the last, which has fc_dim // 2 channels."""
 
 
-class PPM(_OfPools, ppm.PPM):
+class PPM(_FromFcDimWithPools, ppm.PPM):
     """Average pools of several sizes, concatenated with the feature map."""
 
 
-class PPMDeepsup(_OfPools, _AuxiliaryInEvaluation, ppm.PPMDeepSup):
+class PPMDeepsup(_FromFcDimWithPools, _AuxiliaryInEvaluation, ppm.PPMDeepSup):
     """`PPM` with an auxiliary head on the map before the last, which has fc_dim // 2 channels."""
 
 
-class UPerNet(_OfWidth, upernet.UPerNet):
+class UPerNet(_FromFcDim, upernet.UPerNet):
     """UPerNet on feature maps of `fpn_inplanes` channels."""
 
     def __init__(

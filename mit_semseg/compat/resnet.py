@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mit_semseg.compat.urls import load_url, started
+from mit_semseg.compat.urls import initialized, load_url
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models.encoders import resnet
 from mit_semseg.models.encoders.base import init_weights
@@ -114,14 +114,14 @@ class ResNet(nn.Module):
 
 def resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet18; `pretrained` loads the published ImageNet weights, downloaded once."""
-    return started(ResNet(BasicBlock, [2, 2, 2, 2], **kwargs), "resnet18", pretrained)
+    return initialized(ResNet(BasicBlock, [2, 2, 2, 2], **kwargs), "resnet18", pretrained)
 
 
 def resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet50; `pretrained` as in `resnet18`."""
-    return started(ResNet(Bottleneck, [3, 4, 6, 3], **kwargs), "resnet50", pretrained)
+    return initialized(ResNet(Bottleneck, [3, 4, 6, 3], **kwargs), "resnet50", pretrained)
 
 
 def resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet101; `pretrained` as in `resnet18`."""
-    return started(ResNet(Bottleneck, [3, 4, 23, 3], **kwargs), "resnet101", pretrained)
+    return initialized(ResNet(Bottleneck, [3, 4, 23, 3], **kwargs), "resnet101", pretrained)

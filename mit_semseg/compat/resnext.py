@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mit_semseg.compat.resnet import BatchNorm2d, ResNet, conv3x3, load_url
-from mit_semseg.compat.urls import started
+from mit_semseg.compat.urls import initialized
 from mit_semseg.models.encoders import resnet
 from mit_semseg.weights import imagenet_weights
 
@@ -66,4 +66,4 @@ class ResNeXt(ResNet):
 
 def resnext101(pretrained: bool = False, **kwargs: Any) -> ResNeXt:
     """ResNeXt101 32x4d; `pretrained` loads the published ImageNet weights, downloaded once."""
-    return started(ResNeXt(GroupBottleneck, [3, 4, 23, 3], **kwargs), "resnext101", pretrained)
+    return initialized(ResNeXt(GroupBottleneck, [3, 4, 23, 3], **kwargs), "resnext101", pretrained)

@@ -31,7 +31,7 @@ def load_url(url: str, model_dir: str = "./pretrained", map_location: Any = None
     return load_checked(path, "cpu" if map_location is None else map_location)
 
 
-def started(model: M, name: str, pretrained: bool) -> M:
+def initialized(model: M, name: str, pretrained: bool) -> M:
     """The model, with the published ImageNet weights of `name` if `pretrained`."""
     if pretrained:
         load_encoder(model, name, "")

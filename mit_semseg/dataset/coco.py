@@ -74,7 +74,7 @@ class Coco(DataFormat):
         return self.records_for(root, split, DataOptions(num_class=81))
 
     def records_for(self, root: Path, split: str, options: DataOptions) -> list[Record]:
-        place = _Place.of(root, split)
+        place = _AnnotationFiles.of(root, split)
         source = place.source
         if place.custom and not (root / place.images[0]).is_dir():
             raise FileNotFoundError(
@@ -108,7 +108,7 @@ class Coco(DataFormat):
     def classes_for(self, root: Path, splits: Sequence[str], options: DataOptions) -> ClassTable:
         found: dict[str, ClassTable] = {}
         for split in splits:
-            place = None if split.endswith(".odgt") else _Place.of(root, split)
+            place = None if split.endswith(".odgt") else _AnnotationFiles.of(root, split)
             if place is None or not place.is_there(root, options.num_class):
                 continue
             categories = _categories(root, place, options.num_class)
@@ -123,7 +123,7 @@ class Coco(DataFormat):
         return next(iter(found.values())) if found else self.classes(options)
 
     def count_for(self, root: Path, split: str) -> int | None:
-        place = None if split.endswith(".odgt") else _Place.of(root, split)
+        place = None if split.endswith(".odgt") else _AnnotationFiles.of(root, split)
         if place is None or not (root / place.source).is_file():
             return self.num_class
         return len(_own(_categories_in(root, place.source)))
@@ -134,7 +134,7 @@ class Coco(DataFormat):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _AnnotationFiles:
     """The files of a list entry, below the root or absolute.
 
     Attributes:
@@ -150,7 +150,7 @@ class _Place:
     custom: bool
 
     @classmethod
-    def of(cls, root: Path, entry: str) -> _Place:
+    def of(cls, root: Path, entry: str) -> _AnnotationFiles:
         """The files of a split, or of `images_dir:FILE.json`."""
         pairs = [pair for pair in two_places(entry) if pair[1].lower().endswith(".json")]
         if not pairs:
@@ -173,7 +173,7 @@ class _Place:
         return self.custom or kept or (root / self.source).is_file()
 
 
-def _categories(root: Path, place: _Place, num_class: int) -> dict[Any, str]:
+def _categories(root: Path, place: _AnnotationFiles, num_class: int) -> dict[Any, str]:
     """Category id -> name, from the annotation file or from the cache of its masks."""
     listing = f"{FOLDER}/coco{num_class}/{place.name}.odgt"
     kept = cached_facts(root, listing, place.source)

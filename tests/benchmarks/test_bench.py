@@ -180,7 +180,7 @@ def test_folder_prediction_is_judged_with_enough_cores(monkeypatch):
     slow = row.measured({"ours": Timing([9.0], result=result)})
     assert row.judge(slow)[1] is False
     target, met = FolderPrediction(rate=90, cores=10**6).judge(slow)
-    assert met is None and "with 1000000 cores, here are" in target
+    assert met is None and "with 1000000 cores, this machine has" in target
 
 
 def test_the_rows_of_a_gpu_differ_and_fit_into_four_minutes():

@@ -122,7 +122,7 @@ class MetricsLog:
         best = best_validation((x["epoch"], x["mean_iou"]) for x in lines if x.get("kind") == "val")
         return best[0] if best else 0
 
-    def forget(self, step: int, epoch: int) -> None:
+    def truncate(self, step: int, epoch: int) -> None:
         """Remove steps after `step`, validations after `epoch`, and an incomplete last line."""
         if not self.writes or not self.file.is_file():
             return

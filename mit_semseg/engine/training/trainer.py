@@ -134,14 +134,14 @@ class Trainer:
         parts, epoch = self.parts, self.progress.epoch
         if resumed_step is None:
             if parts.earlier.resume and not self.progress.step:
-                parts.metrics.forget(0, 0)  # of a run that was killed before its first state
+                parts.metrics.truncate(0, 0)  # of a run that was killed before its first state
             parts.folder.set_aside()
         else:
             newer = parts.metrics.best_epoch() > epoch
             parts.folder.set_aside_after(resumed_step, epoch, newer)
             if newer:
                 parts.folder.make_best(self.history.best[0] if self.history.best else 0)
-            parts.metrics.forget(
+            parts.metrics.truncate(
                 self.progress.step, epoch - 1 if self._is_to_validate(epoch) else epoch
             )
         parts.describe()
