@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mit_semseg.dataset.reading import PathLike
+from mit_semseg.files import PathLike
 
 # Names of files with class tables, in the order in which they are preferred.
 TABLE_FILES = (

@@ -376,6 +376,11 @@ def read_json(root: Path, name: str, title: str) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({one_line(error)})") from error
+    return check_content(content, path, title)
+
+
+def check_content(content: Any, path: Path, title: str) -> dict[str, Any]:
+    """The content of an annotation file whose images are valid; ValueError if they are not."""
     for key in ("images", "annotations"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):

@@ -30,7 +30,7 @@ from mit_semseg.errors import counted, one_line
 from mit_semseg.visualize.legend import percent
 from mit_semseg.visualize.pages import embedded, embedded_labels, render_page
 
-_SIDE = 400  # longest side of pictures on the page, in pixels
+_SIDE = 400  # longest side of thumbnails, in pixels
 _MOSTLY = 0.9  # share of ignored pixels, or of images of one size, from which others are odd
 _RARE = 2  # images with a class that is called rare, in sets of at least _MANY
 _MANY = 20
@@ -53,7 +53,7 @@ class Source:
 
 @dataclass
 class _Seen:
-    """What is known of a sample; `odd` has what is unusual, the gravest first."""
+    """What is known of a sample; `odd` has what is unusual, most severe first."""
 
     source: Source
     size: tuple[int, int] = (0, 0)
@@ -67,7 +67,7 @@ class _Seen:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Sorts odd samples by what is gravest, then by how much is odd."""
+        """Sorts odd samples by severity, then by the number of oddities."""
         return (min(grade for grade, _ in self.odd), -len(self.odd)) if self.odd else (99, 0)
 
 
@@ -77,14 +77,14 @@ def view(place: str, out: str | Path, count: int = 60, progress: bool = True) ->
     Args:
         place: a recipe, a folder with a `recipe.yaml`, or a folder of annotations.
         out: the file to write.
-        count: number of samples with pictures: odd ones first, then others evenly.
+        count: number of samples with thumbnails: odd ones first, then others evenly.
         progress: show a progress bar.
 
     Returns:
         `out`.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such place, or it has no samples.
+        FileNotFoundError, ValueError: it does not exist, or has no samples.
     """
     sources, classes, title = _sources(place)
     seen = list(_look(sources, len(classes), progress))

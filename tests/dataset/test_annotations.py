@@ -457,6 +457,42 @@ def test_several_images_of_one_name_are_told_apart_or_named(tmp_path):
     assert set(masks(imported)) == {"a.png", "c.png"}
 
 
+def test_masks_of_images_in_other_folders_stay_in_the_output(tmp_path):
+    folder, data = tmp_path / "a/set", tmp_path / "data"
+    lines = {"train": "0 0 0 1 0 1 1 0 1", "val": "1 0 0 1 0 1 1 0 1", "test": ""}
+    for part, line in lines.items():
+        photo(data / "images" / part / "0.png")
+        write(data / "labels" / part / "0.txt", line)
+    entries = "".join(f"{part}: images/{part}\n" for part in lines)
+    write(folder / "data.yaml", f"path: ../../data\n{entries}names: [x, y]")
+    imported = convert(folder, tmp_path / "out")
+    assert not imported.problems
+    for kind, number in (("training", 1), ("validation", 2), ("test", 0)):
+        (record,) = imported.records[kind]
+        mask = imported.root / record["fpath_segm"]
+        assert ".." not in mask.parts
+        assert tmp_path / "out/masks" in mask.parents
+        assert (np.array(Image.open(mask)) == number).all()
+
+
+def test_an_image_beside_the_folder_of_labelme_counts_as_annotated(tmp_path):
+    folder = tmp_path / "set"
+    photo(folder / "images/a.png")
+    labelme(folder / "json", "a", GOOD, imagePath="..\\images\\a.png")
+    assert not convert(folder, tmp_path / "out").problems
+    labelme(folder / "json", "b", GOOD, imagePath="../images/a.png")
+    (problem,) = convert(folder, tmp_path / "o").problems
+    assert "is that of" in problem
+
+
+def test_a_damaged_mask_is_left_out_whatever_its_path(tmp_path):
+    pair(tmp_path / "colour", "good", [[0, 1]])
+    pair(tmp_path / "colour", "bad", [[0, 1]])
+    bad = tmp_path / "colour/masks/bad.png"
+    bad.write_bytes(bad.read_bytes()[:-20])
+    only_problem(tmp_path / "colour", tmp_path / "out", "bad.png")
+
+
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_annotations_are_rotated_with_their_image(orientation, tmp_path):
     """Of the stored size: as EXIF says; of the upright size: as they are."""
@@ -481,6 +517,13 @@ def test_annotations_are_rotated_with_their_image(orientation, tmp_path):
     assert f"rotated as stored.jpg by EXIF orientation {orientation}" in remark
     split = build_split(load_options(str(imported.recipe), ()).DATASET, "train")
     assert load_pair(split.records[0], "", split.label_map)[1].shape == upright[::-1]
+
+
+def test_names_of_yolo_that_are_not_numbered_are_refused(tmp_path):
+    photo(tmp_path / "x/images/a.png")
+    write(tmp_path / "x/data.yaml", "train: images\nnames: {0: x, one: y}")
+    with pytest.raises(ValueError, match="a list, or numbers from 0 and names"):
+        convert(tmp_path / "x", tmp_path / "out")
 
 
 def test_folders_that_are_not_annotations_are_refused(tmp_path):

@@ -122,11 +122,11 @@ class Reader(Protocol):
 
     Attributes:
         title: its name in messages.
-        signs: what it is recognised by, for messages.
+        recognised_by: the files that tell it, for messages.
     """
 
     title: str
-    signs: str
+    recognised_by: str
 
     def finds(self, tree: Tree) -> bool:
         """Whether a folder is of this format."""
@@ -149,15 +149,16 @@ class Tree:
         images: folder of the images, if it is another one.
 
     Attributes:
-        files: all files below `root`, sorted; hidden ones left out.
+        files: absolute paths of all files below `root`, sorted; hidden ones left out.
         images: all image files below `images`, or else `root`.
     """
 
     def __init__(self, root: Path, images: Path | None = None) -> None:
-        self.root, self.image_root = root, images or root
-        self.files = _files(root)
+        self.root = Path(os.path.abspath(root))
+        self.image_root = Path(os.path.abspath(images or root))
+        self.files = _files(self.root)
         known = image_extensions()
-        found = self.files if images is None else _files(images)
+        found = self.files if images is None else _files(self.image_root)
         self.images = [file for file in found if file.suffix.lower() in known]
         self._named: dict[str, list[Path]] = {}
         for file in self.images:
@@ -193,7 +194,7 @@ class Tree:
         return self._parsed.pop(file) if file in self._parsed else read_json(file)
 
     def image(self, name: str, near: Path) -> Path:
-        """The image that an annotation names.
+        """The image that an annotation names, without `..` in its path.
 
         Args:
             name: its path, name, or name without extension.
@@ -206,7 +207,7 @@ class Tree:
         name = name.replace("\\", "/")
         for folder in (near, self.image_root):
             if (folder / name).is_file() and not os.path.isabs(name):
-                return folder / name
+                return Path(os.path.normpath(folder / name))
         parts = [part for part in name.split("/") if part not in ("", ".", "..")]
         found = self._named.get(parts[-1] if parts else "", [])
         for count in range(len(parts), 1, -1):  # the longest common end
@@ -233,9 +234,9 @@ def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     found: list[Path] = []
-    for place, folders, names in os.walk(folder):
+    for path, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
+        found += [Path(path, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
 
@@ -258,6 +259,18 @@ def split_of(path: str) -> str:
         if found := _SPLIT.search(part):
             return _SPLIT_OF[found[1].lower()]
     return ""
+
+
+def problem_of(file: Path, error: Exception) -> str:
+    """The message of an error, which names the file once."""
+    text = str(error)
+    return text if text.startswith(str(file)) else f"{file}: {text}"
+
+
+def stated_size(width: Any, height: Any) -> tuple[int, int] | None:
+    """(width, height) that an annotation states; None unless both are positive integers."""
+    valid = all(type(side) is int and side > 0 for side in (width, height))
+    return (width, height) if valid else None
 
 
 # ------------------------------------------------------------------------------ shapes

@@ -18,14 +18,14 @@ from mit_semseg.dataset.annotations.base import (
     draw_shapes,
     split_of,
 )
-from mit_semseg.dataset.coco import category_names, is_key, is_scaled, read_json
+from mit_semseg.dataset.coco import category_names, check_content, is_key, is_scaled
 
 
 class CocoReader:
     """Files with `images`, `annotations` and `categories`; several are several splits."""
 
     title = "COCO"
-    signs = "a .json file with 'images', 'annotations' and 'categories'"
+    recognised_by = "a .json file with 'images', 'annotations' and 'categories'"
 
     def finds(self, tree: Tree) -> bool:
         return any(_is_coco(content) for _, content in tree.json_sample())
@@ -42,17 +42,17 @@ class CocoReader:
         )
         for file in tree.of_type(".json"):
             try:
-                if not _is_coco(tree.content(file)):
+                content = tree.content(file)
+                if not _is_coco(content):
                     found.problems.append(f"{file}: not COCO's objects; left out")
                     continue
             except ValueError as error:
                 found.problems.append(str(error))
                 continue
-            self._add(tree, file, found)
+            self._add(tree, file, check_content(content, file, self.title), found)
         return found
 
-    def _add(self, tree: Tree, file: Path, found: Annotations) -> None:
-        content = read_json(file.parent, file.name, "COCO")
+    def _add(self, tree: Tree, file: Path, content: dict[str, Any], found: Annotations) -> None:
         categories = category_names(content, file)
         if content["annotations"] and all(map(is_scaled, content["annotations"])):
             raise ValueError(
@@ -77,13 +77,13 @@ class CocoReader:
             where = f"{file}: {name}"
             try:
                 shapes = [_shape(one, categories) for one in objects[image["id"]]]
-                picture = tree.image(name, file.parent)
+                path = tree.image(name, file.parent)
             except (ValueError, FileNotFoundError) as error:
                 found.problems.append(f"{where}: {error}")
                 continue
             stated = (image["width"], image["height"])
             draw = partial(draw_shapes, shapes, stated, True, where)
-            found.items.append(Item(picture, where, draw, split or split_of(tree.inside(picture))))
+            found.items.append(Item(path, where, draw, split or split_of(tree.inside(path))))
 
 
 def _is_coco(content: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,16 +21,15 @@ from mit_semseg.dataset.class_files import is_background
 from mit_semseg.dataset.classes import ClassTable, distinct_colors
 from mit_semseg.dataset.images import exif_orientation
 from mit_semseg.dataset.listing import shortened
-from mit_semseg.dataset.reading import PathLike
 from mit_semseg.dataset.records import Record, write_odgt
 from mit_semseg.errors import counted, one_line
-from mit_semseg.files import replacing
+from mit_semseg.files import PathLike, replacing
 
-# What becomes of pixels without annotation.
+# How pixels without annotation are labelled.
 UNLABELLED = ("background", "ignore")
 _MOST_IN_8_BITS = 255
-# Mirrors and turns of EXIF's orientations that exchange width and height.
-_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+# Rotations and reflections of EXIF's orientations that exchange width and height.
+_TRANSPOSING: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     5: np.transpose,
     6: lambda x: np.rot90(x, -1),
     7: lambda x: np.rot90(x, 2).T,
@@ -156,8 +156,8 @@ def convert(
     _, annotations = read(tree, name, choices)
     classes, numbers = numbering(annotations, choices, unlabelled, ignore)
     ignored = 255 if len(classes) <= _MOST_IN_8_BITS else 65535
-    places = [folder, out, *([choices.images] if choices.images else [])]
-    root = Path(os.path.commonpath([os.path.abspath(place) for place in places]))
+    folders = [folder, out, *([choices.images] if choices.images else [])]
+    root = Path(os.path.commonpath([os.path.abspath(path) for path in folders]))
 
     items, problems = _unique(annotations)
     masks = _mask_names(items, tree)
@@ -255,16 +255,18 @@ def _unique(annotations: Annotations) -> tuple[list[Item], list[str]]:
 
 
 def _mask_names(items: Iterable[Item], tree: Tree) -> dict[Path, str]:
-    """Image -> its mask's path below the output folder; images may differ in extension only."""
+    """Image -> its mask's path below the output folder, different for every image."""
     found: dict[Path, str] = {}
     taken: set[str] = set()
     for item in items:
         inside = tree.inside(item.image)
-        name = f"masks/{os.path.splitext(inside)[0]}.png"
-        if name in taken:
-            name = f"masks/{inside}.png"
+        # Images may differ in extension only, or have one name in several folders elsewhere.
+        stem, _ = os.path.splitext(inside)
+        numbered = (f"{inside}-{n}" for n in itertools.count(2))
+        names = itertools.chain((stem, inside), numbered)
+        name = next(name for name in names if name not in taken)
         taken.add(name)
-        found[item.image] = name
+        found[item.image] = f"masks/{name}.png"
     return found
 
 
@@ -322,16 +324,16 @@ def class_ids(item: Item, numbers: Numbers, remarks: list[str]) -> np.ndarray:
             orientation, stored = exif_orientation(image), image.size
     except OSError as error:
         raise ValueError(f"{item.image}: not a readable image ({one_line(error)})") from error
-    size = stored[::-1] if orientation in _TURNS else stored
+    size = stored[::-1] if orientation in _TRANSPOSING else stored
     labels = item.draw(size, numbers, remarks)
     if labels.shape == size[::-1]:
         return labels
-    if labels.shape == stored[::-1] and orientation in _TURNS:
+    if labels.shape == stored[::-1] and orientation in _TRANSPOSING:
         remarks.append(
             f"{item.source}: its annotation is rotated as {item.image.name} by EXIF orientation "
             f"{orientation}"
         )
-        return np.ascontiguousarray(_TURNS[orientation](labels))
+        return np.ascontiguousarray(_TRANSPOSING[orientation](labels))
     raise ValueError(
         f"{item.source}: {labels.shape[1]}x{labels.shape[0]} pixels, but its image {item.image} "
         f"has {size[0]}x{size[1]} (upright by EXIF); export both at one size"

@@ -21,6 +21,7 @@ from mit_semseg.dataset.annotations.base import (
     points_of,
     polygon,
     split_of,
+    stated_size,
 )
 
 # What Label Studio puts before the name of an uploaded file.
@@ -31,7 +32,7 @@ class LabelStudioReader:
     """A list of tasks with `data` and `annotations`; coordinates are percentages."""
 
     title = "Label Studio"
-    signs = "a .json file with a list of tasks with 'data' and 'annotations'"
+    recognised_by = "a .json file with a list of tasks with 'data' and 'annotations'"
 
     def finds(self, tree: Tree) -> bool:
         return any(_is_tasks(content) for _, content in tree.json_sample())
@@ -144,8 +145,7 @@ def _draw(
     shapes = []
     for region in regions:
         sides = region.get("original_width"), region.get("original_height")
-        if all(type(z) is int and z > 0 for z in sides):
-            stated = sides  # type: ignore[assignment]
+        stated = stated_size(*sides) or stated
         if region.get("image_rotation"):
             raise ValueError(
                 f"{where}: annotated on an image rotated by {region['image_rotation']} degrees; "
@@ -173,22 +173,22 @@ def _polygon(name: str, value: Value, size: Size, where: str, remarks: Remarks) 
 
 def _rectangle(name: str, value: Value, size: Size, where: str, remarks: Remarks) -> Shape | None:
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * [value["width"], value["height"]]
-    return polygon(name, _turned(corners, value, size), where, remarks)
+    return polygon(name, _rotated(corners, value, size), where, remarks)
 
 
 def _ellipse(name: str, value: Value, size: Size, where: str, remarks: Remarks) -> Shape | None:
     angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     corners = circle * [value["radiusX"], value["radiusY"]]
-    return polygon(name, _turned(corners, value, size), where, remarks)
+    return polygon(name, _rotated(corners, value, size), where, remarks)
 
 
-def _turned(corners: np.ndarray, value: Value, size: Size) -> np.ndarray:
+def _rotated(corners: np.ndarray, value: Value, size: Size) -> np.ndarray:
     """Corners in per cent, relative to x and y, in pixels, rotated clockwise about that point."""
     angle = np.deg2rad(value.get("rotation") or 0)
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     scale = np.array(size) / 100
-    return (corners * scale) @ turn + np.array([value["x"], value["y"]]) * scale
+    return (corners * scale) @ rotation + np.array([value["x"], value["y"]]) * scale
 
 
 def _brush(name: str, value: Value, size: Size, where: str, remarks: Remarks) -> Shape | None:

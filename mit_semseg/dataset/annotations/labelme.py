@@ -23,19 +23,21 @@ from mit_semseg.dataset.annotations.base import (
     placed,
     points_of,
     polygon,
+    problem_of,
     split_of,
+    stated_size,
 )
 from mit_semseg.dataset.class_files import IGNORED_NAME
 
 # Shapes of labelme without an area.
-_THIN = ("point", "points", "line", "linestrip")
+_WITHOUT_AREA = ("point", "points", "line", "linestrip")
 
 
 class LabelmeReader:
     """Files with `shapes` and `imagePath`: polygons, rectangles, circles and masks."""
 
     title = "labelme"
-    signs = ".json files with 'shapes' and 'imagePath'"
+    recognised_by = ".json files with 'shapes' and 'imagePath'"
 
     def finds(self, tree: Tree) -> bool:
         return any(_is_labelme(content) for _, content in tree.json_sample())
@@ -64,14 +66,12 @@ class LabelmeReader:
                 remarks: list[str] = []
                 shapes = [_shape(one, str(file), remarks) for one in content["shapes"]]
             except (ValueError, FileNotFoundError) as error:
-                text = str(error)
-                found.problems.append(text if text.startswith(str(file)) else f"{file}: {text}")
+                found.problems.append(problem_of(file, error))
                 continue
             found.problems += remarks
             kept = [shape for shape in shapes if shape is not None]
             names.update(shape.label for shape in kept)
-            sides = content.get("imageWidth"), content.get("imageHeight")
-            stated = sides if all(type(z) is int and z > 0 for z in sides) else None
+            stated = stated_size(content.get("imageWidth"), content.get("imageHeight"))
             draw = partial(draw_shapes, kept, stated, False, str(file))
             found.items.append(Item(image, str(file), draw, split_of(tree.inside(file))))
         found.names = sorted(names - {IGNORED_NAME})
@@ -98,7 +98,7 @@ def _shape(one: Any, where: str, remarks: list[str]) -> Shape | None:
     if not isinstance(one, dict) or not isinstance(one.get("label"), str) or not one["label"]:
         raise ValueError(f"{where}: a shape without label: {one!r:.80}")
     label, kind = one["label"], one.get("shape_type") or "polygon"
-    if kind in _THIN:
+    if kind in _WITHOUT_AREA:
         remarks.append(f"{where}: {label!r} is a {kind}, which has no area; left out")
         return None
     if kind not in _FILLS and kind != "mask":

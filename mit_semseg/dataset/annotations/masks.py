@@ -22,15 +22,15 @@ from mit_semseg.dataset.classes import TABLES
 from mit_semseg.dataset.images import load_image, stored_values
 from mit_semseg.dataset.records import image_extensions
 
-# Folders of images and of masks; below SEPARATE are pictures of something else.
+# Folders of images and of masks; masks below _SEPARATE are not of classes.
 _IMAGES = ("images", "image", "imgs", "img", "photos", "jpegimages", "rgb")
 _MASKS = (
     *("masks", "mask", "labels", "label", "annotations", "annotation", "segmentationclass"),
     *("segmentation", "segmentations", "gt", "ground_truth", "groundtruth", "labelmaps"),
 )
 _SEPARATE = ("segmentationobject", "segmentationclassvisualization", "segmentationclassnpy")
-# Ends of the names of masks beside their images.
-_ENDS = ("_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_gt", "_l")
+# Suffixes of the names of masks beside their images.
+_SUFFIXES = ("_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_gt", "_l")
 _WHITE, _FOREGROUND = 255, "foreground"
 _VOC_BORDER = 255
 
@@ -39,7 +39,7 @@ class MaskReader:
     """A mask per image, matched by name: see the page on data for the layouts."""
 
     title = "masks"
-    signs = (
+    recognised_by = (
         "masks as images in a folder such as masks, labels or SegmentationClass, or named "
         "x_mask.png beside x.jpg, with or without a class table"
     )
@@ -61,16 +61,16 @@ class MaskReader:
         else:
             found.rules.append(f"classes from {table.path}")
         listed = _listed(tree)
-        pictures = _pictures(tree, set(masks.values()))
+        images = _images(tree, set(masks.values()))
         for key, mask in masks.items():
-            if key not in pictures:
+            if key not in images:
                 found.problems.append(f"{mask}: no image {key!r}; left out (or give --images)")
                 continue
-            image = pictures.pop(key)
+            image = images.pop(key)
             split = listed.get(Path(key).name, "") if listed else split_of(tree.inside(image))
             draw = partial(_draw, mask, table, bool(choices.binary))
             found.items.append(Item(image, str(mask), draw, split))
-        found.problems += [f"{image}: has no mask; left out" for image in pictures.values()]
+        found.problems += [f"{image}: has no mask; left out" for image in images.values()]
         found.names = [name for name in table.names if name != IGNORED_NAME]
         if table.colors is not None:
             found.colors = {n: tuple(c) for n, c in zip(table.names, table.colors.tolist())}
@@ -91,7 +91,7 @@ def _masks(tree: Tree) -> dict[str, Path]:
     return found
 
 
-def _pictures(tree: Tree, masks: set[Path]) -> dict[str, Path]:
+def _images(tree: Tree, masks: set[Path]) -> dict[str, Path]:
     """Key -> image file."""
     found: dict[str, Path] = {}
     for file in tree.images:
@@ -117,7 +117,7 @@ def _is_mask(inside: Path) -> bool:
         return False
     stem = inside.stem.lower()
     return (
-        any(map(_is_mask_folder, folders)) or stem.endswith(_ENDS) or stem == "label"
+        any(map(_is_mask_folder, folders)) or stem.endswith(_SUFFIXES) or stem == "label"
     ) and inside.suffix.lower() != ".npy"
 
 
@@ -132,7 +132,7 @@ def _key(inside: Path) -> str:
     if stem in ("img", "label"):  # of labelme_export_json
         stem = "img"
     elif _is_mask(inside):
-        end = next((end for end in _ENDS if stem.lower().endswith(end)), "")
+        end = next((end for end in _SUFFIXES if stem.lower().endswith(end)), "")
         stem = stem[: len(stem) - len(end)]
     return "/".join([*parts, stem])
 
@@ -195,17 +195,18 @@ def _guessed(masks: Sequence[Path], found: Annotations) -> ClassFile:
     )
     for mask in masks:
         try:
-            if _has_colors(mask):
-                values.update(np.unique(by_color.rows_of(load_image(mask), mask)).tolist())
-            else:
-                values.update(np.unique(stored_values(mask)).tolist())
-        except ValueError as error:
-            if "colour" in str(error):
+            colored = _has_colors(mask)
+            pixels = load_image(mask) if colored else stored_values(mask)
+        except (OSError, ValueError):
+            continue  # reported when the masks are converted
+        if colored:
+            try:
+                pixels = by_color.rows_of(pixels, mask)
+            except ValueError as error:
                 raise ValueError(
                     f"{error}; there is no class table ({', '.join(TABLE_FILES)}): give --classes"
                 ) from error
-        except OSError:
-            continue
+        values.update(np.unique(pixels).tolist())
     if values and values <= {0, _WHITE}:
         found.rules.append(f"masks of 0 and 255: 255 is {_FOREGROUND} (--binary NAME names it)")
         return _binary(_FOREGROUND)

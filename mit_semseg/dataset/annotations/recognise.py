@@ -39,9 +39,9 @@ def recognise(tree: Tree) -> str:
             f"{tree.root} has annotations of several formats, {' and '.join(found)}; choose one "
             f"with --from {found[0]}"
         )
-    signs = "; ".join(f"{name}: {reader.signs}" for name, reader in READERS.items())
+    formats = "; ".join(f"{name}: {reader.recognised_by}" for name, reader in READERS.items())
     raise ValueError(
-        f"{tree.root}: no known annotations in its {counted(len(tree.files), 'file')} ({signs})"
+        f"{tree.root}: no known annotations in its {counted(len(tree.files), 'file')} ({formats})"
     )
 
 

@@ -25,18 +25,20 @@ from mit_semseg.dataset.annotations.base import (
     placed,
     points_of,
     polygon,
+    problem_of,
     read_json,
     split_of,
+    stated_size,
 )
 
-_THIN = ("point", "line", "polyline", "graph", "keypoint")
+_WITHOUT_AREA = ("point", "line", "polyline", "graph", "keypoint")
 
 
 class SuperviselyReader:
     """Objects with `classTitle` and `geometryType`: bitmaps, polygons with holes, rectangles."""
 
     title = "Supervisely"
-    signs = "meta.json with 'classes', and folders ann and img"
+    recognised_by = "meta.json with 'classes', and folders ann and img"
 
     def finds(self, tree: Tree) -> bool:
         return any(_meta(file) is not None for file in tree.named("meta.json"))
@@ -62,8 +64,7 @@ class SuperviselyReader:
                 content = tree.content(file)
                 shapes, stated = _objects(content, str(file), remarks)
             except (ValueError, FileNotFoundError) as error:
-                text = str(error)
-                found.problems.append(text if text.startswith(str(file)) else f"{file}: {text}")
+                found.problems.append(problem_of(file, error))
                 continue
             found.problems += remarks
             draw = partial(draw_shapes, shapes, stated, False, str(file))
@@ -106,8 +107,7 @@ def _objects(
     size = content.get("size")
     stated = None
     if isinstance(size, dict):
-        sides = size.get("width"), size.get("height")
-        stated = sides if all(type(z) is int and z > 0 for z in sides) else None
+        stated = stated_size(size.get("width"), size.get("height"))
     shapes = [_shape(one, where, remarks) for one in content["objects"]]
     return [shape for shape in shapes if shape is not None], stated  # type: ignore[return-value]
 
@@ -117,7 +117,7 @@ def _shape(one: Any, where: str, remarks: list[str]) -> Shape | None:
     if not isinstance(one, dict) or not isinstance(one.get("classTitle"), str):
         raise ValueError(f"{where}: an object without classTitle: {one!r:.80}")
     name, kind = one["classTitle"], one.get("geometryType") or one.get("shape")
-    if kind in _THIN:
+    if kind in _WITHOUT_AREA:
         remarks.append(f"{where}: {name!r} is a {kind}, which has no area; left out")
         return None
     if kind == "bitmap":

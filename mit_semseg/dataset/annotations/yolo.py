@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class YoloReader:
     """
 
     title = "YOLO segmentation"
-    signs = "a .yaml file with 'names' and 'train' or 'val', and folders images and labels"
+    recognised_by = "a .yaml file with 'names' and 'train' or 'val', and folders images and labels"
 
     def finds(self, tree: Tree) -> bool:
         return any(_is_yolo(_yaml(file)) for file in _yamls(tree))
@@ -86,7 +87,7 @@ def _is_yolo(content: Any) -> bool:
 
 
 def _names(names: Any, file: Path) -> list[str]:
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[k] for k in range(len(names))]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{file}: 'names' is {names!r:.60}; a list, or numbers from 0 and names")
@@ -104,12 +105,13 @@ def _images(entry: str, folders: list[Path]) -> list[Path]:
     """
     for text in (entry, entry.removeprefix("../")):
         for folder in folders:
-            place = folder / text
-            if place.is_dir():
-                return [place / name for name in list_images(place)]
-            if place.is_file() and place.suffix == ".txt":
-                lines = place.read_text(encoding="utf-8-sig").splitlines()
-                return [place.parent / line.strip() for line in lines if line.strip()]
+            path = Path(os.path.abspath(folder / text))
+            if path.is_dir():
+                return [path / name for name in list_images(path)]
+            if path.is_file() and path.suffix == ".txt":
+                lines = path.read_text(encoding="utf-8-sig").splitlines()
+                names = [line.strip() for line in lines if line.strip()]
+                return [Path(os.path.abspath(path.parent / name)) for name in names]
     raise FileNotFoundError(f"no folder or list {entry!r} in {folders[0]}")
 
 
