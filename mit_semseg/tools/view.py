@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from mit_semseg.config import DataOptions, load_options
 from mit_semseg.dataset.annotations import Choices, Tree
+from mit_semseg.dataset.annotations.base import read_json
 from mit_semseg.dataset.annotations.convert import class_ids, numbering
 from mit_semseg.dataset.annotations.recognise import read
 from mit_semseg.dataset.class_files import is_background
@@ -178,7 +178,11 @@ def _of_recipe(options: DataOptions, recipe: Path) -> tuple[list[Source], ClassT
             sources.append(Source(name, image, partial(labels, record, split)))
     report = recipe.with_name("import.json")
     if recipe.name == "recipe.yaml" and report.is_file():
-        sources += _left_out(json.loads(report.read_text(encoding="utf-8"))["left_out"])
+        content = read_json(report)
+        problems = content.get("left_out") if isinstance(content, dict) else None
+        if not isinstance(problems, list):
+            raise ValueError(f"{report}: has no list 'left_out'; import again, or remove it")
+        sources += _left_out([str(problem) for problem in problems])
     title = recipe.parent.name if recipe.name == "recipe.yaml" else recipe.stem
     return sources, splits["train"].classes, title
 

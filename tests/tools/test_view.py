@@ -93,6 +93,10 @@ def test_the_command_imports_and_shows(folder, tmp_path, capsys):
     assert cards(tmp_path / "again.html") == cards(out / "page.html")
     assert main(["data", "view", str(tmp_path / "nowhere")]) == 2
     assert "no such recipe or folder" in capsys.readouterr().err
+    for damaged in ("{", "{}", "[]", '{"left_out": 3}'):
+        (out / "import.json").write_text(damaged)
+        assert main(["data", "view", str(out), "--out", str(tmp_path / "again.html")]) == 2
+        assert "import.json" in capsys.readouterr().err
 
 
 def test_masks_are_drawn_in_the_colours_of_their_classes():
