@@ -59,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _option(evaluate, "--out DIR", None, "folder of the results (result_eval in DIR)")
     _option(evaluate, "--keep N", 0, "save the predicted class ids of N images as labels/*.npy")
+    evaluate.add_argument(
+        "--report", action="store_true", help="write report.html: worst images, calibration, ..."
+    )
     _add_config(evaluate, "VAL")
 
     predict = _command(commands, "predict", "run a model on images")

@@ -125,7 +125,9 @@ def run_eval(args: argparse.Namespace) -> int:
     if len(devices) * workers == 1:  # otherwise worker processes compute
         use_device(devices[0])
     place = {"out_dir": args.out, "rank": rank, "world": world}
-    result = evaluate(options, devices, workers=workers, keep=args.keep, **place)
+    result = evaluate(
+        options, devices, workers=workers, keep=args.keep, report=args.report, **place
+    )
     leave_process_group()
     return 1 if result["failed"] else 0
 

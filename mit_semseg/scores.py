@@ -272,6 +272,26 @@ def class_map(
     return _labels(scales, H, W, dtype)
 
 
+@torch.no_grad()
+def confidence_map(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Probability of the most probable class of every pixel, in bounded memory.
+
+    Args:
+        logits: as for `class_map`.
+        size: (H, W) of the map, in pixels.
+
+    Returns:
+        (N, H, W) float32 (float64 if a scale is): the maximum of the mean over scales of the
+        softmax.
+
+    Raises:
+        ValueError: as for `class_map`.
+    """
+    scales, H, W = _check(logits, size)
+    bands = [band.amax(dim=2) for _, band, _ in _bands(scales, H, W, softmax=True)]
+    return torch.cat(bands).transpose(0, 1)
+
+
 def label_dtype(num_class: int) -> torch.dtype:
     """The smallest dtype for class ids 0..num_class-1: uint8 or int16."""
     return torch.uint8 if num_class <= 256 else torch.int16

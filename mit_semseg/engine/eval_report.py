@@ -11,6 +11,7 @@ from typing import Any
 
 from mit_semseg.config import Options
 from mit_semseg.dataset import ClassTable
+from mit_semseg.engine.eval_page import calibration_of
 from mit_semseg.engine.scoring import Evaluation
 from mit_semseg.errors import counted
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
@@ -57,6 +58,7 @@ def result_of(
         "seconds": seconds,
         "seconds_per_image": evaluation.seconds / used,
         **summarize(evaluation.matrix, classes, evaluation.boundary),
+        **(calibration_of(evaluation.report) if evaluation.report else {}),
     }
 
 
@@ -154,6 +156,11 @@ def format_report(result: Mapping[str, Any]) -> str:
         f"Class accuracy: {100 * result['class_accuracy']:.2f}%, "
         f"frequency-weighted IoU: {result['fw_iou']:.4f}",
         f"Mean Dice: {result['mean_dice']:.4f}{boundary}",
+        *(
+            [f"Expected calibration error: {_figure(result['ece'], '.4f')}"]
+            if "ece" in result
+            else []
+        ),
         f"{counted(result['images'], 'image')}, {counted(result['pixels'], 'labelled pixel')}, "
         f"short sides {', '.join(map(str, result['imgSizes']))}"
         f"{', flipped copies' if result['flip'] else ''}{window}, {result['seconds']:.1f} s in "

@@ -28,6 +28,7 @@ from mit_semseg.dataset import ClassTable, ValDataset, build_split
 from mit_semseg.engine.checkpoint import find_checkpoint, load_model, model_classes
 from mit_semseg.engine.cpu import cpu_count, fixed_threads, local_ranks
 from mit_semseg.engine.devices import use_device
+from mit_semseg.engine.eval_page import write_eval_page, write_images
 from mit_semseg.engine.eval_report import format_report, result_of, single_class, write_report
 from mit_semseg.engine.peers import results_of_ranks
 from mit_semseg.engine.pool import run_here, run_pool
@@ -66,6 +67,7 @@ class Job:
     processes: int  # of this rank, which share its cores
     figures: tuple[Path, np.ndarray] | None  # folder, and colours of the classes
     saved: SavedPredictions | None
+    report: bool
 
 
 def evaluate(
@@ -78,6 +80,7 @@ def evaluate(
     progress: bool = True,
     out_dir: str | Path | None = None,
     keep: int = 0,
+    report: bool = False,
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, Any]:
@@ -102,6 +105,8 @@ def evaluate(
             `pictures/`; default `result_eval` in `cfg.DIR`.
         keep: number of images, evenly spread over the list, whose predicted class ids are saved in
             the subfolder `labels` (see `SavedPredictions`).
+        report: also compute calibration and the metrics of each image, and write `report.html` and
+            `images.csv`.
         rank: in torchrun's process group (`join_process_group`). Each rank evaluates a share of the
             images on its devices; rank 0 prints and writes.
         world: number of ranks.
@@ -144,7 +149,7 @@ def evaluate(
     figures = (out / "pictures", classes.colors) if options.VAL.visualize else None
     saved = SavedPredictions.evenly(out / "labels", keep, count) if keep else None
     jobs = [
-        Job(options, checkpoint, device, _concurrent(places), len(places), figures, saved)
+        Job(options, checkpoint, device, _concurrent(places), len(places), figures, saved, report)
         for device in places
     ]
     started = time.perf_counter()
@@ -170,6 +175,11 @@ def evaluate(
             log.warning("%s", line)
         print(format_report(result))
         write_report(result, whole.matrix, classes, out)
+        if whole.report is not None:
+            write_images(out / "images.csv", whole.report, split)
+            title = f"Evaluation of {options.MODEL.name}"
+            shown = (whole.matrix, whole.report, split, classes, title)
+            write_eval_page(out / "report.html", result, *shown)
         print(f"Results in {out}")
     return result
 
@@ -325,5 +335,6 @@ def _work(
         boundary=options.VAL.boundary,
         figures=FigureWriter(data, *job.figures) if job.figures else None,
         saved=job.saved,
+        report=job.report,
     )
     return (yield from scorer.run(chunks))

@@ -18,6 +18,7 @@ from torch import Tensor
 from mit_semseg.config import Options
 from mit_semseg.dataset import ValDataset
 from mit_semseg.engine.devices import use_device
+from mit_semseg.engine.image_scores import ReportCounts
 from mit_semseg.engine.inputs import common_base, output_stems
 from mit_semseg.engine.pipeline import OrderedCalls, in_threads
 from mit_semseg.engine.predictor import Predictor
@@ -30,9 +31,9 @@ from mit_semseg.engine.transfer import (
     stacked,
 )
 from mit_semseg.errors import one_line
-from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
+from mit_semseg.metrics import BoundaryScore, Calibration, ConfusionMatrix
 from mit_semseg.models import SegmentationModule
-from mit_semseg.scores import label_dtype
+from mit_semseg.scores import confidence_map, label_dtype
 from mit_semseg.visualize import color_encode, side_by_side
 from mit_semseg.visualize.results import write_png
 
@@ -53,6 +54,7 @@ class Evaluation:
         seconds: of the network.
         processes: number of processes.
         boundary: boundary F-scores; None if they are not computed.
+        report: calibration and metrics per image; None if they are not computed.
     """
 
     matrix: ConfusionMatrix
@@ -60,6 +62,7 @@ class Evaluation:
     seconds: float = 0.0
     processes: int = 1
     boundary: BoundaryScore | None = None
+    report: ReportCounts | None = None
 
     @property
     def failed(self) -> list[tuple[str, str]]:
@@ -69,13 +72,17 @@ class Evaluation:
     def counts(self) -> list[Tensor]:
         """All counts as int64 tensors (views)."""
         sums = [self.boundary.sums, self.boundary.images] if self.boundary else []
+        if self.report is not None:
+            sums += [self.report.calibration.counts, self.report.calibration.labelled]
         return [self.matrix.matrix, *sums]
 
     def empty(self) -> Evaluation:
         """An evaluation without images that counts the same quantities."""
         num_class = self.matrix.num_class
         boundary = BoundaryScore(num_class, self.boundary.tolerance) if self.boundary else None
-        return Evaluation(ConfusionMatrix(num_class), processes=0, boundary=boundary)
+        report = self.report.empty() if self.report else None
+        matrix = ConfusionMatrix(num_class)
+        return Evaluation(matrix, processes=0, boundary=boundary, report=report)
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(
@@ -84,6 +91,7 @@ class Evaluation:
             self.seconds + other.seconds,
             self.processes + other.processes,
             self.boundary + other.boundary if self.boundary and other.boundary else None,
+            self.report + other.report if self.report and other.report else None,
         )
 
 
@@ -106,6 +114,12 @@ def merged(evaluation: Evaluation, device: torch.device) -> Evaluation:
     dist.all_gather_object(others, (evaluation.bad, evaluation.seconds, evaluation.processes))
     bad, seconds, processes = zip(*others)
     everyone = {index: failure for part in bad for index, failure in part.items()}
+    if evaluation.report is not None and total.report is not None:
+        scores: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(scores, evaluation.report.images)
+        for part in scores:
+            total.report.images.update(part)
+        total.report.forget()
     return replace(total, bad=everyone, seconds=sum(seconds), processes=sum(processes))
 
 
@@ -192,6 +206,7 @@ class Scorer:
         boundary: also compute boundary F-scores.
         figures: writes a figure of every image.
         saved: saves class ids of selected images.
+        report: also compute calibration and the metrics of each image.
     """
 
     def __init__(
@@ -206,6 +221,7 @@ class Scorer:
         boundary: bool = False,
         figures: FigureWriter | None = None,
         saved: SavedPredictions | None = None,
+        report: bool = False,
     ) -> None:
         self.predictor = Predictor.of(module, options.DATASET, options.VAL, device)
         self.dataset, self.device = dataset, device
@@ -215,7 +231,9 @@ class Scorer:
         self.concurrent = concurrent
         self.threads = Threads.of(device, processes)
         score = BoundaryScore(self.num_class) if boundary else None
-        self.nothing = Evaluation(ConfusionMatrix(self.num_class), processes=0, boundary=score)
+        extra = ReportCounts(Calibration(self.num_class)) if report else None
+        matrix = ConfusionMatrix(self.num_class)
+        self.nothing = Evaluation(matrix, processes=0, boundary=score, report=extra)
 
     def run(self, chunks: Iterable[Chunk]) -> Generator[Scored, None, Evaluation]:
         """Score chunks; yields an item per chunk and returns the sum."""
@@ -253,7 +271,7 @@ class Scorer:
                 copies = []
                 for group in read.groups:
                     watch = Stopwatch(self.device)
-                    predicted = self._predicted(group)
+                    predicted, sure = self._predicted(group)
                     watches.append(watch.stop())
                     if len(watches) > threads.unwritten:
                         # Limit how far launching is ahead of computing, which takes memory.
@@ -262,7 +280,7 @@ class Scorer:
                     # Masks are checked when they are read; a check here would synchronise.
                     counts.update(predicted, truth, check=False)
                     if self._on_host:
-                        copies.append(HostCopy(predicted))
+                        copies.append(_copied(predicted, sure))
                 if copies:
                     for part in finishing.add(self._finished, read, copies):
                         total += part
@@ -280,23 +298,26 @@ class Scorer:
         copies = []
         for group in read.groups:
             watch = Stopwatch(self.device)
-            predicted = self._predicted(group)
+            predicted, sure = self._predicted(group)
             part.seconds += watch.stop().seconds()
             part.matrix.update(predicted, group.truth)
-            copies.append(HostCopy(predicted))
+            copies.append(_copied(predicted, sure))
         return part + self._finished(read, copies) if self._on_host else part
 
     @property
     def _on_host(self) -> bool:
         """Whether the class maps are needed on the host."""
-        parts = (self.nothing.boundary, self.figures, self.saved)
+        parts = (self.nothing.boundary, self.nothing.report, self.figures, self.saved)
         return any(part is not None for part in parts)
 
-    def _finished(self, read: _Read, copies: Sequence[HostCopy]) -> Evaluation:
-        """Save and draw class maps on the host, and compute their boundary F-scores."""
+    def _finished(self, read: _Read, copies: Sequence[_Copies]) -> Evaluation:
+        """Save and draw class maps on the host, and compute what needs whole class maps."""
         part = self.nothing.empty()
-        for group, copy in zip(read.groups, copies, strict=True):
+        for group, (copy, sure) in zip(read.groups, copies, strict=True):
             predicted = copy.wait()
+            if part.report is not None and sure is not None:
+                for found in zip(group.numbers, predicted, group.truth, sure.wait(), strict=True):
+                    part.report.update(*found)
             if self.saved is not None:
                 self.saved.add(group.numbers, predicted)
             for i, one, truth in zip(group.numbers, predicted, group.truth, strict=True):
@@ -327,12 +348,21 @@ class Scorer:
             read.groups.append(_Group([numbers[p] for p in positions], scales, truth))
         return read
 
-    def _predicted(self, group: _Group) -> Tensor:
-        """(N, H, W) class ids."""
+    def _predicted(self, group: _Group) -> tuple[Tensor, Tensor | None]:
+        """(N, H, W) class ids, and for a report their probabilities."""
         size = (group.truth.shape[1], group.truth.shape[2])
-        predicted = self.predictor.labels(self.predictor.logits(group.scales), size, self.dtype)
+        logits = self.predictor.logits(group.scales)
         group.scales.clear()  # frees the inputs
-        return predicted
+        predicted = self.predictor.labels(logits, size, self.dtype)
+        return predicted, confidence_map(logits, size) if self.nothing.report else None
+
+
+# Class ids and their probabilities, on the way to the host.
+_Copies = tuple[HostCopy, HostCopy | None]
+
+
+def _copied(predicted: Tensor, sure: Tensor | None) -> _Copies:
+    return HostCopy(predicted), None if sure is None else HostCopy(sure)
 
 
 def _single_threaded() -> None:

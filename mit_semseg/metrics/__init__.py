@@ -1,6 +1,7 @@
 """Metrics: functions of a confusion matrix or of boundaries, and their accumulators."""
 
 from mit_semseg.metrics.boundary import BoundaryScore, boundary_f
+from mit_semseg.metrics.calibration import Calibration
 from mit_semseg.metrics.confusion import ConfusionMatrix
 from mit_semseg.metrics.functional import (
     class_accuracy,
@@ -17,6 +18,7 @@ from mit_semseg.metrics.functional import (
 
 __all__ = [
     "BoundaryScore",
+    "Calibration",
     "ConfusionMatrix",
     "boundary_f",
     "class_accuracy",

@@ -58,7 +58,8 @@ def new_figure(width: float, height: float, title: str = "", note: str = "") -> 
     return figure
 
 
-def _style(axes: Axes, title: str = "", grid: str = "y") -> None:
+def style_axes(axes: Axes, title: str = "", grid: str = "y") -> None:
+    """Axes without frame, with a grid along "x" or "y" and a title on the left."""
     if title:
         axes.set_title(title, loc="left", size=10.5, weight="bold", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
@@ -131,7 +132,7 @@ def curves(
             dashed = "--" if key == "lr_decoder" else "-"  # often equal to the encoder's
             smooth = key in ("loss", "accuracy")
             _line(axes, label, xy, color, smooth, dots=key in _VALIDATED, style=dashed)
-        _style(axes, name)
+        style_axes(axes, name)
         axes.locator_params(axis="y", nbins=6)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("epoch", size=9, color=MUTED)
@@ -185,7 +186,7 @@ def loss_curves(
     axes = figure.subplots()
     for color, (name, losses) in zip(colors, runs.items()):
         _line(axes, name, np.column_stack([np.arange(1, len(losses) + 1), losses]), color)
-    _style(axes)
+    style_axes(axes)
     axes.set_xlabel("record", size=9, color=MUTED)
     axes.set_ylim(bottom=min(0.0, *(min(run) for run in runs.values())))
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
@@ -244,7 +245,7 @@ def class_bars(
         axes.bar_label(bars, marks, padding=5, size=9, color=INK, bbox=behind)
         if known:
             axes.axvline(float(np.nanmean(values)), color=INK, linestyle="--", linewidth=0.8)
-        _style(axes, grid="x")
+        style_axes(axes, grid="x")
         axes.set(xlim=(0, 1.12), ylim=(rows - 0.4, -0.6))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axes.xaxis.set_major_formatter("{x:.0%}")
@@ -289,7 +290,7 @@ def ratio_bars(
     faces = [BLUE if ratio >= 1 else ORANGE for ratio in ratios]
     drawn = axes.barh(y, ratios - 1, 0.68, left=1, color=faces)
     axes.bar_label(drawn, [f"{ratio:.2f} x" for ratio in ratios], padding=4, size=9, color=INK)
-    _style(axes, grid="x")
+    style_axes(axes, grid="x")
     axes.spines[:].set_visible(False)
     axes.axvline(1, color=MUTED, linewidth=1)
     axes.set_yticks(y, [_short(name, 90) for _, name, _ in rows], color=INK, **_PLAIN)

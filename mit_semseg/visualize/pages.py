@@ -34,6 +34,8 @@ def write_page(
     ious: Sequence[float | None] = (),
     history: Sequence[Mapping[str, Any]] = (),
     commands: Sequence[tuple[str, float | None]] = (),
+    rows_title: str = "Held-out images",
+    more: Sequence[tuple[str, Figure]] = (),
 ) -> Path:
     """Writes results as one self-contained HTML file.
 
@@ -48,6 +50,8 @@ def write_page(
         ious: K per-class IoUs in [0, 1], None or NaN if a class is absent; (): no chart.
         history: records of `metrics.jsonl`, for the training curves.
         commands: (command line, seconds or None) of the commands that were run.
+        rows_title: heading of the samples.
+        more: (heading, chart) of further charts.
 
     Returns:
         `path`.
@@ -65,6 +69,7 @@ def write_page(
         charts.append(("IoU per class", *_svg(class_bars(names, ious, colors, title=""))))
     if sum("loss" in record for record in history) > 1:
         charts.append(("Training", *_svg(curves(history, title=""))))
+    charts += [(name, *_svg(figure)) for name, figure in more]
     rows = [
         (sample.name, sample.accuracy, [embedded(view) for view in sample.views(colors)])
         for sample in samples
@@ -78,6 +83,7 @@ def write_page(
         figures=figures,
         columns=COLUMNS,
         rows=rows,
+        rows_title=rows_title,
         legend=[*classes, ("ignored", IGNORED), ("wrong", WRONG)],
         charts=charts,
         commands=commands,
