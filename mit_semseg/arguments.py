@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="devices",
         default=None,
         metavar="GPUS",
-        help="0, cpu, or several that share the images, 0-3 (default: GPU 0, else the CPU)",
+        help="0, cpu, mps, or several that share the images, 0-3 (default: GPU 0, else the CPU)",
     )
     _add_config(predict, "TEST")
 
@@ -223,7 +223,7 @@ def _add_demo(actions: Subparsers) -> None:
 
 # ------------------------------------------------------------------------------ shared options
 def _add_gpus(parser: argparse.ArgumentParser) -> None:
-    help = "0-3, 0,2 or cpu (default: all GPUs, else the CPU)"
+    help = "0-3, 0,2, cpu, or mps for an Apple GPU (default: all other GPUs, else the CPU)"
     _option(parser, "--gpus GPUS", None, help, dest="devices")
 
 

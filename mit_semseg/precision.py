@@ -18,6 +18,8 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 runs faster than float32 on a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
     capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(capability and capability())
 
@@ -43,20 +45,29 @@ class Precision:
 
         Args:
             name: fp32, full float32; tf32, float32 with TF32 products; bf16; fp16; auto, bf16 if
-                the hardware is fast at it, else tf32 on a GPU and fp32 on the CPU.
+                the hardware is fast at it, else tf32 on an NVIDIA GPU and fp32 elsewhere.
             device: where to compute.
             key: the setting, for errors.
 
         Raises:
-            ValueError: an unknown name, or tf32 or fp16 on the CPU.
+            ValueError: an unknown name, tf32 or fp16 on the CPU, tf32 on an Apple GPU, or a torch
+                without autocast there.
         """
         if name not in PRECISIONS:
             raise ValueError(f"{key} is {name!r}; give one of {', '.join(PRECISIONS)}")
-        on_cpu = device.type == "cpu"
-        if on_cpu and name in ("fp16", "tf32"):
+        if device.type == "cpu" and name in ("fp16", "tf32"):
             raise ValueError(f"{key} {name} needs a GPU; on the CPU use bf16 or fp32")
+        if device.type == "mps" and name == "tf32":
+            raise ValueError(f"{key} tf32 needs an NVIDIA GPU; on mps use fp32, bf16 or fp16")
+        half = name in ("bf16", "fp16")
+        if device.type == "mps" and half and not torch.amp.is_autocast_available("mps"):
+            raise ValueError(
+                f"{key} {name} needs autocast, which torch {torch.__version__} does not have on "
+                "mps; use fp32"
+            )
         if name == "auto":
-            name = "bf16" if has_fast_bf16(device) else "fp32" if on_cpu else "tf32"
+            slow = "tf32" if device.type == "cuda" else "fp32"
+            name = "bf16" if has_fast_bf16(device) else slow
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         return cls(device, dtypes.get(name, torch.float32), tf32=name == "tf32")
 

@@ -241,7 +241,7 @@ def process_range(xpu: str, inp: Iterable[str]) -> Iterator[str]:
 
 # Patterns of the comma-separated parts of a device list, with functions from groups to names.
 REGEX: list[tuple[re.Pattern[str], Callable[[Sequence[str]], Iterable[str]]]] = [
-    (re.compile(r"^cpu$"), lambda groups: ["cpu"]),
+    (re.compile(r"^(cpu|mps)$"), list),
     (re.compile(r"^(?:gpu)?(\d{1,4})$"), lambda groups: [f"gpu{int(groups[0])}"]),
     (re.compile(r"^(?:gpu)?(\d{1,4})\s*-\s*(?:gpu)?(\d{1,4})$"), partial(process_range, "gpu")),
 ]
@@ -251,7 +251,7 @@ def parse_devices(input_devices: str) -> list[str]:
     """Device names of a command line option, in the given order, without duplicates.
 
     Args:
-        input_devices: `0-3`, `0,2`, `gpu0-gpu2`, `0-1,5` or `cpu`.
+        input_devices: `0-3`, `0,2`, `gpu0-gpu2`, `0-1,5`, `cpu` or `mps`.
 
     Returns:
         For example `["gpu0", "gpu1"]` or `["cpu"]`.
@@ -271,6 +271,6 @@ def parse_devices(input_devices: str) -> list[str]:
                 break
         else:
             raise NotSupportedCliException(
-                f"invalid devices {input_devices!r}; give 0-3, 0,2, gpu0-gpu2 or cpu"
+                f"invalid devices {input_devices!r}; give 0-3, 0,2, gpu0-gpu2, cpu or mps"
             )
     return list(dict.fromkeys(devices))

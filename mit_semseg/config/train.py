@@ -138,7 +138,7 @@ class TrainOptions(Section):
         "fp32",
         "`fp32`: float32, without TF32 also in convolutions; `tf32`: float32 with products in "
         "TensorFloat-32, torch's default for convolutions (GPU only); `bf16`; `fp16` (GPU only); "
-        "`auto`: `bf16` if the hardware is fast at it, else `tf32` on a GPU and `fp32` on the CPU",
+        "`auto`: `bf16` if the hardware is fast at it, else `tf32` on an NVIDIA GPU, else `fp32`",
         words=PRECISIONS,
     )
     channels_last: bool | str = key(

@@ -12,7 +12,8 @@ def resolve_devices(gpus: str | None, option: str = "--gpus") -> list[torch.devi
     """Devices of a command line option.
 
     Args:
-        gpus: `0-3`, `0,2`, `gpu0-gpu2`, `cpu`, or None for all GPUs, else the CPU.
+        gpus: `0-3`, `0,2`, `gpu0-gpu2`, `cpu`, `mps`, or None for all GPUs but `mps`,
+            else the CPU.
         option: its name, for messages.
 
     Raises:
@@ -21,8 +22,11 @@ def resolve_devices(gpus: str | None, option: str = "--gpus") -> list[torch.devi
     names = [] if gpus is None else parse_devices(gpus)
     if names == ["cpu"]:  # without counting GPUs, which initialises their driver
         return [torch.device("cpu")]
-    if "cpu" in names:
-        raise ValueError(f"{option} {gpus}: name GPUs or cpu, not both")
+    if names == ["mps"]:
+        _check_mps(f"{option} mps", f"{option} cpu")
+        return [torch.device("mps")]
+    if other := {"cpu", "mps"} & {*names}:
+        raise ValueError(f"{option} {gpus}: name GPUs or {min(other)}, not both")
     count = _gpu_count()
     if gpus is None:
         return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
@@ -47,6 +51,14 @@ def _gpus(count: int) -> str:
     return counted(count, "GPU") if count else "no GPU that torch can use"
 
 
+def _check_mps(given: str, instead: str) -> None:
+    if not torch.backends.mps.is_available():
+        raise ValueError(
+            f"{given}, but this machine has no Apple GPU that torch can use; {instead} runs "
+            "without one"
+        )
+
+
 def usable_device(device: torch.device | str | int | None) -> torch.device:
     """A device, checked to be usable.
 
@@ -67,7 +79,9 @@ def usable_device(device: torch.device | str | int | None) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= (count := _gpu_count()):
         fix = "the first is 'cuda:0'" if count else "device 'cpu' runs without one"
         raise ValueError(f"device is {name!r}, but this machine has {_gpus(count)}; {fix}")
-    if found.type not in ("cpu", "cuda"):
+    if found.type == "mps":
+        _check_mps(f"device is {name!r}", "device 'cpu'")
+    elif found.type not in ("cpu", "cuda"):
         try:
             torch.ones(1, device=found).item()
         except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:

@@ -194,8 +194,8 @@ class Predictor:
         """Free CUDA graphs and torch's cache; not in an except block, which keeps tensors alive."""
         if isinstance(self.tiled.network, GraphedNetwork):
             self.tiled.network.release()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).empty_cache()
 
     @cached_property
     def _on_cpu(self) -> TiledNetwork:
@@ -232,7 +232,7 @@ def _compiled(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is out of memory; torch has no exception class for the CPU."""
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        "allocate memory" in str(error)
+    """Whether an error is out of memory; torch has no exception class for CPU and Apple GPUs."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
+        text in str(error) for text in ("allocate memory", "MPS backend out of memory")
     )

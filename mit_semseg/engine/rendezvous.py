@@ -39,7 +39,7 @@ def join_process_group(
         (rank, world size, devices of this process); (0, 1, devices) without torchrun.
 
     Raises:
-        ValueError: there are more ranks on this machine than devices.
+        ValueError: there are more ranks on this machine than devices, or the device is mps.
         ConnectionError: the other ranks did not start in time.
     """
     global _exit_store
@@ -47,6 +47,8 @@ def join_process_group(
         return 0, 1, devices
     local = int(os.environ.get("LOCAL_RANK", "0"))
     on_cpu = devices[0].type == "cpu"
+    if devices[0].type == "mps":
+        raise ValueError("--gpus mps is a single device: start the command without torchrun")
     if not on_cpu:
         if local >= len(devices):
             raise ValueError(

@@ -68,7 +68,11 @@ def inference_copy(
     )
     merge_adapters(fast)
     fast = _folded(fast.eval())
-    fast.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast.to(device)
+    # Not on Apple GPUs, where convolutions of slices are wrong in this format in some versions of
+    # torch (github.com/pytorch/pytorch/issues/180984).
+    if torch.device(device).type != "mps":
+        fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dtype is not None and any(p.dtype != dtype for p in fast.parameters()):
         _cast(fast, dtype)
     if torch.device(device).type == "cpu":

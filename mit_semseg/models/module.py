@@ -262,8 +262,9 @@ class SegmentationModule(SegmentationModuleBase):
         valid = functional.denominator(label)
         heads = [head.denominator(label) for head in self.decoder.auxiliary if head.denominator]
         own = [part for found in heads for part in found.reshape(-1).unbind()]
-        # In float64, so that the weights are exact for losses in float64, too.
-        return torch.stack([x.detach().double() for x in (of_loss, valid, *own)])
+        # In float64, which Apple GPUs lack, so that the weights are exact for losses in float64.
+        dtype = torch.float32 if label.device.type == "mps" else torch.float64
+        return torch.stack([x.detach().to(dtype) for x in (of_loss, valid, *own)])
 
     def _share_of_ranks(self, label: Tensor) -> Tensor:
         """(2 + n,): this rank's weights of loss, accuracy and the losses of n heads."""

@@ -21,7 +21,7 @@ from mit_semseg.engine.devices import resolve_devices
         (1, "0-3", "--gpus 0-3, but this machine has 1 GPU; the first is 0"),
         (0, "0", "--gpus 0, but this machine has no GPU that torch can use; --gpus cpu runs"),
         (2, "cpu,0", "--gpus cpu,0: name GPUs or cpu, not both"),
-        (2, "", "invalid devices ''; give 0-3, 0,2, gpu0-gpu2 or cpu"),
+        (2, "", "invalid devices ''; give 0-3, 0,2, gpu0-gpu2, cpu or mps"),
         (2, "all", "invalid devices 'all'; give 0-3"),
         (2, "0,,1", "invalid devices '0,,1'; give 0-3"),
         (2, "-1", "invalid devices '-1'; give 0-3"),

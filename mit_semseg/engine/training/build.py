@@ -212,6 +212,11 @@ def _check(options: Options, process: TrainProcess) -> None:
     train = options.TRAIN
     build_loss(train.loss, options.DATASET.num_class)
     Precision.of(train.precision, process.device, "TRAIN.precision")
+    if process.device.type == "mps" and train.precision == "fp16":
+        raise ValueError(
+            "TRAIN.precision fp16 scales the loss, for which torch before 2.8 needs float64, which "
+            "Apple GPUs do not have: use bf16 or fp32"
+        )
     if train.eval_epochs:
         Precision.of(options.VAL.precision, process.device, "VAL.precision")
     if train.compile and (count := len(process.devices) * process.world) > 1:
@@ -374,7 +379,7 @@ def keeps_channels_last(wanted: bool | str, precision: Precision, module: nn.Mod
     if wanted != "auto":
         return bool(wanted)
     if precision.device.type != "cuda":
-        return True
+        return precision.device.type != "mps"  # as in `inference_copy`
     # Tensor cores prefer channels last in reduced precision. With depthwise convolutions, however,
     # cuDNN's search for plans is slow in this format. On an H200 with mobilenetv2dilated, the first
     # step with a new batch shape takes 3185 ms channels last and 177 ms contiguous, later ones 21

@@ -69,10 +69,12 @@ def build_optimizer(
             for part, own in by_part.items():
                 lr = parts[part][1] * group["lr_scale"]
                 groups.append({**group, "params": own, "part": part, "lr": lr})
+    # Not on Apple GPUs, whose fused kernels older versions of torch lack.
+    fused = all(p.device.type != "mps" for group in groups for p in group["params"])
     if kind == "SGD":
-        return torch.optim.SGD(groups, momentum=beta1, fused=True)
+        return torch.optim.SGD(groups, momentum=beta1, fused=fused)
     return {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[kind](
-        groups, betas=(beta1, 0.999), fused=True
+        groups, betas=(beta1, 0.999), fused=fused
     )
 
 
