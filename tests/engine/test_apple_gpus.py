@@ -1,9 +1,5 @@
 """Apple GPUs (mps), as far as a machine without one can tell: they have no float64 and no CUDA."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -33,11 +29,11 @@ CLASSES = 5
 class OnMps(Tensor):
     """A tensor that says it is on an Apple GPU."""
 
-    device = MPS  # type: ignore[assignment]
+    device = MPS
 
 
 # ------------------------------------------------------------------------------ which device
-def test_a_device_is_taken_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_taken_where_torch_has_it(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_devices("mps") == [usable_device("mps")] == [MPS]
     with pytest.raises(ValueError, match="--gpus mps,0: name GPUs or mps, not both"):
@@ -50,7 +46,7 @@ def test_a_device_is_taken_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -
         usable_device("mps")
 
 
-def test_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_one_process(monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     with pytest.raises(
@@ -59,7 +55,7 @@ def test_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         join_process_group([MPS])
 
 
-def test_precisions(monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
+def test_precisions(monkeypatch, settings):
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: True)
     dtypes = [("auto", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
     for name, dtype in dtypes:
@@ -73,7 +69,7 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
         Precision.of("bf16", MPS, "VAL.p")
 
 
-def test_what_is_for_other_devices_is_left_out() -> None:
+def test_what_is_for_other_devices_is_left_out():
     assert not keeps_channels_last("auto", Precision.of("fp32", MPS), nn.Conv2d(1, 1, 1))
     assert shape_bucket("auto", MPS, fixed_size=False) == 1
     assert out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"))
@@ -83,7 +79,7 @@ def test_what_is_for_other_devices_is_left_out() -> None:
     assert not build_optimizer("SGD", (layer, 0.1)).defaults["fused"]
 
 
-def test_weights_of_ranks_are_float32() -> None:
+def test_weights_of_ranks_are_float32():
     module = make_step().module
     label = torch.tensor([[[0, -1], [1, 1]]])
     assert module._denominators(label).dtype == torch.float64
@@ -95,11 +91,11 @@ def test_weights_of_ranks_are_float32() -> None:
 class NoFloat64(TorchDispatchMode):
     """Fails if an operator has a result in float64 on a device."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device):
         super().__init__()
         self.device, self.results = device, 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         for x in tree_leaves(found):
             if isinstance(x, Tensor) and x.device.type == self.device:
@@ -109,7 +105,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_no_float64_in_a_step(name: str) -> None:
+def test_no_float64_in_a_step(name):
     step, progress = make_step(**OPTIONS[name]), Progress(10, 100)
     with NoFloat64("cpu") as mode:
         for _ in range(2):
@@ -117,7 +113,7 @@ def test_no_float64_in_a_step(name: str) -> None:
     assert mode.results > 100
 
 
-def network(decoder: str, encoder: str = "", loss: str = "nll") -> SegmentationModule:
+def network(decoder, encoder="", loss="nll"):
     kind = ENCODERS.get(encoder or "resnet18dilated")
     made = ModelBuilder.build_decoder(
         decoder, num_class=CLASSES, channels=kind.channels, strides=kind.strides
@@ -126,7 +122,7 @@ def network(decoder: str, encoder: str = "", loss: str = "nll") -> SegmentationM
     return SegmentationModule(kind(), made, build_loss(loss, CLASSES), scale)
 
 
-def train(module: SegmentationModule, device: str, side: int = 128) -> None:
+def train(module, device, side=128):
     """Forward and backward pass, without float64 on a device."""
     with NoFloat64(device) as mode:
         images = torch.zeros(2, 3, side, side, device=device)
@@ -143,20 +139,20 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("decoder", "encoder"), PAIRS)
-def test_no_float64_in_the_training_of_networks(decoder: str, encoder: str) -> None:
+def test_no_float64_in_the_training_of_networks(decoder, encoder):
     with torch.device("meta"):
         module = network(decoder, encoder)
     train(module, "meta")
 
 
 @pytest.mark.parametrize("loss", LOSSES.names())
-def test_no_float64_in_losses(loss: str) -> None:
+def test_no_float64_in_losses(loss):
     with torch.device("meta"):
         module = network("c1", loss=loss)
     train(module, "meta", side=32)
 
 
-def test_no_float64_in_the_loss_of_masks() -> None:
+def test_no_float64_in_the_loss_of_masks():
     pytest.importorskip("timm", reason="timm is not installed")
     options = ModelOptions(
         arch="eomt:vit_tiny_patch16_224", weights_encoder="none", weights_decoder="none"
@@ -169,7 +165,7 @@ def test_no_float64_in_the_loss_of_masks() -> None:
 @pytest.mark.parametrize(
     "options", [{"flip": True}, {"tile": 256}, {"window": Sliding(128, 128, 0)}]
 )
-def test_no_float64_in_prediction(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_float64_in_prediction(options, monkeypatch):
     monkeypatch.setattr(predictor, "usable_device", torch.device)
     made = Predictor(network("ppm_deepsup"), DataOptions(imgSizes=(64, 260)), "meta", **options)
     with NoFloat64("meta") as mode:

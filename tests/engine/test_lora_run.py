@@ -1,13 +1,9 @@
 """Trainings with low-rank adapters."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +11,6 @@ from jobs import SIZES, Job
 from small_runs import CPU, assert_same_weights, signal_after, state_of, trainer_of, weights
 
 from mit_semseg.config import TrainOptions, load_config
-from mit_semseg.config.node import Config
 from mit_semseg.engine.checkpoint import load_model, pack
 from mit_semseg.engine.evaluate import evaluate
 from mit_semseg.engine.train import train
@@ -37,12 +32,8 @@ LORA = {
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_it_resumes_exactly_and_is_used_without_peft(
-    devices: int,
-    settings: Callable[..., Config],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    devices, settings, tmp_path, monkeypatch, caplog
+):
     common = {**LORA, "TRAIN__ema": 0.5, "TRAIN__eval_epochs": 1}
     common["TRAIN__activation_checkpointing"] = devices == 2
     whole, cut = (settings(name, **common) for name in ("whole", "cut"))
@@ -88,9 +79,7 @@ def test_it_resumes_exactly_and_is_used_without_peft(
     assert found.stdout.strip() == "(48, 64)", found.stderr
 
 
-def test_new_adapters_continue_from_weights_without_a_state(
-    settings: Callable[..., Config],
-) -> None:
+def test_new_adapters_continue_from_weights_without_a_state(settings):
     cfg = settings(**LORA)
     train(cfg, [CPU], progress=False)
     for state in Path(cfg.DIR).glob("state_step_*.pth"):
@@ -104,7 +93,7 @@ def test_new_adapters_continue_from_weights_without_a_state(
     assert train(cfg, [CPU], progress=False)["step"] == 6
 
 
-def test_ranks_train_the_adapters_as_replicas_do(tmp_path: Path, make_images: Any) -> None:
+def test_ranks_train_the_adapters_as_replicas_do(tmp_path, make_images):
     job = Job(tmp_path)
     make_images(job.data, SIZES)
     changes = {**LORA, "TRAIN__optim": "SGD", "TRAIN__eval_epochs": 0}
@@ -133,6 +122,6 @@ def test_ranks_train_the_adapters_as_replicas_do(tmp_path: Path, make_images: An
         ({"lora_rank": 4, "freeze": ("encoder",)}, "TRAIN.freeze would freeze its adapters"),
     ],
 )
-def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainOptions(**settings)

@@ -1,23 +1,20 @@
 """Low-rank adapters, beside peft's own on the same networks."""
 
-from __future__ import annotations
-
 import copy
 import re
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from other_libraries import NAMES, SIDE, saved_hf
 from tolerances import rounding
-from torch import Tensor, nn
+from torch import nn
 
 from mit_semseg.config import DataOptions, ModelOptions, Options
 from mit_semseg.engine.training.finetune import trainable
 from mit_semseg.models import Encoder, ModelBuilder, SegmentationModule
+from mit_semseg.models.activation_checkpointing import checkpoint_activations
 from mit_semseg.models.inference import inference_copy
 from mit_semseg.models.lora import add_adapters, merged_state, with_adapters
 
@@ -27,8 +24,8 @@ RANK, ALPHA, CLASSES = 4, 8.0, len(NAMES)
 VIT = "timm:test_vit"  # 6 blocks of 64 channels
 
 
-def build(arch: str = VIT, weights: str = "none", **model: Any) -> SegmentationModule:
-    names: dict[str, Any] = {"arch_encoder": arch, "arch_decoder": "linear"}
+def build(arch=VIT, weights="none", **model):
+    names = {"arch_encoder": arch, "arch_decoder": "linear"}
     if arch.startswith(("hf:", "eomt:")):
         names = {"arch": arch}
     options = Options(
@@ -40,7 +37,7 @@ def build(arch: str = VIT, weights: str = "none", **model: Any) -> SegmentationM
     return ModelBuilder.from_config(options).eval()
 
 
-def train_adapters(module: nn.Module) -> None:
+def train_adapters(module):
     """Give adapters values with which they change the output."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in module.named_parameters():
@@ -48,7 +45,7 @@ def train_adapters(module: nn.Module) -> None:
             parameter.data.normal_(std=0.1, generator=generator)
 
 
-def images() -> Tensor:
+def images():
     return torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
 
 
@@ -67,7 +64,7 @@ KINDS = (
 
 @pytest.mark.parametrize("arch", [VIT, "eomt:vit_tiny_patch16_224", *KINDS])
 @torch.no_grad()
-def test_merged_weights_score_as_the_adapters_do(arch: str, tmp_path: Path) -> None:
+def test_merged_weights_score_as_the_adapters_do(arch, tmp_path):
     if arch in KINDS:
         pytest.importorskip("transformers")
         saved_hf(arch, tmp_path)
@@ -89,7 +86,7 @@ def test_merged_weights_score_as_the_adapters_do(arch: str, tmp_path: Path) -> N
 
 
 @torch.no_grad()
-def test_adapters_are_pefts() -> None:
+def test_adapters_are_pefts():
     module = build()
     names = r".*attn\.(qkv|proj)"
     net = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True).eval()
@@ -114,7 +111,18 @@ def test_adapters_are_pefts() -> None:
     )
 
 
-def test_only_adapters_and_the_decoder_are_trained() -> None:
+def test_recomputed_blocks_have_the_same_state():
+    module = build()
+    add_adapters(module, RANK, ALPHA)
+    train_adapters(module)
+    expected = merged_state(module.encoder)
+    checkpoint_activations(module.encoder)
+    found = merged_state(module.encoder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_only_adapters_and_the_decoder_are_trained():
     module = build()
     decoder = sum(p.numel() for p in module.decoder.parameters())
     every = sum(p.numel() for p in module.parameters())
@@ -127,7 +135,7 @@ def test_only_adapters_and_the_decoder_are_trained() -> None:
     assert len(names) == 24 and all(re.search(r"attn\.(qkv|proj)\.lora_[AB]", x) for x in names)
 
 
-def test_targets_are_those_of_peft() -> None:
+def test_targets_are_those_of_peft():
     module = build()
     add_adapters(module, RANK, ALPHA, ("fc1", "blocks.2.attn.qkv"))
     found = [n for n, layer in module.named_modules() if hasattr(layer, "lora_A")]
@@ -135,14 +143,14 @@ def test_targets_are_those_of_peft() -> None:
     assert sorted(found) == sorted([*expected, "encoder.net.model.blocks.2.attn.qkv"])
 
 
-def test_what_is_new_in_an_encoder_is_trained() -> None:
+def test_what_is_new_in_an_encoder_is_trained():
     module = build(vit_pyramid=True)
     add_adapters(module, RANK, ALPHA)
     pyramid = module.encoder.pyramid
     assert isinstance(pyramid, nn.Module) and all(p.requires_grad for p in pyramid.parameters())
 
 
-def test_the_blocks_of_queries_are_adapted_and_heads_trained() -> None:
+def test_the_blocks_of_queries_are_adapted_and_heads_trained():
     module = build("eomt:vit_tiny_patch16_224").train()
     add_adapters(module, RANK, ALPHA)
     label = torch.arange(4).repeat_interleave(SIDE // 4)[:, None].expand(2, SIDE, SIDE)
@@ -154,7 +162,7 @@ def test_the_blocks_of_queries_are_adapted_and_heads_trained() -> None:
         assert (p.grad is not None) == p.requires_grad, name
 
 
-def test_a_state_without_adapters_is_read_beside_them() -> None:
+def test_a_state_without_adapters_is_read_beside_them():
     module, other = build(), build()
     for value in other.encoder.state_dict().values():
         value.add_(1)
@@ -171,16 +179,16 @@ class Reads(Encoder):
 
     channels, strides = (8,), (4,)
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem, self.attn = nn.Conv2d(3, 8, 4, 4), nn.ModuleDict({"qkv": nn.Linear(8, 8)})
 
-    def feature_maps(self, x: Tensor) -> list[Tensor]:
-        weight: Any = self.attn["qkv"].weight
+    def feature_maps(self, x):
+        weight = self.attn["qkv"].weight
         return [F.conv2d(self.stem(x), weight[:, :, None, None])]
 
 
-def test_what_cannot_be_adapted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_adapted_is_refused(monkeypatch):
     module = build()
     with pytest.raises(ValueError, match=r"names 'qvk', .* no such linear layer; did you mean 'qk"):
         add_adapters(module, RANK, ALPHA, ("qvk",))
