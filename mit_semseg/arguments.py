@@ -20,7 +20,7 @@ SOURCES = (
     *("ade20k", "camvid", "cityscapes", "coco", "coco_panoptic", "cocostuff", "lip", "sbu"),
     *("sunrgbd", "voc2012", "vocaug"),
 )
-FORMATS = ("folder", "odgt", *SOURCES)
+FORMATS = ("colors", "folder", "odgt", *SOURCES)
 # Formats of `data import`; checked by a test.
 ANNOTATIONS = ("supervisely", "label-studio", "coco", "labelme", "yolo", "masks")
 

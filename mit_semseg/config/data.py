@@ -21,7 +21,8 @@ class DataOptions(Section):
     SECTION: ClassVar[str] = "DATASET"
 
     format: str = key(
-        "odgt", "format of the data: `odgt`, `folder`, or a public [data set](data.md#the-sets)"
+        "odgt",
+        "format of the data: `odgt`, `folder`, `colors`, or a public [data set](data.md#the-sets)",
     )
     root_dataset: str = key(
         "./data/",
@@ -30,7 +31,8 @@ class DataOptions(Section):
     list_train: str | tuple[str, ...] = key(
         "./data/training.odgt",
         "training data, one entry or a list of them: list files (`odgt`), `images_dir:labels_dir` "
-        "(`folder`), `images_dir:FILE.json` (`coco`), or names of splits of a public data set",
+        "(`folder`, `colors`), `images_dir:FILE.json` (`coco`), or names of splits of a public "
+        "data set",
     )
     list_val: str | tuple[str, ...] = key(
         "./data/validation.odgt", "validation data, in the same form"
@@ -38,7 +40,8 @@ class DataOptions(Section):
     num_class: int = key(150, "number of classes", least=1)
     classes: str = key(
         "",
-        "class table, a CSV file with columns `Idx,Name[,R,G,B]`; empty: that of the data set, or "
+        "class table, a CSV file with columns `Idx,Name[,R,G,B]` (`colors`: in any "
+        "[form](annotations.md#class-tables) with colours); empty: that of the data set, or "
         "of ADE20K for 150 classes, or `class 0`, `class 1`, ...",
     )
     label_offset: int = key(
@@ -48,7 +51,8 @@ class DataOptions(Section):
     )
     ignore_label: tuple[int, ...] = key(
         (),
-        "mask values that are ignored, one or a list",
+        "mask values that are ignored, one or a list; with `colors` the numbers of rows of the "
+        "class table, from 0",
         advice="give a mask value, or several as (0, 255)",
     )
     label_map: tuple[tuple[int, ...], ...] = key(

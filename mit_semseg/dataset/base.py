@@ -75,6 +75,7 @@ class DataFormat(ABC):
     title: str = ""  # for messages
     num_class: int | None = None  # of a public data set
     table: str = ""  # its class table, a file in the folder `tables` without `.csv`
+    reads_classes: bool = False  # whether it reads DATASET.classes itself
     # DATASET.depth_scale of its depth images; None: there are none.
     depth_scale: float | str | None = None
     # Pairs of classes that a horizontal flip exchanges, such as left and right arm.

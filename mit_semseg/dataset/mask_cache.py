@@ -109,11 +109,38 @@ def cached_masks(
         write_odgt(path, [job.record for job in todo])
         _write_note(_note(path), digest, since, facts)
     except PermissionError as error:
-        raise OSError(
-            f"{root}: its masks are computed once and cached in {FOLDER}, but the folder is not "
-            f"writable ({error.strerror}); run mit-semseg data check where it is, or use a copy"
-        ) from error
+        raise _not_writable(root, error) from error
     return read_odgt(path)
+
+
+def converted_masks(root: Path, jobs: Sequence[tuple[Path, MaskJob]], title: str) -> list[Record]:
+    """Records whose masks are computed from one file each, and again when that file changes.
+
+    Args:
+        root: folder of the data set.
+        jobs: the file that a mask is computed from, and the mask.
+        title: title of the progress bar.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
+    try:
+        for folder in {(root / job.record["fpath_segm"]).parent for _, job in jobs}:
+            folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            done = pool.map(lambda pair: _draw(root, pair[1], _changed(pair[0])), jobs)
+            for _ in tqdm(done, desc=f"{title} masks", total=len(jobs), unit="img", disable=None):
+                pass
+    except PermissionError as error:
+        raise _not_writable(root, error) from error
+    return [job.record for _, job in jobs]
+
+
+def _not_writable(root: Path, error: PermissionError) -> OSError:
+    return OSError(
+        f"{root}: its masks are computed once and cached in {FOLDER}, but the folder is not "
+        f"writable ({error.strerror}); run mit-semseg data check where it is, or use a copy"
+    )
 
 
 def _has_images(root: Path, records: Sequence[Record]) -> bool:

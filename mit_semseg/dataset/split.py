@@ -58,7 +58,7 @@ def class_table(dataset_cfg: Any, which: str = "train") -> ClassTable:
     data_format: DataFormat = FORMATS.get(options.format)()
     root = Path(options.root_dataset)
     own = data_format.classes_for(root, entries_of(options, which, data_format), options)
-    if not options.classes:
+    if not options.classes or data_format.reads_classes:
         return own
     table = ClassTable.load(locate(options.classes, root, "DATASET.classes"))
     return table.checked(options.num_class, options.classes, "make them equal")

@@ -15,6 +15,7 @@ import numpy as np
 
 from mit_semseg.dataset import coco_shapes
 from mit_semseg.dataset.class_files import IGNORED_NAME, ClassFile
+from mit_semseg.dataset.mask_cache import FOLDER as CACHED_MASKS
 from mit_semseg.dataset.records import image_extensions
 from mit_semseg.errors import one_line
 
@@ -149,7 +150,8 @@ class Tree:
         images: folder of the images, if it is another one.
 
     Attributes:
-        files: absolute paths of all files below `root`, sorted; hidden ones left out.
+        files: absolute paths of all files below `root`, sorted; hidden ones and cached masks
+            left out.
         images: all image files below `images`, or else `root`.
     """
 
@@ -235,7 +237,7 @@ def _files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder}: no such folder")
     found: list[Path] = []
     for path, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [x for x in folders if not x.startswith(".") and x != CACHED_MASKS]
         found += [Path(path, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
