@@ -54,7 +54,8 @@ class ClassFile:
     def load(cls, path: PathLike) -> ClassFile:
         """Reads one of these forms, recognised by the content:
 
-        - CSV with the columns `Idx,Name[,R,G,B]` of this package, or `name,r,g,b`;
+        - CSV with the columns `Idx,Name[,R,G,B]` of this package, where `Idx` is the stored value,
+          or `name,r,g,b`;
         - CSV with the columns `Pixel Value, Class`, as in exports of Roboflow;
         - `name:r,g,b:parts:actions`, the `labelmap.txt` of CVAT; colours may be missing;
         - `r g b name`, the `label_colors.txt` of CamVid;
@@ -142,6 +143,7 @@ def _csv(name: str, rows: Sequence[str]) -> ClassFile:
     header = [cell.strip().casefold() for cell in table[0]]
     at = {cell: k for k, cell in enumerate(header)}
     label = at["name"] if "name" in at else at["class"]
+    number_column = next((column for column in ("pixel value", "idx") if column in at), "")
     names, colors, values = [], [], []
     for number, cells in enumerate(table[1:], 2):
         where = f"{name}: row {number}"
@@ -150,10 +152,10 @@ def _csv(name: str, rows: Sequence[str]) -> ClassFile:
         names.append(cells[label].split(";")[0].strip())
         if {"r", "g", "b"} <= set(at):
             colors.append(_color([cells[at[c]] for c in "rgb"], where))
-        if "pixel value" in at:
-            value = cells[at["pixel value"]].strip()
+        if number_column:
+            value = cells[at[number_column]].strip()
             if not value.isdecimal():
-                raise ValueError(f"{where}: pixel value {value!r} is not a number")
+                raise ValueError(f"{where}: {number_column} is {value!r}, not a number")
             values.append(int(value))
     return _file(name, names, colors, values)
 

@@ -277,6 +277,18 @@ def test_masks_without_a_table_have_numbers(tmp_path):
     assert masks(imported)["a.png"].tolist() == [[0, 3, 255]]
 
 
+def test_numbers_in_a_table_are_stored_values(tmp_path):
+    """As in ADE20K, where 0 is no class: it has to be said what it is."""
+    pair(tmp_path / "set", "a", [[0, 2, 5]])
+    write(tmp_path / "set/classes.csv", "Idx,Name\n2,x\n5,y\n")
+    with pytest.raises(ValueError, match=r"value 0 at column 0, row 0 .* --ignore void if 0 is"):
+        convert(tmp_path / "set", tmp_path / "out")
+    write(tmp_path / "set/classes.csv", "Idx,Name\n0,void\n2,x\n5,y\n")
+    imported = convert(tmp_path / "set", tmp_path / "out", ignore=["void"])
+    assert imported.classes.names == ("x", "y")
+    assert masks(imported)["a.png"].tolist() == [[255, 0, 1]]
+
+
 # ------------------------------------------------------------------------------ bad input
 def only_problem(folder, out, *parts, **options):
     """Imports a folder with one good and one bad image; its problem must have these parts."""
@@ -357,6 +369,11 @@ GOOD = drawn("x", (1, 1), (3, 2), kind="rectangle")
         ([drawn("x", (1, 1), (2, 2), kind="star")], {}, "shape_type 'star'; known are polygon"),
         ([drawn("", (1, 1), (2, 2), (3, 1))], {}, "a shape without label"),
         ([GOOD], {"imagePath": "lost.png"}, "no image 'lost.png' below"),
+        (
+            [GOOD],
+            {"imagePath": "lost.png", "imageData": "aGk="},
+            "--images FOLDER, or write the one in the file with labelme_export_json",
+        ),
         ([GOOD], {"imageWidth": 50}, "50x8 pixels, but its image"),
         ([GOOD], {"imagePath": "good.png"}, "is that of"),
     ],

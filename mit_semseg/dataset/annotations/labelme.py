@@ -59,7 +59,7 @@ class LabelmeReader:
                 content = tree.content(file)
                 if not _is_labelme(content):
                     raise ValueError(f"{file}: not a file of labelme; left out")
-                image = tree.image(content["imagePath"], file.parent)
+                image = _image(content, tree, file)
                 if image in used:
                     raise ValueError(f"{file}: its image {image} is that of {used[image]}, too")
                 used[image] = file
@@ -79,6 +79,14 @@ class LabelmeReader:
             f"{image}: has no annotation; left out" for image in tree.images if image not in used
         ]
         return found
+
+
+def _image(content: dict[str, Any], tree: Tree, file: Path) -> Path:
+    try:
+        return tree.image(content["imagePath"], file.parent)
+    except FileNotFoundError as error:
+        hint = ", or write the one in the file with labelme_export_json"
+        raise FileNotFoundError(f"{error}{hint if content.get('imageData') else ''}") from error
 
 
 def _is_labelme(content: Any) -> bool:

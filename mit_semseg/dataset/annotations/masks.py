@@ -257,9 +257,12 @@ def _rows(mask: Path, table: ClassFile) -> np.ndarray:
     unknown = [value for value in present if value not in rows]
     if unknown:
         y, x = np.unravel_index(int((stored == unknown[0]).argmax()), stored.shape)
+        fix = "add a row for it"
+        if unknown[0] in (0, _WHITE):
+            fix += f", such as a class void, and --ignore void if {unknown[0]} is unlabelled"
         raise ValueError(
             f"{mask}: value {unknown[0]} at column {x}, row {y} is not in {table.path} "
-            f"({_run(table.values)}); add a row for it"
+            f"({_run(table.values)}); {fix}"
         )
     lookup = np.zeros(max(present) + 1, dtype=np.int64)
     lookup[present] = [rows[value] for value in present]
