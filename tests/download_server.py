@@ -54,10 +54,10 @@ def head(status, *lines):
 
 def whole(body=BODY, *lines, length=None):
     """All of a body, with a Content-Length that may be a lie."""
-    said = len(body) if length is None else length
+    claimed = len(body) if length is None else length
 
     def answer(start, send):
-        send(head("200 OK", f"Content-Length: {said}", *lines) + body)
+        send(head("200 OK", f"Content-Length: {claimed}", *lines) + body)
 
     return answer
 
@@ -67,9 +67,9 @@ def rest(body=BODY, content_range="", etag='"v1"'):
 
     def answer(start, send):
         begin = start or 0
-        said = content_range or f"bytes {begin}-{len(body) - 1}/{len(body)}"
+        claimed = content_range or f"bytes {begin}-{len(body) - 1}/{len(body)}"
         lines = [f"Content-Length: {len(body) - begin}", f"ETag: {etag}"]
-        lines += [f"Content-Range: {said}"] if said != "none" else []
+        lines += [f"Content-Range: {claimed}"] if claimed != "none" else []
         send(head("206 Partial Content", *lines) + body[begin:])
 
     return answer

@@ -1,4 +1,4 @@
-"""Tiny networks of other libraries, made and saved by these themselves."""
+"""Tiny networks of transformers and segmentation_models.pytorch, saved by these libraries."""
 
 import json
 
@@ -32,6 +32,17 @@ def config_of(kind):
     vit = {"hidden_size": 32, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 16}
     layers = {"num_hidden_layers": 4, "intermediate_size": 32}
     queries = {"num_queries": 6, "train_num_points": 64}
+    mask2former = {
+        "encoder_feedforward_dim": 16,
+        "dim_feedforward": 16,
+        "hidden_dim": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_attention_heads": 2,
+        "dropout": 0.0,
+        **queries,
+        **labels,
+    }
     eomt = {**vit, **queries, "num_hidden_layers": 2, "num_blocks": 1, "num_upscale_blocks": 1}
     if kind == "segformer":
         return t.SegformerConfig(
@@ -97,32 +108,16 @@ def config_of(kind):
             backbone_config=_swin(),
             feature_size=32,
             mask_feature_size=32,
-            hidden_dim=32,
-            encoder_feedforward_dim=16,
-            dim_feedforward=16,
-            encoder_layers=1,
-            decoder_layers=2,
-            num_attention_heads=2,
-            dropout=0.0,
-            **queries,
-            **labels,
+            **mask2former,
         )
     if kind == "oneformer":
         return t.OneFormerConfig(
             backbone_config=_swin(),
-            hidden_dim=32,
             conv_dim=32,
             mask_dim=32,
-            encoder_feedforward_dim=16,
-            dim_feedforward=16,
-            encoder_layers=1,
-            decoder_layers=2,
             query_dec_layers=1,
-            num_attention_heads=2,
-            dropout=0.0,
             is_training=False,
-            **queries,
-            **labels,
+            **mask2former,
         )
     if kind == "eomt":
         return t.EomtConfig(**eomt, num_register_tokens=1, **labels)

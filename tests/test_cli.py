@@ -30,7 +30,7 @@ PIPES = {"capture_output": True, "text": True, "env": {**os.environ, "COLUMNS": 
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         *(
             (words, "usage: mit-semseg")
@@ -39,18 +39,18 @@ PIPES = {"capture_output": True, "text": True, "env": {**os.environ, "COLUMNS": 
         ("--version", f"mit-semseg {mit_semseg.__version__}\n"),
     ],
 )
-def test_help_and_version(words, said, capsys):
+def test_help_and_version(words, output, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*words.split(), *([] if "--" in words else ["--help"])])
     assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith(said)
+    assert capsys.readouterr().out.startswith(output)
 
 
 def test_scripts_and_the_module_can_be_run():
     for script in ("train.py", "eval_multipro.py", "eval.py", "test.py"):
         assert "--cfg" in run(script, "--help")
-    said = run("-m", "mit_semseg.cli", "--help")
-    assert all(name in said for name in ("train", "eval", "predict", "pack", "data", "demo"))
+    output = run("-m", "mit_semseg.cli", "--help")
+    assert all(name in output for name in ("train", "eval", "predict", "pack", "data", "demo"))
 
 
 HEAVY = "torch", "torchvision", "numpy", "cv2", "scipy", "PIL", "matplotlib", "jinja2"

@@ -138,27 +138,27 @@ def test_file_mistakes_name_the_file(tmp_path):
 
 
 def test_a_missing_configuration_file_is_refused_with_those_there_are(tmp_path, monkeypatch):
-    def said(path):
+    def output(path):
         with pytest.raises(FileNotFoundError) as error:
             load_config(path)
         return str(error.value)
 
     monkeypatch.chdir(tmp_path)
     nowhere = "configuration file none.yaml does not exist; recipes are in the folder config of"
-    assert said("none.yaml").startswith(nowhere)
+    assert output("none.yaml").startswith(nowhere)
     Path("config").mkdir()
     for name in ("sbu-unet", *(f"camvid-{k}" for k in range(8))):
         Path(f"config/{name}.yaml").write_text("")
-    assert said("config/nonexist.yaml") == (
+    assert output("config/nonexist.yaml") == (
         "configuration file config/nonexist.yaml does not exist; config has 9 configuration "
         "files, such as camvid-0.yaml"
     )
     for near in ("sbu-unet.yaml", "config/sbu-unnet.yaml", "config/sbu-unet"):
-        assert said(near).endswith("does not exist; did you mean config/sbu-unet.yaml?")
+        assert output(near).endswith("does not exist; did you mean config/sbu-unet.yaml?")
     Path("ckpt").mkdir()
-    assert said("ckpt").startswith("ckpt is a folder, not a configuration file; recipes are in")
+    assert output("ckpt").startswith("ckpt is a folder, not a configuration file; recipes are in")
     Path("ckpt/config.yaml").write_text("")
-    assert said("ckpt") == "ckpt is a folder, not a configuration file; give ckpt/config.yaml"
+    assert output("ckpt") == "ckpt is a folder, not a configuration file; give ckpt/config.yaml"
 
 
 def test_a_mapping_in_place_of_a_list_is_named(tmp_path):
@@ -268,15 +268,15 @@ def test_the_command_says_where_values_come_from(tmp_path, capsys):
     file.write_text("VAL:\n  tile: off\n  flip: true\n")
     words = ["config", "--cfg", str(file), "--only", "val.", "VAL.flip", "False"]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert f"VAL.tile = off  ({file}; default auto)\n    side in pixels" in said
-    assert "VAL.flip = False  (command line; default False)\n" in said
-    assert "VAL.batch_size = 1  (default)\n" in said and "TRAIN" not in said.splitlines()[0]
+    output = capsys.readouterr().out
+    assert f"VAL.tile = off  ({file}; default auto)\n    side in pixels" in output
+    assert "VAL.flip = False  (command line; default False)\n" in output
+    assert "VAL.batch_size = 1  (default)\n" in output and "TRAIN" not in output.splitlines()[0]
     words = ["config", "--only", "dataset.std", "MODEL.arch_encoder", "timm:vit_tiny_patch16_224"]
     pytest.importorskip("timm")
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "[0.5, 0.5, 0.5]  (from MODEL.arch_encoder; default [0.229, 0.224, 0.225])" in said
+    output = capsys.readouterr().out
+    assert "[0.5, 0.5, 0.5]  (from MODEL.arch_encoder; default [0.229, 0.224, 0.225])" in output
     assert main(["config", "--only", "nothing"]) == 2
     assert main(["config"]) == 0
     assert len(re.findall(r"^[A-Z]+(?:\.\w+)? = ", capsys.readouterr().out, re.M)) == len(SETTINGS)

@@ -221,9 +221,9 @@ def test_recipes_for_contributors_pass_their_tests(tree):
     tests += ["tests/test_docs_settings.py"]
     names = "tiny or pointwise or brier or balls or surface or beta or TRAIN"
     options = ("-n0", "-p", "no:cacheprovider", "-k", names)
-    told = run("-c", RENEW_AND_TEST, *options, *tests, cwd=tree)
-    passed = re.search(r"(\d+) passed", told)
-    assert passed and int(passed[1]) > 20, told[-3000:]
+    output = run("-c", RENEW_AND_TEST, *options, *tests, cwd=tree)
+    passed = re.search(r"(\d+) passed", output)
+    assert passed and int(passed[1]) > 20, output[-3000:]
 
 
 def test_recipes_for_contributors_train_and_predict(tree):
@@ -251,12 +251,12 @@ def test_recipes_for_contributors_train_and_predict(tree):
     )
     overrides = words[words.index("MODEL.arch_encoder") :]
     overrides[1] = "mine"
-    told = run(
+    output = run(
         *("my_tool.py", "predict", "--gpu", "cpu", "--imgs", "photos", "--cfg", "mine.yaml"),
         *(*overrides, "TEST.checkpoint", "epoch_1.pth", "TEST.result", "out"),
         cwd=tree,
     )
-    assert "2 images segmented" in told
+    assert "2 images segmented" in output
 
 
 # ----------------------------------------------------------------------------------------- site

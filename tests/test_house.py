@@ -63,7 +63,7 @@ def test_no_file_is_large():
 
 
 def test_no_file_knows_the_machine_it_was_written_on():
-    told = []
+    output = []
     for file in FILES:
         data = (ROOT / file).read_bytes()
         # This file spells out what it looks for; what holds a zero byte is no text.
@@ -71,8 +71,8 @@ def test_no_file_knows_the_machine_it_was_written_on():
             continue
         for number, line in enumerate(data.decode("utf-8").splitlines(), 1):
             if found := MACHINE_PATH.search(line) or PACKAGE_HOST.search(line):
-                told.append(f"{file}:{number}: {found[0]}")
-    assert not told
+                output.append(f"{file}:{number}: {found[0]}")
+    assert not output
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("place", ["checkout", *INSTALLED], indirect=True)
 def test_the_package_stands_alone(place, checkout, tmp_path):
     (tmp_path / "main.py").write_text(STANDS_ALONE)
-    told = run(python(place), "main.py", cwd=tmp_path)
-    files, classes, has_lib, segmenter = json.loads(told)
+    output = run(python(place), "main.py", cwd=tmp_path)
+    files, classes, has_lib, segmenter = json.loads(output)
     lib = Path(files["mit_semseg.lib.nn"])
     if lib == checkout / "lib/nn/__init__.py":
         home = checkout
@@ -188,6 +188,6 @@ def test_the_installed_command_runs(place, tmp_path):
     assert run(command, "--version", cwd=tmp_path) == f"mit-semseg {mit_semseg.__version__}\n"
     Image.new("RGB", (64, 48), "gray").save(tmp_path / "gray.png")
     options = ("--imgs", "gray.png", "--gpu", "cpu", "--cfg", CAMVID / "config.yaml")
-    told = run(command, "predict", *options, "DIR", CAMVID, "TEST.result", "out", cwd=tmp_path)
-    assert "1 image segmented" in told
+    output = run(command, "predict", *options, "DIR", CAMVID, "TEST.result", "out", cwd=tmp_path)
+    assert "1 image segmented" in output
     assert list((tmp_path / "out").glob("gray*.png"))

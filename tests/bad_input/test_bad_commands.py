@@ -157,12 +157,12 @@ def test_make_odgt_leaves_out_what_cannot_be_read(tmp_path, command, untouched):
             "--labels", tmp_path / "data/masks", "--out", out,
         )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    for said in (
+    for output in (
         "3 training and 1 validation samples", "3 unusable pairs, left out:", "empty.png: not a",
         "2 images without mask, left out:\n  folder.png\n  pipe.png",
         "turned.png: 24x40 pixels", "text.png: not a readable",
     ):  # fmt: skip
-        assert said in outcome.out
+        assert output in outcome.out
 
 
 # ------------------------------------------------------------------------------ train
@@ -201,8 +201,8 @@ def test_training_skips_bad_samples(tmp_path, model, command, untouched):
         outcome = command(*training(model, listing, folder, *more))
     assert outcome.code == 0, outcome.out + outcome.err
     assert (folder / "encoder_epoch_1.pth").is_file()
-    said = (folder / "log.txt").read_text()
-    assert any(case.name in said for case in BAD_IMAGES) and "bad\\udcff.jpg" in said
+    output = (folder / "log.txt").read_text()
+    assert any(case.name in output for case in BAD_IMAGES) and "bad\\udcff.jpg" in output
 
 
 # ------------------------------------------------------------------------------ eval

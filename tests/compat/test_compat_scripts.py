@@ -262,8 +262,8 @@ def test_only_a_download_is_made(tmp_path):
 
 
 def test_ade20k_is_fetched_by_its_published_name(tmp_path):
-    told = shell("download_ADE20K.sh", tmp_path, "--to", "elsewhere", PYTHON="echo")
-    assert told.split() == [
+    output = shell("download_ADE20K.sh", tmp_path, "--to", "elsewhere", PYTHON="echo")
+    assert output.split() == [
         *("-m", "mit_semseg.cli", "data", "download", "ade20k", "--to", "elsewhere")
     ]
     assert os.access(ROOT / "download_ADE20K.sh", os.X_OK)

@@ -99,9 +99,9 @@ def as_read(words):
 def test_the_new_command_line_is_printed_and_can_be_parsed(typed):
     command, *words = shlex.split(typed)
     advice = replacement(command, words, f"mit-semseg {command}")
-    told = advice.partition("; run: ")[2].rpartition("&& ")[2]
-    assert told == f"mit-semseg {CASES[typed]}"
-    as_read(shlex.split(told)[1:])
+    printed = advice.partition("; run: ")[2].rpartition("&& ")[2]
+    assert printed == f"mit-semseg {CASES[typed]}"
+    as_read(shlex.split(printed)[1:])
     for word in words:
         if word.startswith("--") and word not in ("--gpus", "--cfg", "--workers"):
             assert f"{word.partition('=')[0]} by " in advice
@@ -126,18 +126,18 @@ def test_current_arguments_are_not_translated():
 
 
 @pytest.mark.parametrize(
-    ("script", "argv", "told"),
+    ("script", "argv", "command"),
     [
         ("train.py", ["train"], "python train.py DIR ckpt/a"),
         ("eval.py", ["eval", "--single-process"], "python eval.py DIR ckpt/a"),
         ("/usr/bin/mit-semseg", ["train"], "mit-semseg train DIR ckpt/a"),
     ],
 )
-def test_the_command_prints_one_line(script, argv, told, monkeypatch, capsys):
+def test_the_command_prints_one_line(script, argv, command, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [script, "--id", "a"])
     assert main([*argv, "--id", "a"]) == 2
-    said = capsys.readouterr().err
-    assert said == f"error: flags have been replaced: --id by DIR; run: {told}\n"
+    output = capsys.readouterr().err
+    assert output == f"error: flags have been replaced: --id by DIR; run: {command}\n"
 
 
 def test_the_page_names_every_flag_and_shows_what_is_said():
@@ -146,8 +146,8 @@ def test_the_page_names_every_flag_and_shows_what_is_said():
     assert known == set(re.findall(r"`--(\w+)`", page)) - {"gpus", "imgs", "out"}
     example = re.search(r"^\$ (python train.py) (.*)\nerror: (.*)$", page, re.MULTILINE)
     assert example is not None
-    program, words, said = example.groups()
-    assert replacement("train", words.split(), program) == said
+    program, words, expected = example.groups()
+    assert replacement("train", words.split(), program) == expected
 
 
 @pytest.mark.parametrize(
@@ -159,5 +159,5 @@ def test_the_page_names_every_flag_and_shows_what_is_said():
     ],
 )
 def test_a_flag_without_its_value_is_named(words, message):
-    said = replacement("train", words.split(), "python train.py")
-    assert f"{words.split()[0]} {message}" in said
+    output = replacement("train", words.split(), "python train.py")
+    assert f"{words.split()[0]} {message}" in output

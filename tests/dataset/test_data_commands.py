@@ -161,13 +161,13 @@ def test_label_maps_of_the_commands(tmp_path, capsys):
     where = write_binary(tmp_path)
     for words in ([], ["--num-class", "2"], ["--num-class", "2", "--label-offset", "0"]):
         assert call("check", where, *words) == 1
-        said = capsys.readouterr().out
-        assert said.count('set DATASET.num_class 2 DATASET.label_map "[[0, 0], [255, 1]]"') >= 2
-        assert "ignore_label 255" not in said
+        output = capsys.readouterr().out
+        assert output.count('set DATASET.num_class 2 DATASET.label_map "[[0, 0], [255, 1]]"') >= 2
+        assert "ignore_label 255" not in output
     pairs = ["--label-map", "[[0, 0], [255, 1]]"]
     assert call("check", where, *pairs) == 0
-    said = capsys.readouterr().out
-    assert "class 0" in said and "75.00%" in said and "warning" not in said
+    output = capsys.readouterr().out
+    assert "class 0" in output and "75.00%" in output and "warning" not in output
     with pytest.raises(ValueError, match="class 1, but DATASET.num_class is 1"):
         call("check", where, *pairs, "--num-class", "1")
     with pytest.raises(ValueError, match="camvid defines its own"):
@@ -176,9 +176,11 @@ def test_label_maps_of_the_commands(tmp_path, capsys):
     put(tmp_path / "m/1.png", row(0, 1, 1, 255))
     lists = ["--images", tmp_path / "i", "--labels", tmp_path / "m", "--out", tmp_path]
     assert call("make-odgt", *lists, *pairs) == 0
-    said = capsys.readouterr().out
-    assert 'DATASET.num_class 2\nDATASET.label_map "[[0, 0], [255, 1]]"\n' in said
-    assert "1 training and 0 validation" in said and "m/1.png: label 1 is outside 0, 255" in said
+    output = capsys.readouterr().out
+    assert 'DATASET.num_class 2\nDATASET.label_map "[[0, 0], [255, 1]]"\n' in output
+    assert (
+        "1 training and 0 validation" in output and "m/1.png: label 1 is outside 0, 255" in output
+    )
 
 
 def test_palettes_that_differ_between_files_are_warned_of(tmp_path):

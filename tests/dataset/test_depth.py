@@ -159,8 +159,8 @@ def test_depth_that_does_not_fit(root, capsys):
     (root / "fpath_depth/2.png").rename(root / "2.png")
     capsys.readouterr()
     assert main(words) == 1
-    said = capsys.readouterr().out
-    assert all(str(root / f"fpath_depth/{k}.png") in said for k in (1, 2))
+    output = capsys.readouterr().out
+    assert all(str(root / f"fpath_depth/{k}.png") in output for k in (1, 2))
     (root / "2.png").rename(root / "fpath_depth/2.png")
     for read in (
         lambda: check_sample(split),

@@ -48,17 +48,19 @@ def test_a_mask_of_black_and_white_keeps_both_classes(offset, white):
         message = str(caught.value)
         assert f'set DATASET.num_class 2 DATASET.label_map "[[0, 0], [{white}, 1]]"' in message
         assert "ignore_label" not in message  # which would lose one of them
-    told = DataOptions.read({"num_class": 2, "label_map": [[0, 0], [white, 1]]})
-    assert LabelMap.of_options(told)(np.array([0, white])).tolist() == [0, 1]
+    options = DataOptions.read({"num_class": 2, "label_map": [[0, 0], [white, 1]]})
+    assert LabelMap.of_options(options)(np.array([0, white])).tolist() == [0, 1]
 
 
 def test_white_in_masks_of_many_classes_may_be_void():
     nine = LabelMap.shifted(9, 0)
-    said = nine.complaint([0, 255], "x.png")
-    assert '[255, 1]]", else DATASET.ignore_label 255' in said
+    output = nine.complaint([0, 255], "x.png")
+    assert '[255, 1]]", else DATASET.ignore_label 255' in output
     for stored, others in (([0, 1, 255], []), ([0, 255], [0, 3, 255])):
-        said = nine.complaint(stored, "x.png", others)
-        assert "set DATASET.ignore_label 255 or a label map" in said and "two classes" not in said
+        output = nine.complaint(stored, "x.png", others)
+        assert (
+            "set DATASET.ignore_label 255 or a label map" in output and "two classes" not in output
+        )
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32])

@@ -109,8 +109,8 @@ def layout(folder: Path) -> set[str]:
 def phrases(folder: Path) -> list[str]:
     """The log without times, numbers and the lines of single steps."""
     lines = (folder / "log.txt").read_text().splitlines()
-    said = [line.split("] ", 1)[1] for line in lines if ", step " not in line]
-    numbers = [re.sub(r"[\d.]+", "#", line) for line in said]
+    output = [line.split("] ", 1)[1] for line in lines if ", step " not in line]
+    numbers = [re.sub(r"[\d.]+", "#", line) for line in output]
     return [re.sub(r"(# \w+)s\b", r"\1", line) for line in numbers]  # 1 device, 2 devices
 
 

@@ -75,5 +75,5 @@ def gpu_waits() -> Iterator[list[str]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            said = [str(warning.message) for warning in caught]
-            found += [text for text in said if "called a synchronizing" in text]
+            output = [str(warning.message) for warning in caught]
+            found += [text for text in output if "called a synchronizing" in text]

@@ -247,28 +247,28 @@ def test_a_state_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeyp
 
 
 # ------------------------------------------------------------------------------ locks
-def acquire(rank, folder, said):
+def acquire(rank, folder, output):
     try:
         RunLock(folder).acquire()
     except ValueError as error:
-        said.write_text(str(error))
+        output.write_text(str(error))
         sys.exit(2)
 
 
 def test_one_run_at_a_time_uses_a_folder(tmp_path):
-    lock, said = RunLock(tmp_path / "model"), tmp_path / "said"
+    lock, output = RunLock(tmp_path / "model"), tmp_path / "said"
     leftover = tmp_path / "model" / ".state_step_7.pth.abc123"
     leftover.parent.mkdir()
     leftover.write_bytes(b"half of a state")
     lock.acquire()
     RunFolder(lock.folder).remove_unfinished()
     assert not leftover.exists(), "what a killed run was writing is of no use"
-    assert exit_codes(acquire, 1, lock.folder, said) == [2]
-    assert f"model is in use by process {os.getpid()} on " in said.read_text()
+    assert exit_codes(acquire, 1, lock.folder, output) == [2]
+    assert f"model is in use by process {os.getpid()} on " in output.read_text()
     with pytest.raises(ValueError, match="in use by another run of this process"):
         RunLock(lock.folder).acquire()
     lock.release()
-    assert exit_codes(acquire, 1, lock.folder, said) == [0]
+    assert exit_codes(acquire, 1, lock.folder, output) == [0]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])

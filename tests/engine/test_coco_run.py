@@ -76,19 +76,19 @@ def test_names_of_categories_reach_figures_and_pictures(tmp_path, settings, caps
     write(data, "val.json", {1: "sign", 5: "pole"})
     swapped = [*settings, "DATASET.list_val", "photos:val.json"]
     assert command("train", swapped) == 2
-    said = capsys.readouterr().err
-    assert "different classes, background, pole, sign and background, sign, pole" in said
+    output = capsys.readouterr().err
+    assert "different classes, background, pole, sign and background, sign, pole" in output
 
     assert main(["data", "check", "photos:train.json", "--root", str(data)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name, pixels in (("pole", 2 * 8 * 32), ("sign", 2 * 16 * 16)):
-        assert f" {name} " in said and f" {pixels} " in said
+        assert f" {name} " in output and f" {pixels} " in output
     assert command("train", settings) == 0
     with open(tmp_path / "model/classes.csv", newline="") as file:
         assert [row["Name"] for row in csv.DictReader(file)] == NAMES
     assert command("eval", swapped) == 2
-    said = capsys.readouterr().err
-    assert "class 1 is 'pole' in the checkpoint and 'sign' in DATASET.list_val" in said
+    output = capsys.readouterr().err
+    assert "class 1 is 'pole' in the checkpoint and 'sign' in DATASET.list_val" in output
     assert command("eval", settings) == 0
     report = json.loads((tmp_path / "model/result_eval/eval.json").read_text())
     assert [row["name"] for row in report["classes"]] == NAMES

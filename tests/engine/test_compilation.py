@@ -31,17 +31,17 @@ def test_compilation_needs_one_device(settings):
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx",
         "Cannot find a working triton installation. Either the package is not installed or",
         "Compiler: cl is not found.",
     ],
 )
-def test_without_a_compiler_the_fix_is_named(said):
+def test_without_a_compiler_the_fix_is_named(message):
     fix = r"install a C\+\+ compiler.*TRAIN\.compile, .* False"
     with pytest.raises(ValueError, match=fix), compiler_errors():
-        raise RuntimeError(f"backend='inductor' raised:\n{said}")
+        raise RuntimeError(f"backend='inductor' raised:\n{message}")
     with pytest.raises(RuntimeError, match="out of memory"), compiler_errors():
         raise RuntimeError("CUDA out of memory")
 

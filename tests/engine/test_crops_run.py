@@ -26,8 +26,8 @@ def test_three_steps_from_the_command_line(settings, tmp_path, capsys):
     assert CheckpointFolder(cfg.DIR).config().DATASET.batching == "crop"
     capsys.readouterr()
     assert main([*common, "DIR", str(tmp_path / "none"), "DATASET.crop_size", "(30, 41)"]) != 0
-    said = capsys.readouterr().err
-    assert "DATASET.crop_size is [30, 41]" in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert "DATASET.crop_size is [30, 41]" in output and "Traceback" not in output
     assert not (tmp_path / "none").exists()
 
 

@@ -61,8 +61,8 @@ def test_single_class_warnings():
         (([1], [0]), ""),
     ):
         matrix.update(*pixels)
-        said = single_class(matrix, classes)
-        assert said.startswith(start) and bool(said) == bool(start)
+        output = single_class(matrix, classes)
+        assert output.startswith(start) and bool(output) == bool(start)
     alone = ConfusionMatrix(1)
     alone.update([0], [0])
     assert single_class(alone, ClassTable.of(["floor"])) == ""

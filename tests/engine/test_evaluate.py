@@ -198,8 +198,8 @@ def test_predicting_a_single_class_warns(cfg, tmp_path, caplog):
     assert "predicted as" not in caplog.text
     module.decoder.conv_last.bias.data[2] += 1e4
     evaluate(cfg, [CPU], model=module, out_dir=tmp_path, progress=False)
-    (said,) = [r.getMessage() for r in caplog.records if "predicted as" in r.getMessage()]
-    assert said.startswith("all pixels of all images are predicted as class 2: check the masks")
+    (output,) = [r.getMessage() for r in caplog.records if "predicted as" in r.getMessage()]
+    assert output.startswith("all pixels of all images are predicted as class 2: check the masks")
 
 
 # ------------------------------------------------------------------------------ settings
@@ -278,11 +278,11 @@ def test_large_images_are_scored_in_tiles(cfg):
 def test_windows_slide_over_every_scale(cfg, tmp_path, capsys):
     cfg.DATASET.imgSizes, cfg.DATASET.imgMaxSize = [72, 96], 200
     rows = []
-    for window, said in (([], False), ([64, 96], True)):
+    for window, windowed in (([], False), ([64, 96], True)):
         cfg.VAL.window = window
         result = evaluate(cfg, [CPU], out_dir=tmp_path, progress=False)
         assert result["window"] == window
-        assert (", in windows of 64x96, " in capsys.readouterr().out) is said
+        assert (", in windows of 64x96, " in capsys.readouterr().out) is windowed
         rows.append(result["classes"])
     assert rows[0] != rows[1]
     assert len({tuple(row["pixel_share"] for row in table) for table in rows}) == 1
@@ -326,8 +326,8 @@ def test_bad_files_are_reported_and_skipped(workers, batch_size, damaged, tmp_pa
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["failed"] == result["failed"]
     printed = capsys.readouterr().out
     assert f"2 of 5 images failed:\n  {names[0]}: " in printed and "3 images, " in printed
-    told = [record.getMessage() for record in caplog.records if "skipped" in record.message]
-    assert sorted(line.split(": ")[1] for line in told) == names
+    reports = [record.getMessage() for record in caplog.records if "skipped" in record.message]
+    assert sorted(line.split(": ")[1] for line in reports) == names
     drawn = {path.name for path in (tmp_path / "out" / "pictures").rglob("*.png")}
     assert drawn == {"0.png", "2.png", "4.png"}
     # The figures are those of a list that never held the two.
@@ -419,7 +419,7 @@ def test_one_thread_computes_and_counts_are_fetched_once(damaged, tmp_path, monk
     module, data = loaded(damaged)
     saved = SavedPredictions(tmp_path / "labels", (0, 4))
     figures = FigureWriter(data, tmp_path / "pictures", ClassTable.of(NAMES).colors)
-    threads, checks, fetched, told = set(), [], [], []
+    threads, checks, fetched, reports = set(), [], [], []
     logits, update, cpu = Predictor.logits, ConfusionMatrix.update, ConfusionMatrix.cpu
 
     def watched(self, scales):
@@ -440,15 +440,15 @@ def test_one_thread_computes_and_counts_are_fetched_once(damaged, tmp_path, monk
     chunks = [range(2), range(2, 4), range(4, 5)]
     options = {"boundary": True, "figures": figures, "saved": saved}
     scorer = Scorer(module, data, Options.read(damaged), CPU, 2, **options)
-    found = run_here(scorer.in_order, chunks, told.append)
+    found = run_here(scorer.in_order, chunks, reports.append)
     assert threads == {threading.get_ident()} and len(fetched) == 1 and set(checks) == {False}
-    assert [count for count, _ in told] == [2, 2, 1] and found.processes == 1
-    assert [sorted(bad) for _, bad in told] == [[1], [3], []] and found.seconds > 0
+    assert [count for count, _ in reports] == [2, 2, 1] and found.processes == 1
+    assert [sorted(bad) for _, bad in reports] == [[1], [3], []] and found.seconds > 0
     pictures = sorted(path.name for path in tmp_path.glob("pictures/*/*.png"))
     assert pictures == ["0.png", "2.png", "4.png"]
     assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == ["0.npy", "4.npy"]
 
-    other = run_here(scorer.side_by_side, chunks, told.append)
+    other = run_here(scorer.side_by_side, chunks, reports.append)
     assert found.failed == other.failed and len(other.failed) == 2
     # Convolutions round by the number of threads.
     counts = found.matrix.matrix, other.matrix.matrix

@@ -45,7 +45,7 @@ def test_commands_on_the_cpu_ask_for_no_gpu(tmp_path, make_images):
     settings = {"TRAIN__precision": "bf16", "TRAIN__ema": 0.9, "TEST__checkpoint": "epoch_1.pth"}
     config = job.config("trained", TRAIN__workers=1, TEST__result=str(job.root), **settings)
     done = job.run(job.root / "refusing.py", config, job.data / "img" / "part0" / "0.png")
-    before, said, after = done.text().partition("on the CPU alone")
-    assert said and "was called" not in before, before
+    before, output, after = done.text().partition("on the CPU alone")
+    assert output and "was called" not in before, before
     # Without `--gpus cpu` the question is noticed.
     assert done.process.returncode == 9 and "was called" in after, after

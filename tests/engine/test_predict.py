@@ -379,9 +379,9 @@ def test_several_devices_share_the_images(cfg, tmp_path, capsys):
     assert two[5]["error"] == one[5]["error"]
     for a, b in zip(one[:5], two[:5], strict=True):
         assert (labels_of(a) == labels_of(b)).mean() > 0.99
-    said = capsys.readouterr().out
-    assert re.findall(r"Predictions in \[.*0(\d)\.png\]", said) == list("01234") * 2
-    assert said.count("5 images segmented") == said.count("1 of 6 images failed") == 2
+    output = capsys.readouterr().out
+    assert re.findall(r"Predictions in \[.*0(\d)\.png\]", output) == list("01234") * 2
+    assert output.count("5 images segmented") == output.count("1 of 6 images failed") == 2
 
 
 @pytest.mark.usefixtures("forked")
@@ -416,9 +416,9 @@ def test_ranks_share_the_images(cfg, tmp_path):
     words += [str(tmp_path / "in"), "TEST.result", str(tmp_path / "in"), "TEST.save", "['index']"]
     codes = exit_codes(rank, 2, free_port(), tmp_path / "log.txt", words)
     assert codes == [1, 1], "an image failed"
-    said = (tmp_path / "log.txt").read_text()
-    assert said.count("5 images segmented") == 1 and said.count("1 of 6 images failed") == 1
-    assert sorted(re.findall(r"Predictions in \[.*/0(.)\.png\]", said)) == list("01234")
+    output = (tmp_path / "log.txt").read_text()
+    assert output.count("5 images segmented") == 1 and output.count("1 of 6 images failed") == 1
+    assert sorted(re.findall(r"Predictions in \[.*/0(.)\.png\]", output)) == list("01234")
     written = sorted(path.name for path in (tmp_path / "in").glob("*_png.png"))
     assert written == [f"0{k}_png.png" for k in range(5)]
 

@@ -1,9 +1,6 @@
 """The one object that runs a trained model: precisions, tiles, mirror images, out of memory."""
 
-from __future__ import annotations
-
 import copy
-from typing import ClassVar
 
 import pytest
 import torch
@@ -22,8 +19,8 @@ CPU = torch.device("cpu")
 class Local(Encoder):
     """Sees few pixels around each."""
 
-    channels: ClassVar[tuple[int, ...]] = (6, 8)
-    strides: ClassVar[tuple[int, ...]] = (2, 4)
+    channels = (6, 8)
+    strides = (2, 4)
 
     def __init__(self):
         super().__init__()
@@ -134,9 +131,9 @@ def test_reduced_precision_holds_reduced_weights():
 class Scarce(Local):
     """Has memory for some pixels only, until it has failed so often that it must be elsewhere."""
 
-    failures: ClassVar[list[tuple[int, int]]] = []
-    room: ClassVar[int] = 10**9
-    patience: ClassVar[int] = 100
+    failures = []
+    room = 10**9
+    patience = 100
 
     def feature_maps(self, images):
         H, W = images.shape[2:]
@@ -176,8 +173,8 @@ def test_out_of_memory_falls_back_to_smaller_tiles_then_the_cpu(
 ):
     predictor, image = scarce(monkeypatch, room, patience, tile=tile), pixels(700, 1100)
     (given,) = predictor.logits([image])
-    said = [f"out of memory for an image of 1100x700: computing it {x}" for x in steps]
-    assert caplog.messages == said
+    output = [f"out of memory for an image of 1100x700: computing it {x}" for x in steps]
+    assert caplog.messages == output
     monkeypatch.setattr(Scarce, "room", 10**9)
     with torch.no_grad():
         whole = predictor.module.logits(image)

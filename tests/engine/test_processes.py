@@ -97,12 +97,12 @@ def test_a_signal_to_the_command_saves_the_state(number, start):
     command.process.send_signal(number)
     assert command.code(40) == 0, command.text()
     command.assert_nothing_left(2)
-    said = command.text()
-    assert said.count("finishing this step") == 1
-    (step,) = re.findall(rf"Stopped by {number.name} after step (\d+) of 600", said)
+    output = command.text()
+    assert output.count("finishing this step") == 1
+    (step,) = re.findall(rf"Stopped by {number.name} after step (\d+) of 600", output)
     assert (folder / f"state_step_{step}.pth").is_file()
-    assert f"python {folder.parent / RANK} --resume auto" in said, "not a line for torchrun"
-    assert "elastic" not in said and "Traceback" not in said
+    assert f"python {folder.parent / RANK} --resume auto" in output, "not a line for torchrun"
+    assert "elastic" not in output and "Traceback" not in output
 
 
 @needs_proc

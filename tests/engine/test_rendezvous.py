@@ -63,11 +63,11 @@ def alive_or_not(rank, port, folder):
     try:
         dist.all_reduce(torch.ones(1))
     except RuntimeError as error:
-        said = str(error)
+        output = str(error)
     noticed = time.monotonic()
     leave_process_group()
     took = (noticed - began, time.monotonic() - noticed)
-    Path(folder, str(rank)).write_text(json.dumps({"said": said, "took": took}))
+    Path(folder, str(rank)).write_text(json.dumps({"error": output, "took": took}))
 
 
 def test_living_ranks_leave_a_group_with_a_dead_one(tmp_path):
@@ -75,7 +75,7 @@ def test_living_ranks_leave_a_group_with_a_dead_one(tmp_path):
     assert codes == [0, 0, -signal.SIGKILL], "neither hanging nor ended by the backend"
     for rank in (0, 1):
         noted = json.loads((tmp_path / str(rank)).read_text())
-        assert noted["said"]
+        assert noted["error"]
         assert noted["took"][0] < TIMEOUT + 2, "a closed connection, or the time-out"
         assert noted["took"][1] < TIMEOUT + 2, "nobody waits longer for a rank than it was told"
 
@@ -105,7 +105,7 @@ def test_restarted_ranks_do_not_meet_their_earlier_processes():
     for attempt in "ab":
         assert meet(server.port, attempt, 3, [0, 1, 2]) == [attempt * 3] * 3
     for ranks in ([1, 2], [0]):
-        for said in meet(server.port, "c", 3, ranks, 0.6):
-            assert "of 3 waited 0.6 s for the others to start" in said, "not an earlier process"
+        for output in meet(server.port, "c", 3, ranks, 0.6):
+            assert "of 3 waited 0.6 s for the others to start" in output, "not an earlier process"
     assert meet(server.port, "d", 2, [0, 1]) == ["dd"] * 2
     assert meet(server.port, "e", 4, [0, 1, 2, 3]) == ["eeee"] * 4

@@ -63,13 +63,13 @@ def test_a_stopped_command_prints_how_to_resume(settings, monkeypatch, capfd, tm
     monkeypatch.setattr(sys, "argv", ["bin/mit-semseg", *words])
     signal_after(2, signal.SIGINT, monkeypatch)
     assert main(words) == 0
-    said = capfd.readouterr()
-    assert "Stopped by SIGINT after step 3 of 4" in said.out and "Traceback" not in said.err
-    assert f"\n  mit-semseg train --resume auto --gpus cpu --cfg {file}\n" in said.out
+    output = capfd.readouterr()
+    assert "Stopped by SIGINT after step 3 of 4" in output.out and "Traceback" not in output.err
+    assert f"\n  mit-semseg train --resume auto --gpus cpu --cfg {file}\n" in output.out
     assert main([*words, "--resume", "auto"]) == 0
-    said = capfd.readouterr()
-    assert f"resuming from {cfg.DIR}/state_step_3.pth" in said.out
-    assert "Training done: " in said.out
+    output = capfd.readouterr()
+    assert f"resuming from {cfg.DIR}/state_step_3.pth" in output.out
+    assert "Training done: " in output.out
 
 
 def test_a_state_holds_the_loss_scaling(settings, monkeypatch):

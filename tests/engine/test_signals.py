@@ -52,11 +52,11 @@ def test_outside_the_main_thread_handlers_stay():
 
 def wait_for_signals(rank, pids):
     """A process with a worker that is left to it; the worker says when it is ready."""
-    ready, told = os.pipe()
+    ready, started = os.pipe()
     worker = os.fork()
     if not worker:
         leave_to_parent()
-        os.write(told, b"ready")
+        os.write(started, b"ready")
         time.sleep(100)
     os.read(ready, 5)
     pids.write_text(f"{os.getpid()} {worker}")

@@ -51,8 +51,8 @@ def hang(monkeypatch):
 
 
 def stalled(capfd):
-    said = capfd.readouterr().err
-    return next(line for line in said.splitlines() if "error: no progress" in line)
+    output = capfd.readouterr().err
+    return next(line for line in output.splitlines() if "error: no progress" in line)
 
 
 # How often the mask is opened before: the samples of both lists are looked at.

@@ -221,13 +221,13 @@ def job(tmp_path_factory, make_images):
     """A training by one process and one by two ranks, both done: the job and what they said."""
     job = Job(tmp_path_factory.mktemp("job"))
     make_images(job.data, SIZES)
-    said = []
+    output = []
     for ranks in (1, 2):
         words = ("train", "--gpus", "cpu", "--cfg", job.config(f"ranks_{ranks}"))
         codes, text = job.run_forked(*words, ranks=ranks)
         assert codes == [0] * ranks, text
-        said.append(text)
-    return job, said
+        output.append(text)
+    return job, output
 
 
 def test_ranks_never_see_the_same_sample_in_one_pass(job):
@@ -240,7 +240,7 @@ def test_ranks_never_see_the_same_sample_in_one_pass(job):
 
 
 def test_ranks_leave_the_files_and_figures_of_one_process(job):
-    job, said = job
+    job, output = job
     folders = [job.root / f"ranks_{ranks}" for ranks in (1, 2)]
     assert layout(folders[0]) == layout(folders[1]) >= {"encoder_epoch_1.pth"}
     for folder, steps, who in zip(folders, (6, 3), ("", " rank 0")):
@@ -252,7 +252,7 @@ def test_ranks_leave_the_files_and_figures_of_one_process(job):
         keys = [{tuple(one) for one in figures_of(folder, kind)} for folder in folders]
         assert keys[0] == keys[1]
     assert phrases(folders[0]) == phrases(folders[1])
-    assert [text.count("Training done: ") for text in said] == [1, 1]
+    assert [text.count("Training done: ") for text in output] == [1, 1]
 
 
 def test_ranks_evaluate_exactly_as_one_process(job):
@@ -264,10 +264,10 @@ def test_ranks_evaluate_exactly_as_one_process(job):
     figures, tables = [], []
     for ranks in (1, 2):
         out = job.root / f"scores_{ranks}"
-        codes, said = job.run_forked(*words, out, "VAL.boundary", "True", ranks=ranks)
-        assert codes == [1] * ranks, said  # an image was left out
-        assert said.count("[Eval Summary]:") == 1, "rank 0 alone prints"
-        assert said.count("1 of 6 images failed:") == 1
+        codes, output = job.run_forked(*words, out, "VAL.boundary", "True", ranks=ranks)
+        assert codes == [1] * ranks, output  # an image was left out
+        assert output.count("[Eval Summary]:") == 1, "rank 0 alone prints"
+        assert output.count("1 of 6 images failed:") == 1
         stored = json.loads((out / "eval.json").read_text())
         assert stored.pop("processes") == ranks and stored["images"] == 5
         assert 0 <= stored["mean_boundary_f"] <= 1
@@ -460,8 +460,8 @@ def test_the_table_of_scaling_by_hand():
     }
     rows = scaling.table(found)
     assert rows[3] == "| 2 ranks of torchrun, batch 2 each | 4.0, 5.0 | 20, 30 |"
-    said = "TRAIN.fix_bn False: two ranks are 0.50 times as fast (0.50 to 0.50), with 0.89 s a step"
-    assert said in rows
+    line = "TRAIN.fix_bn False: two ranks are 0.50 times as fast (0.50 to 0.50), with 0.89 s a step"
+    assert line in rows
 
 
 @pytest.mark.slow

@@ -60,8 +60,8 @@ def test_a_validation_that_predicts_one_class_warns(settings, tmp_path, caplog):
     torch.save(decoder.state_dict(), tmp_path / "decoder.pth")
     plain.MODEL.weights_decoder = str(tmp_path / "decoder.pth")
     train(plain, [CPU], progress=False)
-    (said,) = [x.getMessage() for x in caplog.records if "predicted" in x.getMessage()]
-    assert said.startswith("epoch 1: all pixels of all images are predicted as class 2: check")
+    (output,) = [x.getMessage() for x in caplog.records if "predicted" in x.getMessage()]
+    assert output.startswith("epoch 1: all pixels of all images are predicted as class 2: check")
 
 
 def test_memory_is_free_after_training(settings, monkeypatch):
@@ -200,7 +200,7 @@ def test_a_gpu_is_waited_for_once_a_step(
     found = counted(monkeypatch, lambda module: gpu_waits())
     train(settings(**WAITING, **changes), [GPU], progress=False)
     # The first steps may set up libraries.
-    assert [len(said) for said in found[2:]] == [1] * (len(found) - 2), found
+    assert [len(waits) for waits in found[2:]] == [1] * (len(found) - 2), found
 
 
 @pytest.mark.gpu

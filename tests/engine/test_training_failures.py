@@ -283,9 +283,9 @@ def test_a_training_without_memory_ends_in_one_line(
     code = main(["train", "--gpus", device, "--cfg", str(tmp_path / "job.yaml")])
     if device != "cpu":
         torch.cuda.set_per_process_memory_fraction(1.0)
-    said = capfd.readouterr().err
-    (error,) = [line for line in said.splitlines() if "error:" in line]
-    assert code == 2 and "Traceback" not in said
+    output = capfd.readouterr().err
+    (error,) = [line for line in output.splitlines() if "error:" in line]
+    assert code == 2 and "Traceback" not in output
     assert error.startswith("error: CUDA out of memory. Tried to allocate")
     assert "lower TRAIN.batch_size_per_gpu (and raise TRAIN.accumulate)" in error
     assert "TRAIN.precision bf16" in error

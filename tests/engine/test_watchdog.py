@@ -29,13 +29,13 @@ def test_a_stall_names_what_is_awaited_and_read(capfd):
         dog.progress("a batch of step 7")
         assert end.event.wait(10)
     assert end.codes == [3]
-    said = capfd.readouterr().err
-    line = next(line for line in said.splitlines() if "error:" in line)
+    output = capfd.readouterr().err
+    line = next(line for line in output.splitlines() if "error:" in line)
     assert line == (
         "rank 2: error: no progress for 1 s, waiting for a batch of step 7; being read: "
         "a.jpg, b.png; raise TRAIN.stall_seconds"
     )
-    assert "most recent call first" in said, "where every thread stands"
+    assert "most recent call first" in output, "where every thread stands"
 
 
 def test_progress_and_patience_prevent_a_stall():
@@ -75,9 +75,9 @@ def test_a_file_counts_from_when_it_is_opened(capfd):
         assert not end.codes
         with READINGS.of("slow.png"):
             assert end.event.wait(10)
-    said = capfd.readouterr().err
-    assert "rank 1: error: no progress for " in said
-    assert "waiting for a file to be read; being read: slow.png; look at it" in said
+    output = capfd.readouterr().err
+    assert "rank 1: error: no progress for " in output
+    assert "waiting for a file to be read; being read: slow.png; look at it" in output
 
 
 @pytest.mark.timeout(20)

@@ -208,8 +208,8 @@ def test_a_process_with_replicas_exits_normally(tmp_path):
     command = [sys.executable, "-c", LEAVING, tmp_path, *codes]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert process.returncode == 0, process.stderr
-    said = {words: (tmp_path / f"{words}.txt").read_text() for words in codes}
-    assert process.stdout.split() == [str(code) for code in codes.values()], said
+    output = {words: (tmp_path / f"{words}.txt").read_text() for words in codes}
+    assert process.stdout.split() == [str(code) for code in codes.values()], output
     for words, code in codes.items():
-        assert "terminate called" not in said[words]
-        assert ("OSError: no such pixel" in said[words]) == bool(code)
+        assert "terminate called" not in output[words]
+        assert ("OSError: no such pixel" in output[words]) == bool(code)

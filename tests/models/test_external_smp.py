@@ -30,10 +30,21 @@ def test_all_architectures_are_named():
     assert set(NAMES) == set(smp.MODEL_ARCHITECTURES_MAPPING)
 
 
+# Narrow decoders, where the library's own are slow.
+OPTIONS = {
+    "dpt": {
+        "encoder_name": "tu-test_vit",
+        "decoder_intermediate_channels": (16, 16, 16, 16),
+        "decoder_fusion_channels": 16,
+    },
+    "upernet": {"decoder_channels": 32},
+    **dict.fromkeys(("manet", "unetplusplus"), {"decoder_channels": (64, 32, 16, 16, 16)}),
+}
+
+
 @pytest.mark.parametrize("arch", NAMES)
 def test_logits_and_state_dict_are_theirs(arch, tmp_path):
-    options = {"encoder_name": "tu-test_vit"} if arch == "dpt" else {}
-    theirs = saved_smp(arch, tmp_path / "source", **options)
+    theirs = saved_smp(arch, tmp_path / "source", **OPTIONS.get(arch, {}))
     ours = build(str(tmp_path / "source"))
     x = images(side=ours.encoder.fixed_size[0] if ours.encoder.fixed_size else SIDE)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The copy for prediction: faster, and the same."""
+"""The copy for prediction: same results, folded BatchNorms, fewer operators."""
 
 import copy
 
@@ -14,8 +14,14 @@ from mit_semseg.models import ModelBuilder, SegmentationModule, inference
 from mit_semseg.models.inference import fold_batchnorm, inference_copy
 
 
+@pytest.fixture(autouse=True)
+def small_checks(monkeypatch):
+    """The copy is compared with the module below: its own check may use a smaller image."""
+    monkeypatch.setattr(inference, "_CHECK_SIZES", ((64, 64),))
+
+
 def trained(encoder, decoder):
-    """A module whose BatchNorms do something, as after training."""
+    """A module whose BatchNorms have weights and statistics as after training."""
     module = Pair(encoder, decoder).build()
     module.decoder.use_softmax = True
     randomise(module, statistics=True)
@@ -171,7 +177,7 @@ class Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("encoder", "decoder", "most"),
-    [("resnet50dilated", "ppm_deepsup", 25), ("mobilenetv2dilated", "c1_deepsup", 6)],
+    [("resnet18dilated", "ppm_deepsup", 25), ("mobilenetv2dilated", "c1_deepsup", 6)],
 )
 @torch.no_grad()
 def test_weights_are_cast_once(encoder, decoder, most):

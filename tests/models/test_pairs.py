@@ -162,7 +162,7 @@ def emitted(arch_encoder):
 
 
 def refusal(arch_encoder, arch_decoder):
-    """What is said of a pair that cannot work; "" of one that can."""
+    """The expected error for a pair that cannot work; "" for one that can."""
     encoders = OWN.get(arch_decoder, (arch_encoder,))
     if arch_encoder not in encoders:
         return f"set MODEL.arch_encoder to {' or '.join(encoders)}, or"

@@ -63,9 +63,9 @@ def test_overfitting_one_image_is_judged(tmp_path, recipe, monkeypatch, capsys):
     assert main(words) == 0
     (found,) = json.loads((out / "overfit.json").read_text())
     assert found["name"] == "small" and found["accuracy"] >= 0.98 and found["steps"] <= 400
-    said = capsys.readouterr().out
-    assert said.startswith("small: ") and f"Results in {out}" in said
-    assert "below" not in said and "| small | " in (out / "overfit.md").read_text()
+    output = capsys.readouterr().out
+    assert output.startswith("small: ") and f"Results in {out}" in output
+    assert "below" not in output and "| small | " in (out / "overfit.md").read_text()
     assert (out / "overfit.png").stat().st_size > 1000
     assert main([*words, "--steps", "1"]) == 1
     assert "%, below 98 %, after 1 step with learning rate 0.001, loss " in capsys.readouterr().out
@@ -195,9 +195,9 @@ def test_a_recipe_that_cannot_be_measured_does_not_stop_the_others(
     assert "error: ppm is skipped: no memory for this\n" in capsys.readouterr().err
     error = ValueError("too small")
     assert main(["profile", *files, *words]) == 1
-    said = capsys.readouterr()
-    assert "error: ppm is skipped: --size 64 64 does not work with ppm (too small)" in said.err
-    assert "| c1 " in said.out and "| ppm " not in said.out
+    output = capsys.readouterr()
+    assert "error: ppm is skipped: --size 64 64 does not work with ppm (too small)" in output.err
+    assert "| c1 " in output.out and "| ppm " not in output.out
     assert main(["profile", files[0], *words]) == 2  # alone
 
 
@@ -233,9 +233,9 @@ def test_a_queue_is_run_and_not_run_again(recipe, tmp_path, capsys):
     compared = ["--out", str(tmp_path / "compared")]
     assert main(["compare", str(out / "good/evaluation"), *compared]) == 0
     assert main(["compare", str(out), *compared]) == 2
-    said = capsys.readouterr()
-    assert "| good | mobilenetv2dilated + c1 | " in said.out
-    assert f"{out}/eval.json is missing; run mit-semseg eval" in said.err
+    output = capsys.readouterr()
+    assert "| good | mobilenetv2dilated + c1 | " in output.out
+    assert f"{out}/eval.json is missing; run mit-semseg eval" in output.err
     assert (tmp_path / "compared/compare_pictures.png").is_file()
 
 
@@ -328,8 +328,8 @@ def test_an_edited_recipe_is_trained_again(recipe, tmp_path, commands):
     file, out = recipe(tmp_path / "one.yaml"), tmp_path / "out"
 
     def trained():
-        said = (out / "one.said").read_text().splitlines()
-        return ["--resume auto" in line for line in said if " train " in line]
+        output = (out / "one.said").read_text().splitlines()
+        return ["--resume auto" in line for line in output if " train " in line]
 
     commands("exit 1")
     assert list(sweep.run([file], out)) == ["one"] and trained() == [False]
@@ -436,8 +436,8 @@ def test_mistakes_are_one_line(recipe, tmp_path, capsys):
         (["profile", files[0], "MODEL.fc_dim", "7", *cpu], "MODEL.fc_dim is 7"),
     ):
         assert main(words) == 2
-        said = capsys.readouterr().err
-        assert message in said and said.count("\n") == 1
+        output = capsys.readouterr().err
+        assert message in output and output.count("\n") == 1
     with pytest.raises(SystemExit):
         main(["profile", files[0], *cpu, "--what", "7"])
     assert "unrecognized arguments: --what 7" in capsys.readouterr().err
