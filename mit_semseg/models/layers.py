@@ -51,6 +51,14 @@ class BatchNormAct2d(BatchNorm2d):
         return x
 
 
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def conv_bn_relu(
     n_in: int,
     n_out: int,

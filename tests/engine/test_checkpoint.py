@@ -366,19 +366,6 @@ def test_files_of_the_published_training_load_from_any_folder(elsewhere, trained
     assert torch.equal(predictions(trained[0], f"{cfg.DIR}/epoch_20.pth"), expected)
 
 
-def test_half_precision_files_load_as_float32(elsewhere):
-    cfg, halves = elsewhere
-    small = [
-        {k: v.half() if v.is_floating_point() else v for k, v in state.items()} for state in halves
-    ]
-    CheckpointFolder(cfg.DIR).save("best.pth", *small)
-    model = load_model(cfg, "best.pth")
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert {b.dtype for b in model.buffers()} == {torch.float32, torch.int64}
-    key = "conv_last.weight"
-    assert torch.equal(model.decoder.state_dict()[key], small[1][key].float())
-
-
 @pytest.mark.parametrize(
     ("changes", "names"),
     [

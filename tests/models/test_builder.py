@@ -25,11 +25,6 @@ def test_a_decoder_needs_only_fc_dim(fc_dim, channels):
         assert ModelBuilder.build_decoder("c1", fc_dim=fc_dim).channels == channels
 
 
-def test_a_decoder_without_enough_maps_is_refused():
-    with pytest.raises(ValueError, match=r"ppm_deepsup needs at least 2.*\(720,\)"):
-        ModelBuilder.build_decoder("ppm_deepsup", fc_dim=720)
-
-
 TABLE = "Idx,Name\n1,Road\n2,car\n3,sky\n"
 
 
@@ -65,21 +60,6 @@ def test_rows_of_classes_are_loaded_by_name(tmp_path, classes, rows):
             assert torch.equal(new.bias[i], source.bias[at])
 
 
-def test_weights_are_loaded_and_reported(tmp_path, capsys, caplog):
-    caplog.set_level("INFO")
-    saved = ModelBuilder.build_decoder("c1", fc_dim=512, num_class=7)
-    state = {**saved.state_dict(), "cbr.1._tmp_running_mean": torch.zeros(128)}
-    torch.save(state, tmp_path / "decoder.pth")
-    loaded = ModelBuilder.build_decoder(
-        "c1", fc_dim=512, num_class=9, weights=str(tmp_path / "decoder.pth")
-    )
-    assert torch.equal(loaded.cbr[0].weight, saved.cbr[0].weight)
-    assert loaded.conv_last.weight.shape[0] == 9
-    assert "another number of classes (conv_last" in capsys.readouterr().out + caplog.text
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        ModelBuilder.build_encoder("resnet18", weights=str(tmp_path / "nowhere.pth"))
-
-
 def config(*options):
     base = ["MODEL.arch_encoder", "resnet18dilated", "MODEL.fc_dim", 512]
     base += ["MODEL.weights_encoder", "none", "DATASET.num_class", 6]
@@ -103,9 +83,6 @@ def test_from_config_builds_the_configured_model():
 def test_from_config_checks_what_it_is_told():
     deep = config("MODEL.arch_decoder", "ppm_deepsup", "TRAIN.aux_weights", "(0.3,)")
     assert ModelBuilder.from_config(deep, inference=False).aux_weights == (0.3,)
-    plain = config("MODEL.arch_decoder", "c1", "TRAIN.aux_weights", "(0.3,)")
-    with pytest.raises(ValueError, match="auxiliary heads of decoder c1: 0"):
-        ModelBuilder.from_config(plain, inference=False)
     with pytest.raises(ValueError, match=r"set MODEL\.fc_dim 512"):
         ModelBuilder.from_config(config("MODEL.fc_dim", 2048))
 

@@ -1,5 +1,7 @@
 """Models of transformers: equality with what transformers computes."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from mit_semseg.config import DataOptions, ModelOptions, Options, TrainOptions
 from mit_semseg.lib.nn import UserScatteredDataParallel
 from mit_semseg.models import ModelBuilder
 from mit_semseg.models.external import save_pretrained
+from mit_semseg.models.external.hf_network import KINDS
 
 pytest.importorskip("transformers")
 CLOSE = 1e-4
@@ -192,6 +195,27 @@ def test_replicas_learn_the_loss_of_the_union(kind, pair, monkeypatch):
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-4 * largest), name
+
+
+@pytest.mark.parametrize("kind", ["upernet", "mask2former", "eomt"])
+def test_threads_may_share_a_network(kind, pair):
+    """As evaluation on a CPU does: here both have their features before either goes on."""
+    module = pair(kind).ours
+    names = list(module.state_dict())
+    replaced = module.decoder.net.get_submodule(KINDS[kind].path or "embeddings")
+
+    @torch.no_grad()
+    def logits(image):
+        return module.logits(image[None])
+
+    expected = [logits(image) for image in images()]
+    meeting = threading.Barrier(2, timeout=20)
+    handle = replaced.register_forward_pre_hook(lambda *args: None if meeting.wait() else None)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(logits, images()))
+    handle.remove()
+    assert all(map(torch.equal, found, expected))
+    assert list(module.state_dict()) == names
 
 
 def test_an_image_without_labels_teaches_nothing_of_masks(pair):

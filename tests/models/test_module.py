@@ -192,27 +192,18 @@ def test_ranks_learn_the_loss_of_the_union():
 
 
 # ------------------------------------------------------------------------------------- inference
-def published_procedure(module, images, size):
-    total = torch.zeros(())
-    for image in images:
-        x = F.interpolate(module.logits(image), size=size, mode="bilinear", align_corners=False)
-        total = total + F.softmax(x, dim=1) / len(images)
-    return total
+def published_procedure(module, image, size):
+    x = F.interpolate(module.logits(image), size=size, mode="bilinear", align_corners=False)
+    return F.softmax(x, dim=1)
 
 
 @pytest.mark.parametrize("use_softmax", [False, True])
-def test_inference_follows_the_published_procedure(use_softmax):
-    module = tiny().eval()
+def test_probabilities_follow_the_published_procedure(use_softmax):
+    module, image = tiny().eval(), batch()["img_data"]
     module.decoder.use_softmax = use_softmax
-    images = [batch(side=side, seed=side)["img_data"] for side in (16, 24)]
     with torch.no_grad():
-        wanted = published_procedure(module, images, (29, 35))
-        probabilities = module({"img_data": images[0]}, segSize=(29, 35))
-    assert torch.allclose(probabilities, published_procedure(module, images[:1], (29, 35)))
-    predictor = Predictor(module, {}, "cpu")
-    labels = predictor.labels(predictor.logits(images), (29, 35))
-    assert labels.dtype == torch.int64
-    assert torch.equal(labels, wanted.argmax(1))
+        probabilities = module({"img_data": image}, segSize=(29, 35))
+        assert torch.allclose(probabilities, published_procedure(module, image, (29, 35)))
 
 
 def test_flipping_averages_over_the_mirrored_image():
@@ -220,8 +211,8 @@ def test_flipping_averages_over_the_mirrored_image():
     plain, module = tiny().eval(), tiny(mirror_pairs=[(1, 3)]).eval()
     image = batch()["img_data"]
     with torch.no_grad():
-        straight = published_procedure(plain, [image], (20, 20))
-        mirrored = published_procedure(plain, [image.flip(-1)], (20, 20)).flip(-1)
+        straight = published_procedure(plain, image, (20, 20))
+        mirrored = published_procedure(plain, image.flip(-1), (20, 20)).flip(-1)
     wanted = {
         plain: (straight + mirrored).argmax(1),
         module: (straight + mirrored[:, [0, 3, 2, 1]]).argmax(1),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d as BatchNorm2d
 from mit_semseg.models.encoders.base import ENCODERS, Encoder, Variant
+from mit_semseg.models.layers import ChannelNorm
 
 
 def depthwise(width: int, kernel: tuple[int, int]) -> nn.Conv2d:
@@ -133,13 +134,6 @@ class Downsampling(nn.Module):
         return y
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel of (B, C, H, W)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
-
-
 class MSCAN(Encoder):
     """Four stages of convolutional attention; layers have the names of the authors' code.
 
@@ -184,6 +178,7 @@ class MSCAN(Encoder):
         for i in range(1, 5):
             for name in ("patch_embed", "block", "norm"):
                 x = self.get_submodule(f"{name}{i}")(x)
+            x = x.contiguous()
             maps.append(x)
         return maps
 

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel of (B, C, h, w)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = F.layer_norm(
-            input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
-        )
-        return x.permute(0, 3, 1, 2)
+from mit_semseg.models.layers import ChannelNorm
 
 
 class SimplePyramid(nn.Module):

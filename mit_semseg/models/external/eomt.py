@@ -24,6 +24,7 @@ from mit_semseg.models.external.base import (
     MaskClassifier,
     reading,
 )
+from mit_semseg.models.layers import ChannelNorm
 from mit_semseg.models.pyramid import without_autocast
 
 LIBRARY, MODULE, EXTRA = "timm", "timm", "timm"
@@ -281,11 +282,10 @@ class Upscale(nn.Module):
         super().__init__()
         self.conv1 = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = ChannelNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(F.gelu(self.conv1(x)))
-        y: Tensor = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y: Tensor = self.norm(self.conv2(F.gelu(self.conv1(x))))
         return y
 
 

@@ -6,10 +6,11 @@ that scores and losses are computed by the library's code.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,6 @@ from mit_semseg.models.external.base import (
     ExternalEncoder,
     MaskClassifier,
 )
-from mit_semseg.models.layers import with_attributes
 from mit_semseg.models.pyramid import without_autocast
 
 
@@ -116,7 +116,7 @@ class FirstLayers(nn.Module):
 class _Precomputed(nn.Module):
     """Replaces a module whose output is known."""
 
-    output: Any = None  # set during a call
+    output: Any = None  # set in the copy for a call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
@@ -155,36 +155,33 @@ class Head(ExternalDecoder):
 
     def logits(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """As `Decoder.logits`."""
-        if not self.has_auxiliary:
-            return (self.run(features).logits,)
-        if not self.training:  # the network would compute it for nothing
-            with with_attributes(self.net, _modules={**self.net._modules, "auxiliary_head": None}):
-                return (self.run(features).logits,)
-        head, found = self.net.auxiliary_head, []
+        net, inputs = self.prepared(features)
+        found: list[Tensor] = []
+        if self.has_auxiliary:
+            head = None  # in evaluation the network would compute it for nothing
+            if self.training:
+                head = copy.copy(net.auxiliary_head)
+                head.forward = partial(_recorded, head, found)
+            net = _with_modules(net, {"auxiliary_head": head})
+        return (net(**inputs).logits, *found)
 
-        def forward(*args: Any) -> Tensor:
-            scores: Tensor = type(head).forward(head, *args)
-            found.append(scores)
-            return scores
+    def prepared(self, features: list[Tensor]) -> tuple[Any, dict[str, Any]]:
+        """A copy of the network that uses the encoder's feature maps, and its inputs.
 
-        with with_attributes(head, forward=forward):
-            main = self.run(features).logits
-        return (main, found[0])
-
-    def run(self, features: list[Tensor]) -> Any:
-        """The network's output for the features."""
+        The network itself does not change: several threads may run it, as evaluation on a CPU does.
+        """
         images, *maps = features
-        inputs = {}
-        if self.task:
-            task = torch.tensor(self.task, device=images.device).expand(len(images), -1)
-            inputs = {"task_inputs": task}
         if self.path == "backbone":  # scores are resized to the images: keep them at the first map
             images = images[..., : maps[0].shape[-2], : maps[0].shape[-1]]
-        with ExitStack() as stack:
-            for path, value in self.precomputed(maps).items():
-                place = self.net.get_submodule(path)
-                stack.enter_context(with_attributes(place, output=value))
-            return self.net(images, **inputs)
+        inputs: dict[str, Any] = {"pixel_values": images}
+        if self.task:
+            task = torch.tensor(self.task, device=images.device)
+            inputs["task_inputs"] = task.expand(len(images), -1)
+        modules: dict[str, nn.Module | None] = {}
+        for path, output in self.precomputed(maps).items():
+            modules[path] = module = copy.copy(self.net.get_submodule(path))
+            module.output = output
+        return _with_modules(self.net, modules), inputs
 
     def precomputed(self, maps: list[Tensor]) -> dict[str, Any]:
         """Name of each replaced module -> its output, from the encoder's feature maps."""
@@ -205,29 +202,21 @@ class MaskHead(MaskClassifier, Head):
 
     def logits(self, features: list[Tensor]) -> tuple[Any, ...]:
         """Scores, (B, num_class, h, w); in training also the input of the losses."""
+        net, inputs = self.prepared(features)
         if not self.training:
-            return (self._class_scores(self.run(features)),)
+            return (self._class_scores(net(**inputs)),)
         calls: list[dict[str, Any]] = []
-        signature = inspect.signature(self.net.get_loss_dict)
+        signature = inspect.signature(net.get_loss_dict)
 
         def note(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
             calls.append(signature.bind(*args, **kwargs).arguments)
             return {}
 
-        with with_attributes(self.net, get_loss_dict=note):
-            found = self.run(features)
+        net.get_loss_dict = note  # which is called only if there are labels
+        found = net(**inputs, mask_labels=[], class_labels=[])
         with torch.no_grad():
             scores = self._class_scores(found)
         return scores, calls
-
-    def run(self, features: list[Tensor]) -> Any:
-        """The network's output for the features."""
-        if not self.training:
-            return super().run(features)
-        # Only with labels does the network call `get_loss_dict`, which `logits` replaces.
-        labels: dict[str, Any] = {"mask_labels": [], "class_labels": []}
-        with with_attributes(self.net, forward=_with(self.net, labels)):
-            return super().run(features)
 
     def mask_loss(self, predictions: Any, label: Tensor) -> Tensor:
         """As `MaskClassifier.mask_loss`; predictions are arguments of `get_loss_dict`."""
@@ -255,11 +244,24 @@ class MaskHead(MaskClassifier, Head):
         return self.class_scores(found.class_queries_logits, found.masks_queries_logits)
 
 
-def _with(net: Any, more: dict[str, Any]) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return type(net).forward(net, *args, **kwargs, **more)
+def _with_modules(net: Any, modules: Mapping[str, nn.Module | None]) -> Any:
+    """A shallow copy of a network with some submodules, by their paths, replaced."""
+    net = copy.copy(net)
+    for path, module in modules.items():
+        *parents, name = path.split(".")
+        node = net
+        for parent in parents:
+            child = copy.copy(node._modules[parent])
+            node._modules = {**node._modules, parent: child}
+            node = child
+        node._modules = {**node._modules, name: module}
+    return net
 
-    return forward
+
+def _recorded(head: Any, found: list[Tensor], *args: Any) -> Tensor:
+    """The output of a head, which is also appended to a list."""
+    found.append(type(head).forward(head, *args))
+    return found[-1]
 
 
 def _in_float32(x: Any) -> Any:
