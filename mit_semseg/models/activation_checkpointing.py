@@ -27,9 +27,7 @@ from mit_semseg.models.layers import replace_modules, with_attributes
 def checkpoint_activations(encoder: nn.Module) -> list[nn.Module]:
     """Wrap the blocks of an encoder in torch's `CheckpointWrapper`.
 
-    Outputs, gradients, running statistics and state dict names do not change. The blocks are those
-    that the encoder's method `checkpoint_blocks() -> list of modules` returns, or else those of
-    `find_blocks`.
+    Outputs, gradients, running statistics and state dict names do not change.
 
     Args:
         encoder: changed in place.
@@ -44,8 +42,7 @@ def checkpoint_activations(encoder: nn.Module) -> list[nn.Module]:
     # Imported here, as torch may be built without `distributed`.
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    declared = getattr(encoder, "checkpoint_blocks", None)
-    found = list(find_blocks(encoder) if declared is None else declared())
+    found = blocks_of(encoder)
     if not found:
         raise ValueError(
             f"TRAIN.activation_checkpointing: {type(encoder).__name__} has no blocks in a "
@@ -55,6 +52,12 @@ def checkpoint_activations(encoder: nn.Module) -> list[nn.Module]:
     wrapped = {unit: checkpoint_wrapper(unit, checkpoint_fn=_checkpointed) for unit in found}
     replace_modules(encoder, wrapped)
     return found
+
+
+def blocks_of(encoder: nn.Module) -> list[nn.Module]:
+    """The blocks that an encoder's method `checkpoint_blocks` returns, or else `find_blocks`."""
+    declared = getattr(encoder, "checkpoint_blocks", None)
+    return list(find_blocks(encoder) if declared is None else declared())
 
 
 def find_blocks(module: nn.Module) -> Iterator[nn.Module]:

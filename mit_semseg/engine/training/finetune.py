@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from mit_semseg.models.activation_checkpointing import find_blocks
+from mit_semseg.models.activation_checkpointing import blocks_of
 from mit_semseg.registry import closest
 
 
@@ -63,8 +63,7 @@ def layer_scales(
     arXiv:2106.08254.
 
     Args:
-        encoder: its blocks, in the order in which they are registered, are those of its method
-            `checkpoint_blocks`, or else of `find_blocks`.
+        encoder: its blocks (`blocks_of`) are in the order in which they are registered.
         decay: in (0, 1].
         deeper: layers of the decoder that continue the encoder (see `Decoder.encoder_layers`);
             those with submodules are blocks.
@@ -72,8 +71,7 @@ def layer_scales(
     Raises:
         ValueError: the encoder has no blocks.
     """
-    declared = getattr(encoder, "checkpoint_blocks", None)
-    blocks = list(find_blocks(encoder) if declared is None else declared())
+    blocks = blocks_of(encoder)
     blocks += [layer for layer in deeper if next(layer.children(), None) is not None]
     if not blocks and decay != 1:
         raise ValueError(
