@@ -33,11 +33,13 @@ class Precision:
         dtype: of weights and activations; in training of autocast.
         tf32: whether a GPU rounds float32 products to TensorFloat-32 (10 bits of mantissa). If not,
             products are in full float32; torch's default has TF32 convolutions.
+        keeps_casts: whether autocast keeps the cast weights until the end of its context.
     """
 
     device: torch.device
     dtype: torch.dtype
     tf32: bool
+    keeps_casts: bool = True
 
     @classmethod
     def of(cls, name: str, device: torch.device, key: str = "precision") -> Precision:
@@ -75,7 +77,7 @@ class Precision:
         """Context of autocast for training; weights stay in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=self.keeps_casts)
 
     def products(self) -> AbstractContextManager[object]:
         """Context that sets or clears TF32, for the whole process; the last to enter wins."""

@@ -171,9 +171,11 @@ class TrainOptions(Section):
     parallel: str = key(
         "auto",
         "how a command uses several GPUs. `processes`: one process per GPU, as with torchrun; "
-        "`replicas`: one process with a thread per GPU; `auto`: processes if torch has NCCL. No "
-        "effect with one device or torchrun (see [scaling](scaling.md))",
-        words=("auto", "processes", "replicas"),
+        "`fsdp`: likewise, with parameters, gradients and optimizer state divided among the "
+        "processes, also those of torchrun (torch 2.7 or newer); `replicas`: one process with a "
+        "thread per GPU; `auto`: processes if torch has NCCL. No effect with one device; the "
+        "others have none with torchrun (see [scaling](scaling.md))",
+        words=("auto", "processes", "fsdp", "replicas"),
     )
     workers: int = key(
         16,
@@ -229,6 +231,13 @@ class TrainOptions(Section):
                 "TRAIN.schedule one_cycle is the same for encoder and decoder: leave out "
                 "TRAIN.encoder_delay and TRAIN.encoder_warmup_iters"
             )
+        if self.parallel == "fsdp":
+            for name, refused, fix in (("compile", True, False), ("precision", "fp16", "bf16")):
+                if getattr(self, name) == refused:
+                    raise ValueError(
+                        f"TRAIN.parallel fsdp does not work with TRAIN.{name} {refused}: set "
+                        f"TRAIN.{name} {fix}, or TRAIN.parallel processes"
+                    )
         if self.patience and not self.eval_epochs:
             raise ValueError(
                 f"TRAIN.patience is {self.patience} and TRAIN.eval_epochs 0: early stopping needs "

@@ -39,7 +39,7 @@ def wanted(parallel: str, devices: Sequence[torch.device]) -> bool:
         devices: of the command.
 
     Raises:
-        ValueError: `parallel` is processes, and torch has no backend for these devices.
+        ValueError: `parallel` is processes or fsdp, and torch has no backend for these devices.
     """
     if "RANK" in os.environ or len(devices) == 1 or parallel == "replicas":
         return False
@@ -47,12 +47,12 @@ def wanted(parallel: str, devices: Sequence[torch.device]) -> bool:
 
     on_gpus = devices[0].type == "cuda"
     able = dist.is_available() and (dist.is_nccl_available() if on_gpus else True)
-    if parallel == "processes" and not able:
+    if parallel != "auto" and not able:
         raise ValueError(
-            "TRAIN.parallel processes needs a torch with NCCL, which this one lacks: set "
+            f"TRAIN.parallel {parallel} needs a torch with NCCL, which this one lacks: set "
             "TRAIN.parallel replicas"
         )
-    return able and (on_gpus or parallel == "processes")
+    return able and (on_gpus or parallel != "auto")
 
 
 def start(words: Sequence[str], count: int, patience: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from mit_semseg.engine.training.balance import class_weights
 from mit_semseg.engine.training.checkpoints import RunFolder
 from mit_semseg.engine.training.earlier_runs import EarlierRuns
 from mit_semseg.engine.training.finetune import freeze, layer_scales
+from mit_semseg.engine.training.fsdp import Sharding, check_torch
 from mit_semseg.engine.training.loader import TrainLoader
 from mit_semseg.engine.training.metrics_log import History, MetricsLog
 from mit_semseg.engine.training.optim import MovingAverage, OptimizerState, build_optimizer
@@ -83,6 +84,10 @@ class TrainProcess:
         """`rank N` for messages; empty for a single process."""
         return f"rank {self.rank}" if self.world > 1 else ""
 
+    def is_sharded(self, train: TrainOptions) -> bool:
+        """Whether the network is divided among the ranks."""
+        return train.parallel == "fsdp" and self.world > 1
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -120,6 +125,7 @@ class Parts:
     state: RunState
     folder: RunFolder
     lock: RunLock
+    sharding: Sharding | None  # None: every rank has the whole network
     describe: Callable[[], None]  # writes configuration and class table to the folder
     metrics: MetricsLog
     earlier: EarlierRuns
@@ -161,7 +167,7 @@ def build(
         batches_per_step=plan.batches_per_step,
     )
     module = _initial(options, weights, split.classes.names, earlier.may_exist())
-    step = _step(train, process, module, folder)
+    step, sharding = _step(train, process, module, folder)
     position = Progress(plan.epoch_iters, plan.epoch_iters * train.num_epoch)
     history = History()
     random = RandomNumbers(train.seed, process.devices, rank, world, position)
@@ -187,6 +193,7 @@ def build(
         state=_state(train.optim, plan.config, step, position, history, random),
         folder=folder,
         lock=lock,
+        sharding=sharding,
         describe=partial(
             folder.prepare,
             options,
@@ -219,6 +226,8 @@ def _check(options: Options, process: TrainProcess) -> None:
         )
     if train.eval_epochs:
         Precision.of(options.VAL.precision, process.device, "VAL.precision")
+    if process.is_sharded(train):
+        check_torch()
     if train.compile and (count := len(process.devices) * process.world) > 1:
         raise ValueError(
             f"TRAIN.compile with {count} devices: synchronized BatchNorm cannot be compiled; set "
@@ -315,19 +324,25 @@ def _initial(
 
 def _step(
     train: TrainOptions, process: TrainProcess, module: SegmentationModule, folder: RunFolder
-) -> TrainStep:
+) -> tuple[TrainStep, Sharding | None]:
     """Moves the network to its devices and creates optimizer, EMA and loss scaler."""
-    device = process.device
-    precision = Precision.of(train.precision, device)
+    device, sharded = process.device, process.is_sharded(train)
+    # Kept casts of all weights would defeat the sharding.
+    precision = replace(Precision.of(train.precision, device), keeps_casts=not sharded)
     frozen: list[nn.Module] = []
     if train.lora_rank:  # before the network is moved: the same adapters on every device
         adapters = train.lora_rank, train.lora_alpha, train.lora_targets
         frozen += add_adapters(module, *adapters)
     channels_last = keeps_channels_last(train.channels_last, precision, module)
-    module.to(device)
-    if channels_last:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not sharded:  # sharding moves one block at a time, whose weights have to be contiguous
+        module.to(device)
+        if channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen += freeze(module, train.freeze)
+    average = MovingAverage(module, train.ema) if train.ema else None
+    sharding = Sharding(module, device) if sharded else None
+    if sharding and average:
+        sharding.shard(average.module)
     deeper = module.decoder.encoder_layers()
     scales = (
         layer_scales(module.encoder, train.layer_decay, deeper) if train.layer_decay != 1 else None
@@ -340,15 +355,15 @@ def _step(
         weight_decay=train.weight_decay,
         scales=scales,
         of_first=deeper,
+        sharded=sharded,
     )
-    average = MovingAverage(module, train.ema) if train.ema else None
     if train.activation_checkpointing:
         checkpoint_activations(module.encoder)
     if train.compile:
         compile_for_training(module)
-    return TrainStep(
+    step = TrainStep(
         module,
-        _parallel(module, process, train.stall_seconds),
+        module if sharded else _parallel(module, process, train.stall_seconds),
         optimizer,
         device=device,
         precision=precision,
@@ -366,6 +381,7 @@ def _step(
             folder.save_batch, mark=f"_{process.name}".replace(" ", "_").rstrip("_")
         ),
     )
+    return step, sharding
 
 
 def keeps_channels_last(wanted: bool | str, precision: Precision, module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mit_semseg.engine.checkpoint import CLASSES, CONFIG, CheckpointFolder, atomic_save
+from mit_semseg.engine.training.fsdp import SHARDS, check_shards, shards_of
 from mit_semseg.engine.training.metrics_log import CURVES, METRICS
 from mit_semseg.weights import load_checked
 
@@ -32,8 +33,8 @@ class RunFolder(CheckpointFolder):
     """The folder of a model during training.
 
     Besides the weights it has `history_epoch_N.pth`, the metrics up to an epoch,
-    `state_step_N.pth`, the state of the run after N steps, and `nonfinite_step_N.pth`, a batch for
-    replay.
+    `state_step_N.pth`, the state of the run after N steps, with `state_step_N.shards` if the
+    training is sharded, and `nonfinite_step_N.pth`, a batch for replay.
     """
 
     def remove_unfinished(self) -> None:
@@ -41,6 +42,9 @@ class RunFolder(CheckpointFolder):
         for pattern in RUN_FILES:
             for unfinished in self.path.glob(f".{pattern}.*"):
                 unfinished.unlink()
+        for shards in self.path.glob("state_step_*.shards"):
+            if not shards.with_suffix(".pth").is_file():
+                shutil.rmtree(shards)
 
     def save_history(self, epoch: int, history: Mapping[str, Any]) -> None:
         """Write the metrics up to an epoch."""
@@ -60,8 +64,18 @@ class RunFolder(CheckpointFolder):
         newest = self.path / f"state_step_{step}.pth"
         atomic_save({newest: dict(state)})
         for old in self.states()[KEPT_STATES:]:
-            old.unlink()
+            self.remove_state(old)
         return newest
+
+    def shards(self, step: int) -> Path:
+        """The folder with the shards of the state after `step` steps (`TRAIN.parallel fsdp`)."""
+        return shards_of(self.path / f"state_step_{step}.pth")
+
+    def remove_state(self, file: Path) -> None:
+        """Remove a state."""
+        file.unlink()
+        if shards_of(file).is_dir():
+            shutil.rmtree(shards_of(file))
 
     def states(self) -> list[Path]:
         """State files, newest first."""
@@ -161,6 +175,8 @@ class RunFolder(CheckpointFolder):
         aside.mkdir()
         for file in files:
             file.rename(aside / file.name)
+            if shards_of(file).is_dir():
+                shards_of(file).rename(aside / shards_of(file).name)
         for name in (CONFIG, CLASSES):
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, aside / name)
@@ -169,7 +185,7 @@ class RunFolder(CheckpointFolder):
 
 
 def load_state(file: Path) -> dict[str, Any]:
-    """A dict written by `atomic_save`, with its tensors on the CPU.
+    """A dict written by `atomic_save`, with its tensors on the CPU, and its shards verified.
 
     Raises:
         ValueError: the file is damaged or has other content.
@@ -180,6 +196,8 @@ def load_state(file: Path) -> dict[str, Any]:
     state = load_checked(file)
     if not isinstance(state, dict):
         raise ValueError(f"{file} contains a {type(state).__name__}, not the state of a run")
+    if SHARDS in state:
+        check_shards(file, state[SHARDS])
     return state
 
 

@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mit_semseg.engine.training.fsdp import local
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -48,6 +50,7 @@ def build_optimizer(
     weight_decay: float = 1e-4,
     scales: Mapping[nn.Parameter, float] | None = None,
     of_first: Sequence[nn.Module] = (),
+    sharded: bool = False,
 ) -> torch.optim.Optimizer:
     """One optimizer for several modules.
 
@@ -58,6 +61,7 @@ def build_optimizer(
         weight_decay: of convolution and linear weights.
         scales: factors on the learning rate (see `parameter_groups`).
         of_first: modules inside other parts that learn at the rate of the first one.
+        sharded: whether the parameters are sharded, for which torch has no fused SGD.
     """
     moved = {parameter for module in of_first for parameter in module.parameters()}
     groups = []
@@ -72,7 +76,9 @@ def build_optimizer(
     # Not on Apple GPUs, whose fused kernels older versions of torch lack.
     fused = all(p.device.type != "mps" for group in groups for p in group["params"])
     if kind == "SGD":
-        return torch.optim.SGD(groups, momentum=beta1, fused=fused)
+        return torch.optim.SGD(
+            groups, momentum=beta1, fused=fused and not sharded, foreach=sharded or None
+        )
     return {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[kind](
         groups, betas=(beta1, 0.999), fused=fused
     )
@@ -205,4 +211,4 @@ class MovingAverage(Generic[M]):
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return itertools.chain(module.parameters(), module.buffers())
+    return map(local, itertools.chain(module.parameters(), module.buffers()))

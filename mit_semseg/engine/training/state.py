@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from mit_semseg.config.options import SETTINGS
+from mit_semseg.engine.training.fsdp import is_sharded, local
 
 # Settings that do not affect the weights, except by rounding.
 _NO_EFFECT = {
@@ -261,8 +262,15 @@ class Snapshot:
 
 @torch.no_grad()
 def is_finite(module: nn.Module) -> bool:
-    """Whether all parameters are finite, with one read from their device."""
-    return bool(torch.stack([weight.isfinite().all() for weight in module.parameters()]).all())
+    """Whether all parameters are finite, with one read from their device.
+
+    If they are sharded, every rank has to call this.
+    """
+    weights = list(module.parameters())
+    finite = torch.stack([local(weight).isfinite().all() for weight in weights]).all().float()
+    if is_sharded(weights[0]):
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 # ------------------------------------------------------------------------------ settings

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mit_semseg.engine.training.fsdp import saved_states, whole
 from mit_semseg.engine.training.optim import MovingAverage
 from mit_semseg.engine.training.state import Progress, Snapshot
 from mit_semseg.lib.nn import UserScatteredDataParallel, async_copy_to
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.compilation import compiler_errors
-from mit_semseg.models.lora import merged_state
 from mit_semseg.precision import Precision
 
 log = logging.getLogger("mit_semseg")
@@ -219,7 +219,7 @@ class TrainStep:
         norm = overflow = own.new_zeros(1)
         if self.clip_grad:
             total = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad)
-            norm = total.detach().float().reshape(1)
+            norm = whole(total.detach()).float().reshape(1)
         if self.scaler.is_enabled():
             found = self.scaler._found_inf_per_device(self.optimizer).values()
             overflow = torch.stack([one.reshape(()) for one in found]).sum().float().reshape(1)
@@ -262,6 +262,7 @@ class TrainStep:
         """Save the batch with the weights for replay; raise unless `on_nan` is skip."""
         self.statistics.restore()
         step = progress.step + 1
+        encoder, decoder = saved_states(self.module, wanted=not math.isfinite(own))
         if math.isfinite(own):
             text = f"the loss of step {step} is non-finite on another rank, which names the files"
         else:
@@ -270,8 +271,8 @@ class TrainStep:
                 "loss": own,
                 "files": part.files,
                 "batch": part.batch,
-                "encoder": merged_state(self.module.encoder),
-                "decoder": merged_state(self.module.decoder),
+                "encoder": encoder,
+                "decoder": decoder,
             }
             where = self.save_batch(step, replay)
             text = f"the loss of step {step} is {own} on {', '.join(part.files)} (batch {where})"

@@ -22,13 +22,12 @@ from mit_semseg.engine.scoring import Evaluation, merged
 from mit_semseg.engine.threads import pixels
 from mit_semseg.engine.training.build import Parts
 from mit_semseg.engine.training.finetune import trainable
+from mit_semseg.engine.training.fsdp import load_shards, save_shards, saved_states
 from mit_semseg.engine.training.optim import set_learning_rates
 from mit_semseg.engine.training.schedule import encoder_factor, learning_rate_factor
 from mit_semseg.engine.training.state import Progress, differences, is_finite
 from mit_semseg.engine.training.step import StepResult
 from mit_semseg.errors import one_line
-from mit_semseg.models import SegmentationModule
-from mit_semseg.models.lora import merged_state
 
 log = logging.getLogger("mit_semseg")
 
@@ -78,15 +77,17 @@ class Trainer:
     def resume(self) -> None:
         """Resume an earlier run or start a new one; rank 0 reads the state and broadcasts it."""
         parts = self.parts
-        found = parts.earlier.find(parts.step.module) if self.process.rank == 0 else None
-        file, state = found or (None, None)
+        file, state = None, None
+        if self.process.rank == 0:
+            module = parts.sharding.empty() if parts.sharding else parts.step.module
+            file, state = parts.earlier.find(module) or (None, None)
         here = file is not None and file.parent.resolve() == parts.folder.path.resolve()
         if self.process.world > 1:
-            shared: list[Any] = [state, here]
+            shared: list[Any] = [file, state, here]
             with parts.supervisor.waiting("rank 0 to find a state", others=True):
                 dist.broadcast_object_list(shared, src=0)
-            state, here = shared
-        if state is not None:
+            file, state, here = shared
+        if file is not None and state is not None:
             self._restore(state, file)
         if self.process.rank == 0:
             self._clear_folder(state["step"] if state is not None and here else None)
@@ -98,16 +99,16 @@ class Trainer:
         elif self.process.rank == 0:
             for other in parts.folder.states():
                 if other != file:
-                    other.unlink()
+                    parts.folder.remove_state(other)
         self._save_state()
         if self.process.rank == 0:
             parts.folder.set_aside_after(self.progress.step, self.progress.epoch, best=False)
 
-    def _restore(self, state: dict[str, Any], file: Path | None) -> None:
-        """Load a state; `file` is for messages."""
+    def _restore(self, state: dict[str, Any], file: Path) -> None:
+        """Load a state."""
         progress, options = self.progress, self.options
         try:
-            self.parts.state.load_state_dict(state)
+            self.parts.state.load_state_dict(load_shards(state, file, self.parts.sharding))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{file} does not fit this run ({one_line(error, 200)}): resume with the "
@@ -118,7 +119,7 @@ class Trainer:
                 f"{file} is at epoch {progress.step / progress.epoch_iters:.3g}, but "
                 f"TRAIN.num_epoch is {options.num_epoch}: raise TRAIN.num_epoch to continue"
             )
-        if self.process.rank == 0 and file is not None:
+        if self.process.rank == 0:
             log.info("resuming from %s: step %d of %d", file, progress.step, progress.max_iters)
             if state.get("optim", options.optim) != options.optim:
                 log.warning("the state is of another optimizer: its momentum is not loaded")
@@ -290,16 +291,19 @@ class Trainer:
             )
         with parts.supervisor.waiting("the run to be saved", patient=True, others=True):
             state = parts.state.state_dict()
+            if parts.sharding:
+                state = save_shards(state, parts.folder.shards(step))
             if self.process.rank == 0:
                 parts.folder.save_state(step, state)
         self.saved_at = time.monotonic()
 
     def _finish_epoch(self, epoch: int) -> None:
         """Write the weights and history of an epoch, and validate it if due."""
-        parts = self.parts
-        if self.process.rank == 0:
-            with parts.supervisor.waiting("the weights to be saved", patient=True):
-                parts.folder.save(f"epoch_{epoch}.pth", *_state_dicts(parts.step.evaluated))
+        parts, is_first = self.parts, self.process.rank == 0
+        with parts.supervisor.waiting("the weights to be saved", patient=True, others=True):
+            weights = saved_states(parts.step.evaluated, wanted=is_first)
+            if is_first:
+                parts.folder.save(f"epoch_{epoch}.pth", *weights)
                 parts.folder.save_history(epoch, self.history.columns)
                 parts.folder.drop_epochs(self.options.keep)
         if self._is_to_validate(epoch):
@@ -331,6 +335,9 @@ class Trainer:
             return bool(supervisor.stop_signal) and process.world == 1
 
         net = parts.step.evaluated
+        if parts.sharding:  # ranks have different numbers of images, so each needs whole weights
+            with supervisor.waiting("the weights to be gathered", patient=True, others=True):
+                net = parts.sharding.whole(net)
         try:
             with supervisor.waiting("an image to be validated"):
                 evaluation: Evaluation = parts.validate(net, stop=stop)
@@ -351,7 +358,7 @@ class Trainer:
             log.warning("not validated: %s: %s", file, reason.removeprefix(f"{file}: "))
         # The best weights first: a run killed after this validates and writes them again.
         if self.history.best == (epoch, mean_iou) or "best.pth" not in parts.folder.names():
-            parts.folder.save("best.pth", *_state_dicts(net))
+            parts.folder.save("best.pth", *saved_states(net))
         parts.metrics.record(kind="val", epoch=epoch, mean_iou=mean_iou, pixel_accuracy=accuracy)
         parts.folder.save_history(epoch, self.history.columns)
 
@@ -408,11 +415,6 @@ class _EpochSpeed:
             "data_wait": self.waited / self.elapsed,
             "seconds": progress.seconds,
         }
-
-
-def _state_dicts(net: SegmentationModule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State dicts of encoder and decoder, without adapters."""
-    return merged_state(net.encoder), merged_state(net.decoder)
 
 
 def _mean(values: Sequence[float]) -> float:
