@@ -4,7 +4,9 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,11 @@ from mit_semseg.config import load_config
 from mit_semseg.dataset import ClassTable
 from mit_semseg.engine.checkpoint import CheckpointFolder
 from mit_semseg.models import ModelBuilder
+
+FIXTURES = Path(__file__).with_name("fixtures")
+sys.path.insert(0, str(FIXTURES))  # for `fill`
+# Buffers of the published SyncBN, which are dropped when its files are loaded.
+BOOKKEEPING = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
 
 # The same examples in every run, however slow the machine: a red run must mean a change.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -76,6 +83,16 @@ def forked(monkeypatch):
 def make_model():
     """`make_model(folder, names, SECTION__key=value)` -> configuration."""
     return _make_model
+
+
+@pytest.fixture(scope="session")
+def published_shapes():
+    """Keys and shapes of every published state dict, without the buffers of its SyncBN."""
+    table = json.loads((FIXTURES / "state_dicts.json").read_text())
+    return {
+        name: {k: v for k, v in shapes.items() if k.rsplit(".", 1)[-1] not in BOOKKEEPING}
+        for name, shapes in table.items()
+    }
 
 
 @pytest.fixture(scope="session")
