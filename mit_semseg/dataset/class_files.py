@@ -34,7 +34,7 @@ class ClassFile:
     Attributes:
         path: the file, for messages.
         names: names of the rows, all different.
-        colors: (K, 3) uint8 RGB, all different; None: the file has none.
+        colors: (K, 3) uint8 RGB; None: the file has none.
         values: stored value of each row in masks of one channel.
     """
 
@@ -44,11 +44,13 @@ class ClassFile:
     values: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        colors = [] if self.colors is None else [tuple(c) for c in self.colors.tolist()]
-        for what, rows in (("name", self.names), ("colour", colors), ("value", self.values)):
-            twice = next((row for n, row in enumerate(rows) if row in rows[:n]), None)
-            if twice is not None:
-                raise ValueError(f"{self.path}: two of its classes have the {what} {twice!r}")
+        for what, rows in (("name", self.names), ("value", self.values)):
+            self._check_different(what, rows)
+
+    def _check_different(self, what: str, rows: Sequence[object]) -> None:
+        twice = next((row for n, row in enumerate(rows) if row in rows[:n]), None)
+        if twice is not None:
+            raise ValueError(f"{self.path}: two of its classes have the {what} {twice!r}")
 
     @classmethod
     def load(cls, path: PathLike) -> ClassFile:
@@ -98,13 +100,15 @@ class ClassFile:
             (H, W) int64.
 
         Raises:
-            ValueError: a colour is not in the table; the message names it and its first pixel.
+            ValueError: a colour is not in the table; the message names it and its first pixel. Or
+                two rows have the same colour.
         """
         if self.colors is None:
             raise ValueError(
                 f"{os.fspath(file)}: a colour mask, but {self.path} has no colours; add them as "
                 "name:r,g,b:: (labelmap.txt) or Idx,Name,R,G,B"
             )
+        self._check_different("colour", [tuple(color) for color in self.colors.tolist()])
         keys = _packed(self.colors)
         order = np.argsort(keys)
         packed = _packed(pixels)

@@ -205,6 +205,15 @@ def test_colour_masks_with_a_table(table, tmp_path):
     assert masks(ignoring)["a.png"].tolist() == [[255, 0, 0, 255]]
 
 
+def test_equal_colours_matter_for_colour_masks_only(tmp_path):
+    pair(tmp_path / "set", "a", COLORS[[[0, 1]]])
+    pair(tmp_path / "set", "b", [[0, 2]])
+    write(tmp_path / "set/labelmap.txt", TABLE.replace("51,221,255", "250,50,83"))
+    imported = convert(tmp_path / "set", tmp_path / "out")
+    assert masks(imported)["b.png"].tolist() == [[0, 2]]
+    assert "two of its classes have the colour (250, 50, 83)" in imported.problems[0]
+
+
 def test_palettes_and_values_with_a_table(tmp_path):
     folder = tmp_path / "set"
     write(folder / "labelmap.txt", TABLE)
