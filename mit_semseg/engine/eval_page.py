@@ -71,10 +71,8 @@ def write_eval_page(
         note = f"expected calibration error {100 * found['ece']:.1f} %"
         diagram = (found[key] for key in ("confidence", "accuracy", "share"))
         charts.append(("Calibration", reliability_diagram(*diagram, title="", note=note)))
-        ious = [row["iou"] for row in result["classes"]]
-        known = sorted(
-            (k for k in range(len(ious)) if not math.isnan(ious[k])), key=ious.__getitem__
-        )
+        rows = [row for row in result["classes"] if row["pixel_share"] > 0]
+        known = [row["index"] for row in sorted(rows, key=lambda row: row["iou"])]
         shown = known[:_PANELS]
         curves = threshold_curves(
             [classes.names[k] for k in shown],
