@@ -88,9 +88,8 @@ def test_round_trip(tmp_path):
         (["TRAIN.num_epoch", "0"], "must be at least 1"),
         (["TRAIN.epoch_iters", "automatic"], "give a number of steps or auto"),
         (["DATASET.random_flip", "3"], "True or False"),
-        (["DATASET.imgSizes", "(0,)"], "short sides in pixels"),
+        (["DATASET.imgSizes", "(-1,)"], "short sides in pixels"),
         (["DATASET.crop_size", "(1, 2, 3)"], "height, width"),
-        (["DATASET.mean", "(1, 2)"], "give three numbers"),
         (["DATASET.ignore_label", "void"], "DATASET.ignore_label"),
         (["DATASET.mean", "(a, b, c)"], "DATASET.mean"),
         (["TEST.save", "[colour]"], "give any of color"),
@@ -249,6 +248,14 @@ def test_options_are_typed_and_checked():
     ("opts", "message"),
     [
         (["MODEL.in_channels", "4"], "set MODEL.in_channels 3, or DATASET.depth True"),
+        (["DATASET.mean", "(1, 2)"], r"mean is \[1.0, 2.0\]; give three numbers"),
+        (["DATASET.bands", "red,4"], "in_channels is 3 and DATASET.bands red, 4: .*_channels 2"),
+        (
+            ["DATASET.bands", "red,4", "DATASET.mean", "(1, 2, 3)"],
+            "give a number for each of the bands red, 4",
+        ),
+        (["DATASET.bands", "1,2,3", "DATASET.color_jitter", "0.1"], "color_jitter is 0.1, which"),
+        (["DATASET.bands", "1,2,3", "DATASET.depth", "True"], "DATASET.depth is True, which"),
         (
             ["TRAIN.class_weights", "(1, 2)"],
             "class_weights has 2 numbers, but DATASET.num_class is 150",

@@ -66,9 +66,10 @@ class DataOptions(Section):
     imgSizes: tuple[int, ...] = key(
         (300, 375, 450, 525, 600),
         "short sides in pixels, one or several: training samples one per batch (with `crop_size` "
-        "one per image); evaluation and prediction average the scores of all",
-        fits=lambda sides: len(sides) > 0 and min(sides) >= 1,
-        advice="give short sides in pixels, such as 450 or (300, 450)",
+        "one per image); evaluation and prediction average the scores of all. 0: the image's own "
+        "size, whatever `imgMaxSize` is",
+        fits=lambda sides: len(sides) > 0 and min(sides) >= 0,
+        advice="give short sides in pixels, such as 450 or (300, 450), or 0 for the image's own",
     )
     imgMaxSize: int = key(1000, "upper limit of the long side, in pixels", least=1)
     padding_constant: int = key(
@@ -148,19 +149,25 @@ class DataOptions(Section):
         "`module:function`: a transform of your own on training samples, after those above; see "
         "[data](data.md#transforms-of-your-own)",
     )
+    bands: tuple[str, ...] = key(
+        (),
+        "names or numbers (from 1) of the bands to read, in this order, from images of any bands "
+        "([multispectral images](data.md#multispectral-images)), `MODEL.in_channels` of them; "
+        "empty: red, green and blue",
+    )
     mean: tuple[float, ...] = key(
         (0.485, 0.456, 0.406),
         "mean per channel in `color_order`: the network's input is (pixel / 255 · `value_range` - "
-        "`mean`) / `std`",
-        lengths=(3,),
-        advice="give three numbers, one per colour channel",
+        "`mean`) / `std`. With `bands`, mean per band in the units of the files: the input is "
+        "(value - `mean`) / `std`",
+        fits=len,
+        advice="give a number per channel",
     )
     std: tuple[float, ...] = key(
         (0.229, 0.224, 0.225),
-        "standard deviation per channel, above 0",
-        lengths=(3,),
-        fits=lambda values: min(values) > 0,
-        advice="give three numbers above 0, one per colour channel",
+        "standard deviation per channel or band, above 0",
+        fits=lambda values: len(values) > 0 and min(values) > 0,
+        advice="give a number above 0 per channel",
     )
     color_order: str = key(
         "RGB", "order of the channels that the encoder expects", words=("RGB", "BGR")
@@ -206,6 +213,7 @@ class DataOptions(Section):
 
     def _check(self) -> None:
         """Check combinations of values, and the classes of `label_map`."""
+        self._check_bands()
         if self.transform and self.depth:
             raise ValueError(
                 f"DATASET.transform is {self.transform} and DATASET.depth True: transforms do not "
@@ -233,6 +241,32 @@ class DataOptions(Section):
                 f"multiples of DATASET.padding_constant {multiple}, such as "
                 f"{[-(-side // multiple) * multiple for side in self.crop_size]}"
             )
+
+    def _check_bands(self) -> None:
+        """Check what the number and kind of channels allow."""
+        count = len(self.bands)
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            if len(given) != (count or 3) and not (count and not self.has_statistics):
+                raise ValueError(
+                    f"DATASET.{name} is {list(given)}; give "
+                    + (
+                        f"a number for each of the bands {', '.join(self.bands)}"
+                        if count
+                        else "three numbers, one per colour channel"
+                    )
+                )
+        if count and (self.depth or self.color_jitter):
+            key = "depth" if self.depth else "color_jitter"
+            raise ValueError(
+                f"DATASET.{key} is {getattr(self, key)}, which is for RGB images, and "
+                f"DATASET.bands {', '.join(self.bands)}: remove one of them"
+            )
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether `mean` or `std` are others than those of ImageNet's colours."""
+        return (self.mean, self.std) != (DataOptions.mean, DataOptions.std)
 
     def at_scales(self, sizes: int | Sequence[int]) -> DataOptions:
         """These options with other `imgSizes`, one or several; unchanged if `sizes` is empty."""

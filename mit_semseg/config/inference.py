@@ -26,8 +26,9 @@ class InferenceOptions(Section):
     )
     imgSizes: tuple[int, ...] = key(
         (),
-        "short sides in pixels whose scores are averaged; empty: `DATASET.imgSizes`, as published",
-        least=1,
+        "short sides in pixels whose scores are averaged, 0 for the image's own; empty: "
+        "`DATASET.imgSizes`, as published",
+        least=0,
         advice="give short sides in pixels, such as (300, 450)",
     )
     flip: bool = key(False, "also average over horizontally flipped images")

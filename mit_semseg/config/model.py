@@ -41,10 +41,10 @@ class ModelOptions(Section):
     )
     in_channels: int = key(
         3,
-        "channels of the images: 3, or 4 with `DATASET.depth`. Filters of the fourth channel are "
-        "initialised with the mean of the three colour filters",
-        fits=lambda count: count in (3, 4),
-        advice="give 3, or 4 with DATASET.depth",
+        "channels of the images: 3, or 4 with `DATASET.depth`, or the number of `DATASET.bands`. "
+        "Pretrained filters of red, green and blue are kept, and others initialised from them (see "
+        "[multispectral images](data.md#multispectral-images))",
+        least=1,
     )
     fc_dim: int = key(
         2048,

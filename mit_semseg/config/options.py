@@ -16,8 +16,9 @@ from mit_semseg.config.train import TrainOptions
 _OF_PARTS = (
     *("MODEL.arch_encoder", "MODEL.arch_decoder", "MODEL.fc_dim", "MODEL.output_stride"),
     *("MODEL.out_indices", "MODEL.vit_pyramid"),
-    *("DATASET.mean", "DATASET.std", "DATASET.color_order", "DATASET.value_range"),
 )
+_STATISTICS = ("DATASET.mean", "DATASET.std")
+_COLORS = ("DATASET.color_order", "DATASET.value_range")
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Options(Section):
         super().__post_init__()
         trained = self.MODEL.trained_with()
         data = self.DATASET
-        if trained is None or (data.color_order, data.value_range) != ("RGB", 1):
+        if trained is None or data.bands or (data.color_order, data.value_range) != ("RGB", 1):
             return
         mean, std = trained
-        if (data.mean, data.std) == (DataOptions.mean, DataOptions.std):
+        if not data.has_statistics:
             object.__setattr__(self, "DATASET", replace(data, mean=mean, std=std))
         elif (data.mean, data.std) != (mean, std) and not self.MODEL.weights_encoder:
             raise ValueError(
@@ -80,10 +81,16 @@ class Options(Section):
                 f"MODEL.arch {self.MODEL.arch} takes no depth: set DATASET.depth False and "
                 "MODEL.in_channels 3"
             )
-        if self.MODEL.in_channels != 3 + depth:
+        bands = self.DATASET.bands
+        if bands and self.MODEL.in_channels != len(bands):
+            raise ValueError(
+                f"MODEL.in_channels is {self.MODEL.in_channels} and DATASET.bands "
+                f"{', '.join(bands)}: set MODEL.in_channels {len(bands)}"
+            )
+        if not bands and self.MODEL.in_channels != 3 + depth:
             raise ValueError(
                 f"MODEL.in_channels is {self.MODEL.in_channels} and DATASET.depth {depth}: set "
-                f"MODEL.in_channels {3 + depth}, or DATASET.depth {not depth}"
+                f"MODEL.in_channels {3 + depth}, or DATASET.depth {not depth}, or DATASET.bands"
             )
         if isinstance(weights, tuple) and len(weights) != self.DATASET.num_class:
             raise ValueError(
@@ -101,6 +108,7 @@ class Options(Section):
     def without_effect(self) -> list[str]:
         """One line for each setting that has no effect because of other settings."""
         crops = self.DATASET.batching == "crop"
+        own, bands = not self.MODEL.arch, bool(self.DATASET.bands)
         needs = {
             "TRAIN.lr_pow": (self.TRAIN.schedule == "poly", "without TRAIN.schedule poly"),
             "TRAIN.gamma": (self.TRAIN.milestones, "without TRAIN.schedule multi_step"),
@@ -114,7 +122,12 @@ class Options(Section):
             "DATASET.depth_scale": (self.DATASET.depth, "without DATASET.depth True"),
             "DATASET.depth_mean": (self.DATASET.depth, "without DATASET.depth True"),
             "DATASET.depth_std": (self.DATASET.depth, "without DATASET.depth True"),
-            **dict.fromkeys(_OF_PARTS, (not self.MODEL.arch, "with MODEL.arch")),
+            **dict.fromkeys(_OF_PARTS, (own, "with MODEL.arch")),
+            **dict.fromkeys(_STATISTICS, (own or bands, "with MODEL.arch")),
+            **dict.fromkeys(
+                _COLORS,
+                (own and not bands, "with DATASET.bands" if bands else "with MODEL.arch"),
+            ),
         }
         return [
             f"{name} has no effect {when}"

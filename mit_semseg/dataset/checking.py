@@ -41,6 +41,7 @@ class _Finding:
     mask_mode: str = ""
     counts: dict[int, int] = field(default_factory=dict)  # stored value -> pixels
     colors: dict[int, tuple[int, ...]] = field(default_factory=dict)  # their palette colours
+    sums: np.ndarray | None = None  # (3, C): count, sum and sum of squares of each band
 
 
 def check(
@@ -53,7 +54,7 @@ def check(
     ignore_label: Iterable[int] = (),
     classes: ClassTable | None = None,
     label_map: LabelMap | Sequence[tuple[int, int]] | None = None,
-    depth: DataOptions | None = None,
+    data: DataOptions | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Read every sample of a list, and report statistics, errors and warnings.
@@ -68,14 +69,15 @@ def check(
         classes: class table; None: that of the format.
         label_map: None: that of the format; or pairs (stored value, class), for formats odgt and
             folder.
-        depth: options of a recipe whose depth images are also read.
+        data: options of a recipe, whose depth images and `bands` are read.
         progress: show a progress bar.
 
     Returns:
         A dict for `json.dump`: `ok`, `records`, `root`, `num_class`, `sizes`, `image_modes`,
         `mask_modes` (value -> number of samples), `stored_values`, `classes` (per class: `id`,
-        `name`, `pixels`, `share` of labelled pixels, `images`), `absent`, `ignored_share`, and
-        lists of messages: `unreadable`, `out_of_range`, `warnings`.
+        `name`, `pixels`, `share` of labelled pixels, `images`), `absent`, `ignored_share`, `bands`
+        (per band: `name`, and `mean` and `std` in the units of the files), and lists of messages:
+        `unreadable`, `out_of_range`, `warnings`.
 
     Raises:
         FileNotFoundError, ValueError: the list itself cannot be read.
@@ -101,7 +103,8 @@ def check(
             num_class = formats.num_class
     wanted = DataOptions(num_class=num_class or DataOptions.num_class)
     records, base = _resolve(source, root, formats, wanted)
-    findings = list(_inspect(records, depth or DataOptions(), progress))
+    data = data or DataOptions()
+    findings = list(_inspect(records, data, progress))
     usable = [f for f in findings if not f.error]
 
     stored: Counter[int] = Counter()
@@ -146,6 +149,7 @@ def check(
         ],
         "absent": [table.names[k] for k in range(num_class) if not images[k]],
         "ignored_share": ignored / total if total else 0.0,
+        "bands": _statistics(usable, data.bands),
         "unreadable": unreadable,
         "out_of_range": out_of_range,
         "warnings": [
@@ -157,6 +161,17 @@ def check(
             *_palette_warnings(usable),
         ],
     }
+
+
+def _statistics(findings: Iterable[_Finding], bands: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of each band over all values of all images."""
+    sums = sum((f.sums for f in findings if f.sums is not None), np.zeros((3, len(bands))))
+    count, total, squares = sums
+    mean = total / np.maximum(count, 1)
+    std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
+    return [
+        {"name": name, "mean": float(m), "std": float(s)} for name, m, s in zip(bands, mean, std)
+    ]
 
 
 def _by_class(findings: Iterable[_Finding], mapping: LabelMap) -> tuple[np.ndarray, np.ndarray]:
@@ -221,7 +236,7 @@ def _inspect(records: Sequence[Record], options: DataOptions, progress: bool) ->
 
 def _look(options: DataOptions, record: Record) -> _Finding:
     try:
-        image, raw = load_raw(record)
+        image, raw = load_raw(record, options=options)
         load_depth_of(record, "", options, (image.shape[1], image.shape[0]))
         modes: list[str] = []
         palette: list[int] = []
@@ -229,12 +244,19 @@ def _look(options: DataOptions, record: Record) -> _Finding:
             if key.lower().endswith(".mat"):
                 modes.append("MATLAB")
                 continue
+            if options.bands and not modes:
+                modes.append(f"{len(options.bands)} bands")
+                continue
             with Image.open(key) as file:
                 modes.append(file.mode)
                 palette = (file.getpalette("RGB") or []) if file.mode == "P" else []
     except (ValueError, FileNotFoundError) as error:
         return _Finding(record, error=str(error))
     values, counts = np.unique(raw, return_counts=True)
+    sums = None
+    if options.bands:
+        known, wide = ~np.isnan(image), np.nan_to_num(image).astype(np.float64)
+        sums = np.stack([x.sum((0, 1)) for x in (known, wide, wide**2)])
     return _Finding(
         record,
         size=f"{image.shape[1]}x{image.shape[0]}",
@@ -242,6 +264,7 @@ def _look(options: DataOptions, record: Record) -> _Finding:
         mask_mode=modes[1],
         counts=dict(zip(values.tolist(), counts.tolist())),
         colors={v: tuple(palette[3 * v : 3 * v + 3]) for v in values.tolist() if palette},
+        sums=sums,
     )
 
 
@@ -284,6 +307,11 @@ def describe_check(report: dict[str, Any]) -> str:
     if report["absent"]:
         names = ", ".join(report["absent"][:20]) + (" ..." if len(report["absent"]) > 20 else "")
         lines.append(f"{counted(len(report['absent']), 'class')} in no mask: {names}")
+    if report["bands"]:
+        lines += ["", "bands, with the statistics to set:"]
+        lines.append(f"  bands: [{', '.join(band['name'] for band in report['bands'])}]")
+        for key in ("mean", "std"):
+            lines.append(f"  {key}: [{', '.join(f'{band[key]:.6g}' for band in report['bands'])}]")
     for key, title in (
         ("unreadable", "samples that cannot be used"),
         ("out_of_range", "masks with labels outside the classes"),

@@ -58,7 +58,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
             split.records,
             classes=split.classes,
             label_map=split.label_map,
-            depth=data,
+            data=data,
         )
     return check(
         args.list,

@@ -61,8 +61,8 @@ class RandomCrops:
     def __init__(self, options: DataOptions) -> None:
         self.options = options
         mean = options.mean if options.color_order == "RGB" else options.mean[::-1]
-        levels = np.rint(255 * np.array(mean) / options.value_range)
-        self._mean_color: list[float] = levels.clip(0, 255).tolist()
+        levels = np.rint(255 * np.array(mean) / options.value_range).clip(0, 255)
+        self._mean_color: list[float] = [0.0] * len(options.bands) or levels.tolist()
 
     def plan(self, size: tuple[int, int], short: int, rng: np.random.Generator) -> Plan:
         """Size, angle, flip, window, colours and blur; see `BatchStyle`.
@@ -76,7 +76,7 @@ class RandomCrops:
         angle = rng.uniform(-options.random_rotation, options.random_rotation)
         flip = options.random_flip and rng.random() < 0.5
         state = rng.bit_generator.state
-        width, height = fitted_size(*size, short * scale, options.imgMaxSize * scale)
+        width, height = fitted_size(*size, short, options.imgMaxSize, scale)
         window = random_window((height, width), options.crop_size, rng)
         colors = jitter_factors(options.color_jitter, rng) if options.color_jitter > 0 else None
         sigma = rng.uniform(*_SIGMA) if rng.random() < options.random_blur else None
@@ -90,7 +90,8 @@ class RandomCrops:
         if plan.colors:
             image = color_jitter(image, *plan.colors)
         if plan.sigma:
-            image = cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), plan.sigma)
+            blurred = cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), plan.sigma)
+            image = blurred.reshape(image.shape)  # OpenCV drops a single channel
 
         def rotated(part: Tensor, fill: float | list[float]) -> np.ndarray:
             return (frame.rotated(part, plan.angle, fill) if plan.angle else part).numpy()

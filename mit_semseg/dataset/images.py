@@ -60,13 +60,19 @@ _MIN_LARGEST = 0.25
 _REDUCED_MARGIN = 2.5
 
 
-def _open(path: PathLike) -> Image.Image:
+def check_file(path: PathLike) -> None:
+    """FileNotFoundError or ValueError if a path is not that of a file."""
     name = os.fspath(path)
     if not os.path.exists(path):
         missing = "a broken link" if os.path.islink(path) else "no such file"
         raise FileNotFoundError(f"{name}: {missing}; check DATASET.root_dataset")
     if not os.path.isfile(path):  # opening a pipe would block
         raise ValueError(f"{name}: a folder, a pipe or a device, not an image file")
+
+
+def _open(path: PathLike) -> Image.Image:
+    name = os.fspath(path)
+    check_file(path)
     try:
         return Image.open(path)
     except Image.DecompressionBombError as error:

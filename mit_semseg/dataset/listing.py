@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from mit_semseg.config import DataOptions
 from mit_semseg.dataset.images import ImageFile, image_size, stored_values
 from mit_semseg.dataset.label_map import LabelMap
+from mit_semseg.dataset.rasters import raster_size
 from mit_semseg.dataset.records import Record, list_images, match_by_stem, write_odgt
 from mit_semseg.errors import counted
 from mit_semseg.files import PathLike
@@ -80,7 +82,7 @@ def make_odgt(
     unusable: list[str] = []
     for image, label in tqdm(pairs, desc="reading sizes", disable=None, leave=False):
         try:
-            size = image_size(images / image)
+            size = _size(images / image)
             with ImageFile(labels / label) as mask:
                 mask_size, is_label = mask.size, mask.is_label
             if mapping is not None:
@@ -128,6 +130,16 @@ def make_odgt(
     report["masks_without_image"] = unmatched_masks
     report["unusable"] = unusable
     return report
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image, of any bands if rasterio is installed."""
+    try:
+        return image_size(path)
+    except ValueError:
+        if path.suffix.lower() not in (".tif", ".tiff") or not find_spec("rasterio"):
+            raise
+        return raster_size(path)
 
 
 def describe_made(report: dict[str, Any]) -> str:

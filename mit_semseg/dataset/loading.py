@@ -11,8 +11,29 @@ from mit_semseg.config import DataOptions
 from mit_semseg.dataset.base import FORMATS
 from mit_semseg.dataset.images import ImageFile, load_depth, stored_values
 from mit_semseg.dataset.label_map import LabelMap
+from mit_semseg.dataset.rasters import RasterFile, missing_pixels, normalized_bands
 from mit_semseg.dataset.records import Record, find_depth
 from mit_semseg.files import PathLike
+
+
+def open_image(path: PathLike, options: DataOptions) -> ImageFile | RasterFile:
+    """An open image, by rasterio if `options.bands` are given."""
+    return RasterFile(path, options) if options.bands else ImageFile(path)
+
+
+def load_input(path: PathLike, options: DataOptions) -> np.ndarray:
+    """An image as the options say.
+
+    Returns:
+        (H, W, 3) uint8 RGB; with `bands` (H, W, C) float32, normalised, NaN where there is no
+        value.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it cannot be read, or lacks a band.
+    """
+    with open_image(path, options) as file:
+        return file.pixels()
 
 
 def paths_of(record: Record, root: PathLike = "") -> tuple[str, str]:
@@ -57,33 +78,43 @@ def load_values(record: Record, root: PathLike, size: tuple[int, int]) -> np.nda
     return raw
 
 
-def load_raw(record: Record, root: PathLike = "") -> tuple[np.ndarray, np.ndarray]:
+def load_raw(
+    record: Record, root: PathLike = "", options: DataOptions | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Image and stored mask values of a record, with their sizes checked.
 
     Returns:
-        (H, W, 3) uint8 RGB and (H, W) integers of the mask file's type, which may be read-only.
+        The image as of `load_input`, but with `bands` not normalised, and (H, W) integers of the
+        mask file's type, which may be read-only.
 
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: a file cannot be read, or sizes differ.
     """
     image_path, _ = paths_of(record, root)
-    with ImageFile(image_path) as file:
+    with open_image(image_path, options or DataOptions()) as file:
         raw = load_values(record, root, file.size)
-        return file.pixels(), raw
+        return file.values() if isinstance(file, RasterFile) else file.pixels(), raw
 
 
-def load_pair(record: Record, root: PathLike, label_map: LabelMap) -> tuple[np.ndarray, np.ndarray]:
+def load_pair(
+    record: Record, root: PathLike, label_map: LabelMap, options: DataOptions | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Image and class ids of a record.
 
     Returns:
-        (H, W, 3) uint8 RGB and (H, W) int64 with -1 = ignored.
+        The image as of `load_input`, and (H, W) int64 with -1 = ignored, as are pixels of the image
+        without a value.
 
     Raises:
         FileNotFoundError, ValueError: as `load_raw`; ValueError also for an unknown stored value.
     """
-    image, raw = load_raw(record, root)
-    return image, label_map(raw, paths_of(record, root)[1])
+    image, raw = load_raw(record, root, options)
+    labels = label_map(raw, paths_of(record, root)[1])
+    if options and options.bands:
+        image = normalized_bands(image, options)
+        labels[missing_pixels(image)] = -1
+    return image, labels
 
 
 def depth_scale(options: DataOptions) -> float | str:

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 from PIL import Image
 
 from mit_semseg.dataset.images import image_size
+from mit_semseg.dataset.rasters import raster_size
 from mit_semseg.errors import one_line
 from mit_semseg.files import PathLike, replacing
 
@@ -134,7 +135,9 @@ def read_records(source: Any, root: PathLike = "") -> list[Record]:
     return records
 
 
-def with_sizes(records: Sequence[Record], root: PathLike, on_error: str = "stop") -> list[Record]:
+def with_sizes(
+    records: Sequence[Record], root: PathLike, on_error: str = "stop", bands: Sequence[str] = ()
+) -> list[Record]:
     """Adds missing widths and heights from the image headers.
 
     Args:
@@ -142,6 +145,7 @@ def with_sizes(records: Sequence[Record], root: PathLike, on_error: str = "stop"
         root: folder that relative paths are relative to.
         on_error: "stop": raise an error if a header cannot be read; "skip": leave such records out
             and log their number and some reasons.
+        bands: `DATASET.bands`.
 
     Raises:
         OSError, ValueError: an image cannot be read, or, with "skip", none can.
@@ -151,13 +155,14 @@ def with_sizes(records: Sequence[Record], root: PathLike, on_error: str = "stop"
         if "width" in record:
             return record
         try:
-            width, height = image_size(os.path.join(root, record["fpath_img"]))
+            width, height = size_of(os.path.join(root, record["fpath_img"]))
         except (OSError, ValueError) as error:
             if on_error != "skip":
                 raise
             return str(error)
         return Record(**{**record, "width": width, "height": height})  # type: ignore[typeddict-item]
 
+    size_of = raster_size if bands else image_size
     if all("width" in record for record in records):
         return list(records)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -11,11 +11,16 @@ import numpy as np
 import torch
 
 from mit_semseg.config import DataOptions
-from mit_semseg.dataset.images import ImageFile
 from mit_semseg.dataset.label_map import LabelMap
-from mit_semseg.dataset.loading import load_depth_of, load_values, paths_of
+from mit_semseg.dataset.loading import load_depth_of, load_values, open_image, paths_of
+from mit_semseg.dataset.rasters import RasterFile, missing_pixels
 from mit_semseg.dataset.records import Record
-from mit_semseg.dataset.transforms import nearest_index, normalize_depth, resize_depth
+from mit_semseg.dataset.transforms import (
+    nearest_index,
+    normalize_depth,
+    resize_depth,
+    resize_image,
+)
 from mit_semseg.files import PathLike
 
 Window = tuple[slice, slice]  # rows and columns
@@ -48,7 +53,7 @@ class Sample(NamedTuple):
     """One element of a batch.
 
     Attributes:
-        image: (h, w, 3) uint8 RGB.
+        image: (h, w, 3) uint8 RGB; with `bands` (h, w, C) float32, normalised.
         labels: (h/r, w/r) int64 class ids, -1 ignored, r = `segm_downsampling_rate`.
         depth: (h, w) float32, normalised, or None.
     """
@@ -63,7 +68,7 @@ class LoadedSample:
     """A resized image, and indices into its stored mask, which is not resized.
 
     Attributes:
-        image: (h, w, 3) uint8 RGB.
+        image: (h, w, 3) uint8 RGB; with `bands` (h, w, C) float32, normalised.
         depth: (h, w) float32, normalised, or None.
         stored: checked values of the mask file, (H, W) integers.
         rows, columns: h and w indices into `stored`, of the label of each pixel of the image.
@@ -176,11 +181,19 @@ def load_sample(
         ValueError: a file cannot be read, sizes differ, or a stored value is unknown.
     """
     image_path, mask_path = paths_of(record, root)
-    with ImageFile(image_path) as file:
+    with open_image(image_path, options) as file:
         width, height = file.size
         stored = load_values(record, root, file.size)
         label_map.check(stored, mask_path)
-        image = file.pixels(size)
+        if isinstance(file, RasterFile):
+            whole = file.pixels()
+            missing = missing_pixels(whole)
+            if missing.any():
+                stored = np.where(missing, 0, label_map(stored, mask_path) + 1)
+                label_map = _of_ids_plus_1(label_map.num_class, label_map.mirror_pairs)
+            image = resize_image(np.nan_to_num(whole, copy=False), size)
+        else:
+            image = file.pixels(size)
         depth = load_depth_of(record, root, options, file.size)
     if depth is not None:
         depth = normalize_depth(resize_depth(depth, size), options)

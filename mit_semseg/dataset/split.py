@@ -15,6 +15,7 @@ from mit_semseg.dataset.base import FORMATS, DataFormat
 from mit_semseg.dataset.classes import ClassTable
 from mit_semseg.dataset.label_map import LabelMap, label_warnings
 from mit_semseg.dataset.loading import load_depth_of, load_raw, paths_of
+from mit_semseg.dataset.rasters import units_warning
 from mit_semseg.dataset.records import Record, locate, read_odgt
 from mit_semseg.errors import counted
 from mit_semseg.files import PathLike
@@ -130,7 +131,14 @@ def check_depth(options: DataOptions) -> None:
         )
 
 
-def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "stop") -> list[str]:
+def check_sample(
+    split: Split,
+    n: int = 32,
+    seed: int = 0,
+    *,
+    on_error: str = "stop",
+    options: DataOptions | None = None,
+) -> list[str]:
     """Loads some random samples, and logs warnings about suspicious labels.
 
     Args:
@@ -138,6 +146,7 @@ def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "s
         n: maximum number of samples to load.
         seed: seed of the selection.
         on_error: `DATASET.on_error`; with "skip", an unusable sample is a warning.
+        options: their `bands` are read.
 
     Returns:
         The warnings.
@@ -152,10 +161,11 @@ def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "s
     seen: set[int] = set()
     ignored = pixels = 0
     warnings: list[str] = []
+    far = ""
     for index in sorted(chosen.tolist()):
         record = split.records[index]
         try:
-            _, raw = load_raw(record)
+            image, raw = load_raw(record, options=options)
             ids = split.label_map(raw, paths_of(record)[1])
             if "fpath_depth" in record:  # its scale does not matter here
                 as_read = DataOptions(depth=True, depth_scale=1)
@@ -165,12 +175,15 @@ def check_sample(split: Split, n: int = 32, seed: int = 0, *, on_error: str = "s
             if on_error != "skip" or len(warnings) == count:
                 raise
             continue
+        if options and options.bands and not far:
+            far = units_warning(image, options, record["fpath_img"])
         stored.update(np.unique(raw).tolist())
         seen.update(np.unique(ids).tolist())
         ignored += int(np.count_nonzero(ids < 0))
         pixels += ids.size
     where = counted(count - len(warnings), "sampled mask")
     present = {k: split.classes.names[k] for k in seen - {-1}}
+    warnings += [far] if far else []
     warnings += label_warnings(stored, ignored, pixels, where, present, len(split.classes))
     for warning in warnings:
         logging.getLogger("mit_semseg").warning("%s", warning)

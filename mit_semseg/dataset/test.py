@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mit_semseg.dataset.base_dataset import BaseDataset
-from mit_semseg.dataset.images import load_image
-from mit_semseg.dataset.loading import load_depth_of
+from mit_semseg.dataset.loading import load_depth_of, load_input
 from mit_semseg.dataset.transforms import scaled_inputs
 
 
@@ -30,7 +29,7 @@ class TestDataset(BaseDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Sample number `index`: `img_ori`, `img_data` and `info` as in `ValDataset`."""
         record = self.list_sample[index]
-        image = load_image(record["fpath_img"])
+        image = load_input(record["fpath_img"], self.options)
         depth = load_depth_of(record, "", self.options, (image.shape[1], image.shape[0]))
         return {
             "img_ori": image,

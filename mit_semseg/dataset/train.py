@@ -95,7 +95,9 @@ class TrainDataset(BaseDataset):
         self.normalized = normalized
         self._multiple = math.lcm(options.padding_constant, pad_to)
         super().__init__(odgt, options, label_map=label_map, **part)
-        self.list_sample = with_sizes(self.list_sample, self.root_dataset, options.on_error)
+        self.list_sample = with_sizes(
+            self.list_sample, self.root_dataset, options.on_error, options.bands
+        )
         self.num_sample = len(self.list_sample)
         self._style = batch_style(options)
         self._transform = UserTransform(options.transform) if options.transform else None
@@ -164,7 +166,7 @@ class TrainDataset(BaseDataset):
             `img_data` is uint8 RGB in channels_last, and `img_size` (B, 2) int64 has the height and
             width of each image, for `Normalize`. With `on_error` "skip" also `skipped`: a list of
             (image path as listed, reason in one line) of unusable samples. With `depth`, `img_data`
-            is (B, 4, H, W) float32, always normalised.
+            is (B, 4, H, W) float32, and with `bands` (B, C, H, W) float32, always normalised.
         """
         rng = np.random.default_rng([self.seed, _BATCH, index])
         short = int(rng.choice(self.options.imgSizes))
@@ -234,7 +236,8 @@ class TrainDataset(BaseDataset):
             round_up(max(side), self._multiple) for side in zip(*sizes, options.crop_size or (1, 1))
         )
         B = len(samples)
-        images = torch.zeros(B, H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        kind = torch.float32 if options.bands else torch.uint8
+        images = torch.zeros(B, H, W, samples[0].image.shape[2], dtype=kind).permute(0, 3, 1, 2)
         targets = torch.full((B, H // rate, W // rate), -1, dtype=torch.int64)
         depths = torch.zeros(B, 1, H, W) if options.depth else None
         for k, (image, labels, depth) in enumerate(samples):
@@ -244,6 +247,8 @@ class TrainDataset(BaseDataset):
                 depths[k, 0, :h, :w] = torch.from_numpy(depth)
             h, w = labels.shape
             targets[k, :h, :w] = torch.from_numpy(labels)
+        if options.bands:  # normalised, so that padding is the mean
+            return {"img_data": images, "seg_label": targets}
         img_size = torch.tensor(sizes)
         if self.normalized or depths is not None:  # depth cannot be uint8
             values = Normalize.of(options)(images, img_size)

@@ -24,9 +24,18 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def fitted_size(width: int, height: int, short: float, longest: float) -> tuple[int, int]:
-    """(width, height) with short side `short`, or smaller so that no side exceeds `longest`."""
-    scale = min(short / min(height, width), longest / max(height, width))
+def fitted_size(
+    width: int, height: int, short: int, longest: int, factor: float = 1.0
+) -> tuple[int, int]:
+    """(width, height) with short side `short`, or smaller so that no side exceeds `longest`.
+
+    Args:
+        width, height: of the image.
+        short, longest: in pixels; `short` 0 is the image's own size, whatever `longest` is.
+        factor: of both.
+    """
+    scale = min(short * factor / min(height, width), longest * factor / max(height, width))
+    scale = scale if short else factor
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
@@ -48,11 +57,11 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Antialiased bilinear resize, within one grey level of Pillow's (which is slower).
 
     Args:
-        image: (H, W, 3) uint8.
+        image: (H, W, C) uint8 or float32.
         size: (width, height) of the result.
 
     Returns:
-        (height, width, 3) uint8; `image` itself if it has that size.
+        (height, width, C) of the same type; `image` itself if it has that size.
     """
     height, width = image.shape[:2]
     if (width, height) == tuple(size):
@@ -86,7 +95,7 @@ def resize_depth(depth: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def as_batch(image: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (1, 3, H, W) uint8, channels last; without a copy if possible."""
+    """(H, W, C) -> (1, C, H, W) of the same type, channels last; without a copy if possible."""
     # torch does not accept read-only arrays or negative strides.
     return torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
 
@@ -210,18 +219,22 @@ def scaled_inputs(
     The image is *resized*, not padded, to the next multiple of `padding_constant`.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB; with `bands` (H, W, C) float32, normalised, NaN where there is
+            no value, which becomes the mean.
         opt: `cfg.DATASET`, or any object with some of its attributes.
         normalized: False: return uint8 images, for `Normalize`.
         depth: (H, W) float32 in metres, 0 where there is no depth, as a fourth channel.
 
     Returns:
         One (1, 3, h, w) tensor for each entry of `imgSizes`: float32, or, with `normalized` False,
-        uint8 RGB in channels_last. With depth (1, 4, h, w) float32, always normalised.
+        uint8 RGB in channels_last. With depth (1, 4, h, w), and with `bands` (1, C, h, w) float32,
+        always normalised.
     """
     options = DataOptions.read(opt)
-    normalize = Normalize.of(options)
+    normalize = None if options.bands else Normalize.of(options)
     height, width = image.shape[:2]
+    if normalize is None:
+        image = np.nan_to_num(image)
     inputs = []
     for short in options.imgSizes:
         fitted = fitted_size(width, height, short, options.imgMaxSize)
@@ -230,6 +243,9 @@ def scaled_inputs(
             round_up(fitted[1], options.padding_constant),
         )
         pixels = as_batch(resize_image(image, size))
+        if normalize is None:
+            inputs.append(pixels)
+            continue
         if depth is not None:
             channel = torch.from_numpy(normalize_depth(resize_depth(depth, size), options))
             inputs.append(torch.cat([normalize(pixels), channel[None, None]], dim=1).contiguous())

@@ -21,9 +21,10 @@ from mit_semseg.errors import one_line
 class UserTransform:
     """Applies `function(image, mask)`, for example a transform of `torchvision.transforms.v2`.
 
-    The function takes and returns torchvision's `tv_tensors`: an Image, (3, h, w) uint8 RGB, and a
-    Mask, (h, w) int64 with -1 ignored. The generators of torch, NumPy and Python are seeded for
-    each call, and restored after it, so that a sample does not depend on the process that loads it.
+    The function takes and returns torchvision's `tv_tensors`: an Image, (3, h, w) uint8 RGB or,
+    with `bands`, (C, h, w) float32, normalised, and a Mask, (h, w) int64 with -1 ignored. The
+    generators of torch, NumPy and Python are seeded for each call, and restored after it, so that a
+    sample does not depend on the process that loads it.
 
     Args:
         name: "module:function"; the module can be in the working folder.
@@ -62,7 +63,7 @@ class UserTransform:
                     f"DATASET.transform {self.name} failed with {type(error).__name__}: "
                     f"{one_line(error)}"
                 ) from error
-        image, mask = self._checked(given)
+        image, mask = self._checked(given, torch.from_numpy(pixels))
         labels = mask.numpy().astype(np.int64)
         last = sample.label_map.num_class - 1
         outside = labels[(labels < -1) | (labels > last)]
@@ -76,13 +77,13 @@ class UserTransform:
             image=np.ascontiguousarray(image.permute(1, 2, 0).numpy()),
         )
 
-    def _checked(self, given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The returned image and mask; RuntimeError for anything else."""
+    def _checked(self, given: Any, taken: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The returned image and mask, of an image `taken`; RuntimeError for anything else."""
         pair = given if isinstance(given, (tuple, list)) else ()
         if len(pair) == 2 and all(isinstance(part, torch.Tensor) for part in pair):
             image, mask = (part.as_subclass(torch.Tensor) for part in pair)
-            whole = not mask.is_floating_point() and image.dtype == torch.uint8
-            if whole and image.ndim == 3 and image.shape == (3, *mask.shape):
+            whole = not mask.is_floating_point() and image.dtype == taken.dtype
+            if whole and image.ndim == 3 and image.shape == (len(taken), *mask.shape):
                 return image, mask
         shown = [
             f"{tuple(part.shape)} {part.dtype}" if isinstance(part, torch.Tensor) else type(part)
@@ -90,7 +91,7 @@ class UserTransform:
         ]
         raise RuntimeError(
             f"DATASET.transform {self.name} returned {', '.join(map(str, shown))}; it has to "
-            "return (image, mask): (3, h, w) uint8 and (h, w) integers"
+            f"return (image, mask): ({len(taken)}, h, w) {str(taken.dtype)[6:]} and (h, w) integers"
         )
 
 

@@ -49,10 +49,11 @@ class ValDataset(BaseDataset):
             `img_ori` (H, W, 3) uint8 RGB array; `img_data`, a list with one (1, 3, h, w) tensor per
             scale, float32 or, with `normalized` False, uint8 RGB in channels_last; `seg_label`
             (1, H, W) int64 with -1 ignored; `info`, the image path as listed. With `depth` the
-            tensors are (1, 4, h, w) float32.
+            tensors are (1, 4, h, w) float32; with `bands` they are (1, C, h, w) float32, and
+            `img_ori` is (H, W, C) float32, normalised, NaN where there is no value.
         """
         record, root = self.list_sample[index], self.root_dataset
-        image, labels = load_pair(record, root, self.label_map)
+        image, labels = load_pair(record, root, self.label_map, self.options)
         depth = load_depth_of(record, root, self.options, (image.shape[1], image.shape[0]))
         return {
             "img_ori": image,

@@ -238,7 +238,7 @@ def _check(options: Options, process: TrainProcess) -> None:
 def _training_data(options: Options, process: TrainProcess) -> tuple[Split, TrainDataset]:
     data, train = options.DATASET, options.TRAIN
     split = build_split(data, "train")
-    check_sample(split, on_error=data.on_error)
+    check_sample(split, on_error=data.on_error, options=data)
     dataset = TrainDataset(
         data.root_dataset,
         split.records,
@@ -280,7 +280,7 @@ def _validation(
                 f"{', '.join(split.classes.names[:8])}; both need the same classes in the same "
                 "order"
             )
-        check_sample(split, n=16, on_error=options.DATASET.on_error)
+        check_sample(split, n=16, on_error=options.DATASET.on_error, options=options.DATASET)
     return partial(
         evaluate_model,
         dataset=data,
