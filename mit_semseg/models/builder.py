@@ -14,6 +14,7 @@ from mit_semseg.config import ModelOptions, Options
 from mit_semseg.config.options import SETTINGS
 from mit_semseg.dataset.base import FORMATS
 from mit_semseg.dataset.classes import ClassTable
+from mit_semseg.dataset.rasters import check_statistics
 from mit_semseg.dataset.split import check_depth
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.losses import build_loss
@@ -24,6 +25,7 @@ from mit_semseg.models.encoders.base import Variant, widen_input
 from mit_semseg.models.encoders.timm_backbone import PREFIX, timm_variant
 from mit_semseg.models.module import SegmentationModule, check_head_weights
 from mit_semseg.weights import ClassRows, load_decoder, load_encoder
+from mit_semseg.weights.channels import describe_filters
 
 log = logging.getLogger("mit_semseg")
 
@@ -97,6 +99,7 @@ def check_options(options: Options) -> None:
     """
     model = options.MODEL
     check_depth(options.DATASET)
+    check_statistics(options.DATASET)
     if model.arch:
         external.check(options)
         return
@@ -200,6 +203,7 @@ class ModelBuilder:
         output_stride: int = 0,
         out_indices: Sequence[int] = (),
         vit_pyramid: bool = False,
+        bands: Sequence[str] = (),
         **options: Any,
     ) -> Encoder:
         """Builds an encoder and loads its weights.
@@ -209,13 +213,14 @@ class ModelBuilder:
             fc_dim: ignored; in the published signature.
             weights: "": ImageNet weights by name; "none": random; otherwise a path, a URL,
                 "torchvision:NAME" or "tfslim:PATH" (see `weights.load_encoder`).
-            in_channels: channels of the images: red, green, blue, then others such as depth (see
-                `encoders.base.widen_input`).
+            in_channels: channels of the images: red, green, blue, then others such as depth, or
+                `bands`.
             output_stride: of a timm encoder, 8, 16 or 32 if it supports that; 0: its own.
             out_indices: of a timm encoder, the indices of the feature maps to use; the parts that
                 follow the last one are not built; empty: see `MODEL.out_indices`.
             vit_pyramid: of a plain vision transformer of timm, a simple feature pyramid of one
                 block instead (see `encoders.vit_pyramid`).
+            bands: `DATASET.bands`, which choose the first filters (see `weights.channels`).
             options: mean and std of the input, for `weights.load_encoder`.
 
         Raises:
@@ -223,8 +228,8 @@ class ModelBuilder:
             FileNotFoundError: the weights do not exist.
         """
         encoder = _encoder(arch, output_stride, out_indices, vit_pyramid)()
-        widen_input(encoder, in_channels)
-        load_encoder(encoder, arch.lower(), weights, **options)
+        widen_input(encoder, in_channels, bands)
+        load_encoder(encoder, arch.lower(), weights, bands=bands, **options)
         return encoder
 
     @staticmethod
@@ -299,7 +304,8 @@ class ModelBuilder:
             if any(head.weight is None for head in decoder.auxiliary)
             else None,
             aux_weights=train.aux_weights,
-            normalize=encoder.normalization() or Normalize.of(data),
+            # Bands are normalised when they are read.
+            normalize=None if data.bands else encoder.normalization() or Normalize.of(data),
             mirror_pairs=FORMATS.get(data.format)().mirror_pairs,
         )
 
@@ -316,6 +322,8 @@ def _warn_of_losses(options: Options) -> None:
 def _parts(options: Options, classes: Sequence[str]) -> tuple[Encoder, Decoder]:
     """Encoder and decoder with the weights that the options ask for."""
     model, data = options.MODEL, options.DATASET
+    if data.bands and model.weights_encoder != "none":
+        log.info("%s", describe_filters(data.bands))
     if model.arch:
         return external.build(options, classes=classes)
     encoder = ModelBuilder.build_encoder(
@@ -323,6 +331,7 @@ def _parts(options: Options, classes: Sequence[str]) -> tuple[Encoder, Decoder]:
         fc_dim=model.fc_dim,
         weights=model.weights_encoder,
         in_channels=model.in_channels,
+        bands=data.bands,
         **_encoder_options(model),
         mean=[m / data.value_range for m in data.mean],
         std=[s / data.value_range for s in data.std],

@@ -231,7 +231,7 @@ class SegmentationModule(SegmentationModuleBase):
         if images.shape[1] != expected:
             raise ValueError(
                 f"the images have {images.shape[1]} channels and the encoder expects {expected}: "
-                "see MODEL.in_channels and DATASET.depth"
+                "see MODEL.in_channels, DATASET.bands and DATASET.depth"
             )
         if images.is_floating_point():
             return images if self.input_dtype is None else images.to(self.input_dtype)

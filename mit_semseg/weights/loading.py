@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mit_semseg.weights.archive import few, read_state_dict
+from mit_semseg.weights.channels import adapted
 from mit_semseg.weights.sources import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -262,6 +263,7 @@ def load_encoder(
     *,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    bands: Sequence[str] = (),
 ) -> LoadReport | None:
     """Loads pretrained weights into an encoder.
 
@@ -272,10 +274,11 @@ def load_encoder(
             "torchvision:NAME" (see `TORCHVISION`); "torchvision:PATH" or "torchvision:URL": a file
             with torchvision's names; "tfslim:PATH": a MobileNetV2 trained with TF-slim, with
             torchvision's names; otherwise a path or URL. Torchvision's names are also recognised
-            in other files, except for MobileNetV2. If the encoder has more input channels than
-            the file, weights are added as by `encoders.base.widen_input`.
+            in other files, except for MobileNetV2. If the encoder has other input channels than the
+            three of the file, its filters are made by `channels.adapted`.
         mean: mean of the input normalisation, RGB in [0, 1]; used by "tfslim:" only.
         std: standard deviation of the input normalisation; used by "tfslim:" only.
+        bands: `DATASET.bands`.
 
     Returns:
         The report, or None for random weights.
@@ -289,28 +292,28 @@ def load_encoder(
     if text.lower() == "none":
         return None
     if arch.startswith("timm:"):
-        return _load_timm(encoder, arch, text)
+        return _load_timm(encoder, arch, text, bands)
     kind, _, rest = text.partition(":")
     if kind == "torchvision":
         path = fetch_torchvision(rest, encoder=arch)
         state = torchvision_encoder(read_state_dict(path))
-        return _initialise(encoder, arch, state, f"{path} (torchvision)")
+        return _initialise(encoder, arch, state, f"{path} (torchvision)", bands)
     if kind == "tfslim":
         _only_mobilenet(arch, text)
         path = resolve(rest)
         state = convert_tfslim_mobilenet(read_state_dict(path), mean=mean, std=std)
-        return _initialise(encoder, arch, state, f"{path} (TF-slim)")
+        return _initialise(encoder, arch, state, f"{path} (TF-slim)", bands)
     if text == "" and arch.lower() in SUBMODULES:
         inner, part = SUBMODULES[arch.lower()]
-        return load_encoder(encoder.get_submodule(part), inner, "")
+        return load_encoder(encoder.get_submodule(part), inner, "", bands=bands)
     path = resolve(text) if text else fetch_imagenet(arch)
     state = read_state_dict(path)
     renamed = _of_torchvision(path, state, encoder)
     file = str(path) if renamed is None else f"{path} (torchvision)"
-    return _initialise(encoder, arch, state if renamed is None else renamed, file)
+    return _initialise(encoder, arch, state if renamed is None else renamed, file, bands)
 
 
-def _load_timm(encoder: Any, arch: str, weights: str) -> LoadReport:
+def _load_timm(encoder: Any, arch: str, weights: str, bands: Sequence[str]) -> LoadReport:
     """Initialises the network of timm in an encoder (`encoders.timm_backbone`)."""
     if weights.startswith(("torchvision:", "tfslim:")):
         raise ValueError(
@@ -320,9 +323,9 @@ def _load_timm(encoder: Any, arch: str, weights: str) -> LoadReport:
     net: nn.Module = encoder.net
     if not weights:
         place, state = encoder.published_state()
-        return _initialise(net, arch, state, place)
+        return _initialise(net, arch, state, place, bands)
     path = resolve(weights)
-    return _initialise(net, arch, timm_names(read_state_dict(path), net), str(path))
+    return _initialise(net, arch, timm_names(read_state_dict(path), net), str(path), bands)
 
 
 def timm_names(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
@@ -357,9 +360,9 @@ def _of_torchvision(
 
 
 def _initialise(
-    encoder: nn.Module, arch: str, state: Mapping[str, Tensor], file: str
+    encoder: nn.Module, arch: str, state: Mapping[str, Tensor], file: str, bands: Sequence[str]
 ) -> LoadReport:
-    """Loads pretrained weights, which may have fewer input channels.
+    """Loads pretrained weights, which may have other input channels.
 
     Raises:
         ValueError: the file has fewer than half of the encoder's tensors.
@@ -376,16 +379,7 @@ def _initialise(
             f"in the file, which has {len(state)}{few(list(state), 2)}; set MODEL.weights_encoder "
             f"to weights of {arch}{'' if arch.startswith('timm:') else names}"
         )
-    widened = {k: _widened(v, own[k].shape) if k in own else v for k, v in state.items()}
-    return load_into(encoder, widened, what="encoder", file=file)
-
-
-def _widened(value: Tensor, shape: torch.Size) -> Tensor:
-    """Weights of three input channels, extended to those of `shape` as by `widen_input`."""
-    added = shape[1] - 3 if len(shape) == 4 else 0
-    if added <= 0 or value.shape != (shape[0], 3, *shape[2:]):
-        return value
-    return torch.cat([value, value.mean(1, keepdim=True).expand(-1, added, -1, -1)], dim=1)
+    return load_into(encoder, adapted(state, own, bands), what="encoder", file=file)
 
 
 def load_decoder(

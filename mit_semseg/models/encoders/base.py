@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mit_semseg.dataset.transforms import Normalize
 from mit_semseg.registry import DILATED_NAMES, Registry
+from mit_semseg.weights.channels import mixed
 
 ENCODERS: Registry[type[Encoder] | Variant] = Registry("encoder", "docs/models.md")
 
@@ -150,19 +150,26 @@ def dilate(stage: nn.Module, dilation: int) -> None:
             conv.dilation = conv.padding = (d, d)
 
 
-def widen_input(encoder: Encoder, in_channels: int) -> None:
-    """Add input channels, such as depth, to every convolution that reads the image.
-
-    The weights of red, green and blue do not change; those of an added channel are their mean.
+def widen_input(encoder: Encoder, in_channels: int, bands: Sequence[str] = ()) -> None:
+    """Give every convolution that reads the image other channels, such as depth.
 
     Args:
         encoder: changed in place.
-        in_channels: channels of the image, 3 or more; 3 changes nothing.
+        in_channels: channels of the image; 3 changes nothing.
+        bands: their names, by which filters are chosen (see `weights.channels.mixture`).
+
+    Raises:
+        ValueError: no convolution has three channels.
     """
-    for conv in encoder.modules():
-        if isinstance(conv, nn.Conv2d) and conv.in_channels == 3 and in_channels > 3:
-            added = conv.weight.data.mean(1, keepdim=True).expand(-1, in_channels - 3, -1, -1)
-            conv.weight = nn.Parameter(torch.cat([conv.weight.data, added], dim=1))
+    readers = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
+    if in_channels != 3 and not readers:
+        raise ValueError(
+            f"MODEL.in_channels is {in_channels}, and {type(encoder).__name__} has no convolution "
+            "that reads the image: take another encoder, or set MODEL.in_channels 3"
+        )
+    for conv in readers:
+        if in_channels != 3:
+            conv.weight = nn.Parameter(mixed(conv.weight.data, in_channels, bands))
             conv.in_channels = in_channels
     encoder.in_channels = in_channels
 

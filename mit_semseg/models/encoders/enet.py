@@ -139,8 +139,9 @@ class ENetEncoder(Encoder):
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % 4, 0, -H % 4))
-        # Pool the three colour channels only; others, such as depth, go to the convolution.
-        pooled = self.pool(images[:, :3])
+        # Pools three channels, or the first of fewer; others, such as depth, are only convolved.
+        few = images.shape[1] < 3
+        pooled = self.pool(images[:, :1].expand(-1, 3, -1, -1) if few else images[:, :3])
         x = self.initial_act(torch.cat([self.initial(images), pooled], dim=1))
         x, first = self.down1(x)
         x, second = self.down2(self.stage1(x))

@@ -24,6 +24,7 @@ from mit_semseg.models.external.base import (
 )
 from mit_semseg.registry import closest
 from mit_semseg.weights import ClassRows, LoadReport, load_into, resolve
+from mit_semseg.weights.channels import adapted
 
 __all__ = [
     "FILE",
@@ -125,15 +126,20 @@ def build(
     if architecture is None and "" not in wanted:
         architecture = _saved(options)
     architecture = architecture or describe(arch, "" in wanted)
+    source, channels = architecture, options.MODEL.in_channels
+    if channels != 3:
+        architecture = library.with_channels(source, channels)
     network = library.network(architecture, count)
     encoder, decoder = library.split(network, architecture, count)
+    encoder.in_channels = channels
     parts: tuple[tuple[str, nn.Module], ...] = ("encoder", encoder), ("decoder", decoder)
     states = (
         ({}, {})
         if "" not in wanted
-        else split_tensors(library.pretrained(architecture), encoder, decoder)
+        else split_tensors(library.pretrained(source), encoder, decoder)
     )
     for (what, part), weights, state in zip(parts, wanted, states, strict=True):
+        state = adapted(state, part.state_dict(), options.DATASET.bands)
         if weights == "" and (state or whole):
             rows = _rows(architecture, decoder, classes) if part is decoder else None
             report = load_into(part, state, what=what, file=arch, classes=rows) if state else None

@@ -126,6 +126,13 @@ class Library(Protocol):
             OSError: they cannot be read or downloaded.
         """
 
+    def with_channels(self, architecture: Architecture, count: int) -> Architecture:
+        """The same for images of so many channels.
+
+        Raises:
+            ValueError: it takes three only.
+        """
+
     def split(
         self, network: nn.Module, architecture: Architecture, num_class: int
     ) -> tuple[ExternalEncoder, ExternalDecoder]:

@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,11 @@ def _named(state: dict[str, Tensor], first: int) -> dict[str, Tensor]:
         else:
             found[key if part == "norm" else f"vit.{key}"] = value
     return found
+
+
+def with_channels(architecture: Architecture, count: int) -> Architecture:
+    """The same for images of so many channels."""
+    return replace(architecture, config={**architecture.config, "in_chans": count})
 
 
 def split(

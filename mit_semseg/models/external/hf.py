@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,21 @@ def pretrained(architecture: Architecture) -> dict[str, Tensor]:
         )
     lacking = set(info["missing_keys"])
     return {k: v for k, v in loaded.float().state_dict().items() if k not in lacking}
+
+
+def with_channels(architecture: Architecture, count: int) -> Architecture:
+    """The same for images of so many channels; ValueError if its configuration has no number."""
+    config = copy.deepcopy(architecture.config)
+    parts = [config, config.get("backbone_config") or {}]
+    counted = [part for part in parts if "num_channels" in part]
+    if not counted:
+        raise ValueError(
+            f"MODEL.arch {architecture.source} takes images of three channels only: take another "
+            "model, or set MODEL.in_channels 3"
+        )
+    for part in counted:
+        part["num_channels"] = count
+    return replace(architecture, config=config)
 
 
 def split(

@@ -71,6 +71,18 @@ def pretrained(architecture: Architecture) -> dict[str, Tensor]:
     return read_state_dict(Path(architecture.source.partition(":")[2]).expanduser())
 
 
+def with_channels(architecture: Architecture, count: int) -> Architecture:
+    """Refused.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"MODEL.arch {architecture.source} takes images of three channels only: take another "
+        "model, or set MODEL.in_channels 3"
+    )
+
+
 def split(
     network: nn.Module, architecture: Architecture, num_class: int
 ) -> tuple[ExternalEncoder, ExternalDecoder]:

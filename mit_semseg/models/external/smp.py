@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,11 @@ def pretrained(architecture: Architecture) -> dict[str, Tensor]:
     with reading(message):
         encoder: Any = smp.create_model(**config, classes=2).encoder
     return {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+
+
+def with_channels(architecture: Architecture, count: int) -> Architecture:
+    """The same for images of so many channels."""
+    return replace(architecture, config={**architecture.config, "in_channels": count})
 
 
 def split(
