@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from mit_semseg.config import Options
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import exif_orientation, is_deep, load_image, to_rgb
-from mit_semseg.dataset.loading import load_depth_beside
+from mit_semseg.dataset.loading import load_depth_beside, load_input
+from mit_semseg.dataset.rasters import missing_pixels, normalized_bands
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
 from mit_semseg.engine.devices import usable_device
 from mit_semseg.engine.predictor import Predictor
@@ -25,6 +26,7 @@ from mit_semseg.models import SegmentationModule
 from mit_semseg.models.tiles import Sliding
 from mit_semseg.precision import Precision
 from mit_semseg.visualize import color_encode, overlay
+from mit_semseg.visualize.bands import picture
 from mit_semseg.visualize.results import area_legend, areas, render
 
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -37,8 +39,8 @@ class Result:
     """The segmentation of an image.
 
     Attributes:
-        image: (H, W, 3) uint8 RGB.
-        labels: (H, W) int64 class ids, indices into `names`.
+        image: (H, W, 3) uint8 RGB; of an image of other bands `visualize.bands.picture`.
+        labels: (H, W) int64 class ids, indices into `names`; -1 where bands have no value.
         classes: names and colours.
         source: file of the image; None for an image in memory.
         label_offset: value of class 0 in `index` files, `DATASET.label_offset`.
@@ -275,7 +277,9 @@ class Segmenter:
         Args:
             x: a path; a Pillow image of any mode; an array (H, W), (H, W, 1), (H, W, 3) RGB or
                 (H, W, 4) RGBA, uint8 or float in [0, 1]; or a list of these. Files and Pillow
-                images are rotated by their EXIF orientation; an alpha channel is ignored.
+                images are rotated by their EXIF orientation; an alpha channel is ignored. For a
+                model with `DATASET.bands`: a path, or an array (H, W, C) of these bands in the
+                units of the files, NaN where there is no value.
             depth: (H, W) metres, 0 for no depth, for a model with `DATASET.depth` and a single
                 image. Default: the file that `dataset.records.find_depth` finds.
 
@@ -293,17 +297,36 @@ class Segmenter:
         return self._segment(x, depth)
 
     def _segment(self, source: Source, depth: np.ndarray | None = None) -> Result:
-        image = as_image(source)
+        bands = self.predictor.options.bands
+        image = self._bands(source) if bands else as_image(source)
         depth = self._depth(source, image, depth)
         logits = self.predictor.logits(self.predictor.scales(image, depth))
-        labels = self.predictor.labels(logits, image.shape[:2])
+        labels = self.predictor.labels(logits, image.shape[:2])[0].cpu().numpy()
+        if bands:
+            labels[missing_pixels(image)] = -1
         return Result(
-            image=image,
-            labels=labels[0].cpu().numpy(),
+            image=picture(image, bands),
+            labels=labels,
             classes=self.classes,
             source=Path(source) if isinstance(source, (str, os.PathLike)) else None,
             label_offset=self.predictor.options.label_offset,
         )
+
+    def _bands(self, source: Source) -> np.ndarray:
+        """(H, W, C) float32, normalised, NaN where there is no value."""
+        options = self.predictor.options
+        if isinstance(source, (str, os.PathLike)):
+            return load_input(source, options)
+        count = len(options.bands)
+        if not isinstance(source, np.ndarray) or source.ndim != 3 or source.shape[2] != count:
+            shown = getattr(source, "shape", type(source).__name__)
+            raise ValueError(
+                f"this model takes the bands {', '.join(options.bands)}: give a path or an array "
+                f"(H, W, {count}) in the units of the files, not {shown}"
+            )
+        values = source.astype(np.float32)
+        values[~np.isfinite(values)] = np.nan
+        return normalized_bands(values, options)
 
     def _depth(
         self, source: Source, image: np.ndarray, given: np.ndarray | None

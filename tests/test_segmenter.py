@@ -195,7 +195,7 @@ def test_folder_carries_all_that_is_needed(cfg, segmenter, array, tmp_path):
     assert [min(x.shape[-2:]) for x in scaled_inputs(array, other.opt)] == [40]
     single = Segmenter.from_checkpoint(Path(cfg.DIR), device="cpu", imgSizes=40)
     np.testing.assert_array_equal(single(array).labels, other(array).labels)
-    for wrong in (0, "40", [40, None], True):
+    for wrong in (-1, "40", [40, None], True):
         with pytest.raises(ValueError, match="DATASET.imgSizes is .*; give short sides in pixels"):
             Segmenter.from_checkpoint(Path(cfg.DIR), device="cpu", imgSizes=wrong)
     in_memory = Segmenter(load_model(cfg, "best.pth"), ClassTable.of(NAMES), cfg.DATASET)

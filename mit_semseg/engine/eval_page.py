@@ -11,11 +11,13 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mit_semseg.config import DataOptions
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.loading import load_pair
 from mit_semseg.dataset.split import Split
 from mit_semseg.engine.image_scores import ReportCounts
 from mit_semseg.metrics import ConfusionMatrix
+from mit_semseg.visualize.bands import picture
 from mit_semseg.visualize.charts import confusion_matrix
 from mit_semseg.visualize.confidence import reliability_diagram, threshold_curves
 from mit_semseg.visualize.pages import write_page
@@ -52,6 +54,7 @@ def write_eval_page(
     split: Split,
     classes: ClassTable,
     title: str,
+    data: DataOptions,
 ) -> Path:
     """Write an evaluation as one self-contained HTML file, worst images first.
 
@@ -63,6 +66,7 @@ def write_eval_page(
         split: the data.
         classes: names and colours of the classes.
         title: title of the page.
+        data: what images are read with.
     """
     found = report.calibration.compute()
     charts: list[tuple[str, Any]] = []
@@ -87,7 +91,7 @@ def write_eval_page(
     failed = len(result["failed"])
     return write_page(
         path,
-        [_sample(report, i, split) for i in report.worst],
+        [_sample(report, i, split, data) for i in report.worst],
         classes.names,
         classes.colors,
         title=title,
@@ -110,11 +114,11 @@ def _share(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{100 * value:.1f} %"
 
 
-def _sample(report: ReportCounts, number: int, split: Split) -> Sample:
+def _sample(report: ReportCounts, number: int, split: Split, data: DataOptions) -> Sample:
     """A row of the page, reduced in size."""
     record, one = split.records[number], report.images[number]
     assert one.labels is not None
-    image, truth = load_pair(record, "", split.label_map)
+    image, truth = load_pair(record, "", split.label_map, data)
     height, width = truth.shape
     share = min(1.0, _SIDE / max(height, width))
     size = (max(1, round(share * width)), max(1, round(share * height)))
@@ -123,7 +127,8 @@ def _sample(report: ReportCounts, number: int, split: Split) -> Sample:
         nearest = cv2.INTER_NEAREST_EXACT
         return np.asarray(cv2.resize(labels.astype(np.int16), size, interpolation=nearest))
 
-    picture = np.array(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    colors = picture(image, data.bands)
+    reduced = np.array(cv2.resize(colors, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     file = Path(record["fpath_img"])
     name = f"{file.parent.name}/{file.name}: mean IoU {one.mean_iou:.3f}"
-    return Sample(name, picture, small(truth), small(one.labels))
+    return Sample(name, reduced, small(truth), small(one.labels))

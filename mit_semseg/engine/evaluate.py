@@ -178,7 +178,7 @@ def evaluate(
         if whole.report is not None:
             write_images(out / "images.csv", whole.report, split)
             title = f"Evaluation of {options.MODEL.name}"
-            shown = (whole.matrix, whole.report, split, classes, title)
+            shown = (whole.matrix, whole.report, split, classes, title, options.DATASET)
             write_eval_page(out / "report.html", result, *shown)
         print(f"Results in {out}")
     return result

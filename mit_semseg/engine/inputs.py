@@ -175,11 +175,16 @@ def _candidates(plain: str, marked: str, alone: bool) -> Iterator[str]:
         number += 1
 
 
-def result_endings(kinds: Sequence[str]) -> dict[str, str]:
-    """Kind -> ending of the file name; includes the kind for a legend or if there are several."""
+def result_endings(kinds: Sequence[str], index: str = ".png") -> dict[str, str]:
+    """Kind -> ending of the file name; includes the kind for a legend or if there are several.
+
+    Args:
+        kinds: `TEST.save`.
+        index: suffix of class ids.
+    """
     several = len([kind for kind in kinds if kind != "legend"]) > 1
     endings = {}
     for kind in kinds:
         mark = f"_{kind}" if several or kind == "legend" else ""
-        endings[kind] = mark + (".npy" if kind == "prob" else ".png")
+        endings[kind] = mark + {"prob": ".npy", "index": index}.get(kind, ".png")
     return endings

@@ -26,8 +26,8 @@ from mit_semseg import scores
 from mit_semseg.config import Options
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable
-from mit_semseg.dataset.images import image_size, load_image
-from mit_semseg.dataset.loading import load_depth_beside
+from mit_semseg.dataset.loading import load_depth_beside, load_input, open_image
+from mit_semseg.dataset.rasters import missing_pixels, write_labels
 from mit_semseg.engine.checkpoint import find_checkpoint, load_model, model_classes
 from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.inputs import (
@@ -51,9 +51,11 @@ from mit_semseg.engine.transfer import (
     stacked,
 )
 from mit_semseg.engine.watchdog import reading_watchdog
+from mit_semseg.engine.windows import needs_windows, predict_by_windows
 from mit_semseg.errors import one_line
 from mit_semseg.files import PathLike
 from mit_semseg.precision import Precision
+from mit_semseg.visualize.bands import picture
 from mit_semseg.visualize.results import areas, save_result
 
 # Most pixels of images between reading and writing. An image with more than _LARGE is processed
@@ -153,7 +155,8 @@ def _tasks(options: Options, imgs: PathLike | Iterable[PathLike], out: Path) -> 
     files, base = find_images(imgs, skip=out)
     if options.DATASET.depth:
         files = without_depths(files)
-    endings = result_endings(list(dict.fromkeys(options.TEST.save)))
+    index = ".tif" if options.DATASET.bands else ".png"
+    endings = result_endings(list(dict.fromkeys(options.TEST.save)), index)
     stems = output_stems(files, base, out, list(endings.values()))
     return [
         Task(file, {kind: Path(f"{stem}{ending}") for kind, ending in endings.items()})
@@ -217,6 +220,8 @@ class _Read:
     tasks: Sequence[Task]
     images: list[np.ndarray | None] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height)
+    done: dict[int, Result] = field(default_factory=dict)  # of images computed by windows
     groups: list[_Group] = field(default_factory=list)
     memory: int = 0  # acquired from the budget
 
@@ -280,14 +285,17 @@ class _Pipeline:
     def _read(self, numbered: tuple[int, Batch]) -> _Read:
         """Read a batch; called in a reader thread."""
         turn, (number, tasks) = numbered
-        read = _Read(number, tasks, [None] * len(tasks), [""] * len(tasks))
+        count = len(tasks)
+        read = _Read(number, tasks, [None] * count, [""] * count, [(0, 0)] * count)
         read.memory = self.budget.acquire(turn, self._memory(read))
         inputs: list[list[Tensor]] = [[]] * len(tasks)
         for i, task in enumerate(tasks):
             if read.errors[i]:
                 continue
+            if needs_windows(read.sizes[i], self.data):
+                continue
             try:
-                image = load_image(task.path)
+                image = load_input(task.path, self.data)
                 size = (image.shape[1], image.shape[0])
                 depth = load_depth_beside(task.path, self.data, size)
                 inputs[i] = self.predictor.scales(image, depth)
@@ -306,13 +314,16 @@ class _Pipeline:
 
     def _memory(self, read: _Read) -> int:
         """Pixels of a batch, from the headers of its files; the whole budget for a large image."""
-        sizes = [0]
         for i, task in enumerate(read.tasks):
             try:
-                sizes.append(math.prod(image_size(task.path)))
+                with open_image(task.path, self.data) as file:
+                    read.sizes[i] = file.size
             except (OSError, ValueError, MemoryError) as error:
                 read.errors[i] = one_line(error)
-        return self.budget.total if max(sizes) > _LARGE else sum(sizes)
+        # A pixel of RGB has 3 bytes, one of C bands 4 C.
+        factor = 4 * len(self.data.bands) / 3 or 1
+        counts = [math.ceil(math.prod(size) * factor) for size in read.sizes]
+        return self.budget.total if max(counts) > _LARGE else sum(counts)
 
     def _compute(self, read: _Read) -> list[_Computed]:
         """Launch the computation of a batch."""
@@ -327,6 +338,14 @@ class _Pipeline:
                 for i in group.positions:
                     read.errors[i] = _no_memory(error)
         read.groups.clear()  # frees the inputs
+        for i, task in enumerate(read.tasks):
+            if not read.errors[i] and needs_windows(read.sizes[i], self.data):
+                try:
+                    read.done[i] = predict_by_windows(
+                        self.predictor, task.path, task.outputs, self.classes, self.data
+                    )
+                except (OSError, ValueError, MemoryError) as error:
+                    read.errors[i] = one_line(error)
         return computed
 
     def _computed(self, group: _Group, read: _Read) -> _Computed:
@@ -367,8 +386,8 @@ class _Pipeline:
         """Render and write the results of a batch; called in a writer thread."""
         try:
             results: list[Result] = [
-                {"image": str(task.path), "error": error}
-                for task, error in zip(read.tasks, read.errors, strict=True)
+                read.done.get(i) or {"image": str(task.path), "error": error}
+                for i, (task, error) in enumerate(zip(read.tasks, read.errors, strict=True))
             ]
             for group in computed:
                 labels = group.labels.array()
@@ -386,11 +405,16 @@ class _Pipeline:
     def _written(
         self, task: Task, image: np.ndarray, labels: np.ndarray, group: _Computed
     ) -> Result:
-        offset = int(self.data.label_offset)
+        offset, bands = int(self.data.label_offset), self.data.bands
         try:
+            if bands:
+                labels = np.where(missing_pixels(image), -1, labels.astype(np.int32))
+                image = picture(image, bands)
             for kind, path in task.outputs.items():
-                if kind != "prob":
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if kind == "index" and bands:
+                    write_labels(path, task.path, self.classes.colors, offset, [(None, labels)])
+                elif kind != "prob":
                     save_result(path, kind, image, labels, self.classes, offset)
         except OSError as error:
             return {"image": str(task.path), "error": one_line(error)}

@@ -78,7 +78,7 @@ class Predictor:
         self.module = inference_copy(
             module,
             self.device,
-            _normalization(module) or Normalize.of(self.options),
+            None if self.options.bands else _normalization(module) or Normalize.of(self.options),
             self.precision.dtype if half else None,
         )
         size = getattr(self.module.encoder, "fixed_size", None)
@@ -114,9 +114,10 @@ class Predictor:
         """The input of `logits` for one image: a (1, 3, h, w) uint8 tensor per scale, on the CPU.
 
         Args:
-            image: (H, W, 3) uint8 RGB.
-            depth: (H, W) float32 metres, for a model with depth; the tensors are then normalised
-                float32 with 4 channels.
+            image: (H, W, 3) uint8 RGB; for a model of `bands` (H, W, C) float32, normalised.
+            depth: (H, W) float32 metres, for a model with depth.
+
+        With bands or depth the tensors are normalised float32 with all channels.
         """
         return scaled_inputs(image, self.options, normalized=False, depth=depth)
 

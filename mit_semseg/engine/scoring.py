@@ -35,6 +35,7 @@ from mit_semseg.metrics import BoundaryScore, Calibration, ConfusionMatrix
 from mit_semseg.models import SegmentationModule
 from mit_semseg.scores import confidence_map, label_dtype
 from mit_semseg.visualize import color_encode, side_by_side
+from mit_semseg.visualize.bands import picture
 from mit_semseg.visualize.results import write_png
 
 # Indices of images that share a forward pass. Results do not depend on the chunks, or on which
@@ -165,14 +166,14 @@ class FigureWriter:
         # From the whole list, so that all processes use the same names.
         stems = output_stems(files, base, folder, [".png"])
         self.paths = [Path(f"{stem}.png") for stem in stems]
-        self.colors = colors
+        self.colors, self.bands = colors, dataset.options.bands
 
     def add(self, index: int, image: np.ndarray, truth: Tensor, predicted: Tensor) -> None:
         """Write the figure of image number `index`."""
         path = self.paths[index]
         path.parent.mkdir(parents=True, exist_ok=True)
         maps = (color_encode(labels.numpy(), self.colors) for labels in (truth, predicted))
-        write_png(path, side_by_side(image, *maps))
+        write_png(path, side_by_side(picture(image, self.bands), *maps))
 
 
 @dataclass

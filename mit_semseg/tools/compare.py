@@ -17,6 +17,7 @@ from mit_semseg.engine.evaluate import val_dataset
 from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.errors import one_line
 from mit_semseg.visualize import class_bars
+from mit_semseg.visualize.bands import picture
 from mit_semseg.visualize.sheets import image_grid
 
 log = logging.getLogger("mit_semseg")
@@ -176,7 +177,7 @@ def _pictures(found: Sequence[Compared], file: Path) -> None:
     except (OSError, ValueError) as error:  # the data has been moved, or an image is unreadable
         log.warning("%s is not drawn: %s", file, one_line(error, named=True))
         return
-    rows = [("image", [x["img_ori"] for x in samples])]
+    rows = [("image", [picture(x["img_ori"], data.options.bands) for x in samples])]
     rows += [("ground truth", [x["seg_label"][0].numpy() for x in samples])]
     for x, own, own_numbers in saved:
         if own_numbers == numbers and _data(own) == _data(options):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassCalibrationError
 
-from mit_semseg.config import Options
+from mit_semseg.config import DataOptions, Options
 from mit_semseg.dataset import build_split
 from mit_semseg.engine import eval_page, eval_report
 from mit_semseg.engine.checkpoint import load_model
@@ -112,5 +112,5 @@ def test_large_images_are_shown_small(cfg, monkeypatch):
     split = build_split(val_dataset(cfg).options, "val")
     report = ReportCounts(Calibration(4))
     report.update(3, torch.zeros(40, 72).long(), torch.zeros(40, 72).long(), torch.ones(40, 72))
-    sample = eval_page._sample(report, 3, split)
+    sample = eval_page._sample(report, 3, split, DataOptions())
     assert sample.image.shape == (18, 32, 3) and sample.truth.shape == (18, 32)

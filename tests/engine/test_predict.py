@@ -19,6 +19,7 @@ from processes import exit_codes, free_port
 from mit_semseg.cli import main
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import load_image
+from mit_semseg.dataset.loading import load_input
 from mit_semseg.dataset.transforms import scaled_inputs
 from mit_semseg.engine import predict as engine
 from mit_semseg.engine.checkpoint import load_model
@@ -254,13 +255,13 @@ def test_large_images_are_not_read_while_others_are_computed(cfg, tmp_path, monk
         busy.clear()
         return done
 
-    def reading(path):
+    def reading(*args):
         seen.append(bool(busy))
-        return load_image(path)
+        return load_input(*args)
 
     monkeypatch.setattr(engine, "_LARGE", 64 * 48 - 1)
     monkeypatch.setattr(Predictor, "logits", computing)
-    monkeypatch.setattr(engine, "load_image", reading)
+    monkeypatch.setattr(engine, "load_input", reading)
     photos(tmp_path / "in", 4)
     run(cfg, tmp_path / "in", tmp_path / "out")
     assert seen == [False] * 4
@@ -286,7 +287,7 @@ def test_one_thread_computes_and_others_write_in_order(cfg, tmp_path, monkeypatc
         written.append(path.name)
         another.set()
 
-    monkeypatch.setattr(engine, "load_image", watched("read", load_image))
+    monkeypatch.setattr(engine, "load_input", watched("read", load_input))
     monkeypatch.setattr(engine, "save_result", watched("write", slow))
     for name in ("logits", "labels"):
         monkeypatch.setattr(Predictor, name, watched(name, getattr(Predictor, name)))
@@ -304,16 +305,16 @@ def test_reading_ahead_of_writing_is_bounded(cfg, tmp_path, monkeypatch, several
     photos(tmp_path / "in", 24)
     counts, most = {"read": 0, "written": 0}, [0]
 
-    def reading(path):
+    def reading(*args):
         counts["read"] += 1
         most[0] = max(most[0], counts["read"] - counts["written"])
-        return load_image(path)
+        return load_input(*args)
 
     def writing(*args):
         time.sleep(0.1)
         counts["written"] += 1
 
-    monkeypatch.setattr(engine, "load_image", reading)
+    monkeypatch.setattr(engine, "load_input", reading)
     monkeypatch.setattr(engine, "save_result", writing)
     run(cfg, tmp_path / "in", tmp_path / "out", "color")
     assert most[0] <= several_writers.held + 1 < 24
