@@ -22,11 +22,13 @@ from mit_semseg.dataset.annotations.convert import class_ids, numbering
 from mit_semseg.dataset.annotations.recognise import read
 from mit_semseg.dataset.class_files import is_background
 from mit_semseg.dataset.classes import ClassTable
-from mit_semseg.dataset.images import ImageFile
-from mit_semseg.dataset.loading import load_values, paths_of
+from mit_semseg.dataset.loading import load_values, open_image, paths_of
+from mit_semseg.dataset.rasters import RasterFile
 from mit_semseg.dataset.records import Record
 from mit_semseg.dataset.split import Split, build_split
+from mit_semseg.dataset.transforms import resize_image
 from mit_semseg.errors import counted, one_line
+from mit_semseg.visualize.bands import picture
 from mit_semseg.visualize.legend import percent
 from mit_semseg.visualize.pages import embedded, embedded_labels, render_page
 
@@ -44,11 +46,13 @@ class Source:
         name: its name on the page.
         image: the image file.
         labels: returns its class ids, (H, W), -1 for ignored.
+        options: what the image is read with.
     """
 
     name: str
     image: Path
     labels: Callable[[], np.ndarray]
+    options: DataOptions = DataOptions()
 
 
 @dataclass
@@ -167,7 +171,7 @@ def _of_recipe(options: DataOptions, recipe: Path) -> tuple[list[Source], ClassT
         splits["val"] = build_split(options, "val")
 
     def labels(record: Record, split: Split) -> np.ndarray:
-        with ImageFile(paths_of(record)[0]) as file:
+        with open_image(paths_of(record)[0], options) as file:
             stored = load_values(record, "", file.size)
         return split.label_map(stored, paths_of(record)[1])
 
@@ -175,7 +179,7 @@ def _of_recipe(options: DataOptions, recipe: Path) -> tuple[list[Source], ClassT
         for record in split.records:
             image = Path(record["fpath_img"])
             name = f"{which}: {image.parent.name}/{image.name}"
-            sources.append(Source(name, image, partial(labels, record, split)))
+            sources.append(Source(name, image, partial(labels, record, split), options))
     report = recipe.with_name("import.json")
     if recipe.name == "recipe.yaml" and report.is_file():
         content = read_json(report)
@@ -270,8 +274,13 @@ def _card(one: _Seen, classes: ClassTable) -> dict[str, Any]:
     ]
     share = min(1.0, _SIDE / max(one.size))
     size = (max(1, round(share * one.size[0])), max(1, round(share * one.size[1])))
-    with ImageFile(one.source.image) as file:
-        card["image"] = embedded(file.pixels(size))
+    options = one.source.options
+    with open_image(one.source.image, options) as file:
+        if isinstance(file, RasterFile):
+            pixels = resize_image(picture(file.values(), options.bands), size)
+        else:
+            pixels = file.pixels(size)
+        card["image"] = embedded(pixels)
     labels = cv2.resize(
         one.source.labels().astype(np.int16), size, interpolation=cv2.INTER_NEAREST_EXACT
     )

@@ -22,6 +22,7 @@ from mit_semseg.dataset import (
 )
 from mit_semseg.dataset.crops import RandomCrops
 from mit_semseg.dataset.rasters import RasterFile, write_labels
+from mit_semseg.tools.view import view
 
 rasterio = pytest.importorskip("rasterio", reason="rasterio is not installed")
 
@@ -254,6 +255,7 @@ def test_data_check_measures_the_bands(pair, tmp_path, capsys):
         assert band["std"] == pytest.approx(known.std())
     said = capsys.readouterr().out
     assert "  bands: [nir, green]\n  mean: [" in said and "2 bands (1)" in said
+    assert view(str(cfg), tmp_path / "page.html", progress=False).stat().st_size > 1000
     # Training without these numbers is refused.
     assert main(["train", "--cfg", str(cfg)]) == 2
     assert "data check train --cfg FILE prints them" in capsys.readouterr().err
