@@ -1,7 +1,5 @@
 """Command lines run as a user runs them, and every process that comes of them."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os
@@ -12,10 +10,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -45,7 +41,7 @@ class Ended:
     output: str
 
     @property
-    def errors(self) -> list[str]:
+    def errors(self):
         """What follows `error: ` on a line, with a rank before it or without."""
         return re.findall(r"(?:rank \d+: )?error: .*", self.output)
 
@@ -59,7 +55,7 @@ class Command:
         environment: variables beside the inherited ones.
     """
 
-    def __init__(self, words: Sequence[str | Path], log: Path, **environment: str) -> None:
+    def __init__(self, words, log, **environment):
         # What it starts is known by this, whatever session and parent it takes.
         self.mark = str(uuid.uuid4())
         fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -77,15 +73,15 @@ class Command:
                 env={**os.environ, **fixed, **environment, "STARTED_BY_TEST": self.mark},
             )
 
-    def text(self) -> str:
+    def text(self):
         """What it has printed so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def is_running(self) -> bool:
+    def is_running(self):
         """Whether the command itself has not ended."""
         return self.process.poll() is None
 
-    def members(self, *words: str) -> list[int]:
+    def members(self, *words):
         """Its living processes whose command line holds all the words."""
         return [
             one.pid
@@ -93,7 +89,7 @@ class Command:
             if not words or all(word in " ".join(_ask(one.cmdline) or []) for word in words)
         ]
 
-    def workers(self) -> list[int]:
+    def workers(self):
         """Its descendants that multiprocessing has forked or spawned to work."""
         # Forked workers look like their parent; resource trackers and fork servers do not.
         lines = {one.pid: " ".join(_ask(one.cmdline) or []) for one in self._processes()}
@@ -102,7 +98,7 @@ class Command:
             pid for pid, line in lines.items() if not re.search("resource_tracker|forkserver", line)
         ]
 
-    def memory_mib(self) -> float:
+    def memory_mib(self):
         """Memory that its processes have filled, shared pages divided among those who share them.
 
         Pages of files, such as torch's libraries, are left out: their shares change whenever any
@@ -110,14 +106,14 @@ class Command:
         """
         return sum(filled_mib(one) for one in self._processes())
 
-    def _processes(self) -> list[psutil.Process]:
+    def _processes(self):
         return [
             one
             for one in psutil.process_iter()
             if (_ask(one.environ) or {}).get("STARTED_BY_TEST") == self.mark
         ]
 
-    def until(self, ready: Callable[[], object], seconds: float = 60) -> float:
+    def until(self, ready, seconds=60):
         """Wait for a condition; seconds it took. Fails when the command ends before."""
         began = time.monotonic()
         while not ready():
@@ -126,18 +122,18 @@ class Command:
             time.sleep(0.05)
         return time.monotonic() - began
 
-    def until_said(self, pattern: str, seconds: float = 60) -> float:
+    def until_said(self, pattern, seconds=60):
         """Wait until the output matches."""
         return self.until(lambda: re.search(pattern, self.text()), seconds)
 
-    def code(self, seconds: float = 60) -> int:
+    def code(self, seconds=60):
         """Exit status, once the command has ended."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running after {seconds} s:\n{self.text()}")
 
-    def wait(self, seconds: float = 600) -> Ended:
+    def wait(self, seconds=600):
         """Wait for its end, and up to 10 seconds for that of all its processes."""
         began = time.monotonic()
         code = self.code(seconds)
@@ -147,34 +143,34 @@ class Command:
         self.destroy()
         return Ended(code, took, left, self.text())
 
-    def assert_nothing_left(self, seconds: float = 10) -> None:
+    def assert_nothing_left(self, seconds=10):
         """Within the time no process of the command lives."""
         deadline = time.monotonic() + seconds
         while left := self.members():
             assert time.monotonic() < deadline, f"still there: {left}\n{self.text()}"
             time.sleep(0.05)
 
-    def destroy(self) -> None:
+    def destroy(self):
         """End every process of it."""
         for pid in self.members():
             kill(pid)
         self.process.wait()
 
 
-def _ask(question: Callable[[], Any]) -> Any:
+def _ask(question):
     """What psutil says of a process; None where it is gone, a zombie, or another user's."""
     with contextlib.suppress(psutil.Error):
         return question()
     return None
 
 
-def filled_mib(process: psutil.Process) -> float:
+def filled_mib(process):
     """Memory that a process has filled, see `Command.memory_mib`; 0 when it is gone."""
     maps = _ask(process.memory_maps) or []
     return sum(one.pss for one in maps if not os.path.isfile(one.path)) / 2**20
 
 
-def kill(pid: int) -> None:
+def kill(pid):
     """SIGKILL, also where the process has just gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
@@ -184,20 +180,20 @@ def kill(pid: int) -> None:
 PRELOADED = ["torch._dynamo", "mit_semseg.engine.train", "mit_semseg.benchmarks.rows"]
 
 
-def forkserver() -> multiprocessing.context.ForkServerContext:
+def forkserver():
     """Starts processes as forks of one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
 
 
-def start_ranks(function: Callable[..., None], count: int, *arguments: Any) -> None:
+def start_ranks(function, count, *arguments):
     """Run `function(rank, *arguments)` in forks of a process that has imported torch."""
     forkserver()
     start_processes(function, arguments, nprocs=count, start_method="forkserver")
 
 
-def exit_codes(function: Callable[..., None], count: int, *arguments: Any) -> list[int | None]:
+def exit_codes(function, count, *arguments):
     """As `start_ranks`; how each of them has ended, None where it has not within two minutes."""
     ranks = [
         forkserver().Process(target=function, args=(rank, *arguments)) for rank in range(count)
@@ -212,14 +208,13 @@ def exit_codes(function: Callable[..., None], count: int, *arguments: Any) -> li
     return codes
 
 
-def torchrun(*options: str) -> list[str]:
+def torchrun(*options):
     """The words of a torchrun command, in the interpreter of the tests."""
     return [sys.executable, "-m", "torch.distributed.run", *options]
 
 
-def free_port() -> int:
+def free_port():
     """A port nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+        return probe.getsockname()[1]

@@ -148,12 +148,12 @@ def test_a_configuration_file_is_parsed_once(words, calls, tmp_path, monkeypatch
     ],
 )
 def test_a_precision_for_gpus_is_refused_before_data_is_read(
-    words: list[str],
-    key: str,
-    precision: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    words,
+    key,
+    precision,
+    tmp_path,
+    capsys,
+):
     settings = ["--precision", precision, "DIR", str(tmp_path), "TEST.result", str(tmp_path)]
     file = str(ROOT / "config" / "demo.yaml")
     assert main([*words, "--cfg", file, *settings]) == 2

@@ -1,7 +1,5 @@
 """The benchmark itself: turns are taken, memory and operations are measured, failures are told."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -3,8 +3,6 @@
 `python tests/engine/communication.py` prints it; a test compares it with the page.
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +34,11 @@ class Traffic:
     layers: int
     channels: int
 
-    def gradients_sent(self, ranks: int) -> float:
+    def gradients_sent(self, ranks):
         """Bytes each rank sends for the sum of the gradients, in a ring."""
         return 2 * (ranks - 1) / ranks * 4 * self.parameters
 
-    def statistics_sent(self, ranks: int) -> float:
+    def statistics_sent(self, ranks):
         """Bytes each rank sends for batch normalisation, in rings.
 
         Forward each layer gathers mean, variance and count from all ranks, in float64;
@@ -51,21 +49,21 @@ class Traffic:
         return gathered + summed
 
     @property
-    def exchanges(self) -> int:
+    def exchanges(self):
         """Times in a step that a rank waits for all others, beside the sum of the gradients: twice
         for each layer of batch normalisation, once for the number of valid pixels, once for the
         figures."""
         return 2 * self.layers + 2
 
 
-def traffic_of(module: nn.Module) -> Traffic:
+def traffic_of(module):
     """The traffic of training a module."""
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return Traffic(parameters, len(norms), sum(norm.num_features for norm in norms))
 
 
-def recipes() -> dict[str, Traffic]:
+def recipes():
     """The traffic of recipes on ADE20K with encoder and decoder by name, of that with weights in
     weights/, and of the demo."""
     names = ("ade20k-*.yaml", "camvid-mobilenetv2dilated-c1_deepsup.yaml", "demo.yaml")
@@ -81,7 +79,7 @@ def recipes() -> dict[str, Traffic]:
     return found
 
 
-def table() -> list[str]:
+def table():
     """The lines of the table."""
     titles = ["recipe", "parameters", "gradients", f"sent, {RANKS} ranks", *WIRES]
     titles += ["SyncBN layers", "SyncBN sent", "exchanges"]

@@ -1,14 +1,10 @@
 """Small trainings on six images, in one process or several."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from processes import ROOT, Command, exit_codes, free_port
 from small_runs import register
@@ -25,13 +21,13 @@ SIZES = [(48, 64), (64, 48), (48, 48), (40, 64), (64, 40), (56, 64)]
 class Job:
     """A small training on six images."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root):
         self.root = root
         self.data = root / "data"
 
-    def config(self, name: str, **changes: Any) -> Path:
+    def config(self, name, **changes):
         """The configuration of a run in a folder of its own, as a file."""
-        settings: dict[str, Any] = {
+        settings = {
             "DIR": str(self.root / name),
             "DATASET.root_dataset": str(self.data),
             "DATASET.list_train": str(self.data / "val.odgt"),
@@ -58,7 +54,7 @@ class Job:
         dump_config(cfg, file)
         return file
 
-    def run(self, *words: str | Path) -> Command:
+    def run(self, *words):
         """Start a script, which may import `small_runs`, and wait for its end."""
         log = self.root / f"log{len(list(self.root.glob('log*')))}.txt"
         command = Command([sys.executable, *words], log, **ENVIRONMENT)
@@ -68,7 +64,7 @@ class Job:
             command.destroy()
         return command
 
-    def run_forked(self, *words: str | Path, ranks: int = 1) -> tuple[list[int | None], str]:
+    def run_forked(self, *words, ranks=1):
         """Exit codes and output of a command in so many ranks, as if torchrun had started them.
 
         The samples that are read for training are noted in files `seen_of_RANKS_RANK`.
@@ -78,7 +74,7 @@ class Job:
         return codes, log.read_text()
 
 
-def _rank(rank: int, words: Sequence[str], world: int, port: int, log: Path) -> None:
+def _rank(rank, words, world, port, log):
     if world > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -88,17 +84,17 @@ def _rank(rank: int, words: Sequence[str], world: int, port: int, log: Path) -> 
     register()
     read = TrainDataset.__getitem__
 
-    def noted(self: TrainDataset, index: int) -> dict[str, Any]:
+    def noted(self, index):
         item = read(self, index)
         with (log.parent / f"seen_of_{world}_{rank}").open("a") as file:
             file.writelines(name + "\n" for name in item["info"])
         return item
 
-    TrainDataset.__getitem__ = noted  # type: ignore[method-assign]
+    TrainDataset.__getitem__ = noted
     sys.exit(main(list(words)))
 
 
-def layout(folder: Path) -> set[str]:
+def layout(folder):
     """Names of the files, where steps are counted as shares of the run."""
     return {
         re.sub(r"state_step_\d+", "state_step", path.relative_to(folder).as_posix())
@@ -106,7 +102,7 @@ def layout(folder: Path) -> set[str]:
     }
 
 
-def phrases(folder: Path) -> list[str]:
+def phrases(folder):
     """The log without times, numbers and the lines of single steps."""
     lines = (folder / "log.txt").read_text().splitlines()
     output = [line.split("] ", 1)[1] for line in lines if ", step " not in line]
@@ -114,7 +110,7 @@ def phrases(folder: Path) -> list[str]:
     return [re.sub(r"(# \w+)s\b", r"\1", line) for line in numbers]  # 1 device, 2 devices
 
 
-def figures_of(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+def figures_of(folder, kind="train"):
     """The lines of `metrics.jsonl` so far, in the order in which they were written."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
@@ -122,6 +118,6 @@ def figures_of(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [one for one in figures if one["kind"] == kind]
 
 
-def steps_of(folder: Path) -> list[int]:
+def steps_of(folder):
     """Steps in the figures."""
     return [one["step"] for one in figures_of(folder)]

@@ -1,16 +1,12 @@
 """What the pool's tests have done in worker processes; quick to import there."""
 
-from __future__ import annotations
-
 import os
 import time
-from collections.abc import Iterator
-from typing import Any
 
 from mit_semseg.engine.pipeline import in_threads
 
 
-def squares(setup: int, tasks: Iterator[int]) -> Iterator[int]:
+def squares(setup, tasks):
     """Yields squares, returns how many; a negative number stands for an accident."""
     count = 0
     for task, loaded in in_threads(lambda x: x * x, tasks):
@@ -25,7 +21,7 @@ def squares(setup: int, tasks: Iterator[int]) -> Iterator[int]:
     return (setup, count)
 
 
-def tensors(setup: int, tasks: Iterator[int]) -> Iterator[Any]:
+def tensors(setup, tasks):
     """Yields tensors, which must outlive this process."""
     import torch
 

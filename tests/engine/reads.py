@@ -1,15 +1,10 @@
 """When the host waits for a device: counted on the CPU by operators, on a GPU by torch itself."""
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
-import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mit_semseg.losses import functional
@@ -26,20 +21,18 @@ class Reads(TorchDispatchMode):
     # Operators whose result, or the size of it, the host has to know.
     WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module):
         super().__init__()
         self.parameters = list(module.parameters())
-        self.found: list[str] = []
-        self.before_backward: list[str] = []
+        self.found = []
+        self.before_backward = []
 
-    def note(self, name: str) -> None:
+    def note(self, name):
         self.found.append(name)
         if any(parameter.grad is None for parameter in self.parameters):
             self.before_backward.append(name)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         masked = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
         if masked or name in self.WAITING:
@@ -48,12 +41,12 @@ class Reads(TorchDispatchMode):
 
 
 @contextmanager
-def reads_of(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
+def reads_of(module, monkeypatch):
     """The reads within, while a module is trained; `tolist` is no operator, and watched apart."""
     tolist = Tensor.tolist
     with Reads(module) as reads, monkeypatch.context() as patch:
 
-        def watched(self: Tensor) -> Any:
+        def watched(self):
             reads.note("tolist")
             return tolist(self)
 
@@ -64,9 +57,9 @@ def reads_of(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rea
 
 
 @contextmanager
-def gpu_waits() -> Iterator[list[str]]:
+def gpu_waits():
     """What torch says within whenever the host waits for a GPU."""
-    found: list[str] = []
+    found = []
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -4,8 +4,6 @@
 turns, round by round.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource
@@ -24,7 +22,7 @@ IMAGES = 4  # a step, in every form
 FORMS = [(ranks, fix_bn) for fix_bn in (False, True) for ranks in (1, 2)]
 
 
-def measure(ranks: int, fix_bn: bool, scenes: Path, steps: int = 8) -> tuple[float, float]:
+def measure(ranks, fix_bn, scenes, steps=8):
     """Images a second in the second epoch, and CPU seconds of the whole command."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +54,7 @@ def measure(ranks: int, fix_bn: bool, scenes: Path, steps: int = 8) -> tuple[flo
     return images, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def table(found: dict[tuple[int, bool], list[tuple[float, float]]]) -> list[str]:
+def table(found):
     """The rows of the page, and what follows from them."""
     rows = ["| | images/s | CPU seconds of the whole command |", "|---|---|---|"]
     for (ranks, fix_bn), runs in found.items():
@@ -76,9 +74,9 @@ def table(found: dict[tuple[int, bool], list[tuple[float, float]]]) -> list[str]
     return rows
 
 
-def main(rounds: int) -> None:
+def main(rounds):
     """Measure all forms in turn, and print the table."""
-    found: dict[tuple[int, bool], list[tuple[float, float]]] = {form: [] for form in FORMS}
+    found = {form: [] for form in FORMS}
     with tempfile.TemporaryDirectory() as folder:
         scenes = streets.write(folder, 40, 1, size=(240, 320))
         for _ in range(rounds):

@@ -1,17 +1,10 @@
 """Small trainings in this process: a network of a few thousand weights, on four images."""
 
-from __future__ import annotations
-
 import os
-import signal
-from collections.abc import Sequence
-from typing import Any
 
-import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mit_semseg.config.node import Config
 from mit_semseg.engine.training.build import build
 from mit_semseg.engine.training.checkpoints import RunFolder
 from mit_semseg.engine.training.step import TrainStep
@@ -30,12 +23,12 @@ class Small(Encoder):
     channels = (16,)
     strides = (4,)
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout=0.0):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 16, 5, 4, padding=2, bias=False), BatchNorm2d(16)
         self.stage, self.dropout = nn.Sequential(BasicBlock(16, 16)), nn.Dropout(dropout)
 
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
+    def feature_maps(self, images):
         return [self.dropout(self.stage(self.norm(self.conv(images)).relu()))]
 
 
@@ -44,19 +37,17 @@ SMALL = {"small": Small, "small_dropout": Variant(Small, dropout=0.1)}
 DROPOUT = {"MODEL__arch_encoder": "small_dropout"}
 
 
-def register() -> None:
+def register():
     """Register the encoders until this process ends: one without tests of every encoder."""
     ENCODERS._entries.update(SMALL)
 
 
-def trainer_of(
-    cfg: Config, devices: Sequence[torch.device] = (CPU,), resume: str = "", job: str = ""
-) -> Trainer:
+def trainer_of(cfg, devices=(CPU,), resume="", job=""):
     """A trainer that has not begun."""
     return Trainer(build(cfg, devices, progress=False, resume=resume, job=job))
 
 
-def weights(cfg: Config, checkpoint: str) -> dict[str, Tensor]:
+def weights(cfg, checkpoint):
     """Tensors of both files of a checkpoint."""
     return {
         f"{file.name[:7]}.{key}": value
@@ -65,14 +56,14 @@ def weights(cfg: Config, checkpoint: str) -> dict[str, Tensor]:
     }
 
 
-def state_of(cfg: Config) -> dict[str, Any]:
+def state_of(cfg):
     """The newest state of a run."""
     found = RunFolder(cfg.DIR).newest_state()
     assert found is not None
     return found[1]
 
 
-def assert_same_weights(one: Config, other: Config, checkpoint: str) -> None:
+def assert_same_weights(one, other, checkpoint):
     """Bit by bit."""
     expected, got = weights(one, checkpoint), weights(other, checkpoint)
     assert expected.keys() == got.keys()
@@ -80,16 +71,16 @@ def assert_same_weights(one: Config, other: Config, checkpoint: str) -> None:
         assert torch.equal(value, got[key]), key
 
 
-def signal_after(steps: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def signal_after(steps, number, monkeypatch):
     """Send this process a signal in the middle of a step."""
     take_step, add = Trainer._step, TrainStep.add
-    running: list[Trainer] = []
+    running = []
 
-    def remember(self: Trainer, *args: Any) -> Any:
+    def remember(self, *args):
         running[:] = [self]
         return take_step(self, *args)
 
-    def and_signal(self: TrainStep, batch: list[dict[str, Any]]) -> None:
+    def and_signal(self, batch):
         if running[0].progress.step == steps and not running[0].parts.supervisor.stop_signal:
             os.kill(os.getpid(), number)
         add(self, batch)

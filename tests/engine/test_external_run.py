@@ -177,7 +177,7 @@ def test_the_listing_names_every_model():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_listed_size_of_a_published_model_is_its_own(name: str) -> None:
+def test_the_listed_size_of_a_published_model_is_its_own(name):
     model = MODELS[name]
     with torch.device("meta"):
         encoder = ENCODERS.get(model.encoder)()

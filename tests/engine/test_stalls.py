@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from mit_semseg.engine.train import train
 from mit_semseg.engine.watchdog import Watchdog
 
 CPU = torch.device("cpu")
-Hang = Callable[..., list[int]]
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """A small training on the command line, injected faults, and checks of the results."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -10,10 +8,8 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -38,8 +34,8 @@ class Training:
         settings: further settings, `SECTION__key=value`.
     """
 
-    def __init__(self, folder: Path, scenes: Path, **settings: Any) -> None:
-        small: dict[str, Any] = {
+    def __init__(self, folder, scenes, **settings):
+        small = {
             "DIR": str(folder),
             "DATASET__root_dataset": str(scenes),
             "DATASET__list_train": str(scenes / "training.odgt"),
@@ -71,11 +67,11 @@ class Training:
         )
         shutil.rmtree(folder, ignore_errors=True)
         self.folder = RunFolder(folder)
-        self.damaged: set[str] = set()  # files that a resumed run has to rename
+        self.damaged = set()  # files that a resumed run has to rename
         self.file = folder.with_suffix(".yaml")
         dump_config(self.cfg, self.file)
 
-    def start(self, command: str, *options: str) -> Command:
+    def start(self, command, *options):
         """Start `train` or `eval`.
 
         Args:
@@ -87,23 +83,23 @@ class Training:
         words += ["--threads", "1", "--cfg", str(self.file), *options]
         return Command(words, self.file.with_suffix(".out"))
 
-    def figures(self) -> list[dict[str, Any]]:
+    def figures(self):
         """The lines of `metrics.jsonl` so far."""
         try:
             return read_metrics(self.folder.path / METRICS)
         except FileNotFoundError:
             return []
 
-    def steps(self) -> int:
+    def steps(self):
         """The last step in `metrics.jsonl`."""
         return max((x["step"] for x in self.figures() if x["kind"] == "train"), default=0)
 
-    def is_validated(self) -> bool:
+    def is_validated(self):
         """Whether the last epoch has been validated, so that the training is complete."""
         last = self.cfg.TRAIN.num_epoch
         return any(x["kind"] == "val" and x["epoch"] == last for x in self.figures())
 
-    def was_set_aside(self) -> bool:
+    def was_set_aside(self):
         """Whether any start mistook the files for those of an earlier run.
 
         After a damaged state, newer files than the state used instead are moved for good reason.
@@ -111,7 +107,7 @@ class Training:
         damaged = any(self.folder.path.glob("*.damaged"))
         return any(self.folder.path.glob("earlier_*")) and not damaged
 
-    def differences(self, other: Training) -> list[str]:
+    def differences(self, other):
         """Tensors and lines of metrics that are not bit-identical to those of another training."""
         mine, theirs = self._tensors(), other._tensors()
         found = [
@@ -128,7 +124,7 @@ class Training:
             found.append(f"{len(ours)} lines of metrics, not {len(others)}")
         return found
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self):
         """All tensors of the checkpoints and of the newest state."""
         found = {
             f"{file.name}: {key}": tensor
@@ -139,7 +135,7 @@ class Training:
         return {**found, **_flat(load_state(self.folder.states()[0]), "state")}
 
 
-def _flat(tree: Any, name: str) -> dict[str, torch.Tensor]:
+def _flat(tree, name):
     """All tensors and numbers of a state by their path, without times and settings."""
     if isinstance(tree, torch.Tensor):
         return {name: tree}
@@ -147,7 +143,7 @@ def _flat(tree: Any, name: str) -> dict[str, torch.Tensor]:
         return {name: torch.tensor(tree, dtype=torch.float64)}
     if isinstance(tree, (list, tuple)):
         tree = dict(enumerate(tree))
-    found: dict[str, torch.Tensor] = {}
+    found = {}
     if isinstance(tree, dict):
         for key, value in tree.items():
             if key not in ("seconds", "config"):
@@ -179,21 +175,21 @@ class Fault:
     options: tuple[str, ...] = ()
 
 
-def _kill(training: Training, command: Command, rng: random.Random) -> bool:
+def _kill(training, command, rng):
     command.process.kill()
     return True
 
 
-def _signal(number: signal.Signals) -> Callable[[Training, Command, random.Random], bool]:
-    def inject(training: Training, command: Command, rng: random.Random) -> bool:
+def _signal(number):
+    def inject(training, command, rng):
         os.killpg(command.process.pid, number)  # to the process group, as Slurm or a terminal
         return True
 
     return inject
 
 
-def _worker(number: signal.Signals) -> Callable[[Training, Command, random.Random], bool]:
-    def inject(training: Training, command: Command, rng: random.Random) -> bool:
+def _worker(number):
+    def inject(training, command, rng):
         workers = command.workers()
         if workers:
             psutil.Process(rng.choice(workers)).send_signal(number)
@@ -202,16 +198,14 @@ def _worker(number: signal.Signals) -> Callable[[Training, Command, random.Rando
     return inject
 
 
-def _full_disk(training: Training, command: Command, rng: random.Random) -> bool:
+def _full_disk(training, command, rng):
     """Limit the size of files to a megabyte."""
     psutil.Process(command.process.pid).rlimit(psutil.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     return True
 
 
-def _damage(
-    hurt: Callable[[Path, random.Random], None],
-) -> Callable[[Training, Command, random.Random], bool]:
-    def inject(training: Training, command: Command, rng: random.Random) -> bool:
+def _damage(hurt):
+    def inject(training, command, rng):
         command.process.kill()
         command.code()
         states = training.folder.states()
@@ -224,11 +218,11 @@ def _damage(
     return inject
 
 
-def _cut_short(file: Path, rng: random.Random) -> None:
+def _cut_short(file, rng):
     os.truncate(file, rng.randrange(file.stat().st_size))
 
 
-def _flip_bit(file: Path, rng: random.Random) -> None:
+def _flip_bit(file, rng):
     """Flip a random bit in the middle half of a file, where the weights are."""
     size = file.stat().st_size
     with file.open("r+b") as handle:
@@ -262,12 +256,7 @@ CUT_SHORT = Fault("newest state cut short", _damage(_cut_short), (-signal.SIGKIL
 BIT_FLIPPED = Fault("bit of the newest state flipped", _damage(_flip_bit), (-signal.SIGKILL,))
 
 
-def train_through(
-    training: Training,
-    faults: Iterator[Fault],
-    pause: Callable[[Training, Command, Fault], None],
-    rng: random.Random,
-) -> Counter[str]:
+def train_through(training, faults, pause, rng):
     """Start a training repeatedly until it is complete, with one fault per start.
 
     Args:
@@ -280,7 +269,7 @@ def train_through(
         The number of times of each fault, of starts, of starts with a state to resume from, and of
         states that were being written when the command ended.
     """
-    found: Counter[str] = Counter()
+    found = Counter()
     while True:
         fault = next(faults, None)
         found["starts"] += 1

@@ -1,7 +1,5 @@
 """The encoders and decoders that tests combine, and how they are built."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cache

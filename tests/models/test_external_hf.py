@@ -110,9 +110,7 @@ def test_label_maps_are_those_of_their_post_processing(kind, pair):
     assert torch.equal(probabilities.argmax(1), torch.stack(theirs))
 
 
-def test_masks_are_summed_as_by_mask2formers_post_processing(
-    pair,
-):
+def test_masks_are_summed_as_by_mask2formers_post_processing(pair):
     """Which resizes mask logits to 384 x 384 first: here they are of that size already."""
     from transformers import Mask2FormerImageProcessor
 

@@ -1,11 +1,8 @@
 """Checkpoints of mmsegmentation: equality with its heads, written as functions of tensors."""
 
-from collections.abc import Mapping
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from mit_semseg.config import DataOptions, ModelOptions, Options
@@ -20,7 +17,6 @@ OPTIONS = {
     "fcn": {"convs": 2, "concat": True},
     "sep_aspp": {"low": 4, "separable_bottleneck": False},
 }
-State = Mapping[str, Tensor]
 
 
 def checkpoint(head, file, deep=False):

@@ -258,7 +258,7 @@ def test_without_timm_the_error_names_the_extra(monkeypatch):
 
 
 @torch.no_grad()
-def test_stages_are_chosen_and_later_ones_left_out() -> None:
+def test_stages_are_chosen_and_later_ones_left_out():
     torch.manual_seed(0)
     whole = timm.create_model("tf_efficientnet_lite0", features_only=True).eval()
     variant = TimmVariant("tf_efficientnet_lite0", out_indices=(0, 2, 3))
