@@ -20,6 +20,7 @@ TABLE_FILES = (
 # Names of labelme for pixels without a class, and for ignored ones.
 BACKGROUNDS = ("background", "_background_")
 IGNORED_NAME = "__ignore__"
+IGNORED_VALUE = 255
 
 
 def is_background(name: str) -> bool:
@@ -61,8 +62,8 @@ class ClassFile:
         - CSV with the columns `Pixel Value, Class`, as in exports of Roboflow;
         - `name:r,g,b:parts:actions`, the `labelmap.txt` of CVAT; colours may be missing;
         - `r g b name`, the `label_colors.txt` of CamVid;
-        - a name per line, as in exports of labelme: stored values count from 0; a first line
-          `__ignore__` is the value -1, which labelme stores as 255.
+        - a name per line, as in exports of labelme: stored values count from 0, and 255 is
+          ignored; a first line `__ignore__` is not counted.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -187,8 +188,11 @@ def _label_colors(name: str, rows: Sequence[str]) -> ClassFile:
 
 def _names(name: str, rows: Sequence[str]) -> ClassFile:
     if rows[0] == IGNORED_NAME:
-        return _file(name, rows, [], [255, *range(len(rows) - 1)])
-    return _file(name, rows, [])
+        rows = rows[1:]
+    values = [*range(len(rows))]
+    if len(rows) <= IGNORED_VALUE:
+        rows, values = [*rows, IGNORED_NAME], [*values, IGNORED_VALUE]
+    return _file(name, rows, [], values)
 
 
 def _file(

@@ -253,6 +253,18 @@ def test_masks_that_labelme_exports(tmp_path):
     assert masks(imported)["img.png"].tolist() == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize("folder", ["SegmentationClass", "SegmentationClassPNG"])
+def test_data_sets_that_labelme2voc_writes(folder, tmp_path):
+    """Its `__ignore__` is -1, which an image of 8 bits stores as 255."""
+    pair(tmp_path / "set", "a", [[0, 1, 255]], folder, "JPEGImages")
+    for other in ("SegmentationObject", "SegmentationObjectPNG", "SegmentationClassVisualization"):
+        put(tmp_path / f"set/{other}/a.png", np.array([[0, 9, 9]], np.uint8))
+    write(tmp_path / "set/class_names.txt", "_background_\nx\n")
+    imported = convert(tmp_path / "set", tmp_path / "out")
+    assert imported.classes.names == ("_background_", "x")
+    assert masks(imported)["a.png"].tolist() == [[0, 1, 255]] and not imported.problems
+
+
 def test_the_palette_is_that_of_voc():
     table = ClassTable.load(ROOT / "mit_semseg/dataset/tables/voc2012.csv")
     assert voc_palette()[:21].tolist() == table.colors.tolist()

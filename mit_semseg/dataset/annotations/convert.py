@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mit_semseg.dataset.annotations.base import SPLITS, Annotations, Choices, Item, Numbers, Tree
 from mit_semseg.dataset.annotations.recipe import recipe_of
 from mit_semseg.dataset.annotations.recognise import read
-from mit_semseg.dataset.class_files import is_background
+from mit_semseg.dataset.class_files import IGNORED_NAME, is_background
 from mit_semseg.dataset.classes import ClassTable, distinct_colors
 from mit_semseg.dataset.images import exif_orientation
 from mit_semseg.dataset.listing import shortened
@@ -212,6 +212,7 @@ def numbering(
     """
     table = choices.table
     names = list(table.names if table is not None and annotations.gaps else annotations.names)
+    names = [name for name in names if name != IGNORED_NAME]
     every = [*names, *(name for name in annotations.names if name not in names)]
     unknown = [name for name in ignore if name not in every]
     if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,14 @@ from mit_semseg.dataset.classes import TABLES
 from mit_semseg.dataset.images import load_image, stored_values
 from mit_semseg.dataset.records import image_extensions
 
-# Folders of images and of masks; masks below _SEPARATE are not of classes.
+# Folders of images and of masks; masks below _OTHER are not of classes.
 _IMAGES = ("images", "image", "imgs", "img", "photos", "jpegimages", "rgb")
 _MASKS = (
     *("masks", "mask", "labels", "label", "annotations", "annotation", "segmentationclass"),
+    "segmentationclasspng",  # of earlier versions of labelme
     *("segmentation", "segmentations", "gt", "ground_truth", "groundtruth", "labelmaps"),
 )
-_SEPARATE = ("segmentationobject", "segmentationclassvisualization", "segmentationclassnpy")
+_OTHER = re.compile("segmentationobject.*|.*visualization", re.IGNORECASE)
 # Suffixes of the names of masks beside their images.
 _SUFFIXES = ("_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_gt", "_l")
 _WHITE, _FOREGROUND = 255, "foreground"
@@ -102,9 +104,7 @@ def _images(tree: Tree, masks: set[Path]) -> dict[str, Path]:
 
 
 def _is_separate(inside: Path) -> bool:
-    return inside.stem.endswith("_viz") or any(
-        part.lower() in _SEPARATE for part in inside.parts[:-1]
-    )
+    return inside.stem.endswith("_viz") or any(map(_OTHER.fullmatch, inside.parts[:-1]))
 
 
 def _is_mask_folder(name: str) -> bool:
