@@ -32,6 +32,7 @@ CONTENT = {
     "download": "URL to file",
     "config": "keys, files, checks",
     "precision": "fp32, tf32, bf16, fp16",
+    "shipped": "installed recipes and weights",
     "registry": "names to classes",
     "lib": "SyncBN, replicas",
     "arguments": "command line",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+CONFIG = "config.yaml"  # in a checkpoint folder
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
 _SECTIONS = ("DATASET.", "MODEL.", "TRAIN.", "VAL.", "TEST.")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "auto")
@@ -66,7 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     predict = _command(commands, "predict", "run a model on images")
     predict.add_argument(
-        "--imgs", required=True, nargs="+", metavar="PATH", help="files, folders or globs"
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="files, folders, globs, urls, or - for the bytes of one on standard input; "
+        "configuration overrides, KEY value, at the end",
+    )
+    predict.add_argument(
+        "--imgs", nargs="+", default=[], metavar="IMAGE", help="the same, as an option"
     )
     predict.add_argument(
         "--gpu",
@@ -76,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="GPUS",
         help="0, cpu, mps, or several that share the images, 0-3 (default: GPU 0, else the CPU)",
     )
-    _add_config(predict, "TEST")
+    model = "instead of --cfg, a trained model (default: the shipped one, of street scenes)"
+    _add_config(predict, "TEST", model, default=None, overrides=False)
+    predict.set_defaults(opts=[])
 
     pack = _command(commands, "pack", "copy a checkpoint in half precision, to share it")
     pack.add_argument("source", metavar="CHECKPOINT_FOLDER", help="folder to copy from")
@@ -227,13 +237,24 @@ def _add_gpus(parser: argparse.ArgumentParser) -> None:
     _option(parser, "--gpus GPUS", None, help, dest="devices")
 
 
-def _add_config(parser: argparse.ArgumentParser, section: str) -> None:
-    _option(parser, "--cfg FILE", DEFAULT_CONFIG, "configuration file")
+def _add_config(
+    parser: argparse.ArgumentParser,
+    section: str,
+    model: str = "",
+    default: str | None = DEFAULT_CONFIG,
+    overrides: bool = True,
+) -> None:
+    either: Any = parser.add_mutually_exclusive_group()
+    _option(either, "--cfg FILE", default, "configuration file, or checkpoint folder")
+    if model:
+        source = "a checkpoint folder, hf:NAME, or a name that `mit-semseg models` lists"
+        _option(either, "--model MODEL", None, f"{model}: {source}")
     parser.add_argument(
         "--precision", default=None, choices=PRECISIONS, help=f"overrides {section}.precision"
     )
     parser.set_defaults(section=section)
-    _add_overrides(parser)
+    if overrides:
+        _add_overrides(parser)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mit_semseg import __version__
-from mit_semseg.arguments import build_parser, is_key
+from mit_semseg import __version__, shipped
+from mit_semseg.arguments import CONFIG, DEFAULT_CONFIG, build_parser, is_key
 from mit_semseg.compat.flags import replacement
 from mit_semseg.errors import one_line
 
@@ -134,8 +134,12 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Predict with one process per device or as a rank of torchrun; returns 1 if images failed."""
-    images, more = split_overrides(args.imgs)
-    options = _options(args, more)
+    images, args.opts = split_overrides([*args.imgs, *args.images])
+    if not images:
+        raise ValueError(
+            "no image is given: name files, folders, globs or urls, or - for standard input"
+        )
+    options = _options(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
     from mit_semseg.engine.launch import checked
@@ -344,10 +348,12 @@ def _dispatch(arguments: list[str]) -> int:
     parser = build_parser()
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args, rest = parser.parse_known_args(arguments)
-    if rest and not (hasattr(args, "recipes") and is_key(rest[0])):
+    # Words after an option, where argparse does not expect more of them.
+    images = hasattr(args, "images") and not any(word.startswith("--") for word in rest)
+    if rest and not (images or hasattr(args, "recipes") and is_key(rest[0])):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides after an option, where argparse does not expect further recipes
-        args.recipes += rest
+    if rest:
+        (args.images if images else args.recipes).extend(rest)
     if args.threads is not None:
         from mit_semseg.engine.cpu import fix_threads
 
@@ -366,20 +372,56 @@ def _refuse_early_flags(arguments: list[str]) -> None:
         raise ValueError(advice)
 
 
-def _options(args: argparse.Namespace, more: Sequence[str] = ()) -> Options:
-    """The options from the configuration file, `KEY value` pairs and `--precision`.
+def _options(args: argparse.Namespace) -> Options:
+    """The options from the configuration file or model, `KEY value` pairs and `--precision`.
 
     Also checks the names of the devices.
     """
-    opts = [*more, *args.opts]
+    opts = [*args.opts]
     if args.precision:
         opts += [f"{args.section}.precision", args.precision]
-    options = _read(args.cfg, opts)
+    if getattr(args, "model", None):
+        options = _of_model(args.model, args.section, opts)
+    elif args.cfg:
+        options = _read(args.cfg, opts)
+    else:
+        options = _of_default(args.section, opts)
+    if args.section in ("VAL", "TEST") and f"{args.section}.checkpoint" not in opts[::2]:
+        options = _with_weights(options, args)
     if args.devices is not None:
         from mit_semseg.utils import parse_devices
 
         parse_devices(args.devices)
     return options
+
+
+def _of_model(source: str, section: str, opts: Sequence[str]) -> Options:
+    """The options of a trained model."""
+    from mit_semseg.engine.pretrained import model_options
+
+    return model_options(source, section, opts)
+
+
+def _of_default(section: str, opts: Sequence[str]) -> Options:
+    """The options without `--cfg` and `--model`: those of the shipped model.
+
+    As published, they are those of a default configuration if its model is there.
+    """
+    default = _read(DEFAULT_CONFIG, opts)
+    if "DIR" in opts[::2] or os.path.isdir(default.DIR):
+        return default
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Using the shipped model {shipped.MODEL}: {shipped.ABOUT} (others: --model, --cfg)")
+    return _of_model(shipped.MODEL, section, opts)
+
+
+def _with_weights(options: Options, args: argparse.Namespace) -> Options:
+    """With `--cfg FOLDER` or `FOLDER/config.yaml`: a checkpoint that is there."""
+    if not args.cfg or os.path.basename(args.cfg) != CONFIG and not os.path.isdir(args.cfg):
+        return options
+    from mit_semseg.engine.pretrained import with_weights
+
+    return with_weights(options, args.section)
 
 
 def _read(config: str, opts: Sequence[str] = ()) -> Options:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from mit_semseg import shipped
 from mit_semseg.config import Options
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.images import exif_orientation, is_deep, load_image, to_rgb
@@ -195,7 +196,7 @@ class Segmenter:
         """
         device = usable_device(device)
         Precision.of(precision, device)  # an error before the weights are read
-        folder = CheckpointFolder(Path(path))
+        folder = CheckpointFolder(shipped.model(path))
         options = folder.options()
         module = load_model(options, checkpoint or folder.best_or_latest())
         return cls._of(

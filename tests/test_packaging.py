@@ -23,8 +23,8 @@ ENVIRONMENT = {
     "PIP_NO_INDEX": "1",
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
+SHIPPED = ("config/*.yaml", "weights/*/config.yaml", "weights/*/classes.csv", "weights/*/*.pth")
 INSTALLED = ["wheel", pytest.param("sdist", marks=pytest.mark.slow)]
-CAMVID = ROOT / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
 
 
 def run(*command, cwd, **environment):
@@ -113,7 +113,10 @@ def test_the_wheel_holds_every_module_and_table_and_nothing_else(wheel):
             expected.add(f"mit_semseg/{file.as_posix()}")
         elif file.parts[0] == "mit_semseg":
             expected.add(file.as_posix())
+        elif any(map(file.match, SHIPPED)):
+            expected.add(f"mit_semseg/assets/{file.as_posix()}")
     assert held == expected
+    assert wheel.stat().st_size < 6e6
     assert "mit_semseg/py.typed" in held
     assert {
         "mit_semseg/dataset/tables/ade20k.csv",
@@ -183,11 +186,13 @@ def test_the_package_stands_alone(place, checkout, tmp_path):
 
 @pytest.mark.parametrize("place", INSTALLED, indirect=True)
 def test_the_installed_command_runs(place, tmp_path):
-    """In any folder: it says its version, and parses an image."""
+    """In any folder: it says its version, and parses an image with the shipped model."""
     command = place / "bin" / "mit-semseg"
     assert run(command, "--version", cwd=tmp_path) == f"mit-semseg {mit_semseg.__version__}\n"
     Image.new("RGB", (64, 48), "gray").save(tmp_path / "gray.png")
-    options = ("--imgs", "gray.png", "--gpu", "cpu", "--cfg", CAMVID / "config.yaml")
-    output = run(command, "predict", *options, "DIR", CAMVID, "TEST.result", "out", cwd=tmp_path)
-    assert "1 image segmented" in output
+    output = run(command, "predict", "gray.png", "--gpu", "cpu", "TEST.result", "out", cwd=tmp_path)
+    assert "the shipped model" in output and "1 image segmented" in output
+    assert "DATASET.num_class = 10 " in run(
+        command, "config", "--cfg", "demo", "--only", "num_class", cwd=tmp_path
+    )
     assert list((tmp_path / "out").glob("gray*.png"))

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mit_semseg import shipped
 from mit_semseg.benchmarks.clock import Runnable
-from mit_semseg.benchmarks.rows import CAMVID_WEIGHTS, REPOSITORY, Row, equal_labels
+from mit_semseg.benchmarks.rows import CAMVID_WEIGHTS, Row, equal_labels
 from mit_semseg.benchmarks.sides import Timing
 from mit_semseg.dataset import load_image
 from mit_semseg.demo import streets
@@ -26,7 +27,7 @@ from mit_semseg.visualize import loss_curves
 MIN_EQUAL = 0.995
 MAX_IMAGES = 16
 SEED = 304
-RECIPE = REPOSITORY / "config" / "demo.yaml"
+RECIPE = shipped.HOME / "config" / "demo.yaml"
 
 
 @dataclass(frozen=True)

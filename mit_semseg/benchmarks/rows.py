@@ -12,14 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mit_semseg import scores
+from mit_semseg import scores, shipped
 from mit_semseg.benchmarks import published
 from mit_semseg.benchmarks.clock import Runnable
 from mit_semseg.benchmarks.sides import Timing
@@ -33,8 +32,7 @@ from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.segmenter import Segmenter
 from mit_semseg.visualize import color_encode, palette
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CAMVID_WEIGHTS = REPOSITORY / "weights" / "camvid-mobilenetv2dilated-c1_deepsup"
+CAMVID_WEIGHTS = shipped.HOME / "weights" / shipped.MODEL
 # Size of an ADE20K photograph, and number of classes.
 HEIGHT, WIDTH, CLASSES = 512, 683, 150
 SCALES = (300, 375, 450, 525, 600)

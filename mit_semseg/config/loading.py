@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mit_semseg import shipped
+from mit_semseg.arguments import CONFIG
 from mit_semseg.config.node import Config, tree_of
 from mit_semseg.config.options import Options
 
@@ -21,7 +23,8 @@ def load_config(path: str | Path | None = None, opts: Sequence[str] | None = Non
     """The defaults, overridden by a YAML file, overridden by `KEY value` pairs.
 
     Args:
-        path: a YAML file, or None for the defaults.
+        path: a YAML file, a checkpoint folder, or the name of a shipped recipe; None for the
+            defaults. `DIR` of a file in a checkpoint folder is that folder.
         opts: `[KEY, value, KEY, value, ...]` with dotted keys, as on the command line.
 
     Returns:
@@ -37,7 +40,13 @@ def load_config(path: str | Path | None = None, opts: Sequence[str] | None = Non
     """
     tree = get_defaults()
     if path is not None:
-        tree.merge_from_file(path)
+        file = shipped.recipe(path)
+        if (file / CONFIG).is_file():
+            file = file / CONFIG
+        tree.merge_from_file(file)
+        if any(file.parent.glob("encoder_*.pth")):
+            tree.merge_from_list(["DIR", str(file.parent)])
+            tree.origins["DIR"] = f"folder of {file}"
     if opts:
         tree.merge_from_list(list(opts))
     return tree

@@ -14,8 +14,9 @@ from mit_semseg.config.options import SECTIONS, SETTINGS, Options
 from mit_semseg.config.schema import Setting, warn_renamed
 from mit_semseg.errors import one_line
 from mit_semseg.registry import closest
+from mit_semseg.shipped import HOME
 
-RECIPES = Path("config")  # in a clone
+RECIPES = Path("config")  # in a clone, and as shipped
 
 # Written to the tree at run time by the published training script; old files may contain them.
 OBSOLETE = {
@@ -137,14 +138,11 @@ def _plain(value: Any) -> Any:
 def _no_file(path: Path) -> str:
     """The error for a configuration file that does not exist."""
     if path.is_dir():
-        inside = path / "config.yaml"  # as in a checkpoint folder
-        if inside.is_file():
-            return f"{path} is a folder, not a configuration file; give {inside}"
         return f"{path} is a folder, not a configuration file{_yaml_files(path)}"
     if path.exists():
         return f"{path} is a pipe or a device, not a configuration file"
-    beside = [file for place in {path.parent, RECIPES} for file in place.glob("*.yaml")]
-    stems = {file.stem: file for file in sorted(beside)}
+    stems = {file.stem: RECIPES / file.name for file in sorted((HOME / RECIPES).glob("*.yaml"))}
+    stems |= {file.stem: file for file in sorted(path.parent.glob("*.yaml"))}
     near = difflib.get_close_matches(path.name.removesuffix(".yaml"), stems, n=1, cutoff=0.7)
     if near:
         return f"configuration file {path} does not exist; did you mean {stems[near[0]]}?"
@@ -158,7 +156,7 @@ def _yaml_files(folder: Path) -> str:
         return f"; {folder} has {', '.join(names)}"
     if names:
         return f"; {folder} has {len(names)} configuration files, such as {names[0]}"
-    return f"; recipes are in the folder {RECIPES} of the repository"
+    return f"; recipes have names such as {RECIPES}/demo.yaml"
 
 
 class _Loader(yaml.SafeLoader):

@@ -15,6 +15,8 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from mit_semseg import shipped
+from mit_semseg.arguments import CONFIG
 from mit_semseg.config import Options, dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
@@ -23,7 +25,6 @@ from mit_semseg.models.external import FILE, Architecture, build, describe, save
 from mit_semseg.models.lora import with_adapters
 from mit_semseg.weights import load_into, read_state_dict
 
-CONFIG = "config.yaml"
 CLASSES = "classes.csv"
 PRETRAINED = "pretrained"  # instead of a checkpoint: the weights that MODEL.arch names
 
@@ -280,7 +281,7 @@ def resolve_checkpoint(directory: str | Path, checkpoint: str) -> tuple[Checkpoi
     path = Path(checkpoint)
     if path.name == checkpoint:
         return CheckpointFolder(directory), checkpoint
-    return CheckpointFolder(path.parent), path.name
+    return CheckpointFolder(shipped.model(path.parent)), path.name
 
 
 def find_checkpoint(options: Options, checkpoint: str) -> None:

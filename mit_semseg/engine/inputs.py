@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
+import urllib.parse
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mit_semseg.dataset.records import find_depth, image_extensions, is_depth
+from mit_semseg.download import fetch
 from mit_semseg.errors import counted
 from mit_semseg.files import PathLike
 
@@ -23,8 +26,48 @@ from mit_semseg.files import PathLike
 UNDECODABLE = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg"}
 
 
+def fetched(
+    imgs: PathLike | Iterable[PathLike], folder: Path
+) -> tuple[list[PathLike], dict[Path, str]]:
+    """Store images that are not files in a folder: those of urls, and bytes on standard input.
+
+    Args:
+        imgs: entries of `find_images`, `http:`, `https:` and `file:` urls, and `-`.
+        folder: an empty folder.
+
+    Returns:
+        The entries, with files in place of urls and `-`; and the entry of each of these files.
+
+    Raises:
+        OSError: a url cannot be downloaded.
+        ValueError: standard input is empty, or given twice.
+    """
+    entries: list[PathLike] = []
+    sources: dict[Path, str] = {}
+    for number, entry in enumerate([imgs] if isinstance(imgs, (str, os.PathLike)) else imgs):
+        text = os.fspath(entry)
+        if text == "-":
+            file = folder / str(number) / "stdin"
+            file.parent.mkdir()
+            file.write_bytes(sys.stdin.buffer.read())
+            if not file.stat().st_size:
+                raise ValueError("- is an image on standard input, which is empty or read already")
+            sources[file] = "standard input"
+        elif text.startswith(("http://", "https://", "file://")):
+            name = Path(urllib.parse.unquote(urllib.parse.urlsplit(text).path)).name
+            file = fetch(text, folder / str(number) / (name or "image"))
+            sources[file] = text
+        else:
+            entries.append(entry)
+            continue
+        entries.append(file)
+    return entries, sources
+
+
 def find_images(
-    imgs: PathLike | Iterable[PathLike], skip: PathLike = ""
+    imgs: PathLike | Iterable[PathLike],
+    skip: PathLike = "",
+    elsewhere: Collection[PathLike] = (),
 ) -> tuple[list[Path], Path]:
     """Find images.
 
@@ -32,6 +75,7 @@ def find_images(
         imgs: a file (with any extension), a folder (searched recursively), a glob, or a list of
             these.
         skip: a result folder, which is not searched.
+        elsewhere: entries whose folder does not count.
 
     Returns:
         The files without duplicates, and the folder to which the paths of outputs are relative: the
@@ -47,10 +91,11 @@ def find_images(
     bases = []
     for entry in entries:
         base, files = _expand(os.fspath(entry), Path(skip).resolve() if skip else None)
-        bases.append(base)
+        if entry not in elsewhere:
+            bases.append(base)
         for file in files:
             found.setdefault(os.path.realpath(file), file)
-    return list(found.values()), common_base(bases)
+    return list(found.values()), common_base(bases or [os.curdir])
 
 
 def without_depths(files: Sequence[Path]) -> list[Path]:
@@ -127,6 +172,7 @@ def output_stems(
     out: PathLike,
     endings: Sequence[str],
     inputs: Iterable[PathLike] | None = None,
+    elsewhere: Collection[PathLike] = (),
 ) -> list[Path]:
     """Output paths of images, to which `endings` are appended.
 
@@ -136,6 +182,7 @@ def output_stems(
         out: folder of the results.
         endings: for example `[".png"]` or `["_color.png", "_legend.png"]`.
         inputs: files that must not be overwritten; default `files`.
+        elsewhere: files of which the name alone is used, not the folder.
 
     Returns:
         One path per file: `out/relative/stem`, or `out/relative/stem_ext` (and `_2`, `_3`, ...) if
@@ -147,7 +194,10 @@ def output_stems(
         return os.path.realpath(path).casefold()
 
     relatives = [
-        Path(os.path.relpath(os.path.abspath(file), os.path.abspath(base))) for file in files
+        Path(os.path.basename(file))
+        if file in elsewhere
+        else Path(os.path.relpath(os.path.abspath(file), os.path.abspath(base)))
+        for file in files
     ]
     shared = Counter(str(relative.with_suffix("")).casefold() for relative in relatives)
     taken = {key(os.fspath(file)) for file in (files if inputs is None else inputs)}

@@ -1,4 +1,4 @@
-"""Prediction for a file, a folder, a glob or a list of images.
+"""Prediction for a file, a folder, a glob, a url or a list of images.
 
 For each device, threads read images, one thread computes, and other threads render and write the
 results. The memory of images between reading and writing is limited.
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from mit_semseg.dataset.rasters import missing_pixels, write_labels
 from mit_semseg.engine.checkpoint import find_checkpoint, load_model, model_classes
 from mit_semseg.engine.devices import use_device
 from mit_semseg.engine.inputs import (
+    fetched,
     find_images,
     output_stems,
     result_endings,
@@ -68,10 +70,11 @@ Batch = tuple[int, Sequence["Task"]]
 
 @dataclass(frozen=True)
 class Task:
-    """An image and its output files by kind."""
+    """An image, its output files by kind, and its name in results: the path, or the url."""
 
     path: Path
     outputs: dict[str, Path]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def predict(
 
     Args:
         cfg: the configuration.
-        imgs: a file, a folder, a glob, or a list of these.
+        imgs: a file, a folder, a glob, a url, `-` for the bytes of an image on standard input, or
+            a list of these.
         device: where to compute; with several devices each has a process and a share of the images.
         checkpoint: instead of `TEST.checkpoint`.
         result: folder of the results, instead of `TEST.result`.
@@ -117,8 +121,8 @@ def predict(
         world: number of ranks.
 
     Returns:
-        One dict per image, in order, on every rank: `image` (its path), `outputs` (kind -> path),
-        `areas` (class name -> share), `size` (width, height), `seconds`, `scales` (one tuple
+        One dict per image, in order, on every rank: `image` (path or url), `outputs` (kind ->
+        path), `areas` (class name -> share), `size` (width, height), `seconds`, `scales` (one tuple
         (width, height, seconds) per scale; seconds is None on a GPU); or `image` and `error`.
 
     Raises:
@@ -131,35 +135,56 @@ def predict(
     Precision.of(options.TEST.precision, devices[0], "TEST.precision")
     checkpoint = checkpoint or options.TEST.checkpoint
     out = Path(options.TEST.result if result is None else result)
-    tasks = found_by_rank_0(partial(_tasks, options, imgs, out), rank, world)
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = found_by_rank_0(partial(_tasks, options, imgs, out, Path(folder)), rank, world)
+        jobs = partial(_jobs, options, checkpoint, devices, rank, world)
+        ordered = _results(options, tasks, jobs, progress, rank, world)
+    if rank == 0:
+        print_summary(ordered, out)
+    return ordered
+
+
+def _results(
+    options: Options,
+    tasks: Sequence[Task],
+    jobs: Callable[[int], Sequence[Job]],
+    progress: bool,
+    rank: int,
+    world: int,
+) -> list[Result]:
+    """The results of all ranks; `jobs` takes the number of batches of this one."""
     size = options.TEST.batch_size
     batches = [(i, tasks[i : i + size]) for i in range(0, len(tasks), size)]
     share = batches[rank::world]
     report = Report(share, progress and rank == 0)
     with report:
-        _run(_jobs(options, checkpoint, devices[: len(share)], rank, world), share, report)
+        _run(jobs(len(share)), share, report)
     parts = [report.results]
     if world > 1:
         parts = [{} for _ in range(world)]
         with results_of_ranks(rank, "segmented its images", "TEST.timeout", options.TEST.timeout):
             dist.all_gather_object(parts, report.results)
     whole = {number: results for part in parts for number, results in part.items()}
-    ordered = [one for number in sorted(whole) for one in whole[number]]
-    if rank == 0:
-        print_summary(ordered, out)
-    return ordered
+    return [one for number in sorted(whole) for one in whole[number]]
 
 
-def _tasks(options: Options, imgs: PathLike | Iterable[PathLike], out: Path) -> list[Task]:
-    """The images with their output files."""
-    files, base = find_images(imgs, skip=out)
+def _tasks(
+    options: Options, imgs: PathLike | Iterable[PathLike], out: Path, folder: Path
+) -> list[Task]:
+    """The images with their output files; images of urls are downloaded to `folder`."""
+    entries, sources = fetched(imgs, folder)
+    files, base = find_images(entries, out, sources)
     if options.DATASET.depth:
         files = without_depths(files)
     index = ".tif" if options.DATASET.bands else ".png"
     endings = result_endings(list(dict.fromkeys(options.TEST.save)), index)
-    stems = output_stems(files, base, out, list(endings.values()))
+    stems = output_stems(files, base, out, list(endings.values()), elsewhere=sources)
     return [
-        Task(file, {kind: Path(f"{stem}{ending}") for kind, ending in endings.items()})
+        Task(
+            file,
+            {kind: Path(f"{stem}{ending}") for kind, ending in endings.items()},
+            sources.get(file, str(file)),
+        )
         for file, stem in zip(files, stems, strict=True)
     ]
 
@@ -174,9 +199,15 @@ def _devices(device: torch.device | Sequence[torch.device]) -> list[torch.device
 
 
 def _jobs(
-    options: Options, checkpoint: str, devices: Sequence[torch.device], rank: int, world: int
+    options: Options,
+    checkpoint: str,
+    devices: Sequence[torch.device],
+    rank: int,
+    world: int,
+    batches: int,
 ) -> list[Job]:
-    """One job per device."""
+    """One job per device, for at most as many devices as there are batches."""
+    devices = devices[:batches]
     names = [f"rank {rank}"] * len(devices) if world > 1 else [str(place) for place in devices]
     if len(devices) == world == 1:
         names = [""]
@@ -196,7 +227,7 @@ def _run(jobs: Sequence[Job], batches: Sequence[Batch], report: Report) -> None:
             jobs,
             batches,
             report.add,
-            describe=lambda batch: ", ".join(str(task.path) for task in batch[1]),
+            describe=lambda batch: ", ".join(task.name for task in batch[1]),
             ahead=max(Threads.of(job.device, job.processes).held for job in jobs),
         )
     elif jobs:
@@ -300,7 +331,7 @@ class _Pipeline:
                 depth = load_depth_beside(task.path, self.data, size)
                 inputs[i] = self.predictor.scales(image, depth)
             except (OSError, ValueError, MemoryError) as error:
-                read.errors[i] = one_line(error)
+                read.errors[i] = one_line(error).replace(str(task.path), task.name)
             else:
                 read.images[i] = image
         images = [(i, image) for i, image in enumerate(read.images) if image is not None]
@@ -319,7 +350,7 @@ class _Pipeline:
                 with open_image(task.path, self.data) as file:
                     read.sizes[i] = file.size
             except (OSError, ValueError, MemoryError) as error:
-                read.errors[i] = one_line(error)
+                read.errors[i] = one_line(error).replace(str(task.path), task.name)
         # A pixel of RGB has 3 bytes, one of C bands 4 C.
         factor = 4 * len(self.data.bands) / 3 or 1
         counts = [math.ceil(math.prod(size) * factor) for size in read.sizes]
@@ -386,7 +417,7 @@ class _Pipeline:
         """Render and write the results of a batch; called in a writer thread."""
         try:
             results: list[Result] = [
-                read.done.get(i) or {"image": str(task.path), "error": error}
+                read.done.get(i) or {"image": task.name, "error": error}
                 for i, (task, error) in enumerate(zip(read.tasks, read.errors, strict=True))
             ]
             for group in computed:
@@ -417,11 +448,11 @@ class _Pipeline:
                 elif kind != "prob":
                     save_result(path, kind, image, labels, self.classes, offset)
         except OSError as error:
-            return {"image": str(task.path), "error": one_line(error)}
+            return {"image": task.name, "error": one_line(error)}
         except MemoryError as error:
-            return {"image": str(task.path), "error": _no_memory(error)}
+            return {"image": task.name, "error": _no_memory(error)}
         return {
-            "image": str(task.path),
+            "image": task.name,
             "size": (image.shape[1], image.shape[0]),
             "areas": areas(labels, self.classes.names),
             "seconds": group.watch.seconds() / len(group.positions),

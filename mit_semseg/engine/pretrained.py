@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from mit_semseg import shipped
 from mit_semseg.config import DataOptions, ModelOptions, Options
+from mit_semseg.config.node import tree_of
 from mit_semseg.dataset import ClassTable, class_table
-from mit_semseg.engine.checkpoint import CONFIG, CheckpointFolder, load_model, whole_model
+from mit_semseg.engine.checkpoint import (
+    CONFIG,
+    PRETRAINED,
+    CheckpointFolder,
+    load_model,
+    model_classes,
+    whole_model,
+)
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.external import LIBRARIES, describe
 from mit_semseg.models.external.base import read_json
@@ -36,37 +46,90 @@ def load_pretrained(source: str | os.PathLike[str]) -> Pretrained:
 
     Args:
         source: a checkpoint folder; a folder that transformers or segmentation_models.pytorch
-            saved; "hf:NAME" for transformers; "smp:FOLDER"; "mmseg:FILE"; or a name in
-            `weights.MODELS`.
+            saved; "hf:NAME" for transformers; "smp:FOLDER"; "mmseg:FILE"; `shipped.MODEL`, or a
+            name in `weights.MODELS`.
 
     Raises:
         FileNotFoundError: no such folder or name.
         ValueError: it has no trained weights, or a library is not installed.
         OSError: it cannot be read or downloaded.
     """
+    found = _of_this_toolkit(source)
+    if found is None:
+        return _of_library(_arch(source))
+    options, checkpoint = found
+    module = load_model(options, checkpoint)
+    return Pretrained(module, model_classes(options, checkpoint), options)
+
+
+def locate(source: str | os.PathLike[str]) -> tuple[Options, str]:
+    """Settings and checkpoint of a trained model, for `load_model`; arguments and errors as above.
+
+    A published model is downloaded.
+    """
+    found = _of_this_toolkit(source)
+    return (_of_library(_arch(source)).options, PRETRAINED) if found is None else found
+
+
+def model_options(
+    source: str | os.PathLike[str], section: str, overrides: Sequence[str] = ()
+) -> Options:
+    """The settings of a trained model for evaluating it or predicting with it.
+
+    Args:
+        source: as for `load_pretrained`, with its errors.
+        section: `VAL` or `TEST`, whose `checkpoint` is that of the model.
+        overrides: `[KEY, value, ...]`.
+    """
+    options, checkpoint = locate(source)
+    tree = tree_of(options)
+    tree[section].checkpoint = checkpoint
+    tree.merge_from_list(list(overrides))
+    return Options.read(tree)
+
+
+def with_weights(options: Options, section: str) -> Options:
+    """Options whose checkpoint is the best, or latest, of their folder if it lacks its own.
+
+    Args:
+        options: of a configuration file in a checkpoint folder.
+        section: `VAL` or `TEST`.
+    """
+    folder, part = CheckpointFolder(options.DIR), getattr(options, section)
+    names = folder.names()
+    if os.path.dirname(part.checkpoint) or part.checkpoint in (*names, PRETRAINED) or not names:
+        return options
+    return replace(options, **{section: replace(part, checkpoint=folder.best_or_latest())})
+
+
+def _of_this_toolkit(source: str | os.PathLike[str]) -> tuple[Options, str] | None:
+    """Settings and checkpoint; None: a model of another library."""
     name = os.fspath(source)
-    folder = Path(name).expanduser()
-    if (folder / CONFIG).is_file():
-        return _of_folder(CheckpointFolder(folder))
-    if (folder / "config.json").is_file():
-        prefix = "smp" if "_model_class" in read_json(folder / "config.json") else "hf"
-        return _of_library(f"{prefix}:{name}")
-    if name.partition(":")[0] in LIBRARIES:
-        return _of_library(name)
+    path = shipped.model(Path(name).expanduser())
+    if (path / CONFIG).is_file():
+        folder = CheckpointFolder(path)
+        return folder.options(), folder.best_or_latest()
     if name in MODELS:
         return _published(name, MODELS[name])
+    return None
+
+
+def _arch(source: str | os.PathLike[str]) -> str:
+    """`MODEL.arch` of a model of another library."""
+    name = os.fspath(source)
+    description = Path(name).expanduser() / "config.json"
+    if description.is_file():
+        return f"{'smp' if '_model_class' in read_json(description) else 'hf'}:{name}"
+    if name.partition(":")[0] in LIBRARIES:
+        return name
+    known = [shipped.MODEL, *MODELS]
     raise FileNotFoundError(
-        f"{name} is neither a folder with config.yaml or config.json, nor hf:NAME, nor a published "
-        f"model{closest(name, list(MODELS))}; `mit-semseg models` lists these"
+        f"{name} is neither a folder with config.yaml or config.json, nor hf:NAME, nor a model "
+        f"with a name{closest(name, known)}; `mit-semseg models` lists these"
     )
 
 
-def _of_folder(folder: CheckpointFolder) -> Pretrained:
-    options = folder.options()
-    return Pretrained(load_model(options, folder.best_or_latest()), folder.classes(), options)
-
-
-def _published(name: str, model: PublishedModel) -> Pretrained:
+def _published(name: str, model: PublishedModel) -> tuple[Options, str]:
     """A published checkpoint, downloaded once into the cache of weights."""
     folder = cache_dir() / "published" / name
     fetch_published(name, folder, image=False)
@@ -77,8 +140,7 @@ def _published(name: str, model: PublishedModel) -> Pretrained:
             arch_encoder=model.encoder, arch_decoder=model.decoder, fc_dim=model.fc_dim
         ),
     )
-    module = load_model(options, f"epoch_{model.epoch}.pth")
-    return Pretrained(module, class_table(options.DATASET), options)
+    return options, f"epoch_{model.epoch}.pth"
 
 
 def _of_library(arch: str) -> Pretrained:
