@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import io
+import itertools
 import os
 import shlex
 import signal
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mit_semseg import __version__, shipped
 from mit_semseg.arguments import CONFIG, DEFAULT_CONFIG, build_parser, is_key
+from mit_semseg.compat import json_configs
 from mit_semseg.compat.flags import replacement
 from mit_semseg.errors import one_line
 
@@ -368,6 +370,9 @@ def _refuse_early_flags(arguments: list[str]) -> None:
     command, *words = arguments
     if words[:1] == ["--single-process"] and words[:1] != sys.argv[1:2]:
         words = words[1:]  # added by eval.py
+    for word, after in itertools.pairwise(words):
+        if word in ("-c", "--config") and after.endswith(".json"):
+            raise ValueError(json_configs.advice(after))
     if advice := replacement(command, words, _called(command)):
         raise ValueError(advice)
 
@@ -426,6 +431,8 @@ def _with_weights(options: Options, args: argparse.Namespace) -> Options:
 
 def _read(config: str, opts: Sequence[str] = ()) -> Options:
     """Read and check a configuration, before torch is imported, which takes seconds."""
+    if config.endswith(".json"):
+        raise ValueError(json_configs.advice(config))
     from mit_semseg.config import load_options
 
     return load_options(config, opts)

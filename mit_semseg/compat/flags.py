@@ -1,4 +1,4 @@
-"""Flags of the versions of 2017 to 2019, before configuration files, and their replacements.
+"""Flags of the versions of 2017 to 2019, and of other toolkits, and their replacements.
 
 This module imports the standard library only, so that errors in arguments are printed at once.
 """
@@ -9,6 +9,7 @@ import os
 import shlex
 from collections.abc import Sequence
 
+from mit_semseg import shipped
 from mit_semseg.arguments import is_key
 
 # Flag -> configuration key; {} is the section of the command. `_converted` converts the values.
@@ -53,6 +54,7 @@ _KEYS = {
     "model_path": "DIR",
     "root_img": "DATASET.root_dataset",
     "root_seg": "DATASET.root_dataset",
+    "s": "VAL.visualize",
 }
 # Flag -> option.
 _OPTIONS = {
@@ -62,6 +64,7 @@ _OPTIONS = {
     "test_img": "--imgs",
     "test_imgs": "--imgs",
     "result": "--out",
+    "logdir": "--cfg",
 }
 # Flag without a replacement -> reason.
 _GONE = {
@@ -71,7 +74,31 @@ _GONE = {
     "vis": "curves are written to DIR",
     "ckpt_epoch": "weights are kept after every epoch, see TRAIN.keep",
 }
-_SWITCHES = ("fix_bn", "visualize", "flip", "random_flip")
+_SWITCHES = ("fix_bn", "visualize", "flip", "random_flip", "s", "apex")
+# Collections of models by name, trained with --model, --backbone and --dataset: model -> decoder,
+# and the encoder, where {} is the backbone.
+_ZOO = ("model", "backbone", "dataset")
+_MODELS = {
+    "fcn": ("fcn_head_deepsup", "{}dilated"),
+    "psp": ("ppm_deepsup", "{}dilated"),
+    "pspnet": ("ppm_deepsup", "{}dilated"),
+    "deeplabv3": ("deeplabv3_deepsup", "{}dilated"),
+    "deeplabv3_plus": ("deeplabv3plus", "{}_dilated16"),
+    "danet": ("danet", "{}dilated"),
+    "encnet": ("encnet", "{}dilated"),
+    "dunet": ("dunet", "{}dilated"),
+    "ocnet": ("ocnet_base", "{}dilated"),
+    "denseaspp": ("denseaspp", "{}dilated"),
+    "icnet": ("icnet", "icnet_resnet50"),
+    "bisenet": ("bisenet", "bisenet_resnet18"),
+    "enet": ("enet", "enet"),
+}
+_DATA_SETS = {
+    "pascal_voc": "voc2012",
+    "pascal_aug": "vocaug",
+    "citys": "cityscapes",
+}
+_NARROW = ("vgg16", "resnet18", "resnet34")  # 512 channels; other backbones have 2048
 _MANY = ("imgSize", "test_imgs")
 _COMMANDS = {"train": "TRAIN", "eval": "VAL", "predict": "TEST"}
 
@@ -100,7 +127,8 @@ def replacement(command: str, words: Sequence[str], program: str) -> str:
         takes_number = name == "num_gpus"
         wrong = not values or (takes_number and not values[0].isdecimal())
         if wrong and name not in (*_SWITCHES, *_GONE):
-            to = _OPTIONS.get(name) or _KEYS[name].format(_COMMANDS[command])
+            keys = {**_KEYS, **dict.fromkeys(_ZOO, "--cfg")}
+            to = _OPTIONS.get(name) or keys[name].format(_COMMANDS[command])
             value = "a number" if takes_number else "a value"
             return f"--{name} needs {value}, and was replaced: use {to} with {value}"
     at = next((i for i, word in enumerate(rest) if is_key(word)), len(rest))
@@ -112,15 +140,20 @@ def replacement(command: str, words: Sequence[str], program: str) -> str:
 
 def _split(command: str, words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     """Splits arguments into early flags with their values, and all others."""
-    known = {*_KEYS, *_OPTIONS, *_GONE}
+    known = {*_KEYS, *_OPTIONS, *_GONE, "apex"}
+    if any(word.partition("=")[0] in ("--backbone", "--dataset") for word in words):
+        known |= set(_ZOO)  # otherwise --model is a current option
+    if "--logdir" not in (word.partition("=")[0] for word in words):
+        known.remove("s")
     if command == "eval":
         known.remove("workers")  # a current option with another meaning
     given: dict[str, list[str]] = {}
     rest: list[str] = []
     while words:
         word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in known:
+        name, equals, value = word.lstrip("-").partition("=")
+        dashes = "-" if name == "s" else "--"
+        if name not in known or not word.startswith(f"{dashes}{name}"):
             rest.append(word)
             continue
         given[name] = [value] if equals else []
@@ -154,6 +187,12 @@ class _Translation:
             value = values[0] if values else ""
             if name in gone:
                 self.notes.append(f"--{name} by nothing ({gone[name]})")
+            elif name in _ZOO:
+                continue
+            elif name == "apex":
+                precision = "fp32" if _converted(name, values) == "False" else "fp16"
+                self.notes.append(f"--apex by --precision {precision}")
+                self.options += ["--precision", precision]
             elif name == "result" and predicting:
                 self._key(name, "TEST.result", value)
             elif name in _OPTIONS:
@@ -164,6 +203,8 @@ class _Translation:
                 self.options += [option, *values]
             else:
                 self._key(name, _KEYS[name].format(section), _converted(name, values))
+        if any(name in given for name in _ZOO):
+            self._zoo(*("".join(given.get(name, [])) for name in _ZOO))
         if "id" in given or "ckpt" in given:
             folder, model = given.get("ckpt", ["ckpt"]), given.get("id", ["baseline"])
             self._set("DIR", os.path.normpath(os.path.join(*folder, *model)))
@@ -172,8 +213,31 @@ class _Translation:
             images = "".join(given.get("root_img", [f"{ade20k}images"]))
             self._roots(images, "".join(given.get("root_seg", [f"{ade20k}annotations"])))
 
+    def _zoo(self, model: str, backbone: str, data: str) -> None:
+        """Sets a recipe, and the keys of the model where there is none for it."""
+        backbone, data = backbone or "resnet50", data or "ade20k"
+        decoder, encoder = _MODELS.get(model or "fcn", (model, "{}"))
+        encoder = encoder.format(backbone)
+        data = _DATA_SETS.get(data, data)
+        name = f"{data}-{encoder}-{decoder}"
+        recipe = f"config/{name}.yaml"
+        exists = (shipped.HOME / recipe).is_file()
+        if not exists:
+            folder = shipped.HOME / "config"
+            of_data = sorted(folder.glob(f"{data}-*ppm_deepsup.yaml"), key=lambda x: len(x.name))
+            of_data = of_data or sorted(folder.glob(f"{data}-*.yaml"))
+            recipe = f"config/{of_data[0].name}" if of_data else "mine.yaml"
+        keys = f"{recipe} (MODEL.arch_encoder, MODEL.arch_decoder, DATASET.format)"
+        self.notes.append(f"--model, --backbone and --dataset by --cfg {keys}")
+        self.options += ["--cfg", recipe]
+        if not exists:
+            self.pairs += ["MODEL.arch_encoder", encoder, "MODEL.arch_decoder", decoder]
+            self.pairs += ["MODEL.fc_dim", "512" if backbone in _NARROW else "2048"]
+            self.pairs += ["MODEL.weights_encoder", "", "MODEL.weights_decoder", ""]
+            self._set("DIR", f"ckpt/{name}")
+
     def _key(self, name: str, key: str, value: str) -> None:
-        self.notes.append(f"--{name} by {key}")
+        self.notes.append(f"{'-' if name == 's' else '--'}{name} by {key}")
         self._set(key, value)
 
     def _set(self, key: str, value: str) -> None:

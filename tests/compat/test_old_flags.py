@@ -8,9 +8,10 @@ import pytest
 
 from mit_semseg.arguments import build_parser
 from mit_semseg.cli import main, split_overrides
-from mit_semseg.compat import flags
+from mit_semseg.compat import flags, json_configs
 from mit_semseg.compat.flags import replacement
 from mit_semseg.config import load_config
+from mit_semseg.config.options import SETTINGS
 
 ADE20K = "data/ADEChallengeData2016"
 
@@ -80,6 +81,21 @@ CASES = {
     "predict --test_imgs a.jpg --suffix _epoch_20.pth DIR ckpt/m TEST.result ./": (
         "predict --imgs a.jpg DIR ckpt/m TEST.result ./ TEST.checkpoint epoch_20.pth"
     ),
+    "eval --logdir runs/a": "eval --cfg runs/a",
+    "eval --logdir=runs/a -s": "eval --cfg runs/a VAL.visualize True",
+    "train --apex --gpus 0": "train --gpus 0 --precision fp16",
+    "train --apex False": "train --precision fp32",
+    "train --model fcn32s --backbone vgg16 --dataset pascal_voc": (
+        "train --cfg config/voc2012-vgg16-fcn32s.yaml"
+    ),
+    "eval --model psp --backbone resnet50 --dataset citys --workers 2": (
+        "eval --workers 2 --cfg config/cityscapes-resnet50dilated-ppm_deepsup.yaml"
+    ),
+    "train --model danet --backbone resnet101 --dataset pascal_aug": (
+        "train --cfg config/vocaug-resnet50dilated-ppm_deepsup.yaml "
+        "MODEL.arch_encoder resnet101dilated MODEL.arch_decoder danet MODEL.fc_dim 2048 "
+        "MODEL.weights_encoder '' MODEL.weights_decoder '' DIR ckpt/vocaug-resnet101dilated-danet"
+    ),
     "train --cfg mine.yaml --id 'a b' TRAIN.num_epoch 3": (
         "train --cfg mine.yaml TRAIN.num_epoch 3 DIR 'ckpt/a b'"
     ),
@@ -89,10 +105,13 @@ CASES = {
 def as_read(words):
     """The configuration that a command line asks for; an error when it cannot be read."""
     args, rest = build_parser().parse_known_args(words)
-    assert not rest
-    images, more = split_overrides(getattr(args, "imgs", []))
+    if args.command == "predict":
+        images, more = split_overrides([*args.imgs, *args.images, *rest])
+    else:
+        images, more = [], rest
     assert all("=" not in name for name in images)
-    return load_config(None, [*more, *args.opts])
+    recipe = args.cfg if (args.cfg or "").startswith("config/") else None
+    return load_config(recipe, [*more, *args.opts])
 
 
 @pytest.mark.parametrize("typed", CASES)
@@ -103,8 +122,11 @@ def test_the_new_command_line_is_printed_and_can_be_parsed(typed):
     assert printed == f"mit-semseg {CASES[typed]}"
     as_read(shlex.split(printed)[1:])
     for word in words:
-        if word.startswith("--") and word not in ("--gpus", "--cfg", "--workers"):
-            assert f"{word.partition('=')[0]} by " in advice
+        name = word.partition("=")[0]
+        if name in ("--model", "--backbone", "--dataset"):
+            assert "--model, --backbone and --dataset by --cfg " in advice
+        elif word.startswith("-") and word not in ("--gpus", "--cfg", "--workers"):
+            assert f"{name} by " in advice
 
 
 def test_lists_of_2017_are_made_first():
@@ -118,7 +140,7 @@ def test_lists_of_2017_are_made_first():
 def test_current_arguments_are_not_translated():
     today = (
         *("train --gpus 0-1 --cfg a.yaml TRAIN.workers 2", "eval --out x", "eval --workers 2"),
-        *("predict --imgs a", "data check --id 3"),
+        *("predict --imgs a", "data check --id 3", "predict a --model b", "eval -s"),
     )
     for line in today:
         command, *words = line.split()
@@ -142,8 +164,9 @@ def test_the_command_prints_one_line(script, argv, command, monkeypatch, capsys)
 
 def test_the_page_names_every_flag_and_shows_what_is_said():
     page = (Path(__file__).resolve().parents[2] / "docs" / "published.md").read_text()
-    known = {*flags._KEYS, *flags._OPTIONS, *flags._GONE}
-    assert known == set(re.findall(r"`--(\w+)`", page)) - {"gpus", "imgs", "out"}
+    known = {*flags._KEYS, *flags._OPTIONS, *flags._GONE, *flags._ZOO, "apex"}
+    named = set(re.findall(r"`--?(\w+)`", page))
+    assert known == named - {"gpus", "imgs", "out", "cfg", "precision"}
     example = re.search(r"^\$ (python train.py) (.*)\nerror: (.*)$", page, re.MULTILINE)
     assert example is not None
     program, words, expected = example.groups()
@@ -161,3 +184,47 @@ def test_the_page_names_every_flag_and_shows_what_is_said():
 def test_a_flag_without_its_value_is_named(words, message):
     output = replacement("train", words.split(), "python train.py")
     assert f"{words.split()[0]} {message}" in output
+
+
+TEMPLATE = """{
+  "name": "PSPNet", "n_gpu": 1, "use_synch_bn": true,
+  "arch": {"type": "PSPNet", "args": {"backbone": "resnet50", "freeze_bn": false}},
+  "train_loader": {"type": "VOC", "args": {"data_dir": "data", "batch_size": 8, "num_workers": 8}},
+  "optimizer": {"type": "SGD", "differential_lr": true, "args": {"lr": 0.01, "momentum": 0.9}},
+  "loss": "CrossEntropyLoss2d", "ignore_index": 255,
+  "lr_scheduler": {"type": "Poly", "args": {}},
+  "trainer": {"epochs": 80, "save_dir": "saved/", "monitor": "max Mean_IoU", "log_dir": "runs"}
+}"""
+
+
+@pytest.mark.parametrize("option", ["--config", "-c", "--cfg"])
+def test_json_configurations_are_refused_with_our_keys(option, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(TEMPLATE)
+    assert main(["train", option, str(file)]) == 2
+    output = capsys.readouterr().err
+    assert output.startswith(f"error: {file} is a configuration of another toolkit; ")
+    for part in (
+        "DIR for name, trainer.save_dir",
+        "DATASET.root_dataset for train_loader.args.data_dir",
+        "TRAIN.batch_size_per_gpu for train_loader.args.batch_size",
+        "TRAIN.lr_encoder and TRAIN.lr_decoder for optimizer.differential_lr, optimizer.args.lr",
+        "TRAIN.num_epoch for trainer.epochs",
+        "nothing for lr_scheduler.args, trainer.log_dir",
+    ):
+        assert part in output
+
+
+def test_keys_for_json_configurations_exist():
+    named = {
+        key for text in json_configs._KEYS.values() for key in re.findall(r"[A-Z]+\.\w+", text)
+    }
+    assert named <= set(SETTINGS)
+
+
+def test_a_json_configuration_that_cannot_be_read_is_named(tmp_path, capsys):
+    assert main(["train", "--cfg", "none.json"]) == 2
+    assert "none.json does not exist" in capsys.readouterr().err
+    (tmp_path / "bad.json").write_text("{")
+    assert main(["train", "--cfg", str(tmp_path / "bad.json")]) == 2
+    assert "bad.json is neither YAML nor valid JSON" in capsys.readouterr().err
