@@ -50,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="auto|PATH",
         help="resume from the newest state in DIR (auto), or from a state file or folder",
     )
-    _add_config(train, "TRAIN")
+    model = "instead of --cfg, a trained model to start from, on --data"
+    _add_config(train, "TRAIN", model, data=True)
 
     evaluate = _command(commands, "eval", "evaluate a model on the validation list")
     _add_gpus(evaluate)
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--report", action="store_true", help="write report.html: worst images, calibration, ..."
     )
-    _add_config(evaluate, "VAL")
+    _add_config(evaluate, "VAL", "instead of --cfg, a trained model", data=True)
 
     predict = _command(commands, "predict", "run a model on images")
     predict.add_argument(
@@ -241,6 +242,7 @@ def _add_config(
     parser: argparse.ArgumentParser,
     section: str,
     model: str = "",
+    data: bool = False,
     default: str | None = DEFAULT_CONFIG,
     overrides: bool = True,
 ) -> None:
@@ -249,6 +251,9 @@ def _add_config(
     if model:
         source = "a checkpoint folder, hf:NAME, or a name that `mit-semseg models` lists"
         _option(either, "--model MODEL", None, f"{model}: {source}")
+    if data:
+        kinds = "images_dir:masks_dir, images_dir:FILE.json, FILE.odgt, or a public data set"
+        _option(parser, "--data DATA", "", f"with --model: {kinds}")
     parser.add_argument(
         "--precision", default=None, choices=PRECISIONS, help=f"overrides {section}.precision"
     )

@@ -34,6 +34,8 @@ def run_train(args: argparse.Namespace) -> int:
         args.opts.insert(0, args.resume)
         args.resume = "auto"
     options = _options(args)
+    if args.model:
+        args.words = _keep_recipe(options, args)
     from mit_semseg.engine import processes
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
@@ -66,6 +68,22 @@ def run_train(args: argparse.Namespace) -> int:
     if rank == 0:
         _print_end(options.DIR, result)
     return 0
+
+
+def _keep_recipe(options: Options, args: argparse.Namespace) -> list[str]:
+    """Write the settings to DIR; returns the arguments of the same training with that file."""
+    from mit_semseg.engine.checkpoint import make_writable
+    from mit_semseg.engine.from_model import RECIPE, recipe
+
+    make_writable(options.DIR, "DIR")
+    file = os.path.join(options.DIR, RECIPE)
+    with open(file, "w", encoding="utf-8") as opened:
+        opened.write(recipe(options))
+    print(f"These settings are kept as {file}")
+    words = ["train", "--cfg", file]
+    words += ["--gpus", args.devices] if args.devices else []
+    words += ["--resume", args.resume] if args.resume else []
+    return [*words, *(["--threads", str(args.threads)] if args.threads else [])]
 
 
 def _print_end(folder: str, result: dict[str, Any]) -> None:
@@ -120,6 +138,8 @@ def run_eval(args: argparse.Namespace) -> int:
     devices, workers = resolve_devices(args.devices), args.workers
     rank, world, devices = join_process_group(devices, options.VAL.timeout)
     setup_logger(rank, named=world > 1)
+    if args.model and not args.out:
+        args.out = "result_eval"  # the folder of the model may be that of the package
     if rank == 0:
         make_writable(args.out or options.DIR, "--out" if args.out else "DIR")
     if args.single_process:
@@ -385,8 +405,11 @@ def _options(args: argparse.Namespace) -> Options:
     opts = [*args.opts]
     if args.precision:
         opts += [f"{args.section}.precision", args.precision]
+    data = getattr(args, "data", "")
     if getattr(args, "model", None):
-        options = _of_model(args.model, args.section, opts)
+        options = _of_model(args.model, args.section, opts, data)
+    elif data:
+        raise ValueError("--data needs --model, a trained model")
     elif args.cfg:
         options = _read(args.cfg, opts)
     else:
@@ -400,11 +423,23 @@ def _options(args: argparse.Namespace) -> Options:
     return options
 
 
-def _of_model(source: str, section: str, opts: Sequence[str]) -> Options:
-    """The options of a trained model."""
-    from mit_semseg.engine.pretrained import model_options
+def _of_model(source: str, section: str, opts: Sequence[str], data: str = "") -> Options:
+    """The options of a trained model; prints them as a recipe if there are data."""
+    from mit_semseg.engine.from_model import model_options, recipe, training_options
+    from mit_semseg.utils import setup_logger
 
-    return model_options(source, section, opts)
+    setup_logger()
+    if section != "TRAIN":
+        options = model_options(source, section, opts, data)
+    elif not data:
+        raise ValueError("train --model needs --data, such as photos:masks")
+    elif "RANK" in os.environ:
+        raise ValueError("under torchrun give --cfg: train --model without torchrun writes one")
+    else:
+        options = training_options(source, data, opts)
+    if data and os.environ.get("RANK", "0") == "0":
+        print(f"# {section} of {source} on {data}\n{recipe(options)}")
+    return options
 
 
 def _of_default(section: str, opts: Sequence[str]) -> Options:

@@ -6,6 +6,7 @@ alone, are understood from any working folder.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mit_semseg.arguments import CONFIG
@@ -19,7 +20,7 @@ _INSTALLED = _PACKAGE / "assets"  # package-dir in pyproject.toml
 HOME = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent
 
 
-def recipe(path: str | Path) -> Path:
+def recipe(path: str | os.PathLike[str]) -> Path:
     """The path of a configuration: as given if there is one, otherwise of a shipped recipe.
 
     Args:
@@ -30,7 +31,7 @@ def recipe(path: str | Path) -> Path:
     return path if here else _found(path, "config", ".yaml")
 
 
-def model(path: str | Path) -> Path:
+def model(path: str | os.PathLike[str]) -> Path:
     """The path of a checkpoint folder or file: as given if it exists, otherwise the shipped one.
 
     Args:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from mit_semseg import shipped
 from mit_semseg.config import DataOptions, ModelOptions, Options
-from mit_semseg.config.node import tree_of
 from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.engine.checkpoint import (
     CONFIG,
@@ -69,23 +67,6 @@ def locate(source: str | os.PathLike[str]) -> tuple[Options, str]:
     """
     found = _of_this_toolkit(source)
     return (_of_library(_arch(source)).options, PRETRAINED) if found is None else found
-
-
-def model_options(
-    source: str | os.PathLike[str], section: str, overrides: Sequence[str] = ()
-) -> Options:
-    """The settings of a trained model for evaluating it or predicting with it.
-
-    Args:
-        source: as for `load_pretrained`, with its errors.
-        section: `VAL` or `TEST`, whose `checkpoint` is that of the model.
-        overrides: `[KEY, value, ...]`.
-    """
-    options, checkpoint = locate(source)
-    tree = tree_of(options)
-    tree[section].checkpoint = checkpoint
-    tree.merge_from_list(list(overrides))
-    return Options.read(tree)
 
 
 def with_weights(options: Options, section: str) -> Options:
