@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torchmetrics.classification import MulticlassCalibrationError
 
 from mit_semseg.config import DataOptions, Options
@@ -16,7 +17,9 @@ from mit_semseg.engine import eval_page, eval_report
 from mit_semseg.engine.checkpoint import load_model
 from mit_semseg.engine.evaluate import evaluate, val_dataset
 from mit_semseg.engine.image_scores import WORST, ReportCounts
+from mit_semseg.engine.pool import run_here
 from mit_semseg.engine.predictor import Predictor
+from mit_semseg.engine.scoring import Evaluation, Scorer, merged
 from mit_semseg.metrics import Calibration, ConfusionMatrix
 from mit_semseg.scores import confidence_map, probabilities
 
@@ -114,3 +117,38 @@ def test_large_images_are_shown_small(cfg, monkeypatch):
     report.update(3, torch.zeros(40, 72).long(), torch.zeros(40, 72).long(), torch.ones(40, 72))
     sample = eval_page._sample(report, 3, split, DataOptions())
     assert sample.image.shape == (18, 32, 3) and sample.truth.shape == (18, 32)
+
+
+def test_a_gpu_is_computed_in_order_with_the_same_report(cfg):
+    """The code for a GPU, on the CPU; convolutions round by the number of threads."""
+    options, chunks = Options.read(cfg), [range(2), range(2, 4)]
+    scorer = Scorer(load_model(cfg, "best.pth"), val_dataset(cfg), options, CPU, report=True)
+    found = run_here(scorer.in_order, chunks, lambda scored: None).report
+    other = run_here(scorer.side_by_side, chunks, lambda scored: None).report
+    assert torch.equal(found.calibration.labelled, other.calibration.labelled)
+    for part in (found, other):
+        assert sorted(part.images) == [0, 1, 2, 3]
+        assert int(part.calibration.counts[0].sum()) == int(part.calibration.labelled.sum())
+    assert found.calibration.compute()["ece"] == pytest.approx(
+        other.calibration.compute()["ece"], abs=1e-3
+    )
+
+
+def test_reports_of_ranks_are_added(monkeypatch):
+    truth = torch.tensor([[0, 1]])
+    report = ReportCounts(Calibration(2))
+    report.update(0, truth, truth, torch.ones(1, 2))
+    part = Evaluation(ConfusionMatrix(2), report=report)
+    one = report.images[0]
+
+    def gather(into, own):
+        into[:] = [own, {1: one} if isinstance(own, dict) else ({}, 1.0, 1)]
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda counts: counts.mul_(2))
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    whole = merged(part, CPU).report
+    assert whole.images == {0: one, 1: one}
+    assert whole.calibration.labelled.tolist() == [2, 2]
+    assert torch.equal(whole.calibration.counts, 2 * report.calibration.counts)
