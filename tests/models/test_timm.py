@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pairs import CLASSES, Pair, randomise, without_gradient
+from tolerances import rounding
 from torch import nn
 
 from mit_semseg.config import load_options
@@ -343,7 +344,8 @@ def test_a_classifier_saved_by_timm_starts_an_encoder(tmp_path, capsys, caplog):
             first = next(p for p in encoder.parameters() if p.ndim == 4)
             theirs = next(p for p in whole.parameters() if p.ndim == 4)
             torch.testing.assert_close(first[:, :3], theirs, rtol=0, atol=0)
-            torch.testing.assert_close(first[:, 3], theirs.mean(1), rtol=0, atol=0)
+            mean = theirs.mean(1)  # the order of a sum depends on the memory's layout
+            torch.testing.assert_close(first[:, 3], mean, rtol=0, atol=rounding(theirs, 3))
     with torch.no_grad():
         assert encoder(torch.randn(1, 4, 64, 64))[0].isfinite().all()
 
