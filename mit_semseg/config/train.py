@@ -172,7 +172,7 @@ class TrainOptions(Section):
         "auto",
         "how a command uses several GPUs. `processes`: one process per GPU, as with torchrun; "
         "`fsdp`: likewise, with parameters, gradients and optimizer state divided among the "
-        "processes, also those of torchrun (torch 2.7 or newer); `replicas`: one process with a "
+        "processes, also those of torchrun (torch 2.11 or newer); `replicas`: one process with a "
         "thread per GPU; `auto`: processes if torch has NCCL. No effect with one device; the "
         "others have none with torchrun (see [scaling](scaling.md))",
         words=("auto", "processes", "fsdp", "replicas"),

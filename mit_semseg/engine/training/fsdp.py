@@ -57,12 +57,13 @@ def check_torch() -> None:
     """Checks that this torch can train sharded.
 
     Raises:
-        ValueError: it is too old.
+        ValueError: it is too old: gloo then adds gradients instead of averaging them
+            (github.com/pytorch/pytorch/issues/162338).
     """
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         raise ValueError(
-            f"TRAIN.parallel fsdp needs torch 2.7 or newer and this is {torch.__version__}: update "
-            "torch, or set TRAIN.parallel processes"
+            f"TRAIN.parallel fsdp needs torch 2.11 or newer and this is {torch.__version__}: "
+            "update torch, or set TRAIN.parallel processes"
         )
 
 
