@@ -15,6 +15,7 @@ CONFIG = "config.yaml"  # in a checkpoint folder
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
 _SECTIONS = ("DATASET.", "MODEL.", "TRAIN.", "VAL.", "TEST.")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "auto")
+PAPERS = "papers"  # in place of files, to `profile`
 # Data sets and formats for the help; checked against the registry when a command runs, and by a
 # test.
 SOURCES = (
@@ -132,7 +133,7 @@ def _add_tools(commands: Subparsers) -> None:
     _add_config(overfit, "TRAIN")
 
     profile = _command(commands, "profile", "parameters, operations, memory and speed of recipes")
-    _add_recipes(profile)
+    _add_recipes(profile, f"configuration files, or {PAPERS} for all models of papers")
     _add_gpus(profile)
     _option(profile, "--size H W", [512, 512], "height and width of the image in pixels")
     _option(profile, "--out DIR", "", "also write table and chart to this folder")
@@ -267,8 +268,8 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY value", help=help)
 
 
-def _add_recipes(parser: argparse.ArgumentParser) -> None:
-    help = "configuration files, followed by KEY value overrides"
+def _add_recipes(parser: argparse.ArgumentParser, what: str = "configuration files") -> None:
+    help = f"{what}, followed by KEY value overrides"
     parser.add_argument("recipes", nargs="+", metavar="CONFIG", help=help)
 
 

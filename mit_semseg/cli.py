@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mit_semseg import __version__, shipped
-from mit_semseg.arguments import CONFIG, DEFAULT_CONFIG, build_parser, is_key
+from mit_semseg.arguments import CONFIG, DEFAULT_CONFIG, PAPERS, build_parser, is_key
 from mit_semseg.compat import json_configs
 from mit_semseg.compat.flags import replacement
 from mit_semseg.errors import one_line
@@ -245,14 +245,15 @@ def run_overfit(args: argparse.Namespace) -> int:
 def run_profile(args: argparse.Namespace) -> int:
     """Profile recipes; returns 1 if one of them failed."""
     files, opts = split_overrides(args.recipes)
-    read = {file: _read(file, opts) for file in files}
+    read = {file: _read(file, opts) for file in files if file != PAPERS}
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
     from mit_semseg.engine.launch import checked
-    from mit_semseg.tools.profile import run
+    from mit_semseg.tools.profile import of_papers, run
     from mit_semseg.tools.recipes import named
 
-    recipes = {name: checked(read[file]) for name, file in named(files).items()}
+    recipes = of_papers(opts) if PAPERS in files else {}
+    recipes |= {name: checked(read[file]) for name, file in named(read).items()}
     if args.out:
         make_writable(args.out, "--out")
     device = resolve_devices(args.devices)[0]

@@ -26,10 +26,10 @@ from mit_semseg.benchmarks.sides import (
     SideError,
     Timing,
     convolution_rate,
-    machine,
     time_sides,
 )
 from mit_semseg.benchmarks.training import TrainStep
+from mit_semseg.engine.devices import machine
 from mit_semseg.precision import has_fast_bf16
 from mit_semseg.visualize import ratio_bars
 

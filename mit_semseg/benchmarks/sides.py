@@ -9,21 +9,18 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mit_semseg.benchmarks.clock import Clock, Runnable, clock_of
-from mit_semseg.engine.cpu import cpu_count, set_threads
-from mit_semseg.errors import counted
+from mit_semseg.engine.cpu import set_threads
 from mit_semseg.lib.utils import as_numpy
 from mit_semseg.precision import Precision
 
@@ -311,14 +308,3 @@ def convolution_rate(precision: str, device: str = "cpu", seconds: float = 1.5) 
         while not rates or time.monotonic() < end:
             rates.append(work / clock.timed(lambda: layer(x), calls)[0])
     return statistics.median(rates)
-
-
-def machine(device: str) -> str:
-    """Description of the machine."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    text = f"{name}, {counted(cpu_count(), 'core')}"
-    return f"{torch.cuda.get_device_name()}; {text}" if device != "cpu" else text

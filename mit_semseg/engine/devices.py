@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
+from mit_semseg.engine.cpu import cpu_count
 from mit_semseg.errors import counted, one_line
 from mit_semseg.utils import parse_devices
 
@@ -41,6 +45,18 @@ def use_device(device: torch.device) -> None:
     """Make a GPU the current device, so that no context is created on GPU 0; no-op for the CPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def machine(device: torch.device | str) -> str:
+    """Name and number of cores of the CPU, after that of the GPU if `device` is one."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    text = f"{name}, {counted(cpu_count(), 'core')}"
+    on_gpu = torch.device(device).type == "cuda"
+    return f"{torch.cuda.get_device_name(device)}; {text}" if on_gpu else text
 
 
 def _gpu_count() -> int:

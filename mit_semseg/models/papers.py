@@ -1,4 +1,4 @@
-"""Models of papers, as pairs of an encoder and a decoder of this toolkit."""
+"""Models of papers, as pairs of an encoder and a decoder or, of other libraries, as a whole."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ class PaperModel(NamedTuple):
 
     Attributes:
         name: its usual name.
-        encoder, decoder: MODEL.arch_encoder and MODEL.arch_decoder.
+        encoder, decoder: MODEL.arch_encoder and MODEL.arch_decoder; without a decoder, the encoder
+            is MODEL.arch.
     """
 
     name: str
     encoder: str
     decoder: str
+
+    @property
+    def options(self) -> list[str]:
+        """Overrides of the configuration, other than MODEL.fc_dim, that select it."""
+        if not self.decoder:
+            return ["MODEL.arch", self.encoder]
+        return ["MODEL.arch_encoder", self.encoder, "MODEL.arch_decoder", self.decoder]
 
 
 PAPER_MODELS: tuple[PaperModel, ...] = (
@@ -69,4 +77,19 @@ PAPER_MODELS: tuple[PaperModel, ...] = (
     PaperModel("SegNeXt-S", "mscan_s", "hamburger"),
     PaperModel("SegNeXt-B", "mscan_b", "hamburger_b"),
     PaperModel("SegNeXt-L", "mscan_l", "hamburger_l"),
+)
+
+# Those that need an extra: `timm`, or `smp` for the encoder of SegFormer.
+LIBRARY_MODELS: tuple[PaperModel, ...] = (
+    PaperModel("SegFormer-B0", "smp:Segformer:mit_b0", ""),
+    PaperModel("SegFormer-B1", "smp:Segformer:mit_b1", ""),
+    PaperModel("SegFormer's head on PVTv2-B0", "timm:pvt_v2_b0", "segformer"),
+    PaperModel("SegFormer's head on PVTv2-B2", "timm:pvt_v2_b2", "segformer_wide"),
+    PaperModel("UPerNet on ConvNeXt-T", "timm:convnext_tiny", "upernet"),
+    PaperModel("UPerNet on Swin-T", "timm:swin_tiny_patch4_window7_224", "upernet"),
+    PaperModel("DeepLabv3+ on EfficientNet-Lite2", "timm:tf_efficientnet_lite2", "deeplabv3plus"),
+    PaperModel("Linear head on DINOv2-S", "timm:vit_small_patch14_dinov2", "linear"),
+    PaperModel("EoMT-S", "eomt:vit_small_patch16_dinov3", ""),
+    PaperModel("EoMT-B", "eomt:vit_base_patch16_dinov3", ""),
+    PaperModel("EoMT-L", "eomt:vit_large_patch16_dinov3", ""),
 )

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from mit_semseg.config import Options
+from mit_semseg.config import Options, load_options
 from mit_semseg.config.node import Config
+from mit_semseg.engine.devices import machine
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.errors import one_line
-from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models import ENCODERS, ModelBuilder, SegmentationModule
+from mit_semseg.models.papers import LIBRARY_MODELS, PAPER_MODELS
 from mit_semseg.visualize import ratio_bars
 
 # Least time and number of calls of a speed measurement, after a warm-up call.
@@ -41,6 +43,8 @@ class Profile:
         activations_mib: activations stored for the backward pass, in float32 and without
             `TRAIN.activation_checkpointing`, in MiB.
         images_per_second: speed of prediction with batch size 1.
+        images_per_cpu_second: the same per second of CPU time, summed over all threads, which other
+            programs disturb less than elapsed time: that of the fastest of several calls.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Profile:
     gflops: float
     activations_mib: float
     images_per_second: float
+    images_per_cpu_second: float
 
 
 def profile(
@@ -61,6 +66,9 @@ def profile(
     name: str = "",
 ) -> Profile:
     """Measure a configured model, with random weights.
+
+    Only its speed is measured on the device; everything else is counted on torch's meta device,
+    which neither computes nor needs memory.
 
     Args:
         cfg: a checked configuration; its data is not needed.
@@ -74,14 +82,16 @@ def profile(
     _check_size(size)
     options = Options.read(cfg).without_weights()
     model = options.MODEL
-    module = ModelBuilder.from_config(options, inference=False).to(device)
-    image = torch.zeros(1, model.in_channels, *size, device=device)
-    parts = [*module.encoder.parameters(), *module.decoder.parameters()]
-    held = [*parts, *module.buffers()]
+    with torch.device("meta"):
+        plan = ModelBuilder.from_config(options, inference=False).to("meta")
+    image = torch.zeros(1, model.in_channels, *size, device="meta")
+    parts = [*plan.encoder.parameters(), *plan.decoder.parameters()]
+    held = [*parts, *plan.buffers()]
     name = name or model.name
     with _reach(name, size):
-        gflops = operations(module, image) / 1e9
-        activations_mib = activations(module, image, options) / 2**20
+        gflops = operations(plan, image) / 1e9
+        activations_mib = activations(plan, image, options) / 2**20
+    module = ModelBuilder.from_config(options, inference=False).to(device)
     return Profile(
         name,
         model.arch or model.arch_encoder,
@@ -90,7 +100,7 @@ def profile(
         sum(4 * x.numel() for x in held) / 2**20,
         gflops,
         activations_mib,
-        speed(module, image, options),
+        *speed(module, torch.zeros_like(image, device=device), options),
     )
 
 
@@ -124,13 +134,13 @@ def operations(module: SegmentationModule, image: Tensor) -> int:
 
 def activations(module: SegmentationModule, image: Tensor, options: Options) -> int:
     """Bytes stored for the backward pass of a training step, without weights."""
-    weights = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
+    weights = {p.untyped_storage()._cdata for p in [*module.parameters(), *module.buffers()]}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), x)  # kept alive: a unique address
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (storage.nbytes(), x)  # kept alive: a unique address
         return x
 
     H, W = image.shape[-2:]
@@ -146,23 +156,27 @@ def activations(module: SegmentationModule, image: Tensor, options: Options) -> 
     return total
 
 
-def speed(module: SegmentationModule, image: Tensor, options: Options) -> float:
-    """Images per second of prediction with batch size 1, in `VAL.precision`."""
+def speed(module: SegmentationModule, image: Tensor, options: Options) -> tuple[float, float]:
+    """Images per second, and per second of CPU time, of prediction in `VAL.precision`."""
     predictor = Predictor(module, options.DATASET, image.device, precision=options.VAL.precision)
     predictor.logits([image])
     seconds: list[float] = []
+    cpu_seconds: list[float] = []
     end = time.monotonic() + MIN_SECONDS
     while len(seconds) < MIN_CALLS or time.monotonic() < end:
-        began = _now(image.device)
+        began, cpu_began = _now(image.device)
         predictor.logits([image])
-        seconds.append(_now(image.device) - began)
-    return 1 / statistics.median(seconds)
+        ended, cpu_ended = _now(image.device)
+        seconds.append(ended - began)
+        cpu_seconds.append(cpu_ended - cpu_began)
+    return 1 / statistics.median(seconds), 1 / min(cpu_seconds)
 
 
-def _now(device: torch.device) -> float:
+def _now(device: torch.device) -> tuple[float, float]:
+    """Elapsed time, and CPU time of this process."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return time.perf_counter(), time.process_time()
 
 
 COLUMNS: Mapping[str, str] = {
@@ -171,7 +185,24 @@ COLUMNS: Mapping[str, str] = {
     "gflops": "GFLOP",
     "activations_mib": "activations, MiB",
     "images_per_second": "images/s",
+    "images_per_cpu_second": "images/s of CPU time",
 }
+
+
+def of_papers(opts: Sequence[str] = ()) -> dict[str, Options]:
+    """Name -> configuration of the models of papers, for 21 classes.
+
+    Args:
+        opts: overrides of the configuration.
+    """
+    found = {}
+    for model in (*PAPER_MODELS, *LIBRARY_MODELS):
+        fc_dim = []
+        if model.encoder in ENCODERS.names():
+            fc_dim = ["MODEL.fc_dim", str(ENCODERS.get(model.encoder).channels[-1])]
+        options = load_options(None, ["DATASET.num_class", "21", *model.options, *fc_dim, *opts])
+        found[options.MODEL.name] = options
+    return found
 
 
 def run(
@@ -205,7 +236,7 @@ def run(
             tqdm.write(f"error: {name} is skipped: {reason}", file=sys.stderr)
             continue
         if out:
-            _write(found, size, Path(out))
+            _write(found, device, size, Path(out))
     if found:
         print(table(found, size))
     return found
@@ -223,10 +254,18 @@ def table(found: Sequence[Profile], size: tuple[int, int]) -> str:
     return "\n".join(lines)
 
 
-def _write(found: Sequence[Profile], size: tuple[int, int], folder: Path) -> None:
+def _write(
+    found: Sequence[Profile], device: torch.device, size: tuple[int, int], folder: Path
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "profile.md").write_text(table(found, size) + "\n", "utf-8")
-    plain = {"size": size, "recipes": [asdict(one) for one in found]}
+    plain = {
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "size": size,
+        "recipes": [asdict(one) for one in found],
+    }
     (folder / "profile.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
     slowest = min(one.images_per_second for one in found)
     ratio_bars(

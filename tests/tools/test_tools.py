@@ -155,6 +155,27 @@ def test_activations_are_what_backward_needs(recipe, tmp_path):
     assert small > 4 * 32 * 32 * 32
 
 
+def test_activations_are_counted_without_computing_them(recipe, tmp_path):
+    """On torch's meta device, against the tensors of a training step on the CPU."""
+    cfg = load_config(recipe(tmp_path / "small.yaml", "c1_deepsup"))
+    counted = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            module = ModelBuilder.from_config(cfg).to(device)
+        image = torch.zeros(1, 3, 64, 96, device=device)
+        counted.append((profile.operations(module, image), profile.activations(module, image, cfg)))
+    assert counted[0] == counted[1]
+
+
+def test_models_of_papers_are_profiled_by_one_word(capsys, monkeypatch):
+    monkeypatch.setattr(profile, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(profile, "PAPER_MODELS", [m for m in PAPER_MODELS if m.name == "ENet"])
+    monkeypatch.setattr(profile, "LIBRARY_MODELS", ())
+    assert main(["profile", "papers", "--gpus", "cpu", "--size", "64", "96"]) == 0
+    printed = capsys.readouterr().out
+    assert "| enet + enet " in printed and "images/s of CPU time" in printed
+
+
 def test_the_table_holds_every_recipe(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(profile, "MIN_SECONDS", 0.0)
     files = [recipe(tmp_path / f"{name}.yaml", name) for name in ("c1", "ppm")]
