@@ -28,6 +28,20 @@ PYTHON = {
     "3.13": ("2.8", "newest"),
     "3.14": ("2.11", "2.14", "newest"),
 }
+# Extras whose libraries are tested in their oldest and newest versions, and without any.
+EXTRAS = ("hf", "lora", "smp", "timm")
+OF_EXTRAS = (
+    "tests/models/test_timm.py",
+    "tests/models/test_external_eomt.py",
+    "tests/models/test_external_hf.py",
+    "tests/models/test_external_mmseg.py",
+    "tests/models/test_external_smp.py",
+    "tests/models/test_lora.py",
+    "tests/engine/test_external_run.py",
+    "tests/engine/test_lora_run.py",
+    "tests/losses/test_mask_classification.py",
+    "tests/test_recipes.py",
+)
 # Without trainings, evaluations and fault injection, which take most of the time.
 QUICK = (
     "tests/lib",
@@ -54,5 +68,25 @@ def tests(session: nox.Session, torch: str) -> None:
     session.run("python", "-c", "import torch, numpy; print(torch.__version__, numpy.__version__)")
     try:
         session.run("pytest", "-n", "2", "--dist", "loadfile", *(session.posargs or QUICK))
+    finally:
+        shutil.rmtree(session.virtualenv.location, ignore_errors=True)
+
+
+@nox.session(python="3.12")
+@nox.parametrize("libraries", ["none", "oldest", "newest"])
+def extras(session: nox.Session, libraries: str) -> None:
+    """The tests of the extras; "oldest" are the lower bounds of pyproject.toml."""
+    optional = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+    needed = sorted({requirement for name in EXTRAS for requirement in optional[name]})
+    pinned = [requirement.replace(">=", "==") for requirement in needed]
+    session.install(
+        *TORCH["newest"], "--editable", ".[dev]", *(pinned if libraries == "oldest" else [])
+    )
+    if libraries == "none":
+        names = [requirement.partition(">=")[0] for requirement in needed]
+        session.run("python", "-m", "pip", "uninstall", "--yes", *names)
+    session.run("python", "-m", "pip", "list")
+    try:
+        session.run("pytest", "-n", "2", "--dist", "loadfile", *(session.posargs or OF_EXTRAS))
     finally:
         shutil.rmtree(session.virtualenv.location, ignore_errors=True)
