@@ -29,7 +29,7 @@ PYTHON = {
     "3.14": ("2.11", "2.14", "newest"),
 }
 # Extras whose libraries are tested in their oldest and newest versions, and without any.
-EXTRAS = ("hf", "lora", "smp", "timm")
+EXTRAS = ("geo", "hf", "lora", "smp", "timm")
 OF_EXTRAS = (
     "tests/models/test_timm.py",
     "tests/models/test_external_eomt.py",
@@ -37,6 +37,8 @@ OF_EXTRAS = (
     "tests/models/test_external_mmseg.py",
     "tests/models/test_external_smp.py",
     "tests/models/test_lora.py",
+    "tests/dataset/test_rasters.py",
+    "tests/engine/test_bands_run.py",
     "tests/engine/test_external_run.py",
     "tests/engine/test_lora_run.py",
     "tests/losses/test_mask_classification.py",

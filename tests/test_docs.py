@@ -165,7 +165,7 @@ EDITS = [
     ("mit_semseg/models/decoders/__init__.py", "    pidnet,\n", "    pidnet,\n    pointwise,\n"),
     ("mit_semseg/dataset/__init__.py", "    ade20k,\n", "    ade20k,\n    balls,\n"),
     ("mit_semseg/dataset/__init__.py", '    "ade20k",\n', '    "ade20k",\n    "balls",\n'),
-    ("mit_semseg/arguments.py", 'FORMATS = ("folder"', 'FORMATS = ("balls", "folder"'),
+    ("mit_semseg/arguments.py", 'FORMATS = ("colors"', 'FORMATS = ("balls", "colors"'),
     (
         "tests/models/pairs.py",
         "PAIRS = (\n",
