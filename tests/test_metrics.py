@@ -148,7 +148,7 @@ def test_wrong_matrices_are_refused():
     with pytest.raises(TypeError):
         ConfusionMatrix(3) + 1
     for name in metrics.__all__:
-        if name not in ("BoundaryScore", "ConfusionMatrix", "boundary_f", "confusion_matrix"):
+        if name.islower() and name not in ("boundary_f", "confusion_matrix"):
             function = getattr(metrics, name)
             with pytest.raises(ValueError, match=r"\(2, 3\)"):
                 function(torch.zeros(2, 3, dtype=torch.int64))
