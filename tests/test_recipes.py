@@ -81,15 +81,19 @@ def data_set(cfg):
 
 
 @lru_cache
-def encoded(arch, in_channels, output_stride, side):
+def encoded(arch, in_channels, of_timm, side):
     """An encoder and the maps of a square image, shapes only: mostly what it declares."""
     kind = ENCODERS.get(arch) if arch in ENCODERS else None
     with torch.device("meta"):
-        if kind and in_channels == 3 and not (output_stride or kind.supported_decoders):
+        if kind and in_channels == 3 and not (any(of_timm) or kind.supported_decoders):
             sides = (side // stride for stride in kind.strides)
             return kind, tuple(torch.empty(1, c, n, n) for c, n in zip(kind.channels, sides))
         encoder = ModelBuilder.build_encoder(
-            arch, weights="none", in_channels=in_channels, output_stride=output_stride
+            arch,
+            weights="none",
+            in_channels=in_channels,
+            output_stride=of_timm[0],
+            out_indices=of_timm[1],
         ).eval()
         features = encoder(torch.empty(1, in_channels, side, side), return_feature_maps=True)
     return encoder, tuple(features)
@@ -202,10 +206,11 @@ def test_every_data_set_has_its_recipe():
 def test_a_recipe_builds_and_fits(path):
     cfg = recipe(path)
     encoder_name, decoder_name = cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder
-    stride = cfg.MODEL.output_stride
-    check_pair(encoder_name, decoder_name, cfg.MODEL.fc_dim, output_stride=stride)
+    of_timm = (cfg.MODEL.output_stride, tuple(cfg.MODEL.out_indices))
+    options = dict(zip(("output_stride", "out_indices"), of_timm, strict=True))
+    check_pair(encoder_name, decoder_name, cfg.MODEL.fc_dim, **options)
     side = 4 * cfg.DATASET.padding_constant
-    encoder, features = encoded(encoder_name, cfg.MODEL.in_channels, stride, side)
+    encoder, features = encoded(encoder_name, cfg.MODEL.in_channels, of_timm, side)
     assert cfg.DATASET.padding_constant % max(encoder.strides) == 0
     with torch.device("meta"):
         decoder = ModelBuilder.build_decoder(
