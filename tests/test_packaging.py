@@ -23,7 +23,12 @@ ENVIRONMENT = {
     "PIP_NO_INDEX": "1",
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
-SHIPPED = ("config/*.yaml", "weights/*/config.yaml", "weights/*/classes.csv", "weights/*/*.pth")
+SHIPPED = (
+    "config/*.yaml",
+    "weights/camvid-mobilenetv2dilated-c1_deepsup/config.yaml",
+    "weights/camvid-mobilenetv2dilated-c1_deepsup/classes.csv",
+    "weights/camvid-mobilenetv2dilated-c1_deepsup/*.pth",
+)
 INSTALLED = ["wheel", pytest.param("sdist", marks=pytest.mark.slow)]
 
 
