@@ -93,7 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
     pack = _command(commands, "pack", "copy a checkpoint in half precision, to share it")
     pack.add_argument("source", metavar="CHECKPOINT_FOLDER", help="folder to copy from")
     pack.add_argument("out", metavar="OUT", help="folder to create")
-    _option(pack, "--checkpoint NAME", None, "epoch_N.pth or best.pth (best, else the latest)")
+    _option(pack, "--checkpoint NAME", None, "such as epoch_N.pth (the best, else the latest)")
+    pack.add_argument(
+        "--format", default="pth", choices=("pth", "safetensors"), help="of the weights (pth)"
+    )
     pack.add_argument(
         "--library",
         action="store_true",

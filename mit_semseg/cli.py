@@ -187,13 +187,14 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def run_pack(args: argparse.Namespace) -> int:
     """Copy a checkpoint in half precision, or in the form of its library."""
-    from mit_semseg.engine.checkpoint import pack, pack_for_library
+    from mit_semseg.engine.checkpoint import CheckpointFolder, pack, pack_for_library
 
     if args.library:
         print(pack_for_library(args.source, args.out, args.checkpoint))
         return 0
-    path = pack(args.source, args.out, args.checkpoint)
-    size = sum(file.stat().st_size for file in path.glob("*.pth")) / 1e6
+    path = pack(args.source, args.out, args.checkpoint, suffix=f".{args.format}")
+    files = CheckpointFolder(path).files(f"best.{args.format}")
+    size = sum(file.stat().st_size for file in files) / 1e6
     print(f"{path}: weights of {size:.1f} MB")
     return 0
 

@@ -18,8 +18,8 @@ class InferenceOptions(Section):
 
     checkpoint: str = key(
         "epoch_20.pth",
-        "`epoch_N.pth` or `best.pth` in `DIR`, or a path in another folder; `pretrained`: the "
-        "weights that `MODEL.arch` names",
+        "`epoch_N.pth` or `best.pth` in `DIR` (or `.safetensors`), or a path in another folder; "
+        "`pretrained`: the weights that `MODEL.arch` names",
     )
     batch_size: int = key(
         1, "images per forward pass: neighbours in the list that have the same size", least=1

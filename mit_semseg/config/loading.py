@@ -44,7 +44,7 @@ def load_config(path: str | Path | None = None, opts: Sequence[str] | None = Non
         if (file / CONFIG).is_file():
             file = file / CONFIG
         tree.merge_from_file(file)
-        if any(file.parent.glob("encoder_*.pth")):
+        if any(file.parent.glob("encoder_*")):
             tree.merge_from_list(["DIR", str(file.parent)])
             tree.origins["DIR"] = f"folder of {file}"
     if opts:

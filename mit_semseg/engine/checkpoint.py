@@ -23,19 +23,25 @@ from mit_semseg.dataset import ClassTable, class_table
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.external import FILE, Architecture, build, describe, save_pretrained
 from mit_semseg.models.lora import with_adapters
-from mit_semseg.weights import load_into, read_state_dict
+from mit_semseg.weights import (
+    SUFFIXES,
+    load_into,
+    need_safetensors,
+    read_state_dict,
+    safetensors_bytes,
+)
 
 CLASSES = "classes.csv"
 PRETRAINED = "pretrained"  # instead of a checkpoint: the weights that MODEL.arch names
 
 
 def atomic_save(files: Mapping[Path, Any]) -> None:
-    """Save each value to its path with torch.save.
+    """Save each value to its path with torch.save, or tensors as `.safetensors`.
 
     The files are written under temporary names, flushed to disk, and renamed, so that a kill or a
     full disk leaves either the old or the new file. (A kill between two renames leaves one new and
-    one old file; a resumed run rewrites both.) torch's format has a checksum of every tensor, see
-    `weights.check_archive`.
+    one old file; a resumed run rewrites both.) Both formats have checksums, see
+    `weights.load_checked`.
 
     Raises:
         OSError: a file cannot be written, for example on a full disk.
@@ -61,7 +67,10 @@ def atomic_save(files: Mapping[Path, Any]) -> None:
 def _write(obj: Any, handle: int, path: Path) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
-            _save(obj, file)
+            if path.suffix == ".safetensors":
+                file.write(safetensors_bytes(obj))
+            else:
+                _save(obj, file)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -111,9 +120,10 @@ def make_writable(folder: str | Path, what: str) -> None:
 
 
 class CheckpointFolder:
-    """The folder of a model: `config.yaml`, `classes.csv` and pairs `{encoder,decoder}_NAME.pth`.
+    """The folder of a model: `config.yaml`, `classes.csv` and pairs `{encoder,decoder}_NAME`.
 
-    NAME is `epoch_N` or `best`. `training.checkpoints.RunFolder` adds the files of a training.
+    NAME is `epoch_N.pth` or `best.pth`, or the same as `.safetensors`.
+    `training.checkpoints.RunFolder` adds the files of a training.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -140,13 +150,18 @@ class CheckpointFolder:
         return ClassTable.load(file) if file.is_file() else class_table(self.options().DATASET)
 
     def names(self) -> list[str]:
-        """Checkpoints with encoder and decoder file: epochs in order, `best.pth` last."""
-        encoders = {p.name.removeprefix("encoder_") for p in self.path.glob("encoder_*.pth")}
-        decoders = {p.name.removeprefix("decoder_") for p in self.path.glob("decoder_*.pth")}
+        """Checkpoints with encoder and decoder file: epochs in order, the best last.
+
+        Of two with the same name, `.pth` follows `.safetensors`.
+        """
+        encoders, decoders = (
+            {p.name.removeprefix(part) for p in self.path.glob(f"{part}*") if p.suffix in SUFFIXES}
+            for part in ("encoder_", "decoder_")
+        )
         return sorted(encoders & decoders, key=_order)
 
     def best_or_latest(self) -> str:
-        """`best.pth` if there is one, else the latest epoch.
+        """`best.pth` or `best.safetensors` if there is one, else the latest epoch.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
@@ -154,13 +169,13 @@ class CheckpointFolder:
         names = self.names()
         if not names:
             raise FileNotFoundError(
-                f"no pair of encoder_NAME.pth and decoder_NAME.pth in {self.path}; it contains "
-                f"{_listing(self.path)}"
+                f"no pair of encoder_NAME.pth and decoder_NAME.pth (or .safetensors) in "
+                f"{self.path}; it contains {_listing(self.path)}"
             )
         return names[-1]
 
     def files(self, checkpoint: str) -> tuple[Path, Path]:
-        """Encoder and decoder file of `epoch_N.pth` or `best.pth`.
+        """Encoder and decoder file of a checkpoint, such as `best.pth`.
 
         Raises:
             FileNotFoundError: one is missing; the error lists the checkpoints that are there.
@@ -199,7 +214,7 @@ class CheckpointFolder:
             architecture.save(self.path)
 
     def save(self, name: str, encoder: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:
-        """Write one checkpoint; `name` is `epoch_N.pth` or `best.pth`."""
+        """Write one checkpoint; `name` is one of `names`."""
         atomic_save(
             {
                 self.path / f"encoder_{name}": dict(encoder),
@@ -215,8 +230,15 @@ class CheckpointFolder:
         return max(epochs, default=0)
 
 
-def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> Path:
-    """Copy one checkpoint, in half precision, to the `best.pth` of another folder.
+def pack(
+    source: str | Path,
+    out: str | Path,
+    checkpoint: str | None = None,
+    *,
+    suffix: str = ".pth",
+    half: bool = True,
+) -> Path:
+    """Copy one checkpoint, in half precision, as the best of another folder.
 
     Convolution and linear weights are stored in float16, and converted back when they are loaded;
     buffers and biases, which are small and more sensitive, keep their type. Configuration, class
@@ -225,20 +247,27 @@ def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> 
     Args:
         source: a checkpoint folder.
         out: the folder to write; created.
-        checkpoint: `epoch_N.pth` or `best.pth`; None for the best, else the latest.
+        checkpoint: such as `epoch_N.pth`; None for the best, else the latest.
+        suffix: `.pth`, or `.safetensors`, which needs the extra `hub`.
+        half: store weights in float16.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: a weight is outside the range of float16, or `out` is `source`.
+        ValueError: a weight is outside the range of float16, `out` is `source`, or safetensors is
+            not installed.
     """
     folder, packed = CheckpointFolder(source), CheckpointFolder(out)
+    best = f"best{suffix}"
+    if suffix == ".safetensors":
+        need_safetensors(packed.path / best)
     if packed.path.resolve() == folder.path.resolve():
         raise ValueError(f"{out} is the source folder: give another output folder")
     halves = []
     for file in folder.files(checkpoint or folder.best_or_latest()):
         weights = read_state_dict(file)
         small = {
-            k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in weights.items()
+            k: v.half() if half and v.is_floating_point() and v.ndim > 1 else v
+            for k, v in weights.items()
         }
         for name, tensor in small.items():
             if not torch.isfinite(tensor).all():
@@ -248,13 +277,13 @@ def pack(source: str | Path, out: str | Path, checkpoint: str | None = None) -> 
                 )
         halves.append(small)
     options = folder.options()
-    val = replace(options.VAL, checkpoint="best.pth")
-    test = replace(options.TEST, checkpoint="best.pth")
+    val = replace(options.VAL, checkpoint=best)
+    test = replace(options.TEST, checkpoint=best)
     packed.prepare(replace(options, DIR=str(out), VAL=val, TEST=test), folder.classes())
-    packed.save("best.pth", halves[0], halves[1])
-    for name in (FILE, "metrics.jsonl", "curves.png", "log.txt"):
-        if (folder.path / name).is_file():
-            shutil.copyfile(folder.path / name, packed.path / name)
+    packed.save(best, halves[0], halves[1])
+    for file in (FILE, "metrics.jsonl", "curves.png", "log.txt"):
+        if (folder.path / file).is_file():
+            shutil.copyfile(folder.path / file, packed.path / file)
     return packed.path
 
 
@@ -380,9 +409,11 @@ def load_whole(module: nn.Module, file: Path, what: str) -> None:
         )
 
 
-def _order(name: str) -> tuple[int, str]:
-    match = re.fullmatch(r"epoch_(\d+)\.pth", name)
-    return (int(match[1]), name) if match else (10**9 if name == "best.pth" else -1, name)
+def _order(name: str) -> tuple[int, bool, str]:
+    stem, suffix = os.path.splitext(name)
+    match = re.fullmatch(r"epoch_(\d+)", stem)
+    number = int(match[1]) if match else 10**9 if stem == "best" else -1
+    return number, suffix == ".pth", name
 
 
 def _listing(path: Path) -> str:

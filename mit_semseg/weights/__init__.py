@@ -1,6 +1,13 @@
 """Pretrained weights: from a name, path or URL to a verified file, loaded with a report."""
 
-from mit_semseg.weights.archive import check_archive, load_checked, read_state_dict
+from mit_semseg.weights.archive import (
+    SUFFIXES,
+    check_archive,
+    load_checked,
+    need_safetensors,
+    read_state_dict,
+    safetensors_bytes,
+)
 from mit_semseg.weights.loading import ClassRows, LoadReport, load_decoder, load_encoder, load_into
 from mit_semseg.weights.published import (
     MODELS,
@@ -37,6 +44,7 @@ __all__ = [
     "MODELS",
     "PUBLISHED",
     "SAMPLE_IMAGE",
+    "SUFFIXES",
     "TORCHVISION",
     "WEIGHTS",
     "LoadReport",
@@ -52,10 +60,12 @@ __all__ = [
     "load_decoder",
     "load_encoder",
     "load_into",
+    "need_safetensors",
     "published_checkpoint",
     "read_state_dict",
     "rename_torchvision_mobilenet",
     "resolve",
+    "safetensors_bytes",
     "torchvision_decoder",
     "torchvision_encoder",
 ]

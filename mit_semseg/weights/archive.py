@@ -20,6 +20,9 @@ from mit_semseg.errors import one_line
 
 _ZIP = b"PK\x03\x04"  # first bytes of an archive of torch.save
 _FOLDER = 0x10  # MS-DOS attribute of a folder
+# Suffixes of the files of a checkpoint.
+SUFFIXES = (".pth", ".safetensors")
+_CHECKSUM = "crc32"  # in the metadata of safetensors files that are written here
 # Exceptions for damaged archives. RuntimeError: a damaged flag claims encryption or an unknown
 # compression method.
 _BROKEN_ZIP = (
@@ -97,7 +100,8 @@ def load_checked(path: str | Path, map_location: Any = "cpu") -> Any:
     """Loads a file of `torch.save` or safetensors; all weight files are read by this function.
 
     Checksums are verified (`check_archive`), and `weights_only=True` prevents code execution. A
-    file whose name ends in `.safetensors` has neither checksums nor code.
+    file whose name ends in `.safetensors` has no code, and a checksum if it is of
+    `safetensors_bytes`.
 
     Args:
         path: the file.
@@ -124,16 +128,59 @@ def load_checked(path: str | Path, map_location: Any = "cpu") -> Any:
 
 
 def _load_safetensors(path: str | Path, device: Any) -> dict[str, Tensor]:
+    need_safetensors(path)
+    from safetensors import SafetensorError, safe_open
+
     try:
-        import safetensors.torch as reader
-        from safetensors import SafetensorError
-    except ImportError as error:
-        raise ValueError(f"{path} needs safetensors: pip install 'mit_semseg[timm]'") from error
-    try:
-        found: dict[str, Tensor] = reader.load_file(path, device=str(device))
+        with safe_open(path, framework="pt", device="cpu") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            checksum = (file.metadata() or {}).get(_CHECKSUM)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({one_line(error, 120)})") from error
-    return found
+        raise ValueError(
+            f"{path} is damaged ({one_line(error, 120)}); copy or download it again"
+        ) from error
+    if checksum not in (None, _crc32(found)):
+        raise ValueError(
+            f"{path} is damaged (the checksum of its tensors is wrong); copy or download it again"
+        )
+    return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file, with a checksum, which the format itself does not have.
+
+    Args:
+        tensors: by name; tensors that share memory are stored separately.
+    """
+    import safetensors.torch as writer
+
+    # Clones, since tensors that share memory are refused.
+    own = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
+    }
+    content: bytes = writer.save(own, metadata={"format": "pt", _CHECKSUM: _crc32(own)})
+    return content
+
+
+def need_safetensors(path: str | Path) -> None:
+    """Check that safetensors is installed.
+
+    Raises:
+        ValueError: it is not; the message names the file and the extra.
+    """
+    try:
+        import safetensors.torch  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{path} needs safetensors: pip install 'mit_semseg[hub]'") from error
+
+
+def _crc32(tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of contiguous CPU tensors in the order of their names."""
+    value = 0
+    for name in sorted(tensors):
+        values = tensors[name].reshape(-1)
+        value = zlib.crc32(values.view(torch.uint8).numpy() if values.numel() else b"", value)
+    return f"{value:08x}"
 
 
 def _why(error: BaseException) -> str:

@@ -20,7 +20,8 @@ log = logging.getLogger("mit_semseg")
 EVALUATION = "result_eval"  # subfolder with the output of `evaluate`
 # Files that a training writes, besides configuration and class table.
 RUN_FILES = (
-    *("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", "state_step_*.pth"),
+    *("encoder_*.pth", "decoder_*.pth", "encoder_*.safetensors", "decoder_*.safetensors"),
+    *("history_epoch_*.pth", "state_step_*.pth"),
     *("nonfinite_*.pth", METRICS, CURVES),
 )
 # The second one is used if the newest is damaged, for example by a failing disk.
@@ -110,7 +111,7 @@ class RunFolder(CheckpointFolder):
 
     def drop_epochs(self, keep: int) -> None:
         """Remove all but the newest `keep` epoch checkpoints; 0 keeps all."""
-        epochs = [name for name in self.names() if name.startswith("epoch_")]
+        epochs = [name for name in self.names() if re.fullmatch(r"epoch_\d+\.pth", name)]
         for name in epochs[:-keep] if keep else []:
             for kind in ("encoder", "decoder", "history"):
                 (self.path / f"{kind}_{name}").unlink(missing_ok=True)
