@@ -356,8 +356,12 @@ def test_an_unknown_colour_is_named(tmp_path):
             ),
             ("bad.jpg: a JPEG mask has altered colours; export masks as PNG",),
         ),
+        (
+            lambda f: put(f / "masks/good_mask.png", np.ones((1, 2), np.uint8)),
+            ("good_mask.png: ", "masks/good.png belongs to the same image; left out"),
+        ),
     ],
-    ids=["value", "no mask", "no image", "size", "image", "jpeg"],
+    ids=["value", "no mask", "no image", "size", "image", "jpeg", "twice"],
 )
 def test_masks_that_cannot_be_used_are_named(spoil, parts, tmp_path):
     pair(tmp_path / "set", "good", [[0, 1]])

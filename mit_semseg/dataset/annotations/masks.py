@@ -47,12 +47,12 @@ class MaskReader:
     )
 
     def finds(self, tree: Tree) -> bool:
-        return bool(_masks(tree))
+        return bool(_masks(tree, []))
 
     def read(self, tree: Tree, choices: Choices) -> Annotations:
-        masks = _masks(tree)
-        table = choices.table
         found = Annotations(self.title, [], [], gaps=False)
+        masks = _masks(tree, found.problems)
+        table = choices.table
         if table is None and not choices.binary:
             table = _own_table(tree)
         if choices.binary:
@@ -63,7 +63,7 @@ class MaskReader:
         else:
             found.rules.append(f"classes from {table.path}")
         listed = _listed(tree)
-        images = _images(tree, set(masks.values()))
+        images = _images(tree, set(masks.values()), found.problems)
         for key, mask in masks.items():
             if key not in images:
                 found.problems.append(f"{mask}: no image {key!r}; left out (or give --images)")
@@ -80,26 +80,30 @@ class MaskReader:
 
 
 # ------------------------------------------------------------------------------ files
-def _masks(tree: Tree) -> dict[str, Path]:
+def _masks(tree: Tree, problems: list[str]) -> dict[str, Path]:
     """Key -> mask file; images and masks with the same key belong together."""
     known = image_extensions()
-    found: dict[str, Path] = {}
-    for file in tree.files:
-        if file.suffix.lower() not in known:
-            continue
-        inside = file.relative_to(tree.root)
-        if not _is_separate(inside) and _is_mask(inside):
-            found.setdefault(_key(inside), file)
-    return found
+    files = [file for file in tree.files if file.suffix.lower() in known]
+    return _by_key((x for x in files if _is_mask(x.relative_to(tree.root))), tree.root, problems)
 
 
-def _images(tree: Tree, masks: set[Path]) -> dict[str, Path]:
+def _images(tree: Tree, masks: set[Path], problems: list[str]) -> dict[str, Path]:
     """Key -> image file."""
+    root = tree.image_root
+    files = [file for file in tree.images if file not in masks]
+    return _by_key((x for x in files if not _is_mask(x.relative_to(root))), root, problems)
+
+
+def _by_key(files: Iterable[Path], root: Path, problems: list[str]) -> dict[str, Path]:
+    """Key -> the first of the files with it."""
     found: dict[str, Path] = {}
-    for file in tree.images:
-        inside = file.relative_to(tree.image_root)
-        if file not in masks and not _is_separate(inside) and not _is_mask(inside):
-            found.setdefault(_key(inside), file)
+    for file in files:
+        inside = file.relative_to(root)
+        if _is_separate(inside):
+            continue
+        first = found.setdefault(_key(inside), file)
+        if first != file:
+            problems.append(f"{file}: {first} belongs to the same image; left out")
     return found
 
 
