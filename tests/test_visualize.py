@@ -224,6 +224,20 @@ def test_ratio_bars_start_at_one_and_stand_in_groups(tmp_path):
             visualize.ratio_bars(wrong)
 
 
+def test_models_are_points_by_accuracy_and_speed(tmp_path):
+    models, file = ("slow", "fast $x$", "broken"), tmp_path / "speed.png"
+    figure = visualize.accuracy_by_speed(models, [0.7, 0.6, None], [1.5, 30.0, 4.0], file)
+    axes, listed = figure.axes
+    (points,) = axes.collections
+    assert points.get_offsets()[:2].tolist() == [[1.5, 0.7], [30.0, 0.6]]
+    assert axes.get_xscale() == "log" and [x.get_text() for x in axes.texts[:2]] == ["1", "2"]
+    rows = ["1  slow, 70.0%", "2  fast $x$, 60.0%", "3  broken, n/a"]
+    assert [x.get_text() for x in listed.texts] == rows
+    for wrong in (([], [], []), (models, [0.5], [1.0]), (models[:1], [0.5], [0.0])):
+        with pytest.raises(ValueError, match="speed"):
+            visualize.accuracy_by_speed(*wrong)
+
+
 def test_confusion_matrix_shows_fractions_of_labelled_pixels(tmp_path):
     counts = np.array([[6, 0, 2], [0, 0, 0], [1, 0, 0]])
     axes = visualize.confusion_matrix(counts, NAMES, tmp_path / "matrix.png").axes[0]

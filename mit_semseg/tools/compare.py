@@ -16,11 +16,14 @@ from mit_semseg.dataset import build_split
 from mit_semseg.engine.evaluate import val_dataset
 from mit_semseg.engine.training.metrics_log import METRICS, read_metrics
 from mit_semseg.errors import one_line
-from mit_semseg.visualize import class_bars
+from mit_semseg.tools import profile
+from mit_semseg.visualize import accuracy_by_speed
 from mit_semseg.visualize.bands import picture
 from mit_semseg.visualize.sheets import image_grid
 
 log = logging.getLogger("mit_semseg")
+# Height and width of the image whose operations are counted, as of `mit-semseg profile`.
+SIZE = (512, 512)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class Compared:
         images_per_second: of the evaluation.
         steps: of the training; 0 if unknown.
         train_minutes: time of the training without validation; 0 if unknown.
+        parameters: of encoder and decoder, in 1e6; None without a configuration, or if the model
+            cannot be built.
+        gflops: floating-point operations for an image of 512x512 pixels, in 1e9; None likewise.
     """
 
     name: str
@@ -45,6 +51,8 @@ class Compared:
     images_per_second: float
     steps: int = 0
     train_minutes: float = 0.0
+    parameters: float | None = None
+    gflops: float | None = None
 
     @classmethod
     def read(cls, place: str | Path) -> Compared:
@@ -68,17 +76,19 @@ class Compared:
             ) from error
         options, here = _options(folder), folder.resolve()
         of_model = options is not None or here.name in ("result_eval", "evaluation")
-        model = options.MODEL if options else None
         steps = _trained(folder.parent)
+        parameters, gflops = _costs(options) if options else (None, None)
         return cls(
             name=here.parent.name if of_model else here.name,
             folder=str(folder),
-            model=model.name if model else "",
+            model=options.MODEL.name if options else "",
             mean_iou=figures[0],
             pixel_accuracy=figures[1],
             images_per_second=rate,
             steps=steps.get("step", 0),
             train_minutes=steps.get("seconds", 0.0) / 60,
+            parameters=parameters,
+            gflops=gflops,
         )
 
     def __str__(self) -> str:
@@ -93,6 +103,19 @@ def _options(folder: Path) -> Options | None:
     """The configuration in the parent folder of an evaluation."""
     file = folder.parent / "config.yaml"
     return load_options(file) if file.is_file() else None
+
+
+def _costs(options: Options) -> tuple[float, float] | tuple[None, None]:
+    """Parameters in 1e6, and GFLOP for an image of `SIZE`."""
+    try:
+        plan, image = profile.on_meta(options, SIZE)
+        return (
+            sum(p.numel() for p in profile.parameters(plan)) / 1e6,
+            profile.operations(plan, image) / 1e9,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        log.warning("%s: its operations are not known: %s", options.MODEL.name, one_line(error))
+        return None, None
 
 
 def _trained(folder: Path) -> dict[str, Any]:
@@ -138,12 +161,11 @@ def compare(
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     (folder / f"{name}.md").write_text(table(found, failed) + "\n", "utf-8")
     if found:
-        class_bars(
+        accuracy_by_speed(
             [x.name for x in found],
             [x.mean_iou for x in found],
-            path=folder / f"{name}.png",
-            title="Mean IoU",
-            what="models",
+            [x.images_per_second for x in found],
+            folder / f"{name}.png",
         )
         _pictures(found, folder / f"{name}_pictures.png")
     return found
@@ -151,13 +173,18 @@ def compare(
 
 def table(found: Sequence[Compared], failed: Mapping[str, str] | None = None) -> str:
     """A Markdown table of evaluations."""
-    rows = ["| name | model | mean IoU | accuracy | steps | minutes | images/s |", f"|{7 * '---|'}"]
+    head = ("name", "model", "mean IoU", "accuracy", "images/s", "parameters, 1e6", "GFLOP")
+    rows = [f"| {' | '.join((*head, 'steps', 'minutes'))} |", f"|{9 * '---|'}"]
     for x in found:
-        trained = f"{x.steps} | {x.train_minutes:.1f}" if x.steps else " | "
-        figures = f"{_percent(x.mean_iou)} | {_percent(x.pixel_accuracy)} | {trained}"
-        rows.append(f"| {x.name} | {x.model} | {figures} | {x.images_per_second:.2f} |")
+        cells = [
+            *(x.name, x.model, _percent(x.mean_iou), _percent(x.pixel_accuracy)),
+            f"{x.images_per_second:.2f}",
+            *("" if cost is None else f"{cost:.3g}" for cost in (x.parameters, x.gflops)),
+            *((f"{x.steps}", f"{x.train_minutes:.1f}") if x.steps else ("", "")),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     for name, reason in (failed or {}).items():
-        rows.append(f"| {name} | failed: {reason.replace('|', '/')} | | | | | |")
+        rows.append(f"| {name} | failed: {reason.replace('|', '/')} |{7 * ' |'}")
     return "\n".join(rows)
 
 

@@ -82,12 +82,10 @@ def profile(
     _check_size(size)
     options = Options.read(cfg).without_weights()
     model = options.MODEL
-    with torch.device("meta"):
-        plan = ModelBuilder.from_config(options, inference=False).to("meta")
-    image = torch.zeros(1, model.in_channels, *size, device="meta")
-    parts = [*plan.encoder.parameters(), *plan.decoder.parameters()]
-    held = [*parts, *plan.buffers()]
     name = name or model.name
+    plan, image = on_meta(options, size)
+    parts = parameters(plan)
+    held = [*parts, *plan.buffers()]
     with _reach(name, size):
         gflops = operations(plan, image) / 1e9
         activations_mib = activations(plan, image, options) / 2**20
@@ -122,6 +120,22 @@ def _reach(name: str, size: tuple[int, int]) -> Iterator[None]:
             f"--size {size[0]} {size[1]} does not work with {name} ({reason}); give a larger size, "
             "in multiples of 32"
         ) from error
+
+
+def on_meta(options: Options, size: tuple[int, int]) -> tuple[SegmentationModule, Tensor]:
+    """A model and an image of height and width `size` on torch's meta device.
+
+    Raises:
+        ValueError: the model cannot be built.
+    """
+    with torch.device("meta"):
+        plan = ModelBuilder.from_config(options.without_weights(), inference=False).to("meta")
+    return plan, torch.zeros(1, options.MODEL.in_channels, *size, device="meta")
+
+
+def parameters(module: SegmentationModule) -> list[Tensor]:
+    """Parameters of encoder and decoder, including auxiliary heads."""
+    return [*module.encoder.parameters(), *module.decoder.parameters()]
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Palettes, coloured label maps and legends as arrays; charts and sheets as matplotlib figures."""
 
 from mit_semseg.visualize.charts import (
+    accuracy_by_speed,
     class_bars,
     confusion_matrix,
     curves,
@@ -12,6 +13,7 @@ from mit_semseg.visualize.palette import color_encode, overlay, palette, side_by
 from mit_semseg.visualize.sheets import prediction_sheet
 
 __all__ = [
+    "accuracy_by_speed",
     "class_bars",
     "color_encode",
     "confusion_matrix",

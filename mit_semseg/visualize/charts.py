@@ -201,7 +201,6 @@ def class_bars(
     path: PathLike | None = None,
     *,
     title: str = "IoU per class",
-    what: str = "classes",
 ) -> Figure:
     """One bar per class in descending order; absent classes are at the end, as n/a.
 
@@ -211,7 +210,6 @@ def class_bars(
         colors: (K, 3) uint8 RGB of the bars; None: one colour for all.
         path: file to save, .png, .svg or .pdf.
         title: heading.
-        what: plural noun for the bars, for the note.
 
     Raises:
         ValueError: the lengths differ, or there are no classes.
@@ -228,7 +226,7 @@ def class_bars(
     note = "no class occurs"
     if known:
         absent = f", {len(values) - known} absent" if known < len(values) else ""
-        note = f"mean {np.nanmean(values):.1%} over {known} {what}{absent}"
+        note = f"mean {np.nanmean(values):.1%} over {known} classes{absent}"
     columns = 1 if len(order) <= 30 else 2
     rows = math.ceil(len(order) / columns)
     figure = new_figure(8 if columns == 1 else 10, 1 + 0.24 * rows, title, note)
@@ -303,6 +301,57 @@ def ratio_bars(
         text = rows[begin][0]
         heading = axes.text(0.012, y[begin] - 1, text, transform=at_left, va="center", **_PLAIN)
         heading.set(size=10.5, weight="bold", color=INK, in_layout=False)
+    return save_figure(figure, path)
+
+
+def accuracy_by_speed(
+    names: Sequence[str],
+    accuracy: Sequence[float | None],
+    images_per_second: Sequence[float],
+    path: PathLike | None = None,
+    *,
+    title: str = "Mean IoU by speed",
+) -> Figure:
+    """One numbered point per model, on a logarithmic axis of speed, and a list of the models.
+
+    Args:
+        names: K names of models.
+        accuracy: K values in [0, 1]; models with None or NaN are only listed.
+        images_per_second: K speeds above 0.
+        path: file to save, .png, .svg or .pdf.
+        title: heading.
+
+    Raises:
+        ValueError: the lengths differ, there are no models, or a speed is not a number above 0.
+    """
+    if not len(names) == len(accuracy) == len(images_per_second) or not len(names):
+        raise ValueError(
+            f"there are {len(names)} names, {len(accuracy)} accuracies and "
+            f"{len(images_per_second)} speeds; give one of each per model"
+        )
+    if not all(x > 0 and math.isfinite(x) for x in images_per_second):
+        raise ValueError("accuracy_by_speed needs speeds above 0 images per second")
+    values = [math.nan if x is None else float(x) for x in accuracy]
+    figure = new_figure(9.5, max(4.0, 0.9 + 0.22 * len(names)), title)
+    axes, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    axes.set_xscale("log")
+    axes.scatter(images_per_second, values, s=150, color=BLUE, edgecolor="white", zorder=2)
+    for number, at in enumerate(zip(images_per_second, values), 1):
+        axes.annotate(f"{number}", at, ha="center", va="center_baseline", size=7.5, color="white")
+    style_axes(axes, grid="both")
+    # Few speeds have few powers of ten between them.
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+    axes.tick_params(which="minor", labelsize=9, length=0, labelcolor=MUTED)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.margins(0.08)
+    axes.set_xlabel("images per second", size=9, color=MUTED)
+    right.set_axis_off()
+    right.set(xlim=(0, 1), ylim=(len(names) + 0.5, 0.5))
+    for number, (name, value) in enumerate(zip(names, values), 1):
+        mark = "n/a" if math.isnan(value) else f"{value:.1%}"
+        text = f"{number}  {_short(name, 40)}, {mark}"
+        right.text(0, number, text, size=9, color=INK, va="center", **_PLAIN)
     return save_figure(figure, path)
 
 

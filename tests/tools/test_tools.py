@@ -411,7 +411,10 @@ def test_pictures_are_of_one_data_set(recipe, scenes, tmp_path, caplog, monkeypa
     found = compare.compare([*places[:3], places[3] / "eval.json"], tmp_path / "out")
     assert [x.name for x in found] == ["best", "plain", "other", "absent"]
     table = (tmp_path / "out/compare.md").read_text().splitlines()
-    assert table[2] == "| best | mobilenetv2dilated + c1 | 50.00 % | 50.00 % |  |  | 0.50 |"
+    assert (
+        table[2]
+        == "| best | mobilenetv2dilated + c1 | 50.00 % | 50.00 % | 0.50 | 2.04 | 17.2 |  |  |"
+    )
     shown = ["image", "ground truth", "best, mean IoU 50.00 %", "plain, mean IoU 40.00 %"]
     assert rows == [x for row in shown for x in (row, "")]
     (scenes / "validation.odgt").rename(scenes / "moved.odgt")
