@@ -29,7 +29,7 @@ PYTHON = {
     "3.14": ("2.11", "2.14", "newest"),
 }
 # Extras whose libraries are tested in their oldest and newest versions, and without any.
-EXTRAS = ("geo", "hf", "lora", "smp", "timm")
+EXTRAS = ("geo", "hf", "hub", "lora", "smp", "timm")
 OF_EXTRAS = (
     "tests/models/test_timm.py",
     "tests/models/test_external_eomt.py",
@@ -41,7 +41,9 @@ OF_EXTRAS = (
     "tests/engine/test_bands_run.py",
     "tests/engine/test_external_run.py",
     "tests/engine/test_lora_run.py",
+    "tests/engine/test_share.py",
     "tests/losses/test_mask_classification.py",
+    "tests/weights/test_safetensors.py",
     "tests/test_recipes.py",
 )
 # Without trainings, evaluations and fault injection, which take most of the time.

@@ -103,6 +103,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="save a model of MODEL.arch for its own library (save_pretrained), in float32",
     )
 
+    push = _command(commands, "push", "upload a model to the Hugging Face Hub, with a model card")
+    push.add_argument("source", metavar="CHECKPOINT_FOLDER", help="folder of the model")
+    push.add_argument("repo", metavar="USER/NAME", help="repository; created if needed")
+    _option(push, "--checkpoint NAME", None, "such as epoch_N.pth (the best, else the latest)")
+    _option(push, "--license NAME", "", "of the weights, as the hub names it: mit, cc-by-4.0, ...")
+    push.add_argument("--private", action="store_true", default=None, help="a private repository")
+    _option(push, "--out DIR", "", "write the files to this folder instead of uploading them")
+
     _command(commands, "models", "list trained models that can be loaded by name")
 
     config = _command(commands, "config", "print all settings: value, origin, meaning")
@@ -253,7 +261,7 @@ def _add_config(
     either: Any = parser.add_mutually_exclusive_group()
     _option(either, "--cfg FILE", default, "configuration file, or checkpoint folder")
     if model:
-        source = "a checkpoint folder, hf:NAME, or a name that `mit-semseg models` lists"
+        source = "a checkpoint folder, hub:USER/NAME, hf:NAME, or a name of `mit-semseg models`"
         _option(either, "--model MODEL", None, f"{model}: {source}")
     if data:
         kinds = "images_dir:masks_dir, images_dir:FILE.json, FILE.odgt, or a public data set"

@@ -199,6 +199,19 @@ def run_pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_push(args: argparse.Namespace) -> int:
+    """Upload a model, or write the files that would be uploaded."""
+    from mit_semseg.engine.share import prepare, push
+
+    if args.out:
+        folder = prepare(args.source, args.out, args.repo, args.checkpoint, args.license)
+        print(f"{folder}: what would be uploaded")
+        return 0
+    settings = {"checkpoint": args.checkpoint, "private": args.private, "license": args.license}
+    print(push(args.source, args.repo, **settings))
+    return 0
+
+
 def run_models(args: argparse.Namespace) -> int:
     """List trained models."""
     from mit_semseg.tools.models import listing
@@ -310,6 +323,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": run_eval,
     "predict": run_predict,
     "pack": run_pack,
+    "push": run_push,
     "models": run_models,
     "config": run_config,
     "bench": run_bench,

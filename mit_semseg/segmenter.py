@@ -164,6 +164,7 @@ class Segmenter:
         )
         self.classes = classes
         self.opt = opt
+        self.checkpoint: Path | None = None  # folder and name, for `push_to_hub`
 
     @classmethod
     def from_checkpoint(
@@ -198,10 +199,13 @@ class Segmenter:
         Precision.of(precision, device)  # an error before the weights are read
         folder = CheckpointFolder(shipped.model(path))
         options = folder.options()
-        module = load_model(options, checkpoint or folder.best_or_latest())
-        return cls._of(
+        checkpoint = checkpoint or folder.best_or_latest()
+        module = load_model(options, checkpoint)
+        made = cls._of(
             module, folder.classes(), options, imgSizes, device, precision, compile, tile
         )
+        made.checkpoint = folder.path / checkpoint
+        return made
 
     @classmethod
     def from_pretrained(
@@ -220,9 +224,11 @@ class Segmenter:
         preprocessing.
 
         Args:
-            source: `hf:OWNER/NAME` or `hf:FOLDER` (transformers), a folder that transformers or
-                segmentation_models.pytorch saved, `mmseg:FILE`, a name in `weights.MODELS`,
-                which is downloaded once, or a checkpoint folder of this toolkit.
+            source: `hub:USER/NAME` or `hub:USER/NAME@REVISION` (a model of this toolkit on the
+                Hugging Face Hub, see `push_to_hub`), `hf:OWNER/NAME` or `hf:FOLDER`
+                (transformers), a folder that transformers or segmentation_models.pytorch saved,
+                `mmseg:FILE`, a name in `weights.MODELS`, which is downloaded once, or a
+                checkpoint folder of this toolkit.
             device: where to compute; default: the first GPU, else the CPU.
             precision: fp32 | tf32 | bf16 | fp16 | auto.
             imgSizes: short sides in pixels whose scores are averaged, instead of the model's own.
@@ -237,6 +243,30 @@ class Segmenter:
         device = usable_device(device)
         module, classes, options = load_pretrained(source)
         return cls._of(module, classes, options, imgSizes, device, precision, compile, tile)
+
+    def push_to_hub(self, repo: str, *, private: bool | None = None, license: str = "") -> str:
+        """Upload the checkpoint to the Hugging Face Hub, with a model card (`engine.share.push`).
+
+        Args:
+            repo: `USER/NAME`; created if needed.
+            private: whether a new repository is private; None: as the account's settings say.
+            license: of the weights, as the hub names it, such as `cc-by-4.0`.
+
+        Returns:
+            The address of the model, which `from_pretrained` loads as `hub:USER/NAME`.
+
+        Raises:
+            ValueError: not made by `from_checkpoint`, or huggingface_hub is not installed.
+            OSError: the upload failed.
+        """
+        from mit_semseg.engine.share import push
+
+        if self.checkpoint is None:
+            raise ValueError(
+                "push_to_hub uploads a checkpoint folder: make the Segmenter by from_checkpoint"
+            )
+        folder, name = self.checkpoint.parent, self.checkpoint.name
+        return push(folder, repo, checkpoint=name, private=private, license=license)
 
     @classmethod
     def _of(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mit_semseg import shipped
 from mit_semseg.config import DataOptions, ModelOptions, Options
 from mit_semseg.dataset import ClassTable, class_table
+from mit_semseg.engine import hub
 from mit_semseg.engine.checkpoint import (
     CONFIG,
     PRETRAINED,
@@ -44,8 +45,9 @@ def load_pretrained(source: str | os.PathLike[str]) -> Pretrained:
 
     Args:
         source: a checkpoint folder; a folder that transformers or segmentation_models.pytorch
-            saved; "hf:NAME" for transformers; "smp:FOLDER"; "mmseg:FILE"; `shipped.MODEL`, or a
-            name in `weights.MODELS`.
+            saved; "hub:USER/NAME" or "hub:USER/NAME@REVISION" for one of this toolkit on the
+            Hugging Face Hub; "hf:NAME" for transformers; "smp:FOLDER"; "mmseg:FILE";
+            `shipped.MODEL`, or a name in `weights.MODELS`.
 
     Raises:
         FileNotFoundError: no such folder or name.
@@ -86,6 +88,13 @@ def with_weights(options: Options, section: str) -> Options:
 def _of_this_toolkit(source: str | os.PathLike[str]) -> tuple[Options, str] | None:
     """Settings and checkpoint; None: a model of another library."""
     name = os.fspath(source)
+    if name.startswith(hub.PREFIX):
+        folder = CheckpointFolder(hub.fetch(name))
+        options = folder.options()
+        # Training would import and call it: a model of others must not choose code.
+        return replace(
+            options, DATASET=replace(options.DATASET, transform="")
+        ), folder.best_or_latest()
     path = shipped.model(Path(name).expanduser())
     if (path / CONFIG).is_file():
         folder = CheckpointFolder(path)
@@ -105,8 +114,8 @@ def _arch(source: str | os.PathLike[str]) -> str:
         return name
     known = [shipped.MODEL, *MODELS]
     raise FileNotFoundError(
-        f"{name} is neither a folder with config.yaml or config.json, nor hf:NAME, nor a model "
-        f"with a name{closest(name, known)}; `mit-semseg models` lists these"
+        f"{name} is neither a folder with config.yaml or config.json, nor hub:USER/NAME or "
+        f"hf:NAME, nor a model with a name{closest(name, known)}; `mit-semseg models` lists these"
     )
 
 
