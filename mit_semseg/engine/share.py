@@ -232,8 +232,8 @@ def _portable(options: Options, name: HubName) -> Options:
         DATASET=replace(
             data,
             root_dataset=_last(data.root_dataset),
-            list_train=_last(data.list_train),
-            list_val=_last(data.list_val),
+            list_train=_last_of_each(data.list_train),
+            list_val=_last_of_each(data.list_val),
             classes="",  # the folder has the table
         ),
         MODEL=replace(
@@ -243,6 +243,10 @@ def _portable(options: Options, name: HubName) -> Options:
         ),
         TEST=replace(options.TEST, result="./predictions"),
     )
+
+
+def _last_of_each(lists: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return _last(lists) if isinstance(lists, str) else tuple(map(_last, lists))
 
 
 def _last(path: str) -> str:

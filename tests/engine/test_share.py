@@ -55,7 +55,11 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def model(tmp_path, make_model):
     folder = tmp_path / "model"
-    make_model(folder, NAMES, DATASET__root_dataset=str(tmp_path / "secret" / "photos"))
+    make_model(
+        *(folder, NAMES),
+        DATASET__root_dataset=str(tmp_path / "secret" / "photos"),
+        DATASET__list_train=(str(tmp_path / "secret" / "a.odgt"), "b.odgt"),
+    )
     return folder
 
 
