@@ -292,6 +292,28 @@ def confidence_map(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return torch.cat(bands).transpose(0, 1)
 
 
+@torch.no_grad()
+def entropy_map(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Entropy of the class probabilities of every pixel, in nats, in bounded memory.
+
+    Args:
+        logits: as for `class_map`.
+        size: (H, W) of the map, in pixels.
+
+    Returns:
+        (N, H, W) float32 (float64 if a scale is): of the mean over scales of the softmax, from 0
+        to the logarithm of the number of classes.
+
+    Raises:
+        ValueError: as for `class_map`.
+    """
+    scales, H, W = _check(logits, size)
+    bands = [
+        torch.special.entr(band).sum(dim=2) for _, band, _ in _bands(scales, H, W, softmax=True)
+    ]
+    return torch.cat(bands).transpose(0, 1)
+
+
 def label_dtype(num_class: int) -> torch.dtype:
     """The smallest dtype for class ids 0..num_class-1: uint8 or int16."""
     return torch.uint8 if num_class <= 256 else torch.int16

@@ -2,118 +2,51 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from torch import Tensor
 
-from mit_semseg import shipped
+from mit_semseg import scores, shipped
 from mit_semseg.config import Options
 from mit_semseg.dataset import ClassTable
-from mit_semseg.dataset.images import exif_orientation, is_deep, load_image, to_rgb
 from mit_semseg.dataset.loading import load_depth_beside, load_input
 from mit_semseg.dataset.rasters import missing_pixels, normalized_bands
+from mit_semseg.dataset.sources import Source, as_file, as_image, as_images, is_one, is_url
 from mit_semseg.engine.checkpoint import CheckpointFolder, load_model
 from mit_semseg.engine.devices import usable_device
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.engine.pretrained import load_pretrained
+from mit_semseg.engine.transfer import on_device, stacked
 from mit_semseg.models import SegmentationModule
-from mit_semseg.models.tiles import Sliding
+from mit_semseg.models.tiles import AUTO_PIXELS, Sliding
 from mit_semseg.precision import Precision
-from mit_semseg.visualize import color_encode, overlay
+from mit_semseg.result import Result
 from mit_semseg.visualize.bands import picture
-from mit_semseg.visualize.results import area_legend, areas, render
 
-Source = str | os.PathLike[str] | Image.Image | np.ndarray
-# Lossless formats that keep palette indices; GIF renumbers them.
-EXACT = (".png", ".tif", ".tiff", ".bmp")
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """The segmentation of an image.
-
-    Attributes:
-        image: (H, W, 3) uint8 RGB; of an image of other bands `visualize.bands.picture`.
-        labels: (H, W) int64 class ids, indices into `names`; -1 where bands have no value.
-        classes: names and colours.
-        source: file of the image; None for an image in memory.
-        label_offset: value of class 0 in `index` files, `DATASET.label_offset`.
-    """
-
-    image: np.ndarray = field(repr=False)
-    labels: np.ndarray = field(repr=False)
-    classes: ClassTable = field(repr=False)
-    source: Path | None = None
-    label_offset: int = 0
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The class names, in class order."""
-        return self.classes.names
-
-    @cached_property
-    def areas(self) -> dict[str, float]:
-        """Class name -> share of the image in [0, 1], largest first, without absent classes."""
-        return areas(self.labels, self.names)
-
-    def color(self) -> Image.Image:
-        """The labels in the colours of the classes."""
-        return Image.fromarray(color_encode(self.labels, self.classes.colors))
-
-    def overlay(self, alpha: float = 0.5) -> Image.Image:
-        """The image blended with the class colours; `alpha` in [0, 1] is their weight."""
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha is {alpha}; give the weight of the colours, in [0, 1]")
-        return Image.fromarray(overlay(self.image, self.labels, self.classes.colors, alpha))
-
-    def legend(self) -> Image.Image:
-        """Colour, name and area of each class in the image."""
-        return Image.fromarray(area_legend(self.labels, self.classes))
-
-    def save(self, path: str | os.PathLike[str], kind: str | None = None) -> Path:
-        """Write the result to a file, and create its folder.
-
-        Args:
-            path: an image file in the format of its suffix, or `.npy` for the array of class ids.
-            kind: overlay (the default), color, index (a palette image with the values class id +
-                `label_offset`), side or legend.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: the path is the source image, the kind or suffix is unknown, or an index
-                file has a lossy format.
-        """
-        path = Path(path)
-        if self.source is not None and path.exists() and path.samefile(self.source):
-            raise ValueError(f"{path} is the source image; choose another name")
-        suffix = path.suffix.lower()
-        if suffix == ".npy":
-            if kind not in (None, "index"):
-                raise ValueError(f"{path}: .npy is for class ids; use an image suffix for {kind}")
-        elif suffix not in Image.registered_extensions():
-            raise ValueError(f"{path}: unknown image format {suffix!r}; use .png")
-        if kind == "index" and suffix not in (*EXACT, ".npy"):
-            raise ValueError(f"{path}: {suffix} files change label values; save an index as .png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if suffix == ".npy":
-            np.save(path, self.labels)
-        else:
-            kind = kind or "overlay"
-            render(kind, self.image, self.labels, self.classes, self.label_offset).save(path)
-        return path
+# One computation at a time on the GPUs of this process: memory is that of one, and TF32 is a
+# setting of the process.
+_GPU = threading.Lock()
 
 
 class Segmenter:
     """Segments images with a trained model.
+
+    Several threads may call one segmenter: they read their images at the same time, and one of
+    them computes at a time. In a `with` statement, or with `close`, it frees its memory.
+
+    Attributes:
+        classes: names and colours of the classes.
+        opt: `cfg.DATASET`: scales and normalisation of the input.
 
     Example:
         >>> s = Segmenter.from_checkpoint("ckpt/mine")  # doctest: +SKIP
@@ -152,7 +85,7 @@ class Segmenter:
         Raises:
             ValueError: there is no such device, or it does not support the precision.
         """
-        self.predictor = Predictor(
+        self._predictor: Predictor | None = Predictor(
             module,
             opt,
             device,
@@ -165,6 +98,18 @@ class Segmenter:
         self.classes = classes
         self.opt = opt
         self.checkpoint: Path | None = None  # folder and name, for `push_to_hub`
+        self._lock = threading.Lock() if self.predictor.device.type == "cpu" else _GPU
+
+    @property
+    def predictor(self) -> Predictor:
+        """What computes; to be called from one thread at a time.
+
+        Raises:
+            ValueError: the segmenter is closed.
+        """
+        if self._predictor is None:
+            raise ValueError("this Segmenter is closed; create another one")
+        return self._predictor
 
     @classmethod
     def from_checkpoint(
@@ -295,64 +240,158 @@ class Segmenter:
         )
 
     @overload
-    def __call__(self, x: Source, depth: np.ndarray | None = None) -> Result: ...
+    def __call__(  # type: ignore[overload-overlap]  # text is an iterable, of no images
+        self,
+        x: Source,
+        depth: np.ndarray | None = None,
+        *,
+        probabilities: bool = False,
+        batch_size: int = 8,
+    ) -> Result: ...
     @overload
-    def __call__(self, x: list[Source] | list[str] | tuple[Source, ...]) -> list[Result]: ...
+    def __call__(
+        self, x: Iterable[Source], *, probabilities: bool = False, batch_size: int = 8
+    ) -> list[Result]: ...
     def __call__(
         self,
-        x: Source | list[Source] | list[str] | tuple[Source, ...],
+        x: Source | Iterable[Source],
         depth: np.ndarray | None = None,
+        *,
+        probabilities: bool = False,
+        batch_size: int = 8,
     ) -> Result | list[Result]:
         """Segment one image, or several.
 
         Args:
-            x: a path; a Pillow image of any mode; an array (H, W), (H, W, 1), (H, W, 3) RGB or
-                (H, W, 4) RGBA, uint8 or float in [0, 1]; or a list of these. Files and Pillow
-                images are rotated by their EXIF orientation; an alpha channel is ignored. For a
-                model with `DATASET.bands`: a path, or an array (H, W, C) of these bands in the
-                units of the files, NaN where there is no value.
+            x: a path; an http or https url; the bytes of an image file; a file object opened with
+                mode "rb"; a Pillow image of any mode; an array (H, W), (H, W, 1), (H, W, 3) RGB or
+                (H, W, 4) RGBA; or a tensor with channels first: (H, W), (1, H, W), (3, H, W) or
+                (4, H, W). Arrays and tensors are uint8, or float in [0, 1]. Files and Pillow
+                images are rotated by their EXIF orientation; an alpha channel is ignored. Several
+                images are an iterable of these, an array (N, H, W, C) or a tensor (N, C, H, W).
+                For a model with `DATASET.bands`: a path, url or bytes, or an array (H, W, C) of
+                these bands in the units of the files, NaN where there is no value.
             depth: (H, W) metres, 0 for no depth, for a model with `DATASET.depth` and a single
                 image. Default: the file that `dataset.records.find_depth` finds.
+            probabilities: keep what `Result.probabilities` and `uncertainty` need.
+            batch_size: of several images, those of equal sizes share a forward pass if they are
+                among this many neighbours and have at most 4 million pixels together. Their scores
+                differ from those of single images by rounding.
 
         Returns:
-            A Result, or for a list a list of Results.
+            A Result, or for several images a list of Results, in order.
 
         Raises:
             FileNotFoundError: the file, or its depth image, does not exist.
-            ValueError: not an image file, or an array of another shape, type or range.
+            ValueError: not an image file, a url that cannot be downloaded, an array of another
+                shape, type or range, or the segmenter is closed.
         """
-        if isinstance(x, (list, tuple)):
-            if depth is not None:
-                raise ValueError("depth is for a single image: call once per image")
-            return [self._segment(one) for one in x]
-        return self._segment(x, depth)
+        if is_one(x):
+            return self._results([self._read(x, depth)], probabilities)[0]
+        if depth is not None:
+            raise ValueError("depth is for a single image: call once per image")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give at least 1")
+        images: Any = as_images(x) if isinstance(x, (np.ndarray, Tensor)) else x
+        if not isinstance(images, Iterable):
+            as_image(images)  # the error of a wrong type
+        results: list[Result] = []
+        several = iter(images)
+        while chunk := [self._read(one) for one in islice(several, batch_size)]:
+            results += self._results(chunk, probabilities)
+        return results
 
-    def _segment(self, source: Source, depth: np.ndarray | None = None) -> Result:
-        bands = self.predictor.options.bands
+    def warm_up(self, shape: tuple[int, int], batch_size: int = 1) -> None:
+        """Compute images of a size, so that later ones of that size do not wait.
+
+        This compiles the network if `compile` is set, and records CUDA graphs.
+
+        Args:
+            shape: (height, width) in pixels.
+            batch_size: number of images in the forward pass.
+
+        Raises:
+            ValueError: the segmenter is closed, or a number is below 1.
+        """
+        if min(*shape, batch_size) < 1:
+            raise ValueError(f"warm_up({shape}, {batch_size}): give numbers of at least 1")
+        options = self.predictor.options
+        if options.bands:
+            image = np.zeros((*shape, len(options.bands)), dtype=np.float32)
+        else:
+            image = np.zeros((*shape, 3), dtype=np.uint8)
+        depth = np.zeros(shape, dtype=np.float32) if options.depth else None
+        scales = self.predictor.scales(image, depth)
+        images = [torch.cat([scale] * batch_size) for scale in scales]
+        # The second image of a shape records its graph.
+        for _ in range(3 if self.predictor.device.type == "cuda" else 1):
+            self._compute(images, shape)
+
+    def close(self) -> None:
+        """Free the model and the memory of its device; nothing else can be computed afterwards."""
+        with self._lock:
+            if self._predictor is not None:
+                self._predictor.free_memory()
+            self._predictor = None
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _read(self, source: Source, depth: np.ndarray | None = None) -> _Input:
+        """Read and resize an image; in any thread."""
+        predictor = self.predictor
+        bands = predictor.options.bands
         image = self._bands(source) if bands else as_image(source)
-        depth = self._depth(source, image, depth)
-        logits = self.predictor.logits(self.predictor.scales(image, depth))
-        labels = self.predictor.labels(logits, image.shape[:2])[0].cpu().numpy()
-        if bands:
-            labels[missing_pixels(image)] = -1
-        return Result(
-            image=picture(image, bands),
-            labels=labels,
-            classes=self.classes,
-            source=Path(source) if isinstance(source, (str, os.PathLike)) else None,
-            label_offset=self.predictor.options.label_offset,
-        )
+        scales = predictor.scales(image, self._depth(source, image, depth))
+        return _Input(source, image, scales)
+
+    def _results(self, inputs: Sequence[_Input], probabilities: bool) -> list[Result]:
+        """Compute images, those of equal sizes in one forward pass."""
+        results: dict[int, Result] = {}
+        options = self.predictor.options
+        sizes = [one.size for one in inputs]
+        for group, scales in _passes([one.scales for one in inputs], sizes):
+            logits, labels = self._compute(scales, sizes[group[0]], probabilities)
+            for n, i in enumerate(group):
+                source, image = inputs[i].source, inputs[i].image
+                found = labels[n].astype(np.int64)
+                if options.bands:
+                    found[missing_pixels(image)] = -1
+                results[i] = Result(
+                    image=picture(image, options.bands),
+                    labels=found,
+                    classes=self.classes,
+                    source=_named(source),
+                    label_offset=options.label_offset,
+                    logits=tuple(x[n : n + 1].clone() for x in logits),
+                )
+        return [results[i] for i in range(len(inputs))]
+
+    def _compute(
+        self, scales: Sequence[Tensor], size: tuple[int, int], keep: bool = False
+    ) -> tuple[list[Tensor], np.ndarray]:
+        """Logits, if they are to be kept, and (N, H, W) class ids, on the CPU."""
+        dtype = scores.label_dtype(len(self.classes))
+        with self._lock, on_device(self.predictor.device):
+            predictor = self.predictor  # again, as it may have been closed while waiting
+            logits = predictor.logits(scales)
+            labels = predictor.labels(logits, size, dtype).cpu().numpy()
+            return [x.cpu() for x in logits] if keep else [], labels
 
     def _bands(self, source: Source) -> np.ndarray:
         """(H, W, C) float32, normalised, NaN where there is no value."""
         options = self.predictor.options
-        if isinstance(source, (str, os.PathLike)):
-            return load_input(source, options)
+        if is_one(source) and not isinstance(source, (np.ndarray, Tensor, Image.Image)):
+            with as_file(source) as path:
+                return load_input(path, options)
         count = len(options.bands)
         if not isinstance(source, np.ndarray) or source.ndim != 3 or source.shape[2] != count:
             shown = getattr(source, "shape", type(source).__name__)
             raise ValueError(
-                f"this model takes the bands {', '.join(options.bands)}: give a path or an array "
+                f"this model takes the bands {', '.join(options.bands)}: give a file or an array "
                 f"(H, W, {count}) in the units of the files, not {shown}"
             )
         values = source.astype(np.float32)
@@ -372,46 +411,36 @@ class Segmenter:
             if given.shape != image.shape[:2]:
                 raise ValueError(f"depth has shape {given.shape}, but the image {image.shape[:2]}")
             return np.where(given > 0, given, 0).astype(np.float32)
-        if isinstance(source, (str, os.PathLike)):
+        if isinstance(source, (str, os.PathLike)) and not is_url(source):
             return load_depth_beside(source, options, (image.shape[1], image.shape[0]))
         raise ValueError("this model has a depth input (DATASET.depth): give the argument depth")
 
 
-def as_image(source: Source) -> np.ndarray:
-    """A path, Pillow image or array as (H, W, 3) uint8 RGB; see `Segmenter.__call__`."""
-    if isinstance(source, (str, os.PathLike)):
-        if not os.path.exists(source):  # the error of load_image is about data sets
-            raise FileNotFoundError(f"{os.fspath(source)}: no such file")
-        return load_image(source)
-    if isinstance(source, Image.Image):
-        deep = is_deep(source)  # first, since reading the pixels may change it
-        turned = exif_orientation(source) != 1
-        return to_rgb(ImageOps.exif_transpose(source) if turned else source, deep=deep)
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    raise ValueError(
-        f"cannot segment a {type(source).__name__}; give a path, a Pillow image or a NumPy array"
-    )
+@dataclass(frozen=True)
+class _Input:
+    """An image that is read, and its tensor for each scale."""
+
+    source: Any
+    image: np.ndarray
+    scales: list[Tensor]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.image.shape[0], self.image.shape[1]
 
 
-def _from_array(array: np.ndarray) -> np.ndarray:
-    shape = array.shape
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
-        raise ValueError(
-            f"image array of shape {shape}; give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
-        )
-    if np.issubdtype(array.dtype, np.floating):
-        low, high = float(array.min()), float(array.max())
-        if not (low >= 0 and high <= 1):  # NaN fails too
-            raise ValueError(
-                f"float image array with values {low:g}..{high:g}; scale it to [0, 1], or convert "
-                "it to uint8"
-            )
-        array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise ValueError(f"image array of type {array.dtype}; give uint8, or float in [0, 1]")
-    if array.shape[2] == 1:
-        return np.repeat(array, 3, axis=2)
-    return np.ascontiguousarray(array[:, :, :3])
+def _passes(
+    inputs: Sequence[Sequence[Tensor]], sizes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """As `stacked`, of limited size: as many pixels as an image has that is computed whole."""
+    for positions, scales in stacked(inputs, sizes):
+        most = max(1, AUTO_PIXELS // max(math.prod(x.shape[-2:]) for x in scales))
+        for i in range(0, len(positions), most):
+            yield positions[i : i + most], [x[i : i + most] for x in scales]
+
+
+def _named(source: Any) -> Path | str | None:
+    """`Result.source` of an image."""
+    if is_url(source):
+        return str(source)
+    return Path(source) if isinstance(source, (str, os.PathLike)) else None

@@ -1,14 +1,19 @@
 """The one-line API: every kind of input gives the same answer, and results save as promised."""
 
+import gc
+import io
 import logging
 import pydoc
 import re
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from download_server import head, whole
 from PIL import Image
 
 import mit_semseg
@@ -78,9 +83,13 @@ def test_every_kind_of_input_gives_the_same(segmenter, path, array):
     reference = segmenter(array)
     np.testing.assert_array_equal(reference.image, array)
     alpha = np.full((48, 64, 1), 128, dtype=np.uint8)
+    planes = torch.from_numpy(array).permute(2, 0, 1)
     sources = [
         *(path, str(path), Image.fromarray(array), array.astype(np.float32) / 255),
         *(np.concatenate([array, alpha], axis=2), Image.fromarray(array).convert("RGBA")),
+        *(path.read_bytes(), bytearray(path.read_bytes()), io.BytesIO(path.read_bytes())),
+        *(planes, planes / 255, (planes.double() / 255).requires_grad_()),
+        torch.cat([planes, torch.from_numpy(alpha).permute(2, 0, 1)]),
     ]
     results = segmenter(sources)
     assert isinstance(results, list) and len(results) == len(sources)
@@ -89,7 +98,8 @@ def test_every_kind_of_input_gives_the_same(segmenter, path, array):
         np.testing.assert_array_equal(result.labels, reference.labels)
     assert segmenter([]) == []
     grey = array[:, :, 0]
-    for source in (grey, grey[:, :, None], Image.fromarray(grey)):
+    same = torch.from_numpy(grey)
+    for source in (grey, grey[:, :, None], Image.fromarray(grey), same, same[None]):
         np.testing.assert_array_equal(segmenter(source).image, np.stack([grey] * 3, axis=2))
     with pytest.raises(FileNotFoundError) as caught:
         segmenter(path.with_name("none.jpg"))
@@ -111,13 +121,18 @@ def test_pillow_images_are_turned_upright_as_files_are(segmenter, array, tmp_pat
     ("source", "message"),
     [
         (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
-        (np.zeros((1, 3, 4, 4), np.uint8), r"shape \(1, 3, 4, 4\)"),
+        (np.zeros((1, 3, 4, 5), np.uint8), r"shape \(3, 4, 5\)"),
         (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
         (np.full((4, 4, 3), 200.0), r"200\.\.200; scale it to \[0, 1\]"),
         (np.full((4, 4, 3), np.nan), r"nan\.\.nan"),
         (np.zeros((4, 4, 3), np.int64), "type int64; give uint8"),
-        (torch.zeros(3, 4, 4), "cannot segment a Tensor"),
+        (torch.zeros(6, 5, 3), r"tensor of shape \(6, 5, 3\).*channels first"),
+        (torch.zeros(4), r"tensor of shape \(4,\)"),
         (None, "cannot segment a NoneType"),
+        (7, "cannot segment a int"),
+        (b"", r"image: not a readable image \(an empty file\)"),
+        (b"no image", r"image: not a readable image \(of no known format\)"),
+        (io.StringIO("text"), 'opened as text; open images with mode "rb"'),
     ],
 )
 def test_other_inputs_are_refused(segmenter, source, message):
@@ -134,6 +149,133 @@ def test_dark_sixteen_bits_are_refused_from_memory_too(segmenter, array, tmp_pat
     for source in (path, Image.open(path)):
         with pytest.raises(ValueError, match="less than a quarter of 65535"):
             segmenter(source)
+
+
+def test_damaged_bytes_are_found_as_in_files(segmenter, path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 1
+    path.write_bytes(content)
+    messages = []
+    for source in (path, bytes(content)):
+        with pytest.raises(ValueError, match="damaged") as caught:
+            segmenter(source)
+        messages.append(str(caught.value))
+    assert messages[0].replace(str(path), "image") == messages[1]
+
+
+def test_urls(segmenter, path, server):
+    server.honest = whole(path.read_bytes())
+    url = f"{server.base}/a%20photo.png?size=2"
+    result = segmenter(url)
+    np.testing.assert_array_equal(result.labels, segmenter(path).labels)
+    assert result.source == url
+    result.save(path.with_name("new.png"))
+    server.honest = whole(b"nothing of the kind")
+    with pytest.raises(ValueError, match=f"{re.escape(url)}: not a readable image"):
+        segmenter(url)
+    server.honest = lambda start, send: send(head("404 Not Found"))
+    with pytest.raises(ValueError, match="HTTP 404 Not Found") as caught:
+        segmenter(url)
+    assert url in str(caught.value) and "by hand" not in str(caught.value)
+
+
+def test_images_of_equal_sizes_share_a_pass(segmenter, array, monkeypatch):
+    passes = []
+    logits = segmenter.predictor.logits
+    monkeypatch.setattr(
+        segmenter.predictor, "logits", lambda x: passes.append(len(x[0])) or logits(x)
+    )
+    wide = np.tile(array, (1, 2, 1))
+    images = [array, wide, array[::-1].copy(), array, wide, array[:, ::-1].copy(), array]
+    single = [segmenter(image) for image in images]
+    passes.clear()
+
+    def check(results, least):
+        assert len(results) == len(least) and all(isinstance(x, Result) for x in results)
+        for result, alone in zip(results, least, strict=True):
+            np.testing.assert_array_equal(result.image, alone.image)
+            # Other kernels round differently.
+            assert (result.labels == alone.labels).mean() >= 0.999
+
+    check(segmenter(images), single)
+    assert sorted(passes) == [2, 5]
+    passes.clear()
+    check(segmenter(iter(images), batch_size=3), single)
+    assert passes == [2, 1, 2, 1, 1]
+    passes.clear()
+    batch = np.stack([array, array[::-1]])
+    check(segmenter(batch), [single[0], single[2]])
+    check(segmenter(torch.from_numpy(batch).permute(0, 3, 1, 2)), [single[0], single[2]])
+    assert passes == [2, 2]
+    monkeypatch.setattr("mit_semseg.segmenter.AUTO_PIXELS", 2 * 48 * 64)
+    passes.clear()
+    check(segmenter([array] * 5), [single[0]] * 5)
+    assert passes == [2, 2, 1]
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        segmenter(images, batch_size=0)
+    with pytest.raises(ValueError, match="depth is for a single image"):
+        segmenter(images, np.zeros((48, 64)))
+
+
+def test_threads_get_what_one_thread_gets(cfg, path):
+    """Bit-equal, of images of several sizes, twice each, with probabilities."""
+    rng = np.random.default_rng(3)
+    images = [
+        rng.integers(0, 256, (6, n, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+        for n in (4, 8, 8, 11)
+    ]
+    images = [*images, path] * 4
+    segmenter = Segmenter.from_checkpoint(cfg.DIR, device="cpu", tile=64)
+    expected = [segmenter(image, probabilities=True) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda x: segmenter(x, probabilities=True), images))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.labels, other.labels)
+        np.testing.assert_array_equal(one.probabilities(), other.probabilities())
+
+
+def test_one_thread_computes_at_a_time(cfg, array, monkeypatch):
+    segmenter = Segmenter.from_checkpoint(cfg.DIR, device="cpu")
+    inside, most, logits = [], [], segmenter.predictor.logits
+
+    def slowly(scales):
+        inside.append(1)
+        most.append(len(inside))
+        found = logits(scales)
+        inside.pop()
+        return found
+
+    monkeypatch.setattr(segmenter.predictor, "logits", slowly)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(segmenter, [array] * 12))
+    assert most == [1] * 12
+
+
+def test_warm_up_computes_that_size(segmenter, monkeypatch):
+    seen, logits = [], segmenter.predictor.logits
+
+    def noted(scales):
+        seen.append([tuple(x.shape) for x in scales])
+        return logits(scales)
+
+    monkeypatch.setattr(segmenter.predictor, "logits", noted)
+    segmenter.warm_up((48, 64), batch_size=2)
+    segmenter([np.zeros((48, 64, 3), np.uint8)] * 2)
+    assert len(seen) == 2 and seen[0] == seen[1]
+    with pytest.raises(ValueError, match="at least 1"):
+        segmenter.warm_up((0, 64))
+
+
+def test_closing_frees_the_model(cfg, array):
+    with Segmenter.from_checkpoint(cfg.DIR, device="cpu") as segmenter:
+        weak = weakref.ref(segmenter.predictor.module)
+        segmenter(array)
+    gc.collect()
+    assert weak() is None
+    segmenter.close()
+    for use in (lambda: segmenter(array), lambda: segmenter.warm_up((8, 8))):
+        with pytest.raises(ValueError, match="this Segmenter is closed; create another one"):
+            use()
 
 
 # ------------------------------------------------------------------------------ results

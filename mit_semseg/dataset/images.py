@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import struct
@@ -70,27 +71,29 @@ def check_file(path: PathLike) -> None:
         raise ValueError(f"{name}: a folder, a pipe or a device, not an image file")
 
 
-def _open(path: PathLike) -> Image.Image:
+def _open(path: PathLike, content: bytes | None = None) -> Image.Image:
     name = os.fspath(path)
-    check_file(path)
+    if content is None:
+        check_file(path)
     try:
-        return Image.open(path)
+        return Image.open(path if content is None else io.BytesIO(content))
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name}: claims more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, as files made "
             "to exhaust the memory do; cut it into pieces, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except _UNREADABLE as error:
-        reason = "an empty file" if not os.path.getsize(path) else _reason(error, name)
+        size = os.path.getsize(path) if content is None else len(content)
+        reason = _reason(error, name) if size else "an empty file"
         raise ValueError(f"{name}: not a readable image ({reason})") from error
 
 
-def _decode(image: Image.Image, path: PathLike) -> Image.Image:
+def _decode(image: Image.Image, path: PathLike, content: bytes | None = None) -> Image.Image:
     """Reads all pixels and applies EXIF orientation; ValueError if the file is damaged."""
     try:
         image.load()
         if image.format == "PNG":
-            _check_png(path)
+            _check_png(path, content)
         if exif_orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
     except _UNREADABLE as error:
@@ -98,18 +101,18 @@ def _decode(image: Image.Image, path: PathLike) -> Image.Image:
     return image
 
 
-def _check_png(path: PathLike) -> None:
+def _check_png(path: PathLike, content: bytes | None) -> None:
     """ValueError if the checksums of a PNG's pixels are wrong, which Pillow does not check."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    size = os.path.getsize(path) if content is None else len(content)
+    with open(path, "rb") if content is None else io.BytesIO(content) as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
             if kind != b"IDAT":
                 file.seek(length + 4, os.SEEK_CUR)
                 continue
-            content = file.read(min(length, size))  # the length may be damaged
-            if zlib.crc32(content, zlib.crc32(kind)) != int.from_bytes(file.read(4), "big"):
+            pixels = file.read(min(length, size))  # the length may be damaged
+            if zlib.crc32(pixels, zlib.crc32(kind)) != int.from_bytes(file.read(4), "big"):
                 raise ValueError("the checksum of its pixels is wrong")
 
 
@@ -181,6 +184,10 @@ class ImageFile:
 
     Use it in a `with` statement, which closes the file.
 
+    Args:
+        path: the file.
+        content: its bytes, if they are in memory; `path` is then a name for errors.
+
     Attributes:
         path: the file.
         size: (width, height) in pixels after EXIF orientation, from the file's header.
@@ -191,11 +198,11 @@ class ImageFile:
         ValueError: the file is not an image.
     """
 
-    def __init__(self, path: PathLike) -> None:
-        self.path = path
+    def __init__(self, path: PathLike, content: bytes | None = None) -> None:
+        self.path, self._content = path, content
         with ExitStack() as opened:
             opened.enter_context(READINGS.of(path))
-            self._image = _open(path)
+            self._image = _open(path, content)
             opened.callback(self._image.close)
             self.is_label = self._image.format not in _LOSSY and self._image.mode[0] in "1LPI"
             self._deep = is_deep(self._image)  # before the pixels are read
@@ -237,7 +244,8 @@ class ImageFile:
             if pixels is None and self._image.mode == "RGB":
                 pixels = self._quick()
         if pixels is None:
-            pixels = to_rgb(_decode(self._image, self.path), os.fspath(self.path), self._deep)
+            image = _decode(self._image, self.path, self._content)
+            pixels = to_rgb(image, os.fspath(self.path), self._deep)
         return pixels if size is None else resize_image(pixels, size)
 
     def _reduced(self, size: tuple[int, int]) -> np.ndarray | None:
@@ -263,7 +271,7 @@ class ImageFile:
         """
         from torchvision.io import ImageReadMode, decode_jpeg  # slow to import; training only
 
-        if self._orientation != 1:
+        if self._orientation != 1 or self._content is not None:
             return None
         try:
             data = torch.from_numpy(np.fromfile(self.path, dtype=np.uint8))
@@ -279,8 +287,12 @@ def image_size(path: PathLike) -> tuple[int, int]:
         return file.size
 
 
-def load_image(path: PathLike) -> np.ndarray:
+def load_image(path: PathLike, content: bytes | None = None) -> np.ndarray:
     """Reads an image file as RGB, with EXIF orientation applied.
+
+    Args:
+        path: the file.
+        content: its bytes, if they are in memory; `path` is then a name for errors.
 
     Returns:
         (H, W, 3) uint8.
@@ -289,7 +301,7 @@ def load_image(path: PathLike) -> np.ndarray:
         FileNotFoundError: the file does not exist.
         ValueError: the file is not an image, is damaged, or its values are not grey levels.
     """
-    with ImageFile(path) as file:
+    with ImageFile(path, content) as file:
         return file.pixels()
 
 
@@ -363,8 +375,8 @@ def stored_values(path: PathLike) -> np.ndarray:
             )
         _one_page(opened, path)
         # Pillow scales PNG greys of 2 and 4 bits to 0..255; this restores the stored values.
-        tile: Any = opened.tile[0] if opened.tile else None
-        stretch = {"L;2": 85, "L;4": 17}.get(str(tile[3]) if tile else "", 1)
+        tiles: Any = getattr(opened, "tile", None)
+        stretch = {"L;2": 85, "L;4": 17}.get(str(tiles[0][3]) if tiles else "", 1)
         image = _decode(opened, path)
         pixels = np.asarray(image)
         if image.mode in ("L", "P") or image.mode.startswith("I"):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mit_semseg.config import DataOptions
 from mit_semseg.dataset.images import check_file
@@ -25,6 +26,7 @@ from mit_semseg.files import PathLike, replacing
 # Many images have no georeference.
 warnings.filterwarnings("ignore", message="Dataset has no geotransform")
 _FAR = 20  # standard deviations from the mean, which values in the same units never are
+_GEO_KEYS = 34735  # TIFF tag
 Block = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 
@@ -164,6 +166,50 @@ def raster_size(path: PathLike) -> tuple[int, int]:
         return file.width, file.height
 
 
+def to_lon_lat(path: PathLike) -> Callable[[np.ndarray], np.ndarray] | None:
+    """The place on Earth of the pixels of an image file, by its transform and reference system.
+
+    Args:
+        path: any image.
+
+    Returns:
+        A function from corners of pixels, (n, 2) x and y with (0, 0) the upper left corner of the
+        image, to (n, 2) float64 longitude and latitude in degrees (WGS 84); None if the file has
+        no georeference, or one by control points only.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is a GeoTIFF, and rasterio is not installed.
+    """
+    check_file(path)
+    try:
+        rasterio = load_rasterio()
+    except ValueError as error:
+        if not _is_geotiff(path):
+            return None
+        raise ValueError(
+            f"{os.fspath(path)} is georeferenced, which needs rasterio: pip install "
+            "'mit_semseg[geo]'"
+        ) from error
+    try:
+        with rasterio.open(path) as file:
+            crs, transform = file.crs, file.transform
+    except rasterio.errors.RasterioIOError:  # a format that GDAL does not know
+        return None
+    if crs is None or transform.is_identity:
+        return None
+    warp = importlib.import_module("rasterio.warp")
+
+    def place(corners: np.ndarray) -> np.ndarray:
+        a, b, c, d, e, f = transform[:6]
+        x, y = corners.T
+        return np.column_stack(
+            warp.transform(crs, "EPSG:4326", a * x + b * y + c, d * x + e * y + f)
+        )
+
+    return place
+
+
 def write_labels(
     path: PathLike,
     image: PathLike,
@@ -216,6 +262,15 @@ def write_labels(
             values = np.where(labels < 0, nodata, labels + offset).astype(dtype)
             window = None if block is None else rasterio.windows.Window(*block)
             file.write(values, 1, window=window)
+
+
+def _is_geotiff(path: PathLike) -> bool:
+    """Whether a file is a TIFF with the tag of a geographic reference system."""
+    try:
+        with Image.open(path) as image:
+            return _GEO_KEYS in getattr(image, "tag_v2", {})
+    except OSError:
+        return False
 
 
 def _numbers(file: Any, bands: Sequence[str], name: str) -> list[int]:

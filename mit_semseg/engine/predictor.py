@@ -169,7 +169,7 @@ class Predictor:
             return scores.class_map(logits, size, dtype=dtype).to(self.device)
         except torch.cuda.OutOfMemoryError:
             pass  # the exception keeps tensors alive until here
-        self._free_memory()
+        self.free_memory()
         H, W = size
         log.warning("out of memory for a class map of %dx%d: computing it on the CPU", W, H)
         labels = scores.class_map([x.cpu() for x in logits], size, dtype=dtype)
@@ -186,12 +186,12 @@ class Predictor:
                     raise
                 if n == len(sides) and self.device.type == "cpu":
                     raise MemoryError(one_line(error)) from error
-            self._free_memory()
+            self.free_memory()
             place = f"in tiles of {sides[n]} pixels" if n < len(sides) else "on the CPU"
             log.warning("out of memory for an image of %dx%d: computing it %s", W, H, place)
         return self._on_cpu.compute(image.cpu(), sides[0])
 
-    def _free_memory(self) -> None:
+    def free_memory(self) -> None:
         """Free CUDA graphs and torch's cache; not in an except block, which keeps tensors alive."""
         if isinstance(self.tiled.network, GraphedNetwork):
             self.tiled.network.release()

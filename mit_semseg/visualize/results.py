@@ -15,7 +15,7 @@ from PIL import Image
 
 from mit_semseg.files import PathLike
 from mit_semseg.visualize.legend import legend
-from mit_semseg.visualize.palette import color_encode, overlay
+from mit_semseg.visualize.palette import color_encode, overlay, side_by_side
 
 # Kinds with the height and dtype of the image, unlike "index" and "legend".
 _DRAWN = ("color", "overlay", "side")
@@ -161,6 +161,15 @@ def area_legend(labels: np.ndarray, classes: Classes) -> np.ndarray:
         classes.colors[order],
         [counts[k] / labels.size for k in order],
     )
+
+
+def framed(picture: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """A picture with a legend on its right, on white, (h, w, 3) uint8 RGB each."""
+    height = max(len(picture), len(key))
+    tall = [np.full((height, x.shape[1], 3), 255, dtype=np.uint8) for x in (picture, key)]
+    for sheet, x in zip(tall, (picture, key)):
+        sheet[: len(x)] = x
+    return side_by_side(*tall)
 
 
 def areas(labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
