@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from download_server import head, whole
 from PIL import Image
 from source_tree import ROOT
 
@@ -82,6 +83,23 @@ def test_bytes_and_urls_are_predicted(elsewhere, capsys, monkeypatch):
     assert predict((elsewhere / "bad.png").as_uri()) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"  {(elsewhere / 'bad.png').as_uri()}: ") and "/0/" not in last
+
+
+def test_a_url_that_fails_does_not_stop_the_others(elsewhere, capsys, server):
+    """One line each, in order, and status 1."""
+    content = (elsewhere / "photo.png").read_bytes()
+    server.answers = [whole(content), *[lambda start, send: send(head("404 Not Found"))] * 2]
+    urls = [f"{server.base}/{name}.png" for name in ("good", "gone", "missing")]
+    assert predict(*urls, "http://[bad", "photo.png", "TEST.batch_size", "3") == 1
+    assert sorted(written(elsewhere)) == ["good.png", "photo.png"]
+    output = capsys.readouterr().out
+    assert "2 images segmented" in output
+    summary = output[output.index("3 of 5 images failed:") :].splitlines()[1:]
+    assert summary == [
+        f"  {urls[1]}: cannot download gone.png (HTTP 404 Not Found)",
+        f"  {urls[2]}: cannot download missing.png (HTTP 404 Not Found)",
+        "  http://[bad: Invalid IPv6 URL",
+    ]
 
 
 @pytest.mark.parametrize("name", ["", "config.yaml"])

@@ -12,38 +12,47 @@ from __future__ import annotations
 import glob
 import os
 import sys
-import urllib.parse
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mit_semseg.dataset.records import find_depth, image_extensions, is_depth
-from mit_semseg.download import fetch
-from mit_semseg.errors import counted
+from mit_semseg.dataset.sources import file_name
+from mit_semseg.download import DownloadError, fetch
+from mit_semseg.errors import counted, one_line
 from mit_semseg.files import PathLike
 
 # Pillow knows these formats but has no decoder for them.
 UNDECODABLE = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg"}
 
 
-def fetched(
-    imgs: PathLike | Iterable[PathLike], folder: Path
-) -> tuple[list[PathLike], dict[Path, str]]:
+@dataclass(frozen=True)
+class Fetched:
+    """Entries of `find_images`, of which some are images from elsewhere.
+
+    Attributes:
+        entries: the entries, with files in place of urls and `-`.
+        names: the url, or `standard input`, of each of these files.
+        errors: why a url could not be downloaded, by its file, which is empty.
+    """
+
+    entries: list[PathLike]
+    names: dict[Path, str]
+    errors: dict[Path, str]
+
+
+def fetched(imgs: PathLike | Iterable[PathLike], folder: Path) -> Fetched:
     """Store images that are not files in a folder: those of urls, and bytes on standard input.
 
     Args:
         imgs: entries of `find_images`, `http:`, `https:` and `file:` urls, and `-`.
         folder: an empty folder.
 
-    Returns:
-        The entries, with files in place of urls and `-`; and the entry of each of these files.
-
     Raises:
-        OSError: a url cannot be downloaded.
         ValueError: standard input is empty, or given twice.
     """
-    entries: list[PathLike] = []
-    sources: dict[Path, str] = {}
+    found = Fetched([], {}, {})
     for number, entry in enumerate([imgs] if isinstance(imgs, (str, os.PathLike)) else imgs):
         text = os.fspath(entry)
         if text == "-":
@@ -52,16 +61,23 @@ def fetched(
             file.write_bytes(sys.stdin.buffer.read())
             if not file.stat().st_size:
                 raise ValueError("- is an image on standard input, which is empty or read already")
-            sources[file] = "standard input"
+            found.names[file] = "standard input"
         elif text.startswith(("http://", "https://", "file://")):
-            name = Path(urllib.parse.unquote(urllib.parse.urlsplit(text).path)).name
-            file = fetch(text, folder / str(number) / (name or "image"))
-            sources[file] = text
+            file = folder / str(number) / "image"
+            try:
+                file = file.with_name(file_name(text))
+                fetch(text, file)
+            except (DownloadError, ValueError) as error:
+                reason = error.reason if isinstance(error, DownloadError) else one_line(error)
+                found.errors[file] = reason.replace(f"{text}: ", "")
+                file.parent.mkdir(exist_ok=True)
+                file.touch()
+            found.names[file] = text
         else:
-            entries.append(entry)
+            found.entries.append(entry)
             continue
-        entries.append(file)
-    return entries, sources
+        found.entries.append(file)
+    return found
 
 
 def find_images(

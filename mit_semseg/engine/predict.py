@@ -70,11 +70,15 @@ Batch = tuple[int, Sequence["Task"]]
 
 @dataclass(frozen=True)
 class Task:
-    """An image, its output files by kind, and its name in results: the path, or the url."""
+    """An image, its output files by kind, and its name in results: the path, or the url.
+
+    `error` says why there is no image.
+    """
 
     path: Path
     outputs: dict[str, Path]
     name: str
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,8 @@ def predict(
 ) -> list[Result]:
     """Segment images, print the class areas and write the outputs of `TEST.save`.
 
-    A file that cannot be read or written is reported and skipped. Neighbouring images of the same
-    size share a forward pass, up to `TEST.batch_size`.
+    An image that cannot be downloaded, read or written is reported and skipped. Neighbouring images
+    of the same size share a forward pass, up to `TEST.batch_size`.
 
     If reading a file takes longer than `TEST.timeout`, the process is ended with exit status 3 and
     a message that names the file.
@@ -172,18 +176,19 @@ def _tasks(
     options: Options, imgs: PathLike | Iterable[PathLike], out: Path, folder: Path
 ) -> list[Task]:
     """The images with their output files; images of urls are downloaded to `folder`."""
-    entries, sources = fetched(imgs, folder)
-    files, base = find_images(entries, out, sources)
+    found = fetched(imgs, folder)
+    files, base = find_images(found.entries, out, found.names)
     if options.DATASET.depth:
         files = without_depths(files)
     index = ".tif" if options.DATASET.bands else ".png"
     endings = result_endings(list(dict.fromkeys(options.TEST.save)), index)
-    stems = output_stems(files, base, out, list(endings.values()), elsewhere=sources)
+    stems = output_stems(files, base, out, list(endings.values()), elsewhere=found.names)
     return [
         Task(
             file,
             {kind: Path(f"{stem}{ending}") for kind, ending in endings.items()},
-            sources.get(file, str(file)),
+            found.names.get(file, str(file)),
+            found.errors.get(file, ""),
         )
         for file, stem in zip(files, stems, strict=True)
     ]
@@ -316,8 +321,8 @@ class _Pipeline:
     def _read(self, numbered: tuple[int, Batch]) -> _Read:
         """Read a batch; called in a reader thread."""
         turn, (number, tasks) = numbered
-        count = len(tasks)
-        read = _Read(number, tasks, [None] * count, [""] * count, [(0, 0)] * count)
+        count, errors = len(tasks), [task.error for task in tasks]
+        read = _Read(number, tasks, [None] * count, errors, [(0, 0)] * count)
         read.memory = self.budget.acquire(turn, self._memory(read))
         inputs: list[list[Tensor]] = [[]] * len(tasks)
         for i, task in enumerate(tasks):
@@ -346,6 +351,8 @@ class _Pipeline:
     def _memory(self, read: _Read) -> int:
         """Pixels of a batch, from the headers of its files; the whole budget for a large image."""
         for i, task in enumerate(read.tasks):
+            if task.error:
+                continue
             try:
                 with open_image(task.path, self.data) as file:
                     read.sizes[i] = file.size
