@@ -72,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         "images",
         nargs="*",
         metavar="IMAGE",
-        help="files, folders, globs, urls, or - for the bytes of one on standard input; "
+        help="files, folders, globs, urls, - for the bytes of one on standard input, videos, or "
+        "the number of a camera; "
         "configuration overrides, KEY value, at the end",
     )
     predict.add_argument(

@@ -159,14 +159,15 @@ def run_predict(args: argparse.Namespace) -> int:
     images, args.opts = split_overrides([*args.imgs, *args.images])
     if not images:
         raise ValueError(
-            "no image is given: name files, folders, globs or urls, or - for standard input"
+            "no image is given: name files, folders, globs, urls, videos, the number of a camera, "
+            "or - for standard input"
         )
     options = _options(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
     from mit_semseg.engine.launch import checked
-    from mit_semseg.engine.predict import predict
     from mit_semseg.engine.rendezvous import join_process_group, leave_process_group
+    from mit_semseg.engine.video import predict_all
     from mit_semseg.utils import setup_logger
 
     setup_logger()
@@ -180,7 +181,7 @@ def run_predict(args: argparse.Namespace) -> int:
         devices = devices[:1]  # as published
     if len(devices) == 1:  # otherwise worker processes compute
         use_device(devices[0])
-    results = predict(options, images, devices, rank=rank, world=world)
+    results = predict_all(options, images, devices, rank=rank, world=world)
     leave_process_group()
     return 1 if any("error" in result for result in results) else 0
 

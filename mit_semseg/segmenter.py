@@ -19,6 +19,7 @@ from torch import Tensor
 from mit_semseg import scores, shipped
 from mit_semseg.config import Options
 from mit_semseg.dataset import ClassTable
+from mit_semseg.dataset.clips import Clip
 from mit_semseg.dataset.loading import load_depth_beside, load_input
 from mit_semseg.dataset.rasters import missing_pixels, normalized_bands
 from mit_semseg.dataset.sources import Source, as_file, as_image, as_images, is_one, is_url
@@ -27,6 +28,7 @@ from mit_semseg.engine.devices import usable_device
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.engine.pretrained import load_pretrained
 from mit_semseg.engine.transfer import on_device, stacked
+from mit_semseg.engine.video import Smoothing
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.tiles import AUTO_PIXELS, Sliding
 from mit_semseg.precision import Precision
@@ -301,6 +303,27 @@ class Segmenter:
             results += self._results(chunk, probabilities)
         return results
 
+    def video(self, source: str | os.PathLike[str] | int, smooth: float = 0) -> Iterator[Result]:
+        """Segment the frames of a video, one at a time, in order.
+
+        Args:
+            source: path of a file, number of a camera, or an rtsp, http or https url.
+            smooth: weight of the frames before in an exponential average of the probabilities, in
+                [0, 1), against flicker (see `engine.video.Smoothing`).
+
+        Yields:
+            A Result for each frame.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a video, a wrong weight, a model of other images than RGB, or the
+                segmenter is closed.
+        """
+        smoothing = Smoothing(smooth)
+        with Clip(source) as clip:
+            for frame in clip:
+                yield self._results([self._read(frame)], False, smoothing)[0]
+
     def warm_up(self, shape: tuple[int, int], batch_size: int = 1) -> None:
         """Compute images of a size, so that later ones of that size do not wait.
 
@@ -348,13 +371,15 @@ class Segmenter:
         scales = predictor.scales(image, self._depth(source, image, depth))
         return _Input(source, image, scales)
 
-    def _results(self, inputs: Sequence[_Input], probabilities: bool) -> list[Result]:
+    def _results(
+        self, inputs: Sequence[_Input], probabilities: bool, smoothing: Smoothing | None = None
+    ) -> list[Result]:
         """Compute images, those of equal sizes in one forward pass."""
         results: dict[int, Result] = {}
         options = self.predictor.options
         sizes = [one.size for one in inputs]
         for group, scales in _passes([one.scales for one in inputs], sizes):
-            logits, labels = self._compute(scales, sizes[group[0]], probabilities)
+            logits, labels = self._compute(scales, sizes[group[0]], probabilities, smoothing)
             for n, i in enumerate(group):
                 source, image = inputs[i].source, inputs[i].image
                 found = labels[n].astype(np.int64)
@@ -371,13 +396,19 @@ class Segmenter:
         return [results[i] for i in range(len(inputs))]
 
     def _compute(
-        self, scales: Sequence[Tensor], size: tuple[int, int], keep: bool = False
+        self,
+        scales: Sequence[Tensor],
+        size: tuple[int, int],
+        keep: bool = False,
+        smoothing: Smoothing | None = None,
     ) -> tuple[list[Tensor], np.ndarray]:
         """Logits, if they are to be kept, and (N, H, W) class ids, on the CPU."""
         dtype = scores.label_dtype(len(self.classes))
         with self._lock, on_device(self.predictor.device):
             predictor = self.predictor  # again, as it may have been closed while waiting
             logits = predictor.logits(scales)
+            if smoothing is not None:
+                logits = smoothing(logits)
             labels = predictor.labels(logits, size, dtype).cpu().numpy()
             return [x.cpu() for x in logits] if keep else [], labels
 

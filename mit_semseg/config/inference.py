@@ -100,6 +100,14 @@ class PredictOptions(InferenceOptions):
         fits=lambda kinds: kinds and set(kinds) <= set(SAVE_KINDS),
         advice=f"give any of {', '.join(SAVE_KINDS)}",
     )
+    smooth: float = key(
+        0.0,
+        "weight of the frames before in an exponential average of the probabilities of a video, in "
+        "[0, 1); 0: each frame by itself",
+        least=0,
+        fits=lambda weight: weight < 1,
+        advice="give a weight in [0, 1), such as 0.6",
+    )
     timeout: int = key(
         600,
         "seconds for reading a file before the prediction is aborted with an error that names it",
