@@ -29,7 +29,7 @@ PYTHON = {
     "3.14": ("2.11", "2.14", "newest"),
 }
 # Extras whose libraries are tested in their oldest and newest versions, and without any.
-EXTRAS = ("geo", "hf", "hub", "lora", "smp", "timm")
+EXTRAS = ("geo", "hf", "hub", "lora", "serve", "smp", "timm")
 OF_EXTRAS = (
     "tests/models/test_timm.py",
     "tests/models/test_external_eomt.py",
@@ -43,6 +43,7 @@ OF_EXTRAS = (
     "tests/engine/test_lora_run.py",
     "tests/engine/test_share.py",
     "tests/losses/test_mask_classification.py",
+    "tests/serving",
     "tests/weights/test_safetensors.py",
     "tests/test_recipes.py",
 )

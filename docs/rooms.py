@@ -17,6 +17,7 @@ CONTENT = {
     "cli": "arguments, configuration, one library call",
     "benchmarks": "mit-semseg bench",
     "tools": "profile, overfit, sweep, compare",
+    "serving": "HTTP server, page",
     "compat": "published names",
     "segmenter": "Segmenter",
     "result": "Result: pictures, masks, polygons",

@@ -91,6 +91,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(predict, "TEST", model, default=None, overrides=False)
     predict.set_defaults(opts=[])
 
+    serve = _command(commands, "serve", "answer HTTP requests with the results of a model")
+    help = "a trained model, as for `predict --model` (default: the shipped one)"
+    serve.add_argument("model", nargs="?", metavar="MODEL", help=help)
+    _add_server(serve, port=8000)
+    _option(serve, "--queue N", 64, "most requests at a time; others are answered with 503")
+    _option(serve, "--batch N", 8, "most images of a forward pass")
+    _option(serve, "--window MS", 5.0, "milliseconds to wait for images of the same size")
+    _option(serve, "--timeout S", 60.0, "most seconds of a request")
+
     pack = _command(commands, "pack", "copy a checkpoint in half precision, to share it")
     pack.add_argument("source", metavar="CHECKPOINT_FOLDER", help="folder to copy from")
     pack.add_argument("out", metavar="OUT", help="folder to create")
@@ -278,6 +287,16 @@ def _add_config(
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     help = "configuration overrides, after all options"
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY value", help=help)
+
+
+def _add_server(parser: argparse.ArgumentParser, port: int) -> None:
+    _option(parser, "--host ADDRESS", "127.0.0.1", "address to listen on; 0.0.0.0 for all")
+    _option(parser, "--port N", port, "port, 0 for any that is free")
+    help = "0, cpu or mps (default: GPU 0, else the CPU)"
+    _option(parser, "--gpu GPU", None, help, dest="devices")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="precision (fp32)")
+    _option(parser, "--megabytes X", 20.0, "largest upload, in 10^6 bytes")
+    _option(parser, "--megapixels X", 16.0, "largest image, in 10^6 pixels")
 
 
 def _add_recipes(parser: argparse.ArgumentParser, what: str = "configuration files") -> None:

@@ -186,6 +186,13 @@ def run_predict(args: argparse.Namespace) -> int:
     return 1 if any("error" in result for result in results) else 0
 
 
+def run_server(args: argparse.Namespace) -> int:
+    """Answer HTTP requests until a signal."""
+    from mit_semseg.serving.command import run
+
+    return run(args)
+
+
 def run_pack(args: argparse.Namespace) -> int:
     """Copy a checkpoint in half precision, or in the form of its library."""
     from mit_semseg.engine.checkpoint import CheckpointFolder, pack, pack_for_library
@@ -323,6 +330,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": run_train,
     "eval": run_eval,
     "predict": run_predict,
+    "serve": run_server,
     "pack": run_pack,
     "push": run_push,
     "models": run_models,
@@ -460,10 +468,7 @@ def _of_model(source: str, section: str, opts: Sequence[str], data: str = "") ->
 
 
 def _of_default(section: str, opts: Sequence[str]) -> Options:
-    """The options without `--cfg` and `--model`: those of the shipped model.
-
-    As published, they are those of a default configuration if its model is there.
-    """
+    """The options of the shipped model, or as published of a default model if it is there."""
     default = _read(DEFAULT_CONFIG, opts)
     if "DIR" in opts[::2] or os.path.isdir(default.DIR):
         return default
