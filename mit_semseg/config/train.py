@@ -184,6 +184,13 @@ class TrainOptions(Section):
         least=0,
     )
     disp_iter: int = key(20, "steps between lines of `metrics.jsonl`", least=1)
+    logger: tuple[str, ...] = key(
+        (),
+        "loggers of the same figures, and of pictures of the validation: `tensorboard`, `wandb`, "
+        "`mlflow`, or a list of them; see [train](train.md#loggers)",
+        fits=lambda names: set(names) <= {"tensorboard", "wandb", "mlflow"},
+        advice="give tensorboard, wandb, mlflow, or a list of them",
+    )
     eval_epochs: int = key(
         1, "epochs between validations; the last epoch is always validated; 0: never", least=0
     )

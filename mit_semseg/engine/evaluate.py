@@ -35,6 +35,7 @@ from mit_semseg.engine.pool import run_here, run_pool
 from mit_semseg.engine.scoring import (
     Chunk,
     Evaluation,
+    Figures,
     FigureWriter,
     SavedPredictions,
     Scored,
@@ -203,6 +204,7 @@ def evaluate_model(
     progress: bool = True,
     share: tuple[int, int] = (0, 1),
     stop: Callable[[], bool] | None = None,
+    figures: Figures | None = None,
 ) -> Evaluation:
     """Evaluate a model in this process; the model itself is not modified.
 
@@ -215,6 +217,7 @@ def evaluate_model(
         share: (rank, number of ranks): evaluate this rank's share of the images; `merged` adds the
             results of all ranks.
         stop: called before the first image and after each image.
+        figures: takes the results of every image.
 
     Returns:
         The counts; `failed` lists skipped images, which are not reported here.
@@ -226,7 +229,7 @@ def evaluate_model(
     rank, world = share
     chunks = _chunks(len(dataset), options.VAL.batch_size)[rank::world]
     with _Progress("validating", chunks, progress, stop) as on_result:
-        scorer = Scorer(module, dataset, options, device, _concurrent([device]))
+        scorer = Scorer(module, dataset, options, device, _concurrent([device]), figures=figures)
         result: Evaluation = run_here(scorer.run, chunks, on_result)
     return result
 

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -150,6 +150,13 @@ class SavedPredictions:
                 np.save(self.file(number), one.cpu().numpy().astype(np.int16))
 
 
+class Figures(Protocol):
+    """Takes the results of every image."""
+
+    def add(self, index: int, image: np.ndarray, truth: Tensor, predicted: Tensor) -> None:
+        """Take image number `index`, its ground truth and prediction, (H, W) class ids."""
+
+
 class FigureWriter:
     """Writes figures of image, ground truth and prediction, named after their images.
 
@@ -205,7 +212,7 @@ class Scorer:
         concurrent: chunks computed concurrently on the CPU.
         processes: of this rank, which share its cores.
         boundary: also compute boundary F-scores.
-        figures: writes a figure of every image.
+        figures: takes the results of every image.
         saved: saves class ids of selected images.
         report: also compute calibration and the metrics of each image.
     """
@@ -220,7 +227,7 @@ class Scorer:
         processes: int = 1,
         *,
         boundary: bool = False,
-        figures: FigureWriter | None = None,
+        figures: Figures | None = None,
         saved: SavedPredictions | None = None,
         report: bool = False,
     ) -> None:

@@ -22,6 +22,7 @@ from mit_semseg.engine.cpu import (
     set_threads,
 )
 from mit_semseg.engine.evaluate import evaluate_model, val_dataset
+from mit_semseg.engine.from_model import recipe
 from mit_semseg.engine.scoring import Evaluation
 from mit_semseg.engine.threads import ThreadTuner
 from mit_semseg.engine.training.balance import class_weights
@@ -30,8 +31,10 @@ from mit_semseg.engine.training.earlier_runs import EarlierRuns
 from mit_semseg.engine.training.finetune import freeze, layer_scales
 from mit_semseg.engine.training.fsdp import Sharding, check_torch
 from mit_semseg.engine.training.loader import TrainLoader
+from mit_semseg.engine.training.loggers import Loggers, check_installed
 from mit_semseg.engine.training.metrics_log import History, MetricsLog
 from mit_semseg.engine.training.optim import MovingAverage, OptimizerState, build_optimizer
+from mit_semseg.engine.training.pictures import ValidationPictures
 from mit_semseg.engine.training.run_lock import RunLock
 from mit_semseg.engine.training.state import (
     Progress,
@@ -170,6 +173,7 @@ def build(
     step, sharding = _step(train, process, module, folder)
     position = Progress(plan.epoch_iters, plan.epoch_iters * train.num_epoch)
     history = History()
+    metrics = _metrics(options, process, split.classes, validate)
     random = RandomNumbers(train.seed, process.devices, rank, world, position)
     return Parts(
         process=process,
@@ -200,7 +204,7 @@ def build(
             split.classes,
             getattr(step.module.encoder, "architecture", None),
         ),
-        metrics=MetricsLog(folder.path, rank),
+        metrics=metrics,
         earlier=earlier,
         supervisor=Supervisor(
             train.stall_seconds,
@@ -218,6 +222,7 @@ def _check(options: Options, process: TrainProcess) -> None:
     """Checks that depend on the devices, and the loss, before the data is read."""
     train = options.TRAIN
     build_loss(train.loss, options.DATASET.num_class)
+    check_installed(train.logger)
     Precision.of(train.precision, process.device, "TRAIN.precision")
     if process.device.type == "mps" and train.precision == "fp16":
         raise ValueError(
@@ -265,9 +270,7 @@ def shape_bucket(wanted: int | str, device: torch.device, fixed_size: bool) -> i
     return 1 if wanted == "off" else int(wanted)
 
 
-def _validation(
-    options: Options, process: TrainProcess, training: Split
-) -> Callable[..., Evaluation]:
+def _validation(options: Options, process: TrainProcess, training: Split) -> partial[Evaluation]:
     """A function that scores a module on the validation data."""
     data = val_dataset(options)
     if process.rank == 0:
@@ -289,6 +292,26 @@ def _validation(
         progress=process.progress,
         share=(process.rank, process.world),
     )
+
+
+def _metrics(
+    options: Options,
+    process: TrainProcess,
+    classes: ClassTable,
+    validate: partial[Evaluation] | None,
+) -> MetricsLog:
+    """The metrics, with loggers in rank 0, for which `validate` is made to draw pictures."""
+    folder, names = Path(options.DIR), dict.fromkeys(options.TRAIN.logger)
+    if not names or process.rank:
+        return MetricsLog(folder, process.rank)
+    loggers = Loggers([*names], folder, options, recipe(options), classes.names)
+    if validate is None:
+        return MetricsLog(folder, process.rank, loggers)
+    count, batch = len(validate.keywords["dataset"]), options.VAL.batch_size
+    bands = options.DATASET.bands
+    pictures = ValidationPictures(count, batch, process.world, classes.colors, bands)
+    validate.keywords["figures"] = pictures
+    return MetricsLog(folder, process.rank, loggers, pictures)
 
 
 def _plan(options: Options, process: TrainProcess, split: Split, data: TrainDataset) -> Plan:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mit_semseg.engine.checkpoint import CLASSES, CONFIG, CheckpointFolder, atomic_save
 from mit_semseg.engine.training.fsdp import SHARDS, check_shards, shards_of
+from mit_semseg.engine.training.loggers import IDS, TENSORBOARD
 from mit_semseg.engine.training.metrics_log import CURVES, METRICS
 from mit_semseg.weights import load_checked
 
@@ -22,7 +23,7 @@ EVALUATION = "result_eval"  # subfolder with the output of `evaluate`
 RUN_FILES = (
     *("encoder_*.pth", "decoder_*.pth", "encoder_*.safetensors", "decoder_*.safetensors"),
     *("history_epoch_*.pth", "state_step_*.pth"),
-    *("nonfinite_*.pth", METRICS, CURVES),
+    *("nonfinite_*.pth", METRICS, CURVES, IDS, TENSORBOARD),
 )
 # The second one is used if the newest is damaged, for example by a failing disk.
 KEPT_STATES = 2

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mit_semseg.engine.training.loggers import Loggers
+from mit_semseg.engine.training.pictures import ValidationPictures
 from mit_semseg.files import replacing
 from mit_semseg.visualize import curves
 
@@ -95,11 +97,25 @@ class History:
 
 
 class MetricsLog:
-    """`metrics.jsonl` and `curves.png` of a checkpoint folder, written by rank 0."""
+    """`metrics.jsonl` and `curves.png` of a checkpoint folder, written by rank 0.
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    Args:
+        folder: the checkpoint folder.
+        rank: of this process.
+        loggers: which take the same records.
+        pictures: of the last validation, for the loggers.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        loggers: Loggers | None = None,
+        pictures: ValidationPictures | None = None,
+    ) -> None:
         self.file, self.picture = folder / METRICS, folder / CURVES
         self.writes = rank == 0
+        self.loggers, self.pictures = loggers, pictures
         self._drawn_at = time.monotonic()
 
     def record(self, **figures: Any) -> None:
@@ -112,6 +128,19 @@ class MetricsLog:
                 raise OSError(
                     error.errno, f"{error.strerror}: cannot write", str(self.file)
                 ) from error
+        if self.loggers is not None:
+            is_validation = figures["kind"] == "val" and self.pictures is not None
+            self.loggers.add(figures, self.pictures.take() if is_validation else {})
+
+    def open(self, step: int) -> None:
+        """Start the loggers of a run that continues from a step."""
+        if self.loggers is not None:
+            self.loggers.open(step)
+
+    def close(self) -> None:
+        """End the loggers."""
+        if self.loggers is not None:
+            self.loggers.close()
 
     def best_epoch(self) -> int:
         """The epoch of the best validation; 0 without validations."""

@@ -70,6 +70,7 @@ class Trainer:
                         loader.close()
             return self._result()
         finally:
+            parts.metrics.close()
             parts.lock.release()
 
     # ------------------------------------------------------------------ resuming
@@ -152,6 +153,7 @@ class Trainer:
 
     def _epochs(self, batches: Batches, bad_files: dict[str, str]) -> None:
         progress = self.progress
+        self.parts.metrics.open(progress.step)
         if progress.step and not progress.inside:
             # The run was stopped between the last step of an epoch and its files.
             self._finish_epoch(progress.epoch)
@@ -359,7 +361,14 @@ class Trainer:
         # The best weights first: a run killed after this validates and writes them again.
         if self.history.best == (epoch, mean_iou) or "best.pth" not in parts.folder.names():
             parts.folder.save("best.pth", *saved_states(net))
-        parts.metrics.record(kind="val", epoch=epoch, mean_iou=mean_iou, pixel_accuracy=accuracy)
+        parts.metrics.record(
+            kind="val",
+            epoch=epoch,
+            step=self.progress.step,
+            mean_iou=mean_iou,
+            pixel_accuracy=accuracy,
+            iou=[iou if math.isfinite(iou) else None for iou in scores["iou"].tolist()],
+        )
         parts.folder.save_history(epoch, self.history.columns)
 
     def _result(self) -> dict[str, Any]:
