@@ -29,7 +29,7 @@ PYTHON = {
     "3.14": ("2.11", "2.14", "newest"),
 }
 # Extras whose libraries are tested in their oldest and newest versions, and without any.
-EXTRAS = ("geo", "hf", "hub", "lora", "serve", "smp", "timm")
+EXTRAS = ("geo", "hf", "hub", "lora", "mlflow", "serve", "smp", "tensorboard", "timm", "wandb")
 OF_EXTRAS = (
     "tests/models/test_timm.py",
     "tests/models/test_external_eomt.py",
@@ -40,6 +40,7 @@ OF_EXTRAS = (
     "tests/dataset/test_rasters.py",
     "tests/engine/test_bands_run.py",
     "tests/engine/test_external_run.py",
+    "tests/engine/test_loggers.py",
     "tests/engine/test_lora_run.py",
     "tests/engine/test_share.py",
     "tests/losses/test_mask_classification.py",
