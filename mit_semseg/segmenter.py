@@ -122,6 +122,7 @@ class Segmenter:
         precision: str = "fp32",
         checkpoint: str | None = None,
         imgSizes: int | Sequence[int] | None = None,
+        scales: float | Sequence[float] = (),
         compile: bool = False,
         tile: str | int | None = None,
     ) -> Segmenter:
@@ -134,6 +135,7 @@ class Segmenter:
             checkpoint: `best.pth` or `epoch_N.pth`; default: the best, else the latest.
             imgSizes: short sides in pixels whose scores are averaged, instead of `TEST.imgSizes`
                 or `DATASET.imgSizes`.
+            scales: factors of the image's own size whose scores are averaged, instead of sizes.
             compile: compile the network, which pays off for many images of few sizes.
             tile: "auto", "off", or a side in pixels, instead of `TEST.tile` and `TEST.window`.
 
@@ -148,9 +150,8 @@ class Segmenter:
         options = folder.options()
         checkpoint = checkpoint or folder.best_or_latest()
         module = load_model(options, checkpoint)
-        made = cls._of(
-            module, folder.classes(), options, imgSizes, device, precision, compile, tile
-        )
+        sizes = imgSizes, scales
+        made = cls._of(module, folder.classes(), options, sizes, device, precision, compile, tile)
         made.checkpoint = folder.path / checkpoint
         return made
 
@@ -162,6 +163,7 @@ class Segmenter:
         device: torch.device | str | None = None,
         precision: str = "fp32",
         imgSizes: int | Sequence[int] | None = None,
+        scales: float | Sequence[float] = (),
         compile: bool = False,
         tile: str | int | None = None,
     ) -> Segmenter:
@@ -179,6 +181,7 @@ class Segmenter:
             device: where to compute; default: the first GPU, else the CPU.
             precision: fp32 | tf32 | bf16 | fp16 | auto.
             imgSizes: short sides in pixels whose scores are averaged, instead of the model's own.
+            scales: factors of the image's own size whose scores are averaged, instead of sizes.
             compile: compile the network, which pays off for many images of few sizes.
             tile: "auto", "off", or a side in pixels, instead of the model's own.
 
@@ -189,7 +192,8 @@ class Segmenter:
         """
         device = usable_device(device)
         module, classes, options = load_pretrained(source)
-        return cls._of(module, classes, options, imgSizes, device, precision, compile, tile)
+        sizes = imgSizes, scales
+        return cls._of(module, classes, options, sizes, device, precision, compile, tile)
 
     def push_to_hub(self, repo: str, *, private: bool | None = None, license: str = "") -> str:
         """Upload the checkpoint to the Hugging Face Hub, with a model card (`engine.share.push`).
@@ -221,7 +225,7 @@ class Segmenter:
         module: SegmentationModule,
         classes: ClassTable,
         options: Options,
-        sizes: int | Sequence[int] | None,
+        sizes: tuple[int | Sequence[int] | None, float | Sequence[float]],
         device: torch.device,
         precision: str,
         compile: bool,
@@ -229,10 +233,12 @@ class Segmenter:
     ) -> Segmenter:
         """A segmenter with the settings of `TEST`, except for those that are given."""
         test = options.TEST
+        short, factors = sizes
+        data = options.DATASET.at_scales(test.imgSizes, test.scales)
         return cls(
             module,
             classes,
-            options.DATASET.at_scales(test.imgSizes if sizes is None else sizes),
+            data.at_scales(() if short is None else short, factors),
             device=device,
             precision=precision,
             flip=test.flip,

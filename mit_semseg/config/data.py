@@ -71,6 +71,14 @@ class DataOptions(Section):
         fits=lambda sides: len(sides) > 0 and min(sides) >= 0,
         advice="give short sides in pixels, such as 450 or (300, 450), or 0 for the image's own",
     )
+    scales: tuple[float, ...] = key(
+        (),
+        "factors of the image's own size, whatever `imgMaxSize` is, at which evaluation and "
+        "prediction average the scores, such as `(0.5, 0.75, 1, 1.25, 1.5, 1.75)`; they replace "
+        "`imgSizes` there, and training does not use them",
+        fits=lambda factors: all(0 < factor <= 8 for factor in factors),
+        advice="give factors of the image's size above 0 and up to 8, such as (0.5, 1, 1.5)",
+    )
     imgMaxSize: int = key(1000, "upper limit of the long side, in pixels", least=1)
     padding_constant: int = key(
         8,
@@ -268,8 +276,28 @@ class DataOptions(Section):
         """Whether `mean` or `std` are others than those of ImageNet's colours."""
         return (self.mean, self.std) != (DataOptions.mean, DataOptions.std)
 
-    def at_scales(self, sizes: int | Sequence[int]) -> DataOptions:
-        """These options with other `imgSizes`, one or several; unchanged if `sizes` is empty."""
+    def at_scales(
+        self, sizes: int | Sequence[int], factors: float | Sequence[float] = ()
+    ) -> DataOptions:
+        """These options with other sizes of evaluation and prediction.
+
+        Args:
+            sizes: `imgSizes`, one or several.
+            factors: `scales`, one or several; used instead of `sizes` if there are any.
+
+        Returns:
+            The options, unchanged if both are empty.
+        """
+        known = settings(DataOptions)
+        if not isinstance(factors, Sequence) or factors:
+            return replace(self, scales=known["scales"].read(factors))
         if isinstance(sizes, Sequence) and not sizes:
             return self
-        return replace(self, imgSizes=settings(DataOptions)["imgSizes"].read(sizes))
+        return replace(self, imgSizes=known["imgSizes"].read(sizes), scales=())
+
+    @property
+    def sizes_text(self) -> str:
+        """The sizes of evaluation and prediction, for reports."""
+        if self.scales:
+            return f"{', '.join(f'{x:g}' for x in self.scales)} times the image's size"
+        return f"short sides {', '.join(map(str, self.imgSizes))}"

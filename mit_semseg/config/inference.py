@@ -31,6 +31,12 @@ class InferenceOptions(Section):
         least=0,
         advice="give short sides in pixels, such as (300, 450)",
     )
+    scales: tuple[float, ...] = key(
+        (),
+        "factors of the image's own size, which replace `imgSizes`; empty: `DATASET.scales`",
+        fits=lambda factors: all(0 < factor <= 8 for factor in factors),
+        advice="give factors of the image's size above 0 and up to 8, such as (0.5, 1, 1.5)",
+    )
     flip: bool = key(False, "also average over horizontally flipped images")
     precision: str = key("fp32", "as in `TRAIN`", words=PRECISIONS)
     compile: bool = key(

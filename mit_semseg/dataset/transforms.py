@@ -226,9 +226,9 @@ def scaled_inputs(
         depth: (H, W) float32 in metres, 0 where there is no depth, as a fourth channel.
 
     Returns:
-        One (1, 3, h, w) tensor for each entry of `imgSizes`: float32, or, with `normalized` False,
-        uint8 RGB in channels_last. With depth (1, 4, h, w), and with `bands` (1, C, h, w) float32,
-        always normalised.
+        One (1, 3, h, w) tensor for each entry of `scales`, or else `imgSizes`: float32, or, with
+        `normalized` False, uint8 RGB in channels_last. With depth (1, 4, h, w), and with `bands`
+        (1, C, h, w) float32, always normalised.
     """
     options = DataOptions.read(opt)
     normalize = None if options.bands else Normalize.of(options)
@@ -236,8 +236,9 @@ def scaled_inputs(
     if normalize is None:
         image = np.nan_to_num(image)
     inputs = []
-    for short in options.imgSizes:
-        fitted = fitted_size(width, height, short, options.imgMaxSize)
+    scales = [(0, factor) for factor in options.scales]
+    for short, factor in scales or [(short, 1.0) for short in options.imgSizes]:
+        fitted = fitted_size(width, height, short, options.imgMaxSize, factor)
         size = (
             round_up(fitted[0], options.padding_constant),
             round_up(fitted[1], options.padding_constant),

@@ -27,6 +27,12 @@ _SIDE = 640  # longest side of pictures, in pixels
 _PANELS = 30  # classes with curves, those with the lowest IoU first
 
 
+def sizes_text(result: Mapping[str, Any]) -> str:
+    """The sizes of an evaluation, from the content of `eval.json`."""
+    options = DataOptions(imgSizes=result["imgSizes"], scales=result.get("scales", ()))
+    return options.sizes_text
+
+
 def calibration_of(report: ReportCounts) -> dict[str, Any]:
     """The part of `eval.json` about calibration: `ece` and `calibration`, one dict per bin."""
     found = report.calibration.compute()
@@ -95,7 +101,7 @@ def write_eval_page(
         classes.names,
         classes.colors,
         title=title,
-        lead=f"{result['images']} images, short sides {', '.join(map(str, result['imgSizes']))}"
+        lead=f"{result['images']} images, {sizes_text(result)}"
         + (f"; {failed} more could not be used: {result['failed'][0]['error']}" if failed else ""),
         figures=[
             ("mean IoU", _share(result["mean_iou"])),

@@ -11,7 +11,7 @@ from typing import Any
 
 from mit_semseg.config import Options
 from mit_semseg.dataset import ClassTable
-from mit_semseg.engine.eval_page import calibration_of
+from mit_semseg.engine.eval_page import calibration_of, sizes_text
 from mit_semseg.engine.scoring import Evaluation
 from mit_semseg.errors import counted
 from mit_semseg.metrics import BoundaryScore, ConfusionMatrix
@@ -46,11 +46,13 @@ def result_of(
         checkpoint: name of the checkpoint; "" for a model in memory.
     """
     used, val = count - len(evaluation.bad), options.VAL
+    data = options.DATASET.at_scales(val.imgSizes, val.scales)
     return {
         "checkpoint": checkpoint,
         "images": used,
         "failed": [{"image": image, "error": reason} for image, reason in evaluation.failed],
-        "imgSizes": list(val.imgSizes or options.DATASET.imgSizes),
+        "imgSizes": list(data.imgSizes),
+        "scales": list(data.scales),
         "flip": val.flip,
         "window": list(val.window),
         "precision": val.precision,
@@ -162,8 +164,8 @@ def format_report(result: Mapping[str, Any]) -> str:
             else []
         ),
         f"{counted(result['images'], 'image')}, {counted(result['pixels'], 'labelled pixel')}, "
-        f"short sides {', '.join(map(str, result['imgSizes']))}"
-        f"{', flipped copies' if result['flip'] else ''}{window}, {result['seconds']:.1f} s in "
+        f"{sizes_text(result)}{', flipped copies' if result['flip'] else ''}{window}, "
+        f"{result['seconds']:.1f} s in "
         f"{counted(result['processes'], 'process')}",
     ]
     if result["failed"]:

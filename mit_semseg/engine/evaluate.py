@@ -186,9 +186,9 @@ def evaluate(
 
 
 def val_dataset(cfg: Options | Config) -> ValDataset:
-    """The validation data of a configuration: uint8 images at the scales of `VAL.imgSizes`."""
+    """The validation data of a configuration: uint8 images at the sizes of `VAL`."""
     options = Options.read(cfg)
-    data = options.DATASET.at_scales(options.VAL.imgSizes)
+    data = options.DATASET.at_scales(options.VAL.imgSizes, options.VAL.scales)
     split = build_split(data, "val")
     return ValDataset(
         data.root_dataset, split.records, data, label_map=split.label_map, normalized=False

@@ -73,6 +73,7 @@ def training_options(model: str, data: str, overrides: Sequence[str] = ()) -> Op
         encoder, decoder = map(str, where.files(name))
         network = replace(network, weights_encoder=encoder, weights_decoder=decoder)
     best: dict[str, Any] = {"checkpoint": "best.pth", "imgSizes": options.TEST.imgSizes}
+    best["scales"] = options.TEST.scales
     found = Options(
         DIR=folder,
         DATASET=_training_data(options.DATASET, data, Path(folder) / "lists"),

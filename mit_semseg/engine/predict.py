@@ -287,7 +287,7 @@ class _Pipeline:
     def __init__(self, job: Job) -> None:
         options, test = job.options, job.options.TEST
         self.save, self.classes, self.device = test.save, job.classes, job.device
-        self.data = options.DATASET.at_scales(test.imgSizes)
+        self.data = options.DATASET.at_scales(test.imgSizes, test.scales)
         module = load_model(options, job.checkpoint)
         self.predictor = Predictor.of(module, options.DATASET, test, job.device)
         self.threads = Threads.of(job.device, job.processes)

@@ -102,7 +102,7 @@ class Predictor:
     ) -> Predictor:
         """A predictor with the settings of `VAL` or `TEST`."""
         return cls(
-            *(module, data.at_scales(options.imgSizes), device),
+            *(module, data.at_scales(options.imgSizes, options.scales), device),
             precision=options.precision,
             flip=options.flip,
             tile=options.tile,

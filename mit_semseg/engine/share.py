@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mit_semseg import __version__, shipped
 from mit_semseg.config import Options, dump_config
 from mit_semseg.engine.checkpoint import CONFIG, CheckpointFolder, load_model, pack
+from mit_semseg.engine.eval_page import sizes_text
 from mit_semseg.engine.from_model import recipe
 from mit_semseg.engine.hub import HubName, library, talking
 from mit_semseg.visualize.pages import TEMPLATES
@@ -164,7 +165,8 @@ def card(
         recipe=recipe(options).strip(),
         repo=repo,
         result=result,
-        sizes=", ".join(map(str, options.TEST.imgSizes or options.DATASET.imgSizes)),
+        evaluated=sizes_text(result) if result else "",
+        sizes=options.DATASET.at_scales(options.TEST.imgSizes, options.TEST.scales).sizes_text,
     )
 
 

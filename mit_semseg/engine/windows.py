@@ -27,9 +27,10 @@ PIXELS, SIDE, OVERLAP = 1 << 24, 2048, 256
 def needs_windows(size: tuple[int, int], options: DataOptions) -> bool:
     """Whether an image of (width, height) pixels is computed by windows.
 
-    Only at its own size: others are resized to what fits into memory.
+    Only at its own size or factors of it: others are resized to what fits into memory.
     """
-    return bool(options.bands) and options.imgSizes == (0,) and math.prod(size) > PIXELS
+    own = bool(options.scales) or options.imgSizes == (0,)
+    return bool(options.bands) and own and math.prod(size) > PIXELS
 
 
 def predict_by_windows(
@@ -49,7 +50,7 @@ def predict_by_windows(
         path: the raster.
         outputs: kind -> file.
         classes: names and colours.
-        options: `DATASET` with `imgSizes` 0.
+        options: `DATASET` with `imgSizes` 0 or `scales`.
 
     Returns:
         What `predict` does for an image.

@@ -116,7 +116,7 @@ def test_a_pushed_model_predicts_the_same_elsewhere(hub, model, tmp_path):
 
 def test_the_command_pushes_and_predicts(hub, model, tmp_path, capsys):
     assert main(["push", str(model), "me/streets", "--private"]) == 0
-    assert capsys.readouterr().out.strip() == f"{hub.url}/me/streets"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/me/streets"
     assert hub.models["me/streets"]["private"]
     Image.fromarray(IMAGE).save(tmp_path / "a.png")
     words = ["--gpu", "cpu", "TEST.result", str(tmp_path / "out")]
