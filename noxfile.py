@@ -29,7 +29,20 @@ PYTHON = {
     "3.14": ("2.11", "2.14", "newest"),
 }
 # Extras whose libraries are tested in their oldest and newest versions, and without any.
-EXTRAS = ("geo", "hf", "hub", "lora", "mlflow", "serve", "smp", "tensorboard", "timm", "wandb")
+EXTRAS = (
+    "geo",
+    "hf",
+    "hub",
+    "lora",
+    "mlflow",
+    "onnx",
+    "openvino",
+    "serve",
+    "smp",
+    "tensorboard",
+    "timm",
+    "wandb",
+)
 OF_EXTRAS = (
     "tests/models/test_timm.py",
     "tests/models/test_external_eomt.py",
@@ -43,6 +56,7 @@ OF_EXTRAS = (
     "tests/engine/test_loggers.py",
     "tests/engine/test_lora_run.py",
     "tests/engine/test_share.py",
+    "tests/export",
     "tests/losses/test_mask_classification.py",
     "tests/serving",
     "tests/weights/test_safetensors.py",

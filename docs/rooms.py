@@ -23,6 +23,7 @@ CONTENT = {
     "result": "Result: pictures, masks, polygons",
     "demo": "rendered scenes, result page",
     "engine": "train, evaluate, predict; Predictor; training/: trainer, step, state; devices",
+    "export": "a network as a file of another library: ONNX, OpenVINO, ...; running such files",
     "models": "encoders/, decoders/, builder, module; inference",
     "utils": "published helpers",
     "scores": "logits to labels",

@@ -25,6 +25,8 @@ SOURCES = (
 FORMATS = ("colors", "folder", "odgt", *SOURCES)
 # Formats of `data import`; checked by a test.
 ANNOTATIONS = ("supervisely", "label-studio", "coco", "labelme", "yolo", "masks")
+# Formats of `export`; checked by a test.
+EXPORTS = ("onnx", "torchscript", "pt2", "openvino")
 
 
 def is_key(word: str) -> bool:
@@ -121,6 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", default=None, help="a private repository")
     _option(push, "--out DIR", "", "write the files to this folder instead of uploading them")
 
+    _add_export(commands)
+
     _command(commands, "models", "list trained models that can be loaded by name")
 
     config = _command(commands, "config", "print all settings: value, origin, meaning")
@@ -143,6 +147,35 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(demo.add_subparsers(dest="action", required=True, metavar="ACTION"))
     _add_threads(commands)
     return parser
+
+
+def _add_export(commands: Subparsers) -> None:
+    export = _command(commands, "export", "write a model for ONNX Runtime, OpenVINO, ...")
+    model = "a checkpoint folder, hf:NAME, or a name that `mit-semseg models` lists"
+    export.add_argument("model", metavar="MODEL", help=model)
+    export.add_argument("--format", default="onnx", choices=EXPORTS, help="format (onnx)")
+    _option(export, "--out FILE", "", "the file (name of the model in this folder)")
+    export.add_argument(
+        "--raw", action="store_true", help="without normalisation and argmax: floats to scores"
+    )
+    export.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        default=None,
+        metavar=("H", "W"),
+        help="height and width of all images (any multiples of the padding constant)",
+    )
+    export.add_argument(
+        "--resize", action="store_true", help="with --size: resize to the recipe's scale inside"
+    )
+    compared = "images on which labels are compared: files, folders or globs (rendered scenes)"
+    export.add_argument("--images", nargs="+", default=[], metavar="IMAGE", help=compared)
+    export.add_argument(
+        "--int8", action="store_true", help="also write an INT8 file (onnx and openvino)"
+    )
+    _option(export, "--calibration DIR", "", "images for --int8, such as those of the training")
+    _option(export, "--data DATA", "", "also evaluate the files: images_dir:masks_dir, ...")
 
 
 def _add_tools(commands: Subparsers) -> None:

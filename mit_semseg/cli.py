@@ -220,6 +220,15 @@ def run_push(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_export(args: argparse.Namespace) -> int:
+    """Export a model, and compare it with this toolkit."""
+    from mit_semseg.tools.export import run
+    from mit_semseg.utils import setup_logger
+
+    setup_logger()
+    return run(args)
+
+
 def run_models(args: argparse.Namespace) -> int:
     """List trained models."""
     from mit_semseg.tools.models import listing
@@ -333,6 +342,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "serve": run_server,
     "pack": run_pack,
     "push": run_push,
+    "export": run_export,
     "models": run_models,
     "config": run_config,
     "bench": run_bench,

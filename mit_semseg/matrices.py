@@ -10,11 +10,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+_export = threading.local()
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Context in which this thread records graphs that other libraries run.
+
+    Layers then use common operations, and no size of the recorded image becomes a constant.
+    """
+    _export.active = True
+    try:
+        yield
+    finally:
+        _export.active = False
+
+
+def is_exporting() -> bool:
+    """Whether the thread is in `exporting`."""
+    return getattr(_export, "active", False)
+
 
 def is_plain(x: Tensor) -> bool:
     """Whether a tensor is an ordinary one, not one of torch.compile or a trace, whose sizes may be
     symbolic."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = is_exporting() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not traced and type(x) in (Tensor, nn.Parameter)
 
 

@@ -20,6 +20,7 @@ from mit_semseg.arguments import CONFIG
 from mit_semseg.config import Options, dump_config, load_config
 from mit_semseg.config.node import Config
 from mit_semseg.dataset import ClassTable, class_table
+from mit_semseg.export import format_of, open_exported
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.external import FILE, Architecture, build, describe, save_pretrained
 from mit_semseg.models.lora import with_adapters
@@ -320,6 +321,8 @@ def find_checkpoint(options: Options, checkpoint: str) -> None:
         FileNotFoundError: the checkpoint does not exist; those that do are listed.
         ValueError: `pretrained`, and no model of another library is configured.
     """
+    if format_of(checkpoint) is not None:
+        return
     if checkpoint != PRETRAINED:
         folder, name = resolve_checkpoint(options.DIR, checkpoint)
         folder.files(name)
@@ -336,6 +339,8 @@ def model_classes(options: Options, checkpoint: str) -> ClassTable:
     Raises:
         ValueError: the table does not have `DATASET.num_class` rows.
     """
+    if format_of(checkpoint) is not None:
+        return open_exported(checkpoint).description.classes
     if checkpoint == PRETRAINED:
         own = class_table(options.DATASET)
         names = describe(options.MODEL.arch).names
@@ -354,13 +359,15 @@ def load_model(cfg: Options | Config, checkpoint: str) -> SegmentationModule:
     Args:
         cfg: the configuration.
         checkpoint: `epoch_N.pth` or `best.pth` in `cfg.DIR`, or a path; `pretrained` for the
-            weights that `MODEL.arch` names.
+            weights that `MODEL.arch` names; an exported file.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist; the message lists those that do.
         ValueError: the weights do not fit the model.
     """
     options = Options.read(cfg)
+    if format_of(checkpoint) is not None:
+        return open_exported(checkpoint)
     if checkpoint == PRETRAINED:
         return whole_model(options)
     folder, name = resolve_checkpoint(options.DIR, checkpoint)

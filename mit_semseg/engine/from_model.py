@@ -22,6 +22,7 @@ from mit_semseg.dataset.checking import check
 from mit_semseg.dataset.listing import make_odgt
 from mit_semseg.engine.checkpoint import PRETRAINED, resolve_checkpoint
 from mit_semseg.engine.pretrained import locate
+from mit_semseg.export import format_of
 
 RECIPE = "recipe.yaml"
 # Stored values that customarily mean "ignored" in masks.
@@ -65,6 +66,8 @@ def training_options(model: str, data: str, overrides: Sequence[str] = ()) -> Op
         FileNotFoundError, ValueError: there are no such data, or they cannot be used.
     """
     options, checkpoint = locate(model)
+    if format_of(checkpoint) is not None:
+        raise ValueError(f"{model} is for prediction only: train the model it was exported from")
     given = dict(zip(overrides[::2], overrides[1::2]))
     folder = given.get("DIR") or f"ckpt/{_name(model)}-{_name(data.partition(':')[0])}"
     network = options.MODEL

@@ -16,6 +16,7 @@ from mit_semseg.config import DataOptions, InferenceOptions
 from mit_semseg.dataset.transforms import Normalize, scaled_inputs
 from mit_semseg.engine.devices import usable_device
 from mit_semseg.errors import one_line
+from mit_semseg.export import ExportedModule
 from mit_semseg.matrices import to_device
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.compilation import compiler_errors
@@ -58,7 +59,7 @@ class Predictor:
         """Copy a module, which is not modified.
 
         Args:
-            module: on any device, in any mode.
+            module: on any device, in any mode; or an exported file, which runs on the CPU.
             options: `cfg.DATASET`: scales and normalisation of the input.
             device: where to compute.
             precision: fp32 | tf32 | bf16 | fp16 | auto (see `precision.Precision`).
@@ -74,13 +75,12 @@ class Predictor:
         self.device = usable_device(device)
         self.options, self.flip = DataOptions.read(options), flip
         self.precision = Precision.of(precision, self.device)
-        half = self.precision.dtype != torch.float32
-        self.module = inference_copy(
-            module,
-            self.device,
-            None if self.options.bands else _normalization(module) or Normalize.of(self.options),
-            self.precision.dtype if half else None,
-        )
+        if isinstance(module, ExportedModule):
+            _check_exported(module, self.device, compile)
+            self.module = module
+            module.compile(precision)
+        else:
+            self.module = self._copy(module)
         size = getattr(self.module.encoder, "fixed_size", None)
         if window is None and size is not None:
             height, width = size
@@ -91,6 +91,15 @@ class Predictor:
         if self.device.type == "cuda":
             network = GraphedNetwork(network, self.device, flip)
         self.tiled = TiledNetwork(self.module, tile, network, window)
+
+    def _copy(self, module: SegmentationModule) -> SegmentationModule:
+        half = self.precision.dtype != torch.float32
+        return inference_copy(
+            module,
+            self.device,
+            None if self.options.bands else _normalization(module) or Normalize.of(self.options),
+            self.precision.dtype if half else None,
+        )
 
     @classmethod
     def of(
@@ -213,6 +222,22 @@ class Predictor:
         other = dict(pairs) | {b: a for a, b in pairs}
         order = [other.get(k, k) for k in range(logits.shape[1])]
         return logits[:, to_device(torch.tensor(order), logits.device)]
+
+
+def _check_exported(module: ExportedModule, device: torch.device, compile: bool) -> None:
+    """Refuses settings with which a file cannot be run.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if module.description.resize:
+        raise ValueError(
+            f"{module.path} resizes images itself and knows one size: export it without --resize"
+        )
+    if device.type != "cpu":
+        raise ValueError(f"{module.path} is run on the CPU: set the device to cpu, not {device}")
+    if compile:
+        raise ValueError(f"{module.path} is compiled already: set compile False")
 
 
 def _normalization(module: SegmentationModule) -> Normalize | None:

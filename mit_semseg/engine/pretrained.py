@@ -19,6 +19,7 @@ from mit_semseg.engine.checkpoint import (
     model_classes,
     whole_model,
 )
+from mit_semseg.export import format_of, open_exported
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.external import LIBRARIES, describe
 from mit_semseg.models.external.base import read_json
@@ -44,10 +45,10 @@ def load_pretrained(source: str | os.PathLike[str]) -> Pretrained:
     """A trained model of this toolkit or of another library.
 
     Args:
-        source: a checkpoint folder; a folder that transformers or segmentation_models.pytorch
-            saved; "hub:USER/NAME" or "hub:USER/NAME@REVISION" for one of this toolkit on the
-            Hugging Face Hub; "hf:NAME" for transformers; "smp:FOLDER"; "mmseg:FILE";
-            `shipped.MODEL`, or a name in `weights.MODELS`.
+        source: a checkpoint folder; an exported file; a folder that transformers or
+            segmentation_models.pytorch saved; "hub:USER/NAME" or "hub:USER/NAME@REVISION" for one
+            of this toolkit on the Hugging Face Hub; "hf:NAME" for transformers; "smp:FOLDER";
+            "mmseg:FILE"; `shipped.MODEL`, or a name in `weights.MODELS`.
 
     Raises:
         FileNotFoundError: no such folder or name.
@@ -96,6 +97,8 @@ def _of_this_toolkit(source: str | os.PathLike[str]) -> tuple[Options, str] | No
             options, DATASET=replace(options.DATASET, transform="")
         ), folder.best_or_latest()
     path = shipped.model(Path(name).expanduser())
+    if format_of(path) is not None:
+        return open_exported(path).description.options, str(path)
     if (path / CONFIG).is_file():
         folder = CheckpointFolder(path)
         return folder.options(), folder.best_or_latest()

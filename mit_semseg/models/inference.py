@@ -58,16 +58,7 @@ def inference_copy(
     Raises:
         ValueError: a layer cannot compute in `dtype`.
     """
-    # On the CPU, where there is enough memory to compare both networks; without the loss.
-    fast = SegmentationModule(
-        _copied(module.encoder),
-        _copied(module.decoder),
-        None,
-        normalize=copy.deepcopy(module.normalize if normalize is None else normalize),
-        mirror_pairs=module.mirror_pairs,
-    )
-    merge_adapters(fast)
-    fast = _folded(fast.eval())
+    fast = folded_copy(module, normalize)
     fast.to(device)
     # Not on Apple GPUs, where convolutions of slices are wrong in this format in some versions of
     # torch (github.com/pytorch/pytorch/issues/180984).
@@ -78,6 +69,23 @@ def inference_copy(
     if torch.device(device).type == "cpu":
         use_winograd(fast)
     return fast
+
+
+def folded_copy(
+    module: SegmentationModule, normalize: nn.Module | None = None
+) -> SegmentationModule:
+    """The part of `inference_copy` that leaves only layers of torch: on the CPU, without the loss,
+    with adapters merged and BatchNorms folded."""
+    # On the CPU, where there is enough memory to compare both networks.
+    copied = SegmentationModule(
+        _copied(module.encoder),
+        _copied(module.decoder),
+        None,
+        normalize=copy.deepcopy(module.normalize if normalize is None else normalize),
+        mirror_pairs=module.mirror_pairs,
+    )
+    merge_adapters(copied)
+    return _folded(copied.eval())
 
 
 def _copied(module: M) -> M:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mit_semseg.matrices import MATRICES, is_plain
+from mit_semseg.matrices import MATRICES, is_exporting, is_plain
 from mit_semseg.models.layers import resize
 
 
@@ -55,6 +55,8 @@ def pooled(x: Tensor, scales: Sequence[int], tile: Tile | None = None) -> list[T
     """
     if tile is not None:
         return [tile.pools[scale].to(x.dtype) for scale in scales]
+    if is_exporting():
+        return [_pooled_by_products(x, scale) for scale in scales]
     if not is_plain(x):
         return [F.adaptive_avg_pool2d(x, scale) for scale in scales]
     H, W = x.shape[2:]
@@ -71,6 +73,24 @@ def pooled(x: Tensor, scales: Sequence[int], tile: Tile | None = None) -> list[T
         means = (sums * factors).to(x.dtype)
     cells = means.transpose(1, 2).split([s * s for s in scales], dim=2)
     return [part.unflatten(2, (s, s)) for part, s in zip(cells, scales, strict=True)]
+
+
+def _pooled_by_products(x: Tensor, scale: int) -> Tensor:
+    """`F.adaptive_avg_pool2d` in operations whose sizes may be symbolic.
+
+    Exporters have no such pool for a map whose size is not known.
+    """
+    down, across = (_cells_matrix(n, scale, x) for n in x.shape[2:])
+    return down @ x @ across.T
+
+
+def _cells_matrix(n_in: int, n_out: int, like: Tensor) -> Tensor:
+    """`pool_matrix` from the size as a tensor, in the dtype and on the device of `like`."""
+    pixel = torch.arange(n_in, device=like.device)
+    cell = torch.arange(n_out, device=like.device)[:, None]
+    inside = (pixel >= cell * n_in // n_out) & (pixel * n_out < (cell + 1) * n_in)
+    matrix = inside.to(like.dtype)
+    return matrix / matrix.sum(dim=1, keepdim=True)
 
 
 def pool_cells(n_in: int, n_out: int) -> list[tuple[int, int]]:
