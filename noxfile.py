@@ -30,6 +30,7 @@ PYTHON = {
 }
 # Extras whose libraries are tested in their oldest and newest versions, and without any.
 EXTRAS = (
+    "app",
     "geo",
     "hf",
     "hub",

@@ -102,6 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
     _option(serve, "--window MS", 5.0, "milliseconds to wait for images of the same size")
     _option(serve, "--timeout S", 60.0, "most seconds of a request")
 
+    app = _command(commands, "app", "try a model, or compare two, in a browser")
+    app.add_argument("model", nargs="*", metavar="MODEL", help=help)
+    _add_server(app, port=7860)
+
     pack = _command(commands, "pack", "copy a checkpoint in half precision, to share it")
     pack.add_argument("source", metavar="CHECKPOINT_FOLDER", help="folder to copy from")
     pack.add_argument("out", metavar="OUT", help="folder to create")

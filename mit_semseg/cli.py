@@ -187,7 +187,7 @@ def run_predict(args: argparse.Namespace) -> int:
 
 
 def run_server(args: argparse.Namespace) -> int:
-    """Answer HTTP requests until a signal."""
+    """Answer HTTP requests, or show a page, until a signal."""
     from mit_semseg.serving.command import run
 
     return run(args)
@@ -339,7 +339,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": run_train,
     "eval": run_eval,
     "predict": run_predict,
-    "serve": run_server,
+    **dict.fromkeys(("serve", "app"), run_server),
     "pack": run_pack,
     "push": run_push,
     "export": run_export,

@@ -1,10 +1,12 @@
-"""The command `serve`."""
+"""The commands `serve` and `app`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from mit_semseg import shipped
 from mit_semseg.engine.devices import resolve_devices, use_device
@@ -16,7 +18,12 @@ _SERVER = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometh
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer HTTP requests until a signal; returns 0."""
+    """Answer HTTP requests, or show a page, until a signal; returns 0."""
+    (_serve if args.command == "serve" else _app)(args)
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> None:
     _need(_SERVER, "serve")
     from mit_semseg.serving.server import serve
 
@@ -25,7 +32,20 @@ def run(args: argparse.Namespace) -> int:
     )
     source = args.model or shipped.MODEL
     serve(_segmenter(source, args), source, args.host, args.port, limits)
-    return 0
+
+
+def _app(args: argparse.Namespace) -> None:
+    if len(args.model) > 2:
+        raise ValueError(f"app shows one model, or compares two; {len(args.model)} are given")
+    _need(("gradio",), "app")
+    # Read when it is imported: nothing is sent, and browsers keep no history of the images.
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
+    from mit_semseg.serving.page import show
+
+    limits = Limits(args.megabytes, args.megapixels)
+    sources = args.model or [shipped.MODEL]
+    models = [(PurePath(source).name, _segmenter(source, args)) for source in sources]
+    show(models, args.host, args.port, limits)
 
 
 def _segmenter(source: str, args: argparse.Namespace) -> Segmenter:
@@ -33,7 +53,11 @@ def _segmenter(source: str, args: argparse.Namespace) -> Segmenter:
     setup_logger()
     device = resolve_devices(args.devices, "--gpu")[0]
     use_device(device)
-    return Segmenter.from_pretrained(source, device=device, precision=args.precision)
+    segmenter = Segmenter.from_pretrained(source, device=device, precision=args.precision)
+    options = segmenter.predictor.options
+    if options.bands or options.depth:
+        raise ValueError(f"{source} takes bands or depth; {args.command} is for RGB images only")
+    return segmenter
 
 
 def _need(modules: Sequence[str], command: str) -> None:

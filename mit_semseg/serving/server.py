@@ -8,7 +8,6 @@ import signal
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from mit_semseg import __version__
 from mit_semseg.dataset import ClassTable
+from mit_semseg.result import Result
 from mit_semseg.segmenter import Segmenter
 from mit_semseg.serving.answers import OUTPUTS, wanted
 from mit_semseg.serving.batches import Batches, Job
@@ -72,9 +72,11 @@ class Service:
     def __init__(self, segmenter: Segmenter, limits: Limits) -> None:
         self.limits, self.admitted = limits, 0
         self.metrics = Metrics(lambda: self.admitted, lambda: len(self.batches))
-        self.batches = Batches(
-            partial(segmenter, batch_size=limits.batch), limits, self.metrics.images.observe
-        )
+
+        def segment(images: list[Any]) -> list[Result]:
+            return segmenter(images, batch_size=limits.batch)
+
+        self.batches = Batches(segment, limits, self.metrics.images.observe)
 
     async def predict(self, request: Request, output: str) -> Response:
         """The answer to an image; HTTPException for all others."""
@@ -174,13 +176,7 @@ def create_app(segmenter: Segmenter, limits: Limits, name: str = "model") -> Fas
         segmenter: the model.
         limits: what is accepted.
         name: of the model, for `/health`.
-
-    Raises:
-        ValueError: the model takes bands or depth, which are not images of an upload.
     """
-    options = segmenter.predictor.options
-    if options.bands or options.depth:
-        raise ValueError(f"{name} takes bands or depth; a server takes RGB images only")
     service = Service(segmenter, limits)
     classes = _class_list(segmenter.classes)
 
@@ -260,7 +256,6 @@ def serve(segmenter: Segmenter, source: str, host: str, port: int, limits: Limit
 
     Raises:
         OSError: the address cannot be used.
-        ValueError: the model is not one of RGB images.
     """
     app = create_app(segmenter, limits, PurePath(source).name)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -23,8 +23,6 @@ from processes import Command  # noqa: E402
 
 from mit_semseg import Segmenter, shipped  # noqa: E402
 from mit_semseg.cli import main  # noqa: E402
-from mit_semseg.serving.limits import Limits  # noqa: E402
-from mit_semseg.serving.server import create_app  # noqa: E402
 
 
 @pytest.fixture
@@ -244,10 +242,11 @@ def test_simultaneous_requests_share_a_pass(model):
     assert model.batches == [1, 8]
 
 
-def test_a_model_of_bands_is_refused(model):
+def test_a_model_of_bands_is_refused(model, monkeypatch, capsys):
     model.predictor.options = SimpleNamespace(bands=("red",), depth=False)
-    with pytest.raises(ValueError, match="takes bands or depth"):
-        create_app(model, Limits())
+    monkeypatch.setattr(Segmenter, "from_pretrained", lambda *args, **more: model)
+    assert main(["serve", "a_model", "--gpu", "cpu"]) == 2
+    assert "error: a_model takes bands or depth; serve is for RGB" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ the command
