@@ -15,6 +15,7 @@ WIDTH, ROW, GAP, MARGIN = 780, 60, 8, 12
 
 CONTENT = {
     "cli": "arguments, configuration, one library call",
+    "command_settings": "settings of a command line",
     "benchmarks": "mit-semseg bench",
     "tools": "profile, overfit, sweep, compare",
     "serving": "HTTP server, page",

@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mit_semseg import __version__, shipped
-from mit_semseg.arguments import CONFIG, DEFAULT_CONFIG, PAPERS, build_parser, is_key
+from mit_semseg import __version__
+from mit_semseg.arguments import PAPERS, build_parser, is_key
+from mit_semseg.command_settings import read_settings, settings_of
 from mit_semseg.compat import json_configs
 from mit_semseg.compat.flags import replacement
 from mit_semseg.errors import one_line
@@ -33,7 +34,7 @@ def run_train(args: argparse.Namespace) -> int:
         # `--resume TRAIN.num_epoch 30`: argparse takes the first override for a path.
         args.opts.insert(0, args.resume)
         args.resume = "auto"
-    options = _options(args)
+    options = settings_of(args)
     if args.model:
         args.words = _keep_recipe(options, args)
     from mit_semseg.engine import processes
@@ -126,7 +127,7 @@ def _called(command: str) -> str:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Evaluate with worker processes or as a rank of torchrun; returns 1 if images failed."""
-    options = _options(args)
+    options = settings_of(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
     from mit_semseg.engine.evaluate import evaluate
@@ -162,7 +163,7 @@ def run_predict(args: argparse.Namespace) -> int:
             "no image is given: name files, folders, globs, urls, videos, the number of a camera, "
             "or - for standard input"
         )
-    options = _options(args)
+    options = settings_of(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
     from mit_semseg.engine.launch import checked
@@ -256,7 +257,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_overfit(args: argparse.Namespace) -> int:
     """Overfit one image; returns 1 if the model does not."""
-    options = _options(args)
+    options = settings_of(args)
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
     from mit_semseg.engine.launch import checked
@@ -276,7 +277,7 @@ def run_overfit(args: argparse.Namespace) -> int:
 def run_profile(args: argparse.Namespace) -> int:
     """Profile recipes; returns 1 if one of them failed."""
     files, opts = split_overrides(args.recipes)
-    read = {file: _read(file, opts) for file in files if file != PAPERS}
+    read = {file: read_settings(file, opts) for file in files if file != PAPERS}
     from mit_semseg.engine.checkpoint import make_writable
     from mit_semseg.engine.devices import resolve_devices, use_device
     from mit_semseg.engine.launch import checked
@@ -297,7 +298,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     """Train and evaluate recipes; returns 1 if one of them failed."""
     files, opts = split_overrides(args.recipes)
     for file in files:
-        _read(file, opts)
+        read_settings(file, opts)
     from mit_semseg.tools.sweep import run
 
     settings = {"gpus": args.devices, "minutes": args.minutes, "vary": args.vary, "opts": opts}
@@ -317,7 +318,7 @@ def run_compare(args: argparse.Namespace) -> int:
 def run_data(args: argparse.Namespace) -> int:
     """Download, import, list, check or show data; returns 1 if there are problems."""
     if args.action == "check" and args.cfg:
-        args.options = _read(args.cfg)
+        args.options = read_settings(args.cfg)
     if args.action in ("import", "view"):
         from mit_semseg.tools.data import run
     else:
@@ -329,7 +330,7 @@ def run_data(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     """Render the demo's data, or write its page of results."""
     if args.action == "page":
-        args.options = _read(args.cfg)
+        args.options = read_settings(args.cfg)
     from mit_semseg.demo.command import run
 
     return run(args)
@@ -430,79 +431,6 @@ def _refuse_early_flags(arguments: list[str]) -> None:
             raise ValueError(json_configs.advice(after))
     if advice := replacement(command, words, _called(command)):
         raise ValueError(advice)
-
-
-def _options(args: argparse.Namespace) -> Options:
-    """The options from the configuration file or model, `KEY value` pairs and `--precision`.
-
-    Also checks the names of the devices.
-    """
-    opts = [*args.opts]
-    if args.precision:
-        opts += [f"{args.section}.precision", args.precision]
-    data = getattr(args, "data", "")
-    if getattr(args, "model", None):
-        options = _of_model(args.model, args.section, opts, data)
-    elif data:
-        raise ValueError("--data needs --model, a trained model")
-    elif args.cfg:
-        options = _read(args.cfg, opts)
-    else:
-        options = _of_default(args.section, opts)
-    if args.section in ("VAL", "TEST") and f"{args.section}.checkpoint" not in opts[::2]:
-        options = _with_weights(options, args)
-    if args.devices is not None:
-        from mit_semseg.utils import parse_devices
-
-        parse_devices(args.devices)
-    return options
-
-
-def _of_model(source: str, section: str, opts: Sequence[str], data: str = "") -> Options:
-    """The options of a trained model; prints them as a recipe if there are data."""
-    from mit_semseg.engine.from_model import model_options, recipe, training_options
-    from mit_semseg.utils import setup_logger
-
-    setup_logger()
-    if section != "TRAIN":
-        options = model_options(source, section, opts, data)
-    elif not data:
-        raise ValueError("train --model needs --data, such as photos:masks")
-    elif "RANK" in os.environ:
-        raise ValueError("under torchrun give --cfg: train --model without torchrun writes one")
-    else:
-        options = training_options(source, data, opts)
-    if data and os.environ.get("RANK", "0") == "0":
-        print(f"# {section} of {source} on {data}\n{recipe(options)}")
-    return options
-
-
-def _of_default(section: str, opts: Sequence[str]) -> Options:
-    """The options of the shipped model, or as published of a default model if it is there."""
-    default = _read(DEFAULT_CONFIG, opts)
-    if "DIR" in opts[::2] or os.path.isdir(default.DIR):
-        return default
-    if os.environ.get("RANK", "0") == "0":
-        print(f"Using the shipped model {shipped.MODEL}: {shipped.ABOUT} (others: --model, --cfg)")
-    return _of_model(shipped.MODEL, section, opts)
-
-
-def _with_weights(options: Options, args: argparse.Namespace) -> Options:
-    """With `--cfg FOLDER` or `FOLDER/config.yaml`: a checkpoint that is there."""
-    if not args.cfg or os.path.basename(args.cfg) != CONFIG and not os.path.isdir(args.cfg):
-        return options
-    from mit_semseg.engine.pretrained import with_weights
-
-    return with_weights(options, args.section)
-
-
-def _read(config: str, opts: Sequence[str] = ()) -> Options:
-    """Read and check a configuration, before torch is imported, which takes seconds."""
-    if config.endswith(".json"):
-        raise ValueError(json_configs.advice(config))
-    from mit_semseg.config import load_options
-
-    return load_options(config, opts)
 
 
 if __name__ == "__main__":
