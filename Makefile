@@ -4,6 +4,7 @@
 # make test-gpu       run tests that need a GPU
 # make test-versions  run the quick tests with every supported torch and Python
 # make test-faults    run fault injection tests of trainings; make soak: for two hours
+# make notebooks      execute the notebooks, on small data and without a network
 # make bench          measure speed against the published procedure; DEVICE=cuda: on a GPU
 # make overfit        overfit every registered model on one image, into docs/overfit
 # make docs           build the documentation and check its links: build/site/index.html
@@ -15,8 +16,8 @@ PYTHON ?= python3
 DEVICE ?= cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu test-versions bench docs overfit test-faults soak lint \
-	types format clean
+.PHONY: demo test test-slow test-gpu test-versions bench docs overfit notebooks test-faults soak \
+	lint types format clean
 
 demo: $(VENV)/.mit_semseg
 	PYTHON=$(BIN)/python bash demo_test.sh
@@ -45,6 +46,9 @@ docs: $(VENV)/.mit_semseg-dev
 # Results that exist in overfit/ are not computed again.
 overfit: $(VENV)/.mit_semseg-dev
 	OVERFIT_OUT=overfit $(BIN)/python -m pytest -s -m slow tests/tools/test_overfit_models.py
+
+notebooks: $(VENV)/.mit_semseg-dev
+	$(BIN)/python -m pytest -s -m notebooks tests/test_notebooks.py
 
 test-faults: $(VENV)/.mit_semseg-dev
 	$(BIN)/python -m pytest -s -m faults tests/faults
