@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mit_semseg.segmenter import Result as Result
     from mit_semseg.segmenter import Segmenter as Segmenter
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
 __all__ = ["Result", "Segmenter", "__version__"]
 
 _install()

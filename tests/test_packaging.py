@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 from source_tree import ROOT, source_files
 
@@ -141,6 +143,24 @@ def test_the_wheel_says_what_it_is(wheel):
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
     # Upper limits are what keeps people on old versions of everything else.
     assert not [line for line in needed if "<" in line or "==" in line.split(";")[0]]
+
+
+def test_every_place_names_the_same_version():
+    (latest, *_) = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    cited = re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert latest == cited[1] == mit_semseg.__version__
+
+
+def test_the_release_is_published_without_a_token():
+    text = (ROOT / ".github/workflows/release.yml").read_text()
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    publish = workflow["jobs"]["publish"]
+    assert publish["permissions"] == {"id-token": "write"} and publish["environment"] == "pypi"
+    assert "secrets" not in text and "password" not in text
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    used = [step["uses"] for step in steps if "uses" in step]
+    assert len(used) == 5 and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", name) for name in used)
 
 
 def test_the_index_will_take_both(wheel, sdist, tmp_path):
