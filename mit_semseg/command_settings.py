@@ -56,7 +56,8 @@ def _of_model(source: str, section: str, opts: Sequence[str], data: str = "") ->
     else:
         options = training_options(source, data, opts)
     if data and os.environ.get("RANK", "0") == "0":
-        print(f"# {section} of {source} on {data}\n{recipe(options)}")
+        unused = ("TRAIN", "TEST") if section == "VAL" else ()
+        print(f"# {section} of {source} on {data}\n{recipe(options, unused)}")
     return options
 
 

@@ -6,8 +6,8 @@ import glob
 import logging
 import math
 import os
+import re
 import time
-import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def is_video(entry: PathLike) -> bool:
     text = os.fspath(entry)
     if text.isdecimal() or text.startswith(_STREAMS[:2]):
         return not os.path.exists(text)
-    path = urllib.parse.urlsplit(text).path if text.startswith(_STREAMS) else text
+    path = re.split("[?#]", text)[0] if text.startswith(_STREAMS) else text
     return Path(path).suffix.lower() in SUFFIXES
 
 

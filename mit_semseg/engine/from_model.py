@@ -122,13 +122,18 @@ def on_data(options: DataOptions, data: str) -> DataOptions:
     return replace(options, format=kind, root_dataset=root, list_train=data, list_val=data)
 
 
-def recipe(options: Options) -> str:
-    """The settings that differ from the defaults, as the text of a configuration file."""
+def recipe(options: Options, without: Collection[str] = ()) -> str:
+    """The settings that differ from the defaults, as the text of a configuration file.
+
+    Args:
+        options: the settings.
+        without: sections that are left out.
+    """
     tree: dict[str, Any] = {}
     for dotted, setting in SETTINGS.items():
         value = options[dotted]
-        if value != setting.default:
-            section, _, key = dotted.rpartition(".")
+        section, _, key = dotted.rpartition(".")
+        if value != setting.default and section not in without:
             (tree.setdefault(section, {}) if section else tree)[key] = _listed(value)
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=10**6)
 

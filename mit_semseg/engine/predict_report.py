@@ -29,6 +29,7 @@ class Report:
             desc="predicting",
             unit="img",
             disable=not shown,
+            delay=0.1,  # not before the model is loaded, which is logged
         )
 
     def __enter__(self) -> Report:

@@ -206,6 +206,7 @@ class _Run:
                     desc=os.path.basename(clip.name),
                     unit="frame",
                     disable=not self.progress,
+                    delay=0.1,
                 )
             )
             for number, found in self._frames(clip, writers, stop):
