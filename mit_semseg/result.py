@@ -319,7 +319,9 @@ class Result:
         shown = self.overlay()
         shown.thumbnail((_SHOWN, _SHOWN))
         buffer = io.BytesIO()
-        Image.fromarray(framed(np.asarray(shown), np.asarray(self.legend()))).save(buffer, "PNG")
+        Image.fromarray(framed(np.asarray(shown), np.asarray(self.legend()))).save(
+            buffer, "PNG", compress_level=1
+        )
         return buffer.getvalue()
 
     def save(self, path: str | os.PathLike[str], kind: str | None = None) -> Path:

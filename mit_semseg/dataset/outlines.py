@@ -53,17 +53,21 @@ def regions(labels: np.ndarray, min_area: int = 1) -> Iterator[Region]:
         labels: (H, W) class ids; negative ones are no class.
         min_area: smaller regions, in pixels, are left out.
     """
-    for label in np.unique(labels[labels >= 0]).tolist():
-        yield from _components((labels == label).astype(np.uint8), label, min_area)
+    small = labels.astype(np.int16)
+    counts = np.bincount(small[small >= 0])
+    for label in np.flatnonzero(counts).tolist():
+        yield from _components((small == label).view(np.uint8), label, min_area)
 
 
 def _components(mask: np.ndarray, label: int, min_area: int = 1) -> Iterator[Region]:
+    left, top, width, height = cv2.boundingRect(mask)
+    mask = mask[top : top + height, left : left + width]
     count, numbers, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
     for number in range(1, count):
         x, y, w, h, area = stats[number].tolist()
         if area >= min_area:
             inside = numbers[y : y + h, x : x + w] == number
-            yield Region(label, area, (x, y, w, h), inside.astype(np.uint8))
+            yield Region(label, area, (left + x, top + y, w, h), inside.view(np.uint8))
 
 
 def _rings(mask: np.ndarray) -> list[np.ndarray]:
