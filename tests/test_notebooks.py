@@ -20,7 +20,7 @@ from mit_semseg.config.node import keys
 
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 KEYS = {*keys(get_defaults())}
-SECONDS = 120  # of one notebook; each takes less than a minute on an idle core
+SECONDS = 300  # of one cell; a notebook takes less than a minute on an idle core
 # Downloads, and what is there instead.
 OFFLINE = {
     '"ade20k-resnet50dilated-ppm_deepsup"': f'"{shipped.MODEL}"',

@@ -282,9 +282,9 @@ def pack(
     test = replace(options.TEST, checkpoint=best)
     packed.prepare(replace(options, DIR=str(out), VAL=val, TEST=test), folder.classes())
     packed.save(best, halves[0], halves[1])
-    for file in (FILE, "metrics.jsonl", "curves.png", "log.txt"):
-        if (folder.path / file).is_file():
-            shutil.copyfile(folder.path / file, packed.path / file)
+    for other in (FILE, "metrics.jsonl", "curves.png", "log.txt"):
+        if (folder.path / other).is_file():
+            shutil.copyfile(folder.path / other, packed.path / other)
     return packed.path
 
 

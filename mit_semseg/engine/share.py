@@ -106,7 +106,7 @@ def prepare(
     name = HubName.of(repo)
     folder = CheckpointFolder(shipped.model(source))
     checkpoint = checkpoint or folder.best_or_latest()
-    packed = pack(folder.path, out, checkpoint, suffix=".safetensors", half=False)
+    packed = pack(folder.path, Path(out), checkpoint, suffix=".safetensors", half=False)
     for unwanted in ("log.txt", "metrics.jsonl"):  # may name folders of the author's machine
         (packed / unwanted).unlink(missing_ok=True)
     shared = CheckpointFolder(packed)

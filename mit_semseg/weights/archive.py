@@ -179,7 +179,8 @@ def _crc32(tensors: Mapping[str, Tensor]) -> str:
     value = 0
     for name in sorted(tensors):
         values = tensors[name].reshape(-1)
-        value = zlib.crc32(values.view(torch.uint8).numpy() if values.numel() else b"", value)
+        if values.numel():  # an empty tensor cannot be viewed as bytes
+            value = zlib.crc32(values.view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 

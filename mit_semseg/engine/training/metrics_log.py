@@ -129,8 +129,8 @@ class MetricsLog:
                     error.errno, f"{error.strerror}: cannot write", str(self.file)
                 ) from error
         if self.loggers is not None:
-            is_validation = figures["kind"] == "val" and self.pictures is not None
-            self.loggers.add(figures, self.pictures.take() if is_validation else {})
+            drawn = self.pictures.take() if self.pictures and figures["kind"] == "val" else {}
+            self.loggers.add(figures, drawn)
 
     def open(self, step: int) -> None:
         """Start the loggers of a run that continues from a step."""
