@@ -98,7 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("model", nargs="?", metavar="MODEL", help=help)
     _add_server(serve, port=8000)
     _option(serve, "--queue N", 64, "most requests at a time; others are answered with 503")
-    _option(serve, "--batch N", 8, "most images of a forward pass")
+    help_batch = "most images of a forward pass (8 on a GPU, 1 on the CPU)"
+    _option(serve, "--batch N", None, help_batch, type=int)
     _option(serve, "--window MS", 5.0, "milliseconds to wait for images of the same size")
     _option(serve, "--timeout S", 60.0, "most seconds of a request")
 

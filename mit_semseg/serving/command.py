@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import PurePath
 
+import torch
+
 from mit_semseg import shipped
 from mit_semseg.engine.devices import resolve_devices, use_device
 from mit_semseg.segmenter import Segmenter
@@ -27,9 +29,10 @@ def _serve(args: argparse.Namespace) -> None:
     _need(_SERVER, "serve")
     from mit_semseg.serving.server import serve
 
-    limits = Limits(
-        args.megabytes, args.megapixels, args.queue, args.batch, args.window, args.timeout
-    )
+    # On a CPU a pass of several images takes longer than the images one by one: 1.2 times, with
+    # dilated MobileNetV2 at 360 x 480.
+    batch = args.batch if args.batch is not None else 8 if _device(args).type == "cuda" else 1
+    limits = Limits(args.megabytes, args.megapixels, args.queue, batch, args.window, args.timeout)
     source = args.model or shipped.MODEL
     serve(_segmenter(source, args), source, args.host, args.port, limits)
 
@@ -48,10 +51,14 @@ def _app(args: argparse.Namespace) -> None:
     show(models, args.host, args.port, limits)
 
 
+def _device(args: argparse.Namespace) -> torch.device:
+    return resolve_devices(args.devices, "--gpu")[0]
+
+
 def _segmenter(source: str, args: argparse.Namespace) -> Segmenter:
     """A model on the device of the arguments."""
     setup_logger()
-    device = resolve_devices(args.devices, "--gpu")[0]
+    device = _device(args)
     use_device(device)
     segmenter = Segmenter.from_pretrained(source, device=device, precision=args.precision)
     options = segmenter.predictor.options
