@@ -1,6 +1,7 @@
 """A model of five bands, whose classes only the near infrared tells apart: trained, evaluated,
 resumed, and run on files, arrays and windows."""
 
+import io
 import signal
 import warnings
 from pathlib import Path
@@ -155,9 +156,14 @@ def test_prediction_of_files_and_arrays(trained, tmp_path):
     assert not result.image[:8, :8].any()
     result.save(tmp_path / "overlay.png")
     array = np.where(values == 0, np.nan, values)
-    assert np.array_equal(segmenter(array).labels, result.labels)
+    content = (images / "9.tif").read_bytes()
+    for source in (array, content, io.BytesIO(content)):
+        assert np.array_equal(segmenter(source).labels, result.labels)
+    with pytest.raises(ValueError, match="^image: not a readable raster"):
+        segmenter(b"no raster")
+    assert np.array_equal(segmenter(array[None])[0].labels, result.labels)
     for wrong in (array[..., :3], Image.fromarray(result.image)):
-        with pytest.raises(ValueError, match=r"give a path or an array \(H, W, 5\) in the units"):
+        with pytest.raises(ValueError, match=r"give a file or an array \(H, W, 5\) in the units"):
             segmenter(wrong)
     packed = Segmenter.from_checkpoint(pack(cfg.DIR, tmp_path / "packed"), device="cpu")
     assert (packed(array).labels == result.labels).mean() > 0.99
