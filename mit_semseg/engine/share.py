@@ -101,9 +101,10 @@ def prepare(
 
     Raises:
         FileNotFoundError: the folder or the checkpoint does not exist.
-        ValueError: safetensors is not installed.
+        ValueError: huggingface_hub or safetensors is not installed.
     """
     name = HubName.of(repo)
+    library(f"the model card of {repo}")
     folder = CheckpointFolder(shipped.model(source))
     checkpoint = checkpoint or folder.best_or_latest()
     packed = pack(folder.path, Path(out), checkpoint, suffix=".safetensors", half=False)
@@ -172,11 +173,10 @@ def card(
 
 def _metadata(options: Options, repo: str, result: dict[str, Any], license: str) -> str:
     """The YAML header, from which the hub makes its filters and its table of figures."""
-    from huggingface_hub import EvalResult, ModelCardData
-
+    hub = library(f"the model card of {repo}")
     data = options.DATASET.format or "own data"
     figures = [
-        EvalResult(
+        hub.EvalResult(
             task_type="image-segmentation",
             dataset_type=data,
             dataset_name=data,
@@ -187,7 +187,7 @@ def _metadata(options: Options, repo: str, result: dict[str, Any], license: str)
         for kind, title in (("mean_iou", "mean IoU"), ("pixel_accuracy", "pixel accuracy"))
         if result.get(kind) is not None
     ]
-    header = ModelCardData(
+    header = hub.ModelCardData(
         license=license or None,
         library_name="mit_semseg",
         pipeline_tag="image-segmentation",

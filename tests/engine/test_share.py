@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+import sys
 import threading
 
 import numpy as np
@@ -289,3 +290,16 @@ def test_a_segmenter_without_a_checkpoint_is_refused(model):
     segmenter.checkpoint = None
     with pytest.raises(ValueError, match="make the Segmenter by from_checkpoint"):
         segmenter.push_to_hub("me/streets")
+
+
+@pytest.mark.parametrize("call", ["fetch", "push", "prepare"])
+def test_without_the_package_the_extra_is_named(model, tmp_path, monkeypatch, call):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    calls = {
+        "fetch": lambda: hub_names.fetch("hub:me/streets"),
+        "push": lambda: push(model, "me/streets"),
+        "prepare": lambda: prepare(model, tmp_path / "out", "me/streets"),
+    }
+    with pytest.raises(ValueError, match=r"needs huggingface_hub: pip install 'mit_semseg\[hub\]'"):
+        calls[call]()
+    assert not (tmp_path / "out").exists()
