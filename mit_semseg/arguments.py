@@ -26,7 +26,7 @@ FORMATS = ("colors", "folder", "odgt", *SOURCES)
 # Formats of `data import`; checked by a test.
 ANNOTATIONS = ("supervisely", "label-studio", "coco", "labelme", "yolo", "masks")
 # Formats of `export`; checked by a test.
-EXPORTS = ("onnx", "torchscript", "pt2", "openvino")
+EXPORTS = ("onnx", "torchscript", "pt2", "openvino", "coreml", "executorch", "tensorrt")
 
 
 def is_key(word: str) -> bool:
@@ -141,6 +141,13 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device (cpu)")
     bench.add_argument("--quick", action="store_true", help="fewer repetitions, no other libraries")
     _option(bench, "--only TEXT", "", "only rows with TEXT in their group or name")
+    bench.add_argument(
+        "--backends", action="store_true", help="instead, a model in ONNX Runtime and OpenVINO"
+    )
+    _option(bench, "--model MODEL", "", "with --backends: the model (the shipped one)")
+    bench.add_argument(
+        "--images", nargs="+", default=[], metavar="IMAGE", help="with --backends: its images"
+    )
     _option(bench, "--out DIR", "bench", "folder of the results")
 
     _add_tools(commands)

@@ -249,6 +249,13 @@ def run_config(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Run benchmarks; returns 0 even if a target is missed."""
+    if args.backends:
+        from mit_semseg.benchmarks.backends import backends
+
+        backends(args.model, args.out, args.images)
+        return 0
+    if args.model or args.images:
+        raise ValueError("--model and --images are for bench --backends")
     from mit_semseg.benchmarks.command import bench
 
     bench(args.device, args.out, quick=args.quick, only=args.only)

@@ -29,6 +29,7 @@ from mit_semseg.engine.predictor import Predictor
 from mit_semseg.engine.pretrained import load_pretrained
 from mit_semseg.engine.transfer import on_device, stacked
 from mit_semseg.engine.video import Smoothing
+from mit_semseg.export import format_of
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.tiles import AUTO_PIXELS, Sliding
 from mit_semseg.precision import Precision
@@ -176,9 +177,10 @@ class Segmenter:
             source: `hub:USER/NAME` or `hub:USER/NAME@REVISION` (a model of this toolkit on the
                 Hugging Face Hub, see `push_to_hub`), `hf:OWNER/NAME` or `hf:FOLDER`
                 (transformers), a folder that transformers or segmentation_models.pytorch saved,
-                `mmseg:FILE`, a name in `weights.MODELS`, which is downloaded once, or a
-                checkpoint folder of this toolkit.
-            device: where to compute; default: the first GPU, else the CPU.
+                `mmseg:FILE`, a name in `weights.MODELS`, which is downloaded once, a checkpoint
+                folder of this toolkit, or a file of `mit-semseg export`.
+            device: where to compute; default: the first GPU, else the CPU; for exported files the
+                CPU.
             precision: fp32 | tf32 | bf16 | fp16 | auto.
             imgSizes: short sides in pixels whose scores are averaged, instead of the model's own.
             scales: factors of the image's own size whose scores are averaged, instead of sizes.
@@ -190,7 +192,7 @@ class Segmenter:
             ValueError: no trained weights, a library is not installed, or there is no such device.
             OSError: it cannot be read or downloaded.
         """
-        device = usable_device(device)
+        device = usable_device("cpu" if device is None and format_of(source) else device)
         module, classes, options = load_pretrained(source)
         sizes = imgSizes, scales
         return cls._of(module, classes, options, sizes, device, precision, compile, tile)

@@ -78,7 +78,7 @@ class Predictor:
         if isinstance(module, ExportedModule):
             _check_exported(module, self.device, compile)
             self.module = module
-            module.compile(precision)
+            module.prepare(precision)
         else:
             self.module = self._copy(module)
         size = getattr(self.module.encoder, "fixed_size", None)

@@ -9,11 +9,14 @@ import os
 from pathlib import Path
 
 from mit_semseg.export.base import Format, Runner
+from mit_semseg.export.coreml import CoreMl
 from mit_semseg.export.description import Description
+from mit_semseg.export.executorch import ExecuTorch
 from mit_semseg.export.graph import IMAGE, LABELS, SCORES, Graph
 from mit_semseg.export.module import ExportedModule
 from mit_semseg.export.onnx import Onnx
 from mit_semseg.export.openvino import OpenVino
+from mit_semseg.export.tensorrt import TensorRt
 from mit_semseg.export.torch_files import Pt2, TorchScript
 
 __all__ = [
@@ -30,7 +33,8 @@ __all__ = [
     "open_exported",
 ]
 
-FORMATS: dict[str, Format] = {one.name: one for one in (Onnx(), TorchScript(), Pt2(), OpenVino())}
+_ALL = (Onnx, TorchScript, Pt2, OpenVino, CoreMl, ExecuTorch, TensorRt)
+FORMATS: dict[str, Format] = {kind.name: kind() for kind in _ALL}
 
 
 def format_of(path: str | os.PathLike[str]) -> Format | None:

@@ -37,7 +37,7 @@ class Format:
         torch: oldest version that can write it.
         precisions: in which a file can be run.
         int8: whether networks can be quantised.
-        dynamic: whether a file can take images of any size.
+        dynamic: whether a file can take images of any size and number.
     """
 
     name: ClassVar[str]
@@ -105,6 +105,10 @@ class Format:
             ValueError: a library is not installed.
         """
         raise ValueError(f"--int8 is for the formats onnx and openvino, not {self.name}")
+
+    def not_run_here(self) -> str:
+        """Why files cannot be run on this machine whatever is installed; "": they can."""
+        return ""
 
     def need_to_run(self, path: Path) -> None:
         """Checks that the libraries that run a file are installed.

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mit_semseg import __version__
 from mit_semseg.config import DataOptions, Options
 from mit_semseg.config.options import SETTINGS
 from mit_semseg.dataset import ClassTable
 from mit_semseg.dataset.transforms import fitted_size, round_up
 
+FORMAT = "1"  # of these metadata, under the key that marks files of this toolkit
 # Settings that are of no use away from the data and folders of the training.
 _LOCAL = {"root_dataset", "list_train", "list_val", "classes", "transform", "checkpoint", "result"}
 _SECTIONS = ("DATASET", "VAL", "TEST")
@@ -51,17 +51,19 @@ class Description:
     architecture: str = ""
     int8: bool = False
 
-    def scales(self) -> tuple[int, ...]:
-        """Short sides in pixels of the recipe's predictions."""
-        return self.options.TEST.imgSizes or self.options.DATASET.imgSizes
+    def data(self) -> DataOptions:
+        """`DATASET` with the scales of the recipe's predictions."""
+        test = self.options.TEST
+        return self.options.DATASET.at_scales(test.imgSizes, test.scales)
 
     def network_size(self) -> tuple[int, int]:
         """(height, width) of what the network computes for images of `size`."""
         assert self.size is not None
         if not self.resize:
             return self.size
-        data, (height, width) = self.options.DATASET, self.size
-        fitted = fitted_size(width, height, self.scales()[0], data.imgMaxSize)
+        data, (height, width) = self.data(), self.size
+        short, factor = (0, data.scales[0]) if data.scales else (data.imgSizes[0], 1.0)
+        fitted = fitted_size(width, height, short, data.imgMaxSize, factor)
         return round_up(fitted[1], self.multiple), round_up(fitted[0], self.multiple)
 
     def texts(self) -> dict[str, str]:
@@ -69,7 +71,7 @@ class Description:
         values = {
             "names": list(self.classes.names),
             "colors": self.classes.colors.tolist(),
-            "preprocessing": _preprocessing(self.options.DATASET, self.scales()),
+            "preprocessing": _preprocessing(self.data()),
             "graph": {
                 "raw": self.raw,
                 "multiple": self.multiple,
@@ -83,7 +85,7 @@ class Description:
             "settings": _settings(self.options),
         }
         texts = {name: json.dumps(value) for name, value in values.items()}
-        return {"mit_semseg": __version__, "architecture": self.architecture, **texts}
+        return {"mit_semseg": FORMAT, "architecture": self.architecture, **texts}
 
     @classmethod
     def read(cls, texts: Mapping[str, str], file: object) -> Description:
@@ -123,10 +125,11 @@ class Description:
             raise ValueError(f"{file}: damaged metadata ({error}); export it again") from error
 
 
-def _preprocessing(data: DataOptions, sizes: tuple[int, ...]) -> dict[str, Any]:
+def _preprocessing(data: DataOptions) -> dict[str, Any]:
     """How images become inputs, in words that do not need this toolkit's documentation."""
     return {
-        "short_side": list(sizes),
+        "short_side": list(data.imgSizes),
+        "factors_instead": list(data.scales),
         "longest_side": data.imgMaxSize,
         "multiple_of": data.padding_constant,
         "mean": list(data.mean),

@@ -86,12 +86,16 @@ class Graph(nn.Module):
             return pixels
         return F.interpolate(pixels, size=inner, mode="bilinear", antialias=True).round()
 
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images that record the graph."""
+        if self.description.size is not None:
+            return self.description.size
+        # Sides that differ and are no powers of two: no size is taken for another one.
+        return 6 * self.description.multiple, 7 * self.description.multiple
+
     def example(self, batch: int = 2) -> Tensor:
         """An image that the graph can be recorded with."""
-        size = self.description.size
-        if size is None:
-            # Sides that differ and are no powers of two: no size is taken for another one.
-            size = (6 * self.description.multiple, 7 * self.description.multiple)
+        size = self.image_size()
         if self.description.raw:
             channels = self.description.options.MODEL.in_channels
             return torch.zeros(batch, channels, *size)
@@ -108,19 +112,28 @@ class Graph(nn.Module):
                 axes[axis] = multiple * blocks if multiple > 1 else blocks
         return {IMAGE: axes}
 
-    def program(self) -> Any:
-        """The graph recorded by torch.export (`torch.export.ExportedProgram`)."""
-        with torch.no_grad(), exporting():
-            return torch.export.export(
-                self, (self.example(),), dynamic_shapes=self.dynamic_shapes(), strict=False
-            )
+    def program(self, dynamic: bool = True) -> Any:
+        """The graph recorded by torch.export (`torch.export.ExportedProgram`).
 
-    def traced(self) -> torch.jit.ScriptModule:
-        """The graph recorded by `torch.jit.trace`."""
+        Args:
+            dynamic: for images of any number, and of any size unless the graph has one; False: for
+                one image of one size.
+        """
+        shapes = self.dynamic_shapes() if dynamic else None
+        example = self.example(2 if dynamic else 1)
         with torch.no_grad(), exporting():
-            traced = torch.jit.trace(self, self.example(), check_trace=False)
-        assert isinstance(traced, torch.jit.ScriptModule)
-        return traced
+            return torch.export.export(self, (example,), dynamic_shapes=shapes, strict=False)
+
+    def traced(self, module: nn.Module | None = None, example: Tensor | None = None) -> Any:
+        """The graph recorded by `torch.jit.trace` (`torch.jit.ScriptModule`).
+
+        Args:
+            module: a module around this one; None: this one.
+            example: its input.
+        """
+        given = self.example() if example is None else example
+        with torch.no_grad(), exporting():
+            return torch.jit.trace(module or self, given, check_trace=False)
 
 
 def multiple_of(module: SegmentationModule, padding: int) -> int:

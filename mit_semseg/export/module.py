@@ -36,11 +36,11 @@ class ExportedModule(SegmentationModule):
 
     Attributes:
         description: the metadata of the file.
-        runner: computes them, after `compile`.
+        runner: computes them, after `prepare`.
     """
 
     def __init__(self, format: Format, path: Path) -> None:
-        """Read the metadata; the network is read by `compile`, or when it is first used.
+        """Read the metadata; the network is read by `prepare`, or when it is first used.
 
         Args:
             format: of the file.
@@ -61,7 +61,7 @@ class ExportedModule(SegmentationModule):
         self.format, self.path, self.description = format, path, description
         self.runner: Runner | None = None
 
-    def compile(self, precision: str = "fp32") -> None:  # type: ignore[override]
+    def prepare(self, precision: str = "fp32") -> None:
         """Read the network.
 
         Args:
@@ -87,7 +87,7 @@ class ExportedModule(SegmentationModule):
             (N, K, h, w) float32.
         """
         if self.runner is None:
-            self.compile()
+            self.prepare()
         assert self.runner is not None
         (scores,) = self.runner(self.pixels(image), [SCORES])
         return torch.from_numpy(scores)

@@ -3,8 +3,8 @@
 import pytest
 from tiny_model import installed, tiny_model
 
+from mit_semseg.engine.export import graph_of
 from mit_semseg.export import FORMATS
-from mit_semseg.tools.export import graph_of
 
 
 @pytest.fixture(scope="session")

@@ -11,16 +11,16 @@ from tolerances import rounding
 from mit_semseg.arguments import EXPORTS
 from mit_semseg.cli import main
 from mit_semseg.dataset.transforms import Normalize
+from mit_semseg.engine.export import calibration_inputs, export_model, graph_of
 from mit_semseg.engine.from_model import training_options
 from mit_semseg.engine.predictor import Predictor
 from mit_semseg.export import FORMATS, LABELS, SCORES, Graph, open_exported
 from mit_semseg.models.tiles import Sliding
 from mit_semseg.segmenter import Segmenter
-from mit_semseg.tools.export import calibration_inputs, export_model, graph_of
 
 # Roundings from the image to the scores: six layers, whose values are up to five times as large.
 LAYERS = 30
-RUN_HERE = [name for name, form in FORMATS.items() if form.run_modules or not form.extra]
+RUN_HERE = ("onnx", "torchscript", "pt2", "openvino")
 
 
 def photo(height=60, width=84, seed=0):
@@ -45,7 +45,7 @@ def test_formats_of_the_command_line_are_those_that_exist():
 @pytest.mark.parametrize("kind", RUN_HERE)
 def test_labels_are_equal_for_images_of_any_size_and_number(kind, model, exported):
     network = open_exported(exported(kind))
-    network.compile()
+    network.prepare()
     for count, height, width in ((1, 48, 64), (3, 56, 32), (2, 160, 200), (1, 16, 16)):
         image = np.stack([photo(height, width, seed) for seed in range(count)])
         labels, scores = network.runner(image, [LABELS, SCORES])
@@ -89,10 +89,48 @@ def test_segmenter_runs_a_raw_file_in_a_sliding_window(exported, model):
         torch.testing.assert_close(actual, made[0], rtol=0, atol=atol)
 
 
+def test_executorch_runs_a_program_for_one_size(model, exported):
+    network = open_exported(exported("executorch", size=(64, 80)))
+    pixels = torch.from_numpy(photo(64, 80)).permute(2, 0, 1)[None]
+    _, expected = labels_of(model.module, pixels, Normalize())
+    atol = rounding(expected, LAYERS)
+    torch.testing.assert_close(network.logits(pixels), expected, rtol=0, atol=atol)
+    larger = Segmenter.from_pretrained(network.path, device="cpu")(photo(100, 130))
+    assert larger.labels.shape == (100, 130)  # window by window
+
+
+def test_core_ml_packages_hold_network_and_metadata(model, exported):
+    """Conversion only: they are run on macOS."""
+    path = exported("coreml", size=(48, 64))
+    network = open_exported(path)
+    assert network.description.classes.names == NAMES
+    assert network.description.size == (48, 64)
+    import coremltools
+
+    spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
+    assert [one.name for one in spec.description.output] == [LABELS, SCORES]
+    assert spec.description.input[0].type.imageType.width == 64
+
+
+@pytest.mark.parametrize("kind", ["coreml", "executorch"])
+def test_formats_for_one_size_ask_for_it(kind, make_model, tmp_path, monkeypatch):
+    installed(FORMATS[kind])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="for images of one size: give --size HEIGHT WIDTH"):
+        export_model("unread", kind, photos=[])
+
+
+def test_tensorrt_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        FORMATS["tensorrt"].check()
+
+
 def test_a_graph_for_one_size_resizes_images_itself(model, exported):
     """The labels are those of `Segmenter` at the first scale, which resizes outside."""
     network = open_exported(exported("onnx", size=(60, 84), resize=True))
-    network.compile()
+    network.prepare()
     image = photo()
     (labels,) = network.runner(image[None], [LABELS])
     one_scale = model.options.DATASET.at_scales(48)
@@ -140,7 +178,7 @@ def test_the_command_writes_a_file_that_predict_and_eval_take(
     cfg = make_model(tmp_path / "model", NAMES, DATASET__label_offset=0)
     make_images(tmp_path / "data", [(48, 64), (40, 40)])
     images = str(tmp_path / "data" / "img")
-    (file,) = export_model(cfg.DIR, "onnx", images=[images], say=lambda text: None)
+    (file,) = export_model(cfg.DIR, "onnx", photos=[photo()], say=lambda text: None)
     assert file.name == "model.onnx"
     assert main(["predict", images, "--model", str(file)]) == 0
     assert main(["predict", images, "--model", cfg.DIR, "TEST.result", "other"]) == 0
@@ -170,7 +208,13 @@ def test_files_whose_labels_differ_are_not_kept(make_model, tmp_path, monkeypatc
         Graph, "forward", lambda self, image: forward(self, image.flip(2))
     )  # an exporter that makes a mistake
     with pytest.raises(ValueError, match="of the labels are equal to those of this toolkit"):
-        export_model(cfg.DIR, form.name, tmp_path / "out.torchscript", say=lambda text: None)
+        export_model(
+            cfg.DIR,
+            form.name,
+            tmp_path / "out.torchscript",
+            photos=[photo()],
+            say=lambda text: None,
+        )
     assert not (tmp_path / "out.torchscript").exists()
     assert not list(tmp_path.glob(".export*"))
 
@@ -189,7 +233,7 @@ def test_options_that_do_not_fit_are_refused(options, message, make_model, tmp_p
     monkeypatch.chdir(tmp_path)
     cfg = make_model(tmp_path / "model", NAMES)
     with pytest.raises(ValueError, match=message):
-        export_model(cfg.DIR, **options)
+        export_model(cfg.DIR, photos=[], **options)
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch, tmp_path):
