@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def compare(
         for given, own in _inputs(photo, number, exported.description):
             size = (given.shape[2], given.shape[3])
             run = _theirs(exported, given)
-            expected, ours = _timed(lambda x=own, s=size: _ours(reference, x, s))
+            expected, ours = _timed(partial(_ours, reference, own, size))
             labels, theirs = _timed(run)
             equal = float((expected == labels).mean())
             found.setdefault(size, []).append((equal, ours, theirs))

@@ -77,10 +77,10 @@ class Predictor:
         self.precision = Precision.of(precision, self.device)
         if isinstance(module, ExportedModule):
             _check_exported(module, self.device, compile)
-            self.module = module
             module.prepare(precision)
         else:
-            self.module = self._copy(module)
+            module = self._copy(module)
+        self.module = module
         size = getattr(self.module.encoder, "fixed_size", None)
         if window is None and size is not None:
             height, width = size

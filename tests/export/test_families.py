@@ -72,5 +72,5 @@ def test_labels_are_equal(pair, kind, tmp_path):
 def test_labels_of_a_model_of_transformers_are_equal(kind, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     folder = tmp_path / "segformer"
-    saved_hf("segformer", folder)
+    saved_hf("segformer", folder, size={"height": 128, "width": 128})
     check(load_pretrained(f"hf:{folder}"), kind, tmp_path)
