@@ -163,22 +163,30 @@ def _command(command: str, words: Sequence[str], folder: Path) -> int:
     Raises:
         KeyboardInterrupt: a signal was received; it was forwarded to the command, which has ended.
     """
-    with _log(folder).open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mit_semseg.cli", command, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # signals are only forwarded from here
-        )
     received: list[int] = []
+    unsent: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, frame: object) -> None:
         received.append(number)
-        process.send_signal(number)
+        unsent.append(number)
+        send()
+
+    def send() -> None:
+        while process is not None and unsent:
+            process.send_signal(unsent.pop())
 
     before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
+        with _log(folder).open("a", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mit_semseg.cli", command, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # signals are only forwarded from here
+            )
+        send()  # what came before there was a process
         code = process.wait()
     finally:
         for number, handler in before.items():

@@ -31,13 +31,13 @@ def hang(monkeypatch):
     def hang(file, after=0):
         opened, here = 0, os.getpid()  # loading processes have a time limit of their own
 
-        def slow(path):
+        def slow(path, content=None):
             nonlocal opened
             if os.fspath(path).endswith(file) and os.getpid() == here:
                 opened += 1
                 if opened > after:
                     assert ended.wait(20), f"nobody ended the reading of {path}"
-            return open_file(path)
+            return open_file(path, content)
 
         monkeypatch.setattr(images, "_open", slow)
         return statuses
