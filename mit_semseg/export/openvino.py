@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,15 @@ class OpenVino(Format):
 
     def write(self, graph: Graph, path: Path) -> None:
         import openvino
+        from openvino.frontend import GeneralFailure, OpConversionFailure, OpValidationFailure
 
-        model = openvino.convert_model(graph.program())
+        try:
+            model = openvino.convert_model(graph.program())
+        except (GeneralFailure, OpConversionFailure, OpValidationFailure) as error:
+            raise ValueError(
+                f"the network cannot be converted to OpenVINO: {one_line(error, 200)}; give "
+                "--size HEIGHT WIDTH, or --format onnx"
+            ) from error
         model.inputs[0].get_tensor().set_names({IMAGE})
         for output, name in zip(model.outputs, graph.outputs, strict=True):
             output.get_tensor().set_names({name})
@@ -66,11 +74,21 @@ class OpenVino(Format):
         openvino.save_model(quantized, str(path), compress_to_fp16=False)
 
 
-def _read(path: Path) -> Any:
+@cache
+def _core() -> Any:
+    """OpenVINO's library of devices, one for the process.
+
+    When the last one is deleted, OpenVINO unloads its CPU plugin, after which a signal such as
+    SIGTERM crashes the process.
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def _read(path: Path) -> Any:
     try:
-        return openvino.Core().read_model(str(path))
+        return _core().read_model(str(path))
     except RuntimeError as error:
         raise ValueError(f"{path} cannot be read by OpenVINO: {one_line(error, 200)}") from error
 
@@ -79,14 +97,12 @@ class _Compiled:
     """A model compiled for the CPU."""
 
     def __init__(self, path: Path, precision: str) -> None:
-        import openvino
-
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        self.model = openvino.Core().compile_model(_read(path), "CPU", settings)
+        self.model = _core().compile_model(_read(path), "CPU", settings)
         self.local = threading.local()
 
     def __call__(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:

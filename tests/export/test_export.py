@@ -1,5 +1,8 @@
 """Exported files give the labels of the network that they were made from."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +76,23 @@ def test_segmenter_runs_files_at_several_scales_with_flips(kind, model, exported
         torch.testing.assert_close(actual, expected, rtol=0, atol=rounding(expected, LAYERS))
     labels = Segmenter(model.module, model.classes, model.options.DATASET)(image).labels
     assert (segmenter(image).labels == labels).mean() > 0.999
+
+
+def test_a_signal_is_handled_after_openvino_has_run(exported):
+    """OpenVINO's unloaded CPU plugin made it a segmentation fault."""
+    code = f"""
+import numpy as np, os, signal
+from mit_semseg import Segmenter
+file = {str(exported("openvino"))!r}
+for sizes in ((64,), (48, 64)):
+    segmenter = Segmenter.from_pretrained(file, device="cpu", imgSizes=sizes)
+    segmenter(np.zeros((96, 128, 3), np.uint8))
+del segmenter
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_segmenter_runs_a_raw_file_in_a_sliding_window(exported, model):
