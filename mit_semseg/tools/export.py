@@ -61,6 +61,7 @@ def accuracies(models: Sequence[str | Path], data: str) -> str:
 
 def size_of(file: Path) -> int:
     """Bytes of an exported file or folder, and of the weights beside it."""
-    parts = [file, *file.parent.glob(f"{file.stem}.bin"), *file.parent.glob(f"{file.name}.data")]
+    weights = file.with_suffix(".bin") if file.suffix == ".xml" else Path(f"{file}.data")
+    parts = [file, weights]
     inner = [x for part in parts for x in (part.rglob("*") if part.is_dir() else [part])]
     return sum(x.stat().st_size for x in inner if x.is_file())
