@@ -10,15 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from mit_semseg import __version__, shipped
 from mit_semseg.config import Options, dump_config
 from mit_semseg.engine.checkpoint import CONFIG, CheckpointFolder, load_model, pack
 from mit_semseg.engine.eval_page import sizes_text
 from mit_semseg.engine.from_model import recipe
 from mit_semseg.engine.hub import HubName, library, talking
-from mit_semseg.visualize.pages import TEMPLATES
+from mit_semseg.visualize.pages import rendered
 
 CARD = "README.md"
 # Subfolders in which evaluations are found; "": the folder itself.
@@ -144,14 +142,8 @@ def card(
     classes = folder.classes()
     module = load_model(replace(options, DIR=str(folder.path)), folder.best_or_latest())
     ious = {row["name"]: row["iou"] for row in result.get("classes", ())}
-    template = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    ).get_template("model_card.md")
-    return template.render(
+    return rendered(
+        "model_card.md",
         charts=[(CHARTS.get(Path(file).name, Path(file).stem), file) for file in pictures],
         classes=[
             (label, "#{:02x}{:02x}{:02x}".format(*color), ious.get(label))

@@ -91,20 +91,25 @@ def write_page(
 
 
 def render_page(path: PathLike, template: str, **values: Any) -> Path:
-    """Renders a template of `templates/` to a file; values are escaped."""
+    """Writes a rendered template to a file, whose folder is created."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rendered(template, **values), encoding="utf-8")
+    return path
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template of `templates/` with its values, which are escaped in HTML only."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=template.endswith(".html"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(templates.get_template(template).render(values) + "\n", encoding="utf-8")
-    return path
+    return templates.get_template(template).render(values) + "\n"
 
 
 def embedded(image: RGB) -> str:

@@ -88,11 +88,11 @@ class Logger:
 
     def open(self, run: Run) -> None:
         """Start or continue a run, and log its settings."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement open")
 
     def log(self, step: int, values: Mapping[str, float], images: Mapping[str, np.ndarray]) -> None:
         """Log values, and images, (H, W, 3) uint8, by name."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement log")
 
     def close(self) -> None:
         """Write what is left."""
